@@ -1,0 +1,557 @@
+"""
+run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints, claims).
+
+    c, f = configure(Config, PRESETS, AXES, __doc__)   # defaults < --config a,b,my.toml < --key value
+    with Run(c, f, "sft", CURVES) as run:              # out/sft/<name>/: run.json, log.jsonl, curve.png, step-000200/
+        for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
+
+Map      1 errors   2 configure   3 the run's folder   4 the curve   5 claims
+"""
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the thing and the remedy, shown without a traceback."""
+
+
+def nearest(word, known):
+    """'; did you mean …' for a mistyped word, else the whole list: the tail of an error message."""
+    hit = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {hit[0]!r}?" if hit else f"; choose from {', '.join(sorted(known)) or 'nothing'}"
+
+
+def cli(main):
+    """Run main() as a command: a UserError becomes one line and exit code 2, running out of memory too."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; go on with the same command and --resume", file=sys.stderr) or 130)
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        sys.exit(print("error: out of memory: try a smaller --micro (results do not change)", file=sys.stderr) or 2)
+
+
+# --- configure ----------------------------------------------------------------------------------------
+
+
+def hyper(fn):
+    """A method's hyper-parameters are its keyword-only arguments: def dpo(win, lose, *, beta=0.1) -> {'beta': 0.1}."""
+    return {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def needs(fn):
+    """The names of a function's positional arguments, in order: what the caller must provide."""
+    return [k for k, p in inspect.signature(fn).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def cast(key, value, like):
+    """Turn `value` (text from the command line, or a TOML/preset value) into the type of the default `like`."""
+    kind = type(like)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, str) or kind is float or type(value) is kind:
+            return kind(value)
+    except (ValueError, KeyError):
+        pass
+    raise UserError(f"--{key} {value}: expected {kind.__name__}, for example {like!r}")
+
+
+def parse(argv, fields):
+    """['--lr', '1e-3', '--steps=5', '--resume'] -> [('lr', '1e-3'), ('steps', '5'), ('resume', 'true')]."""
+    pairs, argv = [], list(argv)
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected argument {word!r}: options look like --key value")
+        key, eq, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not eq:
+            flag = isinstance(fields.get(key), bool)
+            if argv and not argv[0].startswith("--") and (not flag or argv[0].lower() in ("true", "false")):
+                value = argv.pop(0)
+            elif flag or key == "help":
+                value = "true"
+            else:
+                raise UserError(f"--{key} needs a value")
+        pairs.append((key, value))
+    return pairs
+
+
+def layer(name, presets):
+    """One --config entry, a preset's name or a TOML file's path, as a dict of keys."""
+    if name.endswith(".toml"):
+        try:
+            return tomllib.loads(Path(name).read_text())
+        except FileNotFoundError:
+            raise UserError(f"no config file {name}: check the path") from None
+        except tomllib.TOMLDecodeError as e:
+            raise UserError(f"{name} is not valid TOML: {e}") from None
+    if name not in presets:
+        raise UserError(f"no preset {name!r}{nearest(name, presets)}")
+    return presets[name]
+
+
+def configure(Config, presets, axes, doc="", argv=None):
+    """Resolve a command line into (c, f): the frozen Config, and one bound function per axis.
+
+    axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis with a
+    single row needs no field); the row's keyword-only arguments are keys like any other (`--beta 0.1`, or
+    `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values that are existing paths.
+    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a key that nobody reads.
+    """
+    fields = {x.name: x.default for x in dataclasses.fields(Config)}
+    given = parse(sys.argv[1:] if argv is None else argv, fields)
+    if any(k == "help" for k, _ in given):
+        print(help_text(Config, presets, axes, doc))
+        raise SystemExit(0)
+    names = [n for k, v in given if k == "config" for n in v.split(",") if n]
+    values = {}
+    for row in [layer(n, presets) for n in names] + [dict(kv for kv in given if kv[0] != "config")]:
+        values |= row
+    values["config"] = ",".join(names)
+
+    resolved = {k: cast(k, values.pop(k, d), d) for k, d in fields.items()}
+    bound, known = {}, {}
+    chosen = {}
+    for axis, rows in axes.items():
+        row = resolved.get(axis, next(iter(rows)))
+        if row not in rows and not ("PATH" in rows and Path(row).exists()):
+            raise UserError(f"no {axis} {row!r}{nearest(row, rows)}")
+        fn = chosen[axis] = rows.get(row) or rows["PATH"]
+        bound[axis] = {}
+        for key, default in hyper(fn).items():
+            known |= {key: True, f"{axis}.{key}": True}
+            value = values.get(f"{axis}.{key}", values.get(key, default))
+            bound[axis][key] = cast(key, value, default)
+    for key in values:
+        if key not in known:
+            owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items() if key in hyper(fn)]
+            hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields, *known])
+            raise UserError(f"unknown key --{key}{hint}")
+
+    cuda = torch.cuda.is_available()
+    if resolved.get("device", "cpu").startswith("cuda") and not cuda:
+        raise UserError(f"--device {resolved['device']}: this torch sees no CUDA device; use --device cpu")
+    if resolved.get("device") == "auto":
+        resolved["device"] = "cuda" if cuda else "cpu"
+    if resolved.get("dtype") == "auto":
+        resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
+    if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
+    for key in ("batch", "micro", "steps"):
+        if resolved.get(key, 1) < (0 if key == "steps" else 1):
+            raise UserError(f"--{key} {resolved[key]}: must be positive")
+    f = SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
+    return Config(**resolved), f
+
+
+def help_text(Config, presets, axes, doc):
+    """--help: the script's docstring, every field with its comment and default, the presets, each row's arguments."""
+    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    lines = [inspect.cleandoc(doc or ""), "", "options (--key value):"]
+    lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}" for x in dataclasses.fields(Config)]
+    lines += ["", "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, instead of one run"]
+    lines += ["", "presets (--config a,b or a .toml file, left to right):"]
+    lines += [f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items()) for name, row in presets.items()]
+    for axis, rows in axes.items():
+        lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
+        for row, fn in rows.items():
+            first = (inspect.getdoc(fn) or "").split("\n")[0]
+            lines.append(f"  {row:<12} {first}  " + " ".join(f"--{k} {v}" for k, v in hyper(fn).items()))
+    return "\n".join(lines)
+
+
+# --- the run's folder ---------------------------------------------------------------------------------
+
+
+def write_text(path, text):
+    """Write a file so that a reader, or a kill at any moment, sees the old or the new content, never half."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl; a last line cut short by a kill is dropped."""
+    path, rows = Path(folder) / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def checkpoint(path):
+    """The Hugging Face folder that `path` means: itself, or the newest step of a run folder. Raises UserError."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        return path
+    steps = sorted(p for p in path.glob("step-*") if (p / "config.json").exists() and p.suffix != ".tmp")
+    if steps:
+        return steps[-1]
+    what = "has neither config.json nor step-* folders" if path.is_dir() else "does not exist"
+    raise UserError(f"{path} {what}: give a Hugging Face checkpoint folder or a run folder under out/")
+
+
+def result(folder):
+    """What a finished run returned (a dict), or None for a run that is unfinished or absent."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text()).get("result") if path.exists() else None
+
+
+def commit():
+    """The project's git commit, with '+' if files differ from it; '' outside a repository."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
+    with contextlib.suppress(OSError):
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    return ""
+
+
+FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config"}   # may change on --resume
+
+
+def settings(c, f):
+    """Everything that decides a run's numbers, as JSON holds it: the Config's fields and each axis's arguments."""
+    return json.loads(json.dumps(dataclasses.asdict(c) |
+                                 {f"{axis}.{k}": v for axis, fn in vars(f).items() for k, v in fn.keywords.items()}))
+
+
+class Run:
+    """A run's folder out/<script>/<name>/ and its traces. A context manager: the curve is drawn on the way out.
+
+    Without --out a second run of the same name gets a new folder (name-2), so nothing is overwritten; with --resume
+    the newest of them is continued, and `state` holds what its last save() was given.
+    """
+
+    def __init__(self, c, f, script, curves=None):
+        self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
+        names = [Path(n).stem for n in c.config.split(",") if n]
+        base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
+        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))] if p.exists()]
+        if c.resume:
+            if not taken:
+                raise UserError(f"--resume: no run in {base}; start it without --resume")
+            self.folder = base if c.out else taken[-1]
+        elif c.out and (base / "run.json").exists():
+            raise UserError(f"--out {base} already holds a run: add --resume to go on, or choose another folder")
+        else:
+            self.folder = base if c.out or not taken else base.with_name(f"{base.name}-{len(taken) + 1}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        self.settings = settings(c, f)
+        self.state, self.start, self.last = None, 0, None
+        if c.resume:
+            self.check_settings()
+            with contextlib.suppress(UserError):
+                self.last = checkpoint(self.folder)
+            if self.last:
+                self.state = torch.load(self.last / "state.pt", weights_only=True)
+                self.start = self.state["step"]
+            print(f"resuming {self.folder} at step {self.start}", flush=True)
+        rows = [r for r in read_log(self.folder) if r["step"] <= self.start]
+        if not self.start:
+            rows = []
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        self.t0 = time.time() - (rows[-1]["time"] if rows else 0.0)
+        self.info = dict(config=self.settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
+                         versions=dict(python=platform.python_version(), torch=torch.__version__))
+        write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
+
+    def check_settings(self):
+        """--resume must not change what is being computed. Raises UserError naming the first setting that did."""
+        path, new = self.folder / "run.json", self.settings
+        old = json.loads(path.read_text())["config"] if path.exists() else new
+        for key in sorted(new.keys() | old.keys()):
+            if key not in FREE and old.get(key) != new.get(key):
+                raise UserError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+                                f"resume with the run's own settings, or start a new run")
+
+    def __enter__(self):
+        self.file = open(self.folder / "log.jsonl", "a")
+        return self
+
+    def __exit__(self, *failure):
+        self.file.close()
+        if self.curves:
+            draw(self.folder, self.curves)
+
+    def steps(self, total):
+        """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after step N."""
+        self.total, end = total, min(total, self.c.stop) if self.c.stop else total
+        self.bar = tqdm(total=total, initial=self.start, disable=None, dynamic_ncols=True, leave=False)
+        for step in range(self.start, end):
+            yield step
+            self.bar.update()
+        self.bar.close()
+
+    def log(self, step, show=False, **metrics):
+        """What is true after `step` steps: one row to log.jsonl, and at most one aligned line every two seconds to the
+        terminal (always with show). Stops the run when the loss or the gradient norm is no longer finite."""
+        row = {"step": step, "time": round(time.time() - self.t0, 2)} | {k: float(v) for k, v in metrics.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        bad = [k for k in ("loss", "norm") if not math.isfinite(row.get(k, 0.0))]
+        if bad:
+            good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
+            raise UserError(f"{bad[0]} became {row[bad[0]]} at step {step}; {good}; try a lower --lr")
+        now = time.time()
+        if now - self.shown > 2 or show or step == self.total:
+            self.shown = now
+            text = "  ".join(f"{k} {v:<9.4g}" for k, v in row.items() if k not in ("step", "time"))
+            tqdm.write(f"step {step:>5}  {row['time']:>6.0f}s  {text}")
+            sys.stdout.flush()
+
+    def say(self, text):
+        """A line of prose (samples, evaluations) that does not tear the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def save(self, step, write, **state):
+        """Checkpoint after `step` steps are done: write(folder) makes the Hugging Face folder, `state` goes to
+        state.pt (what torch.load(weights_only=True) reads). Appears under its final name only when complete."""
+        final = self.folder / f"step-{step:06d}"
+        if not final.exists():
+            tmp = final.with_suffix(".tmp")
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            write(tmp)
+            torch.save(dict(state, step=step), tmp / "state.pt")
+            os.replace(tmp, final)
+        self.last = final
+        for old in sorted(p for p in self.folder.glob("step-*") if p.suffix != ".tmp")[:-self.c.keep]:
+            doomed = old.with_suffix(".tmp")               # renamed first: a kill never leaves half a step folder
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+    def finish(self, **metrics):
+        """Record the run's result in run.json (which marks it finished), and return it."""
+        self.info["result"] = {k: float(v) for k, v in metrics.items()}
+        write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
+        return self.info["result"]
+
+
+def batch_indices(n, batch, step, seed):
+    """The rows of optimizer step `step`: [batch] indices into n examples, reshuffled every epoch.
+
+    A pure function of its arguments, so that a resumed run needs no data cursor. Raises UserError if n is 0.
+    """
+    if n == 0:
+        raise UserError("the data set is empty: nothing to train on; check --data")
+    flat = range(step * batch, (step + 1) * batch)
+    order = {}
+    for epoch in {i // n for i in flat}:
+        order[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.stack([order[i // n][i % n] for i in flat])
+
+
+# --- the curve ----------------------------------------------------------------------------------------
+
+
+def pyplot():
+    """matplotlib.pyplot on the file backend; imported late because it costs a second."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+                         "font.size": 9, "legend.frameon": False, "figure.dpi": 120})
+    return plt
+
+
+def draw(folder, curves):
+    """curve.png from log.jsonl. curves: {panel title: [keys]}; a key never logged is left out."""
+    rows = read_log(folder)
+    panels = {t: [k for k in keys if any(k in r for r in rows)] for t, keys in curves.items()}
+    panels = {t: keys for t, keys in panels.items() if keys}
+    if not panels:
+        return
+    plt = pyplot()
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 2.8), squeeze=False)
+    for ax, (title, keys) in zip(axes[0], panels.items()):
+        for key in keys:
+            xy = [(r["step"], r[key]) for r in rows if key in r]
+            ax.plot(*zip(*xy), marker="o" if len(xy) < 40 else "", ms=3, lw=1.4, label=key.replace("_", " "))
+        ax.set(title=title, xlabel="step")
+        ax.legend()
+    fig.tight_layout()
+    fig.savefig(Path(folder) / "curve.tmp.png")
+    os.replace(Path(folder) / "curve.tmp.png", Path(folder) / "curve.png")
+    plt.close(fig)
+
+
+# --- claims -------------------------------------------------------------------------------------------
+
+
+def launch(script, Config, presets, axes, claims, doc, train, argv=None):
+    """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
+
+    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every arm.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    setup = partial(configure, Config, presets, axes, doc)
+    options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
+    if "claim" not in options:
+        return train(*setup(argv))
+    name = options.pop("claim")
+    if name not in claims:
+        raise UserError(f"no claim {name!r}{nearest(name, claims)}")
+    seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
+    extra = [f"--{k}={v}" for k, v in options.items()]
+    return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra)
+
+
+T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def interval(values):
+    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for one value."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.inf
+    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def verdict(diffs, better="higher"):
+    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences alone."""
+    mean, half = interval(diffs)
+    mean = mean if better == "higher" else -mean
+    return "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "undecided"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must come out above 0.
+
+    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that ours is
+    better. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
+    """
+    text: str
+    paper: str
+    arms: dict
+    metric: str
+    tests: dict
+    better: str = "higher"
+    also: tuple = ()                 # further metrics to tabulate
+    conclude: object = None
+
+
+def conclude_all(verdicts):
+    """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
+    words = set(verdicts.values())
+    return "holds" if words == {"holds"} else "does not hold" if "does not hold" in words else "undecided"
+
+
+def run_arm(job):
+    """One arm, one seed, in a process of its own: the run's result, taken from its folder if it is there already."""
+    configure_arm, train, argv, folder, threads = job
+    c, f = configure_arm([*argv, "--out", folder])
+    path = Path(folder, "run.json")
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if "result" in old and old["config"] == settings(c, f):
+        return old["result"]
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.set_num_threads(threads)
+    with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
+        return train(c, f)
+
+
+def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), results="data/results"):
+    """Train every arm on every seed (`jobs` at once, finished ones are reused), compare, write JSON and picture.
+
+    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line. Returns the JSON's dict.
+    """
+    Path("out/claims", name).mkdir(parents=True, exist_ok=True)
+    jobs = jobs or max(1, min(4, os.cpu_count() or 1))
+    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
+    work = [(configure_arm, train, ["--config", claim.arms[arm], "--seed", str(seed), *extra],
+             f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}", 1 if jobs > 1 else torch.get_num_threads())
+            for arm, seed in todo]
+    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time", flush=True)
+    t0, got = time.time(), []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
+            for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
+                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {out[claim.metric]:.4g}")
+                bar.update()
+                got.append(out)
+    report = judge(name, claim, seeds, dict(zip(todo, got)))
+    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}" + "".join(f" {x}" for x in extra),
+                   commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
+    Path(results).mkdir(parents=True, exist_ok=True)
+    write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
+    draw_claim(report, Path(results) / f"{name}.png")
+    print(table(report), f"\n\n{report['verdict']}", flush=True)
+    return report
+
+
+def judge(name, claim, seeds, got):
+    """The report of a claim from got[(arm, seed)] -> result: means, intervals, paired differences, verdict."""
+    metrics = (claim.metric, *claim.also)
+    values = {arm: {m: [got[arm, s][m] for s in range(seeds)] for m in metrics} for arm in claim.arms}
+    tests, verdicts = [], {}
+    for label, weights in claim.tests.items():
+        diffs = [sum(w * values[arm][claim.metric][s] for arm, w in weights.items()) for s in range(seeds)]
+        mean, half = interval(diffs)
+        verdicts[label] = verdict(diffs, claim.better)
+        tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
+    arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
+            for arm, ms in values.items()}
+    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric, better=claim.better, seeds=seeds,
+                verdict=(claim.conclude or conclude_all)(verdicts), arms=arms, tests=tests)
+
+
+def table(report):
+    """The report as aligned text: mean ± 95 % per arm and metric, then the paired differences."""
+    metrics = list(next(iter(report["arms"].values())))
+    lines = ["", f"{'arm':<20}" + "".join(f"{m:>20}" for m in metrics)]
+    for arm, ms in report["arms"].items():
+        lines.append(f"{arm:<20}" + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}" for m in metrics))
+    lines.append(f"\npaired differences of {report['metric']} ({report['better']} is better), 95 % over {report['seeds']} seeds")
+    lines += [f"{t['test']:<36}" + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
+              for t in report["tests"]]
+    return "\n".join(lines)
+
+
+def draw_claim(report, path):
+    """One dot a seed, mean and 95 % interval, a row an arm."""
+    plt = pyplot()
+    arms, m = report["arms"], report["metric"]
+    fig, ax = plt.subplots(figsize=(6.4, 0.32 * len(arms) + 1.2))
+    for y, (arm, ms) in enumerate(arms.items()):
+        ax.plot(ms[m]["values"], [y] * len(ms[m]["values"]), "o", ms=3, alpha=0.4, color="tab:gray")
+        ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3, color="tab:blue")
+    ax.set(yticks=range(len(arms)), yticklabels=list(arms), xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
+           title=f"{report['claim']}: {report['verdict']}  ({report['seeds']} seeds, 95 % intervals)")
+    ax.invert_yaxis()
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)

@@ -1,0 +1,715 @@
+"""
+model.py - the transformer that every script trains: Hugging Face checkpoints in and out, batched generation, scalar heads.
+
+    python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint, streaming
+
+Map      1 config   2 transformer   3 scoring   4 generation   5 checkpoints   6 command line
+Letters  B sequences, T tokens, D width, V vocabulary, H heads (K of them for keys and values), S cache slots, E experts
+
+    model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
+    llama           nothing                                  2302.13971; RoPE scaling of Llama 3.1, 2407.21783
+    qwen2           bias on q, k, v                          2407.10671
+    qwen3           RMSNorm on every query and key head      2505.09388
+    mixtral         top-k experts instead of the MLP         2401.04088
+    qwen3_moe       both of the last two                     2505.09388
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data.run import UserError, checkpoint, cli, nearest
+from data.tokenizer import Tokenizer
+from kernels import linear_logprob
+
+# --- config -------------------------------------------------------------------------------------------
+
+ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mixtral="Mixtral", qwen3_moe="Qwen3Moe")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, under Hugging Face's own names so that config.json needs no dictionary."""
+    model_type: str = "qwen3"
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    intermediate_size: int = 512             # of one expert, if there are experts
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 3
+    head_dim: int = 32
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: tuple = ()                 # ("rope_type", "llama3"), ("factor", 8.0), … as pairs, to be hashable
+    tie_word_embeddings: bool = True
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True              # whether the chosen experts' weights are scaled to sum 1 (Mixtral: always)
+    router_aux_loss_coef: float = 0.01
+    bos_token_id: int = -1                   # -1: none
+    eos_token_id: tuple = ()                 # all ids that end a text
+    pad_token_id: int = -1
+
+    @property
+    def moe(self):
+        return self.model_type in ("mixtral", "qwen3_moe")
+
+    @property
+    def qk_norm(self):
+        return self.model_type in ("qwen3", "qwen3_moe")
+
+
+def preset(size, tokenizer, context=512, model_type="qwen3"):
+    """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that share keys in pairs."""
+    try:
+        layers, width = map(int, size.split("x"))
+        assert layers > 0 and width >= 32 and width % 32 == 0
+    except (ValueError, AssertionError):
+        raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, for example 4x192") from None
+    heads = width // 32
+    return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=width,
+                       intermediate_size=-(-width * 8 // 3 // 32) * 32, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+                       max_position_embeddings=context, num_experts=8 if model_type in ("mixtral", "qwen3_moe") else 0,
+                       bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos, eos_token_id=(tokenizer.eos,),
+                       pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
+
+
+# --- transformer --------------------------------------------------------------------------------------
+
+
+@lru_cache(8)
+def rope_table(config, device):
+    """cos and sin of every position's angles, each [positions, head_dim / 2] in float32 (RoFormer, 2104.09864).
+
+    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by `factor`, shorter than
+    1/high_freq_factor of it are left alone, with a linear blend of the two frequencies between.
+    """
+    half = config.head_dim // 2
+    freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)        # [hd/2]
+    s = dict(config.rope_scaling)
+    kind = s.get("rope_type", s.get("type", "default"))
+    if kind == "linear":
+        freq = freq / s["factor"]
+    elif kind == "llama3":
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)             # within the old context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = smooth * freq + (1 - smooth) * freq / s["factor"]
+    elif kind != "default":
+        raise UserError(f"rope_type {kind!r} is not supported; choose default, linear or llama3")
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)      # [S, hd/2]
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: the half-split layout of every Hugging Face checkpoint."""
+    a, b = x.chunk(2, -1)                                                                # [B, H, T, hd/2] each
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)                         # [B, H, T, hd]
+
+
+class Cache:
+    """Keys and values of B rows, each row with a length of its own; one tensor for all layers, so rows move at once."""
+
+    def __init__(self, config, rows, slots, device, dtype):
+        shape = config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)                 # [B] tokens held
+        self.used = 0                                                                    # max of length, without a sync
+
+    def put(self, layer, k, v, positions):
+        """Store k, v [B, K, T, hd] at positions [B, T]; return all keys and values of the layer so far."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]                         # [B, 1]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        end = self.used + k.size(2)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]                      # [B, K, S, hd]
+
+    def select(self, rows):
+        """Keep (or repeat) rows, in the given order."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (2305.13245) with rotary positions; q/k/v bias or q/k norm where the family has them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.hd, bias = c.head_dim, c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.hd, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * self.hd, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x, cos, sin, cache, layer, positions, visible):
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.hd).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)          # [B, H, T, hd], [B, K, T, hd]
+        group = q.size(1) // k.size(1)
+        if cache is not None:
+            k, v = cache.put(layer, k, v, positions)
+        if visible is None:                                                              # nothing older: plain causal
+            k, v = k[:, :, :T], v[:, :, :T]
+            if group > 1:
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)      # [B, H, T, hd]
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
+        else:                                    # the queries of a group become rows of one head: keys are not repeated
+            q = q.reshape(B, k.size(1), group * T, self.hd)
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=visible.repeat(1, 1, group, 1))
+            y = y.reshape(B, -1, T, self.hd)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202):  down( silu(gate x) * up x )."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Top-k mixture of SwiGLU experts. `router_logits` [tokens, E] of the last forward feed load_balance_loss."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.top_k, self.norm = c.num_experts_per_tok, c.norm_topk_prob
+        self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(c) for _ in range(c.num_experts))
+        self.router_logits = None
+
+    def forward(self, x):
+        flat = x.view(-1, x.size(-1))                                                    # [N, D]
+        self.router_logits = self.gate(flat)                                             # [N, E]
+        weight, chosen = self.router_logits.float().softmax(-1).topk(self.top_k, -1)     # [N, k]
+        if self.norm:
+            weight = weight / weight.sum(-1, keepdim=True)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
+            out = out.index_add(0, token, (expert(flat[token]) * weight[token, slot, None]).to(out.dtype))
+        return out.view_as(x)
+
+
+def load_balance_loss(model, mask=None):
+    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6), of the last forward, over all layers.
+
+    E * sum_e f_e P_e:  f_e the share of (token, choice) pairs routed to e, times k;  P_e its mean probability.
+    mask [B, T]: tokens that count (leave padding out). 1 * k if the routing is uniform; 0 for a dense model.
+    """
+    if not model.config.moe:
+        return torch.zeros(())
+    logits = torch.stack([m.router_logits for m in model.modules() if isinstance(m, MoE)])     # [L, N, E]
+    prob = logits.float().softmax(-1)
+    chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices, prob.size(-1)).sum(-2).float()
+    keep = torch.ones(prob.size(1), device=prob.device) if mask is None else mask.reshape(-1).float()
+    share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x)) for x in (chosen, prob))    # [E] each
+    return prob.size(-1) * (share * mean).sum()
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm MLP or experts, each added to the residual stream."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoE(c) if c.moe else MLP(c)
+
+    def forward(self, x, *where):
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where somebody needs them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self):
+        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def forward(self, tokens, cache=None):
+        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row b's tokens follow
+        its cache.length[b] earlier ones, and the cache grows. Raises UserError beyond the context."""
+        T, old = tokens.size(1), cache.used if cache else 0
+        if old + T > self.config.max_position_embeddings:
+            raise UserError(f"{old + T} tokens exceed the model's context of {self.config.max_position_embeddings}: "
+                            f"shorten the text or start from a model with a longer context")
+        cos, sin = rope_table(self.config, tokens.device)
+        positions = visible = None
+        if cache is None:
+            cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
+        else:
+            positions = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
+            cos, sin = cos[positions][:, None], sin[positions][:, None]                  # [B, 1, T, hd/2]
+            if old:
+                visible = torch.arange(old + T, device=tokens.device) <= positions[:, None, :, None]   # [B, 1, T, S]
+        x = self.embed_tokens(tokens)                                                    # [B, T, D]
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, cache, i, positions, visible)
+        if cache is not None:
+            cache.length, cache.used = cache.length + T, old + T
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """[…, D] -> float32 [..., V]."""
+        return F.linear(hidden, self.head).float()
+
+
+class ScalarModel(nn.Module):
+    """A transformer body and a linear head to one number: reward model, or PPO's critic (…ForSequenceClassification)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(replace(config, tie_word_embeddings=True))              # tied: no lm_head of its own
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    @classmethod
+    def from_lm(cls, lm, std=0.0):
+        """Copy a language model's body; the head is normal with `std` (0: the critic starts by predicting nothing)."""
+        with torch.device("meta"):
+            model = cls(lm.config)
+        body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
+        model.model.load_state_dict(body, assign=True)
+        model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
+        nn.init.normal_(model.score.weight, std=std) if std else nn.init.zeros_(model.score.weight)
+        return model.requires_grad_()
+
+    def forward(self, tokens):
+        """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
+        return self.score(self.model(tokens)).squeeze(-1).float()
+
+
+def init(config, seed=0):
+    """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream 1/sqrt(2L) of that
+    (GPT-2), norms 1, biases 0."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02, generator=g)
+    return model
+
+
+# --- scoring ------------------------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean of x over mask (both [B, T]); 0 for an empty mask."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift=True):
+    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False keeps the mean and only rescales."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)          # [B, T]
+    return (white if shift else white + mean) * mask
+
+
+def autocast(device, dtype):
+    """The context that runs matmuls in `dtype` ('bfloat16', or 'float32' for none) on `device`."""
+    return torch.autocast(str(device).split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def collate(rows, pad, device="cpu"):
+    """[(prompt ids, completion ids)] -> tokens [B, T] right-padded, mask [B, T]: 1 on completion tokens, by length."""
+    width = max(len(p) + len(c) for p, c in rows)
+    tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
+    mask = torch.zeros(len(rows), width)                                                 # [B, T]
+    for i, (p, c) in enumerate(rows):
+        tokens[i, :len(p) + len(c)] = torch.as_tensor([*p, *c])
+        mask[i, len(p):len(p) + len(c)] = 1.0
+    return tokens.to(device), mask.to(device)
+
+
+def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
+    """Aligned log-probs in float32: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0] = 0.   [B, T] -> [B, T].
+
+    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks of rows, and with a
+    mask only where mask is 1 (elsewhere the result is 0). entropy=True returns (logp, entropy of the prediction of t).
+    """
+    hidden = model(tokens)[:, :-1]                                                       # [B, T-1, D]
+    where = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] > 0
+    both = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature)  # [N], [N]
+    out = [F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0)) for x in both]
+    return tuple(out) if entropy else out[0]                                             # [B, T]
+
+
+def token_values(critic, tokens):
+    """out[b, t] = the critic's estimate BEFORE token t is chosen, that is read after token t-1; out[:, 0] = 0. [B, T]."""
+    return F.pad(critic(tokens)[:, :-1], (1, 0))
+
+
+def sequence_score(reward_model, tokens, length):
+    """A reward model's score of each whole sequence, read after its last token.   tokens [B, T], length [B] -> [B]."""
+    return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
+
+
+# --- generation ---------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion, right-padded; mask [B, T]
+    is 1 on completion tokens, the stop token included; logp [B, T] are the sampler's log-probs; finished [B]: it stopped
+    by itself, rather than by running out of tokens."""
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    logp: torch.Tensor
+    prompt_len: torch.Tensor
+    finished: torch.Tensor
+
+    def completions(self):
+        """Each row's completion ids without the stop token, as lists."""
+        end = self.mask.sum(1).long() - self.finished.long() + self.prompt_len           # [B]
+        return [row[s:e].tolist() for row, s, e in zip(self.tokens, self.prompt_len, end)]
+
+
+def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Sample by inverting the distribution function at u in [0, 1).   logits [B, V], u [B] -> tokens [B], logp [B].
+
+    logp is under the distribution sampled from (tempered, truncated); for temperature 0 (greedy) under softmax(logits).
+    """
+    if temperature == 0:
+        token = logits.argmax(-1)                                                        # [B]
+        return token, torch.log_softmax(logits, -1).gather(1, token[:, None]).squeeze(1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), -1).values[:, -1:]                # [B, 1]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        value, index = logits.sort(-1, descending=True)                                  # [B, V]
+        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass in front of each token
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
+        logits = logits.masked_fill(drop, -math.inf)
+    logp = torch.log_softmax(logits, -1)                                                 # [B, V]
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never a token of mass 0
+    return token.squeeze(1), logp.gather(1, token).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop=None,
+             generator=None, contrast=None):
+    """Sample `samples` completions for each prompt (a list of id lists of any lengths) -> Rollout of B = prompts x samples.
+
+    Each distinct prompt is prefilled once; finished rows leave the batch. Row b's i-th draw is a number fixed beforehand,
+    so which other rows are still running changes nothing. stop: ids that end a completion (default: the model's eos).
+    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the log-probs of the two models.
+    Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
+    """
+    config, device = model.config, model.head.device
+    longest = max((len(p) for p in prompts), default=0)
+    if longest == 0 or min(map(len, prompts)) == 0:
+        raise UserError("generate needs at least one prompt, and every prompt at least one token")
+    if longest + max_new_tokens > config.max_position_embeddings:
+        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                        f"{config.max_position_embeddings}: shorten the prompt or lower the number of new tokens")
+    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device, dtype=torch.long)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    index = {p: i for i, p in enumerate(distinct)}
+    rows = torch.tensor([index[tuple(p)] for p in prompts], device=device).repeat_interleave(samples)   # [B]
+    B, length = len(rows), torch.tensor([len(p) for p in distinct], device=device)                      # [U]
+
+    models, caches, start = [model] + ([contrast[0]] if contrast else []), [], []
+    prefill, _ = collate([(p, ()) for p in distinct], config.pad_token_id, device)       # [U, longest]
+    for m in models:
+        cache = Cache(m.config, len(distinct), longest + max_new_tokens, device, m.head.dtype)
+        start.append(m(prefill, cache)[torch.arange(len(distinct), device=device), length - 1][rows])   # [B, D]
+        cache.length = length
+        cache.select(rows)
+        caches.append(cache)
+
+    def logits(hidden):
+        own = model.logits(hidden[0])                                                    # [B, V]
+        return own if not contrast else own + contrast[1] * (own - models[1].logits(hidden[1]))
+
+    u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's draw at step i
+    out = torch.full((B, max_new_tokens), max(config.pad_token_id, 0), device=device)
+    logp, mask = torch.zeros(2, B, max_new_tokens, device=device).unbind(0)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    row, alive, now = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device), logits(start)
+    for i in range(max_new_tokens):
+        token, lp = pick(now, u[row, i], temperature, top_k, top_p)                      # [n], [n]
+        out[row[alive], i], logp[row[alive], i], mask[row[alive], i] = token[alive], lp[alive], 1.0
+        finished[row[alive & torch.isin(token, stop)]] = True
+        alive = ~finished[row]
+        if i + 1 == max_new_tokens or not alive.any():
+            break
+        if alive.sum() <= 0.85 * len(row):             # moving rows costs a copy of the cache: not for every single one
+            for cache in caches:
+                cache.select(alive)
+            row, token, alive = row[alive], token[alive], alive[alive]
+        now = logits([m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)])
+
+    prompt_len = length[rows]                                                            # [B]
+    width = int((prompt_len + mask.sum(1)).max())
+    place = prompt_len[:, None] + torch.arange(max_new_tokens, device=device)            # [B, new]
+
+    def join(left, right):                             # completions start where each row's prompt ends
+        wide = F.pad(left, (0, longest + max_new_tokens - left.size(1)))
+        return wide.scatter(1, place, right)[:, :width].contiguous()
+
+    tokens = join(prefill[rows], out)
+    zero = torch.zeros(B, longest, device=device)
+    return Rollout(tokens, join(zero, mask), join(zero, logp), prompt_len, finished)
+
+
+@torch.no_grad()
+def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yield one completion's ids as they are sampled, from one prompt (a list of ids)."""
+    room = model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise UserError(f"the prompt's {len(prompt)} tokens fill the context of {model.config.max_position_embeddings}: "
+                        f"shorten it")
+    cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), model.head.device, model.head.dtype)
+    token = torch.tensor([prompt], device=model.head.device)                             # [1, T]
+    for _ in range(min(room, max_new_tokens)):
+        logits = model.logits(model(token, cache)[:, -1])                                # [1, V]
+        token = pick(logits, torch.rand(1, generator=generator).to(token.device), temperature, top_k, top_p)[0][None]
+        yield int(token)
+        if int(token) in model.config.eos_token_id:
+            return
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def from_hf(d, where="config.json"):
+    """A parsed config.json -> ModelConfig. Raises UserError for an architecture or option that would load wrongly."""
+    kind = d.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type {kind!r} is not supported{nearest(str(kind), ARCHITECTURES)}")
+    window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
+    refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),
+                  attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
+                  decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1, quantization_config="quantization_config" in d,
+                  sliding_window=window is not None and window < d["max_position_embeddings"])
+    for key, wrong in refuse.items():
+        if wrong:
+            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
+    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    known = {f.name for f in fields(ModelConfig)}
+    out = {k: v for k, v in d.items() if k in known and v is not None}
+    out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
+    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
+    out["rope_scaling"] = () if kind_of_rope == "default" else tuple(sorted(rope.items()))
+    eos = out.get("eos_token_id", ())
+    out["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
+    out.setdefault("num_key_value_heads", d["num_attention_heads"])
+    out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
+    if kind in ("mixtral", "qwen3_moe"):                                     # transformers 5 renames Qwen's key to Mixtral's
+        out["num_experts"] = d.get("num_local_experts", d.get("num_experts"))
+    if kind == "mixtral":
+        out["norm_topk_prob"] = True
+    elif kind == "qwen3_moe":
+        out |= dict(intermediate_size=d["moe_intermediate_size"], norm_topk_prob=d.get("norm_topk_prob", False))
+    else:
+        out["num_experts"] = 0
+    out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
+    return ModelConfig(**out)
+
+
+def to_hf(config, scalar=False):
+    """ModelConfig -> the dict that config.json holds, with both spellings of the RoPE options that are in use."""
+    d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
+    d["architectures"] = [ARCHITECTURES[config.model_type] + ("ForSequenceClassification" if scalar else "ForCausalLM")]
+    d["eos_token_id"] = list(config.eos_token_id) if len(config.eos_token_id) > 1 else next(iter(config.eos_token_id), None)
+    d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
+    scaling = dict(config.rope_scaling)
+    d["rope_scaling"] = scaling or None
+    d["rope_parameters"] = {"rope_type": "default"} | scaling | {"rope_theta": config.rope_theta}
+    if config.model_type == "mixtral":
+        d |= dict(num_local_experts=d.pop("num_experts"), sliding_window=None)
+    elif config.model_type == "qwen3_moe":
+        d |= dict(moe_intermediate_size=config.intermediate_size, decoder_sparse_step=1, mlp_only_layers=[])
+    if scalar:
+        d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})       # one label: transformers' num_labels = 1
+    return d
+
+
+MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
+           ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
+
+
+def hf_name(name, config):
+    """Our parameter's name -> the checkpoint's: a 'model.' in front of the body, and Mixtral's own names of experts."""
+    if not name.startswith(("model.", "lm_head.", "score.")):
+        name = "model." + name
+    if config.model_type == "mixtral":
+        for ours, theirs in MIXTRAL.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
+def save(model, tokenizer, path, shard_bytes=5_000_000_000):
+    """Write a Hugging Face folder: config.json, model.safetensors (several files beyond shard_bytes), tokenizer.json.
+
+    Tied heads are stored once, every tensor in its own dtype (float32 while training), so load() is bitwise equal.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, p in model.state_dict().items():
+        if shards[-1] and size + p.nbytes > shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
+        size += p.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards):
+        save_file(shard, path / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {k: name for name, shard in zip(names, shards) for k in shard}
+        total = sum(p.nbytes for s in shards for p in s.values())
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
+    d = to_hf(model.config, isinstance(model, ScalarModel))
+    (path / "config.json").write_text(json.dumps(d, indent=2))
+    ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
+    (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
+    if tokenizer is not None:
+        tokenizer.save(path)
+
+
+def tensors(path):
+    """{name: open file} of a folder's safetensors, single or sharded. Raises UserError for a missing or broken file."""
+    index = path / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    out = {}
+    for name in names:
+        try:
+            file = safe_open(path / name, "pt")
+            out |= {k: file for k in file.keys()}
+        except FileNotFoundError:
+            raise UserError(f"{path / name} is missing: the checkpoint is incomplete, copy it again") from None
+        except SafetensorError as e:
+            raise UserError(f"{path / name} is not a readable safetensors file ({e}): copy it again") from None
+    return out
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
+
+    Raises UserError that names an unknown architecture, a missing or misshapen tensor, or a tokenizer with more ids than
+    the model has rows.
+    """
+    path = checkpoint(path)
+    config = from_hf(json.loads((path / "config.json").read_text()), path / "config.json")
+    extra = path / "generation_config.json"                                  # Llama-3's chat models name all eos ids here
+    eos = json.loads(extra.read_text()).get("eos_token_id") if extra.exists() else None
+    if eos is not None:
+        config = replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,))
+    scalar = "SequenceClassification" in json.loads((path / "config.json").read_text())["architectures"][0]
+    with torch.device("meta"):
+        model = (ScalarModel if scalar else Transformer)(config)
+    stored, state = tensors(path), {}
+    for name, p in model.state_dict().items():
+        key = hf_name(name, config)
+        if key not in stored:
+            raise UserError(f"{path}: tensor {key} is missing (config.json asks for {config.num_hidden_layers} layers "
+                            f"of {config.model_type}): the checkpoint is incomplete or its config is wrong")
+        value = stored[key].get_tensor(key)
+        if value.shape != p.shape:
+            raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, config.json asks for {list(p.shape)}")
+        state[name] = value.to(device, dtype)
+    model.load_state_dict(state, assign=True)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size} "
+                        f"rows: this tokenizer.json belongs to another model")
+    return model.requires_grad_(), tokenizer
+
+
+# --- command line -------------------------------------------------------------------------------------
+
+
+def bandwidth(device):
+    """Bytes a second that a copy of 256 MB reads and writes on this device: the floor that decoding is held to."""
+    x = torch.empty(64 << 20, device=device)
+    y = torch.empty_like(x)
+    best = math.inf
+    for _ in range(4):
+        t = time.perf_counter()
+        y.copy_(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - t)
+    return 2 * x.nbytes / best
+
+
+def main(argv=None):
+    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the bandwidth floor."""
+    p = argparse.ArgumentParser(description="sample from a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
+    p.add_argument("--prompt", default="", help="text to continue, or what the user says if --chat")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
+    p.add_argument("--tokens", type=int, default=200, help="at most this many new tokens")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    p.add_argument("--top-k", type=int, default=0, help="keep only the k likeliest tokens (0: all)")
+    p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    a = p.parse_args(argv)
+    model, tokenizer = load(a.path, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
+    ids = tokenizer.render([dict(role="user", content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
+    if not a.chat and tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    if not ids:
+        raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
+    print(a.prompt, end="", flush=True)
+    made, shown, t0 = [], "", time.perf_counter()
+    for token in stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p, torch.Generator().manual_seed(a.seed)):
+        made.append(token)
+        text = tokenizer.decode(made)
+        if not text.endswith("\ufffd"):                                      # a character still short of bytes waits
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    rate = len(made) / (time.perf_counter() - t0)
+    size = sum(p.nbytes for p in model.parameters())
+    floor = bandwidth(a.device) / size
+    print(f"\n\n{len(made)} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that reading "
+          f"{size / 1e6:.1f} MB of weights per token at {bandwidth(a.device) / 1e9:.0f} GB/s would allow", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli(main)

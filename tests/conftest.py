@@ -1,0 +1,40 @@
+"""Tests run from anywhere: the repository's root goes on the path, and out/ of a test is a temporary folder."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty working directory, so that runs write their out/ there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """The real 260 K-parameter Llama checkpoint that lies beside the data sets."""
+    path = DATA_DIR.parent / "models" / "stories260k"
+    if not path.exists():
+        pytest.skip(f"no checkpoint at {path}: set DATA_DIR to the folder of real data sets")
+    return path
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: minutes; run with -m slow")

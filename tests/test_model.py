@@ -1,0 +1,410 @@
+"""model.py: the transformer against its definition, generation against the full forward, checkpoints both ways."""
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import model as M
+from data.run import UserError
+from data.tokenizer import bytes_tokenizer
+from model import (MoE, ScalarModel, Transformer, collate, from_hf, generate, init, load, load_balance_loss, masked_mean,
+                   masked_whiten, pick, preset, save, sequence_score, to_hf, token_logprobs, token_values)
+
+FAMILIES = list(M.ARCHITECTURES)
+LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0), ("original_max_position_embeddings", 32),
+          ("rope_type", "llama3"))
+
+
+def small(family="qwen3", **changes):
+    """A random model of every family: two layers, grouped queries, noisy norms and biases so that each one matters."""
+    config = preset("2x64", bytes_tokenizer(), 96, family)
+    config = replace(config, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **changes)
+    net = init(config, seed=1)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+    return net
+
+
+def ids(n, length, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, length), generator=g)
+
+
+# --- the transformer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_past_never_sees_the_future(family):
+    net, x = small(family), ids(2, 12)
+    y = x.clone()
+    y[:, 8:] = 7
+    a, b = net(x), net(y)
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-6) and not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
+
+
+def test_rope_depends_on_distance_only():
+    """q_i · k_j after rotation is a function of i - j."""
+    c = small().config
+    cos, sin = M.rope_table(c, torch.device("cpu"))
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
+    at = [(M.rotate(q, cos[i:i + 1], sin[i:i + 1]) * M.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum() for i, j in
+          ((3, 1), (50, 48), (3, 2))]
+    assert torch.allclose(at[0], at[1], atol=1e-5) and not torch.allclose(at[0], at[2], atol=1e-2)
+
+
+def test_llama3_scaling_by_hand():
+    """Old context 32, factor 8, low 1, high 4: a frequency with more than 4 turns in the old context is kept, one with less
+    than 1 is divided by 8, and 2.5 turns (smooth = 0.5) gives half of each: 0.5625 of the old."""
+    c = replace(small().config, rope_theta=10000.0, rope_scaling=LLAMA3, max_position_embeddings=96)
+    new = torch.atan2(M.rope_table(c, torch.device("cpu"))[1][1], M.rope_table(c, torch.device("cpu"))[0][1])   # angle at 1
+    old = 10000.0 ** (-torch.arange(8) / 8)
+    turns = 32 * old / (2 * math.pi)
+    smooth = ((turns - 1) / 3).clamp(0, 1)
+    assert turns[0] > 4 and new[0] == pytest.approx(1.0)
+    assert turns[-1] < 1 and torch.allclose(new[-1], old[-1] / 8)
+    middle = (turns > 1) & (turns < 4)
+    assert middle.any() and torch.allclose(new[middle], old[middle] * (smooth + (1 - smooth) / 8)[middle])
+
+
+def test_moe_is_the_weighted_sum_of_the_chosen_experts():
+    layer = small("mixtral").layers[0].mlp
+    x = torch.randn(1, 3, 64)
+    prob = layer.gate(x[0]).softmax(-1)
+    want = []
+    for t in range(3):
+        top = prob[t].topk(2)
+        want.append(sum(w * layer.experts[e](x[0, t]) for w, e in zip(top.values / top.values.sum(), top.indices.tolist())))
+    assert torch.allclose(layer(x)[0], torch.stack(want), atol=1e-5)
+
+
+def test_load_balance_loss_by_hand():
+    """4 experts, top 1, two tokens, both to expert 0 with p = (.7 .1 .1 .1) and (.4 .2 .2 .2):
+    f = (1 0 0 0), P = (.55 …), 4 * .55 = 2.2; uniform routing gives 1."""
+    config = replace(small("mixtral").config, num_experts=4, num_experts_per_tok=1, num_hidden_layers=1)
+    net = Transformer(config)
+    layer = next(m for m in net.modules() if isinstance(m, MoE))
+    layer.router_logits = torch.tensor([[.7, .1, .1, .1], [.4, .2, .2, .2]]).log()
+    assert load_balance_loss(net).item() == pytest.approx(2.2, abs=1e-6)
+    assert load_balance_loss(net, torch.tensor([[1, 0]])).item() == pytest.approx(2.8, abs=1e-6)
+    layer.router_logits = torch.eye(4) * 1e-3
+    assert load_balance_loss(net).item() == pytest.approx(1.0, abs=1e-3)
+    assert load_balance_loss(small("llama")).item() == 0
+
+
+def test_beyond_the_context_is_an_error():
+    with pytest.raises(UserError, match="200 tokens exceed the model's context of 96"):
+        small()(ids(1, 200))
+
+
+# --- scoring ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_is_the_definition(family, temperature, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 1000)                       # several chunks
+    net, x = small(family), ids(3, 11)
+    logp = torch.log_softmax(net.logits(net(x)) / temperature, -1)[:, :-1]
+    want = F.pad(logp.gather(2, x[:, 1:, None]).squeeze(2), (1, 0))
+    entropy = F.pad(-(logp.exp() * logp).sum(-1), (1, 0))
+    got, ent = token_logprobs(net, x, temperature=temperature, entropy=True)
+    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(ent, entropy, atol=1e-5)
+    mask = (torch.rand(3, 11) < 0.5).float()
+    assert torch.allclose(token_logprobs(net, x, mask, temperature=temperature), want * mask, atol=1e-5)
+
+
+def test_token_logprobs_of_nothing_is_zero():
+    assert token_logprobs(small(), ids(2, 5), torch.zeros(2, 5)).abs().sum() == 0
+
+
+def test_linear_logprob_gradients():
+    """Against autograd of the definition under random upstream gradients, and by finite differences."""
+    torch.manual_seed(0)
+    h, W = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    y, up = torch.randint(0, 11, (7,)), torch.randn(2, 7, dtype=torch.float64)
+    old, kernels.CHUNK = kernels.CHUNK, 22
+    try:
+        assert torch.autograd.gradcheck(lambda h, W: kernels.linear_logprob(h, W, y, 0.8), (h, W))
+        a = torch.autograd.grad([*kernels.linear_logprob(h, W, y, 0.8)], (h, W), [*up])
+    finally:
+        kernels.CHUNK = old
+    z = torch.log_softmax(h @ W.T / 0.8, -1)
+    b = torch.autograd.grad([z.gather(1, y[:, None]).squeeze(1), -(z.exp() * z).sum(-1)], (h, W), [*up])
+    assert all(torch.allclose(p, q, atol=1e-10) for p, q in zip(a, b))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_row_order_change_nothing(family):
+    net, rows = small(family), [(ids(1, n, n)[0].tolist(), ids(1, m, m + 50)[0].tolist()) for n, m in ((3, 9), (7, 2), (1, 5))]
+    tokens, mask = collate(rows, 256)
+    wide, wide_mask = F.pad(tokens, (0, 6), value=99), F.pad(mask, (0, 6))
+    a = token_logprobs(net, tokens, mask)
+    assert torch.allclose(a, token_logprobs(net, wide, wide_mask)[:, :tokens.size(1)], atol=1e-5)
+    assert torch.allclose(a.flip(0), token_logprobs(net, tokens.flip(0), mask.flip(0)), atol=1e-5)
+    one = torch.cat([token_logprobs(net, t, m) for t, m in zip(tokens.split(1), mask.split(1))])
+    assert torch.allclose(a, one, atol=1e-5)
+
+
+def test_collate_masks_by_length_not_by_token():
+    tokens, mask = collate([([5, 0], [0, 9]), ([1], [2])], pad=0)
+    assert tokens.tolist() == [[5, 0, 0, 9], [1, 2, 0, 0]] and mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+
+
+def test_masked_statistics_by_hand():
+    x, mask = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 99.0]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    assert masked_mean(x, mask) == 3.0
+    white = masked_whiten(x, mask)                       # mean 3, biased variance 8/3
+    assert torch.allclose(white, torch.tensor([[-1.224745, 0, 0], [1.224745, 0, 0]]), atol=1e-6)
+    assert torch.allclose(masked_whiten(x, mask, shift=False), (white + 3) * mask, atol=1e-6)
+
+
+def test_values_are_read_before_the_token_and_scores_after_it():
+    critic = ScalarModel.from_lm(small("llama"), std=1.0)
+    x = ids(2, 9)
+    raw, values = critic(x), token_values(critic, x)
+    assert torch.equal(values[:, 1:], raw[:, :-1]) and values[:, 0].abs().sum() == 0
+    y = x.clone()
+    y[:, 5:] = 3
+    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6], atol=1e-6)      # V(t=5) has not seen token 5
+    assert torch.equal(sequence_score(critic, x, torch.tensor([9, 4])), torch.stack([raw[0, 8], raw[1, 3]]))
+    assert ScalarModel.from_lm(small("llama"))(x).abs().sum() == 0
+
+
+# --- generation ---------------------------------------------------------------------------------------
+
+PROMPTS = [ids(1, n, n)[0].tolist() for n in (4, 9, 4, 1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_argmax_of_the_full_forward(family):
+    net = small(family)
+    roll = generate(net, PROMPTS, 12, temperature=0, stop=[])
+    for row, prompt in zip(roll.tokens, PROMPTS):
+        text = list(prompt)
+        for _ in range(12):
+            text.append(int(net.logits(net(torch.tensor([text]))[:, -1]).argmax()))
+        assert row[:len(text)].tolist() == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_is_the_policy(family):
+    net, stop = small(family), list(range(0, 250, 9))
+    roll = generate(net, PROMPTS, 14, samples=5, temperature=0.8, stop=stop, generator=torch.Generator().manual_seed(0))
+    logp = token_logprobs(net, roll.tokens, roll.mask, temperature=0.8)
+    assert (logp - roll.logp).abs().max() < 1e-4
+    assert 0 < roll.finished.sum() < 20                                    # the batch did shrink, and some ran on
+    for b in range(20):
+        prompt, n = PROMPTS[b // 5], int(roll.mask[b].sum())
+        assert roll.tokens[b, :len(prompt)].tolist() == prompt and roll.prompt_len[b] == len(prompt)
+        assert roll.mask[b].nonzero().flatten().tolist() == list(range(len(prompt), len(prompt) + n))
+        said = roll.tokens[b, len(prompt):len(prompt) + n].tolist()
+        assert (said[-1] in stop) == bool(roll.finished[b]) and not set(said[:-1]) & set(stop)
+        assert n == 14 or roll.finished[b]
+        assert roll.completions()[b] == (said[:-1] if roll.finished[b] else said)
+
+
+def test_other_rows_do_not_change_a_row():
+    """A row's draws are fixed beforehand: one prompt's first sample is the same whatever else is in the batch."""
+    net = small()
+    runs = [generate(net, PROMPTS[:1] + others, 10, generator=torch.Generator().manual_seed(3)) for others in ([], PROMPTS[1:2])]
+    u = torch.rand(1, 10, generator=torch.Generator().manual_seed(3))
+    v = torch.rand(2, 10, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(u[0], v[0])
+    n = int(runs[0].mask[0].sum()) + len(PROMPTS[0])
+    assert runs[0].tokens[0, :n].tolist() == runs[1].tokens[0, :n].tolist()
+
+
+def test_each_distinct_prompt_is_prefilled_once(monkeypatch):
+    net, seen, forward = small(), [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None: seen.append(tuple(t.shape)) or forward(self, t, cache))
+    generate(net, PROMPTS[:2] + PROMPTS[:2], 2, samples=8, stop=[])
+    assert seen[0] == (2, 9) and seen[1] == (32, 1)
+
+
+def test_pick_samples_the_distribution():
+    """Sampling at evenly spaced u hits every token as often as its probability says; truncation by hand."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    u = (torch.arange(1000) + 0.5) / 1000
+    logits = p.log().repeat(1000, 1)
+    token, logp = pick(logits, u)
+    assert torch.bincount(token, minlength=4).tolist() == [500, 300, 150, 50]
+    assert torch.allclose(logp, p.log()[token])
+    token, logp = pick(logits, u, top_k=2)
+    assert torch.bincount(token, minlength=4).tolist() == [625, 375, 0, 0] and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625]))
+    assert torch.bincount(pick(logits, u, top_p=0.8)[0], minlength=4).tolist() == [625, 375, 0, 0]
+    assert torch.bincount(pick(logits, u, top_p=0.81)[0], minlength=4).argmin() == 3
+    hot = torch.bincount(pick(logits, u, temperature=0.5)[0], minlength=4)         # squares: .25 .09 .0225 .0025
+    assert abs(hot[0].item() - 1000 * .25 / .365) <= 1
+    assert pick(logits, u, temperature=0)[0].unique().tolist() == [0]
+    edge = pick(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2 ** -24]))
+    assert edge[0].item() == 0 and edge[1].item() == 0
+
+
+def test_contrast_samples_the_product_of_powers():
+    """softmax(l + a (l - l')): logp of the tokens is that of the mixed logits; a = 0 is the model itself."""
+    net, other = small(), small("llama")
+    roll = generate(net, PROMPTS, 8, stop=[], contrast=(other, 0.7), generator=torch.Generator().manual_seed(0))
+    mixed = torch.log_softmax(1.7 * net.logits(net(roll.tokens)) - 0.7 * other.logits(other(roll.tokens)), -1)
+    want = F.pad(mixed[:, :-1].gather(2, roll.tokens[:, 1:, None]).squeeze(2), (1, 0)) * roll.mask
+    assert torch.allclose(roll.logp, want, atol=1e-4)
+    plain, zero = (generate(net, PROMPTS, 8, generator=torch.Generator().manual_seed(0), **kw)
+                   for kw in ({}, dict(contrast=(other, 0.0))))
+    assert torch.equal(plain.tokens, zero.tokens)
+
+
+@pytest.mark.parametrize("prompts, n, words", [
+    ([], 4, "at least one prompt"), ([[1], []], 4, "at least one token"), ([[1] * 95], 4, "exceed the context of 96")])
+def test_generate_refuses(prompts, n, words):
+    with pytest.raises(UserError, match=words):
+        generate(small(), prompts, n)
+
+
+def test_stream_gives_what_generate_gives():
+    net = small()
+    streamed = list(M.stream(net, PROMPTS[1], 10, temperature=0))
+    assert streamed == generate(net, [PROMPTS[1]], 10, temperature=0).tokens[0, 9:].tolist()[:len(streamed)]
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard", [5_000_000_000, 100_000])
+def test_save_and_load_are_bitwise_equal(family, tied, shard, tmp_path):
+    net = small(family, tie_word_embeddings=tied, rope_scaling=LLAMA3)
+    save(net, bytes_tokenizer(), tmp_path, shard)
+    back, tok = load(tmp_path)
+    assert back.config == net.config and tok.encode("hé\n") == bytes_tokenizer().encode("hé\n")
+    assert (shard > 1e6) == (tmp_path / "model.safetensors").exists()
+    a, b = net.state_dict(), back.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert all(p.requires_grad for p in back.parameters())
+
+
+def test_scalar_models_save_and_load(tmp_path):
+    net = ScalarModel.from_lm(small("qwen2", tie_word_embeddings=False), std=0.5)
+    save(net, bytes_tokenizer(), tmp_path)
+    back, _ = load(tmp_path)
+    assert isinstance(back, ScalarModel) and torch.equal(back(ids(2, 7)), net(ids(2, 7)))
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    (dict(model_type="lama"), "did you mean 'llama'"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), "rope_type 'yarn' is not supported"),
+    (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+    (dict(attention_bias=True), "attention_bias"),
+    (dict(num_hidden_layers=3), "tensor model.layers.2.input_layernorm.weight is missing"),
+    (dict(intermediate_size=64), r"mlp.gate_proj.weight has shape \[192, 64\], config.json asks for \[64, 64\]"),
+    (dict(vocab_size=128), r"embed_tokens.weight has shape"),
+])
+def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    d = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(d | change))
+    with pytest.raises(UserError, match=words):
+        net, _ = load(tmp_path)
+        net(ids(1, 3))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    net = init(replace(small().config, vocab_size=128))
+    save(net, bytes_tokenizer(), tmp_path)
+    with pytest.raises(UserError, match="tokenizer has 261 ids but the model only 128 rows"):
+        load(tmp_path)
+
+
+def test_broken_and_missing_weights_are_named(tmp_path):
+    save(small(), bytes_tokenizer(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage" * 10)
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
+        load(tmp_path)
+
+
+def test_config_json_round_trip():
+    for family in FAMILIES:
+        for config in (small(family).config, small(family, rope_scaling=LLAMA3).config):
+            assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+
+
+def test_bad_sizes_are_named():
+    for size in ("4", "4x", "4x50", "0x64", "axb"):
+        with pytest.raises(UserError, match="expected LAYERSxWIDTH"):
+            preset(size, bytes_tokenizer())
+
+
+def test_stories260k(stories):
+    """The real checkpoint: mean next-token loss of a sentence, and a bitwise round trip."""
+    net, tok = load(stories)
+    text = " Once upon a time, there was a little girl named Lily. She loved to play outside."
+    x = torch.tensor([[tok.bos, *tok.encode(text)]])
+    assert x.size(1) == 27 and -token_logprobs(net, x)[0, 1:].mean().item() == pytest.approx(0.2803, abs=5e-4)
+
+
+def test_stories260k_round_trip(stories, tmp_path):
+    net, tok = load(stories)
+    save(net, tok, tmp_path)
+    back, again = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), back.state_dict().values()))
+    assert again.encode(" Lily's dog") == tok.encode(" Lily's dog")
+
+
+def test_command_line_tells_a_story(stories, capsys):
+    M.main([str(stories), "--prompt", "Once upon a time", "--tokens", "20", "--temperature", "0"])
+    out = capsys.readouterr()
+    assert out.out.startswith("Once upon a time, there was a little girl named") and "tokens/s" in out.err
+
+
+# --- against transformers, where it is installed ------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", [(), LLAMA3])
+def test_transformers_loads_what_we_save(family, tied, rope, tmp_path):
+    hf = pytest.importorskip("transformers")
+    net = small(family, tie_word_embeddings=tied, rope_scaling=rope)
+    save(net, bytes_tokenizer(), tmp_path)
+    theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    x = ids(2, 60)
+    with torch.no_grad():
+        assert torch.allclose(theirs(x).logits, net.logits(net(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rope", [(), LLAMA3])
+def test_we_load_what_transformers_saves(family, rope, tmp_path):
+    hf = pytest.importorskip("transformers")
+    d = to_hf(small(family, rope_scaling=rope, tie_word_embeddings=False).config)
+    config = hf.AutoConfig.for_model(family, **{k: v for k, v in d.items() if k not in ("model_type", "architectures")})
+    torch.manual_seed(0)
+    theirs = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="150KB")
+    bytes_tokenizer().save(tmp_path)
+    ours, _ = load(tmp_path)
+    x = ids(2, 60)
+    with torch.no_grad():
+        assert torch.allclose(theirs(x).logits, ours.logits(ours(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_transformers_loads_our_reward_models(family, tmp_path):
+    hf = pytest.importorskip("transformers")
+    net = ScalarModel.from_lm(small(family), std=0.5)
+    save(net, bytes_tokenizer(), tmp_path)
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    x = ids(3, 20)
+    with torch.no_grad():
+        assert torch.allclose(theirs(x).logits[:, 0], sequence_score(net, x, torch.tensor([20] * 3)), atol=1e-4)

@@ -1,0 +1,251 @@
+"""data/run.py: configuration, the run's folder, resume, intervals and verdicts."""
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from data import run
+from data.run import Claim, Run, UserError, batch_indices, configure, interval, read_log, verdict
+
+
+@dataclass(frozen=True)
+class Config:
+    config: str = ""
+    loss: str = "a"              # which loss
+    lr: float = 1e-3             # peak learning rate
+    steps: int = 4               # steps
+    flag: bool = False           # a switch
+    name: str = "x"              # a text
+    stop: int = 0
+    keep: int = 2
+    seed: int = 0
+    out: str = ""
+    resume: bool = False
+
+
+def a(x, *, beta=0.1):
+    """first loss"""
+    return x * beta
+
+
+def b(x, *, gamma=1.0, beta=0.2):
+    """second loss"""
+    return x * gamma * beta
+
+
+def k(x, *, beta=0.5):
+    """a fixed part"""
+    return x * beta
+
+
+PRESETS = dict(fast=dict(lr=0.1, steps=2), second=dict(loss="b", gamma=3.0))
+AXES = dict(loss=dict(a=a, b=b, PATH=b), kl=dict(k=k))
+
+
+def conf(*argv):
+    return configure(Config, PRESETS, AXES, "doc", argv)
+
+
+def test_order_of_force(tmp_path):
+    """defaults < presets and TOML files from left to right < the command line"""
+    toml = tmp_path / "my.toml"
+    toml.write_text("lr = 0.5\nname = 'toml'\n")
+    assert conf()[0].lr == 1e-3
+    assert conf("--config", "fast")[0].lr == 0.1
+    assert conf("--config", f"fast,{toml}")[0].lr == 0.5
+    assert conf("--config", f"{toml},fast")[0].lr == 0.1
+    assert conf("--lr", "7", "--config", f"{toml},fast")[0].lr == 7.0
+    assert conf("--config", f"{toml}")[0].name == "toml"
+
+
+def test_functions_arrive_with_their_numbers_bound(tmp_path):
+    assert conf()[1].loss(10) == pytest.approx(1.0)
+    assert conf("--config=second")[1].loss(10) == pytest.approx(6.0)
+    assert conf("--beta=2")[1].loss(10) == 20 and conf("--beta=2")[1].kl(10) == 20          # a shared key reaches both
+    assert conf("--kl.beta=2")[1].loss(10) == pytest.approx(1.0) and conf("--kl.beta=2")[1].kl(10) == 20
+    assert conf("--loss", str(tmp_path), "--gamma", "5")[1].loss(1) == pytest.approx(1.0)   # the row PATH
+
+
+@pytest.mark.parametrize("text, value", [("--flag", True), ("--flag=false", False), ("--flag true", True)])
+def test_switches(text, value):
+    assert conf(*text.split())[0].flag is value
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lrr", "1"], "unknown key --lrr; did you mean 'lr'"),
+    (["--lr", "fast"], "--lr fast: expected float"),
+    (["--steps", "1.5"], "--steps 1.5: expected int"),
+    (["--flag=maybe"], "--flag maybe: expected bool"),
+    (["--config", "fsat"], "no preset 'fsat'; did you mean 'fast'"),
+    (["--config", "nowhere.toml"], "no config file nowhere.toml"),
+    (["--gamma", "1"], "unknown key --gamma; it belongs to loss 'b'"),
+    (["--loss", "c"], "no loss 'c'"),
+    (["--lr"], "--lr needs a value"),
+    (["lr=1"], "unexpected argument 'lr=1'"),
+    (["--steps=-1"], "--steps -1: must be positive"),
+])
+def test_bad_command_lines_name_the_thing_and_the_cure(argv, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        conf(*argv)
+
+
+def test_bad_toml_is_named(tmp_path):
+    (tmp_path / "x.toml").write_text("lr = = 1")
+    with pytest.raises(UserError, match="x.toml is not valid TOML"):
+        conf("--config", str(tmp_path / "x.toml"))
+
+
+def test_help_shows_every_field_preset_and_argument(capsys):
+    with pytest.raises(SystemExit) as stop:
+        conf("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in text for word in ("peak learning rate", "fast", "lr=0.1", "--gamma 1.0", "second loss", "--beta"))
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+    def main():
+        raise UserError("the thing: do that")
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: the thing: do that\n"
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.cli(main)
+
+
+def test_out_of_memory_names_micro(capsys):
+    def main():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(SystemExit):
+        run.cli(main)
+    assert "--micro" in capsys.readouterr().err
+
+
+# --- the folder ---------------------------------------------------------------------------------------
+
+
+def fake(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_run_leaves_its_traces_and_keeps_the_newest(workdir):
+    c, f = conf("--config", "fast", "--steps", "5")
+    with Run(c, f, "t", {"loss": ["loss"]}) as r:
+        for step in r.steps(c.steps):
+            r.log(step + 1, loss=1.0 / (step + 1))
+            r.save(step + 1, fake, x=torch.tensor(step))
+        r.finish(loss=0.2)
+    folder = workdir / "out/t/fast"
+    assert r.folder.resolve() == folder and (folder / "curve.png").stat().st_size > 1000
+    assert [row["step"] for row in read_log(folder)] == [1, 2, 3, 4, 5]
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-000004", "step-000005"]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["config"]["lr"] == 0.1 and info["config"]["loss.beta"] == 0.1 and info["result"] == {"loss": 0.2}
+    assert run.checkpoint(folder).name == "step-000005" and run.result(folder) == {"loss": 0.2}
+
+
+def test_a_second_run_never_overwrites_the_first(workdir):
+    c, f = conf()
+    assert [Run(c, f, "t").folder.name for _ in range(3)] == ["default", "default-2", "default-3"]
+    c, f = conf("--out", "here")
+    Run(c, f, "t")
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        Run(c, f, "t")
+
+
+def test_resume_takes_the_state_and_drops_rows_and_folders_that_came_later(workdir):
+    c, f = conf("--out", "here")
+    with Run(c, f, "t") as r:
+        for step in r.steps(4):
+            r.log(step + 1, loss=1.0)
+            if step == 1:
+                r.save(2, fake, x=torch.tensor(7))
+    (workdir / "here/step-000003.tmp").mkdir()                       # as if killed while writing
+    with open("here/log.jsonl", "a") as file:
+        file.write('{"step": 5, "los')
+    c, f = conf("--out", "here", "--resume")
+    with Run(c, f, "t") as r:
+        assert r.start == 2 and int(r.state["x"]) == 7 and list(r.steps(4)) == [2, 3]
+        r.log(3, loss=2.0)
+    assert [(x["step"], x["loss"]) for x in read_log("here")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert not list((workdir / "here").glob("*.tmp"))
+
+
+def test_resume_with_other_settings_is_refused(workdir):
+    Run(*conf("--out", "here"), "t")
+    with pytest.raises(UserError, match="lr was 0.001 and is now 0.5"):
+        Run(*conf("--out", "here", "--resume", "--lr", "0.5"), "t")
+    with pytest.raises(UserError, match="no run in nowhere"):
+        Run(*conf("--out", "nowhere", "--resume"), "t")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workdir):
+    with Run(*conf(), "t") as r:
+        r.save(3, fake)
+        with pytest.raises(UserError, match=r"loss became nan at step 4; the last good checkpoint is .*step-000003"):
+            r.log(4, loss=math.nan)
+
+
+def test_checkpoint_names_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        run.checkpoint(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither config.json nor step"):
+        run.checkpoint(tmp_path)
+
+
+def test_batches_cover_every_row_once_an_epoch_and_depend_on_seed_and_step_only():
+    seen = torch.cat([batch_indices(10, 4, step, 1) for step in range(5)])            # two epochs of ten rows
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist() != list(range(10))
+    assert batch_indices(10, 4, 3, 1).tolist() == seen[12:16].tolist()
+    assert batch_indices(10, 4, 3, 2).tolist() != seen[12:16].tolist()
+    with pytest.raises(UserError, match="empty"):
+        batch_indices(0, 4, 0, 0)
+
+
+# --- claims -------------------------------------------------------------------------------------------
+
+
+def test_interval_by_hand():
+    """1, 2, 3: mean 2, s = 1, t(2) = 4.303, half width 4.303 / sqrt(3) = 2.484338"""
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(2.484338, abs=1e-6)
+    assert interval([1.0])[1] == math.inf
+
+
+@pytest.mark.parametrize("diffs, better, word", [
+    ([1.0, 1.1, 0.9], "higher", "holds"), ([1.0, 1.1, 0.9], "lower", "does not hold"),
+    ([-1.0, -1.1, -0.9], "higher", "does not hold"), ([1.0, -1.0, 0.5], "higher", "undecided"), ([5.0], "higher", "undecided"),
+])
+def test_verdict_comes_from_the_interval(diffs, better, word):
+    assert verdict(diffs, better) == word
+
+
+def claim_train(c, f):
+    with Run(c, f, "t") as r:
+        return r.finish(score=c.lr + 0.01 * c.seed)
+
+
+def claim_setup(argv):
+    return configure(Config, PRESETS, AXES, "", argv)
+
+
+def test_a_claim_runs_every_arm_and_concludes(workdir):
+    claim = Claim("fast is better", "none", arms=dict(ours="fast", base="second"), metric="score",
+                  tests={"ours - base": {"ours": 1, "base": -1}, "base - ours": {"ours": -1, "base": 1}},
+                  conclude=lambda v: " / ".join(v.values()))
+    report = run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=2)
+    assert report["verdict"] == "holds / does not hold"
+    assert report["arms"]["ours"]["score"]["values"] == pytest.approx([0.1, 0.11, 0.12])
+    assert json.loads((workdir / "data/results/c.json").read_text())["tests"][0]["difference"] == pytest.approx(0.099)
+    assert (workdir / "data/results/c.png").exists()
+    stamp = (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns
+    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=1)             # finished arms are reused
+    assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp
