@@ -1,0 +1,463 @@
+"""
+tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE trained here, a checkpoint's own.
+
+    tok = get("bytes")                    # 256 bytes and five specials; or a checkpoint's folder, or "gpt2"
+    tok = train_bpe(texts, 2048)          # 4 MB of Python source: 2 s on one core
+    ids = tok.encode("def f(x):")         # adds no BOS or EOS; "<|im_end|>" in the text stays plain text
+    ids = tok.render([{"role": "user", "content": "2+2?"}])             # the chat template's ids
+    tok.save(folder); Tokenizer.load(folder)      # Hugging Face files: transformers gives the same ids
+
+Map      1 bytes and letters   2 chat templates   3 the tokenizer   4 tokenizer.json   5 made here
+Ranks    tiktoken merges by rank: 0..255 are the bytes, 256 + i the i-th merged token; a table gives the ids.
+Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for NFC or a prefix space.
+"""
+import heapq
+import json
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+from tqdm import tqdm
+
+from data.run import UserError, nearest
+
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")       # of what is made here
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM: digits one by one, then GPT-2.  As one pattern, a digit ends a run of spaces as the text's end does.
+DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# Qwen2's pattern, our default: single digits (arithmetic is learnable), line breaks apart from indentation.
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+
+
+def total(pattern):
+    """The pattern plus one more alternative: the runs of text in which it matches nowhere.
+
+    tiktoken silently drops such text; Hugging Face's "Isolated" keeps each run as one piece, and so do we.
+    """
+    return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
+
+
+# --- 1 bytes and letters ------------------------------------------------------------------------------
+
+# GPT-2's alphabet, one visible letter for each byte: the printable ones stand for themselves, " " is "Ġ".
+LETTER = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
+BYTE = {letter: b for b, letter in LETTER.items()}
+
+
+def letters(token):
+    """Bytes -> the string that stands for them in tokenizer.json.   b" the" -> "Ġthe" """
+    return "".join(LETTER[b] for b in token)
+
+
+def spelled(text):
+    """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as in HF's decoder."""
+    try:
+        return bytes([BYTE[c] for c in text])
+    except KeyError:
+        return text.encode()
+
+
+# --- 2 chat templates ---------------------------------------------------------------------------------
+
+class Chat(NamedTuple):
+    """A template as (special token, plain text after it) pairs, and the same in Jinja for transformers."""
+    begin: list          # once, before the first message
+    turn: object         # (role, content) -> pairs
+    reply: list          # opens the assistant's turn
+    jinja: str
+
+
+def chatml_turn(role, content):
+    return [("<|im_start|>", f"{role}\n{content}"), ("<|im_end|>", "\n")]
+
+
+def llama3_turn(role, content):
+    text = f"\n\n{content.strip()}"
+    return [("<|start_header_id|>", role), ("<|end_header_id|>", text), ("<|eot_id|>", "")]
+
+
+ROLES = ("system", "user", "assistant")
+CHATS = dict(
+    chatml=Chat([], chatml_turn, [("<|im_start|>", "assistant\n")],
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '\n' + m['content'] }}<|im_end|>{{ '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"),
+    llama3=Chat([("<|begin_of_text|>", "")], llama3_turn,
+        [("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")],
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
+        "{{ '\n\n' + m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}{% endif %}"),
+)
+MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}       # the special that tells a template
+
+
+# --- 3 the tokenizer ----------------------------------------------------------------------------------
+
+class Tokenizer:
+    """Text <-> ids.  A loaded one saves its files unchanged; one made here writes tokenizer.json anew.
+
+    tokens    id -> bytes, special tokens included, holes b""
+    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in merge order
+    specials  text -> id of the special and the added tokens; visible: ids of those that decode always shows
+    direct    a piece that is a token is taken whole, even if no merges lead to it (HF: ignore_merges)
+    """
+
+    def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(), nfc=False,
+                 prefix_space=False, direct=False, files=()):
+        self.tokens, self.order, self.specials, self.pattern = tokens, order, specials, pattern
+        self.bos, self.eos, self.pad, self.direct = bos, eos, pad, direct
+        self.nfc, self.prefix_space, self.files = nfc, prefix_space, dict(files)
+        self.hidden = (set(specials.values()) | {bos, eos, pad}) - set(visible)
+        self.chat = next((MARKS[mark] for mark in MARKS if mark in specials), "")
+        longest_first = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        self.split = re.compile(f"({longest_first or '(?!)'})")
+        ranks = {bytes([b]): b for b in range(256)} | {tokens[i]: 256 + n for n, i in enumerate(order[256:])}
+        try:
+            self.engine = tiktoken.Encoding("", pat_str=total(pattern), mergeable_ranks=ranks,
+                                            special_tokens={})
+        except ValueError as e:
+            raise UserError(f"tiktoken cannot compile the pattern {pattern!r} ({e}): choose another") from e
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: the rows that an embedding needs."""
+        return len(self.tokens)
+
+    def plain(self, text) -> list[int]:
+        """Ids of a text in which nothing is special."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = " " + text if self.prefix_space and text and text[0] != " " else text
+        ids = [self.order[rank] for rank in self.engine.encode_ordinary(text)]
+        if -1 in ids:
+            lost = [c for c in text if any(self.order[b] < 0 for b in c.encode("utf-8", "surrogatepass"))]
+            raise UserError(f"no token for {[*lost, text][0]!r}: take it out or widen the alphabet")
+        return ids
+
+    def encode(self, text: str, specials=False) -> list[int]:
+        """Ids of a text, no BOS or EOS added.  A special token's text is plain text unless specials=True."""
+        if not specials:
+            return self.plain(text)
+        parts = enumerate(self.split.split(text))            # plain, special, plain, special, ..., plain
+        return [i for n, part in parts for i in ([self.specials[part]] if n % 2 else self.plain(part))]
+
+    def decode(self, ids, skip_specials=True) -> str:
+        """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an id without a token nothing."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        hidden = self.hidden if skip_specials else ()
+        known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
+        return b"".join(known).decode("utf-8", "replace")
+
+    def prompt(self, problem, chat=False) -> list[int]:
+        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages"]}.
+
+        BOS (where there is one) and the text; with chat the rendered messages, or the text as the user's turn.
+        """
+        problem = {"prompt": problem} if isinstance(problem, str) else problem
+        if chat:
+            return self.render(problem.get("messages") or [{"role": "user", "content": problem["prompt"]}])
+        return ([] if self.bos is None else [self.bos]) + self.encode(problem["prompt"])
+
+    def render(self, messages, reply=True) -> list[int]:
+        """[{"role", "content"}] -> ids.  No content can become a special token; reply opens the answer."""
+        if not self.chat:
+            raise UserError("the tokenizer has no chat template: it needs the specials <|im_start|> and "
+                            "<|im_end|> (ChatML) or those of Llama 3; get('bytes') and train_bpe have them")
+        chat = CHATS[self.chat]
+        pairs = list(chat.begin)
+        for n, m in enumerate(messages):
+            if missing := [key for key in ("role", "content") if not isinstance(m.get(key), str)]:
+                raise UserError(f"message {n} has no text under {missing[0]!r}: write "
+                                '{"role": "user", "content": "..."}')
+            if m["role"] not in ROLES:
+                raise UserError(f"message {n} has the unknown role {m['role']!r}{nearest(m['role'], ROLES)}")
+            pairs += chat.turn(m["role"], m["content"])
+        pairs += chat.reply if reply else []
+        if absent := [special for special, _ in pairs if special not in self.specials]:
+            raise UserError(f"the {self.chat} template needs the special token {absent[0]}: add it to the "
+                            "added_tokens of tokenizer.json")
+        return [i for special, text in pairs for i in [self.specials[special], *self.plain(text)]]
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, text in (self.files or hf_files(self)).items():
+            (Path(folder) / name).write_bytes(text.encode())
+
+    @staticmethod
+    def load(folder) -> "Tokenizer":
+        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name bos, eos and pad."""
+        path = Path(folder) / "tokenizer.json"
+        spec = read_json(path)
+        pairs, vocab, added = *read_model(spec, path), spec.get("added_tokens", [])
+        pattern, prefix_space = read_pattern(spec.get("pre_tokenizer"))
+        specials = {a["content"]: a["id"] for a in added}
+        tokens = [b""] * (1 + max([*vocab.values(), *specials.values()]))
+        for text, i in [*vocab.items(), *specials.items()]:
+            tokens[i] = text.encode() if text in specials else spelled(text)
+        ids = {spelled(text): i for text, i in vocab.items() if all(c in BYTE for c in text)}
+        merged = reachable(pairs)
+        if lost := [token for token in merged if token not in ids]:
+            raise UserError(f"{path}: a merge makes {letters(lost[0])!r}, which the vocabulary lacks: "
+                            "download it again")
+        direct = bool(spec["model"].get("ignore_merges"))
+        if direct:
+            # HF takes a token that no merge makes if it is a whole piece; here it also merges, after the
+            # others: the same where every split is listed (Llama 3), for then its halves never stand alone
+            rest = ids.keys() - set(merged) - {text.encode() for text in specials}
+            merged += sorted((token for token in rest if len(token) > 1), key=ids.get)
+        order = [ids.get(bytes([b]), -1) for b in range(256)] + [ids[token] for token in merged]
+        kept = {name: path.with_name(name) for name in KEPT if path.with_name(name).exists()}
+        settings = [read_json(path.with_name(name)) for name in SETTINGS if path.with_name(name).exists()]
+        return Tokenizer(
+            tokens, order, specials, pattern=pattern, prefix_space=prefix_space, direct=direct,
+            **{end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")},
+            visible=[a["id"] for a in added if not a["special"]], nfc=read_nfc(spec.get("normalizer")),
+            files={name: file.read_bytes().decode() for name, file in kept.items()})
+
+
+# --- 4 tokenizer.json ---------------------------------------------------------------------------------
+
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
+
+
+def read_json(path) -> dict:
+    """A JSON file, or one line that says why not."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} does not exist: copy it from the checkpoint's page; if that has only a "
+                        f"SentencePiece tokenizer.model, {CHOOSE}") from e
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}): download it again") from e
+
+
+def read_model(spec, path):
+    """tokenizer.json -> (merges as pairs of bytes, vocabulary string -> id)."""
+    model = spec.get("model") or {}
+    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else model.get("type", "BPE")
+    affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if kind != "BPE" or affix or "merges" not in model:
+        affix = f" with {affix!r} around words" if affix else ""
+        raise UserError(f"{path} holds {kind}{affix}, not byte-level BPE: {CHOOSE}")
+    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    return [(spelled(left), spelled(right)) for left, right in merges], model["vocab"]
+
+
+def read_pattern(pre):
+    """pre_tokenizer of tokenizer.json -> (one regular expression, prefix space?)."""
+    match pre.get("pretokenizers", [pre]) if pre else []:
+        case [{"type": "ByteLevel", **level}]:
+            return GPT2 if level.get("use_regex", True) else r"[\s\S]+", level.get("add_prefix_space", True)
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return re.sub(r"\{1,\d+\}\+", "+", pattern), False           # HF reads x{1,3}+ as (x{1,3})+
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, **level}] if level.get("use_regex", True):
+            return DIGITS, False
+        case steps:
+            kinds = " + ".join(step["type"] for step in steps) or "none"
+            raise UserError(f"the pre_tokenizer ({kinds}) is not one pattern, then bytes: {CHOOSE}")
+
+
+def read_nfc(normalizer) -> bool:
+    """normalizer of tokenizer.json -> compose characters (NFC) before encoding?
+
+    HF's library has older Unicode tables than Python: 98 combining marks that came later (counted with
+    Python 3.11) compose differently beside another mark.
+    """
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if other := [step["type"] for step in steps if step["type"] != "NFC"]:
+        raise UserError(f"the normalizer {other[0]} is not NFC: {CHOOSE}")
+    return bool(steps)
+
+
+def read_id(end, settings, ids):
+    """Id of "bos", "eos" or "pad": the first file that has the key decides, null included."""
+    for setting in settings:
+        for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id") if key in setting):
+            value = value["content"] if isinstance(value, dict) else value
+            value = value[0] if isinstance(value, list) else value          # several ends: the first counts
+            if isinstance(value, str) and value not in ids:
+                raise UserError(f"{end}_token {value!r} is not in tokenizer.json: add it to its added_tokens")
+            return ids.get(value, value)
+    return None
+
+
+def reachable(pairs) -> list[bytes]:
+    """Tokens that Hugging Face's merging can produce, in the order of the pairs that produce them.
+
+    HF joins only the listed pairs, tiktoken any two neighbours whose bytes are a token.  They agree once the
+    tokens are dropped that HF does not reach from their own bytes: inside a text, as long as no merge crosses
+    a token's ends, its bytes go through the same states as they do alone.  So two neighbours that join to it
+    are always the last of these states, the listed pair; and tiktoken may take a whole piece at once.
+    """
+    rank, found = {pair: n for n, pair in enumerate(pairs)}, {}
+    for token in {left + right for left, right in pairs}:
+        parts = [token[i:i + 1] for i in range(len(token))]
+        near = [rank.get(pair, len(pairs)) for pair in zip(parts, parts[1:])]             # rank of each joint
+        while near and (low := min(near)) < len(pairs):
+            at = near.index(low)
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+            lo, hi = max(at - 1, 0), at + 2
+            near[lo:hi] = [rank.get(pair, len(pairs)) for pair in zip(parts[lo:hi - 1], parts[lo + 1:hi])]
+        if len(parts) == 1:
+            found[token] = low
+    return sorted(found, key=found.get)
+
+
+def hf_files(tok) -> dict[str, str]:
+    """The two JSON files of a tokenizer made here.
+
+    Every split of every token is listed as a merge, in rank order: tiktoken joins any neighbours whose bytes
+    are a token, and HF then does the same.
+    """
+    merged, known = [tok.tokens[i] for i in tok.order[256:]], {tok.tokens[i] for i in tok.order if i >= 0}
+    merges = [(letters(token[:n]), letters(token[n:])) for token in merged for n in range(1, len(token))
+              if token[:n] in known and token[n:] in known]
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # HF reads x{1,3}+ as (x{1,3})+
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    vocab = {letters(tok.tokens[i]): i for i in tok.order if i >= 0} | tok.specials
+    literal = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=i, content=text, **literal) for text, i in tok.specials.items()]
+    spec = dict(version="1.0", added_tokens=added, decoder=level,
+                pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]),
+                model=dict(type="BPE", ignore_merges=tok.direct, vocab=vocab, merges=merges))
+    text = {i: text for text, i in tok.specials.items()}
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
+                  bos_token=text.get(tok.bos), eos_token=text.get(tok.eos), pad_token=text.get(tok.pad))
+    config |= {"chat_template": CHATS[tok.chat].jinja} if tok.chat else {}
+    return {"tokenizer.json": json.dumps(spec, ensure_ascii=False, indent=1),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)}
+
+
+# --- 5 made here --------------------------------------------------------------------------------------
+
+def made(merged, pattern=PATTERN) -> Tokenizer:
+    """Ids in this order: 256 bytes, the merged tokens, SPECIALS."""
+    tokens = [bytes([b]) for b in range(256)] + merged
+    specials = {text: len(tokens) + n for n, text in enumerate(SPECIALS)}
+    return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(len(tokens))), specials,
+                     pad=len(tokens), bos=len(tokens) + 1, eos=len(tokens) + 2, pattern=pattern)
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """No merges at all: 256 bytes and the specials, 261 ids."""
+    return made([])
+
+
+def char_tokenizer(alphabet: str) -> Tokenizer:
+    """<|pad|> <|bos|> <|eos|> are 0, 1, 2, then one id for each character of a small ASCII alphabet."""
+    if odd := [c for c, n in Counter(alphabet).items() if n > 1 or not c.isascii()]:
+        raise UserError(f"the alphabet's {odd[0]!r} is repeated or not ASCII: give each ASCII character once")
+    specials = {text: n for n, text in enumerate(SPECIALS[:3])}
+    at = {c: 3 + n for n, c in enumerate(alphabet)}
+    return Tokenizer([text.encode() for text in [*specials, *alphabet]],
+                     [at.get(chr(b), -1) for b in range(256)], specials, pad=0, bos=1, eos=2)
+
+
+def for_re(pattern):
+    r"""The pattern for Python's own re, which knows no \p{L}: each becomes the ranges of its code points."""
+    @cache
+    def ranges(kind):
+        codes = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(kind))
+        runs = [[c for _, c in run] for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0])]
+        return "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs)
+    bracketed = re.sub(r"(\[[^\]]*\])|(\\p\{\w+\})", lambda hit: hit[1] or f"[{hit[2]}]", pattern)
+    try:
+        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda hit: ranges(hit[1]), bracketed))
+    except re.error as e:
+        raise UserError(f"Python cannot compile the pattern {pattern!r} ({e}): choose another one") from e
+
+
+def train_bpe(texts, vocab_size: int, pattern=PATTERN) -> Tokenizer:
+    """Byte-pair encoding (arXiv:1508.07909 alg. 1) on bytes.  vocab_size counts bytes, merges and specials.
+
+    Each step joins the most frequent pair of neighbours; ties go to the smallest pair of ids, so the result
+    is a function of the texts alone.
+    """
+    if vocab_size < 256 + len(SPECIALS):
+        raise UserError(f"vocab_size {vocab_size} is below the 256 bytes and {len(SPECIALS)} specials: "
+                        f"give at least {256 + len(SPECIALS)}")
+    split, times = for_re(total(pattern)), Counter()
+    for text in [texts] if isinstance(texts, str) else texts:
+        times.update(hit[0] for hit in split.finditer(text))
+    words = [word.encode("utf-8", "replace").decode("latin-1") for word in times]
+    tokens = grow(words, list(times.values()), vocab_size - len(SPECIALS))
+    if short := vocab_size - len(SPECIALS) - len(tokens):
+        raise UserError(f"vocab_size {vocab_size} is {short} more than the texts give: lower it or add text")
+    return made(tokens[256:], pattern)
+
+
+def grow(words, times, size) -> list[bytes]:
+    """The first `size` tokens of the words, each of which occurs `times` times; fewer when no pair is left.
+
+    A word is a string with one character for each token, chr(id), so that str.replace is the merge.  Counts
+    change only in the words that hold the merged pair; the heap's entries are checked when they come up.
+    """
+    tokens, taken = [bytes([b]) for b in range(256)], {text.encode() for text in SPECIALS}
+    count, where = Counter(), defaultdict(set)                        # pair -> occurrences, words that had it
+    for n, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count[pair] += times[n]
+            where[pair].add(n)
+    heap = [(-c, pair) for pair, c in count.items()]
+    heapq.heapify(heap)
+    with tqdm(total=size, initial=256, desc="train bpe", unit=" tokens", delay=1) as bar:
+        while heap and len(tokens) < size:
+            c, (left, right) = heapq.heappop(heap)
+            if -c != (now := count[left, right]):                     # stale: other merges took some places
+                heapq.heappush(heap, (-now, (left, right)))
+                continue
+            token, new, fresh = tokens[ord(left)] + tokens[ord(right)], chr(len(tokens)), set()
+            if now == 0 or token in taken:                            # a special's text must stay plain text
+                continue
+            tokens.append(token)
+            for n in where.pop((left, right)):
+                old, words[n] = words[n], words[n].replace(left + right, new)
+                for pair in zip(old, old[1:]):
+                    count[pair] -= times[n]
+                for pair in zip(words[n], words[n][1:]):
+                    count[pair] += times[n]
+                    if new in pair:
+                        where[pair].add(n)
+                        fresh.add(pair)
+            for pair in fresh:                                        # only pairs with the new token can grow
+                heapq.heappush(heap, (-count[pair], pair))
+            bar.update()
+    return tokens
+
+
+def named(name: str) -> Tokenizer:
+    """One of tiktoken's encodings (gpt2, cl100k_base, ...), downloaded once into TIKTOKEN_CACHE_DIR."""
+    if name not in (known := tiktoken.list_encoding_names()):
+        raise UserError(f"{name!r} is neither a folder nor an encoding{nearest(name, ['bytes', *known])}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as e:
+        raise UserError(f"tiktoken must download {name!r} once and is offline ({type(e).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to a folder filled elsewhere, or use 'bytes'") from e
+    ranks, specials = encoding._mergeable_ranks, dict(encoding._special_tokens)
+    tokens = [b""] * (1 + encoding.max_token_value)
+    for token, i in [*ranks.items(), *((text.encode(), i) for text, i in specials.items())]:
+        tokens[i] = token
+    merged = sorted(i for token, i in ranks.items() if len(token) > 1)
+    end = specials.get("<|endoftext|>")                      # opens and closes a document, as GPT-2 does
+    return Tokenizer(tokens, [ranks[bytes([b])] for b in range(256)] + merged, specials, bos=end, eos=end,
+                     pad=None, pattern=encoding._pat_str, direct=True)
+
+
+def get(name_or_path) -> Tokenizer:
+    """"bytes", a checkpoint's folder, or a named encoding of tiktoken."""
+    if str(name_or_path) == "bytes":
+        return bytes_tokenizer()
+    return Tokenizer.load(name_or_path) if Path(name_or_path).is_dir() else named(str(name_or_path))
