@@ -17,17 +17,19 @@ ppo         1707.06347           the clipped surrogate with the details of 2403.
 likelihood  control of srppo     the same with log π_sft alone: does the base model matter?
 raft        2304.06767           no critic: maximise the likelihood of the best of each prompt's 16 samples by the same reward
 sft         baseline of srppo    no step at all: the SFT model, sampled
-greedy      control of srppo     ... at temperature 0          half   ... at temperature 0.5
+greedy      control of srppo     ... at temperature 0
+half        control of srppo     ... at temperature 0.5
 bon         control of srppo     ... best of 16 by the coherent reward
 contrast    control of srppo     ... sampled from π_sft (π_sft / π_base)^alpha
 toyif       world                the synthetic instruction-following world of data/prefs.py, gold reward known
 docs        world                signatures -> docstrings of the standard library (the default)
+tiny        size                 seconds on any CPU, its base model included
 Watch    reward should rise while kl stays a few nats per response; ev (explained variance of the critic) leaves 0 within
          ten steps. A length that runs away means the reward pays per token. kl is k1, signed: it may dip below 0 on a batch.
 """
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -61,7 +63,7 @@ class Config:
     epochs: int = 2              # passes over each rollout
     batch: int = 64              # completions per optimizer step
     micro: int = 64              # completions per forward pass: lower it when memory runs out, results do not change
-    lr: float = 5e-5             # policy's learning rate, falling linearly to 0
+    lr: float = 2e-4             # policy's learning rate, falling linearly to 0
     critic_lr: float = 5e-4      # critic's
     temperature: float = 1.0     # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
@@ -77,21 +79,20 @@ class Config:
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
-COHERENT = dict(reward="coherent", no_eos=-5.0, beta=1.0)
 PRESETS = dict(
-    srppo=COHERENT,                                                    # hyper-parameters ours: the paper's are not public
+    srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),              # the defaults: ours, the paper's are not public
     ppo=dict(reward="gold", beta=0.05, no_eos=0.0),                    # 2403.17031: beta .05, eps .2, lam .95, gamma 1
-    likelihood=COHERENT | dict(reward="likelihood"),
-    raft=COHERENT | dict(advantage="best", surrogate="nll", rollouts=8, samples=16, epochs=1, batch=128, lr=2e-4),
-    sft=COHERENT | dict(steps=0),
-    greedy=COHERENT | dict(steps=0, eval_temperature=0.0),
-    half=COHERENT | dict(steps=0, eval_temperature=0.5),
-    bon=COHERENT | dict(steps=0, decode="bon", n=16),
-    contrast=COHERENT | dict(steps=0, decode="contrast"),
+    likelihood=dict(reward="likelihood"),
+    raft=dict(advantage="best", surrogate="nll", rollouts=8, samples=16, epochs=1, batch=128),
+    sft=dict(steps=0),
+    greedy=dict(steps=0, eval_temperature=0.0),
+    half=dict(steps=0, eval_temperature=0.5),
+    bon=dict(steps=0, decode="bon", n=16),
+    contrast=dict(steps=0, decode="contrast"),
     alpha05=dict(alpha=0.5),
     alpha2=dict(alpha=2.0),
     docs=dict(),                                                       # the defaults
-    toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1, steps=60,
+    toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1, steps=60, lr=5e-5,
                eval_every=20, save_every=1000, keep=1),
     n64=dict(init="base:toyif,n64"),                                   # SFT on 64 demonstrations instead of 512
     more=dict(init="base:toyif,more"),                                 # SFT for as many more gradient steps as PPO makes
@@ -133,7 +134,7 @@ def learned(judged, *, clamp=0.0):
 REWARDS = dict(coherent=coherent, likelihood=likelihood, gold=gold, PATH=learned)
 
 
-def eos_replace(score, finished, *, no_eos=-1.0):
+def eos_replace(score, finished, *, no_eos=-5.0):
     """A response without EOS scores no_eos, whatever the reward says (2403.17031, detail 'EOS trick').   [B] -> [B]"""
     return torch.where(finished, score, torch.full_like(score, no_eos))
 
@@ -176,7 +177,7 @@ def next_beta(beta, kl, n, *, target=0.0, horizon=10000):
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon) if target else beta
 
 
-def token_rewards(score, logp, ref_logp, mask, coefficient, *, beta=0.05):
+def token_rewards(score, logp, ref_logp, mask, coefficient, *, beta=1.0):
     """r_t = -β k1_t, and the response's score on its last token.   score [B], the rest [B, T] -> [B, T]
 
     coefficient: the controller's current factor on beta.
@@ -334,23 +335,37 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
 # --- train --------------------------------------------------------------------------------------------
 
 
+def calibrate(policy, models, problems, task, tok, c, f, max_new, generator):
+    """Mean and std of the run's score over the SFT model's own samples, and a reward model's bias (its mean there).
+
+    All token rewards are divided by that std, and the score is centred first. Neither changes what is optimised (the KL
+    term is scaled along); both matter to the critic, which starts at 0 and, clipped, moves eps_v per rollout: a critic
+    that lags behind credits late tokens more than early ones, and the policy learns to stop early.
+    """
+    roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, temperature=c.temperature,
+                    generator=generator)
+    models["bias"] = 0.0
+    provided = models["score"](f.reward, roll, quality(task, problems, roll, tok))
+    if "judged" in provided:
+        models["bias"] = provided["judged"].mean().item()
+        provided["judged"] = provided["judged"] - models["bias"]
+    score = f.eos(f.reward(**provided), roll.finished)                                   # [B]
+    return dict(mean=score.mean().item(), std=max(score.std().item(), 1e-6), bias=models["bias"])
+
+
 def open_models(c, f, resume_from):
     """Policy, critic, and the frozen models that the reward and the KL penalty read -> (policy, critic, models, tok).
 
     models: ref (the SFT model), base, judge where needed, and score(fn, roll, quality), which computes what the
     function fn names among its positional arguments.
     """
-    def find(name):
-        return sft.base(name.removeprefix("base:"), c.config, seed=c.seed) if name.startswith("base:") else name
-
-    ref, tok = load(find(c.init), c.device)
+    ref, tok = load(c.init, c.device)
     if not isinstance(ref, Transformer):
         raise UserError(f"--init {c.init} is a reward model; ppo.py needs a language model there")
     models = dict(ref=ref.requires_grad_(False))
     wanted = needs(f.reward) + needs(f.decode)
     if "base_logp" in wanted or c.decode == "contrast":
-        path = sft.base(c.base.removeprefix("base:"), c.config) if c.base.startswith("base:") else c.base
-        models["base"], other = load(path, c.device)
+        models["base"], other = load(c.base, c.device)
         if other.tokens != tok.tokens:
             raise UserError(f"--base {c.base} and --init {c.init} have different tokenizers: log-ratios need the same ids")
         models["base"].requires_grad_(False)
@@ -383,29 +398,32 @@ def open_models(c, f, resume_from):
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. Returns the last evaluation's numbers and the SFT model's (sft_…)."""
+    c = replace(c, init=str(sft.find(c.init, c.config, seed=c.seed)), base=str(sft.find(c.base, c.config)))
     with Run(c, f, "ppo", CURVES) as run:
         policy, critic, models, tok = open_models(c, f, run.last)
         task = tasks.task(c.data)
-        max_new = c.max_new or task.max_new
         problems = task.problems("train", 4096, 1000 + c.seed)
         sets = {s: task.problems(s, 512 if c.data == "toyif" else 96, c.seed) for s in tasks.held_out(c.data)}
+        longest = max(len(tok.prompt(p, c.chat)) for split in (problems, *sets.values()) for p in split)
+        max_new = c.max_new or min(task.max_new, policy.config.max_position_embeddings - longest)
+        if max_new < 1 or longest + max_new > policy.config.max_position_embeddings:
+            raise UserError(f"the longest prompt has {longest} tokens: with {c.max_new} new ones it exceeds the context of "
+                            f"{policy.config.max_position_embeddings}; shorten it or lower --max_new")
         opt, critic_opt = adamw(policy, c.lr), adamw(critic, c.critic_lr)
-        g, factor = torch.Generator().manual_seed(c.seed), 1.0
-        before = {}
+        g, factor, scale, before = torch.Generator().manual_seed(c.seed), 1.0, {}, {}
         if run.state:
             opt.load_state_dict(run.state["opt"])
             critic_opt.load_state_dict(run.state["critic_opt"])
             g.set_state(run.state["rng"])
-            factor, before, models["bias"] = run.state["factor"], run.state["before"], run.state["bias"]
+            factor, scale, before = run.state["factor"], run.state["scale"], run.state["before"]
+            models["bias"] = scale["bias"]
         run.say(f"{run.folder}: policy and critic of {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
                 f"{len(problems)} prompts, {c.steps} steps of {c.rollouts} x {c.samples} completions, {c.device} {c.dtype}")
-        if "judge" in models and not run.state:
-            roll = generate(policy, [tok.prompt(p, c.chat) for p in problems[:256]], max_new, generator=g)
-            models["bias"] = 0.0
-            models["bias"] = float(models["score"](f.reward, roll, None)["judged"].mean())
         if not run.state:
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
+            if c.steps:
+                scale = calibrate(policy, models, problems[:256], task, tok, c, f, max_new, g)
         scores = before
         train_policy, train_critic = (torch.compile(m) if c.compile else m for m in (policy, critic))
 
@@ -428,7 +446,8 @@ def train(c, f):
             score = f.eos(raw, roll.finished)                                            # [B]
             ref_logp = logprobs(models["ref"], tokens, mask, c)                          # [B, T]
             old_values = read_values(critic, tokens, mask, c)                            # [B, T]
-            rewards = f.shaping(score, old_logp, ref_logp, mask, factor)                 # [B, T]
+            unit = (score - scale["mean"]) / scale["std"]                                # [B]
+            rewards = f.shaping(unit, old_logp, ref_logp, mask, factor / scale["std"])   # [B, T]
             have = dict(rewards=rewards, values=old_values, mask=mask, score=score, samples=c.samples)
             adv, returns = f.advantage(**{k: have[k] for k in needs(f.advantage)})       # [B, T] each
             t_score = time.perf_counter() - clock
@@ -489,7 +508,7 @@ def train(c, f):
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, write, opt=opt.state_dict(), critic_opt=critic_opt.state_dict(), rng=g.get_state(),
-                         factor=factor, before=before, bias=models.get("bias", 0.0))
+                         factor=factor, before=before, scale=scale)
         if c.stop and c.stop < c.steps:
             return scores
         report(run, before, scores, look)

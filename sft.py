@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import prefs, tasks, text, tokenizer
-from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, result
+from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, result
 from model import (Transformer, autocast, collate, generate, init, load, load_balance_loss, preset, save,
                    token_logprobs)
 from optim import OPTIMISERS, SCHEDULES, adapter_state, add_lora, merge_lora, set_lr
@@ -42,7 +42,7 @@ class Config:
     data: str = "signatures"     # stdlib or another text (packed); a task, or a JSONL of demonstrations (rows)
     rows: int = 0                # use only so many demonstrations (0: all)
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
-    model: str = "4x192"         # layers x width of a new model
+    model: str = "4x128"         # layers x width of a new model
     family: str = "qwen3"        # its architecture: llama, qwen2, qwen3, mixtral, qwen3_moe
     tokenizer: str = "bpe"       # of a new model: bpe (trained on the data), bytes, toyif, a folder, gpt2 …
     vocab: int = 2048            # size of a trained bpe
@@ -55,12 +55,12 @@ class Config:
     epochs: float = 3.0          # passes over the data, where steps is 0
     batch: int = 32              # rows per optimizer step
     micro: int = 32              # rows per forward pass: lower it when memory runs out, results do not change
-    lr: float = 5e-4             # peak learning rate
+    lr: float = 1e-3             # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: float = 1.0            # largest gradient norm
     lora: int = 0                # rank of LoRA adapters (0: train everything)
-    eval_every: int = 50         # steps between evaluations
+    eval_every: int = 100        # steps between evaluations
     save_every: int = 200        # steps between checkpoints
     keep: int = 2                # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
@@ -73,7 +73,7 @@ class Config:
 
 
 PRESETS = dict(
-    pretrain=dict(data="stdlib", init="", steps=900, batch=32, micro=16, lr=2e-3, warmup=60, eval_every=100),
+    pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
     sft=dict(),                                                                  # the defaults
     arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000, steps=1500,
                     batch=64, micro=64, lr=2e-3, eval_every=250),
@@ -85,7 +85,7 @@ PRESETS = dict(
     more=dict(steps=304),                                  # toyif's 64 steps plus the 240 that ppo.py's toyif makes
     more64=dict(steps=248),                                # 8 plus 240
     lora=dict(lora=8, lr=2e-3),
-    tiny=dict(model="2x64", steps=30, batch=16, micro=16, context=192, vocab=512, eval_every=15),
+    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
 
@@ -172,10 +172,16 @@ def base(presets, like="", **changes):
     c, f = configure(Config, PRESETS, AXES, __doc__, argv)
     tag = hashlib.sha256(repr(sorted(vars(c).items())).encode()).hexdigest()[:8]
     folder = Path("out/sft") / f"base-{'-'.join(names)}-{tag}"
-    if result(folder) is None:
-        print(f"making {folder}  (python sft.py {' '.join(argv)})", flush=True)
-        train(replace(c, out=str(folder), resume=(folder / "run.json").exists()), f)
+    with lock(folder):
+        if result(folder) is None:
+            print(f"making {folder}  (python sft.py {' '.join(argv)})", flush=True)
+            train(replace(c, out=str(folder), resume=(folder / "run.json").exists()), f)
     return checkpoint(folder)
+
+
+def find(path, like, **changes):
+    """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself."""
+    return base(path.removeprefix("base:"), like, **changes) if path.startswith("base:") else path
 
 
 def start(c):
@@ -183,8 +189,7 @@ def start(c):
     if not c.init:
         tok = new_tokenizer(c)
         return init(preset(c.model, tok, 2 * c.context, c.family), c.seed).to(c.device), tok
-    path = base(c.init.removeprefix("base:"), like=c.config) if c.init.startswith("base:") else c.init
-    model, tok = load(path, c.device)
+    model, tok = load(c.init, c.device)
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     if c.context > model.config.max_position_embeddings:
@@ -211,7 +216,9 @@ def evaluate(model, tok, data, c, limit=256):
 def show(model, tok, task, problems, c, run):
     """Print three completions of held-out prompts; return the task's own metric over all of `problems`, sampled at T=1."""
     g = torch.Generator().manual_seed(c.seed)
-    roll = generate(model, [tok.prompt(p, c.chat) for p in problems], task.max_new, generator=g)
+    prompts = [tok.prompt(p, c.chat) for p in problems]
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    roll = generate(model, prompts, min(task.max_new, room), generator=g)
     answers = [tok.decode(ids) for ids in roll.completions()]
     for p, a in list(zip(problems, answers))[:3]:
         run.say(f"  prompt     {p['prompt']!r}\n  model      {a!r}\n  reference  {task.demo(p)!r}")
@@ -224,6 +231,8 @@ def show(model, tok, task, problems, c, run):
 
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
+    if c.init:
+        c = replace(c, init=str(find(c.init, c.config)))         # before the run's clock starts
     with Run(c, f, "sft", CURVES) as run:
         resumed = run.last if run.last and not c.lora else None
         model, tok = load(resumed, c.device) if resumed else start(c)

@@ -31,6 +31,11 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:              # Windows: no lock, so run the arms of a claim with --jobs 1 there
+    fcntl = None
+
 # --- errors -------------------------------------------------------------------------------------------
 
 
@@ -197,6 +202,17 @@ def write_text(path, text):
     tmp = Path(f"{path}.tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
+
+
+@contextlib.contextmanager
+def lock(path):
+    """Let one process at a time into the block; the others wait. Freed by the system if the holder is killed."""
+    path = Path(f"{path}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_log(folder):

@@ -19,6 +19,18 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def bases_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture
+def shared_bases(bases_folder, monkeypatch):
+    """A working directory that lasts for the whole session: tiny base models are trained once."""
+    monkeypatch.chdir(bases_folder)
+    return bases_folder
+
+
+@pytest.fixture(scope="session")
 def stories():
     """The real 260 K-parameter Llama checkpoint that lies beside the data sets."""
     path = DATA_DIR.parent / "models" / "stories260k"

@@ -1,0 +1,366 @@
+"""ppo.py: every equation by hand, its limits and invariances; then whole runs."""
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import ppo
+import sft
+from data.run import UserError, checkpoint, read_log
+from model import ScalarModel, init, load, masked_mean, masked_whiten, preset, save
+from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract, explained_variance, gae, k1, k2, k3, likelihood,
+                 next_beta, ppo_clip, regulariser, token_rewards, value_loss, weighted_nll, whitened_gae)
+
+T = torch.tensor
+
+
+def close(a, b, tol=1e-6):
+    return torch.allclose(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), atol=tol)
+
+
+# --- Self-Rewarding PPO by hand: three tokens, p_sft = (.5 .4 .8), p_base = (.25 .5 .2) ------------------------------
+
+SFT, BASE, OLD = (T([p]).log() for p in ([.5, .4, .8], [.25, .5, .2], [.6, .5, .8]))
+ONES = torch.ones(1, 3)
+
+
+def test_coherent_reward_by_hand():
+    """.693147 - .223144 + 1.386294 = log(.16 / .025)"""
+    assert close(coherent(SFT, BASE, ONES), [1.856298]) and close(coherent(SFT, BASE, ONES), [math.log(.16 / .025)])
+    assert close(coherent(SFT, BASE, ONES, per_token=True), [1.856298 / 3])
+    assert close(likelihood(SFT, ONES), [math.log(.16)])
+
+
+def test_coherent_reward_identities():
+    assert coherent(SFT, SFT, ONES).item() == 0                                        # SFT that moved nothing
+    assert coherent(SFT, BASE, ONES).item() == -coherent(BASE, SFT, ONES).item()
+    assert not close(coherent(SFT, BASE, T([[1., 1, 0]])), coherent(SFT, BASE, ONES))  # the EOS term counts
+    wild = SFT.clone()
+    wild[0, 0] = 99.0
+    assert close(coherent(wild, BASE, T([[0., 1, 1]])), coherent(SFT, BASE, T([[0., 1, 1]])))
+
+
+def test_token_rewards_by_hand():
+    """beta .1 against ref = sft: k1 = (.182322 .223144 0), the score on the last token"""
+    r = token_rewards(T([1.856298]), OLD, SFT, ONES, 1.0, beta=0.1)
+    assert close(r, [[-.018232, -.022314, 1.856298]])
+    assert close(token_rewards(T([1.0]), OLD, SFT, T([[1., 1, 0]]), 2.0, beta=0.1), [[-.036464, 1 - .044629, 0]])
+    two = token_rewards(T([5.0, 7.0]), torch.zeros(2, 3), torch.zeros(2, 3), T([[0., 1, 0], [1, 1, 1]]), 1.0)
+    assert two.tolist() == [[0, 5, 0], [0, 0, 7]]
+
+
+def test_gae_by_hand():
+    r, v = T([[-.018232, -.022314, 1.856298]]), T([[1.0, 1.5, 1.2]])
+    adv, returns = gae(r, v, ONES, lam=0.95)
+    assert close(adv, [[.767878, .301169, .656298]], 2e-6) and close(returns, [[1.767878, 1.801169, 1.856298]], 2e-6)
+    assert close(masked_whiten(adv, ONES), [[.968692, -1.376661, .407969]], 1e-5)
+    assert close(gae(r, v, ONES, lam=1.0)[0], [[.815752, .333984, .656298]], 2e-6)
+
+
+# --- the bandit: base (.5 .3 .2), sft (.2 .3 .5) --------------------------------------------------------
+
+PB, PS = T([.5, .3, .2], dtype=torch.float64), T([.2, .3, .5], dtype=torch.float64)
+
+
+def policy_gradient(p, ref, beta):
+    """The exact expected REINFORCE gradient in the logits, from ppo.py's own rewards for every action."""
+    score = coherent(PS.log()[:, None], PB.log()[:, None], torch.ones(3, 1, dtype=torch.float64))       # [3]
+    r = token_rewards(score, p.log()[:, None], ref.log()[:, None], torch.ones(3, 1), 1.0, beta=beta)[:, 0]
+    return p * (r - (p * r).sum())
+
+
+@pytest.mark.parametrize("ref, beta, optimum", [
+    (PB, 1.0, [.2, .3, .5]),                                    # reference = base, beta 1: SFT is the fixed point
+    (PB, 0.5, [.049080, .184049, .766871]), (PS, 1.0, [.049080, .184049, .766871]),
+    (PS, 2.0, [.103932, .246496, .649573]), (PS, 1e9, [.2, .3, .5])])
+def test_where_self_rewarding_ppo_is_stationary(ref, beta, optimum):
+    """π* ~ ref (π_sft / π_base)^(1/β): the gradient vanishes there, and the formula gives the table's numbers"""
+    star = ref * (PS / PB) ** (1 / beta)
+    star = star / star.sum()
+    assert close(star, optimum) and policy_gradient(star, ref, beta).abs().max() < 1e-7 * max(1, beta)
+    assert policy_gradient(torch.softmax(star.log() + T([.1, 0, 0]), 0), ref, beta).abs().max() > 1e-3
+
+
+def test_mean_coherent_reward_is_a_kl():
+    r = (PS / PB).log()
+    assert close((PS * r).sum(), .274887) and close((PB * r).sum(), -.274887)
+
+
+# --- PPO by hand --------------------------------------------------------------------------------------
+
+M = T([[1., 1, 1, 0], [1, 1, 1, 1]])
+OLD2, REF2 = T([[-1., -.5, -2, 0], [-.7, -1.2, -.3, -.9]]), T([[-1.2, -.5, -1.5, 0], [-.6, -1.0, -.8, -.9]])
+V2 = T([[.2, .3, .5, 0], [.1, 0, -.2, -.4]])
+
+
+def rollout():
+    score = eos_subtract(T([1.0, 0.4]), T([True, False]), no_eos=1.0)
+    return token_rewards(score, OLD2, REF2, M, 1.0, beta=0.05)
+
+
+def test_ppo_rewards_and_advantages_by_hand():
+    r = rollout()
+    assert close(r, [[-.01, 0, 1.025, 0], [.005, .01, -.025, -.6]])
+    adv, returns = gae(r, V2, M)
+    assert close(adv, [[.753812, .698750, .525, 0], [-.650037, -.584250, -.415, -.2]], 2e-6)
+    assert close(returns, [[.953812, .998750, 1.025, 0], [-.550037, -.584250, -.615, -.6]], 2e-6)
+    white, same = whitened_gae(r, V2, M)
+    assert close(white, [[1.281462, 1.185525, .882795, 0], [-1.164508, -1.049885, -.754995, -.380394]], 1e-5)
+    assert close(same, returns)                                                       # returns are never whitened
+    assert close(masked_whiten(r, M, shift=False),
+                 [[-.094528, -.072071, 2.229749, 0], [-.060843, -.049615, -.128213, -1.419478]], 1e-5)
+
+
+def test_ppo_losses_by_hand():
+    adv, returns = whitened_gae(rollout(), V2, M)
+    logp = OLD2 + T([[.1, -.3, .25, 0], [.05, -.1, .3, -.02]])
+    assert close(masked_mean(ppo_clip(logp, OLD2, adv), M), 0.030334, 2e-6)
+    v = V2 + T([[.3, -.1, .1, 0], [0, -.25, .1, .5]])
+    assert close(masked_mean(value_loss(v, V2, returns), M), 0.175054, 2e-6)
+    assert close(0.030334 + 0.1 * 0.175054, 0.047840, 1e-6)
+
+
+def test_kl_estimators_by_hand():
+    sums = [((f(OLD2, REF2)) * M).sum(1) for f in (k1, k2, k3)]
+    assert close(sums[0], [-.3, .2]) and close(sums[1], [.145, .15]) and close(sums[2], [.167452, .133104])
+    assert all(f(OLD2, OLD2).abs().sum() == 0 for f in (k1, k2, k3))
+    assert (k2(OLD2, REF2) >= 0).all() and (k3(OLD2, REF2) >= 0).all()
+
+
+@pytest.mark.parametrize("name, other", [("k2", False), ("k3", True)])
+def test_what_a_kl_loss_differentiates(name, other):
+    """Three actions, θ = (.3 -.2 .5), π_ref = (.5 .3 .2): k2's gradient is that of KL(π||ref), k3's of KL(ref||π)."""
+    theta = T([.3, -.2, .5], dtype=torch.float64, requires_grad=True)
+    ref = T([.5, .3, .2], dtype=torch.float64)
+    logp = torch.log_softmax(theta, 0)
+    sampled = (logp.exp().detach() * regulariser(logp, ref.log(), 0.0, kl_coef=1.0, kl_loss=name)).sum()
+    got, = torch.autograd.grad(sampled, theta, retain_graph=True)
+    kl = (ref * (ref.log() - logp)).sum() if other else (logp.exp() * (logp - ref.log())).sum()
+    want, = torch.autograd.grad(kl, theta)
+    assert close(got, want, 1e-12)
+    if other:
+        assert close(got, [-0.146385, -0.085522, 0.231906])
+
+
+def test_regulariser_is_off_by_default_and_names_a_bad_choice():
+    assert regulariser(OLD2, REF2, torch.ones(2, 4)).abs().sum() == 0
+    assert close(regulariser(OLD2, REF2, torch.ones(2, 4), ent_coef=0.1), torch.full((2, 4), -0.1))
+    with pytest.raises(UserError, match="choose k2"):
+        regulariser(OLD2, REF2, 0.0, kl_loss="k1")
+
+
+def test_adaptive_beta_by_hand():
+    """beta .2, KL 9, target 6, 64 of 10000: .2 (1 + .2·.0064) = .200256"""
+    assert 0.2 * next_beta(1.0, 9.0, 64, target=6.0) == pytest.approx(.200256)
+    assert next_beta(1.0, 3.0, 64, target=6.0) == pytest.approx(1 - .2 * .0064)
+    assert next_beta(1.0, 6.3, 64, target=6.0) == pytest.approx(1 + .05 * .0064) and next_beta(0.7, 99.0, 64) == 0.7
+
+
+def test_eos_rules():
+    s, done = T([2.0, 3.0]), T([True, False])
+    assert eos_replace(s, done).tolist() == [2, -5] and eos_replace(s, done, no_eos=-1.0).tolist() == [2, -1]
+    assert eos_subtract(s, done, no_eos=4.0).tolist() == [2, -1] and eos_ignore(s, done).tolist() == [2, 3]
+
+
+def random_rollout(seed, rows=5, width=7):
+    """Rows of every kind: all ones, length one, prompts of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(rows, width)
+    for b, (start, end) in enumerate([(0, width), (3, 4), (2, 6), (1, width), (5, 6)][:rows]):
+        mask[b, start:end] = 1
+    return [torch.randn(rows, width, generator=g) * (mask if i < 2 else 1) for i in range(4)] + [mask]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gae_limits(seed):
+    rewards, values, *_, mask = random_rollout(seed)
+    adv, _ = gae(rewards, values, mask, 1.0, 1.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1)                                         # lam = 1: A + V = sum of rewards to come
+    assert torch.allclose((adv + values) * mask, to_go * mask, atol=1e-5)
+    after = torch.cat([values[:, 1:] * mask[:, 1:], torch.zeros(5, 1)], 1)
+    assert torch.allclose(gae(rewards, values, mask, 1.0, 0.0)[0], (rewards + after - values) * mask, atol=1e-6)
+    c = 2.5                                                                           # a constant score adds c (γλ)^(last - t)
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    left = (mask.sum(1, keepdim=True) - mask.cumsum(1)) * mask
+    more = gae(rewards + c * last, values, mask, 0.9, 0.8)[0] - gae(rewards, values, mask, 0.9, 0.8)[0]
+    assert torch.allclose(more, c * 0.72 ** left * mask, atol=1e-5)
+
+
+def test_a_perfect_critic_leaves_no_advantage():
+    mask = torch.ones(2, 4)
+    assert gae(token_rewards(T([3.0, 3.0]), mask, mask, mask, 1.0), torch.full((2, 4), 3.0), mask)[0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_masked_changes_nothing(seed):
+    """Values outside the mask, and doubled padding, change neither the losses nor their gradients."""
+    rewards, values, old, new, mask = random_rollout(seed)
+
+    def losses(rewards, values, old, new, mask):
+        new = new.clone().requires_grad_()
+        adv, returns = whitened_gae(rewards, values, mask)
+        loss = masked_mean(ppo_clip(new, old, adv), mask) + masked_mean(value_loss(new, values, returns), mask)
+        return loss.detach(), torch.autograd.grad(loss, new)[0] * mask
+
+    base = losses(rewards, values, old, new, mask)
+    noise = [x + 5 * torch.randn(x.shape) * (1 - mask) for x in (rewards * 0, values * 0, old * 0, new * 0)]
+    noisy = losses(rewards, values + noise[1] * 0, old + noise[2], new + noise[3], mask)
+    wide = losses(*(torch.cat([x, torch.zeros_like(x)], 1) for x in (rewards, values, old, new, mask)))
+    assert torch.allclose(base[0], noisy[0], atol=1e-5) and torch.allclose(base[1], noisy[1], atol=1e-5)
+    assert torch.allclose(base[0], wide[0], atol=1e-5) and torch.allclose(base[1], wide[1][:, :7], atol=1e-5)
+
+
+def test_at_ratio_one_ppo_is_reinforce():
+    *_, old, _, mask = random_rollout(0)
+    adv = torch.randn(old.shape)
+    grads = []
+    for loss in (ppo_clip, weighted_nll):
+        new = old.clone().requires_grad_()
+        grads.append(torch.autograd.grad(loss(new, old, adv).sum(), new)[0])
+    assert torch.allclose(*grads, atol=1e-6) and close(masked_mean(ppo_clip(old, old, adv), mask), -masked_mean(adv, mask))
+
+
+@pytest.mark.parametrize("adv, shift, moves", [(1, .3, False), (1, -.3, True), (-1, -.3, False), (-1, .3, True), (1, .1, True)])
+def test_the_clip_stops_the_gradient_where_it_should(adv, shift, moves):
+    new = T([[shift]], requires_grad=True)
+    grad, = torch.autograd.grad(ppo_clip(new, torch.zeros(1, 1), T([[float(adv)]])).sum(), new)
+    assert (grad.item() != 0) == moves
+
+
+def test_value_loss_without_clip_is_the_squared_error():
+    assert close(value_loss(T([[3.0]]), T([[0.0]]), T([[1.0]]), eps_v=0.0), [[2.0]])
+    assert close(value_loss(T([[.9]]), T([[0.0]]), T([[1.0]])), [[.5 * .8 ** 2]])       # V moved to .9, clipped at .2
+
+
+def test_best_of_group():
+    adv, returns = best_of_group(T([1.0, 3.0, 2.0, -1.0, -5.0, -2.0]), torch.ones(6, 2), 3)
+    assert adv.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0], [0, 0]] and returns is None
+
+
+def test_explained_variance():
+    r, mask = T([[1., 2, 3]]), torch.ones(1, 3)
+    assert explained_variance(r, r, mask) == 1 and explained_variance(torch.zeros(1, 3), r, mask) == 0
+    assert close(explained_variance(r / 2, r, mask), 0.75)
+
+
+def test_a_sampler_that_is_not_the_policy_is_caught():
+    ppo.check_first_ratio(torch.ones(2, 2), "float32")
+    with pytest.raises(UserError, match="the sampler is not the policy"):
+        ppo.check_first_ratio(T([[1.0, 1.01]]), "float32")
+
+
+# --- whole runs ---------------------------------------------------------------------------------------
+
+TINY = ["--steps", "2", "--rollouts", "8", "--batch", "8", "--micro", "8", "--eval_every", "2", "--save_every", "1000"]
+
+
+def toy(config, out, *extra):
+    return ppo.main(["--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra])
+
+
+METHODS = [p for p in ppo.PRESETS if p not in ("toyif", "docs", "tiny", "n64", "more", "more64", "alpha05", "alpha2")]
+
+
+@pytest.mark.parametrize("config", [*METHODS, "srppo,n64", "sft,more", "sft,more64", "contrast,alpha05", "contrast,alpha2"])
+def test_every_preset_takes_two_steps_in_the_toy_world(config, shared_bases):
+    method = config.split(",")[0]
+    out = toy(config, f"toy-{config}", *(["--steps", "0"] if ppo.PRESETS[method].get("steps") == 0 else []))
+    assert {"val_gold", "ood_gold", "ood_reward", "ood_kl", "sft_ood_gold"} <= out.keys()
+    assert all(math.isfinite(v) for v in out.values())
+
+
+def test_the_default_chain_runs_on_real_docstrings(shared_bases):
+    out = ppo.main(["--config", "docs,tiny", "--out", "docs"])
+    log = read_log("docs")
+    keys = {"reward", "kl", "k3", "entropy", "ev", "truncated", "flat", "length", "t_gen", "t_score", "t_update"}
+    assert keys <= next(r for r in log if r["step"] == 4 and "reward" in r).keys()
+    assert {"val_reward", "ood_reward", "val_rouge_l", "ood_rouge_l"} <= out.keys()
+    assert os.path.exists("docs/curve.png") and load("docs")[0] and isinstance(load(checkpoint("docs") / "critic")[0], ScalarModel)
+
+
+def test_ppo_raises_its_reward(shared_bases):
+    """Against the gold reward, from a base that has seen the toy world for 300 steps."""
+    path = sft.base("toyif_base", steps=300, rows=3000, eval_every=1000, model="1x64")
+    out = ppo.main(["--config", "toyif,ppo", "--init", str(path), "--out", "up", "--steps", "60", "--rollouts", "64",
+                    "--lr", "5e-4", "--critic_lr", "2e-3", "--eval_every", "60"])
+    assert out["val_gold"] > out["sft_val_gold"] + 0.05
+    log = [r for r in read_log("up") if "reward" in r]
+    assert log[-1]["ev"] > 0.1 > abs(log[0]["ev"])
+
+
+def test_with_the_base_as_reference_and_beta_one_sft_stays_put(shared_bases, monkeypatch):
+    """The coherent optimum for ref = base, beta = 1 is the SFT model itself: its exact gradient is zero, so a step along
+    the sampled one only adds noise. Checked on the rewards: r_t sums to log π_sft/π_base - log π/π_base = 0 per response."""
+    old, base = torch.randn(4, 6), torch.randn(4, 6)
+    mask = torch.ones(4, 6)
+    r = token_rewards(coherent(old, base, mask), old, base, mask, 1.0, beta=1.0)
+    assert torch.allclose(r.sum(1), torch.zeros(4), atol=1e-5)
+
+
+def weights(folder):
+    return load(folder)[0].state_dict() | {f"critic.{k}": v for k, v in load(checkpoint(folder) / "critic")[0].state_dict().items()}
+
+
+@pytest.mark.parametrize("config", ["srppo", "raft"])
+def test_resume_is_exact(config, shared_bases):
+    """4 steps = 2 + --resume + 2, bit for bit, the critic too"""
+    args = ["--steps", "4", "--save_every", "2", "--target", "1.0"]
+    toy(config, f"whole-{config}", *args)
+    toy(config, f"half-{config}", *args, "--stop", "2")
+    out = toy(config, f"half-{config}", *args, "--resume")
+    a, b = weights(f"whole-{config}"), weights(f"half-{config}")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert out == json.loads(open(f"whole-{config}/run.json").read())["result"]
+
+
+def test_micro_does_not_change_the_result(shared_bases):
+    for name, micro in (("m8", "8"), ("m3", "3")):
+        toy("srppo", name, "--micro", micro)
+    a, b = weights("m8"), weights("m3")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_reward_model_by_its_path(shared_bases):
+    policy, tok = load(sft.base("toyif_base", like="tiny"))
+    save(ScalarModel.from_lm(policy, std=0.1), tok, "rm")
+    toy("ppo", "learned", "--reward", "rm", "--beta", "0.05")
+    first = next(r for r in read_log("learned") if "reward" in r)
+    assert math.isfinite(first["reward"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--reward", "cohrent"], "no reward 'cohrent'; did you mean 'coherent'"),
+    (["--init", "nowhere"], "nowhere does not exist"),
+    (["--max_new", "5000"], "it exceeds the context of"),
+    (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
+    (["--claim", "srpo"], "no claim 'srpo'; did you mean 'srppo'"),
+    (["--claim", "srppo", "--seeds", "many"], "--seeds many: expected int"),
+])
+def test_bad_input_is_named(argv, words, shared_bases):
+    with pytest.raises(UserError, match=words):
+        toy("srppo", f"bad-{len(words)}-{argv[-1]}", *argv)
+
+
+def test_models_with_different_tokenizers_are_refused(shared_bases):
+    other = sft.base("arithmetic,tiny", steps=2, rows=32)
+    with pytest.raises(UserError, match="have different tokenizers"):
+        toy("srppo", "mixed", "--base", str(other))
+
+
+def test_the_claim_compares_every_arm():
+    claim = ppo.CLAIMS["srppo"]
+    assert len(claim.arms) == 22 and len(claim.tests) == 21
+    assert all(set(w) <= set(claim.arms) and sum(w.values()) == 0 for w in claim.tests.values())
+    v = {t: "holds" for t in claim.tests}
+    assert claim.conclude(v).startswith("holds (512 demonstrations), holds (64)")
+    assert claim.conclude(v | {"srppo - greedy, 64": "undecided"}).startswith("holds (512 demonstrations), sharpening only (64)")
+    assert claim.conclude(v | {"srppo - sft, 512": "does not hold"}).startswith("does not hold (512")
+    assert claim.conclude(v | {"srppo - sft_more, 64": "undecided"}).startswith("holds (512 demonstrations), undecided (64)")
+
+
+def test_the_map_names_every_preset():
+    named = [line.split()[0] for line in ppo.__doc__.splitlines() if line.split()]
+    hidden = {"n64", "more", "more64", "alpha05", "alpha2"}                           # variants of the claim's arms
+    assert all(name in named for name in ppo.PRESETS.keys() - hidden), ppo.PRESETS.keys() - hidden - set(named)
