@@ -162,7 +162,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (f(x).view(B, T, -1, self.hd).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)          # [B, H, T, hd], [B, K, T, hd]
         group = q.size(1) // k.size(1)
         if cache is not None:
@@ -218,12 +218,16 @@ class MoE(nn.Module):
 def load_balance_loss(model, mask=None):
     """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6), of the last forward, over all layers.
 
-    E * sum_e f_e P_e:  f_e the share of (token, choice) pairs routed to e, times k;  P_e its mean probability.
-    mask [B, T]: tokens that count (leave padding out). 1 * k if the routing is uniform; 0 for a dense model.
+    E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for uniform routing, 0 for a
+    dense model. mask [B, T]: tokens that count (leave padding out). A product of means, so it is that of the
+    micro-batch at hand, as everywhere. Forgets the forward, whose graph it holds.
     """
     if not model.config.moe:
         return torch.zeros(())
     logits = torch.stack([m.router_logits for m in model.modules() if isinstance(m, MoE)])     # [L, N, E]
+    for m in model.modules():
+        if isinstance(m, MoE):
+            m.router_logits = None
     prob = logits.float().softmax(-1)
     chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices, prob.size(-1)).sum(-2).float()
     keep = torch.ones(prob.size(1), device=prob.device) if mask is None else mask.reshape(-1).float()
@@ -313,7 +317,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        return self.score(self.model(tokens)).squeeze(-1).float()
+        return (self.model(tokens).float() * self.score.weight[0].float()).sum(-1)       # a sum: never in bfloat16
 
 
 def init(config, seed=0):
@@ -454,7 +458,8 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     models, caches, start = [model] + ([contrast[0]] if contrast else []), [], []
     prefill, _ = collate([(p, ()) for p in distinct], config.pad_token_id, device)       # [U, longest]
     for m in models:
-        cache = Cache(m.config, len(distinct), longest + max_new_tokens, device, m.head.dtype)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else m.head.dtype
+        cache = Cache(m.config, len(distinct), longest + max_new_tokens, device, dtype)
         start.append(m(prefill, cache)[torch.arange(len(distinct), device=device), length - 1][rows])   # [B, D]
         cache.length = length
         cache.select(rows)

@@ -13,6 +13,7 @@ sft         signatures: (signature, docstring) pairs   loss on the completion on
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
+strong      ToyIF                                      a bigger base, for the claims
 lora        any                                        adapters on every linear layer, merged when saved
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising val_loss is
@@ -27,7 +28,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from data import prefs, tasks, text, tokenizer
-from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, result
+from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, result, settings
 from model import (Transformer, autocast, collate, generate, init, load, load_balance_loss, preset, save,
                    token_logprobs)
 from optim import OPTIMISERS, SCHEDULES, adapter_state, add_lora, merge_lora, set_lr
@@ -84,10 +85,11 @@ PRESETS = dict(
     n64=dict(rows=64),
     more=dict(steps=304),                                  # toyif's 64 steps plus the 240 that ppo.py's toyif makes
     more64=dict(steps=248),                                # 8 plus 240
+    strong=dict(model="4x128"),                            # ToyIF's base for the claims
     lora=dict(lora=8, lr=2e-3),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
-SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
+SIZES = ("tiny", "strong")       # presets that a run hands on to the base that it makes
 
 CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"], "bits per byte": ["val_bpb", "ood_bpb"],
           "learning rate": ["lr"]}
@@ -150,11 +152,12 @@ def new_tokenizer(c):
         documents = [p["prompt"] + task.demo(p) for p in task.problems("train", c.rows, c.seed)]
     name = hashlib.sha256("\0".join(documents).encode(errors="replace")).hexdigest()[:12]
     folder = text.CACHE / f"bpe-{c.vocab}-{name}"
-    if not folder.exists():
-        sample = documents[:: max(1, sum(map(len, documents)) // 4_000_000)]
-        made = Path(f"{folder}.tmp")
-        tokenizer.train_bpe(sample, c.vocab).save(made)
-        made.rename(folder)
+    with lock(folder):
+        if not folder.exists():
+            sample = documents[:: max(1, sum(map(len, documents)) // 4_000_000)]
+            made = Path(f"{folder}.tmp")
+            tokenizer.train_bpe(sample, c.vocab).save(made)
+            made.rename(folder)
     return tokenizer.Tokenizer.load(folder)
 
 
@@ -165,12 +168,13 @@ def base(presets, like="", **changes):
     """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not there under out/sft/.
 
     like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g. seed=1; the
-    folder's name carries a hash of them all, so that different settings never share a checkpoint.
+    folder's name carries a hash of all settings, so that different ones never share a checkpoint (delete it by hand
+    after changing the code).
     """
     names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
     c, f = configure(Config, PRESETS, AXES, __doc__, argv)
-    tag = hashlib.sha256(repr(sorted(vars(c).items())).encode()).hexdigest()[:8]
+    tag = hashlib.sha256(repr(sorted(settings(replace(c, device=""), f).items())).encode()).hexdigest()[:8]
     folder = Path("out/sft") / f"base-{'-'.join(names)}-{tag}"
     with lock(folder):
         if result(folder) is None:
@@ -184,12 +188,12 @@ def find(path, like, **changes):
     return base(path.removeprefix("base:"), like, **changes) if path.startswith("base:") else path
 
 
-def start(c):
-    """The model and tokenizer that training starts from, as --init says."""
-    if not c.init:
+def start(c, origin):
+    """The model and tokenizer that training starts from: those of the folder `origin`, or new ones if it is empty."""
+    if not origin:
         tok = new_tokenizer(c)
         return init(preset(c.model, tok, 2 * c.context, c.family), c.seed).to(c.device), tok
-    model, tok = load(c.init, c.device)
+    model, tok = load(origin, c.device)
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     if c.context > model.config.max_position_embeddings:
@@ -209,7 +213,7 @@ def evaluate(model, tok, data, c, limit=256):
         with autocast(c.device, c.dtype):
             nats -= token_logprobs(model, tokens, mask).sum().item()
         count += mask.sum().item()
-        size += sum(len(tok.tokens[t]) for t in tokens[mask > 0].tolist() if t != tok.eos)
+        size += sum(len(tok.tokens[t]) for t in tokens[mask > 0].tolist() if t not in tok.hidden)
     return dict(loss=nats / max(count, 1), bpb=nats / math.log(2) / max(size, 1))
 
 
@@ -231,11 +235,10 @@ def show(model, tok, task, problems, c, run):
 
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
-    if c.init:
-        c = replace(c, init=str(find(c.init, c.config)))         # before the run's clock starts
+    origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
     with Run(c, f, "sft", CURVES) as run:
         resumed = run.last if run.last and not c.lora else None
-        model, tok = load(resumed, c.device) if resumed else start(c)
+        model, tok = load(resumed, c.device) if resumed else start(c, origin)
         if c.lora:
             add_lora(model, c.lora, generator=torch.Generator().manual_seed(c.seed))
         data = rows(c, tok, "train")
@@ -272,7 +275,9 @@ def train(c, f):
                 with autocast(c.device, c.dtype):
                     logp = token_logprobs(forward, tokens, mask)                         # [b, T]
                     part_loss = (f.loss(logp) * mask).sum() / n
-                    balance = load_balance_loss(model) * len(part) / c.batch
+                    ends = torch.tensor([len(p) + len(r) for p, r in part], device=tokens.device)
+                    real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]      # [b, T] no padding
+                    balance = load_balance_loss(model, real) * len(part) / c.batch
                 (part_loss + model.config.router_aux_loss_coef * balance).backward()
                 loss, aux = loss + part_loss.item(), aux + balance.item()
             # 3. update
@@ -289,6 +294,8 @@ def train(c, f):
                 run.save(step + 1, write, **state())
         if c.stop and c.stop < total:
             return scores
+        if run.start >= total:                                   # resumed after its last step
+            scores = {f"{s}_{k}": v for s, d in held_out.items() if d for k, v in evaluate(model, tok, d, c).items()}
         if not text.is_corpus(c.data):
             task = tasks.task(c.data)
             quality = show(model, tok, task, task.problems("val", 64, c.seed), c, run)

@@ -10,6 +10,7 @@ Map      1 errors   2 configure   3 the run's folder   4 the curve   5 claims
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -138,10 +139,11 @@ def configure(Config, presets, axes, doc="", argv=None):
         print(help_text(Config, presets, axes, doc))
         raise SystemExit(0)
     names = [n for k, v in given if k == "config" for n in v.split(",") if n]
-    values = {}
-    for row in [layer(n, presets) for n in names] + [dict(kv for kv in given if kv[0] != "config")]:
-        values |= row
-    values["config"] = ",".join(names)
+    values, typed = {}, {k for k, _ in given}            # typed: keys that the user wrote, which must be read
+    for name in names:
+        values |= layer(name, presets)
+        typed |= set(layer(name, presets)) if name.endswith(".toml") else set()
+    values |= dict(given) | dict(config=",".join(names))
 
     resolved = {k: cast(k, values.pop(k, d), d) for k, d in fields.items()}
     bound, known = {}, {}
@@ -157,7 +159,8 @@ def configure(Config, presets, axes, doc="", argv=None):
             value = values.get(f"{axis}.{key}", values.get(key, default))
             bound[axis][key] = cast(key, value, default)
     for key in values:
-        if key not in known:
+        owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
+        if key not in known and (key in typed or not owners):     # a preset's key may be idle: another row was chosen
             owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items() if key in hyper(fn)]
             hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields, *known])
             raise UserError(f"unknown key --{key}{hint}")
@@ -171,7 +174,7 @@ def configure(Config, presets, axes, doc="", argv=None):
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
-    for key in ("batch", "micro", "steps"):
+    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps"):
         if resolved.get(key, 1) < (0 if key == "steps" else 1):
             raise UserError(f"--{key} {resolved[key]}: must be positive")
     f = SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
@@ -251,7 +254,14 @@ def commit():
     return ""
 
 
-FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config"}   # may change on --resume
+def source():
+    """A hash of the project's code: a claim reuses an arm's result only if it was made by the same code."""
+    root = Path(__file__).parent.parent
+    files = sorted([*root.glob("*.py"), *root.glob("data/*.py")])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
+FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro", "compile"}   # may change on --resume
 
 
 def settings(c, f):
@@ -290,7 +300,7 @@ class Run:
             with contextlib.suppress(UserError):
                 self.last = checkpoint(self.folder)
             if self.last:
-                self.state = torch.load(self.last / "state.pt", weights_only=True)
+                self.state = torch.load(self.last / "state.pt", map_location="cpu", weights_only=True)
                 self.start = self.state["step"]
             print(f"resuming {self.folder} at step {self.start}", flush=True)
         rows = [r for r in read_log(self.folder) if r["step"] <= self.start]
@@ -298,8 +308,9 @@ class Run:
             rows = []
         write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         self.t0 = time.time() - (rows[-1]["time"] if rows else 0.0)
+        done = {"result": result(self.folder)} if result(self.folder) else {}
         self.info = dict(config=self.settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
-                         versions=dict(python=platform.python_version(), torch=torch.__version__))
+                         source=source(), versions=dict(python=platform.python_version(), torch=torch.__version__)) | done
         write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
 
     def check_settings(self):
@@ -429,7 +440,8 @@ def draw(folder, curves):
 def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
 
-    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every arm.
+    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every arm; those
+    that an arm or the seeds set are refused.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     setup = partial(configure, Config, presets, axes, doc)
@@ -440,6 +452,10 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     if name not in claims:
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
+    layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
+    fixed = {"seed", "out", "resume", "stop"} | {k for arm in claims[name].arms.values() for n in arm.split(",") for k in presets[n]}
+    for key in {k for row in layers for k in row} & fixed:
+        raise UserError(f"--claim {name} with {key}: the claim sets it itself; an arm would not be what its name says")
     extra = [f"--{k}={v}" for k, v in options.items()]
     return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra)
 
@@ -492,7 +508,7 @@ def run_arm(job):
     c, f = configure_arm([*argv, "--out", folder])
     path = Path(folder, "run.json")
     old = json.loads(path.read_text()) if path.exists() else {}
-    if "result" in old and old["config"] == settings(c, f):
+    if "result" in old and old["config"] == settings(c, f) and old["source"] == source():
         return old["result"]
     shutil.rmtree(folder, ignore_errors=True)
     torch.set_num_threads(threads)

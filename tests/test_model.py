@@ -89,8 +89,10 @@ def test_load_balance_loss_by_hand():
     config = replace(small("mixtral").config, num_experts=4, num_experts_per_tok=1, num_hidden_layers=1)
     net = Transformer(config)
     layer = next(m for m in net.modules() if isinstance(m, MoE))
-    layer.router_logits = torch.tensor([[.7, .1, .1, .1], [.4, .2, .2, .2]]).log()
-    assert load_balance_loss(net).item() == pytest.approx(2.2, abs=1e-6)
+    logits = torch.tensor([[.7, .1, .1, .1], [.4, .2, .2, .2]]).log()
+    layer.router_logits = logits
+    assert load_balance_loss(net).item() == pytest.approx(2.2, abs=1e-6) and layer.router_logits is None
+    layer.router_logits = logits
     assert load_balance_loss(net, torch.tensor([[1, 0]])).item() == pytest.approx(2.8, abs=1e-6)
     layer.router_logits = torch.eye(4) * 1e-3
     assert load_balance_loss(net).item() == pytest.approx(1.0, abs=1e-3)

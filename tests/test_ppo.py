@@ -246,9 +246,13 @@ def test_explained_variance():
 
 
 def test_a_sampler_that_is_not_the_policy_is_caught():
-    ppo.check_first_ratio(torch.ones(2, 2), "float32")
-    with pytest.raises(UserError, match="the sampler is not the policy"):
-        ppo.check_first_ratio(T([[1.0, 1.01]]), "float32")
+    one = torch.ones(1, 2)
+    ppo.check_first_ratio(one, one, "float32")
+    ppo.check_first_ratio(T([[1.0, 1.01]]), one, "bfloat16")
+    ppo.check_first_ratio(T([[1.0, 9.0]]), T([[1.0, 0.0]]), "float32")
+    for ratio, dtype in (([[1.0, 1.01]], "float32"), ([[1.0, 1.1]], "bfloat16")):
+        with pytest.raises(UserError, match="the sampler is not the policy"):
+            ppo.check_first_ratio(T(ratio), one, dtype)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------
@@ -260,10 +264,10 @@ def toy(config, out, *extra):
     return ppo.main(["--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra])
 
 
-METHODS = [p for p in ppo.PRESETS if p not in ("toyif", "docs", "tiny", "n64", "more", "more64", "alpha05", "alpha2")]
+METHODS = [p for p in ppo.PRESETS if p not in ("toyif", "docs", "tiny", "n64", "more", "more64", "alpha05", "alpha2", "cold", "strong")]
 
 
-@pytest.mark.parametrize("config", [*METHODS, "srppo,n64", "sft,more", "sft,more64", "contrast,alpha05", "contrast,alpha2"])
+@pytest.mark.parametrize("config", [*METHODS, "srppo,n64", "sft,more", "sft,more64", "contrast,alpha05", "contrast,alpha2", "srppo,cold"])
 def test_every_preset_takes_two_steps_in_the_toy_world(config, shared_bases):
     method = config.split(",")[0]
     out = toy(config, f"toy-{config}", *(["--steps", "0"] if ppo.PRESETS[method].get("steps") == 0 else []))
@@ -290,13 +294,22 @@ def test_ppo_raises_its_reward(shared_bases):
     assert log[-1]["ev"] > 0.1 > abs(log[0]["ev"])
 
 
-def test_with_the_base_as_reference_and_beta_one_sft_stays_put(shared_bases, monkeypatch):
-    """The coherent optimum for ref = base, beta = 1 is the SFT model itself: its exact gradient is zero, so a step along
-    the sampled one only adds noise. Checked on the rewards: r_t sums to log π_sft/π_base - log π/π_base = 0 per response."""
-    old, base = torch.randn(4, 6), torch.randn(4, 6)
-    mask = torch.ones(4, 6)
-    r = token_rewards(coherent(old, base, mask), old, base, mask, 1.0, beta=1.0)
-    assert torch.allclose(r.sum(1), torch.zeros(4), atol=1e-5)
+def test_a_run_resumed_after_its_end_keeps_its_result(shared_bases):
+    first = toy("srppo", "ended")
+    again = toy("srppo", "ended", "--resume")
+    assert again == first == json.loads(open("ended/run.json").read())["result"]
+
+
+def test_sft_equal_to_base_pays_nothing(shared_bases):
+    """A whole run whose SFT model is the base: the coherent reward is exactly 0 before the first step, for every prompt."""
+    path = str(sft.base("toyif_base", like="tiny"))
+    out = toy("srppo", "same", "--init", path, "--base", path)
+    assert out["sft_val_reward"] == out["sft_ood_reward"] == 0.0
+
+
+def test_bfloat16_sampling_is_the_policy_too(shared_bases):
+    toy("srppo", "half-precision", "--dtype", "bfloat16")
+    assert len([r for r in read_log("half-precision") if "reward" in r]) == 2
 
 
 def weights(folder):
@@ -337,6 +350,8 @@ def test_a_reward_model_by_its_path(shared_bases):
     (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
     (["--claim", "srpo"], "no claim 'srpo'; did you mean 'srppo'"),
     (["--claim", "srppo", "--seeds", "many"], "--seeds many: expected int"),
+    (["--temperature", "0"], "it must be positive"),
+    (["--samples", "0"], "--samples 0: must be positive"),
 ])
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
@@ -351,16 +366,24 @@ def test_models_with_different_tokenizers_are_refused(shared_bases):
 
 def test_the_claim_compares_every_arm():
     claim = ppo.CLAIMS["srppo"]
-    assert len(claim.arms) == 22 and len(claim.tests) == 21
+    assert len(claim.arms) == 24 and len(claim.tests) == 23
     assert all(set(w) <= set(claim.arms) and sum(w.values()) == 0 for w in claim.tests.values())
     v = {t: "holds" for t in claim.tests}
     assert claim.conclude(v).startswith("holds (512 demonstrations), holds (64)")
-    assert claim.conclude(v | {"srppo - greedy, 64": "undecided"}).startswith("holds (512 demonstrations), sharpening only (64)")
+    assert claim.conclude(v | {"srppo - greedy, 64": "undecided"}).startswith("holds (512 demonstrations), undecided (64)")
+    assert claim.conclude(v | {"srppo - greedy, 64": "does not hold"}).startswith("holds (512 demonstrations), sharpening only (64)")
     assert claim.conclude(v | {"srppo - sft, 512": "does not hold"}).startswith("does not hold (512")
     assert claim.conclude(v | {"srppo - sft_more, 64": "undecided"}).startswith("holds (512 demonstrations), undecided (64)")
 
 
+@pytest.mark.parametrize("extra, key", [(["--steps", "5"], "steps"), (["--seed", "3"], "seed"), (["--config", "tiny"], "max_new|steps")])
+def test_a_claim_refuses_what_its_arms_set(extra, key, workdir):
+    """--steps would train the arm that is called sft, --seed would make all seeds one"""
+    with pytest.raises(UserError, match="the claim sets it itself"):
+        ppo.main(["--claim", "srppo", *extra])
+
+
 def test_the_map_names_every_preset():
     named = [line.split()[0] for line in ppo.__doc__.splitlines() if line.split()]
-    hidden = {"n64", "more", "more64", "alpha05", "alpha2"}                           # variants of the claim's arms
+    hidden = {"n64", "more", "more64", "alpha05", "alpha2", "cold"}                           # variants of the claim's arms
     assert all(name in named for name in ppo.PRESETS.keys() - hidden), ppo.PRESETS.keys() - hidden - set(named)

@@ -68,6 +68,11 @@ def test_functions_arrive_with_their_numbers_bound(tmp_path):
     assert conf("--loss", str(tmp_path), "--gamma", "5")[1].loss(1) == pytest.approx(1.0)   # the row PATH
 
 
+def test_a_preset_s_key_may_lie_idle_a_typed_one_may_not():
+    """--config second sets gamma for loss b; choosing loss a leaves it idle, which is not the user's mistake"""
+    assert conf("--config", "second", "--loss", "a")[1].loss(10) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("text, value", [("--flag", True), ("--flag=false", False), ("--flag true", True)])
 def test_switches(text, value):
     assert conf(*text.split())[0].flag is value
@@ -80,6 +85,7 @@ def test_switches(text, value):
     (["--flag=maybe"], "--flag maybe: expected bool"),
     (["--config", "fsat"], "no preset 'fsat'; did you mean 'fast'"),
     (["--config", "nowhere.toml"], "no config file nowhere.toml"),
+    (["--config", "second", "--loss", "a", "--gamma", "1"], "unknown key --gamma; it belongs to loss 'b'"),
     (["--gamma", "1"], "unknown key --gamma; it belongs to loss 'b'"),
     (["--loss", "c"], "no loss 'c'"),
     (["--lr"], "--lr needs a value"),
