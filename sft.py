@@ -13,7 +13,6 @@ sft         signatures: (signature, docstring) pairs   loss on the completion on
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
-strong      ToyIF                                      a bigger base, for the claims
 lora        any                                        adapters on every linear layer, merged when saved
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising val_loss is
@@ -85,11 +84,10 @@ PRESETS = dict(
     n64=dict(rows=64),
     more=dict(steps=304),                                  # toyif's 64 steps plus the 240 that ppo.py's toyif makes
     more64=dict(steps=248),                                # 8 plus 240
-    strong=dict(model="4x128"),                            # ToyIF's base for the claims
     lora=dict(lora=8, lr=2e-3),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
-SIZES = ("tiny", "strong")       # presets that a run hands on to the base that it makes
+SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
 
 CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"], "bits per byte": ["val_bpb", "ood_bpb"],
           "learning rate": ["lr"]}

@@ -264,7 +264,7 @@ def toy(config, out, *extra):
     return ppo.main(["--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra])
 
 
-METHODS = [p for p in ppo.PRESETS if p not in ("toyif", "docs", "tiny", "n64", "more", "more64", "alpha05", "alpha2", "cold", "strong")]
+METHODS = [p for p in ppo.PRESETS if p not in ("toyif", "docs", "tiny", "n64", "more", "more64", "alpha05", "alpha2", "cold")]
 
 
 @pytest.mark.parametrize("config", [*METHODS, "srppo,n64", "sft,more", "sft,more64", "contrast,alpha05", "contrast,alpha2", "srppo,cold"])
