@@ -1,31 +1,32 @@
 """
 kernels.py - the operations that decide speed and memory, each beside its plain-PyTorch definition.
 
-Every kernel is `name_ref` (the definition, in plain PyTorch) and `name` (what the scripts call: picks the path, carries
-the backward). Letters: N tokens, D width, V vocabulary.
+Every kernel is `name_ref` (the definition, in plain PyTorch) and `name` (what the scripts call: picks the
+path, carries the backward). Letters: N tokens, D width, V vocabulary.
 """
 import torch
 
 
 def linear_logprob_ref(h, W, targets, temperature=1.0):
-    """log p(targets | h) and the entropy of p = softmax(h Wᵀ / temperature).   h [N, D], W [V, D] -> [N], [N]."""
+    """log p(targets | h) and entropy of p = softmax(h Wᵀ / temperature).   h [N, D], W [V, D] -> [N], [N]."""
     logp = torch.log_softmax((h @ W.T).float() / temperature, -1)                        # [N, V]
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)     # [N], [N]
 
 
-CHUNK = 1 << 20          # logits held at a time: 4 MB of float32, which a CPU's second-level cache holds; on CUDA 64 times more
+CHUNK = 1 << 20          # logits at a time: 4 MB of float32, as fits a CPU's L2 cache; on CUDA 64 times more
 
 
 class LinearLogprob(torch.autograd.Function):
     """linear_logprob_ref without ever holding [N, V]: chunks of rows, logits recomputed in the backward.
 
-    FLOPs: 2NDV forward, 6NDV backward (2NDV of them the recomputation).   Memory: CHUNK logits, plus [N] statistics.
+    FLOPs: 2NDV forward, 6NDV backward (2NDV of it recomputation).   Memory: CHUNK logits, [N] statistics.
     With p = softmax(z), H its entropy:  d logp/dz = onehot - p,   dH/dz = -p (log p + H).
     """
 
     @staticmethod
     def forward(ctx, h, W, targets, temperature):
-        cast, rows = W.to(h.dtype), max(64, CHUNK * (64 if h.is_cuda else 1) // W.size(0))     # 64: W is re-read per chunk
+        # at least 64 rows, because every chunk re-reads W
+        cast, rows = W.to(h.dtype), max(64, CHUNK * (64 if h.is_cuda else 1) // W.size(0))
         stats = torch.float64 if h.dtype == torch.float64 else torch.float32
         logp, lse, entropy = (torch.empty(h.size(0), dtype=stats, device=h.device) for _ in range(3))
         for i in range(0, h.size(0), rows):
@@ -63,7 +64,7 @@ class LinearLogprob(torch.autograd.Function):
 def linear_logprob(h, W, targets, temperature=1.0):
     """linear_logprob_ref, chunked: (log p(targets) [N], entropy [N]) in float32, differentiable in h and W.
 
-    Under autocast the matmuls run in its dtype, as they would for a Linear layer; the statistics stay float32.
+    Under autocast the matmuls run in its dtype, as for a Linear layer; the statistics stay float32.
     """
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))

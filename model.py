@@ -1,10 +1,10 @@
 """
-model.py - the transformer that every script trains: Hugging Face checkpoints in and out, batched generation, scalar heads.
+model.py - the transformer every script trains: Hugging Face checkpoints, batched generation, scalar heads.
 
     python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint, streaming
 
 Map      1 config   2 transformer   3 scoring   4 generation   5 checkpoints   6 command line
-Letters  B sequences, T tokens, D width, V vocabulary, H heads (K of them for keys and values), S cache slots, E experts
+Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots, E experts
 
     model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
     llama           nothing                                  2302.13971; RoPE scaling of Llama 3.1, 2407.21783
@@ -53,11 +53,11 @@ class ModelConfig:
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()                 # ("rope_type", "llama3"), ("factor", 8.0), … as pairs, to be hashable
+    rope_scaling: tuple = ()                 # hashable pairs: ("rope_type", "llama3"), ("factor", 8.0), …
     tie_word_embeddings: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 2
-    norm_topk_prob: bool = True              # whether the chosen experts' weights are scaled to sum 1 (Mixtral: always)
+    norm_topk_prob: bool = True              # scale the chosen experts' weights to sum 1 (Mixtral: always)
     router_aux_loss_coef: float = 0.01
     bos_token_id: int = -1                   # -1: none
     eos_token_id: tuple = ()                 # all ids that end a text
@@ -78,13 +78,17 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
         layers, width = map(int, size.split("x"))
         assert layers > 0 and width >= 32 and width % 32 == 0
     except (ValueError, AssertionError):
-        raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, for example 4x192") from None
+        raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, "
+                        "for example 4x192") from None
     heads = width // 32
-    return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64, hidden_size=width,
-                       intermediate_size=-(-width * 8 // 3 // 32) * 32, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-                       max_position_embeddings=context, num_experts=8 if model_type in ("mixtral", "qwen3_moe") else 0,
-                       bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos, eos_token_id=(tokenizer.eos,),
+    return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+                       hidden_size=width, intermediate_size=-(-width * 8 // 3 // 32) * 32,
+                       num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+                       max_position_embeddings=context,
+                       num_experts=8 if model_type in ("mixtral", "qwen3_moe") else 0,
+                       bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos,
+                       eos_token_id=(tokenizer.eos,),
                        pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
 
 
@@ -93,10 +97,10 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
 
 @lru_cache(8)
 def rope_table(config, device):
-    """cos and sin of every position's angles, each [positions, head_dim / 2] in float32 (RoFormer, 2104.09864).
+    """cos and sin of every position's angles, each [positions, hd/2] in float32 (RoFormer, 2104.09864).
 
-    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by `factor`, shorter than
-    1/high_freq_factor of it are left alone, with a linear blend of the two frequencies between.
+    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by `factor`, shorter
+    than 1/high_freq_factor of it are left alone, with a linear blend of the two frequencies between.
     """
     half = config.head_dim // 2
     freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)        # [hd/2]
@@ -105,7 +109,7 @@ def rope_table(config, device):
     if kind == "linear":
         freq = freq / s["factor"]
     elif kind == "llama3":
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)             # within the old context
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)             # in the old context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         freq = smooth * freq + (1 - smooth) * freq / s["factor"]
@@ -116,20 +120,20 @@ def rope_table(config, device):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: the half-split layout of every Hugging Face checkpoint."""
-    a, b = x.chunk(2, -1)                                                                # [B, H, T, hd/2] each
+    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: Hugging Face checkpoints' half-split layout."""
+    a, b = x.chunk(2, -1)                                                                # [B, H, T, hd/2]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)                         # [B, H, T, hd]
 
 
 class Cache:
-    """Keys and values of B rows, each row with a length of its own; one tensor for all layers, so rows move at once."""
+    """Keys and values of B rows, each of its own length; one tensor for all layers, so rows move at once."""
 
     def __init__(self, config, rows, slots, device, dtype):
         shape = config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.long, device=device)                 # [B] tokens held
-        self.used = 0                                                                    # max of length, without a sync
+        self.used = 0                                                                    # max length, no sync
 
     def put(self, layer, k, v, positions):
         """Store k, v [B, K, T, hd] at positions [B, T]; return all keys and values of the layer so far."""
@@ -145,7 +149,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (2305.13245) with rotary positions; q/k/v bias or q/k norm where the family has them."""
+    """Grouped-query attention (2305.13245), rotary; q/k/v bias or q/k norm where the family has them."""
 
     def __init__(self, c):
         super().__init__()
@@ -160,21 +164,23 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache, layer, positions, visible):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.hd).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (f(x).view(B, T, -1, self.hd).transpose(1, 2)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)          # [B, H, T, hd], [B, K, T, hd]
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)          # [B, H or K, T, hd]
         group = q.size(1) // k.size(1)
         if cache is not None:
             k, v = cache.put(layer, k, v, positions)
-        if visible is None:                                                              # nothing older: plain causal
+        if visible is None:                      # nothing older: plain causal
             k, v = k[:, :, :T], v[:, :, :T]
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)      # [B, H, T, hd]
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
-        else:                                    # the queries of a group become rows of one head: keys are not repeated
+        else:                                    # a group's queries are rows of one head: no repeated keys
             q = q.reshape(B, k.size(1), group * T, self.hd)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=visible.repeat(1, 1, group, 1))
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
+                                               attn_mask=visible.repeat(1, 1, group, 1))
             y = y.reshape(B, -1, T, self.hd)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -193,7 +199,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts. `router_logits` [tokens, E] of the last forward feed load_balance_loss."""
+    """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed load_balance_loss."""
 
     def __init__(self, c):
         super().__init__()
@@ -216,11 +222,11 @@ class MoE(nn.Module):
 
 
 def load_balance_loss(model, mask=None):
-    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6), of the last forward, over all layers.
+    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6) of the last forward, over all layers.
 
-    E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for uniform routing, 0 for a
-    dense model. mask [B, T]: tokens that count (leave padding out). A product of means, so it is that of the
-    micro-batch at hand, as everywhere. Forgets the forward, whose graph it holds.
+    E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for uniform
+    routing, 0 for a dense model. mask [B, T]: tokens that count (leave padding out). A product of means, so
+    it is that of the micro-batch at hand, as everywhere. Forgets the forward, whose graph it holds.
     """
     if not model.config.moe:
         return torch.zeros(())
@@ -231,7 +237,7 @@ def load_balance_loss(model, mask=None):
     prob = logits.float().softmax(-1)
     chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices, prob.size(-1)).sum(-2).float()
     keep = torch.ones(prob.size(1), device=prob.device) if mask is None else mask.reshape(-1).float()
-    share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x)) for x in (chosen, prob))    # [E] each
+    share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x)) for x in (chosen, prob))    # [E]
     return prob.size(-1) * (share * mean).sum()
 
 
@@ -251,7 +257,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where somebody needs them."""
+    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where they are needed."""
 
     def __init__(self, config):
         super().__init__()
@@ -268,12 +274,13 @@ class Transformer(nn.Module):
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(self, tokens, cache=None):
-        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row b's tokens follow
-        its cache.length[b] earlier ones, and the cache grows. Raises UserError beyond the context."""
+        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row b's tokens
+        follow its cache.length[b] earlier ones, and the cache grows. Raises UserError beyond the context."""
         T, old = tokens.size(1), cache.used if cache else 0
         if old + T > self.config.max_position_embeddings:
-            raise UserError(f"{old + T} tokens exceed the model's context of {self.config.max_position_embeddings}: "
-                            f"shorten the text or start from a model with a longer context")
+            raise UserError(f"{old + T} tokens exceed the model's context of "
+                            f"{self.config.max_position_embeddings}: "
+                            "shorten the text or start from a model with a longer context")
         cos, sin = rope_table(self.config, tokens.device)
         positions = visible = None
         if cache is None:
@@ -282,7 +289,8 @@ class Transformer(nn.Module):
             positions = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
             cos, sin = cos[positions][:, None], sin[positions][:, None]                  # [B, 1, T, hd/2]
             if old:
-                visible = torch.arange(old + T, device=tokens.device) <= positions[:, None, :, None]   # [B, 1, T, S]
+                visible = (torch.arange(old + T, device=tokens.device)
+                           <= positions[:, None, :, None])                               # [B, 1, T, S]
         x = self.embed_tokens(tokens)                                                    # [B, T, D]
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, cache, i, positions, visible)
@@ -296,17 +304,17 @@ class Transformer(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A transformer body and a linear head to one number: reward model, or PPO's critic (…ForSequenceClassification)."""
+    """A body and a linear head to one number (…ForSequenceClassification): reward model, or PPO's critic."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = Transformer(replace(config, tie_word_embeddings=True))              # tied: no lm_head of its own
+        self.model = Transformer(replace(config, tie_word_embeddings=True))              # tied: no lm_head
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     @classmethod
     def from_lm(cls, lm, std=0.0):
-        """Copy a language model's body; the head is normal with `std` (0: the critic starts by predicting nothing)."""
+        """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at first)."""
         with torch.device("meta"):
             model = cls(lm.config)
         body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
@@ -317,12 +325,12 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        return (self.model(tokens).float() * self.score.weight[0].float()).sum(-1)       # a sum: never in bfloat16
+        return (self.model(tokens).float() * self.score.weight[0].float()).sum(-1)       # sum: never bfloat16
 
 
 def init(config, seed=0):
-    """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream 1/sqrt(2L) of that
-    (GPT-2), norms 1, biases 0."""
+    """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream
+    1/sqrt(2L) of that (GPT-2), norms 1, biases 0."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
@@ -332,7 +340,8 @@ def init(config, seed=0):
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         else:
             out = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02, generator=g)
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02,
+                            generator=g)
     return model
 
 
@@ -345,7 +354,7 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift=True):
-    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False keeps the mean and only rescales."""
+    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False rescales but keeps the mean."""
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)          # [B, T]
     return (white if shift else white + mean) * mask
@@ -357,7 +366,7 @@ def autocast(device, dtype):
 
 
 def collate(rows, pad, device="cpu"):
-    """[(prompt ids, completion ids)] -> tokens [B, T] right-padded, mask [B, T]: 1 on completion tokens, by length."""
+    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, by length."""
     width = max(len(p) + len(c) for p, c in rows)
     tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
     mask = torch.zeros(len(rows), width)                                                 # [B, T]
@@ -368,10 +377,10 @@ def collate(rows, pad, device="cpu"):
 
 
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
-    """Aligned log-probs in float32: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0] = 0.   [B, T] -> [B, T].
+    """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0] = 0.
 
-    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks of rows, and with a
-    mask only where mask is 1 (elsewhere the result is 0). entropy=True returns (logp, entropy of the prediction of t).
+    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks of rows,
+    with a mask only where it is 1 (0 elsewhere). entropy=True returns (logp, entropy of the prediction of t).
     """
     hidden = model(tokens)[:, :-1]                                                       # [B, T-1, D]
     where = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] > 0
@@ -381,12 +390,12 @@ def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
 
 
 def token_values(critic, tokens):
-    """out[b, t] = the critic's estimate BEFORE token t is chosen, that is read after token t-1; out[:, 0] = 0. [B, T]."""
+    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t-1), out[:, 0] = 0."""
     return F.pad(critic(tokens)[:, :-1], (1, 0))
 
 
 def sequence_score(reward_model, tokens, length):
-    """A reward model's score of each whole sequence, read after its last token.   tokens [B, T], length [B] -> [B]."""
+    """A reward model's score of each sequence, read at its last token.   tokens [B, T], length [B] -> [B]."""
     return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
 
 
@@ -394,9 +403,9 @@ def sequence_score(reward_model, tokens, length):
 
 
 class Rollout(NamedTuple):
-    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion, right-padded; mask [B, T]
-    is 1 on completion tokens, the stop token included; logp [B, T] are the sampler's log-probs; finished [B]: it stopped
-    by itself, rather than by running out of tokens."""
+    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion, right-padded;
+    mask [B, T] is 1 on completion tokens, the stop token included; logp [B, T] are the sampler's log-probs;
+    finished [B]: it stopped by itself, rather than by running out of tokens."""
     tokens: torch.Tensor
     mask: torch.Tensor
     logp: torch.Tensor
@@ -410,9 +419,9 @@ class Rollout(NamedTuple):
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Sample by inverting the distribution function at u in [0, 1).   logits [B, V], u [B] -> tokens [B], logp [B].
+    """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B], logp [B].
 
-    logp is under the distribution sampled from (tempered, truncated); for temperature 0 (greedy) under softmax(logits).
+    logp: under the distribution sampled from (tempered, truncated); greedy (temperature 0): softmax(logits).
     """
     if temperature == 0:
         token = logits.argmax(-1)                                                        # [B]
@@ -423,32 +432,33 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         value, index = logits.sort(-1, descending=True)                                  # [B, V]
-        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass in front of each token
+        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     logp = torch.log_softmax(logits, -1)                                                 # [B, V]
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never a token of mass 0
+    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
     return token.squeeze(1), logp.gather(1, token).squeeze(1)
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop=None,
              generator=None, contrast=None):
-    """Sample `samples` completions for each prompt (a list of id lists of any lengths) -> Rollout of B = prompts x samples.
+    """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x samples.
 
-    Each distinct prompt is prefilled once; finished rows leave the batch. Row b's i-th draw is a number fixed beforehand,
-    so which other rows are still running changes nothing. stop: ids that end a completion (default: the model's eos).
-    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the log-probs of the two models.
-    Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
+    Each distinct prompt is prefilled once; finished rows leave the batch. Row b's i-th draw is a number fixed
+    beforehand, so which other rows still run changes nothing. stop: ids that end a completion (default: the
+    model's eos). contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models'
+    log-probs. Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     longest = max((len(p) for p in prompts), default=0)
     if longest == 0 or min(map(len, prompts)) == 0:
         raise UserError("generate needs at least one prompt, and every prompt at least one token")
     if longest + max_new_tokens > config.max_position_embeddings:
-        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
-                        f"{config.max_position_embeddings}: shorten the prompt or lower the number of new tokens")
+        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
+                        f"exceed the context of {config.max_position_embeddings}: "
+                        "shorten the prompt or lower the number of new tokens")
     stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device, dtype=torch.long)
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     index = {p: i for i, p in enumerate(distinct)}
@@ -458,9 +468,11 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     models, caches, start = [model] + ([contrast[0]] if contrast else []), [], []
     prefill, _ = collate([(p, ()) for p in distinct], config.pad_token_id, device)       # [U, longest]
     for m in models:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else m.head.dtype
+        dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+                 else m.head.dtype)
         cache = Cache(m.config, len(distinct), longest + max_new_tokens, device, dtype)
-        start.append(m(prefill, cache)[torch.arange(len(distinct), device=device), length - 1][rows])   # [B, D]
+        start.append(m(prefill, cache)[torch.arange(len(distinct), device=device),
+                                       length - 1][rows])                                # [B, D]
         cache.length = length
         cache.select(rows)
         caches.append(cache)
@@ -469,11 +481,12 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         own = model.logits(hidden[0])                                                    # [B, V]
         return own if not contrast else own + contrast[1] * (own - models[1].logits(hidden[1]))
 
-    u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's draw at step i
+    u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's i-th draw
     out = torch.full((B, max_new_tokens), max(config.pad_token_id, 0), device=device)
     logp, mask = torch.zeros(2, B, max_new_tokens, device=device).unbind(0)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    row, alive, now = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device), logits(start)
+    row, alive, now = (torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device),
+                       logits(start))
     for i in range(max_new_tokens):
         token, lp = pick(now, u[row, i], temperature, top_k, top_p)                      # [n], [n]
         out[row[alive], i], logp[row[alive], i], mask[row[alive], i] = token[alive], lp[alive], 1.0
@@ -481,7 +494,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         alive = ~finished[row]
         if i + 1 == max_new_tokens or not alive.any():
             break
-        if alive.sum() <= 0.85 * len(row):             # moving rows costs a copy of the cache: not for every single one
+        if alive.sum() <= 0.85 * len(row):             # moving rows copies the cache: not for every one
             for cache in caches:
                 cache.select(alive)
             row, token, alive = row[alive], token[alive], alive[alive]
@@ -505,13 +518,15 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
     """Yield one completion's ids as they are sampled, from one prompt (a list of ids)."""
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:
-        raise UserError(f"the prompt's {len(prompt)} tokens fill the context of {model.config.max_position_embeddings}: "
-                        f"shorten it")
-    cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), model.head.device, model.head.dtype)
+        raise UserError(f"the prompt's {len(prompt)} tokens fill the context of "
+                        f"{model.config.max_position_embeddings}: shorten it")
+    cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens),
+                  model.head.device, model.head.dtype)
     token = torch.tensor([prompt], device=model.head.device)                             # [1, T]
     for _ in range(min(room, max_new_tokens)):
         logits = model.logits(model(token, cache)[:, -1])                                # [1, V]
-        token = pick(logits, torch.rand(1, generator=generator).to(token.device), temperature, top_k, top_p)[0][None]
+        token = pick(logits, torch.rand(1, generator=generator).to(token.device),
+                     temperature, top_k, top_p)[0][None]
         yield int(token)
         if int(token) in model.config.eos_token_id:
             return
@@ -521,14 +536,15 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
 
 
 def from_hf(d, where="config.json"):
-    """A parsed config.json -> ModelConfig. Raises UserError for an architecture or option that would load wrongly."""
+    """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
     kind = d.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {kind!r} is not supported{nearest(str(kind), ARCHITECTURES)}")
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
     refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),
                   attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
-                  decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1, quantization_config="quantization_config" in d,
+                  decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
+                  quantization_config="quantization_config" in d,
                   sliding_window=window is not None and window < d["max_position_embeddings"])
     for key, wrong in refuse.items():
         if wrong:
@@ -543,12 +559,13 @@ def from_hf(d, where="config.json"):
     out["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
     out.setdefault("num_key_value_heads", d["num_attention_heads"])
     out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
-    if kind in ("mixtral", "qwen3_moe"):                                     # transformers 5 renames Qwen's key to Mixtral's
+    if kind in ("mixtral", "qwen3_moe"):         # transformers 5 renames Qwen's key to Mixtral's
         out["num_experts"] = d.get("num_local_experts", d.get("num_experts"))
     if kind == "mixtral":
         out["norm_topk_prob"] = True
     elif kind == "qwen3_moe":
-        out |= dict(intermediate_size=d["moe_intermediate_size"], norm_topk_prob=d.get("norm_topk_prob", False))
+        out |= dict(intermediate_size=d["moe_intermediate_size"],
+                    norm_topk_prob=d.get("norm_topk_prob", False))
     else:
         out["num_experts"] = 0
     out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
@@ -556,10 +573,12 @@ def from_hf(d, where="config.json"):
 
 
 def to_hf(config, scalar=False):
-    """ModelConfig -> the dict that config.json holds, with both spellings of the RoPE options that are in use."""
+    """ModelConfig -> the dict that config.json holds, with both spellings in use of the RoPE options."""
     d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
-    d["architectures"] = [ARCHITECTURES[config.model_type] + ("ForSequenceClassification" if scalar else "ForCausalLM")]
-    d["eos_token_id"] = list(config.eos_token_id) if len(config.eos_token_id) > 1 else next(iter(config.eos_token_id), None)
+    d["architectures"] = [ARCHITECTURES[config.model_type]
+                          + ("ForSequenceClassification" if scalar else "ForCausalLM")]
+    d["eos_token_id"] = (list(config.eos_token_id) if len(config.eos_token_id) > 1
+                         else next(iter(config.eos_token_id), None))
     d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
     scaling = dict(config.rope_scaling)
     d["rope_scaling"] = scaling or None
@@ -569,7 +588,7 @@ def to_hf(config, scalar=False):
     elif config.model_type == "qwen3_moe":
         d |= dict(moe_intermediate_size=config.intermediate_size, decoder_sparse_step=1, mlp_only_layers=[])
     if scalar:
-        d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})       # one label: transformers' num_labels = 1
+        d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})    # transformers' num_labels = 1
     return d
 
 
@@ -578,7 +597,7 @@ MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_spa
 
 
 def hf_name(name, config):
-    """Our parameter's name -> the checkpoint's: a 'model.' in front of the body, and Mixtral's own names of experts."""
+    """Our parameter's name -> the checkpoint's: 'model.' before the body, and Mixtral's names of experts."""
     if not name.startswith(("model.", "lm_head.", "score.")):
         name = "model." + name
     if config.model_type == "mixtral":
@@ -588,9 +607,9 @@ def hf_name(name, config):
 
 
 def save(model, tokenizer, path, shard_bytes=5_000_000_000):
-    """Write a Hugging Face folder: config.json, model.safetensors (several files beyond shard_bytes), tokenizer.json.
+    """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes), tokenizer.json.
 
-    Tied heads are stored once, every tensor in its own dtype (float32 while training), so load() is bitwise equal.
+    Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is bitwise equal.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -617,30 +636,33 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
 
 
 def tensors(path):
-    """{name: open file} of a folder's safetensors, single or sharded. Raises UserError for a missing or broken file."""
+    """{name: open file} of a folder's safetensors, single or sharded; UserError if missing or broken."""
     index = path / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists()
+             else ["model.safetensors"])
     out = {}
     for name in names:
         try:
             file = safe_open(path / name, "pt")
             out |= {k: file for k in file.keys()}
         except FileNotFoundError:
-            raise UserError(f"{path / name} is missing: the checkpoint is incomplete, copy it again") from None
+            raise UserError(f"{path / name} is missing: "
+                            "the checkpoint is incomplete, copy it again") from None
         except SafetensorError as e:
-            raise UserError(f"{path / name} is not a readable safetensors file ({e}): copy it again") from None
+            raise UserError(f"{path / name} is not a readable safetensors file ({e}): "
+                            "copy it again") from None
     return out
 
 
 def load(path, device="cpu", dtype=torch.float32):
     """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
 
-    Raises UserError that names an unknown architecture, a missing or misshapen tensor, or a tokenizer with more ids than
-    the model has rows.
+    Raises UserError that names an unknown architecture, a missing or misshapen tensor, or a tokenizer with
+    more ids than the model has rows.
     """
     path = checkpoint(path)
     config = from_hf(json.loads((path / "config.json").read_text()), path / "config.json")
-    extra = path / "generation_config.json"                                  # Llama-3's chat models name all eos ids here
+    extra = path / "generation_config.json"      # Llama-3's chat models name all eos ids here
     eos = json.loads(extra.read_text()).get("eos_token_id") if extra.exists() else None
     if eos is not None:
         config = replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,))
@@ -651,17 +673,19 @@ def load(path, device="cpu", dtype=torch.float32):
     for name, p in model.state_dict().items():
         key = hf_name(name, config)
         if key not in stored:
-            raise UserError(f"{path}: tensor {key} is missing (config.json asks for {config.num_hidden_layers} layers "
-                            f"of {config.model_type}): the checkpoint is incomplete or its config is wrong")
+            raise UserError(f"{path}: tensor {key} is missing (config.json asks for "
+                            f"{config.num_hidden_layers} layers of {config.model_type}): "
+                            "the checkpoint is incomplete or its config is wrong")
         value = stored[key].get_tensor(key)
         if value.shape != p.shape:
-            raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, config.json asks for {list(p.shape)}")
+            raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, "
+                            f"config.json asks for {list(p.shape)}")
         state[name] = value.to(device, dtype)
     model.load_state_dict(state, assign=True)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size} "
-                        f"rows: this tokenizer.json belongs to another model")
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
+                        f"{config.vocab_size} rows: this tokenizer.json belongs to another model")
     return model.requires_grad_(), tokenizer
 
 
@@ -669,7 +693,7 @@ def load(path, device="cpu", dtype=torch.float32):
 
 
 def bandwidth(device):
-    """Bytes a second that a copy of 256 MB reads and writes on this device: the floor that decoding is held to."""
+    """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held to."""
     x = torch.empty(64 << 20, device=device)
     y = torch.empty_like(x)
     best = math.inf
@@ -683,8 +707,9 @@ def bandwidth(device):
 
 
 def main(argv=None):
-    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the bandwidth floor."""
-    p = argparse.ArgumentParser(description="sample from a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the floor."""
+    p = argparse.ArgumentParser(description="sample from a checkpoint",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
     p.add_argument("--prompt", default="", help="text to continue, or what the user says if --chat")
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
@@ -695,7 +720,8 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     a = p.parse_args(argv)
-    model, tokenizer = load(a.path, a.device, torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
+    model, tokenizer = load(a.path, a.device,
+                            torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     ids = tokenizer.render([dict(role="user", content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
     if not a.chat and tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
@@ -703,17 +729,19 @@ def main(argv=None):
         raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
     print(a.prompt, end="", flush=True)
     made, shown, t0 = [], "", time.perf_counter()
-    for token in stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p, torch.Generator().manual_seed(a.seed)):
+    for token in stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p,
+                        torch.Generator().manual_seed(a.seed)):
         made.append(token)
         text = tokenizer.decode(made)
-        if not text.endswith("\ufffd"):                                      # a character still short of bytes waits
+        if not text.endswith("\ufffd"):          # a character still short of bytes waits
             print(text[len(shown):], end="", flush=True)
             shown = text
     rate = len(made) / (time.perf_counter() - t0)
     size = sum(p.nbytes for p in model.parameters())
     floor = bandwidth(a.device) / size
     print(f"\n\n{len(made)} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that reading "
-          f"{size / 1e6:.1f} MB of weights per token at {bandwidth(a.device) / 1e9:.0f} GB/s would allow", file=sys.stderr)
+          f"{size / 1e6:.1f} MB of weights per token at {bandwidth(a.device) / 1e9:.0f} GB/s would allow",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from data.run import UserError
 
 
 def param_groups(model, weight_decay):
-    """Two groups of the trainable parameters: matrices (decayed) and norms, biases, other vectors (not decayed)."""
+    """The trainable parameters in two groups: matrices (decayed), and norms, biases, other vectors (not)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("the model has no trainable parameter")
@@ -69,7 +69,7 @@ def cosine(step, steps, warmup=0, *, floor=0.05):
 
 
 def wsd(step, steps, warmup=0, *, cooldown=0.2):
-    """Warm-up, stable, decay (MiniCPM, 2404.06395): constant, then linear to 0 over the last `cooldown` of the steps."""
+    """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then linear to 0 over the last `cooldown` of steps."""
     return warm(step, warmup) * min(1.0, (steps - step) / max(1, cooldown * steps))
 
 
@@ -90,7 +90,7 @@ class LoRA(nn.Module):
         w = linear.weight
         self.A = nn.Parameter(torch.empty(rank, w.size(1), dtype=w.dtype, device=w.device))
         self.B = nn.Parameter(torch.zeros(w.size(0), rank, dtype=w.dtype, device=w.device))
-        bound = 1 / math.sqrt(w.size(1))                       # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
+        bound = 1 / math.sqrt(w.size(1))         # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
         with torch.no_grad():
             noise = torch.rand(self.A.shape, generator=generator)
             self.A.copy_((2 * noise - 1) * bound)
@@ -100,15 +100,16 @@ class LoRA(nn.Module):
 
     def merged(self):
         """The plain linear layer that computes the same."""
-        out = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None, device="meta")
+        out = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None,
+                        device="meta")
         out.weight = nn.Parameter(self.linear.weight + self.scale * self.B @ self.A)
         out.bias = self.linear.bias
         return out
 
 
 def add_lora(model, rank, alpha=0.0, generator=None):
-    """Freeze the model and put a LoRA of `rank` on every linear layer inside its blocks (QLoRA, 2305.14314 §4, found all
-    layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
+    """Freeze the model and put a LoRA of `rank` on every linear layer inside its blocks (QLoRA, 2305.14314
+    §4, found all layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
     if rank < 1:
         raise UserError(f"--lora {rank}: the rank must be at least 1")
     model.requires_grad_(False)

@@ -1,1 +1,1 @@
-"""data - what goes into a run and what comes out of it.  Each module stands alone; see the list in README.md."""
+"""data - what goes into a run and what comes out of it.  Each module stands alone; README.md lists them."""

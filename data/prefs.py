@@ -114,8 +114,8 @@ class ToyIF:
     splits = ("train", "val", "ood", "base")
 
     def __init__(self, style="good"):
-        """style: whose responses demo() gives, one of BEHAVIOURS, or mixture: the base model's corpus, for which
-        train and val too may have any pair of rules."""
+        """style: whose responses demo() gives, one of BEHAVIOURS, or mixture: the base model's corpus, for
+        which train and val too may have any pair of rules."""
         if style not in (*BEHAVIOURS, "mixture"):
             raise UserError(f"toyif has no style {style!r}{nearest(style, [*BEHAVIOURS, 'mixture'])}")
         self.style = style

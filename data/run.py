@@ -1,8 +1,8 @@
 """
 run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints, claims).
 
-    c, f = configure(Config, PRESETS, AXES, __doc__)   # defaults < --config a,b,my.toml < --key value
-    with Run(c, f, "sft", CURVES) as run:              # out/sft/<name>/: run.json, log.jsonl, curve.png, step-000200/
+    c, f = configure(Config, PRESETS, AXES, __doc__)  # defaults < --config a,b,my.toml < --key value
+    with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl, curve.png, step-*
         for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
 
 Map      1 errors   2 configure   3 the run's folder   4 the curve   5 claims
@@ -41,7 +41,7 @@ except ImportError:              # Windows: no lock, so run the arms of a claim 
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that names the thing and the remedy, shown without a traceback."""
+    """Something the user can mend: one line naming the thing and the remedy, shown without a traceback."""
 
 
 def nearest(word, known):
@@ -61,14 +61,15 @@ def cli(main):
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
-        sys.exit(print("error: out of memory: try a smaller --micro (results do not change)", file=sys.stderr) or 2)
+        sys.exit(print("error: out of memory: try a smaller --micro (results do not change)",
+                       file=sys.stderr) or 2)
 
 
 # --- configure ----------------------------------------------------------------------------------------
 
 
 def hyper(fn):
-    """A method's hyper-parameters are its keyword-only arguments: def dpo(win, lose, *, beta=0.1) -> {'beta': 0.1}."""
+    """A method's hyper-parameters are its keyword-only arguments: def f(x, *, beta=0.1) -> {'beta': 0.1}."""
     return {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
@@ -78,7 +79,7 @@ def needs(fn):
 
 
 def cast(key, value, like):
-    """Turn `value` (text from the command line, or a TOML/preset value) into the type of the default `like`."""
+    """Turn `value` (command-line text, or a TOML/preset value) into the type of the default `like`."""
     kind = type(like)
     try:
         if kind is bool:
@@ -128,10 +129,10 @@ def layer(name, presets):
 def configure(Config, presets, axes, doc="", argv=None):
     """Resolve a command line into (c, f): the frozen Config, and one bound function per axis.
 
-    axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis with a
-    single row needs no field); the row's keyword-only arguments are keys like any other (`--beta 0.1`, or
+    axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis
+    with a single row needs no field); its keyword-only arguments are keys like any other (`--beta 0.1`, or
     `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values that are existing paths.
-    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a key that nobody reads.
+    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a key nobody reads.
     """
     fields = {x.name: x.default for x in dataclasses.fields(Config)}
     given = parse(sys.argv[1:] if argv is None else argv, fields)
@@ -160,7 +161,7 @@ def configure(Config, presets, axes, doc="", argv=None):
             bound[axis][key] = cast(key, value, default)
     for key in values:
         owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
-        if key not in known and (key in typed or not owners):     # a preset's key may be idle: another row was chosen
+        if key not in known and (key in typed or not owners):     # a preset's key is idle under another row
             owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items() if key in hyper(fn)]
             hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields, *known])
             raise UserError(f"unknown key --{key}{hint}")
@@ -182,13 +183,15 @@ def configure(Config, presets, axes, doc="", argv=None):
 
 
 def help_text(Config, presets, axes, doc):
-    """--help: the script's docstring, every field with its comment and default, the presets, each row's arguments."""
+    """--help: the script's docstring, fields with comments and defaults, presets, each row's arguments."""
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     lines = [inspect.cleandoc(doc or ""), "", "options (--key value):"]
-    lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}" for x in dataclasses.fields(Config)]
+    lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}"
+              for x in dataclasses.fields(Config)]
     lines += ["", "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, instead of one run"]
     lines += ["", "presets (--config a,b or a .toml file, left to right):"]
-    lines += [f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items()) for name, row in presets.items()]
+    lines += [f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items())
+              for name, row in presets.items()]
     for axis, rows in axes.items():
         lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
         for row, fn in rows.items():
@@ -209,7 +212,7 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def lock(path):
-    """Let one process at a time into the block; the others wait. Freed by the system if the holder is killed."""
+    """Let one process at a time into the block; others wait. The system frees it if the holder is killed."""
     path = Path(f"{path}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -228,7 +231,7 @@ def read_log(folder):
 
 
 def checkpoint(path):
-    """The Hugging Face folder that `path` means: itself, or the newest step of a run folder. Raises UserError."""
+    """The Hugging Face folder `path` means: itself, or the newest step of a run folder. Raises UserError."""
     path = Path(path)
     if (path / "config.json").exists():
         return path
@@ -248,9 +251,11 @@ def result(folder):
 def commit():
     """The project's git commit, with '+' if files differ from it; '' outside a repository."""
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
+                              capture_output=True, text=True).stdout
     with contextlib.suppress(OSError):
-        return git("rev-parse", "--short", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+        return (git("rev-parse", "--short", "HEAD").strip()
+                + ("+" if git("status", "--porcelain", "-uno") else ""))
     return ""
 
 
@@ -261,33 +266,37 @@ def source():
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
-FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro", "compile"}   # may change on --resume
+FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro",
+        "compile"}               # may change on --resume
 
 
 def settings(c, f):
-    """Everything that decides a run's numbers, as JSON holds it: the Config's fields and each axis's arguments."""
+    """All that decides a run's numbers, as JSON holds it: the Config's fields and each axis's arguments."""
     return json.loads(json.dumps(dataclasses.asdict(c) |
-                                 {f"{axis}.{k}": v for axis, fn in vars(f).items() for k, v in fn.keywords.items()}))
+                                 {f"{axis}.{k}": v for axis, fn in vars(f).items()
+                                  for k, v in fn.keywords.items()}))
 
 
 class Run:
-    """A run's folder out/<script>/<name>/ and its traces. A context manager: the curve is drawn on the way out.
+    """A run's folder out/<script>/<name>/ and its traces; a context manager that draws the curve on exit.
 
-    Without --out a second run of the same name gets a new folder (name-2), so nothing is overwritten; with --resume
-    the newest of them is continued, and `state` holds what its last save() was given.
+    Without --out a second run of the same name gets a new folder (name-2), so nothing is overwritten; with
+    --resume the newest of them is continued, and `state` holds what its last save() was given.
     """
 
     def __init__(self, c, f, script, curves=None):
         self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
         names = [Path(n).stem for n in c.config.split(",") if n]
         base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
-        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))] if p.exists()]
+        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+                 if p.exists()]
         if c.resume:
             if not taken:
                 raise UserError(f"--resume: no run in {base}; start it without --resume")
             self.folder = base if c.out else taken[-1]
         elif c.out and (base / "run.json").exists():
-            raise UserError(f"--out {base} already holds a run: add --resume to go on, or choose another folder")
+            raise UserError(f"--out {base} already holds a run: "
+                            "add --resume to go on, or choose another folder")
         else:
             self.folder = base if c.out or not taken else base.with_name(f"{base.name}-{len(taken) + 1}")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -309,12 +318,13 @@ class Run:
         write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         self.t0 = time.time() - (rows[-1]["time"] if rows else 0.0)
         done = {"result": result(self.folder)} if result(self.folder) else {}
-        self.info = dict(config=self.settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
-                         source=source(), versions=dict(python=platform.python_version(), torch=torch.__version__)) | done
+        self.info = dict(config=self.settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                         commit=commit(), source=source(),
+                         versions=dict(python=platform.python_version(), torch=torch.__version__)) | done
         write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
 
     def check_settings(self):
-        """--resume must not change what is being computed. Raises UserError naming the first setting that did."""
+        """--resume must not change what is computed. Raises UserError naming the first setting that did."""
         path, new = self.folder / "run.json", self.settings
         old = json.loads(path.read_text())["config"] if path.exists() else new
         for key in sorted(new.keys() | old.keys()):
@@ -341,9 +351,10 @@ class Run:
         self.bar.close()
 
     def log(self, step, show=False, **metrics):
-        """What is true after `step` steps: one row to log.jsonl, and at most one aligned line every two seconds to the
-        terminal (always with show). Stops the run when the loss or the gradient norm is no longer finite."""
-        row = {"step": step, "time": round(time.time() - self.t0, 2)} | {k: float(v) for k, v in metrics.items()}
+        """What is true after `step` steps: one row to log.jsonl, at most one aligned line in two seconds to
+        the terminal (always with show). Stops the run when the loss or the gradient norm is not finite."""
+        row = ({"step": step, "time": round(time.time() - self.t0, 2)}
+               | {k: float(v) for k, v in metrics.items()})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         bad = [k for k in ("loss", "norm") if not math.isfinite(row.get(k, 0.0))]
@@ -363,8 +374,8 @@ class Run:
         sys.stdout.flush()
 
     def save(self, step, write, **state):
-        """Checkpoint after `step` steps are done: write(folder) makes the Hugging Face folder, `state` goes to
-        state.pt (what torch.load(weights_only=True) reads). Appears under its final name only when complete."""
+        """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes to
+        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete."""
         final = self.folder / f"step-{step:06d}"
         if not final.exists():
             tmp = final.with_suffix(".tmp")
@@ -375,7 +386,7 @@ class Run:
             os.replace(tmp, final)
         self.last = final
         for old in sorted(p for p in self.folder.glob("step-*") if p.suffix != ".tmp")[:-self.c.keep]:
-            doomed = old.with_suffix(".tmp")               # renamed first: a kill never leaves half a step folder
+            doomed = old.with_suffix(".tmp")               # renamed first: a kill never leaves half a folder
             os.replace(old, doomed)
             shutil.rmtree(doomed)
 
@@ -408,8 +419,8 @@ def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-                         "font.size": 9, "legend.frameon": False, "figure.dpi": 120})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False, "figure.dpi": 120})
     return plt
 
 
@@ -440,8 +451,8 @@ def draw(folder, curves):
 def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
 
-    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every arm; those
-    that an arm or the seeds set are refused.
+    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every
+    arm; those that an arm or the seeds set are refused.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     setup = partial(configure, Config, presets, axes, doc)
@@ -453,18 +464,21 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
     layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
-    fixed = {"seed", "out", "resume", "stop"} | {k for arm in claims[name].arms.values() for n in arm.split(",") for k in presets[n]}
+    fixed = {"seed", "out", "resume", "stop"} | {k for arm in claims[name].arms.values()
+                                                 for n in arm.split(",") for k in presets[n]}
     for key in {k for row in layers for k in row} & fixed:
-        raise UserError(f"--claim {name} with {key}: the claim sets it itself; an arm would not be what its name says")
+        raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
+                        "an arm would not be what its name says")
     extra = [f"--{k}={v}" for k, v in options.items()]
     return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra)
 
 
-T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+        2.201, 2.179, 2.160, 2.145, 2.131]
 
 
 def interval(values):
-    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for one value."""
+    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for one."""
     n = len(values)
     if n < 2:
         return values[0], math.inf
@@ -481,10 +495,10 @@ def verdict(diffs, better="higher"):
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must come out above 0.
+    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must exceed 0.
 
-    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that ours is
-    better. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
+    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that
+    ours is better. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
     """
     text: str
     paper: str
@@ -503,7 +517,7 @@ def conclude_all(verdicts):
 
 
 def run_arm(job):
-    """One arm, one seed, in a process of its own: the run's result, taken from its folder if it is there already."""
+    """One arm, one seed, in its own process: the run's result, from its folder if it is there already."""
     configure_arm, train, argv, folder, threads = job
     c, f = configure_arm([*argv, "--out", folder])
     path = Path(folder, "run.json")
@@ -516,8 +530,9 @@ def run_arm(job):
         return train(c, f)
 
 
-def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), results="data/results"):
-    """Train every arm on every seed (`jobs` at once, finished ones are reused), compare, write JSON and picture.
+def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(),
+              results="data/results"):
+    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and picture.
 
     configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line. Returns the JSON's dict.
     """
@@ -525,9 +540,11 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
     todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
     work = [(configure_arm, train, ["--config", claim.arms[arm], "--seed", str(seed), *extra],
-             f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}", 1 if jobs > 1 else torch.get_num_threads())
+             f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}",
+             1 if jobs > 1 else torch.get_num_threads())
             for arm, seed in todo]
-    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time", flush=True)
+    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
+          flush=True)
     t0, got = time.time(), []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
@@ -536,7 +553,8 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 bar.update()
                 got.append(out)
     report = judge(name, claim, seeds, dict(zip(todo, got)))
-    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}" + "".join(f" {x}" for x in extra),
+    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
+                           + "".join(f" {x}" for x in extra),
                    commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
     Path(results).mkdir(parents=True, exist_ok=True)
     write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
@@ -546,7 +564,7 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
 
 
 def judge(name, claim, seeds, got):
-    """The report of a claim from got[(arm, seed)] -> result: means, intervals, paired differences, verdict."""
+    """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences, verdict."""
     metrics = (claim.metric, *claim.also)
     values = {arm: {m: [got[arm, s][m] for s in range(seeds)] for m in metrics} for arm in claim.arms}
     tests, verdicts = [], {}
@@ -557,8 +575,8 @@ def judge(name, claim, seeds, got):
         tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
     arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
             for arm, ms in values.items()}
-    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric, better=claim.better, seeds=seeds,
-                verdict=(claim.conclude or conclude_all)(verdicts), arms=arms, tests=tests)
+    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric, better=claim.better,
+                seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms, tests=tests)
 
 
 def table(report):
@@ -566,8 +584,10 @@ def table(report):
     metrics = list(next(iter(report["arms"].values())))
     lines = ["", f"{'arm':<20}" + "".join(f"{m:>20}" for m in metrics)]
     for arm, ms in report["arms"].items():
-        lines.append(f"{arm:<20}" + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}" for m in metrics))
-    lines.append(f"\npaired differences of {report['metric']} ({report['better']} is better), 95 % over {report['seeds']} seeds")
+        lines.append(f"{arm:<20}"
+                     + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}" for m in metrics))
+    lines.append(f"\npaired differences of {report['metric']} ({report['better']} is better), "
+                 f"95 % over {report['seeds']} seeds")
     lines += [f"{t['test']:<36}" + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
               for t in report["tests"]]
     return "\n".join(lines)
@@ -581,7 +601,8 @@ def draw_claim(report, path):
     for y, (arm, ms) in enumerate(arms.items()):
         ax.plot(ms[m]["values"], [y] * len(ms[m]["values"]), "o", ms=3, alpha=0.4, color="tab:gray")
         ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3, color="tab:blue")
-    ax.set(yticks=range(len(arms)), yticklabels=list(arms), xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
+    ax.set(yticks=range(len(arms)), yticklabels=list(arms),
+           xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
            title=f"{report['claim']}: {report['verdict']}  ({report['seeds']} seeds, 95 % intervals)")
     ax.invert_yaxis()
     fig.tight_layout()

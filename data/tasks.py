@@ -249,7 +249,8 @@ TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, gsm8k=Gs
 
 def held_out(name_or_path):
     """The splits that training never sees, of a task, a file or a corpus: val, and ood where there is one."""
-    known = ("val", "ood") if name_or_path == "stdlib" else ("val",) if is_corpus(name_or_path) else task(name_or_path).splits
+    known = (("val", "ood") if name_or_path == "stdlib" else ("val",) if is_corpus(name_or_path)
+             else task(name_or_path).splits)
     return [split for split in ("val", "ood") if split in known]
 
 
@@ -257,7 +258,8 @@ def task(name_or_path, **options):
     """The task of that name, or of a file; UserError for unknown names, missing files and unknown options."""
     make, path = TASKS.get(name_or_path, Jsonl), [] if name_or_path in TASKS else [name_or_path]
     if path and name_or_path not in NAMED and not Path(name_or_path).suffix:
-        raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, [*TASKS, *NAMED, 'stdlib'])}, or a .jsonl file")
+        raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, [*TASKS, *NAMED, 'stdlib'])}, "
+                        "or a .jsonl file")
     known = list(inspect.signature(make).parameters)[len(path):]         # a file's path is given already
     if unknown := [key for key in options if key not in known]:
         raise UserError(f"task {name_or_path} has no option {unknown[0]!r}{nearest(unknown[0], known)}")

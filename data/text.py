@@ -257,7 +257,7 @@ def read_jsonl(path):
 
 
 def is_corpus(name_or_path):
-    """Whether documents() reads this: running text, rather than a task's or a file's prompts and completions."""
+    """Whether documents() reads this: running text, not the prompts and completions of a task or a file."""
     suffix = Path(NAMED[name_or_path][0] if name_or_path in NAMED else name_or_path).suffix
     if name_or_path == "stdlib" or suffix == ".txt":
         return True

@@ -76,10 +76,12 @@ class Chat(NamedTuple):
 
 
 def chatml_turn(role, content):
+    """One message in ChatML, as (special token, text after it) pairs."""
     return [("<|im_start|>", f"{role}\n{content}"), ("<|im_end|>", "\n")]
 
 
 def llama3_turn(role, content):
+    """One message in Llama 3's template, its content stripped, as (special token, text after it) pairs."""
     text = f"\n\n{content.strip()}"
     return [("<|start_header_id|>", role), ("<|end_header_id|>", text), ("<|eot_id|>", "")]
 
@@ -157,7 +159,7 @@ class Tokenizer:
     def prompt(self, problem, chat=False) -> list[int]:
         """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages"]}.
 
-        BOS (where there is one) and the text; with chat the rendered messages, or the text as the user's turn.
+        BOS (if there is one) and the text; with chat the rendered messages, or the text as the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
         if chat:

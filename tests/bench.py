@@ -1,10 +1,10 @@
 """
-bench.py - speed and memory as ratios: against plain PyTorch in the same run, and against this machine's own floor.
+bench.py - speed and memory as ratios: against plain PyTorch in the same run, and this machine's own floor.
 
     python tests/bench.py                      # about a minute; CUDA too where there is a device
 
-Both sides of a row run alternately and the medians are compared, because machines are noisy: read the ratios, not the
-times.   floor: FLOPs of the row over the matmul rate measured first (a matrix of the model's own shapes runs slower).
+Both sides of a row run alternately and the medians are compared, as machines are noisy: read the ratios, not
+the times.   floor: FLOPs of the row over the matmul rate measured first (the model's own shapes run slower).
 """
 import resource
 import statistics
@@ -25,6 +25,7 @@ from optim import adamw
 
 
 def sync(device):
+    """Wait until the device has done what it was given, so that the clock counts it."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -50,12 +51,14 @@ def matmul_rate(device, n=1024):
 
 
 def model_of(size, vocab, context, device):
+    """A new model of this size with this vocabulary and context."""
     return init(replace(preset(size, bytes_tokenizer(), context), vocab_size=vocab), 0).to(device)
 
 
 def flops_per_token(model, context):
-    """Forward and backward: 6 per weight of every matrix, and 6·L·T·D for causal attention (12·L·T·D halved)."""
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n) + model.head.numel()
+    """Forward and backward: 6 per weight of each matrix, 6·L·T·D for causal attention (12·L·T·D halved)."""
+    matrices = (sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
+                + model.head.numel())
     return 6 * (matrices + model.config.num_hidden_layers * context * model.config.hidden_size)
 
 
@@ -67,7 +70,8 @@ def sft_row(device, packed):
     g = torch.Generator().manual_seed(0)
     lengths = [(1, T - 1)] * B if packed else [(int(p), int(r)) for p, r in zip(
         torch.randint(30, 80, (B,), generator=g), torch.randint(6, 16, (B,), generator=g))]
-    rows = [(torch.randint(0, 2000, (p,), generator=g), torch.randint(0, 2000, (r,), generator=g)) for p, r in lengths]
+    rows = [(torch.randint(0, 2000, (p,), generator=g), torch.randint(0, 2000, (r,), generator=g))
+            for p, r in lengths]
 
     def step_ours():
         tokens, mask = collate(rows, 0, device)
@@ -103,6 +107,7 @@ def generate_uncached(model, prompts, new):
 
 
 def generate_row(device, samples=64, new=64, prompt=32):
+    """Sampling with the cache, the prompt prefilled once, against recomputing the prefix for every token."""
     model = model_of("4x128", 2048, 512, device)
     prompts = torch.randint(0, 2000, (1, prompt)).tolist()
     forward = flops_per_token(model, prompt + new // 2) / 3
@@ -134,18 +139,23 @@ def peak_memory(fn, device):
 
 
 def main(device):
+    """Print the table of one device."""
     rate = matmul_rate(device)
     print(f"{device}: {rate / 1e9:.0f} GFLOP/s in a float32 product, {bandwidth(device) / 1e9:.0f} GB/s, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     fns, _, _ = logprob_row(device)
     mb = [peak_memory(fn, device) for fn in fns]                       # ours first: the peak only ever rises
     print(f"{'row':<34}{'tokens/s':>10}{'plain':>10}{'ratio':>8}{'floor':>8}")
-    for name, row in {"sft step, packed 16 x 256": sft_row(device, True), "sft step, completions of 16 rows": sft_row(device, False),
-                      "generate 64 samples x 64 tokens": generate_row(device), "linear_logprob 4096 x 256 x 16384": logprob_row(device)}.items():
+    for name, row in {"sft step, packed 16 x 256": sft_row(device, True),
+                      "sft step, completions of 16 rows": sft_row(device, False),
+                      "generate 64 samples x 64 tokens": generate_row(device),
+                      "linear_logprob 4096 x 256 x 16384": logprob_row(device)}.items():
         fns, tokens, flops = row
         ours, plain = seconds(fns, device)
-        print(f"{name:<34}{tokens / ours:>10.0f}{tokens / plain:>10.0f}{plain / ours:>7.2f}x{flops / rate / ours:>7.0%}")
-    print(f"linear_logprob adds {mb[0]:.0f} MB to the peak, the plain version {mb[1]:.0f} MB more on top of that")
+        print(f"{name:<34}{tokens / ours:>10.0f}{tokens / plain:>10.0f}"
+              f"{plain / ours:>7.2f}x{flops / rate / ours:>7.0%}")
+    print(f"linear_logprob adds {mb[0]:.0f} MB to the peak, "
+          f"the plain version {mb[1]:.0f} MB more on top of that")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests run from anywhere: the repository's root goes on the path, and out/ of a test is a temporary folder."""
+"""Tests run from anywhere: the repository's root goes on the path, a test's out/ is a temporary folder."""
 import os
 import sys
 from pathlib import Path
@@ -20,6 +20,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def bases_folder(tmp_path_factory):
+    """The folder behind shared_bases."""
     return tmp_path_factory.mktemp("bases")
 
 
@@ -40,6 +41,7 @@ def stories():
 
 
 def pytest_collection_modifyitems(config, items):
+    """Skip what is marked gpu where there is none, and slow unless -m asks for it."""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -48,5 +50,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    """Declare our two markers."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")

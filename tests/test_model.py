@@ -1,4 +1,4 @@
-"""model.py: the transformer against its definition, generation against the full forward, checkpoints both ways."""
+"""model.py: transformer against definition, generation against the full forward, checkpoints both ways."""
 import json
 import math
 from dataclasses import replace
@@ -11,16 +11,17 @@ import kernels
 import model as M
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
-from model import (MoE, ScalarModel, Transformer, collate, from_hf, generate, init, load, load_balance_loss, masked_mean,
-                   masked_whiten, pick, preset, save, sequence_score, to_hf, token_logprobs, token_values)
+from model import (MoE, ScalarModel, Transformer, collate, from_hf, generate, init, load, load_balance_loss,
+                   masked_mean, masked_whiten, pick, preset, save, sequence_score, to_hf, token_logprobs,
+                   token_values)
 
 FAMILIES = list(M.ARCHITECTURES)
-LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0), ("original_max_position_embeddings", 32),
-          ("rope_type", "llama3"))
+LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
+          ("original_max_position_embeddings", 32), ("rope_type", "llama3"))
 
 
 def small(family="qwen3", **changes):
-    """A random model of every family: two layers, grouped queries, noisy norms and biases so that each one matters."""
+    """A random model of any family: two layers, grouped queries, noisy norms and biases, so each matters."""
     config = preset("2x64", bytes_tokenizer(), 96, family)
     config = replace(config, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **changes)
     net = init(config, seed=1)
@@ -32,6 +33,7 @@ def small(family="qwen3", **changes):
 
 
 def ids(n, length, seed=0):
+    """Random byte ids [n, length]."""
     g = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, length), generator=g)
 
@@ -53,16 +55,17 @@ def test_rope_depends_on_distance_only():
     c = small().config
     cos, sin = M.rope_table(c, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
-    at = [(M.rotate(q, cos[i:i + 1], sin[i:i + 1]) * M.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum() for i, j in
-          ((3, 1), (50, 48), (3, 2))]
+    at = [(M.rotate(q, cos[i:i + 1], sin[i:i + 1]) * M.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum()
+          for i, j in ((3, 1), (50, 48), (3, 2))]
     assert torch.allclose(at[0], at[1], atol=1e-5) and not torch.allclose(at[0], at[2], atol=1e-2)
 
 
 def test_llama3_scaling_by_hand():
-    """Old context 32, factor 8, low 1, high 4: a frequency with more than 4 turns in the old context is kept, one with less
-    than 1 is divided by 8, and 2.5 turns (smooth = 0.5) gives half of each: 0.5625 of the old."""
+    """Old context 32, factor 8, low 1, high 4: a frequency with more than 4 turns in the old context is kept,
+    one with less than 1 is divided by 8, and 2.5 turns (smooth = 0.5) gives half of each: 0.5625 of it."""
     c = replace(small().config, rope_theta=10000.0, rope_scaling=LLAMA3, max_position_embeddings=96)
-    new = torch.atan2(M.rope_table(c, torch.device("cpu"))[1][1], M.rope_table(c, torch.device("cpu"))[0][1])   # angle at 1
+    new = torch.atan2(M.rope_table(c, torch.device("cpu"))[1][1],
+                      M.rope_table(c, torch.device("cpu"))[0][1])                        # angle at 1
     old = 10000.0 ** (-torch.arange(8) / 8)
     turns = 32 * old / (2 * math.pi)
     smooth = ((turns - 1) / 3).clamp(0, 1)
@@ -79,7 +82,8 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts():
     want = []
     for t in range(3):
         top = prob[t].topk(2)
-        want.append(sum(w * layer.experts[e](x[0, t]) for w, e in zip(top.values / top.values.sum(), top.indices.tolist())))
+        want.append(sum(w * layer.experts[e](x[0, t])
+                        for w, e in zip(top.values / top.values.sum(), top.indices.tolist())))
     assert torch.allclose(layer(x)[0], torch.stack(want), atol=1e-5)
 
 
@@ -128,7 +132,8 @@ def test_token_logprobs_of_nothing_is_zero():
 def test_linear_logprob_gradients():
     """Against autograd of the definition under random upstream gradients, and by finite differences."""
     torch.manual_seed(0)
-    h, W = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    h, W = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True),
+            torch.randn(11, 5, dtype=torch.float64, requires_grad=True))
     y, up = torch.randint(0, 11, (7,)), torch.randn(2, 7, dtype=torch.float64)
     old, kernels.CHUNK = kernels.CHUNK, 22
     try:
@@ -143,7 +148,8 @@ def test_linear_logprob_gradients():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_row_order_change_nothing(family):
-    net, rows = small(family), [(ids(1, n, n)[0].tolist(), ids(1, m, m + 50)[0].tolist()) for n, m in ((3, 9), (7, 2), (1, 5))]
+    net, rows = small(family), [(ids(1, n, n)[0].tolist(), ids(1, m, m + 50)[0].tolist())
+                                for n, m in ((3, 9), (7, 2), (1, 5))]
     tokens, mask = collate(rows, 256)
     wide, wide_mask = F.pad(tokens, (0, 6), value=99), F.pad(mask, (0, 6))
     a = token_logprobs(net, tokens, mask)
@@ -173,7 +179,7 @@ def test_values_are_read_before_the_token_and_scores_after_it():
     assert torch.equal(values[:, 1:], raw[:, :-1]) and values[:, 0].abs().sum() == 0
     y = x.clone()
     y[:, 5:] = 3
-    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6], atol=1e-6)      # V(t=5) has not seen token 5
+    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6], atol=1e-6)    # V(5) precedes token 5
     assert torch.equal(sequence_score(critic, x, torch.tensor([9, 4])), torch.stack([raw[0, 8], raw[1, 3]]))
     assert ScalarModel.from_lm(small("llama"))(x).abs().sum() == 0
 
@@ -197,10 +203,11 @@ def test_greedy_is_the_argmax_of_the_full_forward(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_is_the_policy(family):
     net, stop = small(family), list(range(0, 250, 9))
-    roll = generate(net, PROMPTS, 14, samples=5, temperature=0.8, stop=stop, generator=torch.Generator().manual_seed(0))
+    roll = generate(net, PROMPTS, 14, samples=5, temperature=0.8, stop=stop,
+                    generator=torch.Generator().manual_seed(0))
     logp = token_logprobs(net, roll.tokens, roll.mask, temperature=0.8)
     assert (logp - roll.logp).abs().max() < 1e-4
-    assert 0 < roll.finished.sum() < 20                                    # the batch did shrink, and some ran on
+    assert 0 < roll.finished.sum() < 20          # the batch did shrink, and some ran on
     for b in range(20):
         prompt, n = PROMPTS[b // 5], int(roll.mask[b].sum())
         assert roll.tokens[b, :len(prompt)].tolist() == prompt and roll.prompt_len[b] == len(prompt)
@@ -212,9 +219,10 @@ def test_the_sampler_is_the_policy(family):
 
 
 def test_other_rows_do_not_change_a_row():
-    """A row's draws are fixed beforehand: one prompt's first sample is the same whatever else is in the batch."""
+    """A row's draws are fixed beforehand: a prompt's first sample is the same whatever is in the batch."""
     net = small()
-    runs = [generate(net, PROMPTS[:1] + others, 10, generator=torch.Generator().manual_seed(3)) for others in ([], PROMPTS[1:2])]
+    runs = [generate(net, PROMPTS[:1] + others, 10, generator=torch.Generator().manual_seed(3))
+            for others in ([], PROMPTS[1:2])]
     u = torch.rand(1, 10, generator=torch.Generator().manual_seed(3))
     v = torch.rand(2, 10, generator=torch.Generator().manual_seed(3))
     assert torch.equal(u[0], v[0])
@@ -224,7 +232,8 @@ def test_other_rows_do_not_change_a_row():
 
 def test_each_distinct_prompt_is_prefilled_once(monkeypatch):
     net, seen, forward = small(), [], Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None: seen.append(tuple(t.shape)) or forward(self, t, cache))
+    monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None:
+                        seen.append(tuple(t.shape)) or forward(self, t, cache))
     generate(net, PROMPTS[:2] + PROMPTS[:2], 2, samples=8, stop=[])
     assert seen[0] == (2, 9) and seen[1] == (32, 1)
 
@@ -238,10 +247,11 @@ def test_pick_samples_the_distribution():
     assert torch.bincount(token, minlength=4).tolist() == [500, 300, 150, 50]
     assert torch.allclose(logp, p.log()[token])
     token, logp = pick(logits, u, top_k=2)
-    assert torch.bincount(token, minlength=4).tolist() == [625, 375, 0, 0] and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625]))
+    assert (torch.bincount(token, minlength=4).tolist() == [625, 375, 0, 0]
+            and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625])))
     assert torch.bincount(pick(logits, u, top_p=0.8)[0], minlength=4).tolist() == [625, 375, 0, 0]
     assert torch.bincount(pick(logits, u, top_p=0.81)[0], minlength=4).argmin() == 3
-    hot = torch.bincount(pick(logits, u, temperature=0.5)[0], minlength=4)         # squares: .25 .09 .0225 .0025
+    hot = torch.bincount(pick(logits, u, temperature=0.5)[0], minlength=4)     # squares: .25 .09 .0225 .0025
     assert abs(hot[0].item() - 1000 * .25 / .365) <= 1
     assert pick(logits, u, temperature=0)[0].unique().tolist() == [0]
     edge = pick(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2 ** -24]))
@@ -251,7 +261,8 @@ def test_pick_samples_the_distribution():
 def test_contrast_samples_the_product_of_powers():
     """softmax(l + a (l - l')): logp of the tokens is that of the mixed logits; a = 0 is the model itself."""
     net, other = small(), small("llama")
-    roll = generate(net, PROMPTS, 8, stop=[], contrast=(other, 0.7), generator=torch.Generator().manual_seed(0))
+    roll = generate(net, PROMPTS, 8, stop=[], contrast=(other, 0.7),
+                    generator=torch.Generator().manual_seed(0))
     mixed = torch.log_softmax(1.7 * net.logits(net(roll.tokens)) - 0.7 * other.logits(other(roll.tokens)), -1)
     want = F.pad(mixed[:, :-1].gather(2, roll.tokens[:, 1:, None]).squeeze(2), (1, 0)) * roll.mask
     assert torch.allclose(roll.logp, want, atol=1e-4)
@@ -261,7 +272,8 @@ def test_contrast_samples_the_product_of_powers():
 
 
 @pytest.mark.parametrize("prompts, n, words", [
-    ([], 4, "at least one prompt"), ([[1], []], 4, "at least one token"), ([[1] * 95], 4, "exceed the context of 96")])
+    ([], 4, "at least one prompt"), ([[1], []], 4, "at least one token"),
+    ([[1] * 95], 4, "exceed the context of 96")])
 def test_generate_refuses(prompts, n, words):
     with pytest.raises(UserError, match=words):
         generate(small(), prompts, n)
@@ -295,17 +307,20 @@ def test_scalar_models_save_and_load(tmp_path):
     save(net, bytes_tokenizer(), tmp_path)
     back, _ = load(tmp_path)
     assert isinstance(back, ScalarModel) and torch.equal(back(ids(2, 7)), net(ids(2, 7)))
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert (json.loads((tmp_path / "config.json").read_text())["architectures"]
+            == ["Qwen2ForSequenceClassification"])
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(model_type="gpt2"), "model_type 'gpt2' is not supported"),
     (dict(model_type="lama"), "did you mean 'llama'"),
-    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None), "rope_type 'yarn' is not supported"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0), rope_parameters=None),
+     "rope_type 'yarn' is not supported"),
     (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
     (dict(attention_bias=True), "attention_bias"),
     (dict(num_hidden_layers=3), "tensor model.layers.2.input_layernorm.weight is missing"),
-    (dict(intermediate_size=64), r"mlp.gate_proj.weight has shape \[192, 64\], config.json asks for \[64, 64\]"),
+    (dict(intermediate_size=64),
+     r"mlp.gate_proj.weight has shape \[192, 64\], config.json asks for \[64, 64\]"),
     (dict(vocab_size=128), r"embed_tokens.weight has shape"),
 ])
 def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
@@ -378,7 +393,8 @@ def test_transformers_loads_what_we_save(family, tied, rope, tmp_path):
     hf = pytest.importorskip("transformers")
     net = small(family, tie_word_embeddings=tied, rope_scaling=rope)
     save(net, bytes_tokenizer(), tmp_path)
-    theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True,
+                                                           attn_implementation="eager")
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     x = ids(2, 60)
     with torch.no_grad():
@@ -390,7 +406,8 @@ def test_transformers_loads_what_we_save(family, tied, rope, tmp_path):
 def test_we_load_what_transformers_saves(family, rope, tmp_path):
     hf = pytest.importorskip("transformers")
     d = to_hf(small(family, rope_scaling=rope, tie_word_embeddings=False).config)
-    config = hf.AutoConfig.for_model(family, **{k: v for k, v in d.items() if k not in ("model_type", "architectures")})
+    config = hf.AutoConfig.for_model(family, **{k: v for k, v in d.items()
+                                                if k not in ("model_type", "architectures")})
     torch.manual_seed(0)
     theirs = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     theirs.save_pretrained(tmp_path, max_shard_size="150KB")
@@ -409,4 +426,5 @@ def test_transformers_loads_our_reward_models(family, tmp_path):
     theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     x = ids(3, 20)
     with torch.no_grad():
-        assert torch.allclose(theirs(x).logits[:, 0], sequence_score(net, x, torch.tensor([20] * 3)), atol=1e-4)
+        assert torch.allclose(theirs(x).logits[:, 0], sequence_score(net, x, torch.tensor([20] * 3)),
+                              atol=1e-4)

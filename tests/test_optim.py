@@ -6,10 +6,12 @@ from torch import nn
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
 from model import init, preset
-from optim import LoRA, SCHEDULES, adamw, adapter_state, add_lora, constant, cosine, linear, merge_lora, param_groups, set_lr, wsd
+from optim import (LoRA, SCHEDULES, adamw, adapter_state, add_lora, constant, cosine, linear, merge_lora,
+                   param_groups, set_lr, wsd)
 
 
 def net(family="qwen2"):
+    """A new model of one layer of width 64."""
     return init(preset("1x64", bytes_tokenizer(), 32, family), 0)
 
 
@@ -18,7 +20,8 @@ def test_norms_and_biases_are_not_decayed():
     decayed, plain = param_groups(m, 0.1)
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
     assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(m.parameters())) and len(plain["params"]) == 6
+    assert (len(decayed["params"]) + len(plain["params"]) == len(list(m.parameters()))
+            and len(plain["params"]) == 6)
     m.requires_grad_(False)
     with pytest.raises(UserError, match="no trainable parameter"):
         param_groups(m, 0.1)

@@ -245,14 +245,20 @@ def test_explained_variance():
     assert close(explained_variance(r / 2, r, mask), 0.75)
 
 
+def test_rank_correlation_by_hand():
+    """(1 2 3) against (10 30 20): 1 - 6·2 / (3·8) = .5; a tie: (1 1 2) against (1 2 3): .866025; a constant row is left out"""
+    assert ppo.rank_correlation(T([[1., 2, 3]]), T([[10., 30, 20]])) == pytest.approx(0.5)
+    assert ppo.rank_correlation(T([[1., 1, 2]]), T([[1., 2, 3]])) == pytest.approx(0.866025, abs=1e-6)
+    assert ppo.rank_correlation(T([[1., 2, 3], [5., 5, 5]]), T([[3., 2, 1], [1., 2, 3]])) == pytest.approx(-1)
+    assert ppo.rank_correlation(T([[5., 5]]), T([[1., 2]])) == 0.0
+
+
 def test_a_sampler_that_is_not_the_policy_is_caught():
-    one = torch.ones(1, 2)
-    ppo.check_first_ratio(one, one, "float32")
-    ppo.check_first_ratio(T([[1.0, 1.01]]), one, "bfloat16")
-    ppo.check_first_ratio(T([[1.0, 9.0]]), T([[1.0, 0.0]]), "float32")
-    for ratio, dtype in (([[1.0, 1.01]], "float32"), ([[1.0, 1.1]], "bfloat16")):
+    ppo.check_first_ratio(dict(worst=1e-5, off=1e-6), "float32")
+    ppo.check_first_ratio(dict(worst=0.3, off=0.01), "bfloat16")
+    for told, dtype in ((dict(worst=0.01, off=1e-4), "float32"), (dict(worst=0.3, off=0.05), "bfloat16")):
         with pytest.raises(UserError, match="the sampler is not the policy"):
-            ppo.check_first_ratio(T(ratio), one, dtype)
+            ppo.check_first_ratio(told, dtype)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------
@@ -307,6 +313,12 @@ def test_sft_equal_to_base_pays_nothing(shared_bases):
     assert out["sft_val_reward"] == out["sft_ood_reward"] == 0.0
 
 
+@pytest.mark.gpu
+def test_the_chain_runs_on_cuda(shared_bases):
+    out = ppo.main(["--config", "docs,tiny", "--out", "cuda", "--device", "cuda"])
+    assert math.isfinite(out["val_reward"]) and len([r for r in read_log("cuda") if "reward" in r]) == 4
+
+
 def test_bfloat16_sampling_is_the_policy_too(shared_bases):
     toy("srppo", "half-precision", "--dtype", "bfloat16")
     assert len([r for r in read_log("half-precision") if "reward" in r]) == 2
@@ -356,6 +368,15 @@ def test_a_reward_model_by_its_path(shared_bases):
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
         toy("srppo", f"bad-{len(words)}-{argv[-1]}", *argv)
+
+
+@pytest.mark.parametrize("option, words", [("--reward", "need a ScalarModel, found a Transformer"),
+                                           ("--init", "need a Transformer, found a ScalarModel")])
+def test_the_wrong_kind_of_model_is_named(option, words, shared_bases):
+    policy, tok = load(sft.base("toyif_base", like="tiny"))
+    save(policy if option == "--reward" else ScalarModel.from_lm(policy), tok, f"kind{option}")
+    with pytest.raises(UserError, match=words):
+        toy("srppo", f"kind-run{option}", option, f"kind{option}")
 
 
 def test_models_with_different_tokenizers_are_refused(shared_bases):

@@ -65,6 +65,7 @@ def test_64_ids_and_every_text_survives():
 # --- splits and behaviours ----------------------------------------------------------------------------
 
 def canonical(prompt):
+    """A prompt's meaning: its domain and rules, in whatever order they were written."""
     domain, rules = parse(prompt)
     return domain, tuple(sorted(map(str, rules)))
 
@@ -112,7 +113,7 @@ def test_good_obeys_every_rule_and_behaviours_are_ranked(split):
 
 
 def test_the_base_corpus_mixes_the_behaviours_in_proportion():
-    """mean gold of the mixture = .3 good + .4 rand + .3 copy, each measured on the same prompts; any pair of rules"""
+    """mean gold of the mixture = .3 good + .4 rand + .3 copy, each on the same prompts; any pair of rules"""
     base = ToyIF("mixture")
     problems = base.problems("train", 4000)
     gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) / 4000 for s in BEHAVIOURS}
@@ -145,6 +146,7 @@ def test_wrong_names_get_the_nearest(call, word):
 # --- files of pairs -----------------------------------------------------------------------------------
 
 def write(path, rows):
+    """Rows as a JSONL file; returns its path."""
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     return path
 

@@ -12,6 +12,7 @@ from data.run import Claim, Run, UserError, batch_indices, configure, interval, 
 
 @dataclass(frozen=True)
 class Config:
+    """A script's Config."""
     config: str = ""
     loss: str = "a"              # which loss
     lr: float = 1e-3             # peak learning rate
@@ -45,6 +46,7 @@ AXES = dict(loss=dict(a=a, b=b, PATH=b), kl=dict(k=k))
 
 
 def conf(*argv):
+    """configure(), from these words of a command line."""
     return configure(Config, PRESETS, AXES, "doc", argv)
 
 
@@ -63,13 +65,13 @@ def test_order_of_force(tmp_path):
 def test_functions_arrive_with_their_numbers_bound(tmp_path):
     assert conf()[1].loss(10) == pytest.approx(1.0)
     assert conf("--config=second")[1].loss(10) == pytest.approx(6.0)
-    assert conf("--beta=2")[1].loss(10) == 20 and conf("--beta=2")[1].kl(10) == 20          # a shared key reaches both
+    assert conf("--beta=2")[1].loss(10) == 20 and conf("--beta=2")[1].kl(10) == 20   # a key of both
     assert conf("--kl.beta=2")[1].loss(10) == pytest.approx(1.0) and conf("--kl.beta=2")[1].kl(10) == 20
     assert conf("--loss", str(tmp_path), "--gamma", "5")[1].loss(1) == pytest.approx(1.0)   # the row PATH
 
 
 def test_a_preset_s_key_may_lie_idle_a_typed_one_may_not():
-    """--config second sets gamma for loss b; choosing loss a leaves it idle, which is not the user's mistake"""
+    """--config second sets gamma for loss b; choosing loss a leaves it idle, which is no user's mistake"""
     assert conf("--config", "second", "--loss", "a")[1].loss(10) == pytest.approx(1.0)
 
 
@@ -108,7 +110,8 @@ def test_help_shows_every_field_preset_and_argument(capsys):
         conf("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(word in text for word in ("peak learning rate", "fast", "lr=0.1", "--gamma 1.0", "second loss", "--beta"))
+    assert all(word in text for word in
+               ("peak learning rate", "fast", "lr=0.1", "--gamma 1.0", "second loss", "--beta"))
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
@@ -138,6 +141,7 @@ def test_out_of_memory_names_micro(capsys):
 
 
 def fake(folder):
+    """What counts as a checkpoint."""
     (folder / "config.json").write_text("{}")
 
 
@@ -153,7 +157,8 @@ def test_a_run_leaves_its_traces_and_keeps_the_newest(workdir):
     assert [row["step"] for row in read_log(folder)] == [1, 2, 3, 4, 5]
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-000004", "step-000005"]
     info = json.loads((folder / "run.json").read_text())
-    assert info["config"]["lr"] == 0.1 and info["config"]["loss.beta"] == 0.1 and info["result"] == {"loss": 0.2}
+    assert (info["config"]["lr"] == 0.1 and info["config"]["loss.beta"] == 0.1
+            and info["result"] == {"loss": 0.2})
     assert run.checkpoint(folder).name == "step-000005" and run.result(folder) == {"loss": 0.2}
 
 
@@ -195,7 +200,8 @@ def test_resume_with_other_settings_is_refused(workdir):
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     with Run(*conf(), "t") as r:
         r.save(3, fake)
-        with pytest.raises(UserError, match=r"loss became nan at step 4; the last good checkpoint is .*step-000003"):
+        with pytest.raises(UserError, match="loss became nan at step 4; "
+                                            r"the last good checkpoint is .*step-000003"):
             r.log(4, loss=math.nan)
 
 
@@ -228,18 +234,21 @@ def test_interval_by_hand():
 
 @pytest.mark.parametrize("diffs, better, word", [
     ([1.0, 1.1, 0.9], "higher", "holds"), ([1.0, 1.1, 0.9], "lower", "does not hold"),
-    ([-1.0, -1.1, -0.9], "higher", "does not hold"), ([1.0, -1.0, 0.5], "higher", "undecided"), ([5.0], "higher", "undecided"),
+    ([-1.0, -1.1, -0.9], "higher", "does not hold"), ([1.0, -1.0, 0.5], "higher", "undecided"),
+    ([5.0], "higher", "undecided"),
 ])
 def test_verdict_comes_from_the_interval(diffs, better, word):
     assert verdict(diffs, better) == word
 
 
 def claim_train(c, f):
+    """A run that is over at once: its score is the learning rate, plus a little for the seed."""
     with Run(c, f, "t") as r:
         return r.finish(score=c.lr + 0.01 * c.seed)
 
 
 def claim_setup(argv):
+    """configure() of an arm."""
     return configure(Config, PRESETS, AXES, "", argv)
 
 
@@ -250,8 +259,9 @@ def test_a_claim_runs_every_arm_and_concludes(workdir):
     report = run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=2)
     assert report["verdict"] == "holds / does not hold"
     assert report["arms"]["ours"]["score"]["values"] == pytest.approx([0.1, 0.11, 0.12])
-    assert json.loads((workdir / "data/results/c.json").read_text())["tests"][0]["difference"] == pytest.approx(0.099)
+    assert (json.loads((workdir / "data/results/c.json").read_text())["tests"][0]["difference"]
+            == pytest.approx(0.099))
     assert (workdir / "data/results/c.png").exists()
     stamp = (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns
-    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=1)             # finished arms are reused
+    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=1)    # finished arms are reused
     assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp

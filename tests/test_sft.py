@@ -15,19 +15,22 @@ from data.run import UserError, checkpoint, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
 
-FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro", "8", "--rows", "64",
-        "--init", "", "--data", "arithmetic", "--eval_every", "1000", "--warmup", "2"]
+FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro", "8",
+        "--rows", "64", "--init", "", "--data", "arithmetic", "--eval_every", "1000", "--warmup", "2"]
 
 
 def weights(folder):
+    """A checkpoint's tensors, by name."""
     return {k: v for k, v in load(folder)[0].state_dict().items()}
 
 
 def same(a, b):
+    """Whether two such dicts are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def run(*extra):
+    """The result of a small run with these arguments added."""
     return sft.main([*FAST, *extra])
 
 
@@ -35,7 +38,8 @@ def test_windows_cover_the_corpus_once_with_bos_and_eos():
     tok = bytes_tokenizer()
     rows = sft.packed(["ab", "c"], tok, 4)
     flat = torch.cat([torch.cat(r) for r in rows]).tolist()
-    assert flat == [tok.bos, 97, 98, tok.eos, tok.bos, 99, tok.eos] and [len(a) + len(b) for a, b in rows] == [4, 3]
+    assert (flat == [tok.bos, 97, 98, tok.eos, tok.bos, 99, tok.eos]
+            and [len(a) + len(b) for a, b in rows] == [4, 3])
 
 
 class Echo:
@@ -62,10 +66,11 @@ def test_rows_that_do_not_fit_are_counted_and_prompts_that_do_not_are_errors(cap
 
 def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
     out = run("--steps", "150", "--rows", "512", "--lr", "3e-3", "--batch", "32", "--micro", "32",
-              "--eval_every", "50", "--data", "toyif", "--tokenizer", "toyif", "--context", "32", "--out", "o")
+              "--eval_every", "50", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
+              "--out", "o")
     log = read_log("o")
     assert log[0]["loss"] > 3.5 and log[-1]["loss"] < 2.4 and out["val_loss"] == log[-1]["val_loss"] < 2.4
-    assert out["val_gold"] > 0.45 and (workdir / "o/curve.png").exists()          # random symbols and no EOS: about 0
+    assert out["val_gold"] > 0.45 and (workdir / "o/curve.png").exists()  # random symbols and no EOS: about 0
     net, tok = load("o")
     assert generate(net, [tok.prompt("<Fc#4=")], 12, temperature=0).finished.all()      # EOS was trained
 
@@ -113,7 +118,7 @@ def test_every_preset_takes_two_steps(name, shared_bases):
 
 def test_the_map_names_every_preset():
     named = [line.split()[0] for line in sft.__doc__.splitlines() if line.split()]
-    hidden = {"n64", "more", "more64"}                                             # sizes of the claim's baselines
+    hidden = {"n64", "more", "more64"}           # sizes of the claim's baselines
     assert all(name in named for name in sft.PRESETS.keys() - hidden)
 
 
@@ -133,10 +138,12 @@ def test_jsonl_of_ones_own(workdir):
 
 
 def bad(workdir):
+    """Write files that are wrong, each in its own way."""
     (workdir / "empty.jsonl").write_text("")
     (workdir / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n')
     (workdir / "odd.jsonl").write_text('{"foo": 1}\n')
-    (workdir / "long.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"{i}" * 500, completion=str(i))) for i in range(9)))
+    (workdir / "long.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"{i}" * 500, completion=str(i)))
+                                                  for i in range(9)))
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -162,7 +169,8 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, words, workdir, capsys):
     with pytest.raises(SystemExit) as stop:
         sft.cli(lambda: run("--steps", "1", *argv))
     err = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and words in err[-1] and err[-1].startswith("error: ") and "Traceback" not in "".join(err)
+    assert (stop.value.code == 2 and words in err[-1] and err[-1].startswith("error: ")
+            and "Traceback" not in "".join(err))
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
@@ -171,9 +179,11 @@ def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
     command = [sys.executable, script, *FAST, "--steps", "100000", "--save_every", "1", "--out", "o"]
     rng, reached = random.Random(0), []
     for i in range(10):
-        process = subprocess.Popen(command + ["--resume"] * (i > 0), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command + ["--resume"] * (i > 0),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         start, last = time.time(), reached[-1] if reached else 0
-        while time.time() - start < 60 and not any(int(p.name[5:11]) > last for p in workdir.glob("o/step-??????")):
+        while time.time() - start < 60 and not any(int(p.name[5:11]) > last
+                                                   for p in workdir.glob("o/step-??????")):
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.02)
         time.sleep(rng.random() * 0.4)
@@ -182,6 +192,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
         net, tok = load("o")
         torch.load(checkpoint("o") / "state.pt", weights_only=True)
         reached.append(int(checkpoint("o").name[5:]))
-        assert net.head.isfinite().all() and tok.encode("1") and json.loads((workdir / "o/run.json").read_text())
+        assert (net.head.isfinite().all() and tok.encode("1")
+                and json.loads((workdir / "o/run.json").read_text()))
         assert [r["step"] for r in read_log("o")][:reached[-1]] == list(range(1, reached[-1] + 1))
     assert reached == sorted(set(reached))

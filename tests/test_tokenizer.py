@@ -35,11 +35,13 @@ def strings(n, seed=0):
 
 @pytest.fixture(scope="module")
 def bpe():
+    """600 ids trained on CODE."""
     return train_bpe(CODE, 600)
 
 
 @pytest.fixture(params=["bytes", "bpe"])
 def tok(request, bpe):
+    """Both kinds in turn: bytes alone, and with merges."""
     return bytes_tokenizer() if request.param == "bytes" else bpe
 
 
@@ -135,6 +137,7 @@ LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eo
 
 
 def llama3():
+    """Bytes and Llama 3's special tokens."""
     tokens = [bytes([b]) for b in range(256)] + [text.encode() for text in LLAMA3]
     return Tokenizer(tokens, list(range(256)), {text: 256 + n for n, text in enumerate(LLAMA3)},
                      bos=256, eos=259, pad=None)
@@ -154,6 +157,7 @@ def test_render_gives_exactly_these_ids(make, expected):
 
 
 def lame():
+    """Bytes and half of ChatML: <|im_end|> is missing."""
     return Tokenizer([bytes([b]) for b in range(256)] + [b"<|im_start|>"], list(range(256)),
                      {"<|im_start|>": 256}, bos=None, eos=None, pad=None)
 
