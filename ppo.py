@@ -1,7 +1,7 @@
 """
 ppo.py - policy optimisation with a critic: PPO for language models done right, and Self-Rewarding PPO.
 
-    python ppo.py                                  # Self-Rewarding PPO on real docstrings, from nothing: minutes
+    python ppo.py                                  # Self-Rewarding PPO on real docstrings: minutes
     python ppo.py --config tiny                    # the same in seconds: shows that everything turns
     python ppo.py --config gold                    # PPO against the task's own reward
     python ppo.py --reward out/reward/bt           # PPO against a reward model of yours
@@ -24,9 +24,9 @@ contrast    control of srppo     ... sampled from π_sft (π_sft / π_base)^alph
 toyif       world                the synthetic instruction-following world of data/prefs.py, gold reward known
 docs        world                signatures -> docstrings of the standard library (the default)
 tiny        size                 seconds on any CPU, its base model included
-Watch    reward should rise while kl stays a few nats per response; ev (the critic's explained variance) leaves 0
-         within ten steps. A length that runs away means that the reward pays per token. kl is k1, signed: on a
-         batch it may dip below 0. quality is the task's own measure, which the reward never sees (unless gold).
+Watch    reward should rise while kl stays a few nats per response; ev (the critic's explained variance)
+         leaves 0 within ten steps. A length that runs away means that the reward pays per token. kl is k1,
+         signed: on a batch it may dip below 0. quality is the task's own measure: only gold sees it.
 """
 import copy
 import time
@@ -83,7 +83,7 @@ class Config:
 
 PRESETS = dict(
     # lr of srppo, likelihood and raft: each the best of a grid by val_gold on ToyIF, seeds 100 and 101
-    srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),              # the defaults; ours: the paper's are unknown
+    srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),              # ours: the paper's are unknown
     ppo=dict(reward="gold", beta=0.05, no_eos=-1.0),                   # 2403.17031; lr and epochs ours
     likelihood=dict(reward="likelihood", no_eos=-50.0, lr=5e-4),       # below any log π_sft of a response
     raft=dict(advantage="best", surrogate="nll", rollouts=8, samples=16, lr=1e-5),  # srppo's budget
@@ -112,7 +112,7 @@ CURVES = {"reward": ["reward", "val_reward", "ood_reward"], "KL, nats per respon
 
 
 def coherent(sft_logp, base_logp, mask, *, per_token=False):
-    """Self-Rewarding PPO (2510.21090):  r = log π_sft(y|x) - log π_base(y|x), EOS included.   [B, T] x 3 -> [B]
+    """Self-Rewarding PPO (2510.21090):  r = log π_sft(y|x) - log π_base(y|x), EOS included.   [B, T] -> [B]
 
     A sum over tokens, so where the mean ratio is positive longer is better; per_token divides by the length.
     """
@@ -139,7 +139,7 @@ REWARDS = dict(coherent=coherent, likelihood=likelihood, gold=gold, PATH=learned
 
 
 def eos_replace(score, finished, *, no_eos=-5.0):
-    """A response without EOS scores no_eos, whatever the reward says ('EOS trick', 2403.17031).   [B] -> [B]"""
+    """A response without EOS scores no_eos, whatever the reward says (2403.17031).   [B] -> [B]"""
     return torch.where(finished, score, torch.full_like(score, no_eos))
 
 
@@ -216,7 +216,7 @@ def whitened_gae(rewards, values, mask, *, gamma=1.0, lam=0.95, whiten_rewards=F
 
 
 def best_of_group(score, mask, samples):
-    """RAFT (2304.06767): 1 on the tokens of each prompt's best response, 0 on the others.   -> [B, T], None"""
+    """RAFT (2304.06767): 1 on the tokens of each prompt's best response, else 0.   -> [B, T], None"""
     best = score.view(-1, samples).argmax(1, keepdim=True)                               # [P, 1]
     chosen = torch.zeros_like(score.view(-1, samples)).scatter(1, best, 1.0).view(-1, 1)
     return chosen * mask, None
@@ -242,7 +242,7 @@ SURROGATES = dict(clip=ppo_clip, nll=weighted_nll)
 
 
 def value_loss(values, old_values, returns, *, eps_v=0.2):
-    """½ max((V - R)², (clip(V, V_old ± ε_v) - R)²), the value loss of PPO's reference code; eps_v 0: no clip."""
+    """½ max((V - R)², (clip(V, V_old ± ε_v) - R)²), PPO's clipped value loss; eps_v 0: no clip."""
     loss = (values - returns) ** 2                                                       # [B, T]
     if eps_v:
         loss = torch.maximum(loss, (old_values + (values - old_values).clamp(-eps_v, eps_v) - returns) ** 2)
@@ -250,7 +250,7 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
 
 
 def regulariser(logp, ref_logp, entropy, *, kl_coef=0.0, kl_loss="k2", ent_coef=0.0):
-    """KL in the loss (k2 or k3; k1's gradient is 0 in expectation) and an entropy bonus, both off by default."""
+    """KL in the loss (k2 or k3; k1's gradient is 0 in expectation), an entropy bonus; both default off."""
     estimators = dict(k2=k2, k3=k3)
     if kl_loss not in estimators:
         raise UserError(f"--kl_loss {kl_loss}: choose k2 (gradient of KL(π||ref)) or k3 (of KL(ref||π))")
@@ -260,7 +260,7 @@ def regulariser(logp, ref_logp, entropy, *, kl_coef=0.0, kl_loss="k2", ent_coef=
     return out - ent_coef * entropy if ent_coef else out                                 # [B, T]
 
 
-MAX_RATIO = 10.0         # a minibatch whose mean ratio is beyond this is skipped, as in TRL: its step would be garbage
+MAX_RATIO = 10.0         # a minibatch whose mean ratio is beyond this is skipped, as in TRL
 MAX_NORM = 1.0           # gradient norm
 
 
@@ -318,19 +318,21 @@ def quality(task, problems, roll, tok):
 
 
 def evaluate(policy, models, sets, task, tok, c, f, max_new):
-    """Held-out prompts, always the same and with the same draws: reward, quality, KL to the SFT model, length.
+    """Held-out prompts, always the same and with the same draws: reward, quality, KL to SFT, length.
 
-    reward is the run's own, without the EOS rule. kl is k1 of the policy's weights, summed per response (so 0 for
-    an untrained policy, however it is decoded). Returns {split_key: mean}, and [(prompt, text, reference)] to show.
+    reward is the run's own, without the EOS rule. kl is k1 of the policy's weights, summed per response (so 0
+    for an untrained policy, however it is decoded). -> {split_key: mean}, [(prompt, text, reference)].
     """
     out, look = {}, []
     for split, problems in sets.items():
         def score(roll, problems=problems):
             return f.reward(**models["score"](f.reward, roll, quality(task, problems, roll, tok)))       # [B]
         g = torch.Generator().manual_seed(c.seed + 1)
-        roll = f.decode(policy, models.get("base"), [tok.prompt(p, c.chat) for p in problems], max_new, g, score)
-        logp, ref = (logprobs(m, roll.tokens, roll.mask, c) for m in (policy, models["ref"]))             # [B, T]
-        out |= {f"{split}_reward": score(roll).mean(), f"{split}_{task.metric}": quality(task, problems, roll, tok).mean(),
+        prompts = [tok.prompt(p, c.chat) for p in problems]
+        roll = f.decode(policy, models.get("base"), prompts, max_new, g, score)
+        logp, ref = (logprobs(m, roll.tokens, roll.mask, c) for m in (policy, models["ref"]))        # [B, T]
+        out |= {f"{split}_reward": score(roll).mean(),
+                f"{split}_{task.metric}": quality(task, problems, roll, tok).mean(),
                 f"{split}_kl": (logp - ref).sum(1).mean(), f"{split}_length": roll.mask.sum(1).mean(),
                 f"{split}_truncated": 1 - roll.finished.float().mean()}
         texts = [tok.decode(ids) for ids in roll.completions()[:2]]
@@ -339,8 +341,9 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
 
 
 def rank_correlation(a, b):
-    """Spearman's correlation within each row, averaged over the rows where both vary; ties share a rank.   [P, G] x 2
+    """Spearman's correlation within each row, averaged over the rows where both vary.   a, b [P, G]
 
+    Ties share a rank.
     Does the reward order a prompt's own samples as the quality does? 0: it says nothing about them.
     """
     def ranks(x):
@@ -396,7 +399,8 @@ def open_models(c, f, init, base, resume_from):
     for option, path, kind in extra:
         models["judge" if option == "reward" else option], other = frozen(path, option, kind)
         if other.tokens != tok.tokens:
-            raise UserError(f"--{option} {path} and --init {init} have different tokenizers: both must score the same ids")
+            raise UserError(f"--{option} {path} and --init {init} have different tokenizers: "
+                            f"both must score the same ids")
 
     def score(fn, roll, truth):
         def judged():
@@ -412,17 +416,17 @@ def open_models(c, f, init, base, resume_from):
     if resume_from:
         return load(resume_from, c.device)[0], load(resume_from / "critic", c.device)[0], models, tok
     policy = copy.deepcopy(models["ref"]).requires_grad_()
-    # ours: the critic starts from the SFT model even if there is a reward model, whose units calibrate() leaves
+    # ours: the critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
     return policy, ScalarModel.from_lm(models["ref"]), models, tok
 
 
 def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, samples=8):
     """What the run's reward says of the SFT model's own samples, before any training -> dict of floats.
 
-    mean, std of the score: token rewards are divided by std, and the score is centred first. Neither changes what
-    is optimised (the KL term is scaled along); both matter to the critic, which starts at 0 and, clipped, moves
-    eps_v per rollout: one that lags behind credits late tokens more than early ones, and the policy learns to stop
-    early. bias: the mean of a reward model's raw scores. agreement: rank_correlation of reward and quality.
+    mean, std of the score: token rewards are divided by std, and the score is centred first. Neither changes
+    what is optimised (the KL term is scaled along); both matter to the critic, which starts at 0 and moves
+    at most eps_v a rollout: one that lags behind credits late tokens more than early ones, and the policy
+    learns to stop early. bias: mean raw score of a reward model. agreement: rank_correlation of reward and quality.
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
@@ -435,22 +439,24 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     raw = f.reward(**provided)                                                           # [B]
     score = f.eos(raw, roll.finished)                                                    # [B]
     return dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
-                bias=models["bias"], agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
+                bias=models["bias"],
+                agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
 
 
 def backward(policy, critic, batch, rows, c, f):
     """Gradients of one minibatch, accumulated over its micro-batches -> what happened, as a dict of floats.
 
-    batch: tokens, mask, old_logp, ref_logp, adv and, with a critic, old_values, returns, all [B, T]; rows: its rows.
+    batch: tokens, mask, old_logp, ref_logp, adv and, with a critic, old_values, returns [B, T]; length [B].
     Losses are sums over tokens divided by the tokens of the whole minibatch, so --micro changes nothing.
     """
-    n, told = batch["mask"][rows].sum(), dict(loss=0.0, ratio=0.0, off=0.0, clipped=0.0, entropy=0.0, worst=0.0)
+    told = dict(loss=0.0, ratio=0.0, off=0.0, clipped=0.0, entropy=0.0, worst=0.0)
+    n = batch["mask"][rows].sum()
     for part in rows.split(c.micro):
-        width = int(batch["length"][part].max())                                         # cut the common padding
+        width = int(batch["length"][part].max())                                     # cut the common padding
         b = SimpleNamespace(**{k: x[part, :width] for k, x in batch.items() if x.dim() == 2})
         with autocast(c.device, c.dtype):
             logp, entropy = token_logprobs(policy, b.tokens, b.mask, temperature=c.temperature, entropy=True)
-        per_token = f.surrogate(logp, b.old_logp, b.adv) + f.regulariser(logp, b.ref_logp, entropy)      # [b, T]
+        per_token = f.surrogate(logp, b.old_logp, b.adv) + f.regulariser(logp, b.ref_logp, entropy)  # [b, T]
         loss = (per_token * b.mask).sum() / n
         loss.backward()
         if "returns" in batch:
@@ -468,9 +474,9 @@ def backward(policy, critic, batch, rows, c, f):
 
 
 def check_first_ratio(told, dtype):
-    """The first minibatch after a rollout must find π = π_old; if not, every later ratio is wrong. Raises UserError.
+    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio is wrong.
 
-    Exact to 1e-3 in float32; in bfloat16 the two passes round differently, token by token: the mean is held to 2 %.
+    Exact to 1e-3 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
     """
     off, limit = (told["worst"], 1e-3) if dtype == "float32" else (told["off"], 0.02)
     if off > limit:
@@ -479,34 +485,35 @@ def check_first_ratio(told, dtype):
 
 
 def room(c, tok, problems, task, context):
-    """New tokens per completion: --max_new, else the task's wish, cut to the context. UserError if it cannot fit."""
+    """New tokens a completion: --max_new, else the task's wish cut to the context; UserError if none fit."""
     longest = max(len(tok.prompt(p, c.chat)) for p in problems)
     new = c.max_new or min(task.max_new, context - longest)
     if new < 1 or longest + new > context:
-        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds the context "
-                        f"of {context}; shorten it or lower --max_new")
+        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
+                        f"the context of {context}; shorten it or lower --max_new")
     return new
 
 
 def train(c, f):
-    """One run: load, roll out, score, update, tell. Returns the last evaluation and the SFT model's (sft_…)."""
+    """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
     if c.temperature <= 0:
-        raise UserError(f"--temperature {c.temperature}: PPO samples, so it must be positive; to evaluate greedily "
-                        f"use --eval_temperature 0")
-    init = sft.find(c.init, c.config, seed=c.seed, device=c.device)              # made before this run's clock starts
+        raise UserError(f"--temperature {c.temperature}: PPO samples, so it must be positive; to evaluate "
+                        f"greedily use --eval_temperature 0")
+    init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
     base = sft.find(c.base, c.config, device=c.device) if needs_base(c, f) else ""
     with Run(c, f, "ppo", CURVES) as run:
         policy, critic, models, tok = open_models(c, f, init, base, run.last)
         task = tasks.task(c.data)
         problems = task.problems("train", 4096, 1000 + c.seed)
-        sets = {s: task.problems(s, 512 if c.data == "toyif" else 256, c.seed) for s in tasks.held_out(c.data)}
+        size = 512 if c.data == "toyif" else 256
+        sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
         context = policy.config.max_position_embeddings
         max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)
         opt, critic_opt = adamw(policy, c.lr), adamw(critic, c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
-        run.say(f"{run.folder}: policy and critic of {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M "
-                f"parameters, {len(problems)} prompts, {c.steps} steps of {c.rollouts} x {c.samples} completions, "
-                f"{c.device} {c.dtype}")
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, {len(problems)} prompts, "
+                f"{c.steps} steps of {c.rollouts} x {c.samples} completions, {c.device} {c.dtype}")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             critic_opt.load_state_dict(run.state["critic_opt"])
@@ -515,8 +522,8 @@ def train(c, f):
             models["bias"] = scale["bias"]
         else:
             scale = calibrate(policy, models, problems[:64], task, tok, c, f, max_new, g)
-            run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; it ranks a prompt's "
-                    f"samples as {task.metric} does with Spearman {scale['agreement']:.2f} (0: uninformative)")
+            run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; Spearman "
+                    f"with {task.metric} among a prompt's samples {scale['agreement']:.2f} (0: uninformative)")
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
         scores = before
@@ -587,7 +594,7 @@ def train(c, f):
                          rng=g.get_state(), factor=factor, before=before, scale=scale)
         if c.stop and c.stop < c.steps:
             return scores
-        if run.state and run.start >= c.steps:                                           # resumed after its last step
+        if run.state and run.start >= c.steps:                                   # resumed after its last step
             scores, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
         report(run, before, scores, look)
         sft_scores = {f"sft_{k}": v for k, v in before.items()}
@@ -602,16 +609,16 @@ def srppo_arms():
     arms = dict(srppo="srppo", srppo_greedy="srppo,cold", sft="sft", sft_more="sft,more", greedy="greedy",
                 half="half", likelihood="likelihood", bon16="bon", raft="raft", contrast05="contrast,alpha05",
                 contrast1="contrast", contrast2="contrast,alpha2")
-    few = {name: row.replace("more", "more64") if name == "sft_more" else f"{row},n64" for name, row in arms.items()}
-    return {f"{name} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few)) for name, row in rows.items()}
+    few = {name: f"{row}64" if name == "sft_more" else f"{row},n64" for name, row in arms.items()}
+    return {f"{x} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few)) for x, row in rows.items()}
 
 
 CONTROLS = ("greedy", "half", "likelihood", "contrast05", "contrast1", "contrast2")
 
 
 def srppo_tests():
-    """srppo (sampled) against every other arm at both sizes, greedy against greedy, and whether its gain over SFT
-    is larger with fewer demonstrations."""
+    """srppo (sampled) against every other arm at both sizes, greedy against greedy, and whether its gain over
+    SFT is larger with fewer demonstrations."""
     others = [a.rsplit(" ", 1)[0] for a in srppo_arms() if a.endswith(" 64") and not a.startswith("srppo")]
     tests = {f"srppo - {x}, {n}": {f"srppo {n}": 1, f"{x} {n}": -1} for n in (512, 64) for x in others}
     tests |= {f"greedy: srppo - sft, {n}": {f"srppo_greedy {n}": 1, f"greedy {n}": -1} for n in (512, 64)}
@@ -621,7 +628,7 @@ def srppo_tests():
 
 def srppo_conclusion(v):
     """Per size: 'holds' if srppo beats sft, sft_more and every control that merely sharpens the SFT model;
-    'sharpening only' if it beats sft but a control beats it; else 'undecided'. Then the scarcity claim on its own.
+    'sharpening only' if it beats sft but a control beats it; else 'undecided'. Then the scarcity claim.
     """
     def at(n):
         gain, more = v[f"srppo - sft, {n}"], v[f"srppo - sft_more, {n}"]
@@ -636,7 +643,7 @@ def srppo_conclusion(v):
 
 
 CLAIMS = dict(
-    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most when demonstrations are scarce",
+    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
                 "2510.21090: about +2 to +4 points over SFT on averaged benchmarks (second-hand)",
                 arms=srppo_arms(), metric="ood_gold", tests=srppo_tests(),
                 also=("val_gold", "ood_length", "ood_truncated"), conclude=srppo_conclusion))

@@ -1,7 +1,7 @@
 """
 sft.py - supervised learning: pre-training a small base model, and fine-tuning on demonstrations.
 
-    python sft.py                                  # docstrings from signatures: trains its own base first, then SFT
+    python sft.py                                  # docstrings from signatures, its own base first
     python sft.py --config pretrain                # only the base model, on the Python standard library
     python sft.py --config arithmetic              # addition with a chain of thought, from scratch
     python sft.py --init Qwen2.5-0.5B --data demos.jsonl --config lora
@@ -15,8 +15,8 @@ toyif_base  the three behaviours of the world ToyIF    the base of the claims ab
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 lora        any                                        adapters on every linear layer, merged when saved
 tiny        any                                        30 s on any CPU: shows that everything turns
-Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising val_loss is
-         memorising. bpb (bits per byte) is the one to compare between tokenizers.
+Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising
+         val_loss is memorising. bpb (bits per byte) is the one to compare between tokenizers.
 """
 import hashlib
 import math
@@ -37,9 +37,9 @@ from optim import OPTIMISERS, SCHEDULES, adapter_state, add_lora, merge_lora, se
 
 @dataclass(frozen=True)
 class Config:
-    """What every run has; what belongs to a loss, a schedule or an optimiser is an argument of its function."""
+    """What every run has; what belongs to a loss, schedule or optimiser is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "signatures"     # stdlib or another text (packed); a task, or a JSONL of demonstrations (rows)
+    data: str = "signatures"     # stdlib or another text (packed); a task, a JSONL of demonstrations
     rows: int = 0                # use only so many demonstrations (0: all)
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
@@ -75,14 +75,14 @@ class Config:
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
     sft=dict(),                                                                  # the defaults
-    arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000, steps=1500,
-                    batch=64, micro=64, lr=2e-3, eval_every=250),
-    toyif_base=dict(data="toyif_base", init="", tokenizer="toyif", model="2x64", context=32, rows=30000, steps=3500,
-                    batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),   # ToyIF's base model
-    toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0, weight_decay=0.0,
-               save_every=1000, eval_every=1000, keep=1),                                    # lr, epochs: best val loss
+    arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000,
+                    steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),
+    toyif_base=dict(data="toyif_base", init="", tokenizer="toyif", model="2x64", context=32, rows=30000,
+                    steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),
+    toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
+               weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
     n64=dict(rows=64),
-    more=dict(steps=304),                                  # toyif's 64 steps plus the 240 that ppo.py's toyif makes
+    more=dict(steps=304),                                  # toyif's 64 steps, plus the 240 of ppo.py's toyif
     more64=dict(steps=248),                                # 8 plus 240
     lora=dict(lora=8, lr=2e-3),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
@@ -107,14 +107,14 @@ AXES = dict(loss=LOSSES, optimiser=OPTIMISERS, schedule=SCHEDULES)
 
 
 def packed(documents, tok, width):
-    """Documents -> windows of `width` tokens of their concatenation (BOS doc EOS BOS doc …), as (first, rest) rows."""
+    """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
     ids = [i for d in documents for i in [*tok.prompt(""), *tok.encode(d), tok.eos]]
     flat = torch.tensor(ids, dtype=torch.int32)
     return [(w[:1], w[1:]) for w in flat.split(width) if len(w) > 1]
 
 
 def demonstrations(task, problems, tok, width, chat=False):
-    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left out, and said so.
+    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left out, aloud.
 
     Raises UserError for a prompt that alone fills the context.
     """
@@ -122,12 +122,13 @@ def demonstrations(task, problems, tok, width, chat=False):
     for i, p in enumerate(problems):
         prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
         if len(prompt) >= width:
-            raise UserError(f"{task.name}, row {i + 1}: a prompt of {len(prompt)} tokens does not fit --context {width}; "
-                            f"raise it or shorten the prompt")
+            raise UserError(f"{task.name}, row {i + 1}: a prompt of {len(prompt)} tokens does not fit "
+                            f"--context {width}; raise it or shorten the prompt")
         long += len(prompt) + len(completion) > width
         out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
     if long:
-        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and left out", flush=True)
+        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and left out",
+              flush=True)
     return out
 
 
@@ -136,11 +137,12 @@ def rows(c, tok, split):
     if text.is_corpus(c.data):
         return packed(text.documents(c.data, split), tok, c.context)
     task = tasks.task(c.data)
-    return demonstrations(task, task.problems(split, c.rows if split == "train" else 256, c.seed), tok, c.context, c.chat)
+    problems = task.problems(split, c.rows if split == "train" else 256, c.seed)
+    return demonstrations(task, problems, tok, c.context, c.chat)
 
 
 def new_tokenizer(c):
-    """The tokenizer of a new model; a BPE is trained once on the training documents, then found in data/cache/."""
+    """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
     if c.tokenizer != "bpe":
         return prefs.tokenizer() if c.tokenizer == "toyif" else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
@@ -163,11 +165,11 @@ def new_tokenizer(c):
 
 
 def base(presets, like="", **changes):
-    """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not there under out/sft/.
+    """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not under out/sft/.
 
-    like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g. seed=1; the
-    folder's name carries a hash of all settings, so that different ones never share a checkpoint (delete it by hand
-    after changing the code).
+    like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g.
+    seed=1. The folder's name carries a hash of all settings, so that different ones never share a checkpoint
+    (delete it by hand after changing the code).
     """
     names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
@@ -187,7 +189,7 @@ def find(path, like, **changes):
 
 
 def start(c, origin):
-    """The model and tokenizer that training starts from: those of the folder `origin`, or new ones if it is empty."""
+    """The model and tokenizer that training starts from: the folder `origin`'s, or new ones if it is ''."""
     if not origin:
         tok = new_tokenizer(c)
         return init(preset(c.model, tok, 2 * c.context, c.family), c.seed).to(c.device), tok
@@ -195,7 +197,7 @@ def start(c, origin):
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     if c.context > model.config.max_position_embeddings:
-        raise UserError(f"--context {c.context} exceeds the {model.config.max_position_embeddings} of {c.init}: lower it")
+        raise UserError(f"--context {c.context} exceeds {c.init}'s {model.config.max_position_embeddings}: lower it")
     return model, tok
 
 
@@ -216,7 +218,7 @@ def evaluate(model, tok, data, c, limit=256):
 
 
 def show(model, tok, task, problems, c, run):
-    """Print three completions of held-out prompts; return the task's own metric over all of `problems`, sampled at T=1."""
+    """Print three completions of held-out prompts; -> the task's metric over all problems, at T=1."""
     g = torch.Generator().manual_seed(c.seed)
     prompts = [tok.prompt(p, c.chat) for p in problems]
     room = model.config.max_position_embeddings - max(map(len, prompts))
@@ -248,14 +250,19 @@ def train(c, f):
             model.load_state_dict(run.state["adapter"], strict=False)
         forward = torch.compile(model) if c.compile else model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        run.say(f"{run.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters ({trained / 1e6:.2f} M "
-                f"trained), {len(data)} rows, {total} steps of {c.batch}, {c.device} {c.dtype}")
+        size = sum(p.numel() for p in model.parameters())
+        run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(data)} "
+                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}")
         if data:
-            first = data[0]
-            run.say(f"  not scored {tok.decode(first[0], False)[-160:]!r}\n  scored     {tok.decode(first[1], False)[:160]!r}")
+            prompt, completion = (tok.decode(ids, False) for ids in data[0])
+            run.say(f"  not scored {prompt[-160:]!r}\n  scored     {completion[:160]!r}")
 
         def write(folder):
             save(merge_lora(model) if c.lora else model, tok, folder)
+
+        def measure():
+            rows = {s: evaluate(model, tok, d, c) for s, d in held_out.items() if d}
+            return {f"{split}_{k}": v for split, row in rows.items() for k, v in row.items()}
 
         def state():
             return dict(opt=opt.state_dict(), adapter=adapter_state(model) if c.lora else {})
@@ -264,7 +271,7 @@ def train(c, f):
         for step in run.steps(total):
             # 1. get data
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
-            n = sum(len(data[i][1]) for i in picked)                                     # scored tokens of the step
+            n = sum(len(data[i][1]) for i in picked)                             # scored tokens of the step
             # 2. score
             loss, aux = 0.0, 0.0
             for i in range(0, c.batch, c.micro):
@@ -274,7 +281,7 @@ def train(c, f):
                     logp = token_logprobs(forward, tokens, mask)                         # [b, T]
                     part_loss = (f.loss(logp) * mask).sum() / n
                     ends = torch.tensor([len(p) + len(r) for p, r in part], device=tokens.device)
-                    real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]      # [b, T] no padding
+                    real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]  # [b, T]
                     balance = load_balance_loss(model, real) * len(part) / c.batch
                 (part_loss + model.config.router_aux_loss_coef * balance).backward()
                 loss, aux = loss + part_loss.item(), aux + balance.item()
@@ -284,16 +291,18 @@ def train(c, f):
             opt.step()
             opt.zero_grad()
             # 4. tell
-            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n) | (dict(aux=aux) if aux else {})
+            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n)
+            row |= dict(aux=aux) if aux else {}
             if (step + 1) % c.eval_every == 0 or step + 1 == total:
-                scores = {f"{s}_{k}": v for s, d in held_out.items() if d for k, v in evaluate(model, tok, d, c).items()}
-            run.log(step + 1, **row, **(scores if (step + 1) % c.eval_every == 0 or step + 1 == total else {}))
+                scores = measure()
+                row |= scores
+            run.log(step + 1, **row)
             if (step + 1) % c.save_every == 0 or step + 1 == total or step + 1 == c.stop:
                 run.save(step + 1, write, **state())
         if c.stop and c.stop < total:
             return scores
         if run.start >= total:                                   # resumed after its last step
-            scores = {f"{s}_{k}": v for s, d in held_out.items() if d for k, v in evaluate(model, tok, d, c).items()}
+            scores = measure()
         if not text.is_corpus(c.data):
             task = tasks.task(c.data)
             quality = show(model, tok, task, task.problems("val", 64, c.seed), c, run)
