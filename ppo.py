@@ -426,7 +426,7 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     mean, std of the score: token rewards are divided by std, and the score is centred first. Neither changes
     what is optimised (the KL term is scaled along); both matter to the critic, which starts at 0 and moves
     at most eps_v a rollout: one that lags behind credits late tokens more than early ones, and the policy
-    learns to stop early. bias: mean raw score of a reward model. agreement: rank_correlation of reward and quality.
+    learns to stop early. bias: a reward model's mean raw score. agreement: rank_correlation with the quality.
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
@@ -523,7 +523,7 @@ def train(c, f):
         else:
             scale = calibrate(policy, models, problems[:64], task, tok, c, f, max_new, g)
             run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; Spearman "
-                    f"with {task.metric} among a prompt's samples {scale['agreement']:.2f} (0: uninformative)")
+                    f"with {task.metric} within a prompt {scale['agreement']:.2f} (0: uninformative)")
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
         scores = before

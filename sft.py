@@ -197,7 +197,8 @@ def start(c, origin):
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     if c.context > model.config.max_position_embeddings:
-        raise UserError(f"--context {c.context} exceeds {c.init}'s {model.config.max_position_embeddings}: lower it")
+        longest = model.config.max_position_embeddings
+        raise UserError(f"--context {c.context} exceeds the {longest} tokens of {c.init}: lower it")
     return model, tok
 
 

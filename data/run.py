@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
@@ -603,7 +604,7 @@ def draw_claim(report, path):
         ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3, color="tab:blue")
     ax.set(yticks=range(len(arms)), yticklabels=list(arms),
            xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
-           title=f"{report['claim']}: {report['verdict']}  ({report['seeds']} seeds, 95 % intervals)")
+           title=textwrap.fill(f"{report['claim']}, {report['seeds']} seeds: {report['verdict']}", 60))
     ax.invert_yaxis()
     fig.tight_layout()
     fig.savefig(path)

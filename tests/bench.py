@@ -140,11 +140,11 @@ def peak_memory(fn, device):
 
 def main(device):
     """Print the table of one device."""
+    fns, _, _ = logprob_row(device)
+    mb = [peak_memory(fn, device) for fn in fns]       # first of all, and ours first: a peak only ever rises
     rate = matmul_rate(device)
     print(f"{device}: {rate / 1e9:.0f} GFLOP/s in a float32 product, {bandwidth(device) / 1e9:.0f} GB/s, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    fns, _, _ = logprob_row(device)
-    mb = [peak_memory(fn, device) for fn in fns]                       # ours first: the peak only ever rises
     print(f"{'row':<34}{'tokens/s':>10}{'plain':>10}{'ratio':>8}{'floor':>8}")
     for name, row in {"sft step, packed 16 x 256": sft_row(device, True),
                       "sft step, completions of 16 rows": sft_row(device, False),
