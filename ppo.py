@@ -3,9 +3,9 @@ ppo.py - policy optimisation with a critic: PPO for language models done right, 
 
     python ppo.py                                  # Self-Rewarding PPO on real docstrings: minutes
     python ppo.py --config tiny                    # the same in seconds: shows that everything turns
-    python ppo.py --config gold                    # PPO against the task's own reward
-    python ppo.py --reward out/reward/bt           # PPO against a reward model of yours
-    python ppo.py --init sft_checkpoint --base Qwen2.5-0.5B --data prompts.jsonl
+    python ppo.py --config ppo                     # PPO against the task's own reward
+    python ppo.py --config ppo --reward FOLDER     # ... against a …ForSequenceClassification checkpoint
+    python ppo.py --init sft_checkpoint --base Qwen2.5-0.5B --data demos.jsonl
     python ppo.py --claim srppo --seeds 5          # the paper's claim against its baselines, with a verdict
 
 Map      1 config   2 rewards   3 KL   4 advantages   5 losses   6 decode   7 evaluate   8 train   9 claims
@@ -15,7 +15,7 @@ preset      paper                idea
 srppo       2510.21090           reward = log π_sft(y|x) - log π_base(y|x): demonstrations are all it needs
 ppo         1707.06347           the clipped surrogate with the details of 2403.17031, on the gold reward
 likelihood  control of srppo     the same with log π_sft alone: does the base model matter?
-raft        2304.06767           no critic: likelihood of the best of each prompt's 16 samples by that reward
+raft        2304.06767           likelihood of the best of each prompt's 16 samples by that reward
 sft         baseline of srppo    no step at all: the SFT model, sampled
 greedy      control of srppo     ... at temperature 0
 half        control of srppo     ... at temperature 0.5
@@ -27,6 +27,7 @@ tiny        size                 seconds on any CPU, its base model included
 Watch    reward should rise while kl stays a few nats per response; ev (the critic's explained variance)
          leaves 0 within ten steps. A length that runs away means that the reward pays per token. kl is k1,
          signed: on a batch it may dip below 0. quality is the task's own measure: only gold sees it.
+         reward is what is trained on, EOS rule included; val_reward and ood_reward are without that rule.
 """
 import copy
 import time
@@ -50,7 +51,7 @@ from optim import adamw, linear, set_lr
 class Config:
     """What every run has; what belongs to a reward, an advantage or a loss is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "signatures"     # a task, or a JSONL of prompts (and completions, to measure quality)
+    data: str = "signatures"     # a task, or a JSONL of prompts and completions (for the quality)
     init: str = "base:sft"       # the SFT model, where policy, critic and reference start
     base: str = "base:pretrain"  # the pre-trained model before SFT: the coherent reward's divisor
     chat: bool = False           # wrap prompts in the checkpoint's chat template
@@ -427,6 +428,7 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     what is optimised (the KL term is scaled along); both matter to the critic, which starts at 0 and moves
     at most eps_v a rollout: one that lags behind credits late tokens more than early ones, and the policy
     learns to stop early. bias: a reward model's mean raw score. agreement: rank_correlation with the quality.
+    cut: the share of samples that did not end.
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
@@ -439,7 +441,7 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     raw = f.reward(**provided)                                                           # [B]
     score = f.eos(raw, roll.finished)                                                    # [B]
     return dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
-                bias=models["bias"],
+                bias=models["bias"], cut=1 - roll.finished.float().mean().item(),
                 agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
 
 
@@ -524,6 +526,9 @@ def train(c, f):
             scale = calibrate(policy, models, problems[:64], task, tok, c, f, max_new, g)
             run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; Spearman "
                     f"with {task.metric} within a prompt {scale['agreement']:.2f} (0: uninformative)")
+            if scale["cut"] == 1:
+                run.say(f"  WARNING: every SFT sample is cut off at {max_new} tokens: raise --max_new, or use "
+                        f"--eos ignore")
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
         scores = before

@@ -58,7 +58,8 @@ def cli(main):
     except UserError as e:
         sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; go on with the same command and --resume", file=sys.stderr) or 130)
+        print("\nstopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
@@ -339,7 +340,9 @@ class Run:
 
     def __exit__(self, *failure):
         self.file.close()
-        if self.curves:
+        if failure[0] and not self.last and not read_log(self.folder):
+            shutil.rmtree(self.folder)                     # it never began: a typo leaves no run behind
+        elif self.curves:
             draw(self.folder, self.curves)
 
     def steps(self, total):

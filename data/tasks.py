@@ -258,7 +258,7 @@ def task(name_or_path, **options):
     """The task of that name, or of a file; UserError for unknown names, missing files and unknown options."""
     make, path = TASKS.get(name_or_path, Jsonl), [] if name_or_path in TASKS else [name_or_path]
     if path and name_or_path not in NAMED and not Path(name_or_path).suffix:
-        raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, [*TASKS, *NAMED, 'stdlib'])}, "
+        raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, {*TASKS, *NAMED, 'stdlib'})}, "
                         "or a .jsonl file")
     known = list(inspect.signature(make).parameters)[len(path):]         # a file's path is given already
     if unknown := [key for key in options if key not in known]:

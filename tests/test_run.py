@@ -205,6 +205,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(workdir):
             r.log(4, loss=math.nan)
 
 
+def test_a_run_that_never_began_leaves_no_folder(workdir):
+    """a mistyped data set must not become the newest run, which --resume would pick; one that logged stays"""
+    for rows, left in ((0, False), (1, True)):
+        with pytest.raises(UserError), Run(*conf("--out", f"o{rows}"), "t") as r:
+            if rows:
+                r.log(1, loss=1.0)
+            raise UserError("no such data")
+        assert (workdir / f"o{rows}").exists() == left
+
+
 def test_checkpoint_names_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         run.checkpoint(tmp_path / "nothing")
