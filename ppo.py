@@ -527,7 +527,7 @@ def train(c, f):
             run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; Spearman "
                     f"with {task.metric} within a prompt {scale['agreement']:.2f} (0: uninformative)")
             if scale["cut"] == 1:
-                run.say(f"  WARNING: every SFT sample is cut off at {max_new} tokens: raise --max_new, or use "
+                run.say(f"  WARNING: every SFT sample is cut off at {max_new} tokens: raise --max_new or use "
                         f"--eos ignore")
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
