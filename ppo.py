@@ -86,7 +86,7 @@ PRESETS = dict(
     # lr of srppo, likelihood and raft: each the best of a grid by val_gold on ToyIF, seeds 100 and 101
     srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),              # ours: the paper's are unknown
     ppo=dict(reward="gold", beta=0.05, no_eos=-1.0),                   # 2403.17031; lr and epochs ours
-    likelihood=dict(reward="likelihood", no_eos=-50.0, lr=5e-4),       # below any log π_sft of a response
+    likelihood=dict(reward="likelihood", no_eos=-50.0, lr=5e-4),       # log π_sft itself averages about -10
     raft=dict(advantage="best", surrogate="nll", rollouts=8, samples=16, lr=1e-5),  # srppo's budget
     sft=dict(steps=0),
     greedy=dict(steps=0, eval_temperature=0.0),

@@ -212,8 +212,7 @@ def test_what_is_masked_changes_nothing(seed):
         return loss.detach(), torch.autograd.grad(loss, new)[0] * mask
 
     base = losses(rewards, values, old, new, mask)
-    noise = [x + 5 * torch.randn(x.shape) * (1 - mask) for x in (rewards * 0, values * 0, old * 0, new * 0)]
-    noisy = losses(rewards, values + noise[1] * 0, old + noise[2], new + noise[3], mask)
+    noisy = losses(*(x + 5 * torch.randn(x.shape) * (1 - mask) for x in (rewards, values, old, new)), mask)
     wide = losses(*(torch.cat([x, torch.zeros_like(x)], 1) for x in (rewards, values, old, new, mask)))
     assert torch.allclose(base[0], noisy[0], atol=1e-5) and torch.allclose(base[1], noisy[1], atol=1e-5)
     assert torch.allclose(base[0], wide[0], atol=1e-5) and torch.allclose(base[1], wide[1][:, :7], atol=1e-5)
