@@ -384,8 +384,9 @@ def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
     """
     hidden = model(tokens)[:, :-1]                                                       # [B, T-1, D]
     where = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] > 0
-    both = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature)  # [N], [N]
-    out = [F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0)) for x in both]
+    made = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature, entropy)      # [N]
+    out = [F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0))
+           for x in (made if entropy else (made,))]
     return tuple(out) if entropy else out[0]                                             # [B, T]
 
 

@@ -37,6 +37,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+import kernels
 import sft
 from data import tasks
 from data.run import Claim, Run, UserError, batch_indices, cli, launch, needs
@@ -79,6 +80,7 @@ class Config:
     device: str = "auto"         # cpu or cuda
     dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     compile: bool = False        # torch.compile the policy's and the critic's training passes
+    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
@@ -289,7 +291,7 @@ def contrastive(model, base, prompts, max_new, generator, score, *, alpha=1.0):
 DECODERS = dict(sample=sample, bon=best_of_n, contrast=contrastive)
 AXES = dict(reward=REWARDS, advantage=ADVANTAGES, surrogate=SURROGATES, eos=EOS, decode=DECODERS,
             shaping=dict(shaping=token_rewards), controller=dict(controller=next_beta),
-            value=dict(value=value_loss), regulariser=dict(regulariser=regulariser))
+            value=dict(value=value_loss), regulariser=dict(regulariser=regulariser), kernels=kernels.MODES)
 
 
 @torch.no_grad()
@@ -503,6 +505,7 @@ def train(c, f):
                         f"greedily use --eval_temperature 0")
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
     base = sft.find(c.base, c.config, device=c.device) if needs_base(c, f) else ""
+    kernels.use(c.kernels)
     with Run(c, f, "ppo", CURVES) as run:
         policy, critic, models, tok = open_models(c, f, init, base, run.last)
         task = tasks.task(c.data)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+import kernels
 from data import prefs, tasks, text, tokenizer
 from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, result, settings
 from model import (Transformer, autocast, collate, generate, init, load, load_balance_loss, preset, save,
@@ -69,6 +70,7 @@ class Config:
     device: str = "auto"         # cpu or cuda
     dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     compile: bool = False        # torch.compile the model
+    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
@@ -101,7 +103,7 @@ def nll(logp):
 
 
 LOSSES = dict(nll=nll)
-AXES = dict(loss=LOSSES, optimiser=OPTIMISERS, schedule=SCHEDULES)
+AXES = dict(loss=LOSSES, optimiser=OPTIMISERS, schedule=SCHEDULES, kernels=kernels.MODES)
 
 # --- data ---------------------------------------------------------------------------------------------
 
@@ -237,6 +239,7 @@ def show(model, tok, task, problems, c, run):
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
+    kernels.use(c.kernels)
     with Run(c, f, "sft", CURVES) as run:
         resumed = run.last if run.last and not c.lora else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)

@@ -1,0 +1,196 @@
+"""Every kernel equals its twin, in value and gradient under a random upstream gradient, on both fast paths."""
+import math
+
+import pytest
+import torch
+
+import kernels
+
+PATHS = ("cpu", "triton")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """Both fast paths: the CPU's as it runs here, Triton's in the interpreter (or on the GPU, if there is one)."""
+    kernels.use("triton" if request.param == "triton" else "auto")
+    yield request.param
+    kernels.use("auto")
+
+
+def where(path):
+    return "cuda" if path == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def rand(*shape, seed=0, scale=1.0, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=g) * scale).to(device, dtype).requires_grad_()
+
+
+def agree(ours, twin, dtype=torch.float32):
+    """Element by element in float32; in bfloat16 to 2 % of the twin's norm, where the twin ran in float32."""
+    assert ours.isfinite().all() and ours.shape == twin.shape
+    if dtype == torch.float32:
+        scale = twin.abs().max().item() if twin.numel() else 1.0
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-5 * max(scale, 0.05))
+    else:
+        assert (ours.float() - twin).norm() <= 0.02 * twin.norm() + 1e-3
+
+
+def same(ours, twin, inputs, dtype=torch.float32):
+    """The outputs of two functions of `inputs` agree, and their gradients under one random upstream gradient."""
+    results = []
+    for fn, xs in ((ours, inputs), (twin, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])):
+        out = fn(*xs)
+        out = out if isinstance(out, tuple) else (out,)
+        ups = [rand(*x.shape, seed=9 + i, device=x.device).detach().to(x.dtype) for i, x in enumerate(out)]
+        results.append((*out, *torch.autograd.grad(out, [x for x in xs if x.requires_grad], ups)))
+    for a, b in zip(*results):
+        agree(a, b, dtype)
+    grads = results[0][len(results[0]) - sum(x.requires_grad for x in inputs):]
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs if x.requires_grad]
+
+
+SHAPES = dict(odd=(37, 24, 131), one_row=(1, 33, 70), wide=(300, 16, 65), one_word=(5, 8, 1))
+
+
+def head(shape, dtype, path, scale=1.0):
+    """h [N, D], W [V, D] and targets [N], the last word among them."""
+    N, D, V = SHAPES[shape]
+    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(2)).to(where(path))
+    targets[-1] = V - 1
+    return (rand(N, D, dtype=dtype, device=where(path)),
+            rand(V, D, seed=1, scale=scale, dtype=dtype, device=where(path)), targets)
+
+
+# --- log-probabilities --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_linear_logprob(path, shape, dtype, temperature):
+    h, W, y = head(shape, dtype, path, 0.3)
+    same(lambda h, W: kernels.linear_logprob(h, W, y, temperature, entropy=True),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y, temperature), (h, W), dtype)
+    same(lambda h, W: kernels.linear_logprob(h, W, y, temperature),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y, temperature)[0], (h, W), dtype)
+
+
+def extreme(N, D, V, dtype, device, seed=3):
+    """h [N, D], W [V, D] whose logits are multiples of 64 up to 1e4: exact in bfloat16, so ties stay ties."""
+    g = torch.Generator().manual_seed(seed)
+    h, W = torch.randint(-1, 2, (N, D), generator=g).float(), 64 * torch.randint(-6, 7, (V, D), generator=g).float()
+    h[0], W[0], W[1] = 1, 64 * 160 / D, -64 * 160 / D                                    # logits of ±10,240
+    return (x.to(device, dtype).requires_grad_() for x in (h, W))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_ten_thousand(path, dtype):
+    """where exp would overflow, and the entropy lse - E z would cancel"""
+    h, W = extreme(37, 16, 131, dtype, where(path))
+    y = torch.randint(0, 131, (37,), generator=torch.Generator().manual_seed(4)).to(h.device)
+    same(lambda h, W: kernels.linear_logprob(h, W, y, entropy=True),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y), (h, W), dtype)
+
+
+def test_one_gradient_by_hand():
+    """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  H and its gradient by the formula"""
+    h, W = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
+    logp, H = kernels.linear_logprob(h, W, torch.tensor([0]), entropy=True)
+    assert logp.item() == pytest.approx(-1.386294, abs=1e-6) and H.item() == pytest.approx(0.562335, abs=1e-6)
+    assert torch.autograd.grad(logp, W, retain_graph=True)[0].flatten().tolist() == pytest.approx([0.75, -0.75])
+    dH = [-p * (math.log(p) + H.item()) for p in (0.25, 0.75)]
+    assert torch.autograd.grad(H, W)[0].flatten().tolist() == pytest.approx(dH, abs=1e-6)
+
+
+def test_gradcheck_logprob(monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS", 3)              # several chunks
+    monkeypatch.setattr(kernels, "CHUNK", 1)
+    h, W = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(((7, 4), (11, 4))))
+    y = torch.arange(7)
+    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_logprob(h, W, y, 0.8, entropy=True), (h, W))
+    assert torch.autograd.gradcheck(lambda h: kernels.linear_logprob(h, W.detach(), y, 0.8), (h,))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """the same sums row by row: a chunk is a memory setting"""
+    h, W, y = head("wide", torch.float32, "cpu")
+    whole = kernels.linear_logprob(h, W, y)
+    monkeypatch.setattr(kernels, "ROWS", 7)
+    monkeypatch.setattr(kernels, "CHUNK", 1)
+    same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9), lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9)[0],
+         (h, W))
+    torch.testing.assert_close(kernels.linear_logprob(h, W, y), whole)
+
+
+def test_cross_entropy_ignores_what_it_is_told_to(path):
+    h, W, y = head("odd", torch.float32, path)
+    y[::3] = -100
+    same(lambda h, W: kernels.linear_cross_entropy(h, W, y),
+         lambda h, W: kernels.linear_cross_entropy_ref(h, W, y), (h, W))
+
+
+def test_no_rows(path):
+    h, W, y = rand(0, 8, device=where(path)), rand(11, 8, device=where(path)), torch.zeros(0).long()
+    same(lambda h, W: kernels.linear_logprob(h, W, y.to(h.device), entropy=True),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y.to(h.device)), (h, W))
+    t, U = rand(0, 4, device=where(path)).detach(), rand(11, 4, device=where(path)).detach()
+    same(lambda h, W: kernels.linear_distill(h, W, t, U),
+         lambda h, W: kernels.linear_distill_ref(h, W, t, U), (h, W))
+
+# --- distillation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("divergence, options", [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}),
+                                                 ("jsd", dict(beta=0.1))])
+def test_linear_distill(path, shape, divergence, options, dtype):
+    h, W, _ = head(shape, dtype, path, 0.3)
+    t, U = rand(len(h), 10, seed=5, dtype=dtype, device=h.device).detach(), rand(
+        len(W), 10, seed=6, scale=0.4, dtype=dtype, device=h.device).detach()
+    for temperature in (1.0, 2.0):
+        same(lambda h, W, t, U: kernels.linear_distill(h, W, t, U, divergence, temperature, **options),
+             lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, divergence, temperature, **options),
+             (h, W, t, U), dtype)
+
+
+@pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
+def test_distill_with_logits_of_ten_thousand(path, divergence):
+    (h, W), (t, U) = (extreme(9, 16, 70, torch.float32, where(path), seed) for seed in (1, 2))
+    same(lambda h, W: kernels.linear_distill(h, W, t, U, divergence),
+         lambda h, W: kernels.linear_distill_ref(h, W, t, U, divergence), (h, W))
+
+
+def divergence_of(p, q, name, **options):
+    """The divergence of two distributions given as lists, through heads whose logits are their logs."""
+    h, W, t, U = torch.ones(1, 1), torch.tensor(q).log()[:, None], torch.ones(1, 1), torch.tensor(p).log()[:, None]
+    return kernels.linear_distill(h, W, t, U, name, **options).item()
+
+
+def test_divergences_by_hand(path):
+    """p = (.7, .2, .1), q = (.5, .3, .2)"""
+    if where(path) == "cuda":
+        pytest.skip("CPU tensors")
+    p, q = [0.7, 0.2, 0.1], [0.5, 0.3, 0.2]
+    assert divergence_of(p, q, "forward_kl") == pytest.approx(0.08512, abs=1e-5)
+    assert divergence_of(p, q, "reverse_kl") == pytest.approx(0.09203, abs=1e-5)
+    assert divergence_of(p, q, "jsd") == pytest.approx(0.02190, abs=1e-5)
+    assert divergence_of(p, q, "jsd", beta=0.1) / 0.1 == pytest.approx(0.07695, abs=1e-5)
+    assert divergence_of(p, q, "jsd", beta=0.001) / 0.001 == pytest.approx(0.08504, abs=1e-4)
+    for name in kernels.DIVERGENCES:
+        assert divergence_of(p, p, name) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
+def test_gradcheck_distill(divergence, monkeypatch):
+    monkeypatch.setattr(kernels, "ROWS", 3)
+    monkeypatch.setattr(kernels, "CHUNK", 1)
+    h, W, t, U = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(((7, 4), (11, 4), (7, 3), (11, 3))))
+    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence, 1.5), (h, W))
+
+
+def test_heads_of_different_vocabularies():
+    with pytest.raises(ValueError, match="head has 5 words, the teacher's 6"):
+        kernels.linear_distill(torch.ones(1, 2), torch.ones(5, 2), torch.ones(1, 2), torch.ones(6, 2))
