@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 try:
     import triton
@@ -56,6 +57,11 @@ def statistics(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def wide(x):
+    """x in that dtype."""
+    return x.to(statistics(x))
+
+
 def row_chunks(N, V, cuda=False):
     """Slices of rows whose logits over V words fill a chunk, and the rows of the largest."""
     rows = max(ROWS, CHUNK * (16 if cuda else 1) // V)
@@ -70,11 +76,11 @@ def logits_buffers(h, rows, V, widen=True):
 
 def chunk_logits(h, W, temperature, buffers):
     """z = h Wᵀ / temperature of one chunk, in the statistics' dtype.   h [n, D], W [V, D] -> [n, V]"""
-    z, wide = (b[:len(h)] for b in buffers)
+    z, out = (b[:len(h)] for b in buffers)
     torch.mm(h, W.T, out=z)
-    if wide.dtype != z.dtype:
-        wide.copy_(z)
-    return wide.div_(temperature) if temperature != 1 else wide
+    if out.dtype != z.dtype:
+        out.copy_(z)
+    return out.div_(temperature) if temperature != 1 else out
 
 
 def push_back(dz, z, h, W, dh, dW):
@@ -87,7 +93,7 @@ def push_back(dz, z, h, W, dh, dW):
 
 def linear_logprob_ref(h, W, targets, temperature=1.0):
     """log p(targets) and the entropy of p = softmax(h Wᵀ / temperature).   h [N, D], W [V, D] -> [N], [N]"""
-    logp = torch.log_softmax((h @ W.to(h.dtype).T).to(statistics(h)) / temperature, -1)  # [N, V]
+    logp = torch.log_softmax(wide(h @ W.to(h.dtype).T) / temperature, -1)                # [N, V]
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)     # [N], [N]
 
 
@@ -231,7 +237,7 @@ def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
 
 def linear_cross_entropy_ref(h, W, targets, ignore=-100):
     """The mean cross-entropy of softmax(h Wᵀ) over the targets that are not `ignore`: F.cross_entropy."""
-    return F.cross_entropy((h @ W.to(h.dtype).T).to(statistics(h)), targets, ignore_index=ignore)
+    return F.cross_entropy(wide(h @ W.to(h.dtype).T), targets, ignore_index=ignore)
 
 
 def linear_cross_entropy(h, W, targets, ignore=-100):
@@ -239,22 +245,23 @@ def linear_cross_entropy(h, W, targets, ignore=-100):
     keep = targets != ignore                                                             # [N]
     return -linear_logprob(h[keep], W, targets[keep]).mean()
 
+
 # --- the head: distillation ---------------------------------------------------------------------------
 
 
 def forward_kl(logq, logp):
-    """KL(p‖q) of teacher p, student q, covers the modes.   [n, V] twice -> divergence [n], pull [n, V]
-
-    pull is q ∂D/∂q: through the softmax every divergence's gradient is  dz = pull - q Σ pull.
-    """
-    p = logp.exp()
-    return (p * (logp - logq)).sum(-1), -p
+    """KL(p‖q) of teacher p and student q: covers the teacher's modes.   [n, V] twice -> [n]"""
+    return torch.linalg.vecdot(logp.exp(), logp - logq)
 
 
 def reverse_kl(logq, logp):
-    """KL(q‖p): seeks a mode of the teacher. Its pull sums to the divergence itself."""
-    pull = logq.exp() * (logq - logp)                                                    # [n, V]
-    return pull.sum(-1), pull
+    """KL(q‖p): settles on one of the teacher's modes."""
+    return torch.linalg.vecdot(logq.exp(), logq - logp)
+
+
+def mixture(logq, logp, beta):
+    """log m, m = β p + (1-β) q."""
+    return torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))              # [n, V]
 
 
 def jsd(logq, logp, *, beta=0.5):
@@ -262,19 +269,22 @@ def jsd(logq, logp, *, beta=0.5):
 
     Small by construction: near p = q it is β (1-β) times the forward KL.
     """
-    logm = torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))              # [n, V]
-    pull = (1 - beta) * logq.exp() * (logq - logm)
-    return (beta * logp.exp() * (logp - logm)).sum(-1) + pull.sum(-1), pull
+    logm = mixture(logq, logp, beta)
+    return beta * reverse_kl(logp, logm) + (1 - beta) * reverse_kl(logq, logm)
 
 
+# q ∂D/∂q up to multiples of q. Through the softmax, every gradient is then  dz = pull - q Σ pull.
+PULLS = dict(forward_kl=lambda logq, logp: -logp.exp(),
+             reverse_kl=lambda logq, logp: logq.exp() * (logq - logp),
+             jsd=lambda logq, logp, beta=0.5: (1 - beta) * logq.exp() * (logq - mixture(logq, logp, beta)))
 DIVERGENCES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd)
 
 
 def linear_distill_ref(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, **options):
     """The divergence between softmax(h Wᵀ / τ) and the teacher's, per token, from full logits.   -> [N]"""
-    logq, logp = (torch.log_softmax((x @ w.to(x.dtype).T).to(statistics(x)) / temperature, -1)
+    logq, logp = (torch.log_softmax(wide(x @ w.to(x.dtype).T) / temperature, -1)
                   for x, w in ((h, W), (teacher_h, teacher_W)))                          # [N, V] each
-    return DIVERGENCES[divergence](logq, logp.detach(), **options)[0]
+    return DIVERGENCES[divergence](logq, logp.detach(), **options)
 
 
 @jit
@@ -351,7 +361,7 @@ class LinearDistill(torch.autograd.Function):
                 logq, logp = (torch.log_softmax(x, -1, out=x) for x in (
                     chunk_logits(h[s], cast, temperature, student),
                     chunk_logits(t[s], U, temperature, teacher)))                        # [n, V]
-                out[s] = DIVERGENCES[divergence](logq, logp, **options)[0]
+                out[s] = DIVERGENCES[divergence](logq, logp, **options)
         ctx.save_for_backward(h, W, t, U, lse, teacher_lse, pulls)
         ctx.settings = divergence, temperature, options, path
         return out
@@ -375,7 +385,7 @@ class LinearDistill(torch.autograd.Function):
                 logq, logp = (torch.log_softmax(x, -1, out=x) for x in (
                     chunk_logits(h[s], cast, temperature, (z, wide)),
                     chunk_logits(t[s], U, temperature, teacher)))                        # [n, V]
-                dz = DIVERGENCES[divergence](logq, logp, **options)[1]                   # [n, V]
+                dz = PULLS[divergence](logq, logp, **options)                            # [n, V]
                 dz.sub_(logq.exp_().mul_(dz.sum(-1, keepdim=True))).mul_(g[s, None])
             push_back(dz, z, h[s], cast, dh[s], dW)
         return dh, dW, None, None, None, None, None, None
@@ -398,3 +408,706 @@ def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperat
         return linear_distill_ref(h, W, teacher_h, teacher_W, divergence, temperature, **options)
     return LinearDistill.apply(h, W, teacher_h.detach(), teacher_W.detach(), divergence, temperature, options,
                                path)
+
+
+# --- norm, rotation, gate -----------------------------------------------------------------------------
+
+PROGRAMS = 264           # of a backward that sums over rows: two for each of an H100's 132 multiprocessors
+
+
+def fused(x):
+    """route(x), but the twin for empty inputs and for inference on a CPU: there, each call counts."""
+    path = route(x)
+    return "torch" if not x.numel() or path == "cpu" and not torch.is_grad_enabled() else path
+
+
+def rms_norm_ref(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight.   x [..., D], weight [D] -> [..., D]; rounded once, to x.dtype."""
+    return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
+
+
+@jit
+def rms_norm_forward(X, W, Y, RSTD, N, D, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    at, keep = row[:, None] * D + col, (row < N)[:, None] & (col < D)
+    x = tl.load(X + at, keep, 0.0).to(tl.float32)                                        # [ROWS, COLS]
+    w = tl.load(W + col, col < D, 0.0).to(tl.float32)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / D + eps)                                       # [ROWS]
+    tl.store(RSTD + row, rstd, row < N)
+    tl.store(Y + at, x * rstd[:, None] * w, keep)
+
+
+@jit
+def rms_norm_backward(G, X, W, RSTD, DX, DW, N, D, ROWS: tl.constexpr, COLS: tl.constexpr):
+    col = tl.arange(0, COLS)
+    w = tl.load(W + col, col < D, 0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, COLS), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        at, keep = row[:, None] * D + col, (row < N)[:, None] & (col < D)
+        g = tl.load(G + at, keep, 0.0).to(tl.float32)
+        rstd = tl.load(RSTD + row, row < N, 0.0)[:, None]
+        unit = tl.load(X + at, keep, 0.0).to(tl.float32) * rstd                          # x before the weight
+        dw += g * unit
+        g *= w
+        tl.store(DX + at, rstd * (g - unit * (tl.sum(g * unit, 1) / D)[:, None]), keep)
+    tl.store(DW + tl.program_id(0) * D + col, tl.sum(dw, 0), col < D)
+
+
+def norm_tile(D):
+    """Rows, columns and warps of a program that holds whole rows of width D: 4,096 numbers or one row."""
+    cols = triton.next_power_of_2(D)
+    return dict(ROWS=max(1, 4096 // cols), COLS=cols, num_warps=min(16, max(8, cols // 512)))
+
+
+class RMSNorm(torch.autograd.Function):
+    """rms_norm of rows x [N, D]; keeps x and rstd [N].
+
+    With u = x rstd and a row's mean:   dx = rstd (g w - u mean(g w u)),   dw = sum over rows of g u.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, path):
+        N, D = x.shape
+        if path == "cpu":
+            u = wide(x)                                                                  # [N, D]
+            rstd = torch.linalg.vector_norm(u, dim=1).square_().div_(D).add_(eps).rsqrt_()       # [N]
+            y = (u * rstd[:, None]).mul_(weight).to(x.dtype)
+        else:
+            y, rstd, t = torch.empty_like(x), torch.empty(N, device=x.device), norm_tile(D)
+            rms_norm_forward[triton.cdiv(N, t["ROWS"]),](x, weight, y, rstd, N, D, eps, **t)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.path = path
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, rstd = ctx.saved_tensors
+        N, D = x.shape
+        if ctx.path == "cpu":                    # both sums are matrix-vector products with g x
+            x, g, w = wide(x), wide(g), weight.to(rstd.dtype)
+            gx = g * x                                                                   # [N, D]
+            dw, mean = torch.mv(gx.T, rstd), torch.mv(gx, w).div_(D)                     # [D], [N]
+            dx = torch.mul(g, rstd[:, None], out=gx).mul_(w)
+            dx.addcmul_(x, (mean * rstd ** 3)[:, None], value=-1)
+            return dx.to(ctx.saved_tensors[0].dtype), dw.to(weight.dtype), None, None
+        dx, t = torch.empty_like(x), norm_tile(D)
+        programs = min(PROGRAMS, triton.cdiv(N, t["ROWS"]))
+        partial = torch.empty(programs, D, device=x.device)      # no atomics: the same sum in every run
+        rms_norm_backward[programs,](g.contiguous(), x, weight, rstd, dx, partial, N, D, **t)
+        return dx, partial.sum(0).to(weight.dtype), None, None
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm (1910.07467): y = x / sqrt(mean(x^2) + eps) * weight over the last axis, fused both ways.
+
+    x [..., D], weight [D] of any float dtype -> [..., D] in x.dtype; statistics in float32. Rows are read
+    as they lie in memory, so norm the heads of [B, T, H, hd] before the transpose, not after.
+    Bytes (s a number): 2NDs + 4N forward, 3NDs + 4N backward. Some 10 FLOPs a number: bound by memory.
+    """
+    path = fused(x)
+    if path == "torch":
+        return rms_norm_ref(x, weight, eps)
+    return RMSNorm.apply(x.reshape(-1, x.size(-1)).contiguous(), weight.contiguous(), eps, path).view(x.shape)
+
+
+def rope_ref(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: Hugging Face checkpoints' half-split layout.
+
+    In float32 whatever x is, rounded once at the end.
+    """
+    a, b = wide(x).chunk(2, -1)                                                          # [B, H, T, hd/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)             # [B, H, T, hd]
+
+
+@jit
+def rope_kernel(X, COS, SIN, Y, H, T, half, xb, xh, xt, yb, yh, yt, angles, turn,
+                ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    # heads innermost: a projection leaves them so, and they share their angles
+    b, t, h = tl.program_id(1).to(tl.int64), (row // H).to(tl.int64), (row % H).to(tl.int64)
+    keep = (row < T * H)[:, None] & (col < half)
+    at = (b * angles + t * half)[:, None] + col
+    cos, sin = tl.load(COS + at, keep, 0.0), tl.load(SIN + at, keep, 0.0) * turn         # [ROWS, hd/2]
+    at = (b * xb + h * xh + t * xt)[:, None] + col
+    x1, x2 = tl.load(X + at, keep, 0.0).to(tl.float32), tl.load(X + at + half, keep, 0.0).to(tl.float32)
+    at = (b * yb + h * yh + t * yt)[:, None] + col
+    tl.store(Y + at, x1 * cos - x2 * sin, keep)
+    tl.store(Y + at + half, x2 * cos + x1 * sin, keep)
+
+
+def turned(x, cos, sin, turn, path):
+    """x rotated by turn (1, or -1: back) times the angles."""
+    if path == "cpu":                            # whole rows: halves would be strided to PyTorch, and slower
+        a, b = x.chunk(2, -1)
+        y = wide(torch.cat([b, a], -1)).mul_(torch.cat([-turn * sin, turn * sin], -1))
+        return y.addcmul_(wide(x), torch.cat([cos, cos], -1).to(y.dtype)).to(x.dtype)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (B, H, T, hd), y = x.shape, torch.empty_like(x)
+    cols = triton.next_power_of_2(hd // 2)
+    rows, own = max(1, 2048 // cols), cos.dim() == 4 and cos.size(0) > 1
+    rope_kernel[triton.cdiv(T * H, rows), B](
+        x, cos, sin, y, H, T, hd // 2, *x.stride()[:3], *y.stride()[:3], own * T * (hd // 2), turn,
+        ROWS=rows, COLS=cols)
+    return y
+
+
+class RoPE(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, path):
+        ctx.save_for_backward(cos, sin)
+        ctx.path = path
+        return turned(x, cos, sin, 1.0, path)
+
+    @staticmethod
+    def backward(ctx, g):
+        return turned(g, *ctx.saved_tensors, -1.0, ctx.path), None, None, None
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding (RoFormer, 2104.09864), half-split: see rope_ref. No gradient to the angles.
+
+    x [B, H, T, hd] with any strides, which the result shares; cos, sin float32 [T, hd/2] or, where rows
+    stand at positions of their own, [B, 1, T, hd/2].
+    Bytes: 2 BHT hd s and the angles (once a position), 3 FLOPs a number: memory. Backward the same.
+    """
+    path = fused(x)
+    if path == "torch":
+        return rope_ref(x, cos, sin)
+    return RoPE.apply(x, cos.contiguous(), sin.contiguous(), path)
+
+
+def swiglu_ref(gate, up):
+    """silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   Same shapes; rounded once."""
+    return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
+
+
+@jit
+def swiglu_forward(GATE, UP, Y, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(GATE + at, at < N, 0.0).to(tl.float32)
+    tl.store(Y + at, z * tl.sigmoid(z) * tl.load(UP + at, at < N, 0.0).to(tl.float32), at < N)
+
+
+@jit
+def swiglu_backward(G, GATE, UP, DGATE, DUP, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(G + at, at < N, 0.0).to(tl.float32)
+    z = tl.load(GATE + at, at < N, 0.0).to(tl.float32)
+    s = tl.sigmoid(z)
+    tl.store(DUP + at, g * z * s, at < N)
+    g *= tl.load(UP + at, at < N, 0.0).to(tl.float32)
+    tl.store(DGATE + at, g * s * (1 + z * (1 - s)), at < N)
+
+
+class SwiGLU(torch.autograd.Function):
+    """Keeps gate and up only: silu(gate) is cheaper to compute again than to store."""
+
+    @staticmethod
+    def forward(ctx, gate, up, path):
+        ctx.save_for_backward(gate, up)
+        ctx.path = path
+        if path == "cpu":
+            return F.silu(wide(gate)).mul_(up).to(gate.dtype)
+        y, n = torch.empty_like(gate), gate.numel()
+        swiglu_forward[triton.cdiv(n, 1024),](gate, up, y, n, BLOCK=1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        if ctx.path == "cpu":
+            z, g = wide(gate), wide(g)
+            return (torch.ops.aten.silu_backward(g * up, z).to(gate.dtype),
+                    F.silu(z).mul_(g).to(up.dtype), None)
+        dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        swiglu_backward[triton.cdiv(n, 1024),](g.contiguous(), gate, up, dgate, dup, n, BLOCK=1024)
+        return dgate, dup, None
+
+
+def swiglu(gate, up):
+    """SwiGLU's gate (2002.05202): silu(gate) * up, any equal shapes, one pass over memory each way.
+
+    Bytes for n numbers of s bytes: 3ns forward, 5ns backward, and 2ns held between them (autograd: 3ns).
+    About 10 FLOPs a number: memory.
+    """
+    path = fused(gate)
+    if path == "torch":
+        return swiglu_ref(gate, up)
+    return SwiGLU.apply(gate.contiguous(), up.contiguous(), path)
+
+
+# --- Newton-Schulz ------------------------------------------------------------------------------------
+
+
+def xxt_ref(X, alpha=1.0, C=None, beta=0.0):
+    """alpha X Xᵀ + beta C.   X [L, m, n], C [L, m, m] or None -> [L, m, m]."""
+    return alpha * (X @ X.mT) if C is None else torch.baddbmm(C, X, X.mT, beta=beta, alpha=alpha)
+
+
+@jit
+def xxt_kernel(X, C, Y, m, n, alpha, beta, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    i, j, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if j > i:                                    # tile (j, i) writes this one, too
+        return
+    row, col, k = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    left, right = X + batch * m * n + row[:, None] * n + k, X + batch * m * n + col[:, None] * n + k
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, n, DEPTH):
+        inside = (k < n - start)[None, :]
+        a = tl.load(left + start, (row < m)[:, None] & inside, 0.0)                      # [BLOCK, DEPTH]
+        b = tl.load(right + start, (col < m)[:, None] & inside, 0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    keep = (row < m)[:, None] & (row[:, None] >= col)    # a tile on the diagonal is mirrored into itself
+    Y, lower, upper = Y + batch * m * m, row[:, None] * m + col, row[:, None] + col * m
+    acc *= alpha
+    if C is not None:
+        acc += beta * tl.load(C + batch * m * m + lower, keep, 0.0).to(tl.float32)
+    tl.store(Y + lower, acc, keep)
+    tl.store(Y + upper, acc, keep)
+
+
+@torch.no_grad()
+def xxt(X, alpha=1.0, C=None, beta=0.0):
+    """alpha X Xᵀ + beta C: one triangle computed, the other its mirror image. No gradient.
+
+    X [L, m, n], C symmetric [L, m, m] or None -> [L, m, m] in X.dtype, accumulated in float32.
+    FLOPs: L m²n, a half of the plain product's.   Bytes: L (mn + m²) s, and L m² s for C. On an H100 in
+    bfloat16 bound by arithmetic from m = n of some 1,200 on.
+    """
+    path, (L, m, n) = route(X), X.shape
+    if path == "torch" or not L * m or path == "cpu" and (m < 512 or m * n < 1 << 20):
+        return xxt_ref(X, alpha, C, beta)        # on a CPU small triangles gain nothing
+    Y = X.new_empty(L, m, m)
+    if path == "cpu":                            # four rows of blocks
+        for start in range(0, m, -(-m // 4)):
+            end = start - (-m // 4)
+            low = torch.bmm(X[:, start:end], X[:, :end].mT).mul_(alpha)                  # [L, m/4, end]
+            if C is not None:
+                low.add_(C[:, start:end, :end], alpha=beta)
+            Y[:, start:end, :end], Y[:, :start, start:end] = low, low[:, :, :start].mT
+        return Y
+    shape = (dict(BLOCK=128, DEPTH=64, num_warps=8) if X.dtype.itemsize == 2 else
+             dict(BLOCK=64, DEPTH=32, num_warps=4))
+    tiles = triton.cdiv(m, shape["BLOCK"])
+    C = C if C is None else C.contiguous()
+    xxt_kernel[tiles, tiles, L](X.contiguous(), C, Y, m, n, alpha, beta, **shape)
+    return Y
+
+
+def newton_schulz_ref(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+    """Muon's orthogonalisation (Jordan et al., 2024; 2502.16982) of X [..., m, n], in the dtype it comes in.
+
+    X / |X|_F, then `steps` times  A = X Xᵀ,  X <- a X + (b A + c A²) X:  the polynomial a s + b s³ + c s⁵ of
+    every singular value s; all of [0.01, 1] end in [0.68, 1.14], singular vectors stay. The short side first.
+    """
+    a, b, c = coefficients
+    Y = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)
+    Y = Y.mT if X.size(-2) > X.size(-1) else Y
+    for _ in range(steps):
+        A = Y @ Y.mT
+        Y = a * Y + (b * A + c * A @ A) @ Y
+    return Y.mT if X.size(-2) > X.size(-1) else Y
+
+
+@torch.no_grad()
+def newton_schulz(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+    """newton_schulz_ref for a whole batch X [..., m, n] of equal shapes, in X.dtype. No gradient.
+
+    Computes in bfloat16 on CUDA, in float32 on a CPU (float64 if X is). A and b A + c A² are symmetric: xxt.
+    FLOPs per step and matrix, m <= n:  3m²n + m³ instead of 4m²n + 2m³.
+    """
+    if route(X) == "torch" or not X.numel():
+        return newton_schulz_ref(X, steps, coefficients)
+    a, b, c = coefficients
+    tall, Y = X.size(-2) > X.size(-1), wide(X).reshape(-1, *X.shape[-2:])                # [L, m, n]
+    Y = Y / (torch.linalg.matrix_norm(Y, keepdim=True) + 1e-7)
+    Y = (Y.mT if tall else Y).to(torch.bfloat16 if X.is_cuda else Y.dtype).contiguous()
+    for _ in range(steps):
+        A = xxt(Y)                                                                       # [L, m, m]
+        Y = torch.baddbmm(Y, xxt(A, c, A, b), Y, beta=a)
+    return (Y.mT if tall else Y).to(X.dtype).reshape(X.shape)
+
+
+# --- packed layers ------------------------------------------------------------------------------------
+#
+#   kind    what is stored                                             bytes of a weight [out, in]
+#   int     b-bit codes, a float16 scale and a b-bit zero per group    out (in b/8 + 2 in/g + in/g b/8)
+#   nm24    2:4 sparse: two bfloat16 of every four, 2-bit positions    1.125 out in
+#   armor   bd(A) S bd(B), S being nm24 (ARMOR, 2510.05528)            1.125 out in + 2 (bA out + bB in)
+#   vq      one of 2ᵇ d-vectors, norms r1, r2 (NoWag, 2504.14569)      out in/d b/8 + 2 (2ᵇ d + out + in)
+#
+# `in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq); the padding is counted.
+
+
+def pack_bits(codes, bits):
+    """Codes [..., n] below 2^bits <= 2^16 -> little-endian bit stream, uint8 [..., ceil(n bits / 8)]."""
+    if codes.numel() and (codes.min() < 0 or codes.max() >= 1 << bits):
+        raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit in {bits} bits")
+    place = torch.arange(16, device=codes.device)
+    flat = (codes.to(torch.int16)[..., None] >> place[:bits].to(torch.int16) & 1).to(torch.uint8).flatten(-2)
+    flat = F.pad(flat, (0, -flat.size(-1) % 8)).unflatten(-1, (-1, 8))                   # [..., bytes, 8]
+    return (flat << place[:8].to(torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(stream, bits, count):
+    """The first `count` codes of a stream of pack_bits, int32 [..., count]."""
+    if 8 % bits == 0:                                # a byte holds whole codes: stay in uint8
+        place = torch.arange(0, 8, bits, device=stream.device, dtype=torch.uint8)
+        return (stream[..., None] >> place & (1 << bits) - 1).flatten(-2)[..., :count].int()
+    at = torch.arange(count, device=stream.device) * bits
+    wide = F.pad(stream, (0, 2)).int()               # 16 bits after a shift of up to 7 lie in three bytes
+    return sum(wide[..., at // 8 + i] << 8 * i for i in range(3)) >> at.int() % 8 & (1 << bits) - 1
+
+
+def to_half(x, name):
+    """x in float16, refusing what would become infinite."""
+    if not x.half().isfinite().all():
+        raise ValueError(f"{name} exceeds float16 (65504): scale the layer down before it is packed")
+    return x.half()
+
+
+@jit
+def load_code(stream, at, keep, BITS: tl.constexpr):
+    """The code that starts at bit `at` of a stream: from two bytes, three where it can straddle them."""
+    stream, shift = stream + (at >> 3), at & 7
+    word = tl.load(stream, mask=keep, other=0).to(tl.int32)
+    if 8 % BITS != 0:
+        word |= tl.load(stream + 1, mask=keep & (shift + BITS > 8), other=0).to(tl.int32) << 8
+    if BITS - (BITS & -BITS) > 8:
+        word |= tl.load(stream + 2, mask=keep & (shift + BITS > 16), other=0).to(tl.int32) << 16
+    return word >> shift & (1 << BITS) - 1
+
+
+@jit
+def plane_dot(acc, x, w, j, rows, u, M, wide):
+    """acc [BM, BN] + x_j w_jᵀ over the columns that are j-th of their unit: x [P, M, wide], w [BN, BU]."""
+    xj = tl.load(x + (j * M + rows) * wide + u, mask=rows < M, other=0.0)                # [BM, BU]
+    return tl.dot(xj, tl.trans(w.to(xj.dtype)), acc, input_precision="ieee")
+
+
+@jit
+def weight_tile(U, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr):
+    """This program's rows [BM, 1] of x and [BN, 1] of the weight, zeros to add to, padded number of units."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    cols = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)[:, None]
+    return rows, cols, tl.zeros((BM, BN), tl.float32), tl.cdiv(U, BU) * BU
+
+
+@jit
+def store_tile(y, acc, rows, cols, M, N):
+    """Partial sums of split program_id(2) into y [splits, M, N]."""
+    cols = tl.trans(cols)                                                                # [1, BN]
+    tl.store(y + (tl.program_id(2) * M + rows) * N + cols, acc, mask=(rows < M) & (cols < N))
+
+
+@jit
+def int_kernel(x, y, codes, scale, zero, M, N, U, groups, zero_bytes, P: tl.constexpr, BITS: tl.constexpr,
+               GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BU: tl.constexpr):
+    rows, cols, acc, wide = weight_tile(U, BM, BN, BU)
+    for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
+        u = u0 + tl.arange(0, BU)[None, :]
+        at, keep = codes + (cols * U + u) * (P * BITS // 8), (cols < N) & (u < U)
+        word = tl.load(at, mask=keep, other=0).to(tl.int32)                              # a unit's codes
+        if BITS == 3:
+            word |= tl.load(at + 1, mask=keep, other=0).to(tl.int32) << 8
+            word |= tl.load(at + 2, mask=keep, other=0).to(tl.int32) << 16
+        if GROUP % (BU * P) == 0:                    # the tile lies in one group: a scale for each row
+            g = tl.zeros((1, 1), tl.int32) + u0 * P // GROUP
+        else:
+            g = u * P // GROUP
+        keep = (cols < N) & (g < groups)
+        s = tl.load(scale + cols * groups + g, mask=keep, other=0.0).to(tl.float32)
+        if SYMMETRIC:
+            z = 1 << BITS - 1
+        else:
+            z = load_code(zero + cols * zero_bytes, g * BITS, keep, BITS)
+        for j in tl.static_range(P):
+            w = ((word >> j * BITS & (1 << BITS) - 1) - z).to(tl.float32) * s            # [BN, BU]
+            acc = plane_dot(acc, x, w, j, rows, u, M, wide)
+    store_tile(y, acc, rows, cols, M, N)
+
+
+@jit
+def nm24_kernel(x, y, fours, index, M, N, U, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                BU: tl.constexpr):
+    rows, cols, acc, wide = weight_tile(U, BM, BN, BU)
+    for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
+        u = u0 + tl.arange(0, BU)[None, :]
+        keep = (cols < N) & (u < U)
+        four = tl.load(fours + cols * U + u, mask=keep, other=0)     # int64: the bfloat16 of 8 columns
+        where = tl.load(index + cols * U + u, mask=keep, other=0).to(tl.int32)
+        for j in tl.static_range(P):
+            w = tl.zeros((BN, BU), tl.float32)
+            for k in tl.static_range(j // 4 * 2, j // 4 * 2 + 2):    # a bfloat16 is a float32's upper half
+                value = ((four >> 16 * k).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+                w = tl.where((where >> 2 * k & 3) == j % 4, value, w)
+            acc = plane_dot(acc, x, w, j, rows, u, M, wide)
+    store_tile(y, acc, rows, cols, M, N)
+
+
+@jit
+def vq_kernel(x, y, codebook, index, M, N, U, P: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, BU: tl.constexpr):
+    rows, cols, acc, wide = weight_tile(U, BM, BN, BU)
+    start = cols * U * BITS                          # bit of a row's first code: rows follow without a gap
+    for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
+        u = u0 + tl.arange(0, BU)[None, :]
+        keep = (cols < N) & (u < U)
+        code = load_code(index + (start >> 3), (start & 7).to(tl.int32) + u * BITS, keep, BITS)
+        for j in tl.static_range(P):
+            w = tl.load(codebook + code * P + j, mask=keep, other=0.0)                   # [BN, BU]
+            acc = plane_dot(acc, x, w, j, rows, u, M, wide)
+    store_tile(y, acc, rows, cols, M, N)
+
+
+def skinny(kernel, x, out, unit, *weight, most=64, **constants):
+    """x [M, in] times a packed weight [out, in], float32 [M, out], by the kernel of its format.
+
+    A unit is P neighbouring columns that share stored bits, so x is regrouped once to [P, M, units] and every
+    stored byte is read once.   Bytes: the packed weight + 2M(in + out).   FLOPs: 2 M in out. With one row on
+    an H100 the weight's bytes are the floor: 2.6 us for 4096 x 4096 at 4 bits, where bfloat16 takes 10 us.
+    """
+    M, U = len(x), -(-x.size(1) // unit)
+    BM, BN, BU = (64, 64, 32) if M > 16 and unit <= 8 else (16, 32, 32 if unit > 4 else 64)
+    if x.dtype == torch.float32:                         # no tensor cores: as much as the registers hold
+        BM, BN, BU = 16, 32, 16
+    BU = max(16, min(BU, 1 << most.bit_length() - 1))    # an int tile within one group needs one scale a row
+    wide = triton.cdiv(U, BU) * BU
+    planes = F.pad(x, (0, wide * unit - x.size(1))).view(M, wide, unit).permute(2, 0, 1).contiguous()
+    grid = triton.cdiv(M, BM), triton.cdiv(out, BN)
+    split = max(1, min(256 // (grid[0] * grid[1]), U // (4 * BU)))   # two programs for each of 132 SMs
+    y = torch.empty(split, M, out, device=x.device)
+    kernel[(*grid, split)](planes, y, *weight, M=M, N=out, U=U, P=unit, BM=BM, BN=BN, BU=BU, **constants)
+    return y.sum(0)
+
+
+# Each format: the buffers' shapes and dtypes, the dense weight (the definition), the product by the kernel.
+
+def quantize(W, bits, group, symmetric=False):
+    """Round to nearest: W [out, in] -> codes [out, in], scale, zero [out, groups]; symmetric: zero is None.
+
+    W ≈ (codes - zero) scale;  scale = (max(w, 0) - min(w, 0)) / (2^b - 1),  zero = round(-min(w, 0) / scale);
+    symmetric: scale = max|w| / (2^(b-1) - 1), zero = 2^(b-1), lowest code unused. Scales on float16's grid.
+    """
+    size = W.size(1) if group < 0 else group
+    w = F.pad(W.float(), (0, -W.size(1) % size)).unflatten(1, (-1, size))                # [out, groups, g]
+    lo, hi, top = w.amin(-1, True).clamp(max=0), w.amax(-1, True).clamp(min=0), 2 ** bits - 1
+    if symmetric:
+        lo, hi, top = -torch.maximum(-lo, hi), torch.maximum(-lo, hi), 2 ** bits - 2
+    scale = torch.where(hi == lo, 2.0, hi - lo) / top
+    scale = to_half(scale, "a scale").float().clamp(min=2 ** -24)
+    zero = (torch.full_like(scale, 2 ** (bits - 1)) if symmetric
+            else (-lo / scale).round().clamp(0, 2 ** bits - 1))                          # [out, groups, 1]
+    codes = ((w / scale).round() + zero).clamp(1 if symmetric else 0, 2 ** bits - 1).int()
+    return (codes.flatten(1)[:, :W.size(1)], scale.squeeze(-1),
+            None if symmetric else zero.squeeze(-1).int())
+
+
+INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # codes that fill whole bytes
+
+
+def int_buffers(inputs, out, *, bits, group, symmetric):
+    if bits not in INT_UNIT or group < 1 or group < inputs and group % INT_UNIT[bits]:
+        raise ValueError(f"int needs bits of 2, 3, 4 or 8 and a group of whole pack units "
+                         f"({INT_UNIT.get(bits, 'at most 8')} columns), not bits {bits}, group {group}")
+    groups, unit = -(-inputs // group), INT_UNIT[bits]
+    zero = {} if symmetric else dict(zero=((out, -(-groups * bits // 8)), torch.uint8))
+    return dict(codes=((out, -(-inputs // unit) * unit * bits // 8), torch.uint8),
+                scale=((out, groups), torch.float16)) | zero
+
+
+def int_dense(m):
+    codes = unpack_bits(m.codes, m.bits, m.in_features).float()                          # [out, in]
+    zero = 2 ** (m.bits - 1) if m.symmetric else unpack_bits(m.zero, m.bits, m.scale.size(1)).float()
+    scale, zero = (x.repeat_interleave(m.group, 1)[:, :m.in_features] if torch.is_tensor(x) else x
+                   for x in (m.scale.float(), zero))
+    return (codes - zero) * scale
+
+
+def int_product(m, x):
+    zero, unit = m.codes if m.symmetric else m.zero, INT_UNIT[m.bits]
+    return skinny(int_kernel, x, m.out_features, unit, m.codes, m.scale, zero, groups=m.scale.size(1),
+                  zero_bytes=zero.size(1), most=m.group // unit, BITS=m.bits, GROUP=m.group,
+                  SYMMETRIC=m.symmetric)
+
+
+def pack_int(codes, scale, zero=None, *, bits, group, bias=None):
+    """Codes [out, in], scale and zero [out, groups] (no zero: symmetric around 2^(b-1)) -> PackedLinear."""
+    options = dict(kind="int", bits=bits, group=codes.size(1) if group < 0 else group, symmetric=zero is None)
+    whole = F.pad(codes, (0, -codes.size(1) % INT_UNIT.get(bits, 1)))
+    state = dict(codes=pack_bits(whole, bits), scale=to_half(scale, "a scale"))
+    if zero is not None:
+        state["zero"] = pack_bits(zero, bits)
+    return packed(codes.shape, bias, options, state)
+
+
+def nm24_buffers(inputs, out):
+    groups = -(-inputs // 8) * 2
+    return dict(values=((out, groups * 2), torch.bfloat16), index=((out, groups // 2), torch.uint8))
+
+
+def nm24_dense(m):
+    where = unpack_bits(m.index, 2, m.values.size(1)).view(m.out_features, -1, 2).long()
+    W = torch.zeros(*where.shape[:2], 4, device=where.device)                            # [out, groups, 4]
+    return W.scatter_(2, where, m.values.float().view(where.shape)).flatten(1)[:, :m.in_features]
+
+
+def nm24_product(m, x):
+    return skinny(nm24_kernel, x, m.out_features, 8, m.values.view(torch.int64), m.index)
+
+
+def nm24_state(W):
+    """Dense 2:4 weight [out, in] -> values, index: of every 4 columns the 2 non-zero ones, in order."""
+    groups = F.pad(W, (0, -W.size(1) % 8)).unflatten(1, (-1, 4))                         # [out, groups, 4]
+    bad = ((groups != 0).sum(-1) > 2).nonzero()
+    if len(bad):
+        row, column = bad[0, 0].item(), 4 * bad[0, 1].item()
+        raise ValueError(f"row {row}, columns {column} to {column + 3} hold more than two non-zero weights: "
+                         "prune the layer to 2:4 before it is packed")
+    where = (groups == 0).byte().argsort(stable=True, dim=-1)[..., :2].sort(-1).values   # [out, groups, 2]
+    return dict(values=groups.gather(2, where).flatten(1).bfloat16(), index=pack_bits(where.flatten(1), 2))
+
+
+def pack_nm24(W, *, bias=None):
+    """Dense weight [out, in] with at most 2 non-zeros in every 4 columns -> PackedLinear."""
+    return packed(W.shape, bias, dict(kind="nm24"), nm24_state(W))
+
+
+def armor_buffers(inputs, out, *, block_out, block_in):
+    if out % block_out or inputs % block_in:
+        raise ValueError(f"blocks of {block_out} x {block_in} do not tile a weight of {out} x {inputs}")
+    return dict(A=((out // block_out, block_out, block_out), torch.bfloat16),
+                B=((inputs // block_in, block_in, block_in), torch.bfloat16), **nm24_buffers(inputs, out))
+
+
+def armor_dense(m):
+    S = nm24_dense(m).view(len(m.A), m.block_out, len(m.B), m.block_in)
+    return torch.einsum("pij,pjqk,qkl->piql", m.A.float(), S, m.B.float()).reshape(m.out_features, -1)
+
+
+def block_diagonal(A, x):
+    """bd(A) x for A [blocks, b, b] and rows x [M, blocks b]: one batched matmul."""
+    return torch.einsum("pij,mpj->mpi", A.to(x.dtype), x.unflatten(1, (len(A), -1))).flatten(1)
+
+
+def armor_product(m, x):
+    return block_diagonal(m.A, nm24_product(m, block_diagonal(m.B, x)).to(x.dtype))
+
+
+def pack_armor(A, S, B, *, bias=None):
+    """A [out/bA, bA, bA], dense 2:4 core S [out, in], B [in/bB, bB, bB] -> PackedLinear of bd(A) S bd(B)."""
+    options = dict(kind="armor", block_out=A.size(1), block_in=B.size(1))
+    return packed(S.shape, bias, options, dict(A=A.bfloat16(), B=B.bfloat16(), **nm24_state(S)))
+
+
+def vq_buffers(inputs, out, *, bits, dim):
+    if not 1 <= bits <= 16 or dim < 1:
+        raise ValueError(f"vq needs 1 to 16 bits and a dim of at least 1, not bits {bits}, dim {dim}")
+    return dict(codebook=((2 ** bits, dim), torch.bfloat16),     # the index stream runs on across rows
+                index=((-(-out * -(-inputs // dim) * bits // 8),), torch.uint8),
+                r1=((inputs,), torch.float16), r2=((out,), torch.float16))
+
+
+def vq_dense(m):
+    units = -(-m.in_features // m.dim)
+    index = unpack_bits(m.index, m.bits, m.out_features * units).view(m.out_features, units)
+    W = m.codebook.float()[index].flatten(1)[:, :m.in_features]                          # [out, in]
+    return m.r2.float()[:, None] * W * m.r1.float()
+
+
+def vq_product(m, x):
+    scaled = (x * m.r1.float()).to(x.dtype)
+    return skinny(vq_kernel, scaled, m.out_features, m.dim, m.codebook, m.index, BITS=m.bits) * m.r2.float()
+
+
+def pack_vq(indices, codebook, r1, r2, *, bias=None):
+    """Indices [out, ceil(in/d)] into codebook [2^b, d], norms r1 [in] and r2 [out] -> PackedLinear."""
+    bits = len(codebook).bit_length() - 1
+    if len(codebook) != 1 << bits:
+        raise ValueError(f"a codebook of {len(codebook)} vectors: pad it to a power of two")
+    return packed((len(r2), len(r1)), bias, dict(kind="vq", bits=bits, dim=codebook.size(1)),
+                  dict(codebook=codebook.bfloat16(), index=pack_bits(indices.flatten(), bits),
+                       r1=to_half(r1, "a column norm"), r2=to_half(r2, "a row norm")))
+
+
+PACKED = dict(int=dict(buffers=int_buffers, dense=int_dense, product=int_product),
+              nm24=dict(buffers=nm24_buffers, dense=nm24_dense, product=nm24_product),
+              armor=dict(buffers=armor_buffers, dense=armor_dense, product=armor_product),
+              vq=dict(buffers=vq_buffers, dense=vq_dense, product=vq_product))
+SKINNY = 128             # rows up to which reading the weight is the cost; above, the matmul itself is
+
+
+class PackedProduct(torch.autograd.Function):
+    """x Ŵᵀ with Ŵ frozen: dx = g Ŵ, with Ŵ unpacked again in the backward instead of kept."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, rows = layer, x.reshape(-1, layer.in_features)                        # [M, in]
+        if route(x) == "triton" and 0 < len(rows) <= SKINNY:
+            y = PACKED[layer.kind]["product"](layer, rows).to(x.dtype)                   # [M, out]
+            return y.view(*x.shape[:-1], layer.out_features)
+        return F.linear(x, layer.dequantize().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.layer.dequantize().to(g.dtype), None
+
+
+class PackedLinear(nn.Module):
+    """y = x Ŵᵀ + bias, the weight packed in buffers as a row of PACKED says. Ŵ is frozen, x has gradients.
+
+    Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are bound by
+    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called.
+    """
+
+    def __init__(self, in_features, out_features, bias=False, *, kind, **options):
+        super().__init__()
+        if kind not in PACKED:
+            raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(PACKED)}")
+        self.in_features, self.out_features = in_features, out_features
+        self.kind, self.options = kind, options
+        for name, (shape, dtype) in PACKED[kind]["buffers"](in_features, out_features, **options).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def spec(self):
+        """What rebuilds the empty layer, as JSON: PackedLinear(in_features, out_features, bias, **spec)."""
+        return dict(kind=self.kind, **self.options)
+
+    def nbytes(self):
+        """Bytes of the packed weight: every buffer, without the bias."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def dequantize(self):
+        """Ŵ [out, in] in float32: the definition."""
+        return PACKED[self.kind]["dense"](self)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = PackedProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn, recurse=True):
+        """.to(dtype), .float() and their like recast the bias alone: a buffer's dtype is its format."""
+        held = {id(b) for b in self.buffers()}
+
+        def move(t):
+            moved = fn(t)
+            return t.to(moved.device) if id(t) in held and moved.dtype != t.dtype else moved
+
+        return super()._apply(move, recurse)
+
+
+def packed(shape, bias, spec, state):
+    """PackedLinear of weight `shape`, its buffers those of `state`."""
+    with torch.device("meta"):
+        layer = PackedLinear(shape[1], shape[0], bias is not None, **spec)
+    layer.load_state_dict(state | ({} if bias is None else dict(bias=bias.detach().clone())), assign=True)
+    return layer

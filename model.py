@@ -32,7 +32,7 @@ from torch import nn
 
 from data.run import UserError, checkpoint, cli, nearest
 from data.tokenizer import Tokenizer
-from kernels import linear_logprob
+from kernels import PackedLinear, linear_logprob
 
 # --- config -------------------------------------------------------------------------------------------
 
@@ -536,16 +536,20 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
+QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers: others refuse it
+
+
 def from_hf(d, where="config.json"):
     """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
     kind = d.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {kind!r} is not supported{nearest(str(kind), ARCHITECTURES)}")
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
+    quant = d.get("quantization_config") or {}
     refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),
                   attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
                   decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
-                  quantization_config="quantization_config" in d,
+                  quantization_config=quant and quant.get("quant_method") != QUANT,
                   sliding_window=window is not None and window < d["max_position_embeddings"])
     for key, wrong in refuse.items():
         if wrong:
@@ -611,6 +615,7 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
     """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes), tokenizer.json.
 
     Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is bitwise equal.
+    Packed layers stay packed; config.json's quantization_config says how each is.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -629,6 +634,10 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
         (path / "model.safetensors.index.json").write_text(
             json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
     d = to_hf(model.config, isinstance(model, ScalarModel))
+    layers = {hf_name(name + ".", model.config)[:-1]: m.spec() for name, m in model.named_modules()
+              if isinstance(m, PackedLinear)}
+    if layers:
+        d["quantization_config"] = dict(quant_method=QUANT, layers=layers)
     (path / "config.json").write_text(json.dumps(d, indent=2))
     ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
     (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
@@ -655,6 +664,23 @@ def tensors(path):
     return out
 
 
+def repack(model, layers, where):
+    """Replace the Linear layers that config.json lists, {checkpoint's name: spec}, by empty packed ones."""
+    ours = {hf_name(name + ".", model.config)[:-1]: name for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and "layers." in name}
+    for key, spec in layers.items():
+        try:
+            old = model.get_submodule(ours[key])
+            new = PackedLinear(old.in_features, old.out_features, old.bias is not None, **spec)
+        except KeyError:
+            raise UserError(f"{where}: packed layer {key} is no linear layer of this model's blocks: "
+                            "its quantization_config belongs to another model") from None
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{where}: packed layer {key} cannot be built ({e}): "
+                            "pack the model again") from None
+        model.set_submodule(ours[key], new)
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
 
@@ -662,14 +688,17 @@ def load(path, device="cpu", dtype=torch.float32):
     more ids than the model has rows.
     """
     path = checkpoint(path)
-    config = from_hf(json.loads((path / "config.json").read_text()), path / "config.json")
+    raw = json.loads((path / "config.json").read_text())
+    config = from_hf(raw, path / "config.json")
     extra = path / "generation_config.json"      # Llama-3's chat models name all eos ids here
     eos = json.loads(extra.read_text()).get("eos_token_id") if extra.exists() else None
     if eos is not None:
         config = replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,))
-    scalar = "SequenceClassification" in json.loads((path / "config.json").read_text())["architectures"][0]
+    scalar = "SequenceClassification" in raw["architectures"][0]
     with torch.device("meta"):
         model = (ScalarModel if scalar else Transformer)(config)
+        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), path / "config.json")
+    held = {name for name, _ in model.named_buffers()}       # packed weights: their dtype is their format
     stored, state = tensors(path), {}
     for name, p in model.state_dict().items():
         key = hf_name(name, config)
@@ -681,7 +710,8 @@ def load(path, device="cpu", dtype=torch.float32):
         if value.shape != p.shape:
             raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, "
                             f"config.json asks for {list(p.shape)}")
-        state[name] = value.to(device, dtype)
+        # a copy, because a mapped file's tensors lie anywhere and a CPU's matmul rounds by their alignment
+        state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
     model.load_state_dict(state, assign=True)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:

@@ -1,17 +1,23 @@
 """
 bench.py - speed and memory as ratios: against plain PyTorch in the same run, and this machine's own floor.
 
-    python tests/bench.py                      # about a minute; CUDA too where there is a device
+    python tests/bench.py                      # every row, minutes; CUDA where there is a device
+    python tests/bench.py linear sft           # only rows whose name contains one of the words
 
 Both sides of a row run alternately and the medians are compared, as machines are noisy: read the ratios, not
-the times.   floor: FLOPs of the row over the matmul rate measured first (the model's own shapes run slower).
+the times.   floor: the least time that the row's FLOPs (at the matmul rate) or bytes (at the copy bandwidth)
+allow, both measured first, over ours.   memory: what one call adds to the peak, ours and plain; on a CPU the
+resident set of a fresh process each, on CUDA the allocator's.
 """
-import resource
+import math
+import re
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,9 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+import kernels
 from data.tokenizer import bytes_tokenizer
 from model import bandwidth, collate, generate, init, pick, preset, token_logprobs
 from optim import adamw
+
+
+class Row(NamedTuple):
+    """One line of the table: the two sides as functions of nothing, and what the work amounts to."""
+    ours: Callable
+    plain: Callable
+    flops: float = 0.0
+    bytes: float = 0.0
+    tokens: int = 0                            # of the end-to-end rows
 
 
 def sync(device):
@@ -30,9 +46,9 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def seconds(fns, device, rounds=7):
-    """The median seconds of each function, run alternately."""
-    times = [[] for _ in fns]
+def seconds(fns, device, rounds=7, limit=20.0):
+    """The median seconds of each function, run alternately; fewer rounds when one takes long."""
+    times, start = [[] for _ in fns], time.perf_counter()
     for i in range(rounds + 1):
         for fn, out in zip(fns, times):
             sync(device)
@@ -41,13 +57,57 @@ def seconds(fns, device, rounds=7):
             sync(device)
             if i:                                          # the first round warms up
                 out.append(time.perf_counter() - t)
+        if i >= 2 and time.perf_counter() - start > limit:
+            break
     return [statistics.median(t) for t in times]
 
 
-def matmul_rate(device, n=1024):
-    """FLOP/s of a square float32 product: the ceiling of every row below."""
-    a, b = torch.randn(2, n, n, device=device).unbind(0)
-    return 2 * n ** 3 / min(seconds([lambda: a @ b] * 3, device))
+def matmul_rate(device, dtype, n=0):
+    """FLOP/s of a square product: the ceiling of the compute-bound rows."""
+    n = n or (8192 if device == "cuda" else 2048)
+    a, b, c = torch.randn(3, n, n, device=device).to(dtype).unbind(0)
+    return 2 * n ** 3 / min(seconds([lambda: torch.mm(a, b, out=c)] * 3, device))
+
+
+# --- the kernels: forward and backward under a random upstream gradient, against their twins ----------
+
+
+def tensor(*shape, device, scale=1.0, grad=True):
+    """A random leaf in the device's training dtype."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
+
+
+def both_ways(ours, twin, inputs, shape, flops, bytes=0.0):
+    """A Row of two functions of `inputs` with outputs of this shape, each forward and backward."""
+    up = torch.randn(shape, device=inputs[0].device)
+
+    def run(fn):
+        return lambda: torch.autograd.grad(fn(*inputs), inputs, up)
+    return Row(run(ours), run(twin), flops, bytes)
+
+
+def linear_logprob(device):
+    """The head of a 50,304-word vocabulary, the size at which memory from logits hurts."""
+    N, D, V = (32768, 768, 50304) if device == "cuda" else (8192, 256, 50304)
+    y = torch.randint(0, V, (N,), device=device)
+    return both_ways(lambda h, W: kernels.linear_logprob(h, W, y),
+                     lambda h, W: kernels.linear_logprob_ref(h, W, y)[0],
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,), 6 * N * D * V)
+
+
+def linear_distill(device):
+    """Forward KL to a teacher as wide as the student."""
+    N, D, V = (16384, 1024, 50304) if device == "cuda" else (2048, 256, 32768)
+    t, U = (tensor(n, D, device=device, scale=s, grad=False) for n, s in ((N, 1), (V, 0.05)))
+    return both_ways(lambda h, W: kernels.linear_distill(h, W, t, U),
+                     lambda h, W: kernels.linear_distill_ref(h, W, t, U),
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,), 8 * N * D * V)
+
+
+KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill)
+
+# --- end to end ---------------------------------------------------------------------------------------
 
 
 def model_of(size, vocab, context, device):
@@ -62,37 +122,101 @@ def flops_per_token(model, context):
     return 6 * (matrices + model.config.num_hidden_layers * context * model.config.hidden_size)
 
 
-def sft_row(device, packed):
-    """sft.py's step against the loop everybody writes: full logits, cross-entropy with ignored prompts."""
-    vocab, B, T = 2048, 16, 256 if packed else 96
-    ours, plain = (model_of("4x128", vocab, 512, device) for _ in range(2))
-    opts = [adamw(m, 1e-3, 0.1) for m in (ours, plain)]
-    g = torch.Generator().manual_seed(0)
-    lengths = [(1, T - 1)] * B if packed else [(int(p), int(r)) for p, r in zip(
-        torch.randint(30, 80, (B,), generator=g), torch.randint(6, 16, (B,), generator=g))]
-    rows = [(torch.randint(0, 2000, (p,), generator=g), torch.randint(0, 2000, (r,), generator=g))
-            for p, r in lengths]
+def plain_logprobs(model, tokens, mask):
+    """What everybody writes: logits of every position, log_softmax, gather.   -> [B, T], 0 outside the mask"""
+    logp = torch.log_softmax(model.logits(model(tokens))[:, :-1], -1)                    # [B, T-1, V]
+    return F.pad(logp.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
 
-    def step_ours():
-        tokens, mask = collate(rows, 0, device)
-        loss = -(token_logprobs(ours, tokens, mask) * mask).sum() / mask.sum()
-        loss.backward()
-        clip_grad_norm_(ours.parameters(), 1.0)
-        opts[0].step()
-        opts[0].zero_grad()
 
-    def step_plain():
-        tokens, mask = collate(rows, 0, device)
-        labels = tokens.masked_fill(mask == 0, -100)
-        logits = plain.logits(plain(tokens))[:, :-1]
-        loss = F.cross_entropy(logits.reshape(-1, vocab), labels[:, 1:].reshape(-1), ignore_index=-100)
-        loss.backward()
-        clip_grad_norm_(plain.parameters(), 1.0)
-        opts[1].step()
-        opts[1].zero_grad()
+def step_row(device, rows, loss, extra=0.0, vocab=2048):
+    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), with our log-probs and kernels against
+    plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
+    sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
+    opts = [adamw(m, 1e-3, 0.1) for m in sides]
+    tokens, mask = collate(rows, 0, device)
 
-    tokens = sum(p + r for p, r in lengths)
-    return [step_ours, step_plain], tokens, tokens * flops_per_token(ours, T)
+    def step(model, opt, logprobs, mode):
+        kernels.use(mode)
+        loss(model, logprobs, tokens, mask).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        kernels.use("auto")
+
+    count = sum(len(p) + len(r) for p, r in rows)
+    return Row(lambda: step(sides[0], opts[0], token_logprobs, "auto"),
+               lambda: step(sides[1], opts[1], plain_logprobs, "torch"),
+               count * flops_per_token(sides[0], tokens.size(1)) + extra, tokens=count)
+
+
+def demonstrations(B, seed=0):
+    """B random (prompt, completion) rows of unequal lengths, 30-80 and 6-16 tokens."""
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randint(0, 2000, (p,), generator=g), torch.randint(0, 2000, (r,), generator=g))
+            for p, r in zip(torch.randint(30, 80, (B,), generator=g).tolist(),
+                            torch.randint(6, 16, (B,), generator=g).tolist())]
+
+
+def cross_entropy(model, logprobs, tokens, mask):
+    """sft.py's loss."""
+    return -(logprobs(model, tokens, mask) * mask).sum() / mask.sum()
+
+
+def sft_packed(device):
+    """sft.py's step on windows in which every token is scored."""
+    ids = torch.randint(0, 2000, (16, 256))
+    return step_row(device, [(x[:1], x[1:]) for x in ids], cross_entropy)
+
+
+def sft_completions(device):
+    """sft.py's step on demonstrations: logits only where a completion is scored."""
+    return step_row(device, demonstrations(16), cross_entropy)
+
+
+def sft_large_vocabulary(device):
+    """sft.py's step on windows with a real checkpoint's vocabulary, where the logits are the memory."""
+    return step_row(device, [(x[:1], x[1:]) for x in torch.randint(0, 2000, (16, 256))], cross_entropy, vocab=50304)
+
+
+def dpo(device):
+    """A DPO step: 16 pairs, chosen and rejected in one batch, the reference's log-probs made on the way."""
+    reference = model_of("4x128", 2048, 512, device)
+
+    def loss(model, logprobs, tokens, mask):
+        with torch.no_grad():
+            ref = logprobs(reference, tokens, mask).sum(1)                               # [2P]
+        margin = (logprobs(model, tokens, mask).sum(1) - ref).view(2, -1)                # [2, P]
+        return -F.logsigmoid(0.1 * (margin[0] - margin[1])).mean()
+
+    rows = demonstrations(32)
+    forward = sum(len(p) + len(r) for p, r in rows) * flops_per_token(reference, 96) / 3
+    return step_row(device, rows, loss, extra=forward)
+
+
+def grpo(device, prompts=8, samples=8, new=32):
+    """A GRPO step: sample groups, score, one clipped update. Both sides sample with the cache."""
+    rows = [p.tolist() for p, _ in demonstrations(prompts)]
+    sides = [model_of("4x128", 2048, 512, device) for _ in range(2)]
+    opts = [adamw(m, 1e-5) for m in sides]
+
+    def step(model, opt, logprobs, mode):
+        kernels.use(mode)
+        roll = generate(model, rows, new, samples=samples, stop=[])
+        score = roll.tokens.float().mean(1).view(-1, samples)                            # any reward will do
+        adv = ((score - score.mean(1, keepdim=True)) / (score.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        ratio = (logprobs(model, roll.tokens, roll.mask) - roll.logp).exp()              # [B, T]
+        gain = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
+        (-(gain * roll.mask).sum() / roll.mask.sum()).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        kernels.use("auto")
+
+    count = samples * sum(len(p) + new for p in rows)
+    made = prompts * samples * new * flops_per_token(sides[0], 80) / 3
+    return Row(lambda: step(sides[0], opts[0], token_logprobs, "auto"),
+               lambda: step(sides[1], opts[1], plain_logprobs, "torch"),
+               count * flops_per_token(sides[0], 100) + made, tokens=count)
 
 
 @torch.no_grad()
@@ -101,63 +225,82 @@ def generate_uncached(model, prompts, new):
     tokens = torch.tensor(prompts, device=model.head.device)
     for _ in range(new):
         logits = model.logits(model(tokens)[:, -1])
-        u = torch.rand(len(tokens), device=tokens.device)
-        tokens = torch.cat([tokens, pick(logits, u)[0][:, None]], 1)
-    return tokens
+        tokens = torch.cat([tokens, pick(logits, torch.rand(len(tokens), device=tokens.device))[0][:, None]], 1)
 
 
-def generate_row(device, samples=64, new=64, prompt=32):
-    """Sampling with the cache, the prompt prefilled once, against recomputing the prefix for every token."""
+def generation(device, samples=64, new=64, prompt=32):
+    """Sampling with the cache, the prompt prefilled once, against recomputing the prefix for every token.
+
+    Floor: every step reads the weights and, at float32, the keys and values so far.
+    """
     model = model_of("4x128", 2048, 512, device)
     prompts = torch.randint(0, 2000, (1, prompt)).tolist()
-    forward = flops_per_token(model, prompt + new // 2) / 3
-    return [lambda: generate(model, prompts, new, samples=samples, stop=[]),
-            lambda: generate_uncached(model, prompts * samples, new)], samples * new, samples * new * forward
+    c = model.config
+    cache = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * samples * (prompt + new / 2)
+    size = sum(p.nbytes for p in model.parameters())
+    return Row(lambda: generate(model, prompts, new, samples=samples, stop=[]),
+               lambda: generate_uncached(model, prompts * samples, new),
+               samples * new * flops_per_token(model, prompt + new // 2) / 3, new * (size + cache), samples * new)
 
 
-def logprob_row(device, N=4096, D=256, V=16384):
-    """token_logprobs' head, forward and backward, against log_softmax over all logits."""
-    from kernels import linear_logprob, linear_logprob_ref
-    h, W = (torch.randn(n, D, device=device, requires_grad=True) for n in (N, V))
-    y, up = torch.randint(0, V, (N,), device=device), torch.randn(N, device=device)
+STEPS = dict(sft_packed=sft_packed, sft_completions=sft_completions, sft_large_vocabulary=sft_large_vocabulary,
+             dpo=dpo, grpo=grpo, generation=generation)
+ROWS = KERNELS | STEPS
 
-    def run(fn):
-        torch.autograd.grad(fn(h, W, y)[0], (h, W), up)
-    return [lambda: run(linear_logprob), lambda: run(linear_logprob_ref)], N, 6 * N * D * V
+# --- the table ----------------------------------------------------------------------------------------
 
 
-def peak_memory(fn, device):
-    """MB that fn adds to the peak: on CUDA the allocator's, on the CPU the process's resident set."""
+def peak_memory(name, side, device):
+    """MB that one call adds to the peak: on CUDA the allocator's, on a CPU the resident set of a new process."""
     if device == "cuda":
+        fn = getattr(ROWS[name](device), side)
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         fn()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = subprocess.run([sys.executable, __file__, "--peak", name, side], capture_output=True, text=True)
+    return float(out.stdout) if out.returncode == 0 else math.nan
+
+
+def print_peak(name, side):
+    """The child process of peak_memory."""
+    fn = getattr(ROWS[name]("cpu"), side)
+    before = resident("VmRSS")
     fn()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    print(max(0.0, resident("VmHWM") - before))
 
 
-def main(device):
+def resident(what):
+    """VmRSS, the resident set now, or VmHWM, its peak, in MB. (getrusage's peak is inherited from the parent.)"""
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+
+
+def main(device, words):
     """Print the table of one device."""
-    fns, _, _ = logprob_row(device)
-    mb = [peak_memory(fn, device) for fn in fns]       # first of all, and ours first: a peak only ever rises
-    rate = matmul_rate(device)
-    print(f"{device}: {rate / 1e9:.0f} GFLOP/s in a float32 product, {bandwidth(device) / 1e9:.0f} GB/s, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'row':<34}{'tokens/s':>10}{'plain':>10}{'ratio':>8}{'floor':>8}")
-    for name, row in {"sft step, packed 16 x 256": sft_row(device, True),
-                      "sft step, completions of 16 rows": sft_row(device, False),
-                      "generate 64 samples x 64 tokens": generate_row(device),
-                      "linear_logprob 4096 x 256 x 16384": logprob_row(device)}.items():
-        fns, tokens, flops = row
-        ours, plain = seconds(fns, device)
-        print(f"{name:<34}{tokens / ours:>10.0f}{tokens / plain:>10.0f}"
-              f"{plain / ours:>7.2f}x{flops / rate / ours:>7.0%}")
-    print(f"linear_logprob adds {mb[0]:.0f} MB to the peak, "
-          f"the plain version {mb[1]:.0f} MB more on top of that")
+    rate = matmul_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    band = bandwidth(device)
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{device}, {what}, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s in a product, "
+          f"{band / 1e9:.0f} GB/s in a copy")
+    print(f"{'row':<24}{'ours':>10}{'plain':>10}{'ratio':>8}{'floor':>8}{'memory':>10}{'plain':>10}")
+    for name, build in ROWS.items():
+        if words and not any(w in name for w in words):
+            continue
+        row = build(device)
+        ours, plain = seconds([row.ours, row.plain], device)
+        floor = max(row.flops / rate, row.bytes / band)
+        first, second = ((f"{row.tokens / t:.0f} tok/s" for t in (ours, plain)) if row.tokens
+                         else (f"{1e3 * t:.2f} ms" for t in (ours, plain)))
+        del row
+        mb = [peak_memory(name, side, device) for side in ("ours", "plain")]
+        print(f"{name:<24}{first:>13}{second:>13}{plain / ours:>7.2f}x{floor / ours:>7.0%}"
+              f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
 
 
 if __name__ == "__main__":
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        main(device)
+    if sys.argv[1:2] == ["--peak"]:
+        print_peak(*sys.argv[2:])
+    else:
+        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+            main(device, sys.argv[1:])
