@@ -38,6 +38,7 @@ def forced(x):
 
 MODES = dict(auto=auto, torch=plain)     # what --kernels offers
 route = auto
+PROGRAMS = 264                           # two for each of an H100's 132 multiprocessors
 
 
 def use(mode):
@@ -412,8 +413,6 @@ def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperat
 
 # --- norm, rotation, gate -----------------------------------------------------------------------------
 
-PROGRAMS = 264           # of a backward that sums over rows: two for each of an H100's 132 multiprocessors
-
 
 def fused(x):
     """route(x), but the twin for empty inputs and for inference on a CPU: there, each call counts."""
@@ -637,6 +636,111 @@ def swiglu(gate, up):
     if path == "torch":
         return swiglu_ref(gate, up)
     return SwiGLU.apply(gate.contiguous(), up.contiguous(), path)
+
+
+# --- decode attention ---------------------------------------------------------------------------------
+
+
+def decode_attention_ref(q, k, v, length):
+    """softmax(q kᵀ / sqrt(hd)) v over row b's first length[b] slots.   q [B, H, hd], k, v [B, K, S, hd]."""
+    (B, H, hd), (K, S) = q.shape, k.shape[1:3]
+    scores = wide(q).reshape(B, K, H // K, hd) @ wide(k).mT / hd ** 0.5                  # [B, K, G, S]
+    seen = torch.arange(S, device=k.device) < length[:, None, None, None]                # [B, 1, 1, S]
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide(v)).reshape(q.shape).to(q.dtype)
+
+
+def decode_attention_cpu(q, k, v, length):
+    """Two batched products over the slots that some row fills: a mask only where lengths differ."""
+    (B, H, hd), K, (low, S) = q.shape, k.size(1), (int(n) for n in length.aminmax())
+    q, k, v = q.reshape(B, K, H // K, hd), k[:, :, :S], v[:, :, :S]
+    seen = None if low == S else torch.arange(S, device=k.device) < length[:, None, None, None]
+    if q.dtype == torch.bfloat16:        # scores must not be rounded to 8 bits
+        return F.scaled_dot_product_attention(q, k, v, seen).reshape(B, H, hd)
+    scores = (q * hd ** -0.5) @ k.mT                                                     # [B, K, G, S]
+    if seen is not None:
+        scores.masked_fill_(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v).reshape(B, H, hd)
+
+
+@jit
+def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scale, HD, G: tl.constexpr,
+                            GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """One share of the slots of one row's key head, for its group of G queries: their softmax so far.
+
+    Shares are cut from the row's own length, so that all SPLITS programs of a short row have work.
+    """
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)                        # row x key head
+    g, d, s = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, BLOCK)
+    mine = (g < G)[:, None] & (d < HD)[None]
+    n = tl.load(length + head // K).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(n, BLOCK), SPLITS) * BLOCK
+    start, end = split * share, tl.minimum(n, split * share + share)
+    query = tl.load(q + (head * G + g[:, None]) * HD + d[None], mask=mine, other=0.0)    # [GP, D]
+    base = head // K * kb + head % K * kh
+    m = tl.full([GP], -1e30, tl.float32)                                                 # not inf - inf
+    total, acc = tl.zeros([GP], tl.float32), tl.zeros([GP, D], tl.float32)
+    for i in range(start, end, BLOCK):
+        at = base + (i + s)[:, None].to(tl.int64) * ks + d[None]
+        here = (i + s < end)[:, None] & (d < HD)[None]
+        key = tl.load(k + at, mask=here, other=0.0)                                      # [BLOCK, D]
+        value = tl.load(v + at, mask=here, other=0.0)
+        z = tl.dot(query, tl.trans(key), input_precision="ieee") * scale                 # [GP, BLOCK], base 2
+        z = tl.where((i + s < end)[None], z, float("-inf"))
+        new = tl.maximum(m, tl.max(z, 1))
+        p, shrink = tl.exp2(z - new[:, None]), tl.exp2(m - new)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        m = new
+    at = (head * SPLITS + split) * G + g
+    if SPLITS == 1:
+        acc = acc / total[:, None]
+    else:
+        tl.store(top + at, m, mask=g < G)
+        tl.store(mass + at, total, mask=g < G)
+    tl.store(out + at[:, None] * HD + d[None], acc, mask=mine)
+
+
+@jit
+def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+    """out = sum_s 2^(m_s - m) acc_s / sum_s 2^(m_s - m) total_s:  the splits of one query head."""
+    query = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, D)
+    at = (query // G * SPLITS + tl.arange(0, SPLITS)) * G + query % G                    # [SPLITS]
+    m = tl.load(top + at)
+    weight = tl.exp2(m - tl.max(m, 0))                                                   # empty share: 0
+    acc = tl.load(part + at[:, None] * HD + d[None], mask=(d < HD)[None], other=0.0)     # [SPLITS, D]
+    total = tl.sum(weight * tl.load(mass + at), 0)
+    tl.store(out + query * HD + d, tl.sum(weight[:, None] * acc, 0) / total, mask=d < HD)
+
+
+def decode_attention(q, k, v, length):
+    """One new token's attention to a cache: decode_attention_ref. Not differentiable.
+
+    q [B, H, hd] -> [B, H, hd]; k, v [B, K, S, hd] views of a cache, finite beyond length, too; length [B] of
+    valid slots, at least 1, is read on the device: no wait.   G = H / K queries share a key head.
+    Bytes: 2 K hd sum(length) itemsize;  FLOPs: 4 H hd sum(length), G a byte in bfloat16: memory is the floor.
+    Flash-decoding: a row's slots are split until PROGRAMS programs run, and merged as in 2112.05682 §2.
+    """
+    (B, H, hd), (K, S), path = q.shape, k.shape[1:3], route(q)
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    if B == 0:
+        return out
+    if path != "triton":
+        with torch.autocast(q.device.type, enabled=False):
+            return (decode_attention_cpu if path == "cpu" else decode_attention_ref)(q, k, v, length)
+    if k.stride() != v.stride() or k.stride(3) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    G, D = H // K, max(16, triton.next_power_of_2(hd))
+    BLOCK = max(16, min(64, (8192 if G > 16 else 16384) // (D * q.element_size())))      # bytes of a tile
+    splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(S, BLOCK)))
+    part = out if splits == 1 else q.new_empty(B * K * splits * G, hd, dtype=torch.float32)
+    top, mass = torch.empty(2, B * K * splits * G, device=q.device).unbind(0)
+    decode_attention_kernel[(B * K, splits)](
+        q, k, v, length, part, top, mass, *k.stride()[:3], K, math.log2(math.e) / hd ** 0.5, hd, G=G,
+        GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
+    if splits > 1:
+        decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits, num_warps=4)
+    return out
 
 
 # --- Newton-Schulz ------------------------------------------------------------------------------------

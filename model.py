@@ -30,9 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import kernels
 from data.run import UserError, checkpoint, cli, nearest
 from data.tokenizer import Tokenizer
-from kernels import PackedLinear, linear_logprob
+from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
 # --- config -------------------------------------------------------------------------------------------
 
@@ -119,11 +120,15 @@ def rope_table(config, device):
     return angle.cos().to(device), angle.sin().to(device)
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: Hugging Face checkpoints' half-split layout."""
-    a, b = x.chunk(2, -1)                                                                # [B, H, T, hd/2]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)                         # [B, H, T, hd]
+class RMSNorm(nn.Module):
+    """kernels.rms_norm and its weight."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Cache:
@@ -133,19 +138,34 @@ class Cache:
         shape = config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.long, device=device)                 # [B] tokens held
-        self.used = 0                                                                    # max length, no sync
+        self.used = 0                                    # the longest, known without asking the device
+        self.static = False                              # used stays, an upper bound: all steps look alike
 
-    def put(self, layer, k, v, positions):
-        """Store k, v [B, K, T, hd] at positions [B, T]; return all keys and values of the layer so far."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]                         # [B, 1]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+    def at(self, T):
+        """Where each row's next T tokens go: positions [B, T], and rows [B K T] of a layer's [B K S, hd]."""
+        (B, K, S), device = self.k.shape[1:4], self.length.device
+        positions = self.length[:, None] + torch.arange(T, device=device)                # [B, T]
+        first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
+        return positions, (first + positions[:, None]).flatten()
+
+    def put(self, layer, k, v, at):
+        """Store k, v [B, K, T, hd] there; return all keys and values of the layer so far."""
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[layer].view(-1, cache.size(-1)).index_copy_(0, at, new.to(cache.dtype).flatten(0, 2))
         end = self.used + k.size(2)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]                      # [B, K, S, hd]
 
-    def select(self, rows):
-        """Keep (or repeat) rows, in the given order."""
-        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+    def spread(self, rows, slots):
+        """Row i becomes a copy of old row rows[i], with that many more slots."""
+        self.k, self.v = (F.pad(x[:, rows], (0, 0, 0, slots)) for x in (self.k, self.v))
+        self.length = self.length[rows]
+
+    def keep(self, rows):
+        """Row i becomes old row rows[i], in place, and the others go; rows[i] is i or beyond the last i."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        for x in (self.k, self.v):
+            x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
+        self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:, :len(rows)], self.length[rows]
 
 
 class Attention(nn.Module):
@@ -159,24 +179,26 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * self.hd, c.hidden_size, bias=False)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
         self.qk_norm = c.qk_norm
 
-    def forward(self, x, cos, sin, cache, layer, positions, visible):
+    def forward(self, x, cos, sin, cache, layer, at, visible):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.hd).transpose(1, 2)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (f(x).view(B, T, -1, self.hd) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
-            q, k = (norm(x.to(norm.weight.dtype)) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)          # [B, H or K, T, hd]
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                 # [B, H or K, T, hd]
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
         group = q.size(1) // k.size(1)
         if cache is not None:
-            k, v = cache.put(layer, k, v, positions)
+            k, v = cache.put(layer, k, v, at)
         if visible is None:                      # nothing older: plain causal
             k, v = k[:, :, :T], v[:, :, :T]
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)      # [B, H, T, hd]
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
+        elif T == 1:                             # visible: how many slots each row sees
+            y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible)[:, :, None].to(q.dtype)
         else:                                    # a group's queries are rows of one head: no repeated keys
             q = q.reshape(B, k.size(1), group * T, self.hd)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
@@ -195,7 +217,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -246,9 +268,9 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MoE(c) if c.moe else MLP(c)
 
     def forward(self, x, *where):
@@ -264,7 +286,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -282,20 +304,23 @@ class Transformer(nn.Module):
                             f"{self.config.max_position_embeddings}: "
                             "shorten the text or start from a model with a longer context")
         cos, sin = rope_table(self.config, tokens.device)
-        positions = visible = None
+        at = visible = None
         if cache is None:
             cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
         else:
-            positions = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
+            positions, at = cache.at(T)                                                  # [B, T], [B K T]
             cos, sin = cos[positions][:, None], sin[positions][:, None]                  # [B, 1, T, hd/2]
-            if old:
+            if old and T == 1:
+                visible = cache.length + 1                                               # [B]
+            elif old:
                 visible = (torch.arange(old + T, device=tokens.device)
                            <= positions[:, None, :, None])                               # [B, 1, T, S]
         x = self.embed_tokens(tokens)                                                    # [B, T, D]
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache, i, positions, visible)
+            x = block(x, cos, sin, cache, i, at, visible)
         if cache is not None:
-            cache.length, cache.used = cache.length + T, old + T
+            cache.length += T
+            cache.used += 0 if cache.static else T
         return self.norm(x)
 
     def logits(self, hidden):
@@ -406,12 +431,14 @@ def sequence_score(reward_model, tokens, length):
 class Rollout(NamedTuple):
     """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion, right-padded;
     mask [B, T] is 1 on completion tokens, the stop token included; logp [B, T] are the sampler's log-probs;
-    finished [B]: it stopped by itself, rather than by running out of tokens."""
+    finished [B]: it stopped by itself, rather than by running out of tokens; row_steps: one-token forwards
+    computed after the prefill, summed over rows: what the decoding cost."""
     tokens: torch.Tensor
     mask: torch.Tensor
     logp: torch.Tensor
     prompt_len: torch.Tensor
     finished: torch.Tensor
+    row_steps: int = 0
 
     def completions(self):
         """Each row's completion ids without the stop token, as lists."""
@@ -436,10 +463,38 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
-    logp = torch.log_softmax(logits, -1)                                                 # [B, V]
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
+    cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
-    return token.squeeze(1), logp.gather(1, token).squeeze(1)
+    return token.squeeze(1), (logits.gather(1, token) - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
+
+
+def graphed(model):
+    """Whether decoding replays CUDA graphs: where our kernels run; experts' shapes depend on the tokens."""
+    return model.head.is_cuda and kernels.route(model.head) == "triton" and not model.config.moe
+
+
+def capture(step, device, graphs):
+    """Run step() once; -> a function that runs it again, on CUDA as a graph: one launch, not hundreds.
+
+    step works in place, on tensors that outlive the graph, and never asks the device for a number. Its plain
+    run, on a side stream as torch.cuda.graph wants, compiles kernels and fills autocast's cache of weights:
+    the graph holds neither. `graphs` keeps all of a rollout, which share one memory pool.
+    """
+    if device.type != "cuda":
+        return step() or step
+    here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        step()
+    here.wait_stream(side)
+    with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+        step()                                         # records, computes nothing
+    graphs.append(graph)
+    return graph.replay
+
+
+CHECK = 8                # steps of a graph between two looks at which rows have finished
 
 
 @torch.no_grad()
@@ -447,10 +502,11 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
              generator=None, contrast=None):
     """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x samples.
 
-    Each distinct prompt is prefilled once; finished rows leave the batch. Row b's i-th draw is a number fixed
-    beforehand, so which other rows still run changes nothing. stop: ids that end a completion (default: the
-    model's eos). contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models'
-    log-probs. Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
+    Each distinct prompt is prefilled once; finished rows leave the batch, at once or, where a step is a CUDA
+    graph of fixed shape, when half have. Row b's i-th draw is a number fixed beforehand, so which other rows
+    still run changes nothing. stop: ids that end a completion (default: the model's eos).
+    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' log-probs. Raises
+    UserError for an empty prompt, or one that does not leave max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     longest = max((len(p) for p in prompts), default=0)
@@ -471,36 +527,59 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     for m in models:
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else m.head.dtype)
-        cache = Cache(m.config, len(distinct), longest + max_new_tokens, device, dtype)
+        cache = Cache(m.config, len(distinct), longest, device, dtype)
         start.append(m(prefill, cache)[torch.arange(len(distinct), device=device),
                                        length - 1][rows])                                # [B, D]
         cache.length = length
-        cache.select(rows)
+        cache.spread(rows, max_new_tokens)
         caches.append(cache)
 
-    def logits(hidden):
-        own = model.logits(hidden[0])                                                    # [B, V]
-        return own if not contrast else own + contrast[1] * (own - models[1].logits(hidden[1]))
-
     u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's i-th draw
-    out = torch.full((B, max_new_tokens), max(config.pad_token_id, 0), device=device)
-    logp, mask = torch.zeros(2, B, max_new_tokens, device=device).unbind(0)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
-    row, alive, now = (torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device),
-                       logits(start))
-    for i in range(max_new_tokens):
-        token, lp = pick(now, u[row, i], temperature, top_k, top_p)                      # [n], [n]
-        out[row[alive], i], logp[row[alive], i], mask[row[alive], i] = token[alive], lp[alive], 1.0
-        finished[row[alive & torch.isin(token, stop)]] = True
-        alive = ~finished[row]
-        if i + 1 == max_new_tokens or not alive.any():
-            break
-        if alive.sum() <= 0.85 * len(row):             # moving rows copies the cache: not for every one
-            for cache in caches:
-                cache.select(alive)
-            row, token, alive = row[alive], token[alive], alive[alive]
-        now = logits([m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)])
+    out, logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)               # [B, new]
+    row, token = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
+    done, i = torch.zeros_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=device)
 
+    def emit(hidden):
+        """Pick each row's i-th token from the models' hidden states [n, D] and note it: all in place."""
+        now = model.logits(hidden[0])                                                    # [n, V]
+        if contrast:
+            now = now + contrast[1] * (now - models[1].logits(hidden[1]))
+        token[:], logp[row, i] = pick(now, u[row, i], temperature, top_k, top_p)
+        out[row, i] = token
+        done.logical_or_((token[:, None] == stop).any(1))
+        i.add_(1)
+
+    def step():
+        emit([m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)])
+
+    if max_new_tokens:
+        emit(start)
+    static, graphs, row_steps = not contrast and graphed(model), [], 0
+    if static:
+        caches[0].static, caches[0].used = True, longest + max_new_tokens - 1
+    first = go = None if static else step              # None: capture it, for a batch of a new size
+    for t in range(1, max_new_tokens):
+        if (t - 1) % CHECK == 0 or not static:
+            n = int((~done).sum())
+            if n == 0:
+                break
+            if n <= len(row) // 2 if static else n < len(row):     # the last rows alive fill the gaps
+                order = torch.arange(len(row), device=device)
+                order[:n][done[:n]] = order[n:][~done[n:]]
+                order, go = order[:n], first
+                for cache in caches:
+                    cache.keep(order)
+                row, token, done = row[order], token[order], done[order]
+        if go is None:
+            go = capture(step, device, graphs)
+        else:
+            go()
+        row_steps += len(row)
+
+    hit = torch.isin(out, stop)                                                          # [B, new]
+    after = hit.cumsum(1) > hit                                # a static batch's rows run on after their stop
+    out, logp = out.masked_fill(after, max(config.pad_token_id, 0)), logp.masked_fill(after, 0)
+    mask, finished = (~after).float(), hit.any(1)
     prompt_len = length[rows]                                                            # [B]
     width = int((prompt_len + mask.sum(1)).max())
     place = prompt_len[:, None] + torch.arange(max_new_tokens, device=device)            # [B, new]
@@ -511,7 +590,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
 
     tokens = join(prefill[rows], out)
     zero = torch.zeros(B, longest, device=device)
-    return Rollout(tokens, join(zero, mask), join(zero, logp), prompt_len, finished)
+    return Rollout(tokens, join(zero, mask), join(zero, logp), prompt_len, finished, row_steps)
 
 
 @torch.no_grad()
@@ -768,7 +847,7 @@ def main(argv=None):
             print(text[len(shown):], end="", flush=True)
             shown = text
     rate = len(made) / (time.perf_counter() - t0)
-    size = sum(p.nbytes for p in model.parameters())
+    size = sum(x.nbytes for x in model.state_dict().values())
     floor = bandwidth(a.device) / size
     print(f"\n\n{len(made)} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that reading "
           f"{size / 1e6:.1f} MB of weights per token at {bandwidth(a.device) / 1e9:.0f} GB/s would allow",

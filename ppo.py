@@ -280,7 +280,7 @@ def best_of_n(model, base, prompts, max_new, generator, score, *, n=16):
     roll = generate(model, prompts, max_new, samples=n, generator=generator)
     value = torch.where(roll.finished, score(roll), -torch.inf).view(-1, n)              # [P, n]
     pick = value.argmax(1) + torch.arange(len(value), device=value.device) * n           # [P]
-    return type(roll)(*(x[pick] for x in roll))
+    return type(roll)(*(x[pick] for x in roll[:-1]), roll.row_steps)
 
 
 def contrastive(model, base, prompts, max_new, generator, score, *, alpha=1.0):

@@ -126,12 +126,6 @@ def test_rope_agrees(path, dtype, B, H, T, hd, own_positions, layout):
     agree(lambda x: rope(x, cos, sin), lambda x: rope_ref(x, cos, sin), [x], TOLERANCE[dtype])
 
 
-def test_rope_is_the_models_rotation(path):
-    from model import rotate
-    x, (cos, sin) = randn(2, 6, 3, 8).transpose(1, 2), angles(6, 4)
-    close(rope(x, cos, sin), rotate(x, cos, sin), 1e-6)
-
-
 def test_rope_by_hand(path):
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)      # pairs (1, 3) by 90°, (2, 4) by 180°
     y = rope(x.requires_grad_(), torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]])).detach()

@@ -55,7 +55,7 @@ def test_rope_depends_on_distance_only():
     c = small().config
     cos, sin = M.rope_table(c, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
-    at = [(M.rotate(q, cos[i:i + 1], sin[i:i + 1]) * M.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum()
+    at = [(M.rope(q, cos[i:i + 1], sin[i:i + 1]) * M.rope(k, cos[j:j + 1], sin[j:j + 1])).sum()
           for i, j in ((3, 1), (50, 48), (3, 2))]
     assert torch.allclose(at[0], at[1], atol=1e-5) and not torch.allclose(at[0], at[2], atol=1e-2)
 
@@ -266,6 +266,123 @@ def test_stream_gives_what_generate_gives():
     net = small()
     streamed = list(M.stream(net, PROMPTS[1], 10, temperature=0))
     assert streamed == generate(net, [PROMPTS[1]], 10, temperature=0).tokens[0, 9:].tolist()[:len(streamed)]
+
+
+def unequal(net, **kw):
+    """20 completions of up to 14 tokens of which many end early."""
+    return generate(net, PROMPTS, 14, samples=5, stop=list(range(0, 250, 9)),
+                    generator=torch.Generator().manual_seed(0), **kw)
+
+
+def same(a, b):
+    """Two rollouts agree: tokens exactly, log-probs to rounding."""
+    return (all(torch.equal(x, y) for x, y in zip(a[:2] + a[3:5], b[:2] + b[3:5]))
+            and torch.allclose(a.logp, b.logp, atol=1e-5))
+
+
+def test_finished_rows_cost_nothing(monkeypatch):
+    """A row of n tokens needs n - 1 forwards after the prefill; the rows' outputs are those of each alone."""
+    net, rows, forward = small(), [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None:
+                        rows.append(len(t)) or forward(self, t, cache))
+    roll = unequal(net)
+    length = roll.mask.sum(1)
+    assert roll.row_steps == length.sum() - 20 == sum(rows[1:]) < 0.6 * 20 * length.max()
+    monkeypatch.setattr(M.Cache, "keep", lambda self, rows: 1 / 0)
+    everything = generate(net, PROMPTS, 14, samples=5, stop=[], generator=torch.Generator().manual_seed(0))
+    assert everything.row_steps == 20 * 13
+    for b in range(20):
+        n = int(roll.prompt_len[b] + length[b])
+        assert torch.equal(roll.tokens[b, :n], everything.tokens[b, :n])
+        assert torch.allclose(roll.logp[b, :n], everything.logp[b, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("check", [1, 3, 8])
+def test_static_steps_give_what_plain_ones_give(family, check, monkeypatch):
+    """The loop that CUDA graphs replay, here without a graph: rows leave when half have finished."""
+    net = small(family)
+    plain = unequal(net)
+    monkeypatch.setattr(M, "graphed", lambda model: True)
+    monkeypatch.setattr(M, "CHECK", check)
+    static = unequal(net)
+    assert same(plain, static)
+    length, batch, want = plain.mask.sum(1), 20, 0
+    for t in range(1, 14):
+        alive = int(((length > t) | ~plain.finished).sum())
+        if (t - 1) % check == 0:
+            if alive == 0:
+                break
+            batch = alive if alive <= batch // 2 else batch
+        want += batch
+    assert plain.row_steps < static.row_steps == want < 20 * 13
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_context_can_be_filled_to_its_end(static, monkeypatch):
+    monkeypatch.setattr(M, "graphed", lambda model: static)
+    roll = generate(small(), PROMPTS, 96 - 9, temperature=0, stop=[])
+    assert roll.tokens.shape == (4, 96) and roll.mask.sum() == 4 * 87 == roll.row_steps + 4
+
+
+def test_a_static_step_never_asks_the_device(monkeypatch):
+    """No number is read back and no shape depends on data, or a CUDA graph could not hold the step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def watched(step, device, graphs):
+        def run():
+            with Watch():
+                step()
+        run()
+        return run
+    net = small()
+    monkeypatch.setattr(M, "graphed", lambda model: True)
+    monkeypatch.setattr(M, "capture", watched)
+    monkeypatch.setattr(M, "decode_attention", kernels.decode_attention_ref)
+    assert unequal(net, temperature=0.9, top_k=200, top_p=0.99).finished.any() and "index_put_" in seen
+    assert not {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "_to_cpu"} & set(seen)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_sampling_is_reproducible(kernel):
+    kernels.use(kernel)
+    try:
+        a, b = unequal(small()), unequal(small())
+    finally:
+        kernels.use("auto")
+    assert all(torch.equal(x, y) for x, y in zip(a[:5], b[:5])) and a.row_steps == b.row_steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_graphs_give_what_plain_steps_give(family, dtype, monkeypatch):
+    """CUDA graphs against the same static steps launched one by one, and the policy's own log-probs."""
+    net = small(family).to("cuda", dtype)
+    graph = unequal(net)
+    assert graph.row_steps < 20 * 13
+    monkeypatch.setattr(M, "capture", lambda step, device, graphs: step() or step)
+    assert same(graph, unequal(net))
+    monkeypatch.setattr(M, "graphed", lambda model: False)
+    plain, logp = unequal(net), token_logprobs(net, graph.tokens, graph.mask)
+    assert (logp - graph.logp).abs().max() < (1e-3 if dtype == torch.float32 else 0.2)
+    assert dtype == torch.bfloat16 or same(graph, plain)
+
+
+@pytest.mark.gpu
+def test_graphs_under_autocast():
+    """float32 weights, bfloat16 matmuls: as ppo.py samples."""
+    net = small().cuda()
+    with M.autocast("cuda", "bfloat16"):
+        roll = unequal(net)
+        logp = token_logprobs(net, roll.tokens, roll.mask)
+    assert (logp - roll.logp).abs().mean() < 0.02 and roll.row_steps < 20 * 13
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""decode_attention: the Triton kernels and the CPU path against the definition."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import decode_attention, decode_attention_ref
+
+TOL = {torch.float32: dict(atol=2e-6, rtol=2e-5), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request, monkeypatch):
+    """Each path in turn, on whatever device the tensors are."""
+    monkeypatch.setattr(kernels, "route", lambda x: request.param)
+    return request.param
+
+
+def cache(B, K, G, S, hd, dtype=torch.float32, device="cpu", seed=0):
+    """q and views k, v of a larger cache whose other slots and rows hold huge numbers; lengths from 1 to S."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, K * G, hd, generator=g)
+    big = torch.full((2, B + 2, K, S + 5, hd), 1e4)
+    big[:, 1:-1, :, :S] = torch.randn(2, B, K, S, hd, generator=g)
+    length = torch.randint(1, S + 1, (B,), generator=g)
+    if B:
+        length[0], length[-1] = 1, S
+    k, v = big.to(device, dtype)[:, 1:-1, :, :S]
+    return q.to(device, dtype), k, v, length.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOL)
+@pytest.mark.parametrize("B, K, G, S, hd",
+                         [(3, 2, 3, 70, 16), (2, 1, 1, 200, 8), (1, 2, 2, 1, 32), (2, 1, 20, 19, 40)])
+def test_decode_attention_is_the_definition(B, K, G, S, hd, dtype, device, path):
+    q, k, v, length = cache(B, K, G, S, hd, dtype, device)
+    want = decode_attention_ref(q.double(), k.double(), v.double(), length)
+    got = decode_attention(q, k, v, length)
+    assert got.dtype == dtype and torch.allclose(got.double(), want, **TOL[dtype])
+
+
+@pytest.mark.parametrize("programs", [1, 4, 10 ** 6])
+def test_any_number_of_splits_gives_the_same(programs, monkeypatch):
+    """One program, a few, and more of them than slots: empty shares weigh nothing."""
+    monkeypatch.setattr(kernels, "route", kernels.forced)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    q, k, v, length = cache(2, 1, 2, 300, 16)
+    assert torch.allclose(decode_attention(q, k, v, length), decode_attention_ref(q, k, v, length), atol=2e-6)
+
+
+def test_the_definition_is_softmax_attention():
+    """Against PyTorch's own attention, a row at a time and over its valid slots only."""
+    q, k, v, length = cache(4, 2, 3, 33, 16)
+    for b, n in enumerate(length.tolist()):
+        want = F.scaled_dot_product_attention(q[b][:, None], k[b, :, :n].repeat_interleave(3, 0),
+                                              v[b, :, :n].repeat_interleave(3, 0))[:, 0]
+        assert torch.allclose(decode_attention_ref(q, k, v, length)[b], want, atol=1e-6)
+
+
+def test_decode_attention_by_hand(path):
+    """Scores (2, 0) / sqrt(4) = (1, 0): weights e / (e + 1) and 1 / (e + 1); a third slot beyond the length."""
+    q, k = torch.tensor([[[2.0, 0, 0, 0]]]), torch.zeros(1, 1, 3, 4)
+    k[0, 0, 0, 0], v = 1.0, torch.tensor([[[[1.0] * 4, [0.0] * 4, [7.0] * 4]]])
+    got = decode_attention(q, k, v, torch.tensor([2]))
+    assert torch.allclose(got, torch.full((1, 1, 4), math.e / (math.e + 1)), atol=1e-6)
+
+
+def test_one_slot_is_its_value_and_no_row_is_nothing(path):
+    q, k, v, length = cache(2, 2, 2, 9, 16)
+    got = decode_attention(q, k, v, torch.ones_like(length))
+    assert torch.allclose(got, v[:, :, 0].repeat_interleave(2, 1), atol=1e-6)
+    assert decode_attention(q[:0], k[:0], v[:0], length[:0]).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("dtype", TOL)
+def test_extreme_scores_pick_the_largest(dtype, path):
+    """Queries of 1e4 make the softmax an argmax: finite, and equal to the definition."""
+    q, k, v, length = cache(2, 2, 2, 21, 16, dtype)
+    got, want = (f(q * 1e4, k, v, length) for f in (decode_attention, decode_attention_ref))
+    assert got.isfinite().all() and torch.allclose(got.float(), want.float(), **TOL[dtype])
+
+
+def test_equal_and_unequal_lengths_agree(path):
+    """The CPU path drops its mask where every row is full: the same numbers as in a longer cache."""
+    q, k, v, _ = cache(3, 2, 2, 40, 16)
+    full = torch.full((3,), 25)
+    a = decode_attention(q, k, v, full)
+    assert torch.allclose(a[:2], decode_attention(q, k, v, torch.tensor([25, 25, 40]))[:2], atol=1e-6)
+
+
+def test_strides_that_differ_are_copied(path):
+    q, k, v, length = cache(2, 2, 2, 12, 16)
+    other = v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(decode_attention(q, k, other, length), decode_attention(q, k, v, length))
+
+
+def test_autocast_does_not_round_float32(path):
+    q, k, v, length = cache(2, 2, 2, 12, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = decode_attention(q, k, v, length)
+    assert torch.allclose(got, decode_attention_ref(q, k, v, length), atol=2e-6)
