@@ -31,20 +31,16 @@ def plain(x):
     return "torch"
 
 
-def forced(x):
-    """Triton everywhere: for tests, on a CPU in its interpreter (TRITON_INTERPRET=1)."""
-    return "triton"
-
-
 MODES = dict(auto=auto, torch=plain)     # what --kernels offers
 route = auto
 PROGRAMS = 264                           # two for each of an H100's 132 multiprocessors
 
 
 def use(mode):
-    """Set the path of every kernel from here on: a row of MODES by name, or "triton" (see forced)."""
+    """Set the path of every kernel from here on: a row of MODES by name, or "triton" everywhere (for tests: on
+    a CPU it needs TRITON_INTERPRET=1)."""
     global route
-    route = dict(MODES, triton=forced)[mode]
+    route = dict(MODES, triton=lambda x: "triton")[mode]
 
 
 # --- the head: log-probabilities ----------------------------------------------------------------------
@@ -63,39 +59,42 @@ def wide(x):
     return x.to(statistics(x))
 
 
-def row_chunks(N, V, cuda=False):
-    """Slices of rows whose logits over V words fill a chunk, and the rows of the largest."""
-    rows = max(ROWS, CHUNK * (16 if cuda else 1) // V)
-    return [slice(i, min(i + rows, N)) for i in range(0, N, rows)], min(rows, N)
+def chunks(h, V, path):
+    """Yield slices of rows whose logits over V words fill a chunk, each with buffers [n, V] for them, in h's
+    dtype and in the statistics'. The buffers are reused: fresh pages cost a CPU as much as the product."""
+    rows = max(ROWS, CHUNK * (16 if path == "triton" else 1) // V)
+    z = h.new_empty(min(rows, len(h)), V)
+    out = z if path == "triton" or statistics(h) == h.dtype else torch.empty_like(z, dtype=statistics(h))
+    for i in range(0, len(h), rows):
+        n = min(rows, len(h) - i)
+        yield slice(i, i + n), z[:n], out[:n]
 
 
-def logits_buffers(h, rows, V, widen=True):
-    """Where chunks of logits are made and widened; reused: fresh pages cost a CPU as much as the product."""
-    z = h.new_empty(rows, V)
-    return z, z if not widen or statistics(h) == h.dtype else z.new_empty(rows, V, dtype=statistics(h))
-
-
-def chunk_logits(h, W, temperature, buffers):
-    """z = h Wᵀ / temperature of one chunk, in the statistics' dtype.   h [n, D], W [V, D] -> [n, V]"""
-    z, out = (b[:len(h)] for b in buffers)
+def chunk_logits(h, W, temperature, z, out):
+    """h Wᵀ / temperature of one chunk, made in z and returned in out.   h [n, D], W [V, D] -> [n, V]"""
     torch.mm(h, W.T, out=z)
     if out.dtype != z.dtype:
         out.copy_(z)
     return out.div_(temperature) if temperature != 1 else out
 
 
-def push_back(dz, z, h, W, dh, dW):
-    """A chunk's gradient of its logits, dz [n, V], on to dh [n, D] (set) and dW [V, D] or None (added to)."""
-    dz = dz if dz.dtype == h.dtype else z[:len(h)].copy_(dz)     # z: the chunk's buffer in h's dtype
-    torch.mm(dz, W, out=dh)
-    if dW is not None:
-        dW.addmm_(dz.T, h) if dW.dtype == h.dtype else dW.add_(dz.T @ h)
+def head_gradients(h, W, path, logit_gradient, want_dW):
+    """dh [N, D] and dW [V, D] (or None) from logit_gradient(slice, W in h's dtype, z, out) -> dz [n, V]."""
+    cast, dh, dW = W.to(h.dtype).contiguous(), torch.empty_like(h), torch.zeros_like(W) if want_dW else None
+    for s, z, out in chunks(h, len(W), path):
+        dz = logit_gradient(s, cast, z, out)
+        dz = dz if dz.dtype == z.dtype else z.copy_(dz)
+        torch.mm(dz, cast, out=dh[s])
+        if want_dW:
+            dW.addmm_(dz.T, h[s]) if W.dtype == h.dtype else dW.add_(dz.T @ h[s])
+    return dh, dW
 
 
-def linear_logprob_ref(h, W, targets, temperature=1.0):
-    """log p(targets) and the entropy of p = softmax(h Wᵀ / temperature).   h [N, D], W [V, D] -> [N], [N]"""
+def linear_logprob_ref(h, W, targets, temperature=1.0, entropy=False):
+    """log p(targets) for p = softmax(h Wᵀ / temperature), and p's entropy.   h [N, D], W [V, D] -> [N]"""
     logp = torch.log_softmax(wide(h @ W.to(h.dtype).T) / temperature, -1)                # [N, V]
-    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)     # [N], [N]
+    hit = logp.gather(1, targets[:, None]).squeeze(1)                                    # [N]
+    return (hit, -(logp.exp() * logp).sum(-1)) if entropy else hit
 
 
 @jit
@@ -177,10 +176,8 @@ class LinearLogprob(torch.autograd.Function):
             logp = hit - lse
         else:
             logp, lse, entropy = (h.new_zeros(len(h), dtype=statistics(h)) for _ in range(3))
-            chunks, rows = row_chunks(len(h), len(W))
-            buffers = logits_buffers(h, rows, len(W))
-            for s in chunks:
-                z = chunk_logits(h[s], cast, temperature, buffers)                       # [n, V]
+            for s, z, out in chunks(h, len(W), path):
+                z = chunk_logits(h[s], cast, temperature, z, out)                        # [n, V]
                 lse[s] = z.gather(1, y[s]).squeeze(1)
                 torch.log_softmax(z, -1, out=z)
                 logp[s] = z.gather(1, y[s]).squeeze(1)
@@ -195,27 +192,24 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, up_entropy):
         h, W, targets, lse, entropy = ctx.saved_tensors
-        cast, dh = W.to(h.dtype).contiguous(), torch.empty_like(h)
-        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
         g, gH = (torch.zeros_like(lse) if x is None else x / ctx.temperature for x in (up, up_entropy))
-        chunks, rows = row_chunks(len(h), len(W), ctx.path == "triton")
-        z, wide = logits_buffers(h, rows, len(W), ctx.path != "triton")
-        for s in chunks:
+
+        def dz(s, cast, z, out):
             if ctx.path == "triton":
-                dz, (grid, blocks) = z[:len(h[s])], tiles(h, len(h[s]), len(W))
-                logprob_grad_kernel[grid](h[s], cast, targets[s], lse[s], entropy[s], g[s], gH[s], dz,
-                                          *dz.shape, h.size(1), ctx.temperature, **blocks)
+                grid, blocks = tiles(h, *z.shape)
+                logprob_grad_kernel[grid](h[s], cast, targets[s], lse[s], entropy[s], g[s], gH[s], z,
+                                          *z.shape, h.size(1), ctx.temperature, **blocks)
+                return z
+            p = chunk_logits(h[s], cast, ctx.temperature, z, out)                        # [n, V]
+            if up_entropy is None:
+                torch.softmax(p, -1, out=p).mul_(-g[s, None])
             else:
-                dz = chunk_logits(h[s], cast, ctx.temperature, (z, wide))                # [n, V]
-                if up_entropy is None:
-                    torch.softmax(dz, -1, out=dz).mul_(-g[s, None])
-                else:
-                    dz -= lse[s, None]                                                   # log p
-                    pull = (dz + entropy[s, None]).mul_(gH[s, None]).add_(g[s, None])
-                    dz.exp_().mul_(pull).neg_()
-                dz.scatter_add_(1, targets[s, None], g[s, None])
-            push_back(dz, z, h[s], cast, dh[s], dW)
-        return dh, dW, None, None, None, None
+                p -= lse[s, None]                                                        # log p
+                pull = (p + entropy[s, None]).mul_(gH[s, None]).add_(g[s, None])
+                p.exp_().mul_(pull).neg_()
+            return p.scatter_add_(1, targets[s, None], g[s, None])
+
+        return *head_gradients(h, W, ctx.path, dz, ctx.needs_input_grad[1]), *4 * [None]
 
 
 def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
@@ -231,18 +225,14 @@ def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     path = route(h) if len(h) else "torch"
-    logp, H = (linear_logprob_ref(h, W, targets, temperature) if path == "torch"
-               else LinearLogprob.apply(h, W, targets, temperature, entropy, path))
+    if path == "torch":
+        return linear_logprob_ref(h, W, targets, temperature, entropy)
+    logp, H = LinearLogprob.apply(h, W, targets, temperature, entropy, path)
     return (logp, H) if entropy else logp
 
 
-def linear_cross_entropy_ref(h, W, targets, ignore=-100):
-    """The mean cross-entropy of softmax(h Wᵀ) over the targets that are not `ignore`: F.cross_entropy."""
-    return F.cross_entropy(wide(h @ W.to(h.dtype).T), targets, ignore_index=ignore)
-
-
 def linear_cross_entropy(h, W, targets, ignore=-100):
-    """linear_cross_entropy_ref through linear_logprob: rows to ignore cost nothing, [N, V] is never held."""
+    """F.cross_entropy(h Wᵀ, targets) by linear_logprob: rows to ignore cost nothing, [N, V] is never held."""
     keep = targets != ignore                                                             # [N]
     return -linear_logprob(h[keep], W, targets[keep]).mean()
 
@@ -356,12 +346,9 @@ class LinearDistill(torch.autograd.Function):
                                  t.size(1), temperature, options.get("beta", 0.5), divergence, **blocks)
             out, pulls = terms.sum(0), shares.sum(0)                                     # [N]
         else:
-            chunks, rows = row_chunks(N, V)
-            student, teacher = logits_buffers(h, rows, V), logits_buffers(t, rows, V)
-            for s in chunks:
-                logq, logp = (torch.log_softmax(x, -1, out=x) for x in (
-                    chunk_logits(h[s], cast, temperature, student),
-                    chunk_logits(t[s], U, temperature, teacher)))                        # [n, V]
+            for (s, *student), (_, *teacher) in zip(chunks(h, V, path), chunks(t, V, path)):
+                logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, *student), -1, out=student[1])
+                logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
                 out[s] = DIVERGENCES[divergence](logq, logp, **options)
         ctx.save_for_backward(h, W, t, U, lse, teacher_lse, pulls)
         ctx.settings = divergence, temperature, options, path
@@ -371,25 +358,22 @@ class LinearDistill(torch.autograd.Function):
     def backward(ctx, up):
         h, W, t, U, lse, teacher_lse, pulls = ctx.saved_tensors
         divergence, temperature, options, path = ctx.settings
-        cast, dh, g = W.to(h.dtype).contiguous(), torch.empty_like(h), up / temperature
-        dW, V = torch.zeros_like(W) if ctx.needs_input_grad[1] else None, len(W)
-        chunks, rows = row_chunks(len(h), V, path == "triton")
-        z, wide = logits_buffers(h, rows, V, path != "triton")
-        teacher = logits_buffers(t, rows, V) if path != "triton" else ()
-        for s in chunks:
+        g, other = up / temperature, chunks(t, len(W), path)
+
+        def dz(s, cast, z, out):
             if path == "triton":
-                dz, (grid, blocks) = z[:len(h[s])], tiles(h, len(h[s]), V)
-                distill_grad_kernel[grid](h[s], cast, t[s], U, lse[s], teacher_lse[s], pulls[s], g[s], dz,
-                                          *dz.shape, h.size(1), t.size(1), temperature,
-                                          options.get("beta", 0.5), divergence, **blocks)
-            else:
-                logq, logp = (torch.log_softmax(x, -1, out=x) for x in (
-                    chunk_logits(h[s], cast, temperature, (z, wide)),
-                    chunk_logits(t[s], U, temperature, teacher)))                        # [n, V]
-                dz = PULLS[divergence](logq, logp, **options)                            # [n, V]
-                dz.sub_(logq.exp_().mul_(dz.sum(-1, keepdim=True))).mul_(g[s, None])
-            push_back(dz, z, h[s], cast, dh[s], dW)
-        return dh, dW, None, None, None, None, None, None
+                grid, blocks = tiles(h, *z.shape)
+                distill_grad_kernel[grid](
+                    h[s], cast, t[s], U, lse[s], teacher_lse[s], pulls[s], g[s], z, *z.shape, h.size(1),
+                    t.size(1), temperature, options.get("beta", 0.5), divergence, **blocks)
+                return z
+            _, *teacher = next(other)
+            logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, z, out), -1, out=out)
+            logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
+            pull = PULLS[divergence](logq, logp, **options)                              # [n, V]
+            return pull.sub_(logq.exp_().mul_(pull.sum(-1, keepdim=True))).mul_(g[s, None])
+
+        return *head_gradients(h, W, path, dz, ctx.needs_input_grad[1]), *6 * [None]
 
 
 def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, **options):
@@ -836,14 +820,13 @@ def newton_schulz(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
 
 
 # --- packed layers ------------------------------------------------------------------------------------
-#
 #   kind    what is stored                                             bytes of a weight [out, in]
 #   int     b-bit codes, a float16 scale and a b-bit zero per group    out (in b/8 + 2 in/g + in/g b/8)
 #   nm24    2:4 sparse: two bfloat16 of every four, 2-bit positions    1.125 out in
 #   armor   bd(A) S bd(B), S being nm24 (ARMOR, 2510.05528)            1.125 out in + 2 (bA out + bB in)
 #   vq      one of 2ᵇ d-vectors, norms r1, r2 (NoWag, 2504.14569)      out in/d b/8 + 2 (2ᵇ d + out + in)
 #
-# `in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq); the padding is counted.
+# `in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq), and the padding counted.
 
 
 def pack_bits(codes, bits):
@@ -983,7 +966,7 @@ def skinny(kernel, x, out, unit, *weight, most=64, **constants):
     wide = triton.cdiv(U, BU) * BU
     planes = F.pad(x, (0, wide * unit - x.size(1))).view(M, wide, unit).permute(2, 0, 1).contiguous()
     grid = triton.cdiv(M, BM), triton.cdiv(out, BN)
-    split = max(1, min(256 // (grid[0] * grid[1]), U // (4 * BU)))   # two programs for each of 132 SMs
+    split = max(1, min(PROGRAMS // (grid[0] * grid[1]), U // (4 * BU)))
     y = torch.empty(split, M, out, device=x.device)
     kernel[(*grid, split)](planes, y, *weight, M=M, N=out, U=U, P=unit, BM=BM, BN=BN, BU=BU, **constants)
     return y.sum(0)
