@@ -497,6 +497,40 @@ def capture(step, device, graphs):
 CHECK = 8                # steps of a graph between two looks at which rows have finished
 
 
+def prefill(model, tokens, length, rows, new):
+    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues prompt rows[b].
+
+    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots.
+    """
+    device = tokens.device
+    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+             else model.head.dtype)
+    cache = Cache(model.config, *tokens.shape, device, dtype)
+    hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
+    cache.length = length
+    cache.spread(rows, new)
+    return hidden[rows], cache
+
+
+def collect(prompt, length, out, logp, stop, pad, row_steps):
+    """What was decoded -> Rollout: each row is cut after its first stop, and follows its own prompt.
+
+    prompt [B, T] of `length` [B]; out, logp [B, new], where a static batch ran on after its stop.
+    """
+    hit = torch.isin(out, stop)                                                          # [B, new]
+    after = hit.cumsum(1) > hit
+    out, logp, mask = out.masked_fill(after, pad), logp.masked_fill(after, 0), (~after).float()
+    width = int((length + mask.sum(1)).max())
+    place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
+
+    def join(left, right):
+        wide = F.pad(left, (0, out.size(1)))                                             # [B, T + new]
+        return wide.scatter(1, place, right)[:, :width].contiguous()
+
+    zero = torch.zeros_like(prompt, dtype=logp.dtype)
+    return Rollout(join(prompt, out), join(zero, mask), join(zero, logp), length, hit.any(1), row_steps)
+
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop=None,
              generator=None, contrast=None):
@@ -517,23 +551,14 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
                         f"exceed the context of {config.max_position_embeddings}: "
                         "shorten the prompt or lower the number of new tokens")
     stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device, dtype=torch.long)
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
-    index = {p: i for i, p in enumerate(distinct)}
+    pad, index = max(config.pad_token_id, 0), {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.tensor([index[tuple(p)] for p in prompts], device=device).repeat_interleave(samples)   # [B]
-    B, length = len(rows), torch.tensor([len(p) for p in distinct], device=device)                      # [U]
+    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, longest]
+    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
+    models = [model, contrast[0]] if contrast else [model]
+    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens) for m in models))
 
-    models, caches, start = [model] + ([contrast[0]] if contrast else []), [], []
-    prefill, _ = collate([(p, ()) for p in distinct], config.pad_token_id, device)       # [U, longest]
-    for m in models:
-        dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-                 else m.head.dtype)
-        cache = Cache(m.config, len(distinct), longest, device, dtype)
-        start.append(m(prefill, cache)[torch.arange(len(distinct), device=device),
-                                       length - 1][rows])                                # [B, D]
-        cache.length = length
-        cache.spread(rows, max_new_tokens)
-        caches.append(cache)
-
+    B = len(rows)
     u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's i-th draw
     out, logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)               # [B, new]
     row, token = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
@@ -575,22 +600,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         else:
             go()
         row_steps += len(row)
-
-    hit = torch.isin(out, stop)                                                          # [B, new]
-    after = hit.cumsum(1) > hit                                # a static batch's rows run on after their stop
-    out, logp = out.masked_fill(after, max(config.pad_token_id, 0)), logp.masked_fill(after, 0)
-    mask, finished = (~after).float(), hit.any(1)
-    prompt_len = length[rows]                                                            # [B]
-    width = int((prompt_len + mask.sum(1)).max())
-    place = prompt_len[:, None] + torch.arange(max_new_tokens, device=device)            # [B, new]
-
-    def join(left, right):                             # completions start where each row's prompt ends
-        wide = F.pad(left, (0, longest + max_new_tokens - left.size(1)))
-        return wide.scatter(1, place, right)[:, :width].contiguous()
-
-    tokens = join(prefill[rows], out)
-    zero = torch.zeros(B, longest, device=device)
-    return Rollout(tokens, join(zero, mask), join(zero, logp), prompt_len, finished, row_steps)
+    return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
 
 
 @torch.no_grad()

@@ -585,7 +585,8 @@ def train(c, f):
             kl = (k1(roll.logp, ref_logp) * mask).sum(1).mean().item()                   # nats per response
             row = dict(reward=score.mean(), kl=kl, k3=(k3(roll.logp, ref_logp) * mask).sum(1).mean(),
                        entropy=told[0]["entropy"], truncated=1 - roll.finished.float().mean(),
-                       length=mask.sum(1).mean(), quality=truth.mean(), norm=norm, skipped=skipped)
+                       length=mask.sum(1).mean(), quality=truth.mean(), norm=norm, skipped=skipped,
+                       work=roll.row_steps / (len(mask) * max(1, int(mask.sum(1).max()) - 1)))
             row |= {k: sum(t[k] for t in told) / len(told) for k in ("loss", "clipped")}
             if returns is not None:
                 row["ev"] = explained_variance(old_values, returns, mask)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -78,9 +79,10 @@ def tensor(*shape, device, scale=1.0, grad=True):
     return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
 
 
-def both_ways(ours, twin, inputs, shape, flops, bytes=0.0):
+def both_ways(ours, twin, inputs, shape, flops=0.0, bytes=0.0):
     """A Row of two functions of `inputs` with outputs of this shape, each forward and backward."""
     up = torch.randn(shape, device=inputs[0].device)
+    up = up if len(shape) == 1 else up.to(inputs[0].dtype)     # of log-probs: float32
 
     def run(fn):
         return lambda: torch.autograd.grad(fn(*inputs), inputs, up)
@@ -105,7 +107,68 @@ def linear_distill(device):
                      (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,), 8 * N * D * V)
 
 
-KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill)
+def rms_norm(device):
+    """The stream's norm: forward and backward move 5 tensors of its size."""
+    x = tensor(*((16384, 4096) if device == "cuda" else (8192, 512)), device=device)
+    w = torch.ones(x.size(1), device=device, requires_grad=True)
+    return both_ways(lambda x, w: kernels.rms_norm(x, w, 1e-6), lambda x, w: kernels.rms_norm_ref(x, w, 1e-6),
+                     (x, w), x.shape, bytes=5 * x.nbytes)
+
+
+def rope(device):
+    """Queries of a batch, as the projection leaves them."""
+    B, T, H, hd = (8, 2048, 32, 128) if device == "cuda" else (16, 256, 8, 64)
+    x = tensor(B, T, H, hd, device=device)
+    angle = torch.outer(torch.arange(T, device=device), 10000 ** -torch.linspace(0, 1, hd // 2, device=device))
+    return both_ways(*(lambda x, f=f: f(x.transpose(1, 2), angle.cos(), angle.sin())
+                       for f in (kernels.rope, kernels.rope_ref)), (x,), (B, H, T, hd), bytes=4 * x.nbytes)
+
+
+def swiglu(device):
+    """The gate of an MLP: forward 3, backward 5 tensors of its size."""
+    gate, up = (tensor(*((16384, 11008) if device == "cuda" else (8192, 1376)), device=device) for _ in range(2))
+    return both_ways(kernels.swiglu, lambda g, u: F.silu(g) * u, (gate, up), gate.shape, bytes=8 * gate.nbytes)
+
+
+def decode_attention(device):
+    """One token a row against a cache of unequal lengths: the floor reads each row's valid slots once."""
+    B, K, G, S, hd = (64, 8, 4, 4096, 128) if device == "cuda" else (64, 4, 2, 256, 64)
+    q, k, v = (tensor(*shape, device=device, grad=False) for shape in ((B, K * G, hd), *[(B, K, S, hd)] * 2))
+    length = torch.linspace(S // 2, S, B, device=device).long()
+    return Row(lambda: kernels.decode_attention(q, k, v, length),
+               lambda: kernels.decode_attention_ref(q, k, v, length),
+               bytes=2.0 * K * hd * length.sum().item() * k.element_size())
+
+
+def newton_schulz(device):
+    """Five steps on a batch of equal matrices; the floor counts one triangle of each symmetric product."""
+    L, m, n = (12, 2048, 2048) if device == "cuda" else (2, 1024, 1024)
+    X = tensor(L, m, n, device=device, grad=False)
+    return Row(lambda: kernels.newton_schulz(X), lambda: kernels.newton_schulz_ref(X),
+               flops=5.0 * L * (3 * m * m * n + m ** 3))
+
+
+def packed(device, kind, rows=1):
+    """A packed layer on `rows` rows, as in decoding, against the dense layer of the training dtype."""
+    n = 4096 if device == "cuda" else 1024
+    W = tensor(n, n, device=device, grad=False)
+    if kind == "int4":
+        layer = kernels.pack_int(*kernels.quantize(W, 4, 128), bits=4, group=128)
+    elif kind == "vq":
+        ids = torch.randint(0, 256, (n, n // 4), device=device)
+        layer = kernels.pack_vq(ids, *(tensor(*s, device=device, grad=False) for s in ((256, 4), (n,), (n,))))
+    else:
+        S = W.unflatten(1, (-1, 2, 2)) * torch.tensor([1.0, 0.0], device=device, dtype=W.dtype)
+        A, B = (tensor(n // 64, 64, 64, device=device, grad=False) for _ in range(2))
+        layer = (kernels.pack_nm24(S.reshape(n, n)) if kind == "nm24"
+                 else kernels.pack_armor(A, S.reshape(n, n), B))
+    x = tensor(rows, n, device=device, grad=False)
+    return Row(lambda: layer(x), lambda: F.linear(x, W), bytes=layer.nbytes() + 2 * x.nbytes)
+
+
+KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms_norm=rms_norm, rope=rope,
+               swiglu=swiglu, decode_attention=decode_attention, newton_schulz=newton_schulz,
+               **{kind: partial(packed, kind=kind) for kind in ("int4", "nm24", "armor", "vq")})
 
 # --- end to end ---------------------------------------------------------------------------------------
 
@@ -162,6 +225,22 @@ def cross_entropy(model, logprobs, tokens, mask):
     return -(logprobs(model, tokens, mask) * mask).sum() / mask.sum()
 
 
+def scoring(device):
+    """token_logprobs of a model of one layer, forward and backward: 8,192 tokens, width 256, 50,304 words."""
+    model = model_of("1x256", 50304, 512, device)
+    tokens = torch.randint(0, 50304, (32, 257), device=device)
+    mask = torch.ones_like(tokens, dtype=torch.float)
+
+    def run(logprobs, mode):
+        kernels.use(mode)
+        logprobs(model, tokens, mask).sum().backward()
+        model.zero_grad()
+        kernels.use("auto")
+
+    return Row(lambda: run(token_logprobs, "auto"), lambda: run(plain_logprobs, "torch"),
+               tokens.numel() * flops_per_token(model, 257), tokens=tokens.numel())
+
+
 def sft_packed(device):
     """sft.py's step on windows in which every token is scored."""
     ids = torch.randint(0, 2000, (16, 256))
@@ -175,7 +254,8 @@ def sft_completions(device):
 
 def sft_large_vocabulary(device):
     """sft.py's step on windows with a real checkpoint's vocabulary, where the logits are the memory."""
-    return step_row(device, [(x[:1], x[1:]) for x in torch.randint(0, 2000, (16, 256))], cross_entropy, vocab=50304)
+    ids = torch.randint(0, 2000, (16, 256))
+    return step_row(device, [(x[:1], x[1:]) for x in ids], cross_entropy, vocab=50304)
 
 
 def dpo(device):
@@ -243,11 +323,18 @@ def generation(device, samples=64, new=64, prompt=32):
                samples * new * flops_per_token(model, prompt + new // 2) / 3, new * (size + cache), samples * new)
 
 
-STEPS = dict(sft_packed=sft_packed, sft_completions=sft_completions, sft_large_vocabulary=sft_large_vocabulary,
+STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions, sft_large_vocabulary=sft_large_vocabulary,
              dpo=dpo, grpo=grpo, generation=generation)
 ROWS = KERNELS | STEPS
 
 # --- the table ----------------------------------------------------------------------------------------
+
+
+def uneven(device, rows=512, new=64):
+    """What dropping finished rows saves: (row-steps computed, rows x steps of the longest)."""
+    model, stop = model_of("2x64", 2048, 256, device), list(range(60))     # one token in 34 ends a completion
+    roll = generate(model, [[100, 101, 102]], new, samples=rows, stop=stop)
+    return roll.row_steps, rows * (int(roll.mask.sum(1).max()) - 1)
 
 
 def peak_memory(name, side, device):
@@ -296,6 +383,7 @@ def main(device, words):
         mb = [peak_memory(name, side, device) for side in ("ours", "plain")]
         print(f"{name:<24}{first:>13}{second:>13}{plain / ours:>7.2f}x{floor / ours:>7.0%}"
               f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
+    print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(*uneven(device)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 compile_kernels.py - compile every Triton launch for an H100 on any machine, and hold it to the hardware's limits.
 
     python tests/compile_kernels.py            # needs Triton, no GPU: nothing is launched
+    python tests/compile_kernels.py bfloat16   # only this dtype
 
 The interpreter checks what a kernel computes, this that the compiler takes it: register spills, too much shared
 memory or a matrix product off the tensor cores show here first. One line a kernel: registers a thread, bytes of
@@ -56,7 +57,8 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, num_stages=3, 
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    registers, spilled = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "LOCAL"))
+    registers, *spills = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "LOCAL", "STACK"))
+    spilled = sum(spills)
     compiled[key] = dict(shared=binary.metadata.shared, spilled=spilled)
     kind = "wgmma" if "wgmma" in binary.asm["ptx"] else "mma" if "mma.sync" in binary.asm["ptx"] else "-"
     types = {t for t in signature.values() if t.startswith("*")} & {"*bf16", "*fp16", "*fp32"}
@@ -74,18 +76,48 @@ def heads(dtype, N=512, D=2048, V=50304):
         kernels.linear_distill(h, W, h.detach(), W.detach(), divergence).sum().backward()
 
 
-CALLS = dict(heads=heads)
+def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
+    """RMSNorm of the stream and of heads, rotation, gate: forward and backward; one step of decoding."""
+    x, head = (torch.empty(B, T, n, dtype=dtype, requires_grad=True) for n in (D, H * hd))
+    q = head.view(B, T, H, hd)
+    (kernels.rms_norm(x, torch.ones(D), 1e-6).sum() + kernels.rms_norm(q, torch.ones(hd), 1e-6).sum()).backward()
+    kernels.rope(q.transpose(1, 2), *torch.empty(2, T, hd // 2)).sum().backward()
+    gate, up = (torch.empty(B, T, F, dtype=dtype, requires_grad=True) for _ in range(2))
+    kernels.swiglu(gate, up).sum().backward()
+    for rows in (1, 256):                      # with and without splits of the cache
+        k = torch.empty(rows, 8, 2048, hd, dtype=dtype)
+        kernels.decode_attention(torch.empty(rows, H, hd, dtype=dtype), k, k, torch.ones(rows).long())
 
 
-def main():
-    """Compile what every row of CALLS launches, in both dtypes."""
+def orthogonalise(dtype):
+    """X Xᵀ and the polynomial of Newton-Schulz."""
+    X = torch.empty(4, 768, 3072, dtype=dtype)
+    kernels.xxt(kernels.xxt(X), 2.0, X[:, :, :768], -4.8)
+
+
+def packed(dtype, out=4096, inputs=4096):
+    """One row, and a batch, through every packed format."""
+    specs = [dict(kind="int", bits=b, group=128, symmetric=s) for b in (2, 3, 4, 8) for s in (False, True)]
+    specs += [dict(kind="nm24"), dict(kind="armor", block_out=128, block_in=128)]
+    specs += [dict(kind="vq", bits=12, dim=6), dict(kind="vq", bits=8, dim=4)]
+    for spec in specs:
+        layer = kernels.PackedLinear(inputs, out, **spec)
+        for rows in (1, 64):
+            layer(torch.empty(rows, inputs, dtype=dtype))
+
+
+CALLS = dict(heads=heads, blocks=blocks, orthogonalise=orthogonalise, packed=packed)
+
+
+def main(names):
+    """Compile what every row of CALLS launches, in the named dtypes."""
     JITFunction.run = compile_instead
     kernels.use("triton")
     for call in CALLS.values():
-        for dtype in (torch.bfloat16, torch.float32):
-            call(dtype)
+        for name in names or ("bfloat16", "float32"):
+            call(getattr(torch, name))
     print(f"{len(compiled)} kernels compiled for sm_90")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported: its kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported: it then runs on the CPU
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
         plain_dot = interpreter.InterpreterBuilder.create_dot
 
         def dot(self, a, b, *rest):
-            """Triton 3.9's interpreter multiplies the integers that it stores bfloat16 as: widen them first."""
+            """Triton 3.9's interpreter multiplies the integers that it stores bfloat16 as: widen first."""
             a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
             return plain_dot(self, a, b, *rest)
 
@@ -25,6 +25,9 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import kernels
+
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
 
 
@@ -33,6 +36,12 @@ def workdir(tmp_path, monkeypatch):
     """An empty working directory, so that runs write their out/ there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def default_kernels():
+    """Every test starts with each kernel on its usual path."""
+    kernels.use("auto")
 
 
 @pytest.fixture(scope="session")

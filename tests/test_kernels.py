@@ -1,12 +1,20 @@
-"""Every kernel equals its twin, in value and gradient under a random upstream gradient, on both fast paths."""
+"""The head's kernels equal their twins, in value and gradient under a random upstream gradient, on both fast
+paths; the compiler for an H100 takes every kernel; a model's loss and gradients are the same on all paths."""
 import math
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import kernels
+from data.tokenizer import bytes_tokenizer
+from model import init, preset, token_logprobs
 
-PATHS = ("cpu", "triton")
+PATHS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -194,3 +202,58 @@ def test_gradcheck_distill(divergence, monkeypatch):
 def test_heads_of_different_vocabularies():
     with pytest.raises(ValueError, match="head has 5 words, the teacher's 6"):
         kernels.linear_distill(torch.ones(1, 2), torch.ones(5, 2), torch.ones(1, 2), torch.ones(6, 2))
+
+
+# --- all of them together -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_model_is_the_same_on_every_path(path, family):
+    """log-probs, entropies and every parameter's gradient, against --kernels torch"""
+    results, g = [], torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 256, (3, 17), generator=g).to(where(path))
+    mask = (torch.rand(3, 17, generator=g) < 0.7).float().to(where(path))
+    up = torch.randn(2, 3, 17, generator=g).to(where(path))
+    chosen = kernels.route
+    for route in (chosen, kernels.plain):
+        kernels.route = route
+        net = init(preset("2x64", bytes_tokenizer(), 32, family), seed=4).to(where(path))
+        out = torch.stack(token_logprobs(net, tokens, mask, temperature=0.9, entropy=True))
+        out.backward(up)
+        results.append((out.detach(), *[p.grad for p in net.parameters()]))
+    assert len(results[0]) > 20
+    for a, b in zip(*results):
+        agree(a, b)
+
+
+def peak_of(side, N, D, V):
+    """MB that the log-probs of a head, forward and backward, add to the resident set of a process of their own."""
+    child = f"""
+import re, torch, kernels
+def resident(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+h, W = torch.randn({N}, {D}, requires_grad=True), torch.randn({V}, {D}, requires_grad=True)
+y, up = torch.zeros({N}).long(), torch.ones({N})
+before = resident("VmRSS")
+torch.autograd.grad(kernels.{side}(h, W, y), (h, W), up)
+print(resident("VmHWM") - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_memory_is_a_fifth_of_the_plain_version_s():
+    size = 2048, 64, 50304
+    assert peak_of("linear_logprob", *size) <= peak_of("linear_logprob_ref", *size) / 5
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton")
+def test_the_compiler_for_an_h100_takes_every_kernel():
+    """what the interpreter cannot tell: spilled registers, too much shared memory, products off tensor cores"""
+    run = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py", "bfloat16"], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    kinds = {line.split()[0]: line.split()[-1] for line in run.stdout.splitlines() if "registers" in line}
+    names = set(re.findall(r"@jit\ndef (\w+)", (ROOT / "kernels.py").read_text()))
+    helpers = {"logits_tile", "distill_tile", "weight_tile", "load_code", "plane_dot", "store_tile"}
+    assert set(kinds) == names - helpers
+    assert {kinds[k] for k in ("logprob_kernel", "distill_grad_kernel", "xxt_kernel")} == {"wgmma"}

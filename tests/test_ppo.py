@@ -360,6 +360,16 @@ def test_micro_does_not_change_the_result(shared_bases):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+def test_the_plain_kernels_give_the_same_losses(shared_bases):
+    """--kernels torch, to rounding: sampling, scoring, policy and critic"""
+    for name in ("auto", "torch"):
+        toy("srppo", f"k-{name}", "--kernels", name)
+    fast, plain = ([r for r in read_log(f"k-{name}") if "loss" in r] for name in ("auto", "torch"))
+    for a, b in zip(fast, plain, strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in ("loss", "reward", "entropy", "norm"))
+        assert a["work"] <= 1
+
+
 def test_a_reward_model_by_its_path(shared_bases):
     policy, tok = load(sft.base("toyif_base", like="tiny"))
     save(ScalarModel.from_lm(policy, std=0.1), tok, "rm")

@@ -101,6 +101,14 @@ def test_micro_does_not_change_the_result(workdir):
     assert [r["loss"] for r in read_log("a")] == pytest.approx([r["loss"] for r in read_log("b")], rel=1e-5)
 
 
+def test_the_plain_kernels_give_the_same_losses(workdir):
+    """--kernels torch, to rounding: the twins of every kernel, through a whole run"""
+    for name in ("auto", "torch"):
+        run("--steps", "3", "--kernels", name, "--out", name)
+    fast, plain = ([(r["loss"], r["norm"]) for r in read_log(name)] for name in ("auto", "torch"))
+    assert len(fast) == 3 and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(fast, plain))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_every_family_takes_two_steps(family, workdir):
     run("--steps", "2", "--family", family, "--out", "o")
