@@ -95,7 +95,8 @@ def linear_logprob(device):
     y = torch.randint(0, V, (N,), device=device)
     return both_ways(lambda h, W: kernels.linear_logprob(h, W, y),
                      lambda h, W: kernels.linear_logprob_ref(h, W, y),
-                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,), 6 * N * D * V)
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,),
+                     6 * N * D * V)
 
 
 def linear_distill(device):
@@ -104,7 +105,8 @@ def linear_distill(device):
     t, U = (tensor(n, D, device=device, scale=s, grad=False) for n, s in ((N, 1), (V, 0.05)))
     return both_ways(lambda h, W: kernels.linear_distill(h, W, t, U),
                      lambda h, W: kernels.linear_distill_ref(h, W, t, U),
-                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,), 8 * N * D * V)
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,),
+                     8 * N * D * V)
 
 
 def rms_norm(device):
@@ -119,15 +121,17 @@ def rope(device):
     """Queries of a batch, as the projection leaves them."""
     B, T, H, hd = (8, 2048, 32, 128) if device == "cuda" else (16, 256, 8, 64)
     x = tensor(B, T, H, hd, device=device)
-    angle = torch.outer(torch.arange(T, device=device), 10000 ** -torch.linspace(0, 1, hd // 2, device=device))
+    frequency = 10000 ** -torch.linspace(0, 1, hd // 2, device=device)
+    angle = torch.outer(torch.arange(T, device=device), frequency)                       # [T, hd/2]
     return both_ways(*(lambda x, f=f: f(x.transpose(1, 2), angle.cos(), angle.sin())
                        for f in (kernels.rope, kernels.rope_ref)), (x,), (B, H, T, hd), bytes=4 * x.nbytes)
 
 
 def swiglu(device):
     """The gate of an MLP: forward 3, backward 5 tensors of its size."""
-    gate, up = (tensor(*((16384, 11008) if device == "cuda" else (8192, 1376)), device=device) for _ in range(2))
-    return both_ways(kernels.swiglu, lambda g, u: F.silu(g) * u, (gate, up), gate.shape, bytes=8 * gate.nbytes)
+    shape = (16384, 11008) if device == "cuda" else (8192, 1376)
+    gate, up = (tensor(*shape, device=device) for _ in range(2))
+    return both_ways(kernels.swiglu, lambda g, u: F.silu(g) * u, (gate, up), shape, bytes=8 * gate.nbytes)
 
 
 def decode_attention(device):
@@ -186,14 +190,14 @@ def flops_per_token(model, context):
 
 
 def plain_logprobs(model, tokens, mask):
-    """What everybody writes: logits of every position, log_softmax, gather.   -> [B, T], 0 outside the mask"""
+    """What everybody writes: all logits, log_softmax, gather.   -> [B, T], 0 outside the mask"""
     logp = torch.log_softmax(model.logits(model(tokens))[:, :-1], -1)                    # [B, T-1, V]
     return F.pad(logp.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
 
 
 def step_row(device, rows, loss, extra=0.0, vocab=2048):
-    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), with our log-probs and kernels against
-    plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
+    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels against plain
+    ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
     sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
     opts = [adamw(m, 1e-3, 0.1) for m in sides]
     tokens, mask = collate(rows, 0, device)
@@ -305,7 +309,8 @@ def generate_uncached(model, prompts, new):
     tokens = torch.tensor(prompts, device=model.head.device)
     for _ in range(new):
         logits = model.logits(model(tokens)[:, -1])
-        tokens = torch.cat([tokens, pick(logits, torch.rand(len(tokens), device=tokens.device))[0][:, None]], 1)
+        u = torch.rand(len(tokens), device=tokens.device)
+        tokens = torch.cat([tokens, pick(logits, u)[0][:, None]], 1)
 
 
 def generation(device, samples=64, new=64, prompt=32):
@@ -320,11 +325,12 @@ def generation(device, samples=64, new=64, prompt=32):
     size = sum(p.nbytes for p in model.parameters())
     return Row(lambda: generate(model, prompts, new, samples=samples, stop=[]),
                lambda: generate_uncached(model, prompts * samples, new),
-               samples * new * flops_per_token(model, prompt + new // 2) / 3, new * (size + cache), samples * new)
+               samples * new * flops_per_token(model, prompt + new // 2) / 3, new * (size + cache),
+               samples * new)
 
 
-STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions, sft_large_vocabulary=sft_large_vocabulary,
-             dpo=dpo, grpo=grpo, generation=generation)
+STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
+             sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo, generation=generation)
 ROWS = KERNELS | STEPS
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -338,7 +344,7 @@ def uneven(device, rows=512, new=64):
 
 
 def peak_memory(name, side, device):
-    """MB that one call adds to the peak: on CUDA the allocator's, on a CPU the resident set of a new process."""
+    """MB that one call adds to the peak: the CUDA allocator's, or the resident set of a new process."""
     if device == "cuda":
         fn = getattr(ROWS[name](device), side)
         torch.cuda.empty_cache()
@@ -359,7 +365,7 @@ def print_peak(name, side):
 
 
 def resident(what):
-    """VmRSS, the resident set now, or VmHWM, its peak, in MB. (getrusage's peak is inherited from the parent.)"""
+    """VmRSS, the resident set now, or VmHWM, its peak, in MB; getrusage's peak is inherited from a parent."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
 

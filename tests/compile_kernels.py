@@ -1,12 +1,12 @@
 """
-compile_kernels.py - compile every Triton launch for an H100 on any machine, and hold it to the hardware's limits.
+compile_kernels.py - compile every Triton launch for an H100, on any machine, and hold it to its limits.
 
     python tests/compile_kernels.py            # needs Triton, no GPU: nothing is launched
     python tests/compile_kernels.py bfloat16   # only this dtype
 
-The interpreter checks what a kernel computes, this that the compiler takes it: register spills, too much shared
-memory or a matrix product off the tensor cores show here first. One line a kernel: registers a thread, bytes of
-spills, bytes of shared memory, and whether the products run on wgmma.
+The interpreter checks what a kernel computes, this that the compiler takes it: register spills, too much
+shared memory or a matrix product off the tensor cores show here first. One line a kernel: registers a thread,
+bytes of spills, bytes of shared memory, and whether the products run on wgmma.
 """
 import os
 import re
@@ -56,15 +56,17 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, num_stages=3, 
         file.write(binary.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name],
+                               capture_output=True, text=True).stdout
     registers, *spills = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "LOCAL", "STACK"))
     spilled = sum(spills)
     compiled[key] = dict(shared=binary.metadata.shared, spilled=spilled)
     kind = "wgmma" if "wgmma" in binary.asm["ptx"] else "mma" if "mma.sync" in binary.asm["ptx"] else "-"
     types = {t for t in signature.values() if t.startswith("*")} & {"*bf16", "*fp16", "*fp32"}
-    print(f"{self.__name__:<24}{'bf16' if '*bf16' in types else 'fp32':<6}{registers:>4} registers{spilled:>6} spilled"
-          f"{binary.metadata.shared:>8} shared  {kind}", flush=True)
-    assert spilled == 0 and binary.metadata.shared <= SHARED, f"{self.__name__} {constants} does not fit sm_90"
+    print(f"{self.__name__:<24}{'bf16' if '*bf16' in types else 'fp32':<6}{registers:>4} registers"
+          f"{spilled:>6} spilled{binary.metadata.shared:>8} shared  {kind}", flush=True)
+    fits = spilled == 0 and binary.metadata.shared <= SHARED
+    assert fits, f"{self.__name__} {constants} does not fit sm_90"
 
 
 def heads(dtype, N=512, D=2048, V=50304):
@@ -80,7 +82,8 @@ def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
     """RMSNorm of the stream and of heads, rotation, gate: forward and backward; one step of decoding."""
     x, head = (torch.empty(B, T, n, dtype=dtype, requires_grad=True) for n in (D, H * hd))
     q = head.view(B, T, H, hd)
-    (kernels.rms_norm(x, torch.ones(D), 1e-6).sum() + kernels.rms_norm(q, torch.ones(hd), 1e-6).sum()).backward()
+    kernels.rms_norm(x, torch.ones(D), 1e-6).sum().backward()
+    kernels.rms_norm(q, torch.ones(hd), 1e-6).sum().backward()
     kernels.rope(q.transpose(1, 2), *torch.empty(2, T, hd // 2)).sum().backward()
     gate, up = (torch.empty(B, T, F, dtype=dtype, requires_grad=True) for _ in range(2))
     kernels.swiglu(gate, up).sum().backward()

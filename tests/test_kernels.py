@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    """Both fast paths: the CPU's as it runs here, Triton's in the interpreter (or on the GPU, if there is one)."""
+    """Both fast paths: the CPU's, and Triton's in the interpreter (on the GPU, if there is one)."""
     kernels.use("triton" if request.param == "triton" else "auto")
     yield request.param
     kernels.use("auto")
@@ -46,9 +46,9 @@ def agree(ours, twin, dtype=torch.float32):
 
 
 def same(ours, twin, inputs, dtype=torch.float32):
-    """The outputs of two functions of `inputs` agree, and their gradients under one random upstream gradient."""
-    results = []
-    for fn, xs in ((ours, inputs), (twin, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])):
+    """Two functions of `inputs` agree, and so do their gradients under one random upstream gradient."""
+    results, exact = [], [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
+    for fn, xs in ((ours, inputs), (twin, exact)):
         out = fn(*xs)
         out = out if isinstance(out, tuple) else (out,)
         ups = [rand(*x.shape, seed=9 + i, device=x.device).detach().to(x.dtype) for i, x in enumerate(out)]
@@ -88,7 +88,8 @@ def test_linear_logprob(path, shape, dtype, temperature):
 def extreme(N, D, V, dtype, device, seed=3):
     """h [N, D], W [V, D] whose logits are multiples of 64 up to 1e4: exact in bfloat16, so ties stay ties."""
     g = torch.Generator().manual_seed(seed)
-    h, W = torch.randint(-1, 2, (N, D), generator=g).float(), 64 * torch.randint(-6, 7, (V, D), generator=g).float()
+    h = torch.randint(-1, 2, (N, D), generator=g).float()
+    W = 64 * torch.randint(-6, 7, (V, D), generator=g).float()
     h[0], W[0], W[1] = 1, 64 * 160 / D, -64 * 160 / D                                    # logits of ±10,240
     return (x.to(device, dtype).requires_grad_() for x in (h, W))
 
@@ -103,11 +104,12 @@ def test_logits_of_ten_thousand(path, dtype):
 
 
 def test_one_gradient_by_hand():
-    """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  H and its gradient by the formula"""
+    """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  dH/dz by the formula"""
     h, W = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
     logp, H = kernels.linear_logprob(h, W, torch.tensor([0]), entropy=True)
     assert logp.item() == pytest.approx(-1.386294, abs=1e-6) and H.item() == pytest.approx(0.562335, abs=1e-6)
-    assert torch.autograd.grad(logp, W, retain_graph=True)[0].flatten().tolist() == pytest.approx([0.75, -0.75])
+    dz = torch.autograd.grad(logp, W, retain_graph=True)[0].flatten()
+    assert dz.tolist() == pytest.approx([0.75, -0.75])
     dH = [-p * (math.log(p) + H.item()) for p in (0.25, 0.75)]
     assert torch.autograd.grad(H, W)[0].flatten().tolist() == pytest.approx(dH, abs=1e-6)
 
@@ -127,8 +129,8 @@ def test_chunks_change_nothing(monkeypatch):
     whole = kernels.linear_logprob(h, W, y)
     monkeypatch.setattr(kernels, "ROWS", 7)
     monkeypatch.setattr(kernels, "CHUNK", 1)
-    same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9), lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9),
-         (h, W))
+    same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9), (h, W))
     torch.testing.assert_close(kernels.linear_logprob(h, W, y), whole)
 
 
@@ -173,8 +175,8 @@ def test_distill_with_logits_of_ten_thousand(path, divergence):
 
 def divergence_of(p, q, name, **options):
     """The divergence of two distributions given as lists, through heads whose logits are their logs."""
-    h, W, t, U = torch.ones(1, 1), torch.tensor(q).log()[:, None], torch.ones(1, 1), torch.tensor(p).log()[:, None]
-    return kernels.linear_distill(h, W, t, U, name, **options).item()
+    one, W, U = torch.ones(1, 1), torch.tensor(q).log()[:, None], torch.tensor(p).log()[:, None]
+    return kernels.linear_distill(one, W, one, U, name, **options).item()
 
 
 def test_divergences_by_hand(path):
@@ -195,7 +197,8 @@ def test_divergences_by_hand(path):
 def test_gradcheck_distill(divergence, monkeypatch):
     monkeypatch.setattr(kernels, "ROWS", 3)
     monkeypatch.setattr(kernels, "CHUNK", 1)
-    h, W, t, U = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(((7, 4), (11, 4), (7, 3), (11, 3))))
+    shapes = (7, 4), (11, 4), (7, 3), (11, 3)
+    h, W, t, U = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(shapes))
     assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence, 1.5), (h, W))
 
 
@@ -227,7 +230,7 @@ def test_a_model_is_the_same_on_every_path(path, family):
 
 
 def peak_of(side, N, D, V):
-    """MB that the log-probs of a head, forward and backward, add to the resident set of a process of their own."""
+    """MB that a head's log-probs, forward and backward, add to the resident set of a process of their own."""
     child = f"""
 import re, torch, kernels
 def resident(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
@@ -237,7 +240,8 @@ before = resident("VmRSS")
 torch.autograd.grad(kernels.{side}(h, W, y), (h, W), up)
 print(resident("VmHWM") - before)
 """
-    return float(subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True).stdout)
+    run = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True)
+    return float(run.stdout)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
@@ -248,7 +252,7 @@ def test_memory_is_a_fifth_of_the_plain_version_s():
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton")
 def test_the_compiler_for_an_h100_takes_every_kernel():
-    """what the interpreter cannot tell: spilled registers, too much shared memory, products off tensor cores"""
+    """what the interpreter cannot tell: spilled registers, too much shared memory, no tensor cores"""
     run = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py", "bfloat16"], capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr

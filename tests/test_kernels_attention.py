@@ -20,7 +20,7 @@ def path(request, monkeypatch):
 
 
 def cache(B, K, G, S, hd, dtype=torch.float32, device="cpu", seed=0):
-    """q and views k, v of a larger cache whose other slots and rows hold huge numbers; lengths from 1 to S."""
+    """q, and views k, v of a larger cache whose other slots and rows are huge; lengths from 1 to S."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(B, K * G, hd, generator=g)
     big = torch.full((2, B + 2, K, S + 5, hd), 1e4)
@@ -62,7 +62,7 @@ def test_the_definition_is_softmax_attention():
 
 
 def test_decode_attention_by_hand(path):
-    """Scores (2, 0) / sqrt(4) = (1, 0): weights e / (e + 1) and 1 / (e + 1); a third slot beyond the length."""
+    """Scores (2, 0) / sqrt(4) = (1, 0): weights e / (e + 1), 1 / (e + 1); a third slot beyond the length."""
     q, k = torch.tensor([[[2.0, 0, 0, 0]]]), torch.zeros(1, 1, 3, 4)
     k[0, 0, 0, 0], v = 1.0, torch.tensor([[[[1.0] * 4, [0.0] * 4, [7.0] * 4]]])
     got = decode_attention(q, k, v, torch.tensor([2]))

@@ -366,7 +366,7 @@ def test_the_plain_kernels_give_the_same_losses(shared_bases):
         toy("srppo", f"k-{name}", "--kernels", name)
     fast, plain = ([r for r in read_log(f"k-{name}") if "loss" in r] for name in ("auto", "torch"))
     for a, b in zip(fast, plain, strict=True):
-        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in ("loss", "reward", "entropy", "norm"))
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in ("loss", "reward", "norm"))
         assert a["work"] <= 1
 
 
