@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -22,8 +23,8 @@ except ImportError:                      # macOS, Windows: the CPU paths and the
 
 
 def auto(x):
-    """Triton for CUDA tensors, the tuned PyTorch path for the CPU."""
-    return "triton" if x.is_cuda and triton is not None else "cpu"
+    """Triton for CUDA tensors, the tuned PyTorch path for the CPU (and for float64)."""
+    return "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "cpu"
 
 
 def plain(x):
@@ -37,16 +38,15 @@ PROGRAMS = 264                           # two for each of an H100's 132 multipr
 
 
 def use(mode):
-    """Set the path of every kernel from here on: a row of MODES by name, or "triton" everywhere (for tests: on
-    a CPU it needs TRITON_INTERPRET=1)."""
+    """Set the path of every kernel: a row of MODES, or "triton" everywhere (on a CPU: TRITON_INTERPRET=1)."""
     global route
     route = dict(MODES, triton=lambda x: "triton")[mode]
 
 
 # --- the head: log-probabilities ----------------------------------------------------------------------
 
-CHUNK = 1 << 22          # logits held at a time on a CPU (16 MB of float32); on CUDA 16 times as many
-ROWS = 256               # but at least so many rows: every chunk reads the whole head
+CHUNK = 1 << 22          # logits held at a time on a CPU: 16 MB of float32
+ROWS = 256               # but at least so many rows, as every chunk reads the head; for Triton 8 times both
 
 
 def statistics(x):
@@ -59,15 +59,20 @@ def wide(x):
     return x.to(statistics(x))
 
 
+def slices(N, V, path):
+    """Slices of N rows whose logits over V words fill a chunk."""
+    rows = max(ROWS, CHUNK // V) * (8 if path == "triton" else 1)
+    return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
+
+
 def chunks(h, V, path):
-    """Yield slices of rows whose logits over V words fill a chunk, each with buffers [n, V] for them, in h's
-    dtype and in the statistics'. The buffers are reused: fresh pages cost a CPU as much as the product."""
-    rows = max(ROWS, CHUNK * (16 if path == "triton" else 1) // V)
-    z = h.new_empty(min(rows, len(h)), V)
-    out = z if path == "triton" or statistics(h) == h.dtype else torch.empty_like(z, dtype=statistics(h))
-    for i in range(0, len(h), rows):
-        n = min(rows, len(h) - i)
-        yield slice(i, i + n), z[:n], out[:n]
+    """Yield those slices, each with buffers [n, V] for its logits, in h's dtype and in the statistics'. All
+    share the buffers' memory: fresh pages cost a CPU as much as the product."""
+    for s in slices(len(h), V, path):
+        if s.start == 0:
+            z = h.new_empty(s.stop, V)
+            out = z if path == "triton" or statistics(h) == h.dtype else z.to(statistics(h))
+        yield s, z[:s.stop - s.start], out[:s.stop - s.start]
 
 
 def chunk_logits(h, W, temperature, z, out):
@@ -80,14 +85,15 @@ def chunk_logits(h, W, temperature, z, out):
 
 def head_gradients(h, W, path, logit_gradient, want_dW):
     """dh [N, D] and dW [V, D] (or None) from logit_gradient(slice, W in h's dtype, z, out) -> dz [n, V]."""
-    cast, dh, dW = W.to(h.dtype).contiguous(), torch.empty_like(h), torch.zeros_like(W) if want_dW else None
+    cast, dh = W.to(h.dtype).contiguous(), torch.empty_like(h)
+    dW = torch.zeros_like(W, dtype=statistics(W)) if want_dW else None                   # summed over chunks
     for s, z, out in chunks(h, len(W), path):
         dz = logit_gradient(s, cast, z, out)
         dz = dz if dz.dtype == z.dtype else z.copy_(dz)
         torch.mm(dz, cast, out=dh[s])
         if want_dW:
-            dW.addmm_(dz.T, h[s]) if W.dtype == h.dtype else dW.add_(dz.T @ h[s])
-    return dh, dW
+            dW.addmm_(dz.T, h[s]) if dW.dtype == h.dtype else dW.add_(dz.T @ h[s])
+    return dh, dW.to(W.dtype) if want_dW else None
 
 
 def linear_logprob_ref(h, W, targets, temperature=1.0, entropy=False):
@@ -108,7 +114,7 @@ def logits_tile(h, W, i, j, N, V, D, tau, BN: tl.constexpr, BV: tl.constexpr, BD
         a = tl.load(h + n[:, None].to(tl.int64) * D + d, mask=(n < N)[:, None] & (d < D), other=0.0)
         b = tl.load(W + v[:, None].to(tl.int64) * D + d, mask=(v < V)[:, None] & (d < D), other=0.0)
         z = tl.dot(a, b.T, z, input_precision="ieee")
-    return z / tau
+    return z.to(h.dtype.element_ty).to(tl.float32) / tau     # rounded as the sampler's logits are
 
 
 @jit
@@ -147,30 +153,31 @@ def logprob_grad_kernel(h, W, targets, lse, entropy, up, up_entropy, dz, N, V, D
              mask=(n < N)[:, None] & (v < V)[None])
 
 
-def tiles(h, N, V):
-    """The grid over [N, V] and the block sizes: tensor-core tiles for bfloat16, small ones for float32."""
-    BN, BV, BD, warps = (128, 128, 64, 8) if h.element_size() == 2 else (64, 64, 32, 4)
+def tiles(N, V, *operands):
+    """The grid over [N, V] and the blocks: tensor-core tiles in bfloat16, half as high for two products."""
+    BN, BV, BD, warps = (128, 128, 64, 8) if all(x.element_size() == 2 for x in operands) else (64, 64, 32, 4)
+    BN //= len(operands)
     return (triton.cdiv(N, BN), triton.cdiv(V, BV)), dict(BN=BN, BV=BV, BD=BD, num_warps=warps)
 
 
 def softmax_statistics(h, W, targets, temperature):
     """Log-sum-exp, entropy and the target's logit of every row, from the tiles' shares.   three of [N]"""
-    (N, D), V = h.shape, len(W)
-    grid, blocks = tiles(h, N, V)
-    top, total, slope = (h.new_empty(grid[1], N, dtype=torch.float32) for _ in range(3))
-    hit = h.new_zeros(N, dtype=torch.float32)
-    logprob_kernel[grid](h, W, targets, top, total, slope, hit, N, V, D, temperature, **blocks)
-    lse = torch.logsumexp(top + total.log(), 0)                                          # [N]
-    entropy = ((top - lse).exp() * (total * (lse - top) - slope)).sum(0)                 # no cancellation
+    lse, entropy, hit = h.new_zeros(3, len(h), dtype=torch.float32).unbind(0)
+    for s in slices(len(h), len(W), "triton"):
+        grid, blocks = tiles(len(h[s]), len(W), h)
+        top, total, slope = h.new_empty(3, grid[1], len(h[s]), dtype=torch.float32).unbind(0)
+        logprob_kernel[grid](h[s], W, targets[s], top, total, slope, hit[s], len(h[s]), *W.shape, temperature,
+                             **blocks)
+        lse[s] = torch.logsumexp(top + total.log(), 0)                                   # [n]
+        entropy[s] = ((top - lse[s]).exp() * (total * (lse[s] - top) - slope)).sum(0)    # no cancellation
     return lse, entropy, hit
 
 
 class LinearLogprob(torch.autograd.Function):
     """linear_logprob's two fast paths; the backward makes the logits of each chunk again."""
-
     @staticmethod
     def forward(ctx, h, W, targets, temperature, want_entropy, path):
-        h, cast, y = h.contiguous(), W.to(h.dtype).contiguous(), targets[:, None]
+        h, cast, targets = h.contiguous(), W.to(h.dtype).contiguous(), targets.contiguous()
         if path == "triton":
             lse, entropy, hit = softmax_statistics(h, cast, targets, temperature)
             logp = hit - lse
@@ -178,9 +185,9 @@ class LinearLogprob(torch.autograd.Function):
             logp, lse, entropy = (h.new_zeros(len(h), dtype=statistics(h)) for _ in range(3))
             for s, z, out in chunks(h, len(W), path):
                 z = chunk_logits(h[s], cast, temperature, z, out)                        # [n, V]
-                lse[s] = z.gather(1, y[s]).squeeze(1)
+                lse[s] = z.gather(1, targets[s, None]).squeeze(1)
                 torch.log_softmax(z, -1, out=z)
-                logp[s] = z.gather(1, y[s]).squeeze(1)
+                logp[s] = z.gather(1, targets[s, None]).squeeze(1)
                 lse[s] -= logp[s]
                 if want_entropy:
                     entropy[s] = -(z.exp().mul_(z)).sum(-1)
@@ -190,13 +197,14 @@ class LinearLogprob(torch.autograd.Function):
         return logp, entropy if want_entropy else None
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, up, up_entropy):
         h, W, targets, lse, entropy = ctx.saved_tensors
         g, gH = (torch.zeros_like(lse) if x is None else x / ctx.temperature for x in (up, up_entropy))
 
         def dz(s, cast, z, out):
             if ctx.path == "triton":
-                grid, blocks = tiles(h, *z.shape)
+                grid, blocks = tiles(*z.shape, h)
                 logprob_grad_kernel[grid](h[s], cast, targets[s], lse[s], entropy[s], g[s], gH[s], z,
                                           *z.shape, h.size(1), ctx.temperature, **blocks)
                 return z
@@ -218,8 +226,8 @@ def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
     h [N, D], W [V, D], targets [N]; differentiable in h and W. [N, V] is never held: Triton keeps a tile
     of it at a time (its backward a chunk), a CPU a chunk. With z the logits and H the entropy,
         d logp/dz = onehot - p,   dH/dz = -p (log p + H).
-    FLOPs: 2NDV forward, 6NDV backward, 2NDV of them to make the logits again. Bytes beyond the products':
-    Triton 12·NV/128 forward, 6·NV backward (dz written once, read twice): compute-bound on an H100.
+    FLOPs: 2NDV forward, 6NDV backward, 2NDV of them to make the logits again. Triton's bytes: 24·NV/128
+    forward; backward 6·NV (dz written once, read twice) and 12·NVD / rows of a chunk to add up dW.
     Under autocast the products run in its dtype, as for a Linear layer; the statistics stay float32.
     """
     if torch.is_autocast_enabled(h.device.type):
@@ -240,12 +248,12 @@ def linear_cross_entropy(h, W, targets, ignore=-100):
 # --- the head: distillation ---------------------------------------------------------------------------
 
 
-def forward_kl(logq, logp):
+def forward_kl(logq, logp, beta=None):
     """KL(p‖q) of teacher p and student q: covers the teacher's modes.   [n, V] twice -> [n]"""
-    return torch.linalg.vecdot(logp.exp(), logp - logq)
+    return torch.linalg.vecdot(logp.exp(), logp.clamp(min=-1e30) - logq)     # 0, not 0 · inf, where p = 0
 
 
-def reverse_kl(logq, logp):
+def reverse_kl(logq, logp, beta=None):
     """KL(q‖p): settles on one of the teacher's modes."""
     return torch.linalg.vecdot(logq.exp(), logq - logp)
 
@@ -255,27 +263,24 @@ def mixture(logq, logp, beta):
     return torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))              # [n, V]
 
 
-def jsd(logq, logp, *, beta=0.5):
-    """Generalised Jensen-Shannon, β KL(p‖m) + (1-β) KL(q‖m), m = β p + (1-β) q (GKD, 2306.13649).
-
-    Small by construction: near p = q it is β (1-β) times the forward KL.
-    """
+def jsd(logq, logp, beta=0.5):
+    """Jensen-Shannon, β KL(p‖m) + (1-β) KL(q‖m) (GKD, 2306.13649); near p = q, β (1-β) forward KLs."""
     logm = mixture(logq, logp, beta)
-    return beta * reverse_kl(logp, logm) + (1 - beta) * reverse_kl(logq, logm)
+    return beta * forward_kl(logm, logp) + (1 - beta) * forward_kl(logm, logq)
 
 
 # q ∂D/∂q up to multiples of q. Through the softmax, every gradient is then  dz = pull - q Σ pull.
-PULLS = dict(forward_kl=lambda logq, logp: -logp.exp(),
-             reverse_kl=lambda logq, logp: logq.exp() * (logq - logp),
-             jsd=lambda logq, logp, beta=0.5: (1 - beta) * logq.exp() * (logq - mixture(logq, logp, beta)))
+PULLS = dict(forward_kl=lambda logq, logp, beta: -logp.exp(),
+             reverse_kl=lambda logq, logp, beta: logq.exp() * (logq - logp),
+             jsd=lambda logq, logp, beta: (1 - beta) * logq.exp() * (logq - mixture(logq, logp, beta)))
 DIVERGENCES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd)
 
 
-def linear_distill_ref(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, **options):
+def linear_distill_ref(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, beta=0.5):
     """The divergence between softmax(h Wᵀ / τ) and the teacher's, per token, from full logits.   -> [N]"""
     logq, logp = (torch.log_softmax(wide(x @ w.to(x.dtype).T) / temperature, -1)
                   for x, w in ((h, W), (teacher_h, teacher_W)))                          # [N, V] each
-    return DIVERGENCES[divergence](logq, logp.detach(), **options)
+    return DIVERGENCES[divergence](logq, logp.detach(), beta)
 
 
 @jit
@@ -330,9 +335,8 @@ def distill_grad_kernel(h, W, t, U, lse, teacher_lse, pulls, up, dz, N, V, D, E,
 
 class LinearDistill(torch.autograd.Function):
     """linear_distill's two fast paths; the backward makes both logits of each chunk again."""
-
     @staticmethod
-    def forward(ctx, h, W, t, U, divergence, temperature, options, path):
+    def forward(ctx, h, W, t, U, divergence, temperature, beta, path):
         h, t, cast, U = (x.contiguous() for x in (h, t, W.to(h.dtype), U.to(t.dtype)))
         N, V = len(h), len(W)
         lse, teacher_lse, out, pulls = h.new_zeros(4, N, dtype=statistics(h)).unbind(0)
@@ -340,49 +344,53 @@ class LinearDistill(torch.autograd.Function):
             nothing = torch.full((N,), -1, device=h.device)
             lse, teacher_lse = (softmax_statistics(x, w, nothing, temperature)[0]
                                 for x, w in ((h, cast), (t, U)))
-            grid, blocks = tiles(h, N, V)
+            grid, blocks = tiles(N, V, h, t)
             terms, shares = (h.new_empty(grid[1], N, dtype=torch.float32) for _ in range(2))
             distill_kernel[grid](h, cast, t, U, lse, teacher_lse, terms, shares, N, V, h.size(1),
-                                 t.size(1), temperature, options.get("beta", 0.5), divergence, **blocks)
+                                 t.size(1), temperature, beta, divergence, **blocks)
             out, pulls = terms.sum(0), shares.sum(0)                                     # [N]
         else:
             for (s, *student), (_, *teacher) in zip(chunks(h, V, path), chunks(t, V, path)):
                 logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, *student), -1, out=student[1])
                 logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
-                out[s] = DIVERGENCES[divergence](logq, logp, **options)
+                out[s] = DIVERGENCES[divergence](logq, logp, beta)
         ctx.save_for_backward(h, W, t, U, lse, teacher_lse, pulls)
-        ctx.settings = divergence, temperature, options, path
+        ctx.settings = divergence, temperature, beta, path
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, up):
         h, W, t, U, lse, teacher_lse, pulls = ctx.saved_tensors
-        divergence, temperature, options, path = ctx.settings
+        divergence, temperature, beta, path = ctx.settings
         g, other = up / temperature, chunks(t, len(W), path)
 
         def dz(s, cast, z, out):
             if path == "triton":
-                grid, blocks = tiles(h, *z.shape)
+                grid, blocks = tiles(*z.shape, h, t)
                 distill_grad_kernel[grid](
                     h[s], cast, t[s], U, lse[s], teacher_lse[s], pulls[s], g[s], z, *z.shape, h.size(1),
-                    t.size(1), temperature, options.get("beta", 0.5), divergence, **blocks)
+                    t.size(1), temperature, beta, divergence, **blocks)
                 return z
             _, *teacher = next(other)
             logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, z, out), -1, out=out)
             logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
-            pull = PULLS[divergence](logq, logp, **options)                              # [n, V]
+            pull = PULLS[divergence](logq, logp, beta)                              # [n, V]
             return pull.sub_(logq.exp_().mul_(pull.sum(-1, keepdim=True))).mul_(g[s, None])
 
         return *head_gradients(h, W, path, dz, ctx.needs_input_grad[1]), *6 * [None]
 
 
-def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, **options):
+def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, beta=0.5):
     """A row of DIVERGENCES between softmax(h Wᵀ / τ) and softmax(teacher_h teacher_Wᵀ / τ): [N], nats.
 
-    h [N, D], W [V, D], teacher_h [N, E], teacher_W [V, E]; options: jsd's beta. Differentiable in h and W.
+    h [N, D], W [V, D], teacher_h [N, E], teacher_W [V, E]; beta in (0, 1): jsd's. Differentiable in h and W.
     No factor τ². [N, V] is never held (see linear_logprob). FLOPs: forward 2N(D+E)V, which Triton does twice
     (log-sum-exps first), backward 2N(D+E)V + 4NDV.   Raises ValueError if the vocabularies differ.
     """
+    if divergence not in DIVERGENCES or not 0 < beta < 1:
+        raise ValueError(f"divergence {divergence!r}, beta {beta}: choose one of {', '.join(DIVERGENCES)}, "
+                         "and a beta between 0 and 1")
     if len(W) != len(teacher_W):
         raise ValueError(f"the student's head has {len(W)} words, the teacher's {len(teacher_W)}: "
                          "cut the longer one (padding rows) to the shorter")
@@ -390,9 +398,9 @@ def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperat
         h, teacher_h = (x.to(torch.get_autocast_dtype(h.device.type)) for x in (h, teacher_h))
     path = route(h) if len(h) else "torch"
     if path == "torch":
-        return linear_distill_ref(h, W, teacher_h, teacher_W, divergence, temperature, **options)
-    return LinearDistill.apply(h, W, teacher_h.detach(), teacher_W.detach(), divergence, temperature, options,
-                               path)
+        return linear_distill_ref(h, W, teacher_h, teacher_W, divergence, temperature, beta)
+    t, U = teacher_h.detach(), teacher_W.detach()
+    return LinearDistill.apply(h, W, t, U, divergence, temperature, beta, path)
 
 
 # --- norm, rotation, gate -----------------------------------------------------------------------------
@@ -448,7 +456,6 @@ class RMSNorm(torch.autograd.Function):
 
     With u = x rstd and a row's mean:   dx = rstd (g w - u mean(g w u)),   dw = sum over rows of g u.
     """
-
     @staticmethod
     def forward(ctx, x, weight, eps, path):
         N, D = x.shape
@@ -464,16 +471,17 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, weight, rstd = ctx.saved_tensors
         N, D = x.shape
         if ctx.path == "cpu":                    # both sums are matrix-vector products with g x
-            x, g, w = wide(x), wide(g), weight.to(rstd.dtype)
+            dtype, x, g, w = x.dtype, wide(x), wide(g), weight.to(rstd.dtype)
             gx = g * x                                                                   # [N, D]
             dw, mean = torch.mv(gx.T, rstd), torch.mv(gx, w).div_(D)                     # [D], [N]
             dx = torch.mul(g, rstd[:, None], out=gx).mul_(w)
             dx.addcmul_(x, (mean * rstd ** 3)[:, None], value=-1)
-            return dx.to(ctx.saved_tensors[0].dtype), dw.to(weight.dtype), None, None
+            return dx.to(dtype), dw.to(weight.dtype), None, None
         dx, t = torch.empty_like(x), norm_tile(D)
         programs = min(PROGRAMS, triton.cdiv(N, t["ROWS"]))
         partial = torch.empty(programs, D, device=x.device)      # no atomics: the same sum in every run
@@ -495,10 +503,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope_ref(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle: Hugging Face checkpoints' half-split layout.
-
-    In float32 whatever x is, rounded once at the end.
-    """
+    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle, Hugging Face checkpoints' layout; rounded once."""
     a, b = wide(x).chunk(2, -1)                                                          # [B, H, T, hd/2]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)             # [B, H, T, hd]
 
@@ -506,9 +511,11 @@ def rope_ref(x, cos, sin):
 @jit
 def rope_kernel(X, COS, SIN, Y, H, T, half, xb, xh, xt, yb, yh, yt, angles, turn,
                 ROWS: tl.constexpr, COLS: tl.constexpr):
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    blocks = tl.cdiv(T * H, ROWS)
+    b, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
     # heads innermost: a projection leaves them so, and they share their angles
-    b, t, h = tl.program_id(1).to(tl.int64), (row // H).to(tl.int64), (row % H).to(tl.int64)
+    b, t, h = b.to(tl.int64), (row // H).to(tl.int64), (row % H).to(tl.int64)
     keep = (row < T * H)[:, None] & (col < half)
     at = (b * angles + t * half)[:, None] + col
     cos, sin = tl.load(COS + at, keep, 0.0), tl.load(SIN + at, keep, 0.0) * turn         # [ROWS, hd/2]
@@ -529,7 +536,7 @@ def turned(x, cos, sin, turn, path):
     (B, H, T, hd), y = x.shape, torch.empty_like(x)
     cols = triton.next_power_of_2(hd // 2)
     rows, own = max(1, 2048 // cols), cos.dim() == 4 and cos.size(0) > 1
-    rope_kernel[triton.cdiv(T * H, rows), B](
+    rope_kernel[triton.cdiv(T * H, rows) * B,](
         x, cos, sin, y, H, T, hd // 2, *x.stride()[:3], *y.stride()[:3], own * T * (hd // 2), turn,
         ROWS=rows, COLS=cols)
     return y
@@ -537,7 +544,6 @@ def turned(x, cos, sin, turn, path):
 
 class RoPE(torch.autograd.Function):
     """A rotation's gradient is the rotation back."""
-
     @staticmethod
     def forward(ctx, x, cos, sin, path):
         ctx.save_for_backward(cos, sin)
@@ -545,6 +551,7 @@ class RoPE(torch.autograd.Function):
         return turned(x, cos, sin, 1.0, path)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         return turned(g, *ctx.saved_tensors, -1.0, ctx.path), None, None, None
 
@@ -587,7 +594,6 @@ def swiglu_backward(G, GATE, UP, DGATE, DUP, N, BLOCK: tl.constexpr):
 
 class SwiGLU(torch.autograd.Function):
     """Keeps gate and up only: silu(gate) is cheaper to compute again than to store."""
-
     @staticmethod
     def forward(ctx, gate, up, path):
         ctx.save_for_backward(gate, up)
@@ -599,6 +605,7 @@ class SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         if ctx.path == "cpu":
@@ -613,8 +620,7 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate, up):
     """SwiGLU's gate (2002.05202): silu(gate) * up, any equal shapes, one pass over memory each way.
 
-    Bytes for n numbers of s bytes: 3ns forward, 5ns backward, and 2ns held between them (autograd: 3ns).
-    About 10 FLOPs a number: memory.
+    Bytes for n numbers of s bytes: 3ns forward, 5ns backward, 2ns held between (autograd: 3ns): memory.
     """
     path = fused(gate)
     if path == "torch":
@@ -638,7 +644,7 @@ def decode_attention_cpu(q, k, v, length):
     (B, H, hd), K, (low, S) = q.shape, k.size(1), (int(n) for n in length.aminmax())
     q, k, v = q.reshape(B, K, H // K, hd), k[:, :, :S], v[:, :, :S]
     seen = None if low == S else torch.arange(S, device=k.device) < length[:, None, None, None]
-    if q.dtype == torch.bfloat16:        # scores must not be rounded to 8 bits
+    if q.element_size() == 2:            # scores must not be rounded, nor overflow float16
         return F.scaled_dot_product_attention(q, k, v, seen).reshape(B, H, hd)
     scores = (q * hd ** -0.5) @ k.mT                                                     # [B, K, G, S]
     if seen is not None:
@@ -697,6 +703,7 @@ def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constex
     tl.store(out + query * HD + d, tl.sum(weight[:, None] * acc, 0) / total, mask=d < HD)
 
 
+@torch.no_grad()
 def decode_attention(q, k, v, length):
     """One new token's attention to a cache: decode_attention_ref. Not differentiable.
 
@@ -720,8 +727,8 @@ def decode_attention(q, k, v, length):
     part = out if splits == 1 else q.new_empty(B * K * splits * G, hd, dtype=torch.float32)
     top, mass = torch.empty(2, B * K * splits * G, device=q.device).unbind(0)
     decode_attention_kernel[(B * K, splits)](
-        q, k, v, length, part, top, mass, *k.stride()[:3], K, math.log2(math.e) / hd ** 0.5, hd, G=G,
-        GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
+        q, k, v, length.contiguous(), part, top, mass, *k.stride()[:3], K, math.log2(math.e) / hd ** 0.5, hd,
+        G=G, GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
     if splits > 1:
         decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits, num_warps=4)
     return out
@@ -962,7 +969,7 @@ def skinny(kernel, x, out, unit, *weight, most=64, **constants):
     BM, BN, BU = (64, 64, 32) if M > 16 and unit <= 8 else (16, 32, 32 if unit > 4 else 64)
     if x.dtype == torch.float32:                         # no tensor cores: as much as the registers hold
         BM, BN, BU = 16, 32, 16
-    BU = max(16, min(BU, 1 << most.bit_length() - 1))    # an int tile within one group needs one scale a row
+    BU = max(16, min(BU, 1 << max(1, most).bit_length() - 1))    # an int tile within a group: one scale a row
     wide = triton.cdiv(U, BU) * BU
     planes = F.pad(x, (0, wide * unit - x.size(1))).view(M, wide, unit).permute(2, 0, 1).contiguous()
     grid = triton.cdiv(M, BM), triton.cdiv(out, BN)
@@ -972,14 +979,11 @@ def skinny(kernel, x, out, unit, *weight, most=64, **constants):
     return y.sum(0)
 
 
-# Each format: the buffers' shapes and dtypes, the dense weight (the definition), the product by the kernel.
-
 def quantize(W, bits, group, symmetric=False):
     """Round to nearest: W [out, in] -> codes [out, in], scale, zero [out, groups]; symmetric: zero is None.
 
     W ≈ (codes - zero) scale;  scale = (max(w, 0) - min(w, 0)) / (2^b - 1),  zero = round(-min(w, 0) / scale);
-    symmetric: scale = max|w| / (2^(b-1) - 1), zero = 2^(b-1), lowest code unused. Scales on float16's grid.
-    """
+    symmetric: scale = max|w| / (2^(b-1) - 1), zero = 2^(b-1), lowest code unused. Scales are float16's."""
     size = W.size(1) if group < 0 else group
     w = F.pad(W.float(), (0, -W.size(1) % size)).unflatten(1, (-1, size))                # [out, groups, g]
     lo, hi, top = w.amin(-1, True).clamp(max=0), w.amax(-1, True).clamp(min=0), 2 ** bits - 1
@@ -999,8 +1003,8 @@ INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # codes that fill whole byt
 
 def int_buffers(inputs, out, *, bits, group, symmetric):
     if bits not in INT_UNIT or group < 1 or group < inputs and group % INT_UNIT[bits]:
-        raise ValueError(f"int needs bits of 2, 3, 4 or 8 and a group of whole pack units "
-                         f"({INT_UNIT.get(bits, 'at most 8')} columns), not bits {bits}, group {group}")
+        raise ValueError(f"int needs bits of 2, 3, 4 or 8 and groups of whole pack units "
+                         f"({INT_UNIT.get(bits, 8)} columns), not bits {bits}, group {group}")
     groups, unit = -(-inputs // group), INT_UNIT[bits]
     zero = {} if symmetric else dict(zero=((out, -(-groups * bits // 8)), torch.uint8))
     return dict(codes=((out, -(-inputs // unit) * unit * bits // 8), torch.uint8),
@@ -1121,21 +1125,19 @@ def pack_vq(indices, codebook, r1, r2, *, bias=None):
                        r1=to_half(r1, "a column norm"), r2=to_half(r2, "a row norm")))
 
 
-PACKED = dict(int=dict(buffers=int_buffers, dense=int_dense, product=int_product),
-              nm24=dict(buffers=nm24_buffers, dense=nm24_dense, product=nm24_product),
-              armor=dict(buffers=armor_buffers, dense=armor_dense, product=armor_product),
-              vq=dict(buffers=vq_buffers, dense=vq_dense, product=vq_product))
+# Each format: its buffers' shapes and dtypes, the dense weight (the definition), the product by the kernel.
+PACKED = dict(int=(int_buffers, int_dense, int_product), nm24=(nm24_buffers, nm24_dense, nm24_product),
+              armor=(armor_buffers, armor_dense, armor_product), vq=(vq_buffers, vq_dense, vq_product))
 SKINNY = 128             # rows up to which reading the weight is the cost; above, the matmul itself is
 
 
 class PackedProduct(torch.autograd.Function):
     """x Ŵᵀ with Ŵ frozen: dx = g Ŵ, with Ŵ unpacked again in the backward instead of kept."""
-
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, rows = layer, x.reshape(-1, layer.in_features)                        # [M, in]
         if route(x) == "triton" and 0 < len(rows) <= SKINNY:
-            y = PACKED[layer.kind]["product"](layer, rows).to(x.dtype)                   # [M, out]
+            y = PACKED[layer.kind][2](layer, rows).to(x.dtype)                   # [M, out]
             return y.view(*x.shape[:-1], layer.out_features)
         return F.linear(x, layer.dequantize().to(x.dtype))
 
@@ -1157,7 +1159,7 @@ class PackedLinear(nn.Module):
             raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(PACKED)}")
         self.in_features, self.out_features = in_features, out_features
         self.kind, self.options = kind, options
-        for name, (shape, dtype) in PACKED[kind]["buffers"](in_features, out_features, **options).items():
+        for name, (shape, dtype) in PACKED[kind][0](in_features, out_features, **options).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         for name, value in options.items():
             setattr(self, name, value)
@@ -1173,7 +1175,7 @@ class PackedLinear(nn.Module):
 
     def dequantize(self):
         """Ŵ [out, in] in float32: the definition."""
-        return PACKED[self.kind]["dense"](self)
+        return PACKED[self.kind][1](self)
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
@@ -1183,13 +1185,11 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to(dtype), .float() and their like recast the bias alone: a buffer's dtype is its format."""
-        held = {id(b) for b in self.buffers()}
-
-        def move(t):
-            moved = fn(t)
-            return t.to(moved.device) if id(t) in held and moved.dtype != t.dtype else moved
-
-        return super()._apply(move, recurse)
+        held = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._buffers = {k: b if b.dtype == held[k].dtype else held[k].to(b.device)
+                         for k, b in self._buffers.items()}
+        return self
 
 
 def packed(shape, bias, spec, state):

@@ -339,7 +339,13 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_lm(cls, lm, std=0.0):
-        """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at first)."""
+        """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at first).
+
+        Raises UserError for packed layers, which cannot be trained.
+        """
+        if any(isinstance(m, PackedLinear) for m in lm.modules()):
+            raise UserError("a checkpoint with packed layers cannot become a reward model or critic: "
+                            "start from the one that it was compressed from")
         with torch.device("meta"):
             model = cls(lm.config)
         body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
@@ -461,7 +467,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         value, index = logits.sort(-1, descending=True)                                  # [B, V]
         before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= max(top_p, 1e-9))
         logits = logits.masked_fill(drop, -math.inf)
     logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
     cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
@@ -482,7 +488,8 @@ def capture(step, device, graphs):
     the graph holds neither. `graphs` keeps all of a rollout, which share one memory pool.
     """
     if device.type != "cuda":
-        return step() or step
+        step()
+        return step
     here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(here)
     with torch.cuda.stream(side):
@@ -546,6 +553,9 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     longest = max((len(p) for p in prompts), default=0)
     if longest == 0 or min(map(len, prompts)) == 0:
         raise UserError("generate needs at least one prompt, and every prompt at least one token")
+    if samples < 1 or max_new_tokens < 0:
+        raise UserError(f"generate cannot make {samples} samples of {max_new_tokens} new tokens: "
+                        "ask for at least one sample, and 0 tokens or more")
     if longest + max_new_tokens > config.max_position_embeddings:
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
                         f"exceed the context of {config.max_position_embeddings}: "

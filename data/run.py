@@ -173,6 +173,8 @@ def configure(Config, presets, axes, doc="", argv=None):
         raise UserError(f"--device {resolved['device']}: this torch sees no CUDA device; use --device cpu")
     if resolved.get("device") == "auto":
         resolved["device"] = "cuda" if cuda else "cpu"
+    if resolved.get("device", "").startswith("cuda:"):       # cuda:1 is then the device of every launch, too
+        torch.cuda.set_device(resolved["device"])
     if resolved.get("dtype") == "auto":
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):

@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from data.tokenizer import bytes_tokenizer
-from model import init, preset, token_logprobs
+from model import generate, init, preset, token_logprobs
 
 PATHS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -123,15 +124,83 @@ def test_gradcheck_logprob(monkeypatch):
     assert torch.autograd.gradcheck(lambda h: kernels.linear_logprob(h, W.detach(), y, 0.8), (h,))
 
 
-def test_chunks_change_nothing(monkeypatch):
-    """the same sums row by row: a chunk is a memory setting"""
-    h, W, y = head("wide", torch.float32, "cpu")
-    whole = kernels.linear_logprob(h, W, y)
-    monkeypatch.setattr(kernels, "ROWS", 7)
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """So few rows a chunk that 37 of them make several, on both paths."""
+    monkeypatch.setattr(kernels, "ROWS", 1)
     monkeypatch.setattr(kernels, "CHUNK", 1)
-    same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9),
-         lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9), (h, W))
-    torch.testing.assert_close(kernels.linear_logprob(h, W, y), whole)
+
+
+def test_chunks_change_nothing(path, small_chunks):
+    h, W, y = head("odd", torch.float32, path)
+    t, U = rand(37, 10, seed=5, device=h.device).detach(), rand(131, 10, seed=6, device=h.device).detach()
+    assert len(kernels.slices(37, 131, path)) > 4
+    same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9, entropy=True),
+         lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9, entropy=True), (h, W))
+    for divergence in kernels.DIVERGENCES:
+        same(lambda h, W: kernels.linear_distill(h, W, t, U, divergence),
+             lambda h, W: kernels.linear_distill_ref(h, W, t, U, divergence), (h, W))
+
+
+def test_a_chunk_holds_no_more_logits_than_it_says():
+    held = [z.numel() for _, z, _ in kernels.chunks(torch.empty(5000, 4), 30000, "cpu")]
+    assert max(held) <= max(kernels.CHUNK, kernels.ROWS * 30000) and sum(held) == 5000 * 30000
+
+
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32(path, small_chunks):
+    """over 300 rows in as many chunks as may be: bfloat16 sums would be off by some per cent"""
+    h, W, y = head("wide", torch.bfloat16, path)
+    ours = torch.autograd.grad(kernels.linear_logprob(h, W, y).sum(), W)[0].float()
+    h, W = (x.detach().float().requires_grad_() for x in (h, W))
+    twin = torch.autograd.grad(kernels.linear_logprob_ref(h, W, y).sum(), W)[0]
+    assert (ours - twin).norm() < 0.006 * twin.norm()
+
+
+@pytest.mark.parametrize("fn", ["linear_logprob", "linear_distill"])
+def test_autocast_with_master_weights(path, fn, small_chunks):
+    """the products run in bfloat16, gradients and results come back in float32"""
+    h, W, y = head("odd", torch.float32, path, 0.3)
+    rest = (y,) if fn == "linear_logprob" else (h.detach().flip(0), W.detach().flip(0))
+    results = []
+    for cast in (True, False):
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=cast):
+            out = getattr(kernels, fn if cast else fn + "_ref")(h, W, *rest)
+        assert out.dtype == torch.float32
+        up = rand(37, seed=3, device=h.device).detach()
+        results.append((out.detach(), *torch.autograd.grad(out, (h, W), up)))
+    assert all(g.dtype == torch.float32 for g in results[0])
+    assert not torch.equal(results[0][0], results[1][0])
+    for ours, twin in zip(*results):
+        agree(ours, twin, torch.bfloat16)
+
+
+def test_views_of_any_stride(path):
+    """hidden states, heads, targets and a teacher that are columns or transposes of something larger"""
+    def view(*shape, seed):
+        return rand(shape[1], 2 * shape[0], seed=seed, device=where(path)).detach()[:, ::2].T
+
+    h, W, t, U = (view(*s, seed=i) for i, s in enumerate(((37, 24), (131, 24), (37, 10), (131, 10))))
+    y, up = torch.arange(74, device=h.device).view(37, 2)[:, 1], view(37, 1, seed=7)[:, 0]
+    assert not any(x.is_contiguous() for x in (h, W, t, U, y, up))
+    pairs = ((lambda h, W: kernels.linear_logprob(h, W, y), lambda h, W: kernels.linear_logprob_ref(h, W, y)),
+             (lambda h, W: kernels.linear_distill(h, W, t, U),
+              lambda h, W: kernels.linear_distill_ref(h, W, t, U)))
+    for ours, twin in pairs:
+        a, b = ([out := fn(x := h.clone().requires_grad_(), w := W.clone().requires_grad_()),
+                 *torch.autograd.grad(out, (x, w), up)] for fn in (ours, twin))
+        agree(ours(h, W), twin(h, W))
+        for p, q in zip(a, b):
+            agree(p.detach(), q.detach())
+    mixed = kernels.linear_distill(h.bfloat16(), W, t, U.bfloat16())
+    agree(mixed, kernels.linear_distill_ref(h, W, t, U), torch.bfloat16)
+
+
+def test_a_second_derivative_is_refused_not_wrong(path):
+    h, W, y = head("odd", torch.float32, path)
+    up = torch.ones(37, device=h.device, requires_grad=True)
+    grad, = torch.autograd.grad(kernels.linear_logprob(h, W, y), h, up, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def test_cross_entropy_ignores_what_it_is_told_to(path):
@@ -202,9 +271,24 @@ def test_gradcheck_distill(divergence, monkeypatch):
     assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence, 1.5), (h, W))
 
 
-def test_heads_of_different_vocabularies():
-    with pytest.raises(ValueError, match="head has 5 words, the teacher's 6"):
-        kernels.linear_distill(torch.ones(1, 2), torch.ones(5, 2), torch.ones(1, 2), torch.ones(6, 2))
+@pytest.mark.parametrize("change, words", [
+    (dict(divergence="js"), "choose one of forward_kl, reverse_kl, jsd"),
+    (dict(beta=0.0), "beta between 0 and 1"),
+    (dict(teacher_W=torch.ones(6, 2)), "head has 5 words, the teacher's 6")])
+def test_bad_arguments_are_named(change, words, path):
+    one, five = torch.ones(1, 2), torch.ones(5, 2)
+    with pytest.raises(ValueError, match=words):
+        kernels.linear_distill(**dict(h=one, W=five, teacher_h=one, teacher_W=five) | change)
+
+
+def test_words_that_a_teacher_forbids():
+    """log p = -inf:  0 · inf must not become NaN where the divergence is finite"""
+    logq, logp = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.7, 0.3, 0.0]]).log()
+    assert kernels.forward_kl(logq, logp).item() == pytest.approx(0.7 * math.log(1.4), abs=1e-6)
+    m_q = ((0.6, 0.5), (0.3, 0.3), (0.1, 0.2))
+    want = 0.5 * 0.7 * math.log(0.7 / 0.6) + 0.5 * sum(q * math.log(q / m) for m, q in m_q)
+    assert kernels.jsd(logq, logp).item() == pytest.approx(want, abs=1e-6)
+    assert kernels.reverse_kl(logq, logp).item() == math.inf
 
 
 # --- all of them together -----------------------------------------------------------------------------
@@ -227,6 +311,38 @@ def test_a_model_is_the_same_on_every_path(path, family):
     assert len(results[0]) > 20
     for a, b in zip(*results):
         agree(a, b)
+
+
+def test_plain_kernels_switch_every_fast_path_off(monkeypatch):
+    """--kernels torch: a model trained and sampled from touches none of them"""
+    def never(*args, **kwargs):
+        raise AssertionError("a fast path ran")
+
+    for name in ("LinearLogprob", "LinearDistill", "RMSNorm", "RoPE", "SwiGLU"):
+        monkeypatch.setattr(getattr(kernels, name), "apply", never)
+    for name in ("decode_attention_cpu", "skinny"):
+        monkeypatch.setattr(kernels, name, never)
+    kernels.use("torch")
+    net = init(preset("2x64", bytes_tokenizer(), 32), seed=4)
+    token_logprobs(net, torch.ones(2, 9).long()).sum().backward()
+    roll = generate(net, [[1, 2], [3]], 5, stop=[])
+    kernels.newton_schulz(torch.ones(2, 3))
+    kernels.linear_distill(*(torch.ones(3, 3) for _ in range(4)))
+    assert roll.mask.sum() == 10
+    kernels.use("auto")
+    with pytest.raises(AssertionError, match="a fast path ran"):
+        token_logprobs(net, torch.ones(2, 9).long())
+
+
+def test_gradient_checkpointing(path):
+    """the forward run again in the backward gives the same gradients"""
+    net = init(preset("2x64", bytes_tokenizer(), 32), seed=4).to(where(path))
+    tokens, grads = torch.arange(18, device=where(path)).view(2, 9), []
+    for again in (False, True):
+        hidden = checkpoint(net, tokens, use_reentrant=False) if again else net(tokens)
+        grads.append(torch.autograd.grad(hidden.square().sum(), net.parameters()))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 def peak_of(side, N, D, V):

@@ -103,3 +103,26 @@ def test_autocast_does_not_round_float32(path):
     with torch.autocast("cpu", torch.bfloat16):
         got = decode_attention(q, k, v, length)
     assert torch.allclose(got, decode_attention_ref(q, k, v, length), atol=2e-6)
+
+
+def test_views_of_any_stride(path):
+    """a cache whose last axis is not dense, k and v laid out differently, lengths that are a column"""
+    q, k, v, length = cache(3, 2, 2, 40, 16)
+    want = decode_attention_ref(q, k, v, length)
+    lengths = torch.stack([length, length], 1)[:, 0]
+    odd = k.mT.contiguous().mT
+    assert odd.stride(3) != 1 and not lengths.is_contiguous()
+    for keys, values in ((odd, v), (k.clone(), v), (odd, v.mT.contiguous().mT)):
+        assert torch.allclose(decode_attention(q, keys, values, lengths), want, atol=2e-6)
+
+
+def test_it_has_no_gradient(path):
+    q, k, v, length = cache(2, 1, 2, 9, 16)
+    assert not decode_attention(q.requires_grad_(), k, v, length).requires_grad
+
+
+def test_float16_scores_do_not_overflow(path):
+    q, k, v, length = cache(2, 1, 2, 9, 16)
+    q, k, v = (1e4 * q).half(), (100 * k.clamp(-5, 5)).half(), v.clamp(-5, 5).half()
+    got = decode_attention(q, k, v, length)
+    assert torch.allclose(got.float(), decode_attention_ref(q, k, v, length).float(), atol=2e-2)
