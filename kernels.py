@@ -269,9 +269,9 @@ def jsd(logq, logp, beta=0.5):
     return beta * forward_kl(logm, logp) + (1 - beta) * forward_kl(logm, logq)
 
 
-# q ∂D/∂q up to multiples of q. Through the softmax, every gradient is then  dz = pull - q Σ pull.
-PULLS = dict(forward_kl=lambda logq, logp, beta: -logp.exp(),
-             reverse_kl=lambda logq, logp, beta: logq.exp() * (logq - logp),
+# q ∂D/∂q up to multiples of q, in place of logp. Through the softmax, dz = pull - q Σ pull in every case.
+PULLS = dict(forward_kl=lambda logq, logp, beta: logp.exp_().neg_(),
+             reverse_kl=lambda logq, logp, beta: logp.neg_().add_(logq).mul_(logq.exp()),
              jsd=lambda logq, logp, beta: (1 - beta) * logq.exp() * (logq - mixture(logq, logp, beta)))
 DIVERGENCES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd)
 

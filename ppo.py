@@ -28,6 +28,7 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
          leaves 0 within ten steps. A length that runs away means that the reward pays per token. kl is k1,
          signed: on a batch it may dip below 0. quality is the task's own measure: only gold sees it.
          reward is what is trained on, EOS rule included; val_reward and ood_reward are without that rule.
+         work is the share of rows x longest completion that decoding computed: finished rows leave.
 """
 import copy
 import time
