@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.run import UserError
+from kernels import PackedLinear
 
 # --- parameter groups ---------------------------------------------------------------------------------
 
@@ -23,6 +24,10 @@ def param_groups(model, weight_decay):
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UserError("the model has no trainable parameter")
+    kinds = {type(m) for m in model.modules()}
+    if PackedLinear in kinds and LoRA not in kinds:
+        raise UserError("packed layers cannot be trained: put adapters on them (--lora 8), or start from the "
+                        "checkpoint that was compressed")
     return [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=weight_decay),
             dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
 
@@ -81,16 +86,19 @@ SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine, wsd=wsd)
 class LoRA(nn.Module):
     """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R) B A x.
 
-    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was.
+    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was. The layer
+    may be packed (QLoRA, 2305.14314).
     """
 
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        w = linear.weight
-        self.A = nn.Parameter(torch.empty(rank, w.size(1), dtype=w.dtype, device=w.device))
-        self.B = nn.Parameter(torch.zeros(w.size(0), rank, dtype=w.dtype, device=w.device))
-        bound = 1 / math.sqrt(w.size(1))         # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
+        D, width, packed = linear.in_features, linear.out_features, isinstance(linear, PackedLinear)
+        like = dict(device=next(iter(linear.state_dict().values())).device,
+                    dtype=torch.float32 if packed else linear.weight.dtype)
+        self.A = nn.Parameter(torch.empty(rank, D, **like))
+        self.B = nn.Parameter(torch.zeros(width, rank, **like))
+        bound = 1 / math.sqrt(D)                 # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
         with torch.no_grad():
             noise = torch.rand(self.A.shape, generator=generator)
             self.A.copy_((2 * noise - 1) * bound)
@@ -99,10 +107,11 @@ class LoRA(nn.Module):
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
     def merged(self):
-        """The plain linear layer that computes the same."""
+        """The plain linear layer that computes the same; a packed one is unpacked."""
+        W = self.linear.dequantize() if isinstance(self.linear, PackedLinear) else self.linear.weight
         out = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None,
                         device="meta")
-        out.weight = nn.Parameter(self.linear.weight + self.scale * self.B @ self.A)
+        out.weight = nn.Parameter(W + self.scale * self.B @ self.A)
         out.bias = self.linear.bias
         return out
 
@@ -115,7 +124,7 @@ def add_lora(model, rank, alpha=0.0, generator=None):
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name.endswith("_proj"):
+            if isinstance(child, (nn.Linear, PackedLinear)) and name.endswith("_proj"):
                 setattr(parent, name, LoRA(child, rank, alpha or 2 * rank, generator))
     return model
 
