@@ -23,12 +23,12 @@ except ImportError:                      # macOS, Windows: the CPU paths and the
 
 
 def auto(x):
-    """Triton for CUDA tensors, the tuned PyTorch path for the CPU (and for float64)."""
+    """Triton for CUDA tensors, a tuned PyTorch path for the CPU."""
     return "triton" if x.is_cuda and triton is not None and x.dtype != torch.float64 else "cpu"
 
 
 def plain(x):
-    """The plain twin everywhere: what the kernels must agree with."""
+    """The plain definition everywhere: what the kernels must agree with."""
     return "torch"
 
 
@@ -1004,7 +1004,7 @@ INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # codes that fill whole byt
 def int_buffers(inputs, out, *, bits, group, symmetric):
     if bits not in INT_UNIT or group < 1 or group < inputs and group % INT_UNIT[bits]:
         raise ValueError(f"int needs bits of 2, 3, 4 or 8 and groups of whole pack units "
-                         f"({INT_UNIT.get(bits, 8)} columns), not bits {bits}, group {group}")
+                         f"({INT_UNIT.get(bits, 8)} columns), not bits {bits!r}, group {group}")
     groups, unit = -(-inputs // group), INT_UNIT[bits]
     zero = {} if symmetric else dict(zero=((out, -(-groups * bits // 8)), torch.uint8))
     return dict(codes=((out, -(-inputs // unit) * unit * bits // 8), torch.uint8),
@@ -1069,7 +1069,7 @@ def pack_nm24(W, *, bias=None):
 
 
 def armor_buffers(inputs, out, *, block_out, block_in):
-    if out % block_out or inputs % block_in:
+    if min(block_out, block_in) < 1 or out % block_out or inputs % block_in:
         raise ValueError(f"blocks of {block_out} x {block_in} do not tile a weight of {out} x {inputs}")
     return dict(A=((out // block_out, block_out, block_out), torch.bfloat16),
                 B=((inputs // block_in, block_in, block_in), torch.bfloat16), **nm24_buffers(inputs, out))

@@ -553,9 +553,9 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     longest = max((len(p) for p in prompts), default=0)
     if longest == 0 or min(map(len, prompts)) == 0:
         raise UserError("generate needs at least one prompt, and every prompt at least one token")
-    if samples < 1 or max_new_tokens < 0:
-        raise UserError(f"generate cannot make {samples} samples of {max_new_tokens} new tokens: "
-                        "ask for at least one sample, and 0 tokens or more")
+    if samples < 1 or min(max_new_tokens, temperature, top_k) < 0:
+        raise UserError(f"generate cannot make {samples} samples of {max_new_tokens} new tokens at "
+                        f"temperature {temperature}, top_k {top_k}: ask for at least one sample, and nothing below 0")
     if longest + max_new_tokens > config.max_position_embeddings:
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
                         f"exceed the context of {config.max_position_embeddings}: "
@@ -765,6 +765,8 @@ def tensors(path):
 
 def repack(model, layers, where):
     """Replace the Linear layers that config.json lists, {checkpoint's name: spec}, by empty packed ones."""
+    if not isinstance(layers, dict):
+        raise UserError(f"{where}: quantization_config's layers is no table of names: pack the model again")
     ours = {hf_name(name + ".", model.config)[:-1]: name for name, m in model.named_modules()
             if isinstance(m, nn.Linear) and "layers." in name}
     for key, spec in layers.items():
@@ -809,8 +811,17 @@ def load(path, device="cpu", dtype=torch.float32):
         if value.shape != p.shape:
             raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, "
                             f"config.json asks for {list(p.shape)}")
+        if name in held and value.dtype != p.dtype:
+            raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
+                            f"its format is {p.dtype}: pack the model again")
         # a copy, because a mapped file's tensors lie anywhere and a CPU's matmul rounds by their alignment
         state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
+    packed, used = ({hf_name(n, config) for n in names} for names in (held, state))
+    layers = {k.rpartition(".")[0] for k in packed}
+    odd = [k for k in stored if k.rpartition(".")[0] in layers and k not in used]
+    if odd:
+        raise UserError(f"{path}: tensor {odd[0]} does not belong to a layer packed as quantization_config "
+                        "says: the two do not match, pack the model again")
     model.load_state_dict(state, assign=True)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:

@@ -196,8 +196,8 @@ def plain_logprobs(model, tokens, mask):
 
 
 def step_row(device, rows, loss, extra=0.0, vocab=2048):
-    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels against plain
-    ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
+    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels against
+    plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
     sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
     opts = [adamw(m, 1e-3, 0.1) for m in sides]
     tokens, mask = collate(rows, 0, device)
@@ -390,12 +390,15 @@ def main(device, words):
         mb = [peak_memory(name, side, device) for side in ("ours", "plain")]
         print(f"{name:<24}{first:>13}{second:>13}{plain / ours:>7.2f}x{floor / ours:>7.0%}"
               f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
-    print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(*uneven(device)))
+    if not words or any(w in "generation" for w in words):
+        print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(*uneven(device)))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         print_peak(*sys.argv[2:])
+    elif sys.argv[1:] and not any(w in name for w in sys.argv[1:] for name in ROWS):
+        sys.exit(f"no row has {' or '.join(sys.argv[1:])} in its name: choose from {', '.join(ROWS)}")
     else:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             main(device, sys.argv[1:])

@@ -20,7 +20,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import triton
+
+try:
+    import triton
+except ImportError:
+    sys.exit("compile_kernels.py needs Triton, which is for Linux: pip install triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -114,6 +118,8 @@ CALLS = dict(heads=heads, blocks=blocks, orthogonalise=orthogonalise, packed=pac
 
 def main(names):
     """Compile what every row of CALLS launches, in the named dtypes."""
+    if set(names) - {"bfloat16", "float32"}:
+        sys.exit(f"no dtype {' '.join(names)}: choose bfloat16 or float32, or neither for both")
     JITFunction.run = compile_instead
     kernels.use("triton")
     for call in CALLS.values():

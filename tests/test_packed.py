@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import kernels as K
 import model as M
@@ -390,6 +391,9 @@ def test_the_kernels_run_a_whole_model():
     (lambda q: q["layers"]["model.layers.0.self_attn.q_proj"].update(bits=4),
      r"q_proj.codes has shape \[64, 24\], config.json asks for \[64, 32\]"),
     (lambda q: q["layers"].pop("model.layers.0.mlp.gate_proj"), "layers.0.mlp.gate_proj.weight is missing"),
+    (lambda q: q["layers"]["model.layers.0.self_attn.q_proj"].update(symmetric=True),
+     "q_proj.zero does not belong to a layer packed as quantization_config says"),
+    (lambda q: q.update(layers=["model.layers.0.self_attn.q_proj"]), "layers is no table of names"),
 ])
 def test_a_wrong_quantization_config_is_named(change, words, tmp_path):
     M.save(mixed(), bytes_tokenizer(), tmp_path)
@@ -397,6 +401,15 @@ def test_a_wrong_quantization_config_is_named(change, words, tmp_path):
     change(d["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps(d))
     with pytest.raises(UserError, match=words):
+        M.load(tmp_path)
+
+
+def test_a_packed_tensor_of_another_dtype_is_named(tmp_path):
+    M.save(mixed(), bytes_tokenizer(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.0.self_attn.q_proj.codes"] = state["model.layers.0.self_attn.q_proj.codes"].float()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="q_proj.codes is stored as torch.float32, its format is torch.uint8"):
         M.load(tmp_path)
 
 
@@ -408,7 +421,7 @@ def test_transformers_refuses_our_packed_checkpoints(tmp_path):
 
 
 def test_adapters_train_over_packed_layers_and_nothing_else_does():
-    """QLoRA: the layers stay as they are, a step moves the adapters, and the merged layer is dense and equal"""
+    """QLoRA: the layers stay, a step moves the adapters, and the merged layer is dense and equal"""
     net = M.init(M.preset("2x64", bytes_tokenizer(), 32), seed=1)
     for block in net.layers:
         W = block.mlp.up_proj.weight
