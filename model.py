@@ -555,7 +555,8 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         raise UserError("generate needs at least one prompt, and every prompt at least one token")
     if samples < 1 or min(max_new_tokens, temperature, top_k) < 0:
         raise UserError(f"generate cannot make {samples} samples of {max_new_tokens} new tokens at "
-                        f"temperature {temperature}, top_k {top_k}: ask for at least one sample, and nothing below 0")
+                        f"temperature {temperature}, top_k {top_k}: ask for at least one sample, "
+                        "and nothing below 0")
     if longest + max_new_tokens > config.max_position_embeddings:
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
                         f"exceed the context of {config.max_position_embeddings}: "
