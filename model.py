@@ -636,7 +636,8 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
 # --- checkpoints --------------------------------------------------------------------------------------
 
 
-QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers: others refuse it
+QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
+PACKED_TYPE = "packed-"                  # before its model_type: transformers would ignore the quant_method
 
 
 def from_hf(d, where="config.json"):
@@ -738,6 +739,7 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
               if isinstance(m, PackedLinear)}
     if layers:
         d["quantization_config"] = dict(quant_method=QUANT, layers=layers)
+        d["model_type"] = PACKED_TYPE + d["model_type"]
     (path / "config.json").write_text(json.dumps(d, indent=2))
     ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
     (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
@@ -791,6 +793,7 @@ def load(path, device="cpu", dtype=torch.float32):
     """
     path = checkpoint(path)
     raw = json.loads((path / "config.json").read_text())
+    raw["model_type"] = str(raw.get("model_type")).removeprefix(PACKED_TYPE)
     config = from_hf(raw, path / "config.json")
     extra = path / "generation_config.json"      # Llama-3's chat models name all eos ids here
     eos = json.loads(extra.read_text()).get("eos_token_id") if extra.exists() else None

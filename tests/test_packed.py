@@ -416,7 +416,7 @@ def test_a_packed_tensor_of_another_dtype_is_named(tmp_path):
 def test_transformers_refuses_our_packed_checkpoints(tmp_path):
     hf = pytest.importorskip("transformers")
     M.save(mixed(), bytes_tokenizer(), tmp_path)
-    with pytest.raises(ValueError, match="minimal-post-training"):
+    with pytest.raises(ValueError, match="packed-"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
