@@ -55,7 +55,7 @@ def statistics(x):
 
 
 def wide(x):
-    """x in that dtype."""
+    """x in the dtype of its statistics."""
     return x.to(statistics(x))
 
 

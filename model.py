@@ -788,8 +788,8 @@ def repack(model, layers, where):
 def load(path, device="cpu", dtype=torch.float32):
     """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
 
-    Raises UserError that names an unknown architecture, a missing or misshapen tensor, or a tokenizer with
-    more ids than the model has rows.
+    Raises UserError that names an unknown architecture, a missing or misshapen tensor, a packed layer that is
+    not stored as config.json says, or a tokenizer with more ids than the model has rows.
     """
     path = checkpoint(path)
     raw = json.loads((path / "config.json").read_text())
