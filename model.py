@@ -3,7 +3,7 @@ model.py - the transformer every script trains: Hugging Face checkpoints, batche
 
     python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint, streaming
 
-Map      1 config   2 transformer   3 scoring   4 generation   5 checkpoints   6 command line
+Map      1 config   2 transformer   3 several ranks   4 scoring   5 generation   6 checkpoints   7 command line
 Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots, E experts
 
     model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
@@ -14,6 +14,7 @@ Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values
     qwen3_moe       both of the last two                     2505.09388
 """
 import argparse
+import copy
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -374,6 +376,36 @@ def init(config, seed=0):
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02,
                             generator=g)
     return model
+
+
+# --- several ranks ------------------------------------------------------------------------------------
+
+
+def shard(model, dtype="float32"):
+    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each rank keeps 1/P of the rows of every
+    parameter and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and computed in it,
+    gradients reduced in float32. -> whole(), a collective call: the unsharded model on rank 0, else None.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh         # here: they take a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(model.head.device.type, (dist.get_world_size(),))
+    frame = copy.deepcopy(model).to("meta")
+    policy = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+              if dtype == "bfloat16" else MixedPrecisionPolicy())
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)          # the embedding, a tied head and the last norm
+
+    def whole():
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if dist.get_rank():
+            return None
+        full = copy.deepcopy(frame)
+        full.load_state_dict(state, assign=True)
+        return full
+    return whole
 
 
 # --- scoring ------------------------------------------------------------------------------------------

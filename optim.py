@@ -1,46 +1,637 @@
 """
-optim.py - how a parameter gets updated: optimisers, learning-rate schedules, adapters.
+optim.py - how a parameter gets updated: optimisers, learning-rate schedules, adapters, over one rank or many.
 
-    opt = adamw(model, lr=3e-4, weight_decay=0.1)
-    set_lr(opt, lr * cosine(step, steps, warmup))            # before every opt.step()
+    opt = optimiser(model, normuon, lr=3e-3, weight_decay=0.1)    # block matrices: NorMuon; the rest: AdamW
+    set_lr(opt, lr * cosine(step, steps, warmup)); opt.step()
 
-Map      1 parameter groups   2 optimisers   3 schedules   4 adapters          D width in, F width out, R rank
+An optimiser is a rule (gradient, state) -> direction of a few lines; one class, Optimiser, walks the
+parameters, decays and steps for all of them. Rules see a stack g [K, m, n] of all matrices of one shape.
+
+Map      1 shared pieces   2 rules   3 parameter groups   4 ranks   5 the walker   6 schedules
+         7 stored weights  8 adapters        K matrices of a stack, m x n of one (out, in), r rank, a >= b its sides
+
+rule            paper               state of a matrix    idea
+adamw           1711.05101          2mn                  momentum over the root of the second moment
+signsgd         1802.04434          0                    the sign: the control that sign-like rules must beat
+lion            2302.06675          mn                   sign of an interpolated momentum
+lionk           2310.05898          mn                   any convex norm's gradient instead of the sign
+muon            2502.16982          mn                   orthogonalised momentum (Newton-Schulz)
+normuon         2510.05491          mn + m               Muon with every neuron's row normalised over time
+shampoo         1802.09568          mn + 2m² + 2n²       inverse fourth roots of both sides' covariances
+soap            2409.11321          2mn + 2m² + 2n²      Adam in Shampoo's eigenbasis
+adam_mini       2406.16793          mn + m               one second moment a row, or a head of q and k
+dion            2504.05295          mn + nr              rank-r orthogonalised momentum with error feedback
+galore          2403.03507          rb + 2ra             Adam in the top singular directions of the gradient
+qgalore         2407.08296          (rb/2 + 2ra) bytes   GaLore, 4-bit basis, 8-bit Adam, lazy refresh
+apollo          2412.05270          2ra                  row step sizes from Adam on a random sketch
+apollo_mini     2412.05270          2a + 1               one step size a matrix, from a rank-1 sketch
+frugal          2411.07837          2mn of the active    Adam on some whole matrices, sign-SGD on the others
+frugal_columns  2411.07837          2mn density          the same with random columns of every matrix
+fira            2410.01623          rb + 2ra + 1         GaLore plus the scaled rest of the gradient
+gradnormlorp    2412.19616          rb + 2ra + 2m        GaLore on row directions, Adam on row norms
+eco             2601.22101          2mn, no master       Adam; rounding errors of stored weights feed m
+eco_sgd         2601.22101          mn, no master        the same with momentum SGD
+classp          2405.09637          mn                   AdaGrad with a threshold: protects earlier tasks
 """
 import copy
+import hashlib
 import math
+import time
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.adamw import adamw as torch_adamw
 
-from data.run import UserError
-from kernels import PackedLinear
+from data.run import UserError, hyper, nearest, needs
+from kernels import PackedLinear, newton_schulz, pack_bits, unpack_bits
 
-# --- parameter groups ---------------------------------------------------------------------------------
+# --- 1 shared pieces ----------------------------------------------------------------------------------
 
 
-def param_groups(model, weight_decay):
-    """The trainable parameters in two groups: matrices (decayed), and norms, biases, other vectors (not)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def kept(s, key, like):
+    """The state s[key], zeros in the shape of `like` at first."""
+    if key not in s:
+        s[key] = torch.zeros_like(like)
+    return s[key]
+
+
+def ema(s, key, x, beta):
+    """s[key] <- beta s[key] + (1 - beta) x, in place; the state itself is returned."""
+    return kept(s, key, x).lerp_(x, 1 - beta)
+
+
+def adam(g, s, t, b1, b2, eps):
+    """Adam's direction  m̂ / (√v̂ + eps)  with bias-corrected moments after t steps."""
+    m, v = ema(s, "m", g, b1), ema(s, "v", g * g, b2)
+    return m / (1 - b1 ** t) / ((v / (1 - b2 ** t)).sqrt() + eps)
+
+
+def adam_hf(g, s, b1, b2, eps, key=""):
+    """m / (√v + eps): Adam as the low-rank papers' code has it, the bias correction left to `correction`, so
+    that eps weighs 1/√(1 - b2ᵗ) more in the first steps than in `adam`."""
+    m, v = ema(s, "m" + key, g, b1), ema(s, "v" + key, g * g, b2)
+    return m / (v.sqrt() + eps)
+
+
+def correction(t, b1, b2):
+    """√(1 - b2ᵗ) / (1 - b1ᵗ): what those papers multiply into the learning rate."""
+    return math.sqrt(1 - b2 ** t) / (1 - b1 ** t)
+
+
+def need_matrix(g):
+    """UserError for what is no matrix: norms, biases and other vectors belong to AdamW."""
+    if g.dim() < 2:
+        raise UserError(f"this rule updates matrices, and got a tensor of shape {list(g.shape)}: leave norms, "
+                        "biases and other vectors to adamw")
+    return g
+
+
+def turn(g):
+    """A stack as it is if m >= n, else transposed: low-rank rules see tall matrices. Its own inverse with
+    turn_back, because the papers treat the two shapes as mirror images."""
+    return g.mT if need_matrix(g).size(-2) < g.size(-1) else g
+
+
+def turn_back(x, g):
+    """x, made from turn(g), in g's own orientation."""
+    return x.mT if g.size(-2) < g.size(-1) else x
+
+
+def rank_of(rank, shape):
+    """--rank, or a quarter of the shorter side if it is 0; UserError if it exceeds that side."""
+    short = min(shape[-2:])
+    if rank > short or rank < 0:
+        raise UserError(f"--rank {rank} does not fit a {shape[-2]}x{shape[-1]} matrix: choose 1 to {short}, "
+                        "or 0 for a quarter of the shorter side")
+    return rank or max(1, short // 4)
+
+
+def gauss(seeds, refresh, shape, like):
+    """A normal [K, *shape], each matrix from its own seed and refresh count, whatever shares its stack."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s + refresh))
+                        for s in seeds]).to(like)
+
+
+def top_rows(G, r):
+    """The top r right singular vectors of tall G [..., a, b], as rows [..., r, b]. SVD in float32 or more."""
+    wide = G if G.dtype == torch.float64 else G.float()
+    return torch.linalg.svd(wide, full_matrices=False)[2][..., :r, :].to(G.dtype)
+
+
+def norm(x, dims=(-2, -1)):
+    """Root of the sum of squares, dimensions kept."""
+    return x.square().sum(dims, keepdim=True).sqrt()
+
+
+def limit_growth(S, s, growth):
+    """Fira's norm-growth limiter (2410.01623 eq. 9): |S| may rise by the factor `growth` a step; 0: no limit.
+
+    After a quiet phase one large gradient is throttled for many steps: about 70 to double at 1.01.
+    """
+    if not growth:
+        return S
+    size = norm(S)                                                                       # [K, 1, 1]
+    if "prev" in s:
+        over = (size / (s["prev"] + 1e-8)).clamp(min=growth) / growth
+        S, size = S / over, size / over
+    s["prev"] = size
+    return S
+
+
+def scale_of(name, m, n):
+    """The factor that gives orthogonalised m x n updates one learning-rate dial (m outputs).
+
+    rms       0.2 √max(m, n): RMS 0.2 as AdamW's, whose learning rate and decay then transfer (2502.16982)
+    original  √max(1, m/n): learning rates near 0.02 (Jordan et al.)     spectral  √(m/n) (Dion's code)
+    """
+    scales = dict(rms=0.2 * math.sqrt(max(m, n)), original=math.sqrt(max(1, m / n)), spectral=math.sqrt(m / n))
+    if name not in scales:
+        raise UserError(f"--scale {name}{nearest(name, scales)}")
+    return scales[name]
+
+
+# 8-bit states (2110.02861): blocks of 256 values, each over its largest, as indices into a table whose steps
+# are finer near 0, so that a second moment's small entries survive.
+
+BLOCK = 256
+
+
+def code_table(signed):
+    """256 sorted values in [-1, 1], or [0, 1] unsigned: seven decades, each split twice as finely as the
+    one below it."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** decade * (1 if signed else 2) + 1, dtype=torch.float64)
+        centres = (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
+        values += centres + ([-x for x in centres] if signed else [])
+    return torch.tensor(sorted(values))
+
+
+TABLES = {"m": code_table(True), "v": code_table(False)}
+
+
+def put8(s, key, x):
+    """Store x [K, …] under key as 8-bit codes and a float32 scale per block of 256 (m signed, v not)."""
+    flat = F.pad(x.flatten(1).float(), (0, -x[0].numel() % BLOCK)).unflatten(1, (-1, BLOCK))   # [K, B, 256]
+    scale = flat.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    table = TABLES[key].to(x.device)
+    middle = (table[1:] + table[:-1]) / 2
+    s[key + "8"], s[key + "_scale"] = torch.bucketize(flat / scale, middle).to(torch.uint8), scale
+
+
+def get8(s, key, like):
+    """What put8 stored, in the shape of `like`; zeros if nothing is there yet."""
+    if key + "8" not in s:
+        return torch.zeros_like(like)
+    flat = TABLES[key].to(like.device)[s[key + "8"].long()] * s[key + "_scale"]
+    return flat.flatten(1)[:, :like[0].numel()].reshape(like.shape).to(like.dtype)
+
+
+def quantize_groups(w, bits, group=256, seeds=None):
+    """Asymmetric codes of groups of consecutive entries (Q-GaLore, 2407.08296).   w [K, N], N a multiple of
+    group -> codes [K, N/g, g], scale, zero [K, N/g, 1];  w ≈ (codes - zero) scale.
+
+    scale = (max - min) / (2ᵇ - 1) of the group *with 0*, so that the zero point is always a code: the public
+    code clamps it instead, and breaks groups on one side of 0. seeds: generators for stochastic rounding
+    (unbiased) instead of rounding to nearest, one a matrix.
+    """
+    w, top = w.unflatten(1, (-1, group)).float(), 2 ** bits - 1
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low).clamp(min=1e-5) / top
+    zero = (-low / scale).round()
+    x = w / scale
+    x = torch.floor(x + uniform(x, seeds)) if seeds else x.round()
+    return (x + zero).clamp(0, top), scale, zero
+
+
+def uniform(x, generators):
+    """U(0, 1) of x's shape [K, …], row k from generator k."""
+    return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x)
+
+
+def round_bf16(x, generators=None):
+    """float32 -> the nearest bfloat16 values (still as float32), or stochastically one of the two neighbours.
+
+    Stochastic: add a uniform 16-bit integer to the bits and cut the low half: unbiased, exact for what is
+    representable; infinities and NaN pass.
+    """
+    if not generators:
+        return x.bfloat16().float()
+    noise = torch.stack([torch.randint(0, 1 << 16, x.shape[1:], generator=g, dtype=torch.int32)
+                         for g in generators]).to(x.device)
+    cut = ((x.float().contiguous().view(torch.int32) + noise) & -65536).view(torch.float32)
+    return torch.where(x.isfinite(), cut, x)
+
+
+# --- 2 rules: (g, s, …) -> direction d;  the walker then does  W <- (1 - lr λ) W - lr d -------------------
+#   g [K, m, n] gradients, s the stack's state (s["t"] counts steps from 1). A rule names what else it needs:
+#   W [K, m, n] weights, lr, seeds (one int a matrix), ranks (shape, whole, rows, sum), block (rows of a head),
+#   place (the matrices' numbers among all, their count, the run's seed). Everything has a leading K.
+
+
+def adamw(g, s, *, b1=0.9, b2=0.95, eps=1e-8):
+    """AdamW, 1711.05101 alg. 2.   m̂ / (√v̂ + eps).   b2 0.95 is the language modeller's custom."""
+    return adam(g, s, s["t"], b1, b2, eps)
+
+
+def signsgd(g, s):
+    """Sign-SGD, 1802.04434.   sign(g): no state. The control for Lion, APOLLO-Mini and FRUGAL."""
+    return g.sign()
+
+
+def lion(g, s, *, b1=0.9, b2=0.99):
+    """Lion, 2302.06675 alg. 2.   sign(b1 m + (1 - b1) g);  then  m <- b2 m + (1 - b2) g.
+
+    With decay λ it minimises the loss subject to |W|_inf <= 1/λ (2310.05898).
+    """
+    m = kept(s, "m", g)
+    d = torch.lerp(g, m, b1).sign()                    # before m moves: two different interpolations
+    m.lerp_(g, 1 - b2)
+    return d
+
+
+def power_norm(c, p):
+    """The gradient of |c|_p over a matrix:  sign(c) |c|^(p-1) / |c|_p^(p-1)."""
+    size = c.abs().pow(p).sum((-2, -1), keepdim=True).pow((p - 1) / p)
+    return c.sign() * c.abs().pow(p - 1) / size.clamp(min=1e-30)
+
+
+KAPPAS = {"l1": torch.sign, "l1.5": partial(power_norm, p=1.5), "l2": partial(power_norm, p=2.0),
+          "nuclear": newton_schulz}
+
+
+def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
+    """Lion-κ, 2310.05898 eq. 5.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
+    nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has (ours: for every κ)."""
+    if kappa not in KAPPAS:
+        raise UserError(f"--kappa {kappa}{nearest(kappa, KAPPAS)}")
+    m = kept(s, "m", need_matrix(g))
+    d = KAPPAS[kappa](torch.lerp(g, m, b1))
+    m.lerp_(g, 1 - b2)
+    return d * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) if rms_match else d
+
+
+def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
+    """Muon, Jordan et al. 2024; 2502.16982 eq. 2, 4.   scale · NS(M),  M the momentum (Nesterov's look-ahead).
+
+    Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD, the control.
+    """
+    m, n = ranks.shape
+    M = ema(s, "m", need_matrix(g), momentum)
+    U = g.lerp(M, momentum) if nesterov else M                                           # [K, m, n]
+    return scale_of(scale, m, n) * ranks.orthogonalise(U, ns_steps)
+
+
+def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=5, scale="rms", axis="row",
+            local_norm=False):
+    """NorMuon, 2510.05491 alg. 1.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v + eps),
+    direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F = |O|_F, times it).
+
+    v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least 1e-4 of
+    its mean. nesterov as in the authors' code (the paper's algorithm has none). axis "short" (not the
+    paper's): columns of wide matrices. Over several ranks M and v stay with the rows, one sum of scalars
+    makes |N|_F exact; local_norm leaves it out (each shard its own norm, as in Dion's code).
+    """
+    if axis not in ("row", "short"):
+        raise UserError(f"--axis {axis}: choose row or short")
+    m, n = ranks.shape
+    short = axis == "short" and m < n
+    if short and ranks.size > 1:
+        raise UserError("--axis short needs whole columns: run it on one rank")
+    total = (lambda x: x) if local_norm else ranks.sum
+    M = ema(s, "m", need_matrix(g), b1)
+    U = g.lerp(M, b1) if nesterov else M
+    O = ranks.orthogonalise(U, ns_steps)                                                 # [K, m, n]
+    v = ema(s, "v", O.square().mean(-2 if short else -1, keepdim=True), b2)              # [K, m, 1]
+    floor = 1e-4 * ranks.sum(v.sum((-2, -1), keepdim=True)) / (n if short else m)        # [K, 1, 1]
+    N = O / (torch.maximum(v, floor).sqrt() + eps)
+    size = total(norm(N).square()).sqrt().clamp(min=1e-12)                               # |N|_F
+    if scale == "rms":
+        rows = g.size(-2) if local_norm else m
+        return 0.2 * math.sqrt(rows * n) / size * N
+    return scale_of(scale, m, n) * total(norm(O).square()).sqrt() / size * N
+
+
+def inverse_root(S, eps):
+    """S^(-1/4) of symmetric S [K, m, m], eps · its mean eigenvalue added first."""
+    S = S + eps * S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(S.size(-1)).to(S)
+    w, Q = torch.linalg.eigh(S)
+    return Q * w.clamp(min=1e-30).pow(-0.25)[:, None] @ Q.mT
+
+
+def shampoo(g, s, *, b1=0.9, b2=0.95, every=10, eps=1e-6, graft=True):
+    """Shampoo, 1802.09568 alg. 1 (averages for sums).   L^(-1/4) M R^(-1/4),  L of G Gᵀ, R of Gᵀ G, roots
+    renewed every `every` steps. graft: to RMS 0.2, the usual size of Adam's step (ours: without its state).
+
+    Its first step without momentum is G's polar factor: Muon is a Shampoo without memory.
+    """
+    M = ema(s, "m", need_matrix(g), b1) if b1 else g
+    L, R = ema(s, "L", g @ g.mT, b2), ema(s, "R", g.mT @ g, b2)
+    if (s["t"] - 1) % every == 0:
+        fix = 1 - b2 ** s["t"]
+        s["L_root"], s["R_root"] = inverse_root(L / fix, eps), inverse_root(R / fix, eps)
+    d = s["L_root"] @ M @ s["R_root"]
+    return 0.2 * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) * d if graft else d
+
+
+def soap(g, s, *, b1=0.95, b2=0.95, eps=1e-8, every=10):
+    """SOAP, 2409.11321 alg. 3.   Q_L N Q_Rᵀ,  N Adam's direction of Q_Lᵀ G Q_R,  Q the eigenvectors of the
+    averages of G Gᵀ and Gᵀ G, refreshed every `every` steps by one power iteration and a QR.
+
+    As in the authors' code the first call only sets up the basis, the basis follows the step, m is rotated
+    into a new basis and v only permuted along.
+    """
+    sides = [("L", "Q_L", need_matrix(g) @ g.mT), ("R", "Q_R", g.mT @ g)]
+    if "Q_L" not in s:
+        for S, Q, new in sides:
+            s[S] = (1 - b2) * new
+            s[Q] = torch.linalg.eigh(s[S])[1].flip(-1)                                   # falling eigenvalues
+        return torch.zeros_like(g)
+    N = adam_hf(s["Q_L"].mT @ g @ s["Q_R"], s, b1, b2, eps)
+    d = correction(s["t"] - 1, b1, b2) * s["Q_L"] @ N @ s["Q_R"].mT
+    for S, Q, new in sides:
+        ema(s, S, new, b2)
+    if (s["t"] - 1) % every == 0:
+        m = s["Q_L"] @ s["m"] @ s["Q_R"].mT
+        for S, Q, _ in sides:
+            old = s[Q]
+            order = (old * (s[S] @ old)).sum(-2).argsort(-1, descending=True)            # of diag(Qᵀ S Q)
+            along = order[:, :, None] if S == "L" else order[:, None]
+            s["v"] = s["v"].take_along_dim(along, -2 if S == "L" else -1)
+            s[Q] = torch.linalg.qr(s[S] @ old.take_along_dim(order[:, None], -1))[0]
+        s["m"] = s["Q_L"].mT @ m @ s["Q_R"]
+    return d
+
+
+def adam_mini(g, s, block, *, b1=0.9, b2=0.95, eps=1e-8):
+    """Adam-mini, 2406.16793 alg. 1.   AdamW with one second moment a row, of q and k one a head (`block`
+    rows):  v_b <- b2 v_b + (1 - b2) mean_b(g²)."""
+    square = need_matrix(g).square().mean(-1, keepdim=True)                              # [K, m, 1]
+    square = square.unflatten(1, (-1, block)).mean(2)                                    # [K, m/block, 1]
+    m, v = ema(s, "m", g, b1), ema(s, "v", square, b2)
+    root = ((v / (1 - b2 ** s["t"])).sqrt() + eps).repeat_interleave(block, 1)
+    return m / (1 - b1 ** s["t"]) / root
+
+
+def dion(g, s, seeds, *, rank=0, momentum=0.95, eps=1e-8, scale="spectral"):
+    """Dion, 2504.05295 alg. 1.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns over
+    their norms;  direction scale · P Qᵀ. What P missed stays in M: error feedback."""
+    m, n = need_matrix(g).shape[-2:]
+    if "Q" not in s:
+        s["m"], s["Q"] = torch.zeros_like(g), gauss(seeds, 0, (n, rank_of(rank, g.shape)), g)
+    M = s["m"].add_(g)
+    P = torch.linalg.qr(M @ s["Q"])[0]                                                   # [K, m, r]
+    R = M.mT @ P                                                                         # [K, n, r]
+    M.sub_((1 - momentum) * P @ R.mT)
+    s["Q"] = R / (norm(R, -2) + eps)
+    return scale_of(scale, m, n) * P @ s["Q"].mT
+
+
+def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, basis="svd"):
+    """GaLore, 2403.03507 alg. 2.   scale · Adam(G Pᵀ) P,  P the top r right singular vectors of tall G (left
+    ones of wide), renewed every `every` steps while Adam's moments stay. basis random: the control."""
+    if basis not in ("svd", "random"):
+        raise UserError(f"--basis {basis}: choose svd or random")
+    G = turn(g)                                                                          # [K, a, b]
+    if (s["t"] - 1) % every == 0:
+        r = rank_of(rank, G.shape)
+        s["P"] = (top_rows(G, r) if basis == "svd" else
+                  torch.linalg.qr(gauss(seeds, s["t"], (G.size(-1), r), G))[0].mT.contiguous())
+    N = adam_hf(G @ s["P"].mT, s, b1, b2, eps)                                           # [K, a, r]
+    return turn_back(scale * correction(s["t"], b1, b2) * N @ s["P"], g)
+
+
+def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, threshold=0.4, lazy=5):
+    """Q-GaLore, 2407.08296 alg. 1.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
+    refresh every T steps: T doubles when the top singular vector's |cos| to its predecessor, averaged over
+    the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
+
+    The paper stores the weights in 8 bits too: --store int8.
+    """
+    G = turn(g)
+    K, r, b = len(G), rank_of(rank, G.shape), G.size(-1)
+    if "T" not in s:
+        s["T"], s["next"] = torch.full((K,), every), torch.ones(K, dtype=torch.long)
+        s["cos"], s["svds"] = torch.full((K, lazy), -1.0, dtype=torch.float32), torch.zeros(K, dtype=torch.long)
+        groups = -(-r * b // BLOCK)
+        s["P4"] = torch.zeros(K, groups * BLOCK // 2, dtype=torch.uint8, device=g.device)
+        s["P_scale"], s["P_zero"] = torch.ones(2, K, groups, 1, dtype=torch.float32, device=g.device)
+
+    def basis(k):
+        codes = unpack_bits(s["P4"][k], 4, s["P4"].size(1) * 2).unflatten(1, (-1, BLOCK))
+        return ((codes - s["P_zero"][k]) * s["P_scale"][k]).flatten(1)[:, :r * b].view(-1, r, b).to(G.dtype)
+
+    due = (s["next"] == s["t"]).nonzero()[:, 0]
+    if len(due):
+        P = top_rows(G[due], r)                                                          # [due, r, b]
+        cos = F.cosine_similarity(basis(due)[:, 0], P[:, 0], dim=-1).abs().cpu().float()
+        seen = s["svds"][due] > 0
+        s["cos"][due[seen]] = torch.cat([s["cos"][due[seen], 1:], cos[seen, None]], 1)
+        calm = due[(s["cos"][due].amin(1) >= 0) & (s["cos"][due].mean(1) >= threshold)]
+        s["T"][calm] *= 2
+        s["next"][due] += s["T"][due]
+        s["svds"][due] += 1
+        codes, scales, zeros = quantize_groups(F.pad(P.flatten(1), (0, -r * b % BLOCK)), 4, BLOCK)
+        s["P4"][due] = pack_bits(codes.flatten(1), 4)
+        s["P_scale"][due], s["P_zero"][due] = scales, zeros
+    P = basis(slice(None))
+    R = G @ P.mT                                                                         # [K, a, r]
+    m, v = get8(s, "m", R).lerp_(R, 1 - b1), get8(s, "v", R).lerp_(R * R, 1 - b2)
+    put8(s, "m", m)
+    put8(s, "v", v)
+    return turn_back(scale * correction(s["t"], b1, b2) * (m / (v.sqrt() + eps)) @ P, g)
+
+
+def apollo(g, s, seeds, *, rank=0, every=200, scale=1.0, growth=1.01, front=False, tensor=False, b1=0.9,
+           b2=0.999, eps=1e-6):
+    """APOLLO, 2412.05270 alg. 1.   √scale · φ_i G_i,  φ_i = |N_i| / |R_i|,  N Adam's direction of the sketch
+    R = G Pᵀ,  P normal / √r from the matrix's seed, redrawn every `every` steps and never stored.
+
+    i: rows of a tall, columns of a wide matrix; with tensor, the whole. front: √scale before the growth
+    limiter. A sketch shrinks φ by about √(r/n): scale n/r undoes that.
+    """
+    G = turn(g)
+    r = rank_of(rank, G.shape)
+    P = gauss(seeds, (s["t"] - 1) // every, (r, G.size(-1)), G) / math.sqrt(r)           # [K, r, b]
+    R = G @ P.mT                                                                         # [K, a, r]
+    N = adam_hf(R, s, b1, b2, eps)
+    dims = (-2, -1) if tensor else -1
+    S = norm(N, dims) / (norm(R, dims) + 1e-8) * G
+    S = limit_growth(math.sqrt(scale) * S, s, growth) if front else math.sqrt(scale) * limit_growth(S, s, growth)
+    return turn_back(correction(s["t"], b1, b2) * S, g)
+
+
+def apollo_mini(g, s, seeds, *, rank=1, every=200, scale=128.0, growth=1.01, front=False, b1=0.9, b2=0.999,
+                eps=1e-6):
+    """APOLLO-Mini, 2412.05270 §4.2.   One step size a matrix from a rank-1 sketch; scale 128 is n/r at n 128."""
+    return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front, tensor=True,
+                  b1=b1, b2=b2, eps=eps)
+
+
+def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
+    """FRUGAL, 2411.07837 alg. 1, blocks.   Adam on round(density · count) whole matrices drawn anew every
+    `every` steps, their moments from 0;  kappa · sign(g) on the others. kappa 0.1 for fine-tuning."""
+    number, count, seed = place
+    if (s["t"] - 1) % every == 0:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + s["t"])).tolist()
+        active = set(order[:round(density * count)])
+        s["on"] = torch.tensor([k for k, i in enumerate(number) if i in active], dtype=torch.long).to(g.device)
+        s["m"], s["v"] = torch.zeros(2, len(s["on"]), *g.shape[1:]).to(g).unbind(0)
+    d = kappa * g.sign()
+    d[s["on"]] = adam(g[s["on"]], s, (s["t"] - 1) % every + 1, b1, b2, eps)
+    return d
+
+
+def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
+    """FRUGAL, 2411.07837 alg. 1, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by its
+    seed, not stored) every `every` steps, moments from 0;  kappa · sign(g) elsewhere."""
+    n, period = need_matrix(g).size(-1), (s["t"] - 1) // every
+    drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(x + period)) for x in seeds]
+    J = torch.stack(drawn)[:, None, :int(density * n)].to(g.device)                      # [K, 1, c]
+    J = J.expand(-1, g.size(-2), -1)
+    if (s["t"] - 1) % every == 0:
+        s["m"], s["v"] = torch.zeros(2, *J.shape).to(g).unbind(0)
+    step = adam(g.gather(-1, J), s, (s["t"] - 1) % every + 1, b1, b2, eps)
+    return (kappa * g.sign()).scatter(-1, J, step)
+
+
+def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, eps=1e-6):
+    """Fira, 2410.01623 alg. 1.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:  GaLore,
+    and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
+
+    alpha inside the rest is the authors' code: for alpha < 1 it keeps a share of the subspace's gradient.
+    """
+    G = turn(g)
+    if (s["t"] - 1) % every == 0:
+        s["P"] = top_rows(G, rank_of(rank, G.shape))
+    R = G @ s["P"].mT                                                                    # [K, a, r]
+    N = adam_hf(R, s, b1, b2, eps)
+    rest = norm(N, -1) / (norm(R, -1) + 1e-8) * (G - alpha * R @ s["P"])
+    return turn_back(correction(s["t"], b1, b2) * (alpha * N @ s["P"] + limit_growth(rest, s, growth)), g)
+
+
+def gradnormlorp(g, s, W, lr, *, rank=0, every=250, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, exact=False):
+    """GradNormLoRP, 2412.19616 eq. 5-9.   W = ρ V with unit rows V;  g_ρ = Σ_j V G  goes to Adam,
+    g_V = G - V g_ρ  to GaLore;  W <- ρ' V'/|V'|.
+
+    exact keeps the chain rule's factor ρ in g_V, which the code drops. The public code computes both updates
+    but never rebuilds W; this is the paper's method, V and ρ recomputed from W.
+    """
+    rho = norm(W, -1) + 1e-12                                                            # [K, m, 1]
+    V = W / rho
+    g_rho = (V * g).sum(-1, keepdim=True)
+    G = turn((rho if exact else 1.0) * (g - V * g_rho))
+    if (s["t"] - 1) % every == 0:
+        s["P"] = top_rows(G, rank_of(rank, G.shape))
+    fix = correction(s["t"], b1, b2)
+    N = adam_hf(G @ s["P"].mT, s, b1, b2, eps)
+    V = V - lr * scale * fix * turn_back(N @ s["P"], g)
+    rho = rho - lr * fix * adam_hf(g_rho, s, b1, b2, eps, "_rho")
+    return (W - rho * V / (norm(V, -1) + 1e-12)) / max(lr, 1e-12)
+
+
+def eco(g, s, *, b1=0.9, b2=0.999, eps=1e-8):
+    """ECO on Adam, 2601.22101.   AdamW's direction; after the weights are rounded to their grid (--store),
+    `feed_adam` gives the error to m, which pays it back: no float master copy is kept."""
+    return adam(g, s, s["t"], b1, b2, eps)
+
+
+def feed_adam(e, s, lr, shrink, *, b1, b2, eps):
+    """m += (1 - b1ᵗ)/lr · (1 - 1/b1) · (√v̂ + eps) · e,  e what rounding took from W;  shrink: 1 - lr λ."""
+    t = s["t"]
+    root = (s["v"] / (1 - b2 ** t)).sqrt() + eps
+    s["m"] += shrink * (1 - b1 ** t) / lr * (1 - 1 / b1) * root * e
+
+
+def eco_sgd(g, s, *, momentum=0.9):
+    """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   θ = W - lr μ/(1-μ) m moves exactly by -lr g."""
+    return ema(s, "m", g, momentum)
+
+
+def feed_sgd(e, s, lr, shrink, *, momentum):
+    """m += (1 - 1/μ)/lr · e:  the sign is that of μ < 1, so what was rounded away is pushed again."""
+    s["m"] += shrink * (1 - 1 / momentum) / lr * e
+
+
+def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
+    """CLASSP, 2405.09637 alg. 1.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
+
+    suppress false: the first task, h only gathers. p 2, threshold 0 is AdaGrad. The paper's equation; the
+    author's code gates whole tensors and discards the power.
+    """
+    h = kept(s, "h", g)
+    on = g.square() > threshold
+    h += on * g.abs().pow(p)
+    return on * (g / (eps + h).pow(1 / p) if suppress else g)
+
+
+RULES = dict(adamw=adamw, signsgd=signsgd, lion=lion, lionk=lionk, muon=muon, normuon=normuon, shampoo=shampoo,
+             soap=soap, adam_mini=adam_mini, dion=dion, galore=galore, qgalore=qgalore, apollo=apollo,
+             apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns, fira=fira,
+             gradnormlorp=gradnormlorp, eco=eco, eco_sgd=eco_sgd, classp=classp)
+BY_ROWS = {"adamw", "signsgd", "lion", "muon", "normuon", "classp"}     # these work on a rank's rows alone
+FEEDBACK = dict(eco=feed_adam, eco_sgd=feed_sgd)
+
+# --- 3 parameter groups -------------------------------------------------------------------------------
+
+
+def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_decay=-1.0, decay_embed=True):
+    """The trainable parameters in groups, first match wins, each parameter in exactly one.
+
+    Embeddings and output heads go to AdamW (decayed unless decay_embed is false), norms, biases and other
+    vectors to AdamW without decay, the matrices of the blocks to `rule`. aux_lr, aux_decay: that AdamW's (0
+    and -1: lr and weight_decay, one dial). With adamw as the rule the matrices are one group. UserError: nothing to train, packed
+    layers without adapters, a matrix that is neither in a block nor an embedding or a head.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError("the model has no trainable parameter")
     kinds = {type(m) for m in model.modules()}
-    if PackedLinear in kinds and LoRA not in kinds:
-        raise UserError("packed layers cannot be trained: put adapters on them (--lora 8), or start from the "
+    if PackedLinear in kinds and not kinds & {LoRA, Bone, Bat}:
+        raise UserError("packed layers cannot be trained: put adapters on them (--peft lora), or start from the "
                         "checkpoint that was compressed")
-    return [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
+    aux = partial(adamw, **(hyper(rule) if name_of(rule) == "adamw" else {}))
+    hidden, outer, vectors = {}, {}, {}
+    for name, p in trained.items():
+        if p.dim() < 2:
+            vectors[name] = p
+        elif any(word in name for word in ("embed", "lm_head", "score.")):
+            outer[name] = p
+        elif "layers." in name:
+            hidden[name] = p
+        else:
+            raise UserError(f"parameter {name} of shape {list(p.shape)} is in no block and is no embedding or "
+                            "head: pass Optimiser your own groups")
+    aux_decay = weight_decay if aux_decay < 0 else aux_decay
+    if name_of(rule) == "adamw" and decay_embed and not aux_lr and aux_decay == weight_decay:
+        hidden, outer = {n: p for n, p in trained.items() if p.dim() >= 2}, {}
+    head = getattr(getattr(model, "config", None), "head_dim", 1)
+    block = {n: head if n.endswith(("q_proj.weight", "k_proj.weight")) else 1 for n in hidden}
+    rows = [(hidden, rule, weight_decay, 1.0), (outer, aux, aux_decay * decay_embed, (aux_lr or lr) / lr),
+            (vectors, aux, 0.0, (aux_lr or lr) / lr)]
+    return [dict(params=list(ps.values()), names=list(ps), rule=r, lr=lr * scale, weight_decay=wd, scale=scale,
+                 block=block) for ps, r, wd, scale in rows if ps]
 
 
-# --- optimisers ---------------------------------------------------------------------------------------
+def name_of(rule):
+    """A rule's name, of the function itself or with arguments bound."""
+    return getattr(rule, "func", rule).__name__
 
 
-def adamw(model, lr, weight_decay=0.0, *, b1=0.9, b2=0.95, eps=1e-8):
-    """AdamW (1711.05101), PyTorch's own, fused. b2 0.95 is the language modeller's custom."""
-    return torch.optim.AdamW(param_groups(model, weight_decay), lr=lr, betas=(b1, b2), eps=eps, fused=True)
+def optimiser(model, rule=adamw, lr=1e-3, weight_decay=0.0, seed=0, *, aux_lr=0.0, aux_decay=-1.0,
+              decay="decoupled", decay_embed=True):
+    """The Optimiser of a model's trainable parameters, in param_groups' groups; build it after sharding.
 
-
-OPTIMISERS = dict(adamw=adamw)
+    aux_lr, aux_decay: of AdamW for what is no block matrix (0, -1: as the others'). decay: a row of DECAYS.
+    decay_embed: embeddings and heads decay too.
+    """
+    stored = {m.weight: m for m in model.modules() if isinstance(m, StoredLinear)}
+    return Optimiser(param_groups(model, rule, lr, weight_decay, aux_lr, aux_decay, decay_embed), decay=decay, seed=seed,
+                     stored=stored)
 
 
 def set_lr(optimiser, lr):
@@ -49,7 +640,315 @@ def set_lr(optimiser, lr):
         group["lr"] = lr * group.get("scale", 1.0)
 
 
-# --- schedules: (step, steps, warmup) -> factor on the peak learning rate -----------------------------
+# --- 4 ranks: a matrix's rows lie over the ranks (FSDP2's Shard(0)), ⌈m/P⌉ each, zeros added at the end -----
+
+
+class Ranks:
+    """How the K matrices of a stack lie over P ranks, and the collectives that rules and walker need.
+
+    shape: of the whole matrix. Without a process group P is 1 and nothing is sent. Matrix k belongs to rank
+    k mod P, which alone does the work that needs all of it. seconds: spent in Newton-Schulz (CPU only).
+    """
+
+    def __init__(self, shape, group=None):
+        self.shape, self.group, self.seconds = tuple(shape), group, 0.0
+        self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
+        self.height = -(-self.shape[0] // self.size)                       # rows of a rank, padding included
+
+    def pad(self, local):
+        """A shard's rows [≤ height, …] with zeros added up to height."""
+        missing = self.height - local.size(0)
+        return F.pad(local, (0, 0) * (local.dim() - 1) + (0, missing)) if missing else local
+
+    def exchange(self, x):
+        """x [P, …]: part p goes to rank p; -> what all ranks sent here, [P, …]."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=self.group)
+        return out
+
+    def whole(self, x):
+        """Every rank's rows of K matrices [K, height, n] -> this rank's own matrices [⌈K/P⌉, m, n]."""
+        if self.size == 1:
+            return x
+        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.size(0) % self.size))
+        parts = self.exchange(x.unflatten(0, (-1, self.size)).transpose(0, 1))           # [P, K/P, height, n]
+        return parts.transpose(0, 1).flatten(1, 2)[:, :self.shape[0]].contiguous()
+
+    def rows(self, x, K):
+        """The way back: own matrices [⌈K/P⌉, m, n] -> this rank's rows of all K, [K, height, n]."""
+        if self.size == 1:
+            return x
+        x = F.pad(x, (0, 0, 0, self.height * self.size - x.size(1)))
+        parts = self.exchange(x.unflatten(1, (self.size, -1)).transpose(0, 1))           # [P, K/P, height, n]
+        return parts.transpose(0, 1).flatten(0, 1)[:K]
+
+    def sum(self, x):
+        """The sum of every rank's x."""
+        if self.size > 1:
+            dist.all_reduce(x := x.contiguous(), group=self.group)
+        return x
+
+    def orthogonalise(self, U, steps=5):
+        """newton_schulz of K matrices that are spread by rows, each rank its own; sent in bfloat16 on CUDA."""
+        sent = U.bfloat16() if U.is_cuda and self.size > 1 else U
+        whole, start = self.whole(sent), time.perf_counter()
+        O = newton_schulz(whole, steps)
+        self.seconds += 0.0 if U.is_cuda else time.perf_counter() - start
+        return self.rows(O, len(U)).to(U.dtype)
+
+
+# --- 5 the walker -------------------------------------------------------------------------------------
+
+DECAYS = dict(                    # (lr, λ, peak lr) -> factors on W before and after the step
+    decoupled=lambda lr, wd, peak: (1 - lr * wd, 1.0),                    # PyTorch's AdamW
+    last=lambda lr, wd, peak: (1.0, 1 - lr * wd),                         # GaLore's, APOLLO's and SOAP's code
+    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning when lr is tuned
+STACK = 1 << 26                   # elements in a stack at most: gradients are copied once to batch a rule
+
+
+def sharded(x):
+    """Whether a parameter or gradient is one of FSDP2's, spread over ranks."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor         # here: it takes a second to import
+    return isinstance(x, DTensor)
+
+
+class Unit:
+    """One matrix (or vector) that a rule updates: a parameter, or `rows` of a fused one."""
+
+    def __init__(self, name, p, rows, stored):
+        self.name, self.p, self.part, self.stored = name, p, rows, stored
+        self.shape = tuple(p.shape if rows is None else p[rows].shape)
+        self.group = p.device_mesh.get_group() if sharded(p) else None
+        if self.group and (rows is not None or stored or any(x.dim != 0 for x in p.placements)):
+            raise UserError(f"{name}: over several ranks a parameter must be whole, float and sharded by rows")
+
+    def local(self, x):
+        """This rank's part of a parameter or gradient."""
+        x = x.to_local() if sharded(x) else x
+        return x if self.part is None else x[self.part]
+
+    def read(self):
+        """The weights, in float32 or wider."""
+        if self.stored:
+            return self.stored.read()
+        W = self.local(self.p.detach())
+        return W if W.dtype == torch.float64 else W.float()
+
+    def write(self, W, generator):
+        """Store W; what the store cannot hold is rounded as it says, bfloat16 parameters stochastically."""
+        if self.stored:
+            return self.stored.write(W, generator)
+        p = self.local(self.p.detach())
+        p.copy_(round_bf16(W[None], [generator])[0] if p.dtype == torch.bfloat16 else W)
+
+
+class Stack(SimpleNamespace):
+    """Units of one shape that take their steps together: group, units, state, ranks."""
+
+    def only(self, keep):
+        """The stack of some of its units, with their share of the state."""
+        at = torch.tensor(keep)
+        state = {k: v[at.to(v.device)] if torch.is_tensor(v) else v for k, v in self.state.items()}
+        return Stack(group=self.group, units=[self.units[i] for i in keep], state=state, ranks=self.ranks)
+
+
+class Optimiser(torch.optim.Optimizer):
+    """Walks the parameters for every rule: stack gradients of one shape, get a direction, decay, step.
+
+    groups: dicts of params, names, rule, lr, weight_decay; and, if wanted, block {name: rows of a head}, split
+    {name: row counts} for fused matrices, scale (of the learning rate, see set_lr). decay: a row of DECAYS.
+    A parameter without gradient is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit
+    torch.optim.AdamW. Parameters sharded by FSDP2 are DTensors: rules in BY_ROWS run on each rank's rows and
+    send only what they must, other rules run on whole matrices, each on one rank.
+    Raises UserError for a matrix rule on a vector, a rank above a matrix's, an unknown decay.
+    """
+
+    def __init__(self, groups, *, decay="decoupled", seed=0, stored=None):
+        if decay not in DECAYS:
+            raise UserError(f"--decay {decay}{nearest(decay, DECAYS)}")
+        super().__init__([dict(weight_decay=0.0) | g for g in groups], {})
+        self.decay, self.seed, self.stacks = decay, seed, []
+        for group in self.param_groups:
+            group["peak"] = group["lr"]
+            group.setdefault("names", [str(i) for i in range(len(group["params"]))])
+            units = [u for name, p in zip(group["names"], group["params"]) for u in self.units(
+                name, p, group.get("split", {}).get(name), (stored or {}).get(p))]
+            group["number"] = {u.name: i for i, u in enumerate(units)}
+            self.stacks += self.arrange(group, units)
+
+    def units(self, name, p, split, stored):
+        """One Unit of a parameter, or one of each part of a fused matrix, cut into `split` rows."""
+        if not split:
+            return [Unit(name, p, None, stored)]
+        if sum(split) != p.size(0):
+            raise UserError(f"{name} has {p.size(0)} rows, but split {split} adds up to {sum(split)}")
+        ends = torch.tensor(split).cumsum(0).tolist()
+        return [Unit(f"{name}[{b - a}:{b}]", p, slice(b - a, b), stored) for a, b in zip(split, ends)]
+
+    def arrange(self, group, units):
+        """Units into stacks of one shape, dtype and block, none larger than STACK elements."""
+        kinds = {}
+        for u in units:
+            if name_of(group["rule"]) not in ANY_SHAPE and len(u.shape) != 2:
+                raise UserError(f"{name_of(group['rule'])} updates matrices, and {u.name} has shape "
+                                f"{list(u.shape)}: put it in a group with adamw")
+            if "rank" in hyper(group["rule"]):
+                rank_of(hyper(group["rule"])["rank"], u.shape)
+            kind = u.shape, u.p.dtype, u.group, group.get("block", {}).get(u.name, 1), bool(u.stored)
+            kinds.setdefault(kind, []).append(u)
+        out = []
+        for (shape, *_), same in kinds.items():
+            most = max(1, STACK // max(1, math.prod(shape)))
+            out += [Stack(group=group, units=same[i:i + most], state=dict(t=0),
+                          ranks=Ranks(shape, same[0].group)) for i in range(0, len(same), most)]
+        return out
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient."""
+        if closure is not None:
+            raise UserError("Optimiser.step takes no closure: run forward and backward before it")
+        for stack in list(self.stacks):
+            has = [u.p.grad is not None for u in stack.units]
+            if any(has) and not all(has):                     # from now on they count their steps apart
+                i = self.stacks.index(stack)
+                parts = [[k for k, x in enumerate(has) if x == keep] for keep in (True, False)]
+                self.stacks[i:i + 1] = [stack.only(keep) for keep in parts]
+                stack = self.stacks[i]
+            if any(has):
+                stack.state["t"] += 1
+                self.move(stack, [u.local(u.p.grad) for u in stack.units])
+
+    def move(self, stack, grads):
+        """Direction and step of one stack."""
+        group, units, s, ranks = stack.group, stack.units, stack.state, stack.ranks
+        rule, name = group["rule"], name_of(group["rule"])
+        plain = all(not u.stored and u.p.dtype in (torch.float32, torch.float64) for u in units)
+        if name == "adamw" and plain and self.decay == "decoupled":
+            return fused_adamw(stack, grads, **hyper(rule))
+        g = torch.stack([ranks.pad(x if x.dtype == torch.float64 else x.float()) for x in grads])
+        gather = ranks.whole if name not in BY_ROWS else lambda x: x
+        seeds = [seed_of(self.seed, u.name) for u in units]
+        own = list(range(len(units))) if name in BY_ROWS else [*range(ranks.rank, len(units), ranks.size)]
+        spare = [0] * (-(-len(units) // ranks.size) - len(own)) if name not in BY_ROWS else []
+        have = dict(g=lambda: gather(g), s=lambda: s, lr=lambda: group["lr"], ranks=lambda: ranks,
+                    W=lambda: gather(torch.stack([ranks.pad(u.read()) for u in units])),
+                    seeds=lambda: [seeds[k] for k in own] + spare,
+                    block=lambda: group.get("block", {}).get(units[0].name, 1),
+                    place=lambda: ([group["number"][units[k].name] for k in own] + [-1] * len(spare),
+                                   len(group["number"]), self.seed))
+        d = rule(**{k: have[k]() for k in needs(rule)})                                  # [K, m, n]
+        d = d if name in BY_ROWS else ranks.rows(d, len(units))
+        before, after = DECAYS[self.decay](group["lr"], group["weight_decay"], group["peak"])
+        if plain:
+            weights = [u.local(u.p.detach()) for u in units]
+            steps = [x[:len(w)].to(w.dtype) for x, w in zip(d.unbind(0), weights)]
+            if before != 1.0:
+                torch._foreach_mul_(weights, before)
+            torch._foreach_add_(weights, steps, alpha=-group["lr"])
+            if after != 1.0:
+                torch._foreach_mul_(weights, after)
+            return
+        errors = []
+        for u, x, seed in zip(units, d, seeds):
+            wanted = (u.read() * before - group["lr"] * x[:u.p.size(0)]) * after
+            u.write(wanted, torch.Generator().manual_seed(seed + s["t"]))
+            errors.append(wanted - u.read())
+        if name in FEEDBACK and group["lr"] > 1e-3 * group["peak"]:       # below, 1/lr would blow them up
+            FEEDBACK[name](torch.stack(errors), s, group["lr"], before * after, **hyper(rule))
+
+    def state_dict(self):
+        """Tensors and numbers only, of whole matrices: what one rank saves, any number of ranks can load."""
+        return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units],
+                                 state={k: collect(x, v) for k, v in x.state.items()}) for x in self.stacks])
+
+    def load_state_dict(self, state):
+        """Continue from state_dict(). UserError for the state of another optimiser or of another model."""
+        units = {u.name: (u, x.group) for x in self.stacks for u in x.units}
+        if "stacks" not in state:
+            raise UserError("this is the state of another kind of optimiser: start without --resume")
+        saved = {n: x["rule"] for x in state["stacks"] for n in x["names"]}
+        for n in sorted(saved.keys() | units.keys()):
+            now = name_of(units[n][1]["rule"]) if n in units else "absent"
+            if saved.get(n, "absent") != now:
+                raise UserError(f"cannot resume with another optimiser: {n} was updated by "
+                                f"{saved.get(n, 'nothing')} and is now {now}; use the run's own settings")
+        self.stacks = []
+        for x in state["stacks"]:
+            mine = [units[n][0] for n in x["names"]]
+            stack = Stack(group=units[x["names"][0]][1], units=mine, state={}, ranks=Ranks(mine[0].shape,
+                                                                                           mine[0].group))
+            stack.state = {k: distribute(stack, v) for k, v in x["state"].items()}
+            self.stacks.append(stack)
+
+
+ANY_SHAPE = {"adamw", "signsgd", "lion", "classp", "eco", "eco_sgd"}      # elementwise: vectors too
+
+
+def seed_of(seed, name):
+    """A run's seed and a parameter's name -> a number that no other parameter's presence can change."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6])
+
+
+def fused_adamw(stack, grads, *, b1, b2, eps):
+    """The rule adamw and its step by PyTorch's fused kernel: one pass over memory."""
+    s, group = stack.state, stack.group
+    weights = [u.local(u.p.detach()) for u in stack.units]
+    if "m" not in s:
+        s["m"], s["v"] = (torch.stack([torch.zeros_like(stack.ranks.pad(w)) for w in weights]) for _ in "mv")
+    m, v = ([x[:len(w)] for x, w in zip(s[k], weights)] for k in "mv")
+    t = [torch.tensor(s["t"] - 1.0, device=w.device) for w in weights]
+    torch_adamw(weights, grads, m, v, [], t, fused=True, amsgrad=False, beta1=b1, beta2=b2,
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=eps, maximize=False)
+
+
+def collect(stack, x):
+    """A state tensor of a stack, from all ranks' shares: of rows, or of whole matrices by owner."""
+    ranks, by_rows = stack.ranks, name_of(stack.group["rule"]) in BY_ROWS
+    if not torch.is_tensor(x) or ranks.size == 1:
+        return x
+    if x.size(0) != (len(stack.units) if by_rows else -(-len(stack.units) // ranks.size)):
+        raise UserError(f"{name_of(stack.group['rule'])} cannot be saved from several ranks: run it on one")
+    parts = [torch.empty_like(x) for _ in range(ranks.size)]
+    dist.all_gather(parts, x.contiguous(), group=ranks.group)
+    if by_rows:
+        return torch.cat(parts, 1)[:, :ranks.shape[0]].contiguous()
+    return torch.stack(parts, 1).flatten(0, 1)[:len(stack.units)].contiguous()
+
+
+def distribute(stack, x):
+    """This rank's share of a state tensor of whole matrices: collect's inverse."""
+    ranks, by_rows = stack.ranks, name_of(stack.group["rule"]) in BY_ROWS
+    if not torch.is_tensor(x):
+        return x
+    if ranks.size > 1 and by_rows:
+        x = F.pad(x.transpose(0, 1).flatten(1), (0, 0, 0, ranks.height * ranks.size - x.size(1))
+                  ).unflatten(1, (x.size(0), *x.shape[2:])).transpose(0, 1)
+        x = x[:, ranks.rank * ranks.height:(ranks.rank + 1) * ranks.height]
+    elif ranks.size > 1:
+        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.size(0) % ranks.size))[ranks.rank::ranks.size]
+    device = stack.units[0].p.device
+    return x.clone().to(device if x.is_floating_point() or x.dtype == torch.uint8 else x.device)
+
+
+def memory_report(opt):
+    """{rule: {"parameters": n, "bytes": n, "elements": {state: n}}} of the state as it lies on this rank."""
+    out = {}
+    for stack in opt.stacks:
+        row = out.setdefault(name_of(stack.group["rule"]), dict(parameters=0, bytes=0, elements={}))
+        row["parameters"] += sum(math.prod(u.shape) for u in stack.units)
+        for key, x in stack.state.items():
+            if torch.is_tensor(x):
+                row["bytes"] += x.nbytes
+                row["elements"][key] = row["elements"].get(key, 0) + x.numel()
+    return out
+
+
+# --- 6 schedules: (step, steps, warmup, …) -> factor on the peak learning rate ---------------------------
+#   power asks for lr, batch (sequences a step) and tokens (tokens a step) too; the others need none of it.
 
 
 def warm(step, warmup):
@@ -73,14 +972,149 @@ def cosine(step, steps, warmup=0, *, floor=0.05):
     return warm(step, warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def wsd(step, steps, warmup=0, *, cooldown=0.2):
-    """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then linear to 0 over the last `cooldown` of steps."""
-    return warm(step, warmup) * min(1.0, (steps - step) / max(1, cooldown * steps))
+COOLDOWNS = dict(linear=lambda x: 1 - x, exp=lambda x: 0.5 ** (5 * x), sqrt=lambda x: 1 - math.sqrt(x))
 
 
-SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine, wsd=wsd)
+def wsd(step, steps, warmup=0, *, cooldown=0.2, shape="linear"):
+    """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then down over the last `cooldown` of the steps:
+    linear to 0, exp (MiniCPM's, five half-lives: to 1/32), or sqrt (1 - √)."""
+    if shape not in COOLDOWNS:
+        raise UserError(f"--shape {shape}{nearest(shape, COOLDOWNS)}")
+    length = cooldown * steps
+    done = (step - (steps - length)) / max(1, length)
+    return warm(step, warmup) * (COOLDOWNS[shape](min(1.0, done)) if done > 0 else 1.0)
 
-# --- adapters -----------------------------------------------------------------------------------------
+
+def power(step, steps, warmup, lr, batch, tokens, *, a=4.0, b=-0.51, cooldown=0.1):
+    """Power scheduler, 2408.13359 eq. 3.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
+    there): it does not depend on `steps`, but for a linear end over the last `cooldown` of them."""
+    n = (step + 1) * tokens
+    return min(1.0, batch * a * n ** b / lr) * wsd(step, steps, warmup, cooldown=cooldown)
+
+
+def step_law(N, D):
+    """Step Law, 2503.04715 eq. 1: AdamW's learning rate and batch in tokens for pre-training N non-embedding
+    parameters on D tokens:  1.79 N^-0.713 D^0.307,  0.58 D^0.571. Fitted at 6e7 to 1e9 parameters."""
+    return 1.79 * N ** -0.713 * D ** 0.307, 0.58 * D ** 0.571
+
+
+SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine, wsd=wsd, power=power)
+
+# --- 7 stored weights: linear layers whose only copy of W is rounded ------------------------------------
+
+
+class StoredLinear(nn.Module):
+    """A trainable linear layer that keeps W in `kind`: bfloat16, int8 or int4 (codes of `group` consecutive
+    entries, a float32 scale and zero each). No float copy outlives a forward and backward.
+
+    `weight` only stands for W: one zero, expanded to W's shape, so that autograd hands the optimiser W's
+    gradient. rounding: stochastic (unbiased) or nearest (steps under half a grid step are lost).
+    """
+
+    def __init__(self, linear, kind, group=256, rounding="stochastic"):
+        super().__init__()
+        W = linear.weight.detach()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.kind, self.size, self.stochastic = kind, group, rounding == "stochastic"
+        self.weight = nn.Parameter(torch.zeros(1, device=W.device).expand(W.shape))
+        if kind == "bfloat16":
+            self.register_buffer("stored", W.bfloat16())
+        else:
+            for key, x in zip(("stored", "scale", "zero"), self.encode(W, None)):
+                self.register_buffer(key, x)
+
+    def encode(self, W, generator):
+        """W -> codes (two a byte for int4), scale, zero."""
+        bits, flat = int(self.kind[3:]), W.flatten()[None].float()
+        flat = F.pad(flat, (0, -flat.size(1) % self.size))
+        codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator])
+        return pack_bits(codes[0], bits) if bits < 8 else codes[0].to(torch.uint8), scale[0], zero[0]
+
+    def read(self):
+        """W in float32 [out, in]."""
+        if self.kind == "bfloat16":
+            return self.stored.float()
+        codes = unpack_bits(self.stored, 4, self.size) if self.kind == "int4" else self.stored
+        W = ((codes - self.zero) * self.scale).flatten()
+        return W[:self.in_features * self.out_features].view(self.out_features, self.in_features)
+
+    @torch.no_grad()
+    def write(self, W, generator):
+        """Round W into the store; groups that did not change keep their codes (rounding again adds noise)."""
+        generator = generator if self.stochastic else None
+        if self.kind == "bfloat16":
+            return self.stored.copy_(round_bf16(W[None], generator and [generator])[0])
+        moved = F.pad((W != self.read()).flatten(), (0, -W.numel() % self.size))
+        moved = moved.view(-1, self.size).any(1, keepdim=True)
+        for old, new in zip((self.stored, self.scale, self.zero), self.encode(W, generator)):
+            old.copy_(torch.where(moved, new, old))
+
+    def forward(self, x):
+        return F.linear(x, self.weight + self.read().to(self.weight.dtype), self.bias)
+
+    def merged(self):
+        """The plain linear layer with these weights."""
+        return plain_linear(self, self.read())
+
+
+def store(model, kind, group, rounding):
+    """Put every block matrix of the model into StoredLinear, in place; UserError for a wrong rounding."""
+    if rounding not in ("stochastic", "nearest"):
+        raise UserError(f"--rounding {rounding}: choose stochastic or nearest")
+    return replace_linears(model, lambda name, layer: StoredLinear(layer, kind, group, rounding))
+
+
+def store_float32(model):
+    """Float32 weights: the usual."""
+    return model
+
+
+def store_bfloat16(model, *, rounding="stochastic"):
+    """Block matrices in bfloat16 only, without a float32 master copy."""
+    return store(model, "bfloat16", 0, rounding)
+
+
+def store_int8(model, *, group=256, rounding="stochastic"):
+    """Block matrices in 8-bit codes only (Q-GaLore, 2407.08296): 1.03 bytes a weight."""
+    return store(model, "int8", group, rounding)
+
+
+def store_int4(model, *, group=32, rounding="stochastic"):
+    """Block matrices in 4-bit codes only (ECO's hard case, 2601.22101): 0.75 bytes a weight."""
+    return store(model, "int4", group, rounding)
+
+
+STORES = dict(float32=store_float32, bfloat16=store_bfloat16, int8=store_int8, int4=store_int4)
+
+# --- 8 adapters: what is trained, and how it becomes a plain checkpoint again ----------------------------
+
+
+def replace_linears(model, make):
+    """Put make(name, layer) in the place of every linear layer inside the blocks. In place."""
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, PackedLinear)) and name.endswith("_proj"):
+                setattr(parent, name, make(f"{path}.{name}", child))
+    return model
+
+
+def plain_linear(like, W):
+    """An nn.Linear of weight W with the bias of `like`."""
+    out = nn.Linear(like.in_features, like.out_features, like.bias is not None, device="meta")
+    out.weight = nn.Parameter(W)
+    out.bias = like.bias
+    return out
+
+
+def weight_of(linear):
+    """A layer's float weight; a packed one is unpacked."""
+    return linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight
+
+
+def leaf(linear, *shape):
+    """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
+    dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=next(iter(linear.state_dict().values())).device))
 
 
 class LoRA(nn.Module):
@@ -93,12 +1127,8 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        D, width, packed = linear.in_features, linear.out_features, isinstance(linear, PackedLinear)
-        like = dict(device=next(iter(linear.state_dict().values())).device,
-                    dtype=torch.float32 if packed else linear.weight.dtype)
-        self.A = nn.Parameter(torch.empty(rank, D, **like))
-        self.B = nn.Parameter(torch.zeros(width, rank, **like))
-        bound = 1 / math.sqrt(D)                 # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
+        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features, rank)
+        bound = 1 / math.sqrt(linear.in_features)      # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
         with torch.no_grad():
             noise = torch.rand(self.A.shape, generator=generator)
             self.A.copy_((2 * noise - 1) * bound)
@@ -108,37 +1138,129 @@ class LoRA(nn.Module):
 
     def merged(self):
         """The plain linear layer that computes the same; a packed one is unpacked."""
-        W = self.linear.dequantize() if isinstance(self.linear, PackedLinear) else self.linear.weight
-        out = nn.Linear(self.linear.in_features, self.linear.out_features, self.linear.bias is not None,
-                        device="meta")
-        out.weight = nn.Parameter(W + self.scale * self.B @ self.A)
-        out.bias = self.linear.bias
-        return out
+        return plain_linear(self.linear, weight_of(self.linear) + self.scale * self.B @ self.A)
 
 
-def add_lora(model, rank, alpha=0.0, generator=None):
-    """Freeze the model and put a LoRA of `rank` on every linear layer inside its blocks (QLoRA, 2305.14314
-    §4, found all layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
-    if rank < 1:
-        raise UserError(f"--lora {rank}: the rank must be at least 1")
+class Bone(nn.Module):
+    """Block affine adaptation, rows (Bone, 2409.15371 eq. 3):  y = W x + (sum over groups of R inputs) M,
+    M [R, F] from 0. x is padded to whole groups; merged, Mᵀ is added to every R columns of W."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear, self.M = linear.requires_grad_(False), leaf(linear, rank, linear.out_features)
+
+    def forward(self, x):
+        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1, (-1, len(self.M))).sum(-2)  # [..., R]
+        return self.linear(x) + folded @ self.M
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        D = self.linear.in_features
+        delta = self.M.T.repeat(1, -(-D // len(self.M)))[:, :D]                          # [F, D]
+        return plain_linear(self.linear, weight_of(self.linear) + delta)
+
+
+class Bat(nn.Module):
+    """Block affine adaptation guided by the weights (Bat, 2409.15371 eq. 6):  block (i, j) of R x R of W gains
+    W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        if linear.in_features % rank or linear.out_features % rank:
+            raise UserError(f"--peft bat --rank {rank} must divide both sides of a {linear.out_features}x"
+                            f"{linear.in_features} layer: try {math.gcd(linear.in_features, linear.out_features)}")
+        self.linear = linear.requires_grad_(False)
+        self.M = leaf(linear, linear.out_features // rank, rank, rank)
+
+    def weight(self):
+        """W + its change [F, D]."""
+        W, R = weight_of(self.linear), self.M.size(1)
+        blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)           # [F/R, D/R, R, R]
+        blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
+        return blocks.transpose(1, 2).reshape(W.shape)
+
+    def forward(self, x):
+        return F.linear(x, self.weight(), self.linear.bias)
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        return plain_linear(self.linear, self.weight())
+
+
+def full(model, generator):
+    """Train every parameter."""
+    return model
+
+
+def lora(model, generator, *, rank=8, alpha=0.0):
+    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all layers to
+    matter). alpha 0 means 2 * rank. In place; returns the model."""
+    check_rank(rank)
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, PackedLinear)) and name.endswith("_proj"):
-                setattr(parent, name, LoRA(child, rank, alpha or 2 * rank, generator))
+    return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
+
+
+def bone(model, generator, *, rank=64):
+    """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
+    check_rank(rank)
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: Bone(layer, rank))
+
+
+def bat(model, generator, *, rank=32):
+    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full rank."""
+    check_rank(rank)
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: Bat(layer, rank))
+
+
+def check_rank(rank):
+    """UserError below 1."""
+    if rank < 1:
+        raise UserError(f"--rank {rank}: the rank must be at least 1")
+
+
+def hft(model, generator):
+    """Half fine-tuning (HFT, 2404.18466 §3.2): each round freezes half of every layer, drawn by matrix kind.
+
+    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of all experts
+    alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings, head, final norm and
+    routers always train. One run is one round.
+    """
+    def draw(n):
+        return torch.randperm(n, generator=generator).tolist()
+    L = model.config.num_hidden_layers
+    more = set(draw(L)[:L // 2])
+    for i, layer in enumerate(model.layers):
+        parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
+                 (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
+                 (["input_layernorm", "post_attention_layernorm"], 1)]
+        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
+        frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
+        for name, module in layer.named_modules():
+            if name.split(".")[-1] in frozen:
+                module.requires_grad_(False)
     return model
 
 
 def adapter_state(model):
-    """{name: tensor} of the trainable adapter weights only: what a resume needs on top of the frozen base."""
-    return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters,
+    or the layers that only exist rounded. Empty if the checkpoint itself holds everything."""
+    kinds = {type(m) for m in model.modules()}
+    if kinds & {LoRA, Bone, Bat}:
+        return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    return {k: b for k, b in model.named_buffers()} if StoredLinear in kinds else {}
 
 
-def merge_lora(model):
-    """A plain copy of the model with every LoRA folded into its layer; the original is left as it is."""
+def merge(model):
+    """A plain copy of the model: adapters folded into their layers, stored weights read. The original is left
+    as it is."""
     plain = copy.deepcopy(model)
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LoRA):
+            if hasattr(child, "merged"):
                 setattr(parent, name, child.merged())
     return plain.requires_grad_()
+
+
+PEFT = dict(full=full, lora=lora, bone=bone, bat=bat, hft=hft)

@@ -44,7 +44,7 @@ from data import tasks
 from data.run import Claim, Run, UserError, batch_indices, cli, launch, needs
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, save,
                    sequence_score, token_logprobs, token_values)
-from optim import adamw, linear, set_lr
+from optim import linear, optimiser, set_lr
 
 # --- config -------------------------------------------------------------------------------------------
 
@@ -515,7 +515,7 @@ def train(c, f):
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
         context = policy.config.max_position_embeddings
         max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)
-        opt, critic_opt = adamw(policy, c.lr), adamw(critic, c.critic_lr)
+        opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, {len(problems)} prompts, "

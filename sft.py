@@ -5,33 +5,48 @@ sft.py - supervised learning: pre-training a small base model, and fine-tuning o
     python sft.py --config pretrain                # only the base model, on the Python standard library
     python sft.py --config arithmetic              # addition with a chain of thought, from scratch
     python sft.py --init Qwen2.5-0.5B --data demos.jsonl --config lora
+    python sft.py --config pretrain,normuon        # any rule of optim.py; --suggest: Step Law's settings
+    torchrun --standalone --nproc_per_node 2 sft.py --config pretrain,normuon      # FSDP2
+    python sft.py --claim normuon --seeds 5        # the race of the optimisers, with a verdict
 
-Map      1 config   2 the loss   3 data   4 start   5 evaluate   6 train          B rows, T tokens
+Map      1 config   2 the loss   3 data   4 LoRAM   5 start   6 evaluate   7 train        B rows, T tokens
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
+muon, …     any                                        every rule of optim.py with its paper's settings
 lora        any                                        adapters on every linear layer, merged when saved
+bone, bat   any                                        block-affine adapters (2409.15371)
+loram       any                                        LoRA trained on a pruned model, used on the whole one
+hft         any                                        half fine-tuning: half of each layer is frozen
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising
          val_loss is memorising. bpb (bits per byte) is the one to compare between tokenizers.
 """
 import hashlib
 import math
+import time
+from array import array
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
 from data import prefs, tasks, text, tokenizer
-from data.run import Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, result, settings
+from data.run import (Claim, Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, needs,
+                      rank, read_log, result, settings, share, start_ranks)
+from kernels import PackedLinear
 from model import (Transformer, autocast, collate, generate, init, load, load_balance_loss, preset, save,
-                   token_logprobs)
-from optim import OPTIMISERS, SCHEDULES, adapter_state, add_lora, merge_lora, set_lr
+                   shard, token_logprobs)
+from optim import (PEFT, RULES, SCHEDULES, STORES, LoRA, adapter_state, check_rank, lora, memory_report, merge,
+                   optimiser, name_of, replace_linears, set_lr, step_law)
 
 # --- config -------------------------------------------------------------------------------------------
 
@@ -50,7 +65,7 @@ class Config:
     context: int = 256           # longest row in tokens; a new model's context is twice that
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     loss: str = "nll"            # which row of LOSSES
-    optimiser: str = "adamw"     # which row of OPTIMISERS
+    optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     schedule: str = "cosine"     # which row of SCHEDULES
     steps: int = 0               # optimizer steps (0: epochs decides)
     epochs: float = 3.0          # passes over the data, where steps is 0
@@ -60,8 +75,12 @@ class Config:
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: float = 1.0            # largest gradient norm
-    lora: int = 0                # rank of LoRA adapters (0: train everything)
+    peft: str = "full"           # what is trained: a row of PEFT
+    store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
     eval_every: int = 100        # steps between evaluations
+    watch: str = ""              # a further data set to evaluate on, e.g. what the checkpoint knew before
+    target: float = 0.0          # validation loss to reach: the result says after how many steps and seconds
+    suggest: bool = False        # print Step Law's learning rate and batch for this model and data, and stop
     save_every: int = 200        # steps between checkpoints
     keep: int = 2                # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
@@ -86,7 +105,47 @@ PRESETS = dict(
     n64=dict(rows=64),
     more=dict(steps=304),                                  # toyif's 64 steps, plus the 240 of ppo.py's toyif
     more64=dict(steps=248),                                # 8 plus 240
-    lora=dict(lora=8, lr=2e-3),
+    # optim.py's rules, for pretrain and the others: lr where the paper's scale differs from AdamW's
+    adamw=dict(optimiser="adamw"),
+    muon=dict(optimiser="muon"),                           # scale rms: AdamW's lr and decay (2502.16982)
+    normuon=dict(optimiser="normuon"),                     # the same (2510.05491)
+    lion=dict(optimiser="lion", lr=5e-4, weight_decay=0.6),                      # lr 3-10x below, decay above
+    lionk=dict(optimiser="lionk", lr=5e-4, weight_decay=0.6),
+    signsgd=dict(optimiser="signsgd", lr=1e-3, weight_decay=0.0),
+    shampoo=dict(optimiser="shampoo"),
+    soap=dict(optimiser="soap", weight_decay=0.01),        # lr 3e-3
+    adam_mini=dict(optimiser="adam_mini"),
+    dion=dict(optimiser="dion", lr=0.01, weight_decay=0.01, aux_lr=3e-3),
+    galore=dict(optimiser="galore", lr=0.01, weight_decay=0.0, aux_lr=3e-3),     # rank: a quarter of the width
+    qgalore=dict(optimiser="qgalore", lr=0.015, weight_decay=0.0, aux_lr=3e-3, store="int8"),
+    apollo=dict(optimiser="apollo", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
+    apollo_mini=dict(optimiser="apollo_mini", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
+    frugal=dict(optimiser="frugal", lr=1e-3, weight_decay=0.0, aux_lr=3e-3),
+    frugal_columns=dict(optimiser="frugal_columns", lr=1e-3, weight_decay=0.0, aux_lr=3e-3),
+    fira=dict(optimiser="fira", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
+    gradnormlorp=dict(optimiser="gradnormlorp", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
+    eco=dict(optimiser="eco", store="int8", b2=0.95),      # b2 ours: as adamw's
+    eco_sgd=dict(optimiser="eco_sgd", store="int8", lr=0.1, aux_lr=3e-3),
+    classp=dict(optimiser="classp", threshold=0.0, p=2.0, lr=0.01, aux_lr=3e-3), # the author's 0.5, 1 are for
+    # the claims on optimisers: a small model of bytes, the same AdamW for all that is no block matrix
+    race=dict(tokenizer="bytes", model="2x64", context=64, batch=32, micro=32, steps=120, warmup=12,
+              schedule="wsd", cooldown=0.3, eval_every=15, save_every=1000, keep=1, aux_lr=3e-3, aux_decay=0.1,
+              target=2.43),                            # AdamW at 90 % of the race, set before the others ran
+    one_lr=dict(aux_lr=0.0),
+    no_ns=dict(ns_steps=0),                                # Muon without Newton-Schulz: the control
+    every40=dict(every=40),                                # a basis lasts a third of the race
+    random_basis=dict(basis="random"),
+    int4=dict(store="int4"),
+    nearest=dict(rounding="nearest"),
+    decay3=dict(weight_decay=3.0), decay10=dict(weight_decay=10.0), decay30=dict(weight_decay=30.0),
+    forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000, steps=150,
+                warmup=10, schedule="linear", eval_every=150, target=0.0, weight_decay=0.0, save_every=1000),
+    lr3e4=dict(lr=3e-4), lr1e3=dict(lr=1e-3), lr3e3=dict(lr=3e-3),
+    lora=dict(peft="lora", lr=2e-3),                                             # gradients far larger
+    bone=dict(peft="bone", lr=1e-3),
+    bat=dict(peft="bat", lr=1e-3),
+    loram=dict(peft="loram", lr=2e-3),
+    hft=dict(peft="hft"),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
@@ -103,16 +162,75 @@ def nll(logp):
 
 
 LOSSES = dict(nll=nll)
-AXES = dict(loss=LOSSES, optimiser=OPTIMISERS, schedule=SCHEDULES, kernels=kernels.MODES)
+
+# --- claims -------------------------------------------------------------------------------------------
+
+
+def versus(*pairs):
+    """Tests 'a < b' of arms: {label: contrast}."""
+    return {f"{a} < {b}": {a: 1, b: -1} for a, b in pairs}
+
+
+COST = ("val_loss", "reached", "seconds_to", "state_bytes", "opt_share", "ns_share")
+TUNE = ("lr", 2.0, "tune_loss")          # validation rows that no other number comes from
+CLAIMS = dict(
+    normuon=Claim(
+        "NorMuon needs fewer steps than Muon, and Muon fewer than AdamW, to the same validation loss",
+        "2510.05491: 21.74 % more efficient than Adam and 11.31 % than Muon at 1.1 B parameters",
+        {"AdamW, one lr": "pretrain,adamw,race,one_lr", "AdamW": "pretrain,adamw,race",
+         "NorMuon": "pretrain,normuon,race", "Muon": "pretrain,muon,race", "Muon, no NS": "pretrain,muon,race,no_ns",
+         "SOAP": "pretrain,soap,race", "Shampoo": "pretrain,shampoo,race", "Dion": "pretrain,dion,race",
+         "Lion": "pretrain,lion,race", "sign-SGD": "pretrain,signsgd,race", "Adam-mini": "pretrain,adam_mini,race"},
+        "steps_to", versus(("NorMuon", "Muon"), ("Muon", "AdamW"), ("NorMuon", "AdamW"), ("NorMuon", "Muon, no NS")),
+        better="lower", also=COST, tune=TUNE),
+    lowrank=Claim(
+        "Fira, APOLLO and FRUGAL reach a lower loss than GaLore with no more state; APOLLO-Mini beats sign-SGD",
+        "2410.01623, 2412.05270, 2411.07837: each reports lower perplexity than GaLore in pre-training",
+        {"AdamW": "pretrain,adamw,race", "GaLore": "pretrain,galore,race,every40",
+         "GaLore, random": "pretrain,galore,race,every40,random_basis", "Fira": "pretrain,fira,race,every40",
+         "APOLLO": "pretrain,apollo,race,every40", "APOLLO-Mini": "pretrain,apollo_mini,race,every40",
+         "FRUGAL, columns": "pretrain,frugal_columns,race,every40", "FRUGAL, blocks": "pretrain,frugal,race,every40",
+         "GradNormLoRP": "pretrain,gradnormlorp,race,every40", "Q-GaLore, int8": "pretrain,qgalore,race,every40",
+         "sign-SGD": "pretrain,signsgd,race"},
+        "val_loss", versus(("Fira", "GaLore"), ("APOLLO", "GaLore"), ("FRUGAL, columns", "GaLore"),
+                           ("APOLLO-Mini", "sign-SGD"), ("GaLore", "GaLore, random"))
+        | {"Q-GaLore < 1.02 GaLore": {"Q-GaLore, int8": 1, "GaLore": -1.02}},
+        better="lower", also=("steps_to", *COST[1:]), tune=TUNE),
+    lion=Claim(
+        "Lion with decay λ keeps every weight of the matrices within 1/λ, and fills that box when it is small",
+        "2310.05898: Lion minimises the loss subject to |W|_inf <= 1/λ",
+        {f"{name}, λ {x}": f"pretrain,{name.lower()},race,decay{x},lr1e3" for name, x in (
+            ("Lion", 3), ("Lion", 10), ("Lion", 30), ("AdamW", 30), ("Muon", 30))},
+        "box", {f"Lion, λ {x}: inside": {f"Lion, λ {x}": 1, "": -1.001} for x in (3, 10, 30)}
+        | {"Lion, λ 30: the wall is reached": {f"Lion, λ 30": -1, "": 0.95}},
+        better="lower", also=("at_wall", "val_loss")),
+    eco=Claim(
+        "ECO trains weights that exist only in 4 bits to within 1 % of float32, where plain rounding is worse",
+        "2601.22101: matches training with master weights from 30 M to 2.1 B parameters (second-hand)",
+        {"AdamW, float32": "pretrain,adamw,race", "ECO, int4": "pretrain,eco,race,int4",
+         "AdamW, int4, stochastic": "pretrain,adamw,race,int4",
+         "AdamW, int4, nearest": "pretrain,adamw,race,int4,nearest", "ECO, int4, nearest": "pretrain,eco,race,int4,nearest"},
+        "val_loss", {"ECO < 1.01 float32": {"ECO, int4": 1, "AdamW, float32": -1.01}}
+        | versus(("ECO, int4", "AdamW, int4, stochastic"), ("AdamW, int4, stochastic", "AdamW, int4, nearest")),
+        better="lower", also=("steps_to", *COST[1:]), tune=TUNE),
+    hft=Claim(
+        "Half fine-tuning forgets less than full fine-tuning at the same learning rate",
+        "2404.18466: less forgetting, and no worse on the new task (second-hand)",
+        {f"{name}, lr {lr}": f"{preset},forget,{key}" for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"),
+                                                                   ("3e-3", "lr3e3"))
+         for name, preset in (("full", "adamw"), ("HFT", "hft"))},
+        "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}") for lr in ("3e-4", "1e-3", "3e-3"))),
+        better="lower", also=("val_loss",)))
 
 # --- data ---------------------------------------------------------------------------------------------
 
 
 def packed(documents, tok, width):
     """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
-    ids = [i for d in documents for i in [*tok.prompt(""), *tok.encode(d), tok.eos]]
-    flat = torch.tensor(ids, dtype=torch.int32)
-    return [(w[:1], w[1:]) for w in flat.split(width) if len(w) > 1]
+    flat = array("i")                            # four bytes a token, and slices that collate reads fast
+    for d in documents:
+        flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
+    return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
 
 
 def demonstrations(task, problems, tok, width, chat=False):
@@ -163,6 +281,76 @@ def new_tokenizer(c):
     return tokenizer.Tokenizer.load(folder)
 
 
+# --- LoRAM: adapters trained on a pruned model ----------------------------------------------------------
+
+
+def loram(model, generator, *, rank=8, alpha=0.0, ratio=0.5, first=0, last=0):
+    """LoRAM (2502.13533): LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
+    share keys; by their weights' norm), then used on the whole one. first, last: layers left whole (4 and 2
+    for the paper's 70B). recover() brings the
+    adapters back."""
+    check_rank(rank)
+    if not 0 <= ratio < 1:
+        raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
+    if getattr(model.config, "moe", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError("--peft loram prunes dense float layers: this checkpoint has experts or packed layers")
+    model.kept = kept_units(model, ratio, first, last)
+    replace_linears(model, lambda name, layer: pruned(layer, *model.kept.get(name, (None, None))))
+    return lora(model, generator, rank=rank, alpha=alpha)
+
+
+def kept_units(model, ratio, first=0, last=0):
+    """{layer's name: (rows kept, columns kept)}, None for all: what structured pruning by norm leaves.
+
+    A neuron is a row of gate and up and a column of down; a group, the rows of one key head in k and v, of
+    the query heads that share it in q, and their columns in o.
+    """
+    c, out = model.config, {}
+    group, hd = c.num_attention_heads // c.num_key_value_heads, c.head_dim
+    for i, layer in list(enumerate(model.layers))[first:len(model.layers) - last]:
+        att, mlp = layer.self_attn, layer.mlp
+        size = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+        neurons = size.topk(max(1, round(len(size) * (1 - ratio)))).indices.sort()[0]
+        weight = att.v_proj.weight.view(c.num_key_value_heads, -1).norm(dim=1)
+        heads = weight.topk(max(1, round(len(weight) * (1 - ratio)))).indices.sort()[0]
+        keys = (heads[:, None] * hd + torch.arange(hd, device=heads.device)).flatten()
+        queries = (heads[:, None] * group * hd + torch.arange(group * hd, device=heads.device)).flatten()
+        rows = dict(q_proj=(queries, None), k_proj=(keys, None), v_proj=(keys, None), o_proj=(None, queries))
+        out |= {f"layers.{i}.self_attn.{k}": v for k, v in rows.items()}
+        rows = dict(gate_proj=(neurons, None), up_proj=(neurons, None), down_proj=(None, neurons))
+        out |= {f"layers.{i}.mlp.{k}": v for k, v in rows.items()}
+    return out
+
+
+def pruned(linear, rows, cols):
+    """The layer without the outputs and inputs that are not kept."""
+    W, b = linear.weight.detach(), linear.bias
+    W, b = (W, b) if rows is None else (W[rows], None if b is None else nn.Parameter(b.detach()[rows]))
+    W = W if cols is None else W[:, cols]
+    out = nn.Linear(W.size(1), W.size(0), b is not None, device="meta")
+    out.weight, out.bias = nn.Parameter(W.clone()), b
+    return out
+
+
+def recover(small, whole):
+    """LoRAM's recovery: the adapters of a pruned model on the whole one, 0 where rows or columns were cut."""
+    adapters = {n: m for n, m in small.named_modules() if isinstance(m, LoRA)}
+
+    def put(name, layer):
+        trained = adapters[name]
+        rows, cols = (slice(None) if x is None else x for x in small.kept.get(name, (None, None)))
+        out = LoRA(layer, len(trained.A), trained.scale * len(trained.A))
+        with torch.no_grad():
+            out.A.zero_()[:, cols] = trained.A
+            out.B[rows] = trained.B
+        return out
+    return replace_linears(whole.requires_grad_(False), put)
+
+
+PEFT = PEFT | dict(loram=loram)
+AXES = dict(loss=LOSSES, optimiser=RULES, update=dict(optimiser=optimiser), schedule=SCHEDULES, peft=PEFT,
+            store=STORES, kernels=kernels.MODES)
+
 # --- start --------------------------------------------------------------------------------------------
 
 
@@ -172,15 +360,18 @@ def base(presets, like="", **changes):
     like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g.
     seed=1. The folder's name carries a hash of all settings, so that different ones never share a checkpoint
     (delete it by hand after changing the code).
+    On several ranks all make it together.
     """
     names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
     c, f = configure(Config, PRESETS, AXES, __doc__, argv)
     tag = hashlib.sha256(repr(sorted(settings(replace(c, device=""), f).items())).encode()).hexdigest()[:8]
     folder = Path("out/sft") / f"base-{'-'.join(names)}-{tag}"
-    with lock(folder):
-        if result(folder) is None:
-            print(f"making {folder}  (python sft.py {' '.join(argv)})", flush=True)
+    first = rank() == 0
+    with lock(folder) if first else nullcontext():
+        if share(result(folder) is None):
+            if first:
+                print(f"making {folder}  (python sft.py {' '.join(argv)})", flush=True)
             train(replace(c, out=str(folder), resume=(folder / "run.json").exists()), f)
     return checkpoint(folder)
 
@@ -236,83 +427,162 @@ def show(model, tok, task, problems, c, run):
 # --- train --------------------------------------------------------------------------------------------
 
 
+def suggest(model, data, c):
+    """Step Law's learning rate and batch for pre-training this model on the tokens that this run will see."""
+    N = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    mean = sum(len(p) + len(r) for p, r in data) / len(data)                             # tokens a row
+    D = mean * (c.steps * c.batch or c.epochs * len(data))
+    lr, batch = step_law(N, D)
+    print(f"Step Law (2503.04715) for AdamW, {N:,} parameters without embeddings, {D:,.0f} tokens: "
+          f"lr {lr:.2e}, batch {batch:,.0f} tokens = {max(1, round(batch / mean))} rows (--lr {lr:.1e} --batch "
+          f"{max(1, round(batch / mean))}; this run has {c.lr:g} and {c.batch}). It was fitted on models of "
+          "6e7 to 1e9 parameters.", flush=True)
+    return dict(lr=lr, batch_tokens=batch)
+
+
+def box(model, decay):
+    """The matrices' largest |W| times λ, and the share of weights within 5 % of the wall at 1/λ."""
+    W = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "layers." in n and p.dim() == 2])
+    return dict(box=W.abs().max().item() * decay, at_wall=(W.abs() * decay > 0.95).float().mean().item())
+
+
+def reached(rows, target):
+    """When val_loss fell to the target, on a straight line between evaluations: steps, seconds of training;
+    a run that never got there has its whole length, and reached 0."""
+    seen = [r for r in rows if "val_loss" in r]
+    for before, r in zip([None, *seen], seen):
+        if r["val_loss"] <= target:
+            share = 1.0 if before is None else ((before["val_loss"] - target)
+                                                / (before["val_loss"] - r["val_loss"]))
+            at = [(0.0 if before is None else before[k]) * (1 - share) + r[k] * share
+                  for k in ("step", "seconds")]
+            return dict(steps_to=at[0], seconds_to=at[1], reached=1.0)
+    return dict(steps_to=seen[-1]["step"], seconds_to=seen[-1]["seconds"], reached=0.0)
+
+
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
+    me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
+    if c.batch % ranks:
+        raise UserError(f"--batch {c.batch} is not a multiple of the {ranks} ranks")
+    if ranks > 1 and c.store != "float32":
+        raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
     kernels.use(c.kernels)
+    if c.suggest:
+        model, tok = start(c, origin)
+        return suggest(model, rows(c, tok, "train"), c)
     with Run(c, f, "sft", CURVES) as run:
-        resumed = run.last if run.last and not c.lora else None
+        whole_in_checkpoint = c.peft in ("full", "hft") and c.store == "float32"
+        resumed = run.last if run.last and whole_in_checkpoint else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)
-        if c.lora:
-            add_lora(model, c.lora, generator=torch.Generator().manual_seed(c.seed))
         data = rows(c, tok, "train")
+        model = f.peft(f.store(model), torch.Generator().manual_seed(c.seed))
         held_out = {s: rows(c, tok, s) for s in tasks.held_out(c.data)}
+        if c.watch:
+            held_out["watch"] = rows(replace(c, data=c.watch), tok, "val")
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
-        opt = f.optimiser(model, c.lr, c.weight_decay)
-        if run.state:
-            opt.load_state_dict(run.state["opt"])
-            model.load_state_dict(run.state["adapter"], strict=False)
-        forward = torch.compile(model) if c.compile else model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size = sum(p.numel() for p in model.parameters())
+        if run.state:
+            model.load_state_dict(run.state["adapter"], strict=False)
+        whole = shard(model, c.dtype) if ranks > 1 else lambda: model
+        opt = f.update(model, f.optimiser, c.lr, c.weight_decay, c.seed)
+        if run.state:
+            opt.load_state_dict(run.state["opt"])
+        forward = torch.compile(model) if c.compile else model
         run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(data)} "
-                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}")
+                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks" * (ranks > 1))
+        for group in opt.param_groups:
+            run.say(f"  {name_of(group['rule']):<14} {len(group['params'])} tensors, lr {group['lr']:.3g}, "
+                    + (f"decay time {1 / (group['lr'] * group['weight_decay']):.0f} steps"
+                       if group["weight_decay"] else "no decay"))
         if data:
             prompt, completion = (tok.decode(ids, False) for ids in data[0])
             run.say(f"  not scored {prompt[-160:]!r}\n  scored     {completion[:160]!r}")
 
-        def write(folder):
-            save(merge_lora(model) if c.lora else model, tok, folder)
+        def plain(net):                                          # what a checkpoint holds
+            net = recover(net, start(c, origin)[0]) if hasattr(net, "kept") else net
+            return net if whole_in_checkpoint else merge(net)
 
         def measure():
             rows = {s: evaluate(model, tok, d, c) for s, d in held_out.items() if d}
             return {f"{split}_{k}": v for split, row in rows.items() for k, v in row.items()}
 
-        def state():
-            return dict(opt=opt.state_dict(), adapter=adapter_state(model) if c.lora else {})
-
-        scores = {}
+        scores, clock, clipped = {}, (run.state or {}).get("clock", dict(all=0.0, update=0.0)), 0
+        now = time.process_time if c.device == "cpu" else time.perf_counter
+        seen = dict(steps=total, warmup=c.warmup, lr=c.lr, batch=c.batch,
+                    tokens=c.batch * sum(len(r) for _, r in data) / max(1, len(data)))
         for step in run.steps(total):
             # 1. get data
+            began = now()
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
             n = sum(len(data[i][1]) for i in picked)                             # scored tokens of the step
+            picked = picked[me::ranks]                                           # this rank's rows
             # 2. score
             loss, aux = 0.0, 0.0
-            for i in range(0, c.batch, c.micro):
+            for i in range(0, len(picked), c.micro):
                 part = [data[j] for j in picked[i:i + c.micro]]
                 tokens, mask = collate(part, tok.pad or 0, c.device)                     # [b, T], [b, T]
+                if ranks > 1:                                    # gradients meet after the last micro-batch
+                    model.set_requires_gradient_sync(i + c.micro >= len(picked))
                 with autocast(c.device, c.dtype):
                     logp = token_logprobs(forward, tokens, mask)                         # [b, T]
                     part_loss = (f.loss(logp) * mask).sum() / n
                     ends = torch.tensor([len(p) + len(r) for p, r in part], device=tokens.device)
                     real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]  # [b, T]
                     balance = load_balance_loss(model, real) * len(part) / c.batch
-                (part_loss + model.config.router_aux_loss_coef * balance).backward()
+                total_loss = part_loss + model.config.router_aux_loss_coef * balance
+                (total_loss * ranks if ranks > 1 else total_loss).backward()     # FSDP2 averages over ranks
                 loss, aux = loss + part_loss.item(), aux + balance.item()
             # 3. update
             norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
-            set_lr(opt, c.lr * f.schedule(step, total, c.warmup))
+            if ranks > 1:
+                norm, both = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
+                dist.all_reduce(both)
+                loss, aux = both.tolist()
+            set_lr(opt, c.lr * f.schedule(**{k: (seen | dict(step=step))[k] for k in needs(f.schedule)}))
+            updating = now()
             opt.step()
+            clock["update"] += now() - updating
             opt.zero_grad()
+            clock["all"] += now() - began
+            clipped += float(norm) > c.clip
             # 4. tell
-            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n)
+            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n, seconds=clock["all"])
             row |= dict(aux=aux) if aux else {}
             if (step + 1) % c.eval_every == 0 or step + 1 == total:
                 scores = measure()
                 row |= scores
             run.log(step + 1, **row)
             if (step + 1) % c.save_every == 0 or step + 1 == total or step + 1 == c.stop:
-                run.save(step + 1, write, **state())
+                net, state = whole(), opt.state_dict()           # collective: every rank takes part
+                adapter = adapter_state(net) if net is not None else {}
+                run.save(step + 1, lambda folder: save(plain(net), tok, folder), opt=state, adapter=adapter,
+                         clock=clock)
         if c.stop and c.stop < total:
             return scores
         if run.start >= total:                                   # resumed after its last step
             scores = measure()
-        if not text.is_corpus(c.data):
+        report = memory_report(opt)
+        cost = dict(opt_share=clock["update"] / max(clock["all"], 1e-9), ns_share=sum(
+            s.ranks.seconds for s in opt.stacks) / max(clock["all"], 1e-9))
+        run.say("  state: " + ", ".join(f"{k} {x['bytes'] / x['parameters']:.2f} bytes a parameter"
+                                        for k, x in report.items())
+                + f";  of a step's time: optimiser {cost['opt_share']:.1%}, Newton-Schulz in it "
+                f"{cost['ns_share']:.1%};  clipped steps: {clipped / max(1, total - run.start):.0%}")
+        if c.target:                                             # a race: see CLAIMS
+            mine = report[c.optimiser]
+            scores |= cost | reached(read_log(run.folder), c.target) | dict(
+                state_bytes=mine["bytes"] / mine["parameters"], **box(model, c.weight_decay),
+                tune_loss=evaluate(model, tok, held_out["val"][256:], c)["loss"])
+        net = whole()
+        if not text.is_corpus(c.data) and net is not None:
             task = tasks.task(c.data)
-            quality = show(model, tok, task, task.problems("val", 64, c.seed), c, run)
+            quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run)
             run.say(f"  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
             scores |= {f"val_{k}": v for k, v in quality.items()}
-        return run.finish(**scores)
+        return share(run.finish(**scores))
 
 
 # --- main ---------------------------------------------------------------------------------------------
@@ -320,7 +590,7 @@ def train(c, f):
 
 def main(argv=None):
     """python sft.py …: see the docstring above, or --help."""
-    return launch("sft", Config, PRESETS, AXES, {}, __doc__, train, argv)
+    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ run.py - what goes into a run (configuration) and what comes out of it (log, cur
     with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl, curve.png, step-*
         for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
 
-Map      1 errors   2 configure   3 the run's folder   4 the curve   5 claims
+Map      1 errors   2 configure   3 several ranks   4 the run's folder   5 the curve   6 claims
 """
 import contextlib
 import dataclasses
@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import tomllib
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 try:
@@ -56,7 +58,8 @@ def cli(main):
     try:
         main()
     except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        first = os.environ.get("RANK", "0") == "0"             # torchrun: one rank says it for all
+        sys.exit((print(f"error: {e}", file=sys.stderr) if first else None) or 2)
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
@@ -204,6 +207,31 @@ def help_text(Config, presets, axes, doc):
     return "\n".join(lines)
 
 
+# --- several ranks ------------------------------------------------------------------------------------
+
+
+def start_ranks(device):
+    """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, number of ranks), (0, 1) alone."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def rank():
+    """This process's number among torchrun's, 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(x):
+    """Rank 0's x, on every rank. Waits for all."""
+    box = [x]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 # --- the run's folder ---------------------------------------------------------------------------------
 
 
@@ -290,32 +318,19 @@ class Run:
 
     def __init__(self, c, f, script, curves=None):
         self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
-        names = [Path(n).stem for n in c.config.split(",") if n]
-        base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
-        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
-                 if p.exists()]
-        if c.resume:
-            if not taken:
-                raise UserError(f"--resume: no run in {base}; start it without --resume")
-            self.folder = base if c.out else taken[-1]
-        elif c.out and (base / "run.json").exists():
-            raise UserError(f"--out {base} already holds a run: "
-                            "add --resume to go on, or choose another folder")
-        else:
-            self.folder = base if c.out or not taken else base.with_name(f"{base.name}-{len(taken) + 1}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("*.tmp"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        self.settings = settings(c, f)
+        self.quiet, self.settings = rank() > 0, settings(c, f)
         self.state, self.start, self.last = None, 0, None
+        self.folder = None if self.quiet else self.choose_folder(script)
+        home = Path(share(str(self.folder)))                   # of rank 0; the others write to nowhere
+        self.folder = Path(tempfile.mkdtemp()) if self.quiet else home
         if c.resume:
-            self.check_settings()
+            self.check_settings(home)
             with contextlib.suppress(UserError):
-                self.last = checkpoint(self.folder)
+                self.last = checkpoint(home)
             if self.last:
                 self.state = torch.load(self.last / "state.pt", map_location="cpu", weights_only=True)
                 self.start = self.state["step"]
-            print(f"resuming {self.folder} at step {self.start}", flush=True)
+            self.say(f"resuming {home} at step {self.start}")
         rows = [r for r in read_log(self.folder) if r["step"] <= self.start]
         if not self.start:
             rows = []
@@ -327,9 +342,30 @@ class Run:
                          versions=dict(python=platform.python_version(), torch=torch.__version__)) | done
         write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
 
-    def check_settings(self):
+    def choose_folder(self, script):
+        """The run's folder, made, and cleared of what a kill left half written."""
+        c = self.c
+        names = [Path(n).stem for n in c.config.split(",") if n]
+        base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
+        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+                 if p.exists()]
+        if c.resume:
+            if not taken:
+                raise UserError(f"--resume: no run in {base}; start it without --resume")
+            folder = base if c.out else taken[-1]
+        elif c.out and (base / "run.json").exists():
+            raise UserError(f"--out {base} already holds a run: "
+                            "add --resume to go on, or choose another folder")
+        else:
+            folder = base if c.out or not taken else base.with_name(f"{base.name}-{len(taken) + 1}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        return folder
+
+    def check_settings(self, home):
         """--resume must not change what is computed. Raises UserError naming the first setting that did."""
-        path, new = self.folder / "run.json", self.settings
+        path, new = home / "run.json", self.settings
         old = json.loads(path.read_text())["config"] if path.exists() else new
         for key in sorted(new.keys() | old.keys()):
             if key not in FREE and old.get(key) != new.get(key):
@@ -342,7 +378,9 @@ class Run:
 
     def __exit__(self, *failure):
         self.file.close()
-        if failure[0] and not self.last and not read_log(self.folder):
+        if self.quiet:
+            shutil.rmtree(self.folder)
+        elif failure[0] and not self.last and not read_log(self.folder):
             shutil.rmtree(self.folder)                     # it never began: a typo leaves no run behind
         elif self.curves:
             draw(self.folder, self.curves)
@@ -350,7 +388,7 @@ class Run:
     def steps(self, total):
         """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after step N."""
         self.total, end = total, min(total, self.c.stop) if self.c.stop else total
-        self.bar = tqdm(total=total, initial=self.start, disable=None, dynamic_ncols=True, leave=False)
+        self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None, dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
             yield step
             self.bar.update()
@@ -368,6 +406,8 @@ class Run:
             good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
             raise UserError(f"{bad[0]} became {row[bad[0]]} at step {step}; {good}; try a lower --lr")
         now = time.time()
+        if self.quiet:
+            return
         if now - self.shown > 2 or show or step == self.total:
             self.shown = now
             text = "  ".join(f"{k} {v:<9.4g}" for k, v in row.items() if k not in ("step", "time"))
@@ -376,12 +416,16 @@ class Run:
 
     def say(self, text):
         """A line of prose (samples, evaluations) that does not tear the progress bar."""
-        tqdm.write(text)
-        sys.stdout.flush()
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def save(self, step, write, **state):
         """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes to
-        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete."""
+        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete. Of several
+        ranks only the first writes."""
+        if self.quiet:
+            return
         final = self.folder / f"step-{step:06d}"
         if not final.exists():
             tmp = final.with_suffix(".tmp")
@@ -504,7 +548,7 @@ class Claim:
     """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must exceed 0.
 
     tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that
-    ours is better. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
+    ours is better; the arm "" is the constant 1. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
     """
     text: str
     paper: str
@@ -514,6 +558,7 @@ class Claim:
     better: str = "higher"
     also: tuple = ()                 # further metrics to tabulate
     conclude: object = None
+    tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
 
 
 def conclude_all(verdicts):
@@ -536,6 +581,46 @@ def run_arm(job):
         return train(c, f)
 
 
+TUNING_SEED = 1000               # of data order and initialisation while tuning: never one that is reported
+
+
+def try_arm(job):
+    """run_arm, or {} for a run that diverged: the grid goes on without it."""
+    try:
+        return run_arm(job)
+    except UserError as e:
+        if "became" not in str(e):
+            raise
+        return {}
+
+
+def tune_arms(claim, configure_arm, job, pool, widest=6):
+    """The best value of claim.tune's key for each arm: {arm: {"value": x, "edge": bool, "grid": {x: metric}}}.
+
+    Every arm starts from its preset's value, half and twice it (for ratio 2), all of them on TUNING_SEED; while
+    the best is at an end, the grid grows there, at most `widest` times: then edge says so. Lower is better.
+    """
+    key, ratio, metric = claim.tune
+    centre = {arm: vars(configure_arm(["--config", config])[0])[key] for arm, config in claim.arms.items()}
+    grids = {arm: {} for arm in claim.arms}
+    todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
+    for _ in range(widest + 1):
+        name = lambda arm, i: float(f"{centre[arm] * ratio ** i:.3g}")
+        jobs = [job(arm, TUNING_SEED, [f"--{key}={name(arm, i)}"], f"-{key}{name(arm, i)}") for arm, i in todo]
+        with tqdm(total=len(jobs), desc=f"tuning {key}", dynamic_ncols=True) as bar:
+            for (arm, i), out in zip(todo, pool.map(try_arm, jobs)):
+                grids[arm][i] = out.get(metric, math.inf)
+                bar.set_postfix_str(f"{arm} {name(arm, i)}: {grids[arm][i]:.4g}")
+                bar.update()
+        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
+        todo = [(arm, best[arm] + side) for arm, grid in grids.items() for side in (-1, 1)
+                if best[arm] + side not in grid]
+        if not todo:
+            break
+    return {arm: dict(value=name(arm, best[arm]), edge=any(t[0] == arm for t in todo),
+                      grid={name(arm, i): x for i, x in sorted(grid.items())}) for arm, grid in grids.items()}
+
+
 def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(),
               results="data/results"):
     """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and picture.
@@ -544,21 +629,28 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
+
+    def job(arm, seed, changes, tag=""):
+        return (configure_arm, train, ["--config", claim.arms[arm], "--seed", str(seed), *changes, *extra],
+                f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
+                1 if jobs > 1 else torch.get_num_threads())
+
     todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
-    work = [(configure_arm, train, ["--config", claim.arms[arm], "--seed", str(seed), *extra],
-             f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}",
-             1 if jobs > 1 else torch.get_num_threads())
-            for arm, seed in todo]
     print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
           flush=True)
-    t0, got = time.time(), []
+    t0, got, tuned = time.time(), [], {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        if claim.tune:
+            tuned = tune_arms(claim, configure_arm, job, pool)
+        work = [job(arm, seed, [f"--{claim.tune[0]}={tuned[arm]['value']}"] if tuned else [])
+                for arm, seed in todo]
         with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
             for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
                 bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {out[claim.metric]:.4g}")
                 bar.update()
                 got.append(out)
     report = judge(name, claim, seeds, dict(zip(todo, got)))
+    report |= dict(tuned=tuned) if tuned else {}
     report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
                            + "".join(f" {x}" for x in extra),
                    commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
@@ -575,7 +667,8 @@ def judge(name, claim, seeds, got):
     values = {arm: {m: [got[arm, s][m] for s in range(seeds)] for m in metrics} for arm in claim.arms}
     tests, verdicts = [], {}
     for label, weights in claim.tests.items():
-        diffs = [sum(w * values[arm][claim.metric][s] for arm, w in weights.items()) for s in range(seeds)]
+        diffs = [sum(w * (values[arm][claim.metric][s] if arm else 1.0) for arm, w in weights.items())
+                 for s in range(seeds)]
         mean, half = interval(diffs)
         verdicts[label] = verdict(diffs, claim.better)
         tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))

@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 from data.tokenizer import bytes_tokenizer
 from model import bandwidth, collate, generate, init, pick, preset, token_logprobs
-from optim import adamw
+from optim import optimiser
 
 
 class Row(NamedTuple):
@@ -199,7 +199,7 @@ def step_row(device, rows, loss, extra=0.0, vocab=2048):
     """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels against
     plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
     sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
-    opts = [adamw(m, 1e-3, 0.1) for m in sides]
+    opts = [optimiser(m, lr=1e-3, weight_decay=0.1) for m in sides]
     tokens, mask = collate(rows, 0, device)
 
     def step(model, opt, logprobs, mode):
@@ -281,7 +281,7 @@ def grpo(device, prompts=8, samples=8, new=32):
     """A GRPO step: sample groups, score, one clipped update. Both sides sample with the cache."""
     rows = [p.tolist() for p, _ in demonstrations(prompts)]
     sides = [model_of("4x128", 2048, 512, device) for _ in range(2)]
-    opts = [adamw(m, 1e-5) for m in sides]
+    opts = [optimiser(m, lr=1e-5) for m in sides]
 
     def step(model, opt, logprobs, mode):
         kernels.use(mode)

@@ -12,7 +12,7 @@ import model as M
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq, quantize, unpack_bits
-from optim import LoRA, adamw, add_lora, merge_lora
+from optim import LoRA, lora, merge, optimiser
 
 TOL = {torch.float32: dict(atol=1e-5, rtol=1e-5), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
 
@@ -428,12 +428,12 @@ def test_adapters_train_over_packed_layers_and_nothing_else_does():
         block.mlp.up_proj = pack_int(*quantize(W.detach(), 4, 32), bits=4, group=32)
     tokens = torch.arange(20).view(2, 10)
     with pytest.raises(UserError, match="packed layers cannot be trained: put adapters on them"):
-        adamw(net, 1e-2)
+        optimiser(net, lr=1e-2)
     before = M.token_logprobs(net, tokens).detach()
-    add_lora(net, 4, generator=torch.Generator().manual_seed(0))
+    lora(net, torch.Generator().manual_seed(0), rank=4)
     assert isinstance(net.layers[0].mlp.up_proj, LoRA)
     assert torch.equal(M.token_logprobs(net, tokens), before)
-    opt = adamw(net, 1e-2)
+    opt = optimiser(net, lr=1e-2)
     for _ in range(3):
         loss = -M.token_logprobs(net, tokens).mean()
         loss.backward()
@@ -441,6 +441,6 @@ def test_adapters_train_over_packed_layers_and_nothing_else_does():
         opt.zero_grad()
     after = M.token_logprobs(net, tokens)
     assert after.mean() > before.mean() + 0.01 and net.layers[0].mlp.up_proj.B.abs().sum() > 0
-    merged = merge_lora(net)
+    merged = merge(net)
     assert not any(isinstance(m, PackedLinear) for m in merged.modules())
     assert torch.allclose(M.token_logprobs(merged, tokens), after, atol=1e-5)
