@@ -19,11 +19,11 @@ muon            2502.16982          mn                   orthogonalised momentum
 normuon         2510.05491          mn + m               Muon with every neuron's row normalised over time
 shampoo         1802.09568          mn + 2m² + 2n²       inverse fourth roots of both sides' covariances
 soap            2409.11321          2mn + 2m² + 2n²      Adam in Shampoo's eigenbasis
-adam_mini       2406.16793          mn + m               one second moment a row, or a head of q and k
+adam_mini       2406.16793          mn + m (or heads)    one second moment a row, or a head of q and k
 dion            2504.05295          mn + nr              rank-r orthogonalised momentum with error feedback
 galore          2403.03507          rb + 2ra             Adam in the top singular directions of the gradient
-qgalore         2407.08296          (rb/2 + 2ra) bytes   GaLore, 4-bit basis, 8-bit Adam, lazy refresh
-apollo          2412.05270          2ra                  row step sizes from Adam on a random sketch
+qgalore         2407.08296          ~ rb/2 + 2ra bytes   GaLore, 4-bit basis, 8-bit Adam, lazy refresh
+apollo          2412.05270          2ra + 1              row step sizes from Adam on a random sketch
 apollo_mini     2412.05270          2a + 1               one step size a matrix, from a rank-1 sketch
 frugal          2411.07837          2mn of the active    Adam on some whole matrices, sign-SGD on the others
 frugal_columns  2411.07837          2mn density          the same with random columns of every matrix
@@ -119,7 +119,7 @@ def gauss(seeds, refresh, shape, like):
 def top_rows(G, r):
     """The top r right singular vectors of tall G [..., a, b], as rows [..., r, b]. SVD in float32 or more."""
     wide = G if G.dtype == torch.float64 else G.float()
-    return torch.linalg.svd(wide, full_matrices=False)[2][..., :r, :].to(G.dtype)
+    return torch.linalg.svd(wide, full_matrices=False)[2][..., :r, :].to(G.dtype).contiguous()
 
 
 def norm(x, dims=(-2, -1)):
@@ -130,16 +130,15 @@ def norm(x, dims=(-2, -1)):
 def limit_growth(S, s, growth):
     """Fira's norm-growth limiter (2410.01623 eq. 9): |S| may rise by the factor `growth` a step; 0: no limit.
 
-    After a quiet phase one large gradient is throttled for many steps: about 70 to double at 1.01.
+    After a quiet phase one large gradient is throttled for many steps: about 70 to double at 1.01. A size of 0
+    (LoRA's A at first) sets no limit, unlike in the authors' code, where it stops the matrix for 2,000 steps.
     """
     if not growth:
         return S
-    size = norm(S)                                                                       # [K, 1, 1]
-    if "prev" in s:
-        over = (size / (s["prev"] + 1e-8)).clamp(min=growth) / growth
-        S, size = S / over, size / over
-    s["prev"] = size
-    return S
+    size, prev = norm(S), kept(s, "prev", S[:, :1, :1])                                  # [K, 1, 1]
+    over = torch.where(prev > 0, (size / (prev + 1e-8)).clamp(min=growth) / growth, 1.0)
+    s["prev"] = torch.where(size > 0, size / over, prev)
+    return S / over
 
 
 def scale_of(name, m, n):
@@ -191,20 +190,20 @@ def get8(s, key, like):
     return flat.flatten(1)[:, :like[0].numel()].reshape(like.shape).to(like.dtype)
 
 
-def quantize_groups(w, bits, group=256, seeds=None):
+def quantize_groups(w, bits, group=256, generators=None):
     """Asymmetric codes of groups of consecutive entries (Q-GaLore, 2407.08296).   w [K, N], N a multiple of
     group -> codes [K, N/g, g], scale, zero [K, N/g, 1];  w ≈ (codes - zero) scale.
 
     scale = (max - min) / (2ᵇ - 1) of the group *with 0*, so that the zero point is always a code: the public
-    code clamps it instead, and breaks groups on one side of 0. seeds: generators for stochastic rounding
-    (unbiased) instead of rounding to nearest, one a matrix.
+    code clamps it instead, and breaks groups on one side of 0. generators, one a matrix: stochastic rounding
+    instead of rounding to nearest; one code is then spared, so that no end is clipped and it is unbiased.
     """
     w, top = w.unflatten(1, (-1, group)).float(), 2 ** bits - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low).clamp(min=1e-5) / top
-    zero = (-low / scale).round()
+    scale = (high - low).clamp(min=1e-5) / (top - bool(generators))
+    zero = (-low / scale).ceil() if generators else (-low / scale).round()
     x = w / scale
-    x = torch.floor(x + uniform(x, seeds)) if seeds else x.round()
+    x = torch.floor(x + uniform(x, generators)) if generators else x.round()
     return (x + zero).clamp(0, top), scale, zero
 
 
@@ -266,24 +265,26 @@ KAPPAS = {"l1": torch.sign, "l1.5": partial(power_norm, p=1.5), "l2": partial(po
 
 def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
     """Lion-κ, 2310.05898 eq. 5.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
-    nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has (ours: for every κ)."""
+    nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has, for every κ (ours); the
+    radii grow along, of l2 to √(mn)/λ, of nuclear to √max(m, n)/λ."""
     if kappa not in KAPPAS:
         raise UserError(f"--kappa {kappa}{nearest(kappa, KAPPAS)}")
     m = kept(s, "m", need_matrix(g))
     d = KAPPAS[kappa](torch.lerp(g, m, b1))
     m.lerp_(g, 1 - b2)
-    return d * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) if rms_match else d
+    match = rms_match and kappa != "l1"
+    return d * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) if match else d
 
 
 def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
     """Muon, Jordan et al. 2024; 2502.16982 eq. 2, 4.   scale · NS(M),  M the momentum (Nesterov's look-ahead).
 
-    Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD, the control.
+    Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the control.
     """
     m, n = ranks.shape
     M = ema(s, "m", need_matrix(g), momentum)
     U = g.lerp(M, momentum) if nesterov else M                                           # [K, m, n]
-    return scale_of(scale, m, n) * ranks.orthogonalise(U, ns_steps)
+    return scale_of(scale, m, n) * ranks.orthogonalise(U, ns_steps) * (1 if ns_steps else math.sqrt(min(m, n)))
 
 
 def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=5, scale="rms", axis="row",
@@ -292,7 +293,7 @@ def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=
     direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F = |O|_F, times it).
 
     v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least 1e-4 of
-    its mean. nesterov as in the authors' code (the paper's algorithm has none). axis "short" (not the
+    its mean (ours). nesterov as in the authors' code (the paper's algorithm has none). axis "short" (not the
     paper's): columns of wide matrices. Over several ranks M and v stay with the rows, one sum of scalars
     makes |N|_F exact; local_norm leaves it out (each shard its own norm, as in Dion's code).
     """
@@ -311,16 +312,17 @@ def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=
     N = O / (torch.maximum(v, floor).sqrt() + eps)
     size = total(norm(N).square()).sqrt().clamp(min=1e-12)                               # |N|_F
     if scale == "rms":
-        rows = g.size(-2) if local_norm else m
+        rows = ranks.mine if local_norm else m
         return 0.2 * math.sqrt(rows * n) / size * N
     return scale_of(scale, m, n) * total(norm(O).square()).sqrt() / size * N
 
 
 def inverse_root(S, eps):
-    """S^(-1/4) of symmetric S [K, m, m], eps · its mean eigenvalue added first."""
-    S = S + eps * S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(S.size(-1)).to(S)
+    """S^(-1/4) of symmetric S [K, m, m], eps · its mean eigenvalue added to each eigenvalue: after eigh and a
+    clamp at 0, because float32 rounding leaves negative ones that are larger than that."""
     w, Q = torch.linalg.eigh(S)
-    return Q * w.clamp(min=1e-30).pow(-0.25)[:, None] @ Q.mT
+    floor = eps * S.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)                    # [K, 1]
+    return Q * (w.clamp(min=0) + floor).clamp(min=1e-30).pow(-0.25)[:, None] @ Q.mT
 
 
 def shampoo(g, s, *, b1=0.9, b2=0.95, every=10, eps=1e-6, graft=True):
@@ -342,8 +344,9 @@ def soap(g, s, *, b1=0.95, b2=0.95, eps=1e-8, every=10):
     """SOAP, 2409.11321 alg. 3.   Q_L N Q_Rᵀ,  N Adam's direction of Q_Lᵀ G Q_R,  Q the eigenvectors of the
     averages of G Gᵀ and Gᵀ G, refreshed every `every` steps by one power iteration and a QR.
 
-    As in the authors' code the first call only sets up the basis, the basis follows the step, m is rotated
-    into a new basis and v only permuted along.
+    As in the authors' code the first call only sets up the basis (W decays there, unlike in theirs), the
+    basis follows the step, m is rotated into a new basis and v only permuted along. All sides are
+    preconditioned: theirs leaves those above 10,000 alone.
     """
     sides = [("L", "Q_L", need_matrix(g) @ g.mT), ("R", "Q_R", g.mT @ g)]
     if "Q_L" not in s:
@@ -384,16 +387,18 @@ def dion(g, s, seeds, *, rank=0, momentum=0.95, eps=1e-8, scale="spectral"):
     if "Q" not in s:
         s["m"], s["Q"] = torch.zeros_like(g), gauss(seeds, 0, (n, rank_of(rank, g.shape)), g)
     M = s["m"].add_(g)
-    P = torch.linalg.qr(M @ s["Q"])[0]                                                   # [K, m, r]
+    alive = norm(M) > 0                                # a matrix without gradient so far keeps its Q
+    P = torch.linalg.qr(M @ s["Q"])[0] * alive                                           # [K, m, r]
     R = M.mT @ P                                                                         # [K, n, r]
     M.sub_((1 - momentum) * P @ R.mT)
-    s["Q"] = R / (norm(R, -2) + eps)
+    s["Q"] = torch.where(alive, R / (norm(R, -2) + eps), s["Q"])
     return scale_of(scale, m, n) * P @ s["Q"].mT
 
 
 def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, basis="svd"):
     """GaLore, 2403.03507 alg. 2.   scale · Adam(G Pᵀ) P,  P the top r right singular vectors of tall G (left
-    ones of wide), renewed every `every` steps while Adam's moments stay. basis random: the control."""
+    ones of wide), renewed every `every` steps while Adam's moments stay. basis random: the control. A matrix
+    whose gradient is 0 when P is renewed (LoRA's A at first) has an arbitrary P until the next time."""
     if basis not in ("svd", "random"):
         raise UserError(f"--basis {basis}: choose svd or random")
     G = turn(g)                                                                          # [K, a, b]
@@ -407,16 +412,16 @@ def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=
 
 def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, threshold=0.4, lazy=5):
     """Q-GaLore, 2407.08296 alg. 1.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
-    refresh every T steps: T doubles when the top singular vector's |cos| to its predecessor, averaged over
-    the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
+    refresh every T steps: T doubles when the top singular vector's |cos| to its (4-bit) predecessor, averaged
+    over the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
 
     The paper stores the weights in 8 bits too: --store int8.
     """
     G = turn(g)
     K, r, b = len(G), rank_of(rank, G.shape), G.size(-1)
     if "T" not in s:
-        s["T"], s["next"] = torch.full((K,), every), torch.ones(K, dtype=torch.long)
-        s["cos"], s["svds"] = torch.full((K, lazy), -1.0, dtype=torch.float32), torch.zeros(K, dtype=torch.long)
+        s["T"], s["next"], s["svds"] = (torch.full((K,), x, device=g.device) for x in (every, 1, 0))
+        s["cos"] = torch.full((K, lazy), -1.0, dtype=torch.float32, device=g.device)
         groups = -(-r * b // BLOCK)
         s["P4"] = torch.zeros(K, groups * BLOCK // 2, dtype=torch.uint8, device=g.device)
         s["P_scale"], s["P_zero"] = torch.ones(2, K, groups, 1, dtype=torch.float32, device=g.device)
@@ -428,7 +433,7 @@ def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, 
     due = (s["next"] == s["t"]).nonzero()[:, 0]
     if len(due):
         P = top_rows(G[due], r)                                                          # [due, r, b]
-        cos = F.cosine_similarity(basis(due)[:, 0], P[:, 0], dim=-1).abs().cpu().float()
+        cos = F.cosine_similarity(basis(due)[:, 0], P[:, 0], dim=-1).abs().float()
         seen = s["svds"][due] > 0
         s["cos"][due[seen]] = torch.cat([s["cos"][due[seen], 1:], cos[seen, None]], 1)
         calm = due[(s["cos"][due].amin(1) >= 0) & (s["cos"][due].mean(1) >= threshold)]
@@ -540,8 +545,15 @@ def eco(g, s, *, b1=0.9, b2=0.999, eps=1e-8):
     return adam(g, s, s["t"], b1, b2, eps)
 
 
+def check_feedback(beta):
+    """UserError for a momentum below the 0.5 that ECO's 1 - 1/β needs."""
+    if beta < 0.5:
+        raise UserError(f"eco with a momentum of {beta}: rounding errors are paid back through it, choose 0.5 or more")
+
+
 def feed_adam(e, s, lr, shrink, *, b1, b2, eps):
     """m += (1 - b1ᵗ)/lr · (1 - 1/b1) · (√v̂ + eps) · e,  e what rounding took from W;  shrink: 1 - lr λ."""
+    check_feedback(b1)
     t = s["t"]
     root = (s["v"] / (1 - b2 ** t)).sqrt() + eps
     s["m"] += shrink * (1 - b1 ** t) / lr * (1 - 1 / b1) * root * e
@@ -554,13 +566,15 @@ def eco_sgd(g, s, *, momentum=0.9):
 
 def feed_sgd(e, s, lr, shrink, *, momentum):
     """m += (1 - 1/μ)/lr · e:  the sign is that of μ < 1, so what was rounded away is pushed again."""
+    check_feedback(momentum)
     s["m"] += shrink * (1 - 1 / momentum) / lr * e
 
 
 def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
     """CLASSP, 2405.09637 alg. 1.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
 
-    suppress false: the first task, h only gathers. p 2, threshold 0 is AdaGrad. The paper's equation; the
+    suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2, threshold
+    0 is AdaGrad. The paper's equation; the
     author's code gates whole tensors and discards the power.
     """
     h = kept(s, "h", g)
@@ -573,7 +587,9 @@ RULES = dict(adamw=adamw, signsgd=signsgd, lion=lion, lionk=lionk, muon=muon, no
              soap=soap, adam_mini=adam_mini, dion=dion, galore=galore, qgalore=qgalore, apollo=apollo,
              apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns, fira=fira,
              gradnormlorp=gradnormlorp, eco=eco, eco_sgd=eco_sgd, classp=classp)
-BY_ROWS = {"adamw", "signsgd", "lion", "muon", "normuon", "classp"}     # these work on a rank's rows alone
+ANY_SHAPE = {"adamw", "signsgd", "lion", "classp", "eco", "eco_sgd"}      # elementwise: vectors too
+BY_ROWS = ANY_SHAPE | {"muon", "normuon"}                                # work on a rank's rows; others on whole
+#                                                                          matrices, each on the rank that owns it
 FEEDBACK = dict(eco=feed_adam, eco_sgd=feed_sgd)
 
 # --- 3 parameter groups -------------------------------------------------------------------------------
@@ -654,6 +670,7 @@ class Ranks:
         self.shape, self.group, self.seconds = tuple(shape), group, 0.0
         self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
         self.height = -(-self.shape[0] // self.size)                       # rows of a rank, padding included
+        self.mine = max(0, min(self.height, self.shape[0] - self.rank * self.height))    # and without
 
     def pad(self, local):
         """A shard's rows [≤ height, …] with zeros added up to height."""
@@ -721,9 +738,9 @@ class Unit:
     def __init__(self, name, p, rows, stored):
         self.name, self.p, self.part, self.stored = name, p, rows, stored
         self.shape = tuple(p.shape if rows is None else p[rows].shape)
-        self.group = p.device_mesh.get_group() if sharded(p) else None
-        if self.group and (rows is not None or stored or any(x.dim != 0 for x in p.placements)):
+        if sharded(p) and (rows is not None or stored or [str(x) for x in p.placements] != ["S(0)"]):
             raise UserError(f"{name}: over several ranks a parameter must be whole, float and sharded by rows")
+        self.group = p.device_mesh.get_group() if sharded(p) else None
 
     def local(self, x):
         """This rank's part of a parameter or gradient."""
@@ -750,9 +767,13 @@ class Stack(SimpleNamespace):
 
     def only(self, keep):
         """The stack of some of its units, with their share of the state."""
-        at = torch.tensor(keep)
-        state = {k: v[at.to(v.device)] if torch.is_tensor(v) else v for k, v in self.state.items()}
-        return Stack(group=self.group, units=[self.units[i] for i in keep], state=state, ranks=self.ranks)
+        name, ranks = name_of(self.group["rule"]), self.ranks
+        if name == "frugal" or ranks.size > 1 and name not in BY_ROWS:
+            raise UserError(f"{name} needs a gradient for every matrix at every step"
+                            + f" over {ranks.size} ranks" * (ranks.size > 1))
+        state = {k: v[torch.tensor(keep).to(v.device)] if torch.is_tensor(v) else v for k, v in self.state.items()}
+        return Stack(group=self.group, units=[self.units[i] for i in keep], state=state,
+                     ranks=Ranks(ranks.shape, ranks.group))
 
 
 class Optimiser(torch.optim.Optimizer):
@@ -761,7 +782,7 @@ class Optimiser(torch.optim.Optimizer):
     groups: dicts of params, names, rule, lr, weight_decay; and, if wanted, block {name: rows of a head}, split
     {name: row counts} for fused matrices, scale (of the learning rate, see set_lr). decay: a row of DECAYS.
     A parameter without gradient is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit
-    torch.optim.AdamW. Parameters sharded by FSDP2 are DTensors: rules in BY_ROWS run on each rank's rows and
+    torch.optim.AdamW(fused=True). Parameters sharded by FSDP2 are DTensors: rules in BY_ROWS run on each rank's rows and
     send only what they must, other rules run on whole matrices, each on one rank.
     Raises UserError for a matrix rule on a vector, a rank above a matrix's, an unknown decay.
     """
@@ -771,13 +792,16 @@ class Optimiser(torch.optim.Optimizer):
             raise UserError(f"--decay {decay}{nearest(decay, DECAYS)}")
         super().__init__([dict(weight_decay=0.0) | g for g in groups], {})
         self.decay, self.seed, self.stacks = decay, seed, []
-        for group in self.param_groups:
+        for g, group in enumerate(self.param_groups):
             group["peak"] = group["lr"]
-            group.setdefault("names", [str(i) for i in range(len(group["params"]))])
+            group.setdefault("names", [f"{g}.{i}" for i in range(len(group["params"]))])
             units = [u for name, p in zip(group["names"], group["params"]) for u in self.units(
                 name, p, group.get("split", {}).get(name), (stored or {}).get(p))]
             group["number"] = {u.name: i for i, u in enumerate(units)}
             self.stacks += self.arrange(group, units)
+        names = [u.name for x in self.stacks for u in x.units]
+        if len(set(names)) < len(names):
+            raise UserError(f"two parameters are called {max(names, key=names.count)}: give them names of their own")
 
     def units(self, name, p, split, stored):
         """One Unit of a parameter, or one of each part of a fused matrix, cut into `split` rows."""
@@ -797,7 +821,10 @@ class Optimiser(torch.optim.Optimizer):
                                 f"{list(u.shape)}: put it in a group with adamw")
             if "rank" in hyper(group["rule"]):
                 rank_of(hyper(group["rule"])["rank"], u.shape)
-            kind = u.shape, u.p.dtype, u.group, group.get("block", {}).get(u.name, 1), bool(u.stored)
+            if name_of(group["rule"]) == "frugal" and u.group:
+                raise UserError("frugal draws whole matrices and runs on one rank: use frugal_columns over several")
+            block = group.get("block", {}).get(u.name, 1) if "block" in needs(group["rule"]) else 1
+            kind = u.shape, u.p.dtype, u.group, block, bool(u.stored)
             kinds.setdefault(kind, []).append(u)
         out = []
         for (shape, *_), same in kinds.items():
@@ -814,7 +841,7 @@ class Optimiser(torch.optim.Optimizer):
         for stack in list(self.stacks):
             has = [u.p.grad is not None for u in stack.units]
             if any(has) and not all(has):                     # from now on they count their steps apart
-                i = self.stacks.index(stack)
+                i = next(i for i, x in enumerate(self.stacks) if x is stack)
                 parts = [[k for k, x in enumerate(has) if x == keep] for keep in (True, False)]
                 self.stacks[i:i + 1] = [stack.only(keep) for keep in parts]
                 stack = self.stacks[i]
@@ -842,6 +869,11 @@ class Optimiser(torch.optim.Optimizer):
                                    len(group["number"]), self.seed))
         d = rule(**{k: have[k]() for k in needs(rule)})                                  # [K, m, n]
         d = d if name in BY_ROWS else ranks.rows(d, len(units))
+        self.apply(stack, d, plain, seeds)
+
+    def apply(self, stack, d, plain, seeds):
+        """Decay and step of one stack by its direction d; stored and bfloat16 weights are rounded."""
+        group, units, s, name = stack.group, stack.units, stack.state, name_of(stack.group["rule"])
         before, after = DECAYS[self.decay](group["lr"], group["weight_decay"], group["peak"])
         if plain:
             weights = [u.local(u.p.detach()) for u in units]
@@ -854,15 +886,17 @@ class Optimiser(torch.optim.Optimizer):
             return
         errors = []
         for u, x, seed in zip(units, d, seeds):
-            wanted = (u.read() * before - group["lr"] * x[:u.p.size(0)]) * after
+            W = u.read()
+            wanted = (W * before - group["lr"] * x[:len(W)]) * after
             u.write(wanted, torch.Generator().manual_seed(seed + s["t"]))
-            errors.append(wanted - u.read())
+            errors.append(stack.ranks.pad(wanted - u.read()))
         if name in FEEDBACK and group["lr"] > 1e-3 * group["peak"]:       # below, 1/lr would blow them up
-            FEEDBACK[name](torch.stack(errors), s, group["lr"], before * after, **hyper(rule))
+            FEEDBACK[name](torch.stack(errors), s, group["lr"], before, **hyper(group["rule"]))
 
     def state_dict(self):
-        """Tensors and numbers only, of whole matrices: what one rank saves, any number of ranks can load."""
-        return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units],
+        """Tensors and numbers only, of whole matrices, on rank 0 (a collective call): any number of ranks can
+        load what one saved."""
+        return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units], shape=x.ranks.shape,
                                  state={k: collect(x, v) for k, v in x.state.items()}) for x in self.stacks])
 
     def load_state_dict(self, state):
@@ -876,6 +910,10 @@ class Optimiser(torch.optim.Optimizer):
             if saved.get(n, "absent") != now:
                 raise UserError(f"cannot resume with another optimiser: {n} was updated by "
                                 f"{saved.get(n, 'nothing')} and is now {now}; use the run's own settings")
+        for x in state["stacks"]:
+            if len({units[n][0].shape for n in x["names"]} | {tuple(x["shape"])}) > 1:
+                raise UserError(f"cannot resume: {x['names'][0]} had shape {list(x['shape'])} when this state was "
+                                "saved: it belongs to another model")
         self.stacks = []
         for x in state["stacks"]:
             mine = [units[n][0] for n in x["names"]]
@@ -883,9 +921,6 @@ class Optimiser(torch.optim.Optimizer):
                                                                                            mine[0].group))
             stack.state = {k: distribute(stack, v) for k, v in x["state"].items()}
             self.stacks.append(stack)
-
-
-ANY_SHAPE = {"adamw", "signsgd", "lion", "classp", "eco", "eco_sgd"}      # elementwise: vectors too
 
 
 def seed_of(seed, name):
@@ -900,23 +935,23 @@ def fused_adamw(stack, grads, *, b1, b2, eps):
     if "m" not in s:
         s["m"], s["v"] = (torch.stack([torch.zeros_like(stack.ranks.pad(w)) for w in weights]) for _ in "mv")
     m, v = ([x[:len(w)] for x, w in zip(s[k], weights)] for k in "mv")
-    t = [torch.tensor(s["t"] - 1.0, device=w.device) for w in weights]
+    t = list(torch.full((len(weights),), s["t"] - 1.0, device=weights[0].device).unbind(0))
     torch_adamw(weights, grads, m, v, [], t, fused=True, amsgrad=False, beta1=b1, beta2=b2,
                 lr=group["lr"], weight_decay=group["weight_decay"], eps=eps, maximize=False)
 
 
 def collect(stack, x):
-    """A state tensor of a stack, from all ranks' shares: of rows, or of whole matrices by owner."""
+    """A state tensor of a stack, from all ranks' shares, of rows or of whole matrices by owner: on rank 0's
+    CPU, None on the others."""
     ranks, by_rows = stack.ranks, name_of(stack.group["rule"]) in BY_ROWS
     if not torch.is_tensor(x) or ranks.size == 1:
         return x
-    if x.size(0) != (len(stack.units) if by_rows else -(-len(stack.units) // ranks.size)):
-        raise UserError(f"{name_of(stack.group['rule'])} cannot be saved from several ranks: run it on one")
     parts = [torch.empty_like(x) for _ in range(ranks.size)]
     dist.all_gather(parts, x.contiguous(), group=ranks.group)
-    if by_rows:
-        return torch.cat(parts, 1)[:, :ranks.shape[0]].contiguous()
-    return torch.stack(parts, 1).flatten(0, 1)[:len(stack.units)].contiguous()
+    if ranks.rank:
+        return None
+    x = torch.cat(parts, 1)[:, :ranks.shape[0]] if by_rows else torch.stack(parts, 1).flatten(0, 1)
+    return x[:len(stack.units)].cpu().contiguous()
 
 
 def distribute(stack, x):
@@ -930,8 +965,8 @@ def distribute(stack, x):
         x = x[:, ranks.rank * ranks.height:(ranks.rank + 1) * ranks.height]
     elif ranks.size > 1:
         x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.size(0) % ranks.size))[ranks.rank::ranks.size]
-    device = stack.units[0].p.device
-    return x.clone().to(device if x.is_floating_point() or x.dtype == torch.uint8 else x.device)
+    x = x.clone(memory_format=torch.contiguous_format)       # the fused kernel walks memory, not strides
+    return x.to(stack.units[0].p.device)
 
 
 def memory_report(opt):

@@ -37,7 +37,7 @@ def run(*extra):
 def test_windows_cover_the_corpus_once_with_bos_and_eos():
     tok = bytes_tokenizer()
     rows = sft.packed(["ab", "c"], tok, 4)
-    flat = torch.cat([torch.cat(r) for r in rows]).tolist()
+    flat = [i for r in rows for part in r for i in part]
     assert (flat == [tok.bos, 97, 98, tok.eos, tok.bos, 99, tok.eos]
             and [len(a) + len(b) for a, b in rows] == [4, 3])
 
@@ -75,16 +75,81 @@ def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
     assert generate(net, [tok.prompt("<Fc#4=")], 12, temperature=0).finished.all()      # EOS was trained
 
 
-@pytest.mark.parametrize("lora", ["0", "4"])
-def test_resume_is_exact(lora, workdir):
+@pytest.mark.parametrize("extra", ["--peft full", "--peft lora --peft.rank 4", "--peft bone --peft.rank 32",
+                                   "--peft hft", "--peft loram", "--optimiser normuon", "--optimiser soap",
+                                   "--optimiser galore --every 2", "--optimiser eco --store int4",
+                                   "--optimiser qgalore --store int8", "--store bfloat16"])
+def test_resume_is_exact(extra, workdir):
     """6 steps = 3 steps + --resume + 3 steps, bit for bit"""
-    args = ["--steps", "6", "--lora", lora, "--save_every", "3"]
+    args = ["--steps", "6", *extra.split(), "--save_every", "3"]
     run(*args, "--out", "a")
     run(*args, "--out", "b", "--stop", "3")
     assert checkpoint("b").name == "step-000003"
     run(*args, "--out", "b", "--resume")
     assert same(weights("a"), weights("b"))
     assert [r["loss"] for r in read_log("a")] == [r["loss"] for r in read_log("b")]
+
+
+PARTS = sorted(k for k, v in sft.PRESETS.items() if {"optimiser", "peft"} & v.keys())
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_optimiser_and_adapter_learns_and_leaves_a_plain_checkpoint(name, workdir):
+    """20 steps with its preset's settings; the checkpoint is a float model without adapters"""
+    run("--config", name, "--steps", "20", "--data", "toyif", "--tokenizer", "toyif", "--context", "32", "--out",
+        "o", *(["--peft.rank", "32"] if name in ("bone", "bat") else []))
+    log = read_log("o")
+    assert log[-1]["loss"] < log[0]["loss"] - 0.01 and all(torch.isfinite(v).all() for v in weights("o").values())
+    assert load("o")[0].layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
+def test_half_fine_tuning_leaves_the_other_half_alone(workdir):
+    run("--steps", "1", "--out", "start")
+    run("--steps", "3", "--out", "o", "--init", "start", "--config", "hft", "--weight_decay", "0.5")
+    a, b = weights("start"), weights("o")
+    frozen = {k for k in a if torch.equal(a[k], b[k])}
+    assert sum(k.endswith("_proj.weight") for k in frozen) in (3, 4) and "embed_tokens.weight" not in frozen
+
+
+def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
+    """pruned by half, 20 steps, recovered: the whole model gets better too"""
+    run("--steps", "60", "--lr", "3e-3", "--out", "start", "--data", "toyif", "--tokenizer", "toyif",
+        "--context", "32")
+    a = run("--steps", "40", "--out", "o", "--init", "start", "--config", "loram", "--lr", "1e-2", "--data",
+            "toyif", "--context", "32", "--ratio", "0.5")
+    before, after = weights("start"), weights("o")
+    assert before.keys() == after.keys() and all(before[k].shape == after[k].shape for k in before)
+    net, tok = load("o")
+    c, _ = sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, "--data", "toyif", "--context", "32"])
+    val = sft.rows(c, tok, "val")
+    assert sft.evaluate(net, tok, val, c)["loss"] < sft.evaluate(load("start")[0], tok, val, c)["loss"]
+    assert a["val_loss"] > 0
+
+
+def test_watch_and_target_are_in_the_result(workdir):
+    """what the checkpoint knew before, and when the target was reached: between two evaluations"""
+    out = run("--steps", "20", "--eval_every", "5", "--target", "4.0", "--watch", "toyif", "--out", "o")
+    log = [r for r in read_log("o") if "val_loss" in r]
+    after = next(r for r in log if r["val_loss"] <= 4.0)
+    assert after["step"] - 5 < out["steps_to"] <= after["step"] and out["reached"] == 1 and "watch_loss" in out
+    assert 0 < out["seconds_to"] <= log[-1]["seconds"] and out["state_bytes"] == 8.0 and 0 < out["opt_share"] < 1
+    rows = [dict(step=10, seconds=1.0, val_loss=3.0), dict(step=20, seconds=3.0, val_loss=2.0)]
+    assert sft.reached(rows, 2.25) == dict(steps_to=17.5, seconds_to=2.5, reached=1.0)
+    assert sft.reached(rows, 1.0) == dict(steps_to=20, seconds_to=3.0, reached=0.0)
+
+
+def test_suggest_prints_step_law_and_trains_nothing(workdir, capsys):
+    out = run("--suggest", "--steps", "10")
+    assert "Step Law (2503.04715)" in capsys.readouterr().out and not (workdir / "out/sft").exists()
+    assert 1e-3 < out["lr"] < 1 and out["batch_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", sft.CLAIMS)
+def test_claims_are_made_of_presets_and_their_tests_of_arms(name):
+    claim = sft.CLAIMS[name]
+    for config in claim.arms.values():
+        sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", ["--config", config])
+    assert all(set(weights) <= {*claim.arms, ""} for weights in claim.tests.values())
 
 
 def test_two_runs_with_one_seed_are_equal_and_two_seeds_are_not(workdir):
@@ -169,6 +234,11 @@ def bad(workdir):
     (["--init", "base:nothing"], "no preset 'nothing'"),
     (["--model", "big"], "--model big: expected LAYERSxWIDTH"),
     (["--device", "cuda:9"], "sees no CUDA device"),
+    (["--optimiser", "moun"], "no optimiser 'moun'; did you mean 'muon'"),
+    (["--optimiser", "galore", "--optimiser.rank", "500"], "--rank 500 does not fit a 64x64 matrix"),
+    (["--peft", "lora", "--peft.rank", "0"], "--rank 0: the rank must be at least 1"),
+    (["--store", "int8", "--rounding", "up"], "--rounding up: choose stochastic or nearest"),
+    (["--optimiser", "muon", "--scale", "big"], "--scale big"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, workdir, capsys):
     if argv[0] == "--device" and torch.cuda.is_available():
