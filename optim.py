@@ -190,20 +190,21 @@ def get8(s, key, like):
     return flat.flatten(1)[:, :like[0].numel()].reshape(like.shape).to(like.dtype)
 
 
-def quantize_groups(w, bits, group=256, generators=None):
+def quantize_groups(w, bits, group=256, generators=None, spare=False):
     """Asymmetric codes of groups of consecutive entries (Q-GaLore, 2407.08296).   w [K, N], N a multiple of
     group -> codes [K, N/g, g], scale, zero [K, N/g, 1];  w ≈ (codes - zero) scale.
 
     scale = (max - min) / (2ᵇ - 1) of the group *with 0*, so that the zero point is always a code: the public
     code clamps it instead, and breaks groups on one side of 0. generators, one a matrix: stochastic rounding
-    instead of rounding to nearest; one code is then spared, so that no end is clipped and it is unbiased.
+    instead of rounding to nearest. spare leaves one code unused, so that stochastic rounding clips at no end
+    and is unbiased; a store must round to one grid always.
     """
     w, top = w.unflatten(1, (-1, group)).float(), 2 ** bits - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    scale = (high - low).clamp(min=1e-5) / (top - bool(generators))
-    zero = (-low / scale).ceil() if generators else (-low / scale).round()
+    scale = (high - low).clamp(min=1e-5) / (top - spare)
+    zero = (-low / scale - 1e-3).ceil() if spare else (-low / scale).round()     # 1e-3: of a code, for rounding
     x = w / scale
-    x = torch.floor(x + uniform(x, generators)) if generators else x.round()
+    x = x.floor() + (uniform(x, generators) < x - x.floor()) if generators else x.round()
     return (x + zero).clamp(0, top), scale, zero
 
 
@@ -1062,7 +1063,7 @@ class StoredLinear(nn.Module):
         """W -> codes (two a byte for int4), scale, zero."""
         bits, flat = int(self.kind[3:]), W.flatten()[None].float()
         flat = F.pad(flat, (0, -flat.size(1) % self.size))
-        codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator])
+        codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator], self.stochastic)
         return pack_bits(codes[0], bits) if bits < 8 else codes[0].to(torch.uint8), scale[0], zero[0]
 
     def read(self):
@@ -1096,6 +1097,11 @@ def store(model, kind, group, rounding):
     """Put every block matrix of the model into StoredLinear, in place; UserError for a wrong rounding."""
     if rounding not in ("stochastic", "nearest"):
         raise UserError(f"--rounding {rounding}: choose stochastic or nearest")
+    if kind != "bfloat16" and group < 1:
+        raise UserError(f"--group {group}: a group holds at least 1 weight")
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError(f"--store {kind}: this checkpoint's packed layers are stored already and stay frozen; start "
+                        "from the one that it was compressed from")
     return replace_linears(model, lambda name, layer: StoredLinear(layer, kind, group, rounding))
 
 
@@ -1279,12 +1285,15 @@ def hft(model, generator):
 
 
 def adapter_state(model):
-    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters,
-    or the layers that only exist rounded. Empty if the checkpoint itself holds everything."""
+    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters, or
+    all of a model with layers that only exist rounded. Empty if a checkpoint holds everything."""
     kinds = {type(m) for m in model.modules()}
     if kinds & {LoRA, Bone, Bat}:
         return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return {k: b for k, b in model.named_buffers()} if StoredLinear in kinds else {}
+    if StoredLinear not in kinds:
+        return {}
+    stands_in = {id(m.weight) for m in model.modules() if isinstance(m, StoredLinear)}
+    return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()] if id(x) not in stands_in}
 
 
 def merge(model):

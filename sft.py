@@ -23,7 +23,8 @@ loram       any                                        LoRA trained on a pruned 
 hft         any                                        half fine-tuning: half of each layer is frozen
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising
-         val_loss is memorising. bpb (bits per byte) is the one to compare between tokenizers.
+         val_loss is memorising. bpb (bits per byte) is the one to compare between tokenizers. With loram
+         it is the pruned model's; the completions shown at the end are the whole one's.
 """
 import hashlib
 import math
@@ -308,7 +309,7 @@ def kept_units(model, ratio, first=0, last=0):
     """
     c, out = model.config, {}
     group, hd = c.num_attention_heads // c.num_key_value_heads, c.head_dim
-    for i, layer in list(enumerate(model.layers))[first:len(model.layers) - last]:
+    for i, layer in list(enumerate(model.layers))[first:max(0, len(model.layers) - last)]:
         att, mlp = layer.self_attn, layer.mlp
         size = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
         neurons = size.topk(max(1, round(len(size) * (1 - ratio)))).indices.sort()[0]
@@ -340,7 +341,7 @@ def recover(small, whole):
     def put(name, layer):
         trained = adapters[name]
         rows, cols = (slice(None) if x is None else x for x in small.kept.get(name, (None, None)))
-        out = LoRA(layer, len(trained.A), trained.scale * len(trained.A))
+        out = LoRA(layer, len(trained.A), trained.scale * len(trained.A), torch.Generator())
         with torch.no_grad():
             out.A.zero_()[:, cols] = trained.A
             out.B[rows] = trained.B
@@ -466,6 +467,8 @@ def train(c, f):
     me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
     if c.batch % ranks:
         raise UserError(f"--batch {c.batch} is not a multiple of the {ranks} ranks")
+    if c.store != "float32" and c.peft in ("lora", "bone", "bat", "loram"):
+        raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one of the two")
     if ranks > 1 and c.store != "float32":
         raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts

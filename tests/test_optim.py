@@ -398,6 +398,12 @@ def kw_of(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_zero_gradients_move_nothing_and_none_is_skipped(name):
+    if name == "frugal":                                          # its blocks are drawn among all matrices
+        with pytest.raises(UserError, match="frugal needs a gradient for every matrix"):
+            p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+            p.grad = torch.ones(2, 2)
+            opt_of(frugal, p, q).step()
+        return
     p, q = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
     opt, old = opt_of(RULES[name], p, q, weight_decay=.5, **kw_of(name)), (p.detach().clone(), q.detach().clone())
     for _ in range(4):
@@ -473,6 +479,53 @@ def test_state_is_as_large_as_the_table_says(name, shape):
     assert report["bytes"] == 4 * STATE[name](*shape, 2)
 
 
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_low_rank_state_holds_no_view_of_something_larger(name):
+    """what a checkpoint writes is the storage: a slice of all singular vectors would be b x b"""
+    p = nn.Parameter(torch.randn(32, 24))
+    opt = opt_of(RULES[name], p, rank=2)
+    p.grad = torch.randn(32, 24)
+    opt.step()
+    for key, x in opt.stacks[0].state.items():
+        assert not torch.is_tensor(x) or x.untyped_storage().nbytes() <= x.nbytes + 64, key
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"frugal", "gradnormlorp"}))
+def test_a_late_first_gradient_moves_a_matrix_as_an_early_one(name):
+    """a gradient of 0 first (LoRA's A, an idle expert): the steps after it must not be throttled"""
+    late, early = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 6))
+    before, opts = late.detach().clone(), [opt_of(RULES[name], p, **kw_of(name)) for p in (late, early)]
+    start = early.detach().clone()
+    late.grad = torch.zeros(8, 6)
+    opts[0].step()
+    for g in random_walk((8, 6), 9, 6, torch.float32):
+        for p, opt in zip((late, early), opts):
+            p.grad = g.clone()
+            opt.step()
+    assert (late - before).norm() > .3 * (early - start).norm()
+
+
+def test_a_dead_half_does_not_stop_dion():
+    """rows without gradient at first, then with one"""
+    p = nn.Parameter(torch.zeros(8, 6))
+    opt = opt_of(dion, p, rank=2)
+    for _ in range(2):
+        p.grad = torch.zeros(8, 6)
+        opt.step()
+    p.grad = torch.cat([torch.zeros(4, 6), torch.ones(4, 6)])
+    opt.step()
+    assert p[4:].abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["random", "low rank", "steep"])
+def test_shampoo_in_float32_is_shampoo(kind):
+    """rounding makes eigenvalues of singular covariances negative: the root must not blow them up"""
+    g = random_walk((64, 24), 1)[0]
+    g = g if kind == "random" else g[:, :4] @ g[:4] if kind == "low rank" else g * torch.logspace(-5, 0, 24)
+    a, b = (direction(shampoo, g.to(t), b1=0.0).double().flatten() for t in (torch.float32, F64))
+    assert torch.cosine_similarity(a, b, 0) > .95
+
+
 def test_frugal_keeps_state_of_a_quarter_only():
     ps = [nn.Parameter(torch.randn(4, 4)) for _ in range(8)]
     opt = opt_of(frugal, *ps)
@@ -511,7 +564,7 @@ def test_a_stack_steps_like_its_matrices_alone(name):
     both = [nn.Parameter(x.clone()) for x in random_walk((6, 4), 2, 5)]
     alone = [nn.Parameter(p.detach().clone()) for p in both]
     together = opt_of(RULES[name], *both, **kw_of(name))
-    apart = [Optimiser([dict(params=[p], names=[str(i)], rule=partial(RULES[name], **kw_of(name)), lr=.01)])
+    apart = [Optimiser([dict(params=[p], names=[f"0.{i}"], rule=partial(RULES[name], **kw_of(name)), lr=.01)])
              for i, p in enumerate(alone)]
     for gs in zip(random_walk((6, 4), 7, 1), random_walk((6, 4), 7, 2)):
         for p, q, g in zip(both, alone, gs):
@@ -636,7 +689,7 @@ def test_eco_s_virtual_point_moves_by_the_gradient():
 
 def test_bad_use_is_a_clear_error():
     vector, matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 6))
-    with pytest.raises(UserError, match="normuon updates matrices, and 0 has shape .4.: put it in a group with adamw"):
+    with pytest.raises(UserError, match="normuon updates matrices, and 0.0 has shape .4.: put it in a group with adamw"):
         opt_of(normuon, vector)
     for name in ("muon", "galore", "soap", "shampoo", "dion", "adam_mini", "frugal_columns"):
         with pytest.raises(UserError, match="updates matrices, and got a tensor of shape"):
@@ -656,15 +709,36 @@ def test_bad_use_is_a_clear_error():
         opt_of(lion, matrix).step(lambda: 0)
 
 
+def test_names_and_groups():
+    """two groups alike in every key, parameters without names: nothing is mixed up, and twins are refused"""
+    ps = [nn.Parameter(torch.ones(2, 2)) for _ in range(4)]
+    groups = [dict(params=ps[:2], rule=lion, lr=.1), dict(params=ps[2:], rule=lion, lr=.1)]
+    opt = Optimiser([dict(g) for g in groups])
+    for p in ps[1:]:
+        p.grad = torch.ones(2, 2)
+    opt.step()                                                    # splits the first stack, finds it by identity
+    ps[0].grad = torch.ones(2, 2)
+    again = Optimiser([dict(g) for g in groups])
+    again.load_state_dict(opt.state_dict())
+    again.step()
+    assert [round(p[0, 0].item(), 6) for p in ps] == [.9, .8, .8, .8]
+    with pytest.raises(UserError, match="two parameters are called x"):
+        Optimiser([dict(params=ps[:2], names=["x", "x"], rule=lion, lr=.1)])
+    with pytest.raises(UserError, match="eco with a momentum of 0.1"):
+        optim.feed_sgd(torch.ones(1), dict(t=1, m=torch.ones(1)), .1, 1.0, momentum=.1)
+
+
 def test_state_of_another_optimiser_is_refused():
     p = nn.Parameter(torch.ones(4, 6))
     p.grad = torch.ones(4, 6)
     opt = opt_of(muon, p)
     opt.step()
-    with pytest.raises(UserError, match="cannot resume with another optimiser: 0 was updated by muon and is now lion"):
+    with pytest.raises(UserError, match="cannot resume with another optimiser: 0.0 was updated by muon and is now lion"):
         opt_of(lion, p).load_state_dict(opt.state_dict())
-    with pytest.raises(UserError, match="1 was updated by nothing and is now muon"):
+    with pytest.raises(UserError, match="0.1 was updated by nothing and is now muon"):
         opt_of(muon, p, nn.Parameter(torch.ones(4, 6))).load_state_dict(opt.state_dict())
+    with pytest.raises(UserError, match="cannot resume: 0.0 had shape .4, 6. when this state was saved"):
+        opt_of(muon, nn.Parameter(torch.ones(6, 4))).load_state_dict(opt.state_dict())
     with pytest.raises(UserError, match="the state of another kind of optimiser"):
         opt_of(muon, p).load_state_dict(torch.optim.SGD([p], lr=1.0).state_dict())
 
