@@ -3,7 +3,8 @@ model.py - the transformer every script trains: Hugging Face checkpoints, batche
 
     python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint, streaming
 
-Map      1 config   2 transformer   3 several ranks   4 scoring   5 generation   6 checkpoints   7 command line
+Map      1 config   2 transformer   3 adapters   4 several ranks   5 scoring   6 generation   7 checkpoints
+         8 command line
 Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots, E experts
 
     model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
@@ -378,12 +379,195 @@ def init(config, seed=0):
     return model
 
 
+# --- adapters: what is trained, and how it becomes a plain checkpoint again -------------------------------
+
+
+def replace_linears(model, make):
+    """Put make(name, layer) in the place of every linear layer inside the blocks. In place."""
+    for path, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, PackedLinear)) and name.endswith("_proj"):
+                setattr(parent, name, make(f"{path}.{name}", child))
+    return model
+
+
+def plain_linear(like, W):
+    """An nn.Linear of weight W with the bias of `like`."""
+    out = nn.Linear(like.in_features, like.out_features, like.bias is not None, device="meta")
+    out.weight = nn.Parameter(W)
+    out.bias = like.bias
+    return out
+
+
+def weight_of(linear):
+    """A layer's float weight; a packed one is unpacked."""
+    return linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight
+
+
+def leaf(linear, *shape):
+    """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
+    dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=next(iter(linear.state_dict().values())).device
+                                    ))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R) B A x.
+
+    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was. The layer
+    may be packed (QLoRA, 2305.14314).
+    """
+
+    def __init__(self, linear, rank, alpha, generator=None):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features, rank)
+        bound = 1 / math.sqrt(linear.in_features)      # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
+        with torch.no_grad():
+            noise = torch.rand(self.A.shape, generator=generator)
+            self.A.copy_((2 * noise - 1) * bound)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self):
+        """The plain linear layer that computes the same; a packed one is unpacked."""
+        return plain_linear(self.linear, weight_of(self.linear) + self.scale * self.B @ self.A)
+
+
+class Bone(nn.Module):
+    """Block affine adaptation, rows (Bone, 2409.15371 eq. 3):  y = W x + (sum over groups of R inputs) M,
+    M [R, F] from 0. x is padded to whole groups; merged, Mᵀ is added to every R columns of W."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear, self.M = linear.requires_grad_(False), leaf(linear, rank, linear.out_features)
+
+    def forward(self, x):
+        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1, (-1, len(self.M))).sum(-2)  # [..., R]
+        return self.linear(x) + folded @ self.M
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        D = self.linear.in_features
+        delta = self.M.T.repeat(1, -(-D // len(self.M)))[:, :D]                          # [F, D]
+        return plain_linear(self.linear, weight_of(self.linear) + delta)
+
+
+class Bat(nn.Module):
+    """Block affine adaptation guided by the weights (Bat, 2409.15371 eq. 6):  block (i, j), R x R, of W gains
+    W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        if linear.in_features % rank or linear.out_features % rank:
+            raise UserError(f"--peft bat --rank {rank} must divide both sides of a {linear.out_features}x"
+                            f"{linear.in_features} layer: try "
+                            f"{math.gcd(linear.in_features, linear.out_features)}")
+        self.linear = linear.requires_grad_(False)
+        self.M = leaf(linear, linear.out_features // rank, rank, rank)
+
+    def weight(self):
+        """W + its change [F, D]."""
+        W, R = weight_of(self.linear), self.M.size(1)
+        blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)           # [F/R, D/R, R, R]
+        blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
+        return blocks.transpose(1, 2).reshape(W.shape)
+
+    def forward(self, x):
+        return F.linear(x, self.weight(), self.linear.bias)
+
+    def merged(self):
+        """The plain linear layer that computes the same."""
+        return plain_linear(self.linear, self.weight())
+
+
+def full(model, generator):
+    """Train every parameter."""
+    return model
+
+
+def lora(model, generator, *, rank=8, alpha=0.0):
+    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all layers to
+    matter). alpha 0 means 2 * rank. In place; returns the model."""
+    check_rank(rank)
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
+
+
+def bone(model, generator, *, rank=64):
+    """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
+    check_rank(rank)
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: Bone(layer, rank))
+
+
+def bat(model, generator, *, rank=32):
+    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full rank."""
+    check_rank(rank)
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: Bat(layer, rank))
+
+
+def check_rank(rank):
+    """UserError below 1."""
+    if rank < 1:
+        raise UserError(f"--rank {rank}: the rank must be at least 1")
+
+
+def hft(model, generator):
+    """Half fine-tuning (HFT, 2404.18466 §3.2): each round freezes half of every layer, drawn by matrix kind.
+
+    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of all experts
+    alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings, head, final norm and
+    routers always train. One run is one round.
+    """
+    def draw(n):
+        return torch.randperm(n, generator=generator).tolist()
+    L = model.config.num_hidden_layers
+    more = set(draw(L)[:L // 2])
+    for i, layer in enumerate(model.layers):
+        parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
+                 (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
+                 (["input_layernorm", "post_attention_layernorm"], 1)]
+        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
+        frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
+        for name, module in layer.named_modules():
+            if name.split(".")[-1] in frozen:
+                module.requires_grad_(False)
+    return model
+
+
+def adapter_state(model):
+    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters,
+    or all of a model with layers that only exist rounded. Empty if a checkpoint holds everything."""
+    special = [m for m in model.modules() if hasattr(m, "merged")]
+    stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}                  # optim.StoredLinear
+    if not stands_in:
+        return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and special}
+    return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()]
+            if id(x) not in stands_in}
+
+
+def merge(model):
+    """A plain copy of the model: adapters folded into their layers, stored weights read. The original is left
+    as it is."""
+    plain = copy.deepcopy(model)
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "merged"):
+                setattr(parent, name, child.merged())
+    return plain.requires_grad_()
+
+
+PEFT = dict(full=full, lora=lora, bone=bone, bat=bat, hft=hft)
+
 # --- several ranks ------------------------------------------------------------------------------------
 
 
 def shard(model, dtype="float32"):
-    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each rank keeps 1/P of the rows of every
-    parameter and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and computed in it,
+    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each keeps 1/P of every parameter's
+    rows and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and computed in it,
     gradients reduced in float32. -> whole(), a collective call: the unsharded model on rank 0, else None.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -1,5 +1,5 @@
 """
-optim.py - how a parameter gets updated: optimisers, learning-rate schedules, adapters, over one rank or many.
+optim.py - how a parameter gets updated: optimisers, learning-rate schedules, over one rank or many.
 
     opt = optimiser(model, normuon, lr=3e-3, weight_decay=0.1)    # block matrices: NorMuon; the rest: AdamW
     set_lr(opt, lr * cosine(step, steps, warmup)); opt.step()
@@ -7,8 +7,8 @@ optim.py - how a parameter gets updated: optimisers, learning-rate schedules, ad
 An optimiser is a rule (gradient, state) -> direction of a few lines; one class, Optimiser, walks the
 parameters, decays and steps for all of them. Rules see a stack g [K, m, n] of all matrices of one shape.
 
-Map      1 shared pieces   2 rules   3 parameter groups   4 ranks   5 the walker   6 schedules
-         7 stored weights  8 adapters        K matrices of a stack, m x n of one (out, in), r rank, a >= b its sides
+Map      1 shared pieces   2 rules   3 groups   4 ranks   5 the walker   6 schedules   7 stored weights
+Letters  K matrices of a stack, m x n (out, in) of one, a >= b its sides, r rank
 
 rule            paper               state of a matrix    idea
 adamw           1711.05101          2mn                  momentum over the root of the second moment
@@ -33,7 +33,6 @@ eco             2601.22101          2mn, no master       Adam; rounding errors o
 eco_sgd         2601.22101          mn, no master        the same with momentum SGD
 classp          2405.09637          mn                   AdaGrad with a threshold: protects earlier tasks
 """
-import copy
 import hashlib
 import math
 import time
@@ -85,14 +84,13 @@ def correction(t, b1, b2):
 def need_matrix(g):
     """UserError for what is no matrix: norms, biases and other vectors belong to AdamW."""
     if g.dim() < 2:
-        raise UserError(f"this rule updates matrices, and got a tensor of shape {list(g.shape)}: leave norms, "
-                        "biases and other vectors to adamw")
+        raise UserError(f"this rule updates matrices, and got a tensor of shape {list(g.shape)}: leave "
+                        "norms, biases and other vectors to adamw")
     return g
 
 
 def turn(g):
-    """A stack as it is if m >= n, else transposed: low-rank rules see tall matrices. Its own inverse with
-    turn_back, because the papers treat the two shapes as mirror images."""
+    """A stack as it is if m >= n, else transposed: to the low-rank rules the two are mirror images."""
     return g.mT if need_matrix(g).size(-2) < g.size(-1) else g
 
 
@@ -130,8 +128,8 @@ def norm(x, dims=(-2, -1)):
 def limit_growth(S, s, growth):
     """Fira's norm-growth limiter (2410.01623 eq. 9): |S| may rise by the factor `growth` a step; 0: no limit.
 
-    After a quiet phase one large gradient is throttled for many steps: about 70 to double at 1.01. A size of 0
-    (LoRA's A at first) sets no limit, unlike in the authors' code, where it stops the matrix for 2,000 steps.
+    After a quiet phase a large gradient is throttled for many steps: about 70 to double at 1.01. A size of 0
+    (LoRA's A at first) sets no limit; in the authors' code it stops the matrix for 2,000 steps.
     """
     if not growth:
         return S
@@ -147,7 +145,7 @@ def scale_of(name, m, n):
     rms       0.2 √max(m, n): RMS 0.2 as AdamW's, whose learning rate and decay then transfer (2502.16982)
     original  √max(1, m/n): learning rates near 0.02 (Jordan et al.)     spectral  √(m/n) (Dion's code)
     """
-    scales = dict(rms=0.2 * math.sqrt(max(m, n)), original=math.sqrt(max(1, m / n)), spectral=math.sqrt(m / n))
+    scales = dict(rms=0.2 * max(m, n) ** 0.5, original=max(1, m / n) ** 0.5, spectral=(m / n) ** 0.5)
     if name not in scales:
         raise UserError(f"--scale {name}{nearest(name, scales)}")
     return scales[name]
@@ -160,8 +158,7 @@ BLOCK = 256
 
 
 def code_table(signed):
-    """256 sorted values in [-1, 1], or [0, 1] unsigned: seven decades, each split twice as finely as the
-    one below it."""
+    """256 sorted values in [-1, 1] or [0, 1]: seven decades, each split twice as finely as the one below."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1.0, 2 ** decade * (1 if signed else 2) + 1, dtype=torch.float64)
@@ -202,15 +199,12 @@ def quantize_groups(w, bits, group=256, generators=None, spare=False):
     w, top = w.unflatten(1, (-1, group)).float(), 2 ** bits - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low).clamp(min=1e-5) / (top - spare)
-    zero = (-low / scale - 1e-3).ceil() if spare else (-low / scale).round()     # 1e-3: of a code, for rounding
+    zero = (-low / scale - 1e-3).ceil() if spare else (-low / scale).round()   # 1e-3: float32's own error
     x = w / scale
-    x = x.floor() + (uniform(x, generators) < x - x.floor()) if generators else x.round()
-    return (x + zero).clamp(0, top), scale, zero
-
-
-def uniform(x, generators):
-    """U(0, 1) of x's shape [K, …], row k from generator k."""
-    return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x)
+    if generators:
+        u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x)
+        x = x.floor() + (u < x - x.floor())
+    return (x.round() + zero).clamp(0, top), scale, zero
 
 
 def round_bf16(x, generators=None):
@@ -229,8 +223,8 @@ def round_bf16(x, generators=None):
 
 # --- 2 rules: (g, s, …) -> direction d;  the walker then does  W <- (1 - lr λ) W - lr d -------------------
 #   g [K, m, n] gradients, s the stack's state (s["t"] counts steps from 1). A rule names what else it needs:
-#   W [K, m, n] weights, lr, seeds (one int a matrix), ranks (shape, whole, rows, sum), block (rows of a head),
-#   place (the matrices' numbers among all, their count, the run's seed). Everything has a leading K.
+#   W [K, m, n] weights, lr, seeds (one int a matrix), ranks (shape, whole, rows, sum), block (rows of a
+#   head), place (the matrices' numbers among all, their count, the run's seed). All state has a leading K.
 
 
 def adamw(g, s, *, b1=0.9, b2=0.95, eps=1e-8):
@@ -278,14 +272,15 @@ def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
 
 
 def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
-    """Muon, Jordan et al. 2024; 2502.16982 eq. 2, 4.   scale · NS(M),  M the momentum (Nesterov's look-ahead).
+    """Muon, Jordan et al. 2024; 2502.16982 eq. 2, 4.   scale · NS(M),  M the momentum, looking ahead.
 
     Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the control.
     """
     m, n = ranks.shape
     M = ema(s, "m", need_matrix(g), momentum)
     U = g.lerp(M, momentum) if nesterov else M                                           # [K, m, n]
-    return scale_of(scale, m, n) * ranks.orthogonalise(U, ns_steps) * (1 if ns_steps else math.sqrt(min(m, n)))
+    same_rms = 1.0 if ns_steps else math.sqrt(min(m, n))
+    return scale_of(scale, m, n) * same_rms * ranks.orthogonalise(U, ns_steps)
 
 
 def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=5, scale="rms", axis="row",
@@ -467,13 +462,14 @@ def apollo(g, s, seeds, *, rank=0, every=200, scale=1.0, growth=1.01, front=Fals
     N = adam_hf(R, s, b1, b2, eps)
     dims = (-2, -1) if tensor else -1
     S = norm(N, dims) / (norm(R, dims) + 1e-8) * G
-    S = limit_growth(math.sqrt(scale) * S, s, growth) if front else math.sqrt(scale) * limit_growth(S, s, growth)
+    first, then = (math.sqrt(scale), 1.0) if front else (1.0, math.sqrt(scale))
+    S = then * limit_growth(first * S, s, growth)
     return turn_back(correction(s["t"], b1, b2) * S, g)
 
 
 def apollo_mini(g, s, seeds, *, rank=1, every=200, scale=128.0, growth=1.01, front=False, b1=0.9, b2=0.999,
                 eps=1e-6):
-    """APOLLO-Mini, 2412.05270 §4.2.   One step size a matrix from a rank-1 sketch; scale 128 is n/r at n 128."""
+    """APOLLO-Mini, 2412.05270 §4.2.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n 128."""
     return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front, tensor=True,
                   b1=b1, b2=b2, eps=eps)
 
@@ -485,7 +481,7 @@ def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999,
     if (s["t"] - 1) % every == 0:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + s["t"])).tolist()
         active = set(order[:round(density * count)])
-        s["on"] = torch.tensor([k for k, i in enumerate(number) if i in active], dtype=torch.long).to(g.device)
+        s["on"] = torch.tensor([k for k, i in enumerate(number) if i in active], device=g.device).long()
         s["m"], s["v"] = torch.zeros(2, len(s["on"]), *g.shape[1:]).to(g).unbind(0)
     d = kappa * g.sign()
     d[s["on"]] = adam(g[s["on"]], s, (s["t"] - 1) % every + 1, b1, b2, eps)
@@ -506,8 +502,8 @@ def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b
 
 
 def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, eps=1e-6):
-    """Fira, 2410.01623 alg. 1.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:  GaLore,
-    and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
+    """Fira, 2410.01623 alg. 1.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:
+    GaLore, and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
 
     alpha inside the rest is the authors' code: for alpha < 1 it keeps a share of the subspace's gradient.
     """
@@ -546,37 +542,28 @@ def eco(g, s, *, b1=0.9, b2=0.999, eps=1e-8):
     return adam(g, s, s["t"], b1, b2, eps)
 
 
-def check_feedback(beta):
-    """UserError for a momentum below the 0.5 that ECO's 1 - 1/β needs."""
-    if beta < 0.5:
-        raise UserError(f"eco with a momentum of {beta}: rounding errors are paid back through it, choose 0.5 or more")
-
-
 def feed_adam(e, s, lr, shrink, *, b1, b2, eps):
     """m += (1 - b1ᵗ)/lr · (1 - 1/b1) · (√v̂ + eps) · e,  e what rounding took from W;  shrink: 1 - lr λ."""
-    check_feedback(b1)
     t = s["t"]
     root = (s["v"] / (1 - b2 ** t)).sqrt() + eps
     s["m"] += shrink * (1 - b1 ** t) / lr * (1 - 1 / b1) * root * e
 
 
 def eco_sgd(g, s, *, momentum=0.9):
-    """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   θ = W - lr μ/(1-μ) m moves exactly by -lr g."""
+    """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   W - lr μ/(1-μ) m moves exactly by -lr g."""
     return ema(s, "m", g, momentum)
 
 
 def feed_sgd(e, s, lr, shrink, *, momentum):
     """m += (1 - 1/μ)/lr · e:  the sign is that of μ < 1, so what was rounded away is pushed again."""
-    check_feedback(momentum)
     s["m"] += shrink * (1 - 1 / momentum) / lr * e
 
 
 def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
     """CLASSP, 2405.09637 alg. 1.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
 
-    suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2, threshold
-    0 is AdaGrad. The paper's equation; the
-    author's code gates whole tensors and discards the power.
+    suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2 and
+    threshold 0 are AdaGrad. The paper's equation; the author's code gates whole tensors and discards p.
     """
     h = kept(s, "h", g)
     on = g.square() > threshold
@@ -584,13 +571,12 @@ def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
     return on * (g / (eps + h).pow(1 / p) if suppress else g)
 
 
-RULES = dict(adamw=adamw, signsgd=signsgd, lion=lion, lionk=lionk, muon=muon, normuon=normuon, shampoo=shampoo,
-             soap=soap, adam_mini=adam_mini, dion=dion, galore=galore, qgalore=qgalore, apollo=apollo,
-             apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns, fira=fira,
+RULES = dict(adamw=adamw, signsgd=signsgd, lion=lion, lionk=lionk, muon=muon, normuon=normuon,
+             shampoo=shampoo, soap=soap, adam_mini=adam_mini, dion=dion, galore=galore, qgalore=qgalore,
+             apollo=apollo, apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns, fira=fira,
              gradnormlorp=gradnormlorp, eco=eco, eco_sgd=eco_sgd, classp=classp)
 ANY_SHAPE = {"adamw", "signsgd", "lion", "classp", "eco", "eco_sgd"}      # elementwise: vectors too
-BY_ROWS = ANY_SHAPE | {"muon", "normuon"}                                # work on a rank's rows; others on whole
-#                                                                          matrices, each on the rank that owns it
+BY_ROWS = ANY_SHAPE | {"muon", "normuon"}    # run on a rank's rows; the others on the whole matrices it owns
 FEEDBACK = dict(eco=feed_adam, eco_sgd=feed_sgd)
 
 # --- 3 parameter groups -------------------------------------------------------------------------------
@@ -601,16 +587,15 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
 
     Embeddings and output heads go to AdamW (decayed unless decay_embed is false), norms, biases and other
     vectors to AdamW without decay, the matrices of the blocks to `rule`. aux_lr, aux_decay: that AdamW's (0
-    and -1: lr and weight_decay, one dial). With adamw as the rule the matrices are one group. UserError: nothing to train, packed
-    layers without adapters, a matrix that is neither in a block nor an embedding or a head.
+    and -1: lr and weight_decay, one dial). With adamw as the rule all matrices are one group. UserError:
+    nothing to train, packed layers without adapters, a matrix that is in no block and no embedding or head.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError("the model has no trainable parameter")
-    kinds = {type(m) for m in model.modules()}
-    if PackedLinear in kinds and not kinds & {LoRA, Bone, Bat}:
-        raise UserError("packed layers cannot be trained: put adapters on them (--peft lora), or start from the "
-                        "checkpoint that was compressed")
+    if any(isinstance(m, PackedLinear) and not n.endswith(".linear") for n, m in model.named_modules()):
+        raise UserError("packed layers cannot be trained: put adapters on them (--peft lora), or start from "
+                        "the checkpoint that was compressed")
     aux = partial(adamw, **(hyper(rule) if name_of(rule) == "adamw" else {}))
     hidden, outer, vectors = {}, {}, {}
     for name, p in trained.items():
@@ -621,8 +606,8 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
         elif "layers." in name:
             hidden[name] = p
         else:
-            raise UserError(f"parameter {name} of shape {list(p.shape)} is in no block and is no embedding or "
-                            "head: pass Optimiser your own groups")
+            raise UserError(f"parameter {name} of shape {list(p.shape)} is in no block and is no embedding "
+                            "or head: pass Optimiser your own groups")
     aux_decay = weight_decay if aux_decay < 0 else aux_decay
     if name_of(rule) == "adamw" and decay_embed and not aux_lr and aux_decay == weight_decay:
         hidden, outer = {n: p for n, p in trained.items() if p.dim() >= 2}, {}
@@ -630,8 +615,8 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
     block = {n: head if n.endswith(("q_proj.weight", "k_proj.weight")) else 1 for n in hidden}
     rows = [(hidden, rule, weight_decay, 1.0), (outer, aux, aux_decay * decay_embed, (aux_lr or lr) / lr),
             (vectors, aux, 0.0, (aux_lr or lr) / lr)]
-    return [dict(params=list(ps.values()), names=list(ps), rule=r, lr=lr * scale, weight_decay=wd, scale=scale,
-                 block=block) for ps, r, wd, scale in rows if ps]
+    return [dict(params=list(ps.values()), names=list(ps), rule=r, lr=lr * scale, weight_decay=wd,
+                 scale=scale, block=block) for ps, r, wd, scale in rows if ps]
 
 
 def name_of(rule):
@@ -647,8 +632,8 @@ def optimiser(model, rule=adamw, lr=1e-3, weight_decay=0.0, seed=0, *, aux_lr=0.
     decay_embed: embeddings and heads decay too.
     """
     stored = {m.weight: m for m in model.modules() if isinstance(m, StoredLinear)}
-    return Optimiser(param_groups(model, rule, lr, weight_decay, aux_lr, aux_decay, decay_embed), decay=decay, seed=seed,
-                     stored=stored)
+    groups = param_groups(model, rule, lr, weight_decay, aux_lr, aux_decay, decay_embed)
+    return Optimiser(groups, decay=decay, seed=seed, stored=stored)
 
 
 def set_lr(optimiser, lr):
@@ -708,7 +693,7 @@ class Ranks:
         return x
 
     def orthogonalise(self, U, steps=5):
-        """newton_schulz of K matrices that are spread by rows, each rank its own; sent in bfloat16 on CUDA."""
+        """newton_schulz of K matrices spread by rows, each rank its own; sent in bfloat16 on CUDA."""
         sent = U.bfloat16() if U.is_cuda and self.size > 1 else U
         whole, start = self.whole(sent), time.perf_counter()
         O = newton_schulz(whole, steps)
@@ -721,7 +706,7 @@ class Ranks:
 DECAYS = dict(                    # (lr, λ, peak lr) -> factors on W before and after the step
     decoupled=lambda lr, wd, peak: (1 - lr * wd, 1.0),                    # PyTorch's AdamW
     last=lambda lr, wd, peak: (1.0, 1 - lr * wd),                         # GaLore's, APOLLO's and SOAP's code
-    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning when lr is tuned
+    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning as lr is tuned
 STACK = 1 << 26                   # elements in a stack at most: gradients are copied once to batch a rule
 
 
@@ -740,7 +725,7 @@ class Unit:
         self.name, self.p, self.part, self.stored = name, p, rows, stored
         self.shape = tuple(p.shape if rows is None else p[rows].shape)
         if sharded(p) and (rows is not None or stored or [str(x) for x in p.placements] != ["S(0)"]):
-            raise UserError(f"{name}: over several ranks a parameter must be whole, float and sharded by rows")
+            raise UserError(f"{name}: over ranks a parameter must be whole, float and sharded by rows")
         self.group = p.device_mesh.get_group() if sharded(p) else None
 
     def local(self, x):
@@ -772,7 +757,8 @@ class Stack(SimpleNamespace):
         if name == "frugal" or ranks.size > 1 and name not in BY_ROWS:
             raise UserError(f"{name} needs a gradient for every matrix at every step"
                             + f" over {ranks.size} ranks" * (ranks.size > 1))
-        state = {k: v[torch.tensor(keep).to(v.device)] if torch.is_tensor(v) else v for k, v in self.state.items()}
+        at = torch.tensor(keep, device=self.units[0].p.device)
+        state = {k: v[at] if torch.is_tensor(v) else v for k, v in self.state.items()}
         return Stack(group=self.group, units=[self.units[i] for i in keep], state=state,
                      ranks=Ranks(ranks.shape, ranks.group))
 
@@ -780,11 +766,11 @@ class Stack(SimpleNamespace):
 class Optimiser(torch.optim.Optimizer):
     """Walks the parameters for every rule: stack gradients of one shape, get a direction, decay, step.
 
-    groups: dicts of params, names, rule, lr, weight_decay; and, if wanted, block {name: rows of a head}, split
-    {name: row counts} for fused matrices, scale (of the learning rate, see set_lr). decay: a row of DECAYS.
+    groups: dicts of params, names, rule, lr, weight_decay; if wanted block {name: rows of a head}, split
+    {name: row counts} of fused matrices, scale (of the learning rate, see set_lr). decay: a row of DECAYS.
     A parameter without gradient is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit
-    torch.optim.AdamW(fused=True). Parameters sharded by FSDP2 are DTensors: rules in BY_ROWS run on each rank's rows and
-    send only what they must, other rules run on whole matrices, each on one rank.
+    torch.optim.AdamW(fused=True). Of parameters sharded by FSDP2 (DTensors) rules in BY_ROWS take each rank's
+    rows and send only what they must, other rules whole matrices, each on one rank.
     Raises UserError for a matrix rule on a vector, a rank above a matrix's, an unknown decay.
     """
 
@@ -802,10 +788,10 @@ class Optimiser(torch.optim.Optimizer):
             self.stacks += self.arrange(group, units)
         names = [u.name for x in self.stacks for u in x.units]
         if len(set(names)) < len(names):
-            raise UserError(f"two parameters are called {max(names, key=names.count)}: give them names of their own")
+            raise UserError(f"two parameters are called {max(names, key=names.count)}: name them apart")
 
     def units(self, name, p, split, stored):
-        """One Unit of a parameter, or one of each part of a fused matrix, cut into `split` rows."""
+        """A parameter as one Unit, a fused matrix as one for each part of `split` rows."""
         if not split:
             return [Unit(name, p, None, stored)]
         if sum(split) != p.size(0):
@@ -822,8 +808,11 @@ class Optimiser(torch.optim.Optimizer):
                                 f"{list(u.shape)}: put it in a group with adamw")
             if "rank" in hyper(group["rule"]):
                 rank_of(hyper(group["rule"])["rank"], u.shape)
+            momentum = [v for k, v in hyper(group["rule"]).items() if k in ("b1", "momentum")]
+            if name_of(group["rule"]) in FEEDBACK and min(momentum) < 0.5:
+                raise UserError("eco pays rounding errors back through its momentum: give it 0.5 or more")
             if name_of(group["rule"]) == "frugal" and u.group:
-                raise UserError("frugal draws whole matrices and runs on one rank: use frugal_columns over several")
+                raise UserError("frugal draws whole matrices, on one rank: use frugal_columns over several")
             block = group.get("block", {}).get(u.name, 1) if "block" in needs(group["rule"]) else 1
             kind = u.shape, u.p.dtype, u.group, block, bool(u.stored)
             kinds.setdefault(kind, []).append(u)
@@ -859,7 +848,7 @@ class Optimiser(torch.optim.Optimizer):
             return fused_adamw(stack, grads, **hyper(rule))
         g = torch.stack([ranks.pad(x if x.dtype == torch.float64 else x.float()) for x in grads])
         gather = ranks.whole if name not in BY_ROWS else lambda x: x
-        seeds = [seed_of(self.seed, u.name) for u in units]
+        seeds = [int.from_bytes(hashlib.sha256(f"{self.seed} {u.name}".encode()).digest()[:6]) for u in units]
         own = list(range(len(units))) if name in BY_ROWS else [*range(ranks.rank, len(units), ranks.size)]
         spare = [0] * (-(-len(units) // ranks.size) - len(own)) if name not in BY_ROWS else []
         have = dict(g=lambda: gather(g), s=lambda: s, lr=lambda: group["lr"], ranks=lambda: ranks,
@@ -897,7 +886,8 @@ class Optimiser(torch.optim.Optimizer):
     def state_dict(self):
         """Tensors and numbers only, of whole matrices, on rank 0 (a collective call): any number of ranks can
         load what one saved."""
-        return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units], shape=x.ranks.shape,
+        return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units],
+                                 shape=x.ranks.shape,
                                  state={k: collect(x, v) for k, v in x.state.items()}) for x in self.stacks])
 
     def load_state_dict(self, state):
@@ -913,8 +903,8 @@ class Optimiser(torch.optim.Optimizer):
                                 f"{saved.get(n, 'nothing')} and is now {now}; use the run's own settings")
         for x in state["stacks"]:
             if len({units[n][0].shape for n in x["names"]} | {tuple(x["shape"])}) > 1:
-                raise UserError(f"cannot resume: {x['names'][0]} had shape {list(x['shape'])} when this state was "
-                                "saved: it belongs to another model")
+                raise UserError(f"cannot resume: {x['names'][0]} had shape {list(x['shape'])} when this "
+                                "state was saved: it belongs to another model")
         self.stacks = []
         for x in state["stacks"]:
             mine = [units[n][0] for n in x["names"]]
@@ -922,11 +912,6 @@ class Optimiser(torch.optim.Optimizer):
                                                                                            mine[0].group))
             stack.state = {k: distribute(stack, v) for k, v in x["state"].items()}
             self.stacks.append(stack)
-
-
-def seed_of(seed, name):
-    """A run's seed and a parameter's name -> a number that no other parameter's presence can change."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6])
 
 
 def fused_adamw(stack, grads, *, b1, b2, eps):
@@ -1028,12 +1013,6 @@ def power(step, steps, warmup, lr, batch, tokens, *, a=4.0, b=-0.51, cooldown=0.
     return min(1.0, batch * a * n ** b / lr) * wsd(step, steps, warmup, cooldown=cooldown)
 
 
-def step_law(N, D):
-    """Step Law, 2503.04715 eq. 1: AdamW's learning rate and batch in tokens for pre-training N non-embedding
-    parameters on D tokens:  1.79 N^-0.713 D^0.307,  0.58 D^0.571. Fitted at 6e7 to 1e9 parameters."""
-    return 1.79 * N ** -0.713 * D ** 0.307, 0.58 * D ** 0.571
-
-
 SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine, wsd=wsd, power=power)
 
 # --- 7 stored weights: linear layers whose only copy of W is rounded ------------------------------------
@@ -1063,7 +1042,8 @@ class StoredLinear(nn.Module):
         """W -> codes (two a byte for int4), scale, zero."""
         bits, flat = int(self.kind[3:]), W.flatten()[None].float()
         flat = F.pad(flat, (0, -flat.size(1) % self.size))
-        codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator], self.stochastic)
+        codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator],
+                                             self.stochastic)
         return pack_bits(codes[0], bits) if bits < 8 else codes[0].to(torch.uint8), scale[0], zero[0]
 
     def read(self):
@@ -1090,7 +1070,9 @@ class StoredLinear(nn.Module):
 
     def merged(self):
         """The plain linear layer with these weights."""
-        return plain_linear(self, self.read())
+        out = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        out.weight, out.bias = nn.Parameter(self.read()), self.bias
+        return out
 
 
 def store(model, kind, group, rounding):
@@ -1100,9 +1082,13 @@ def store(model, kind, group, rounding):
     if kind != "bfloat16" and group < 1:
         raise UserError(f"--group {group}: a group holds at least 1 weight")
     if any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UserError(f"--store {kind}: this checkpoint's packed layers are stored already and stay frozen; start "
-                        "from the one that it was compressed from")
-    return replace_linears(model, lambda name, layer: StoredLinear(layer, kind, group, rounding))
+        raise UserError(f"--store {kind}: this checkpoint's packed layers are stored already and frozen; "
+                        "start from the one that it was compressed from")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and name.endswith("_proj"):
+                setattr(parent, name, StoredLinear(child, kind, group, rounding))
+    return model
 
 
 def store_float32(model):
@@ -1126,185 +1112,3 @@ def store_int4(model, *, group=32, rounding="stochastic"):
 
 
 STORES = dict(float32=store_float32, bfloat16=store_bfloat16, int8=store_int8, int4=store_int4)
-
-# --- 8 adapters: what is trained, and how it becomes a plain checkpoint again ----------------------------
-
-
-def replace_linears(model, make):
-    """Put make(name, layer) in the place of every linear layer inside the blocks. In place."""
-    for path, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.Linear, PackedLinear)) and name.endswith("_proj"):
-                setattr(parent, name, make(f"{path}.{name}", child))
-    return model
-
-
-def plain_linear(like, W):
-    """An nn.Linear of weight W with the bias of `like`."""
-    out = nn.Linear(like.in_features, like.out_features, like.bias is not None, device="meta")
-    out.weight = nn.Parameter(W)
-    out.bias = like.bias
-    return out
-
-
-def weight_of(linear):
-    """A layer's float weight; a packed one is unpacked."""
-    return linear.dequantize() if isinstance(linear, PackedLinear) else linear.weight
-
-
-def leaf(linear, *shape):
-    """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
-    dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=next(iter(linear.state_dict().values())).device))
-
-
-class LoRA(nn.Module):
-    """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R) B A x.
-
-    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was. The layer
-    may be packed (QLoRA, 2305.14314).
-    """
-
-    def __init__(self, linear, rank, alpha, generator=None):
-        super().__init__()
-        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features, rank)
-        bound = 1 / math.sqrt(linear.in_features)      # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
-        with torch.no_grad():
-            noise = torch.rand(self.A.shape, generator=generator)
-            self.A.copy_((2 * noise - 1) * bound)
-
-    def forward(self, x):
-        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
-
-    def merged(self):
-        """The plain linear layer that computes the same; a packed one is unpacked."""
-        return plain_linear(self.linear, weight_of(self.linear) + self.scale * self.B @ self.A)
-
-
-class Bone(nn.Module):
-    """Block affine adaptation, rows (Bone, 2409.15371 eq. 3):  y = W x + (sum over groups of R inputs) M,
-    M [R, F] from 0. x is padded to whole groups; merged, Mᵀ is added to every R columns of W."""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        self.linear, self.M = linear.requires_grad_(False), leaf(linear, rank, linear.out_features)
-
-    def forward(self, x):
-        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1, (-1, len(self.M))).sum(-2)  # [..., R]
-        return self.linear(x) + folded @ self.M
-
-    def merged(self):
-        """The plain linear layer that computes the same."""
-        D = self.linear.in_features
-        delta = self.M.T.repeat(1, -(-D // len(self.M)))[:, :D]                          # [F, D]
-        return plain_linear(self.linear, weight_of(self.linear) + delta)
-
-
-class Bat(nn.Module):
-    """Block affine adaptation guided by the weights (Bat, 2409.15371 eq. 6):  block (i, j) of R x R of W gains
-    W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        if linear.in_features % rank or linear.out_features % rank:
-            raise UserError(f"--peft bat --rank {rank} must divide both sides of a {linear.out_features}x"
-                            f"{linear.in_features} layer: try {math.gcd(linear.in_features, linear.out_features)}")
-        self.linear = linear.requires_grad_(False)
-        self.M = leaf(linear, linear.out_features // rank, rank, rank)
-
-    def weight(self):
-        """W + its change [F, D]."""
-        W, R = weight_of(self.linear), self.M.size(1)
-        blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)           # [F/R, D/R, R, R]
-        blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
-        return blocks.transpose(1, 2).reshape(W.shape)
-
-    def forward(self, x):
-        return F.linear(x, self.weight(), self.linear.bias)
-
-    def merged(self):
-        """The plain linear layer that computes the same."""
-        return plain_linear(self.linear, self.weight())
-
-
-def full(model, generator):
-    """Train every parameter."""
-    return model
-
-
-def lora(model, generator, *, rank=8, alpha=0.0):
-    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all layers to
-    matter). alpha 0 means 2 * rank. In place; returns the model."""
-    check_rank(rank)
-    model.requires_grad_(False)
-    return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
-
-
-def bone(model, generator, *, rank=64):
-    """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
-    check_rank(rank)
-    model.requires_grad_(False)
-    return replace_linears(model, lambda name, layer: Bone(layer, rank))
-
-
-def bat(model, generator, *, rank=32):
-    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full rank."""
-    check_rank(rank)
-    model.requires_grad_(False)
-    return replace_linears(model, lambda name, layer: Bat(layer, rank))
-
-
-def check_rank(rank):
-    """UserError below 1."""
-    if rank < 1:
-        raise UserError(f"--rank {rank}: the rank must be at least 1")
-
-
-def hft(model, generator):
-    """Half fine-tuning (HFT, 2404.18466 §3.2): each round freezes half of every layer, drawn by matrix kind.
-
-    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of all experts
-    alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings, head, final norm and
-    routers always train. One run is one round.
-    """
-    def draw(n):
-        return torch.randperm(n, generator=generator).tolist()
-    L = model.config.num_hidden_layers
-    more = set(draw(L)[:L // 2])
-    for i, layer in enumerate(model.layers):
-        parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
-                 (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
-                 (["input_layernorm", "post_attention_layernorm"], 1)]
-        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
-        frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
-        for name, module in layer.named_modules():
-            if name.split(".")[-1] in frozen:
-                module.requires_grad_(False)
-    return model
-
-
-def adapter_state(model):
-    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters, or
-    all of a model with layers that only exist rounded. Empty if a checkpoint holds everything."""
-    kinds = {type(m) for m in model.modules()}
-    if kinds & {LoRA, Bone, Bat}:
-        return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    if StoredLinear not in kinds:
-        return {}
-    stands_in = {id(m.weight) for m in model.modules() if isinstance(m, StoredLinear)}
-    return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()] if id(x) not in stands_in}
-
-
-def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read. The original is left
-    as it is."""
-    plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "merged"):
-                setattr(parent, name, child.merged())
-    return plain.requires_grad_()
-
-
-PEFT = dict(full=full, lora=lora, bone=bone, bat=bat, hft=hft)

@@ -44,10 +44,10 @@ from data import prefs, tasks, text, tokenizer
 from data.run import (Claim, Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, needs,
                       rank, read_log, result, settings, share, start_ranks)
 from kernels import PackedLinear
-from model import (Transformer, autocast, collate, generate, init, load, load_balance_loss, preset, save,
-                   shard, token_logprobs)
-from optim import (PEFT, RULES, SCHEDULES, STORES, LoRA, adapter_state, check_rank, lora, memory_report, merge,
-                   optimiser, name_of, replace_linears, set_lr, step_law)
+from model import (PEFT, LoRA, Transformer, adapter_state, autocast, check_rank, collate, generate, init,
+                   load, load_balance_loss, lora, merge, preset, replace_linears, save, shard, token_logprobs)
+from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
+
 
 # --- config -------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ PRESETS = dict(
     soap=dict(optimiser="soap", weight_decay=0.01),        # lr 3e-3
     adam_mini=dict(optimiser="adam_mini"),
     dion=dict(optimiser="dion", lr=0.01, weight_decay=0.01, aux_lr=3e-3),
-    galore=dict(optimiser="galore", lr=0.01, weight_decay=0.0, aux_lr=3e-3),     # rank: a quarter of the width
+    galore=dict(optimiser="galore", lr=0.01, weight_decay=0.0, aux_lr=3e-3),     # rank: a quarter of the side
     qgalore=dict(optimiser="qgalore", lr=0.015, weight_decay=0.0, aux_lr=3e-3, store="int8"),
     apollo=dict(optimiser="apollo", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
     apollo_mini=dict(optimiser="apollo_mini", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
@@ -130,8 +130,8 @@ PRESETS = dict(
     classp=dict(optimiser="classp", threshold=0.0, p=2.0, lr=0.01, aux_lr=3e-3), # the author's 0.5, 1 are for
     # the claims on optimisers: a small model of bytes, the same AdamW for all that is no block matrix
     race=dict(tokenizer="bytes", model="2x64", context=64, batch=32, micro=32, steps=120, warmup=12,
-              schedule="wsd", cooldown=0.3, eval_every=15, save_every=1000, keep=1, aux_lr=3e-3, aux_decay=0.1,
-              target=2.30),                            # what the tuned AdamW has at 90 % of the race
+              schedule="wsd", cooldown=0.3, eval_every=15, save_every=1000, keep=1, aux_lr=3e-3,
+              aux_decay=0.1, target=2.30),               # target: the tuned AdamW's at about 90 %
     one_lr=dict(aux_lr=0.0),
     no_ns=dict(ns_steps=0),                                # Muon without Newton-Schulz: the control
     every40=dict(every=40),                                # a basis lasts a third of the race
@@ -139,8 +139,8 @@ PRESETS = dict(
     int4=dict(store="int4"),
     nearest=dict(rounding="nearest"),
     decay3=dict(weight_decay=3.0), decay10=dict(weight_decay=10.0), decay30=dict(weight_decay=30.0),
-    forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000, steps=150,
-                warmup=10, schedule="linear", eval_every=150, target=0.0, weight_decay=0.0, save_every=1000),
+    forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000,
+                steps=150, warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000),
     lr3e4=dict(lr=3e-4), lr1e3=dict(lr=1e-3), lr3e3=dict(lr=3e-3), lr12e3=dict(lr=0.012),
     lora=dict(peft="lora", lr=2e-3),                                             # gradients far larger
     bone=dict(peft="bone", lr=1e-3),
@@ -182,44 +182,53 @@ CLAIMS = dict(
          "NorMuon": "pretrain,normuon,race,lr12e3", "Muon": "pretrain,muon,race,lr12e3",
          "Muon, no NS": "pretrain,muon,race,no_ns,lr12e3",
          "SOAP": "pretrain,soap,race", "Shampoo": "pretrain,shampoo,race", "Dion": "pretrain,dion,race",
-         "Lion": "pretrain,lion,race", "sign-SGD": "pretrain,signsgd,race", "Adam-mini": "pretrain,adam_mini,race"},
-        "steps_to", versus(("NorMuon", "Muon"), ("Muon", "AdamW"), ("NorMuon", "AdamW"), ("NorMuon", "Muon, no NS")),
+         "Lion": "pretrain,lion,race", "sign-SGD": "pretrain,signsgd,race",
+         "Adam-mini": "pretrain,adam_mini,race"},
+        "steps_to", versus(("NorMuon", "Muon"), ("Muon", "AdamW"), ("NorMuon", "AdamW"),
+                           ("NorMuon", "Muon, no NS")),
         better="lower", also=COST, tune=TUNE),
     lowrank=Claim(
-        "Fira, APOLLO and FRUGAL reach a lower loss than GaLore with no more state; APOLLO-Mini beats sign-SGD",
+        "Fira, APOLLO and FRUGAL reach a lower loss than GaLore with no more state; "
+        "APOLLO-Mini beats sign-SGD",
         "2410.01623, 2412.05270, 2411.07837: each reports lower perplexity than GaLore in pre-training",
         {"AdamW": "pretrain,adamw,race", "GaLore": "pretrain,galore,race,every40",
          "GaLore, random": "pretrain,galore,race,every40,random_basis", "Fira": "pretrain,fira,race,every40",
          "APOLLO": "pretrain,apollo,race,every40", "APOLLO-Mini": "pretrain,apollo_mini,race,every40",
-         "FRUGAL, columns": "pretrain,frugal_columns,race,every40", "FRUGAL, blocks": "pretrain,frugal,race,every40",
-         "GradNormLoRP": "pretrain,gradnormlorp,race,every40", "Q-GaLore, int8": "pretrain,qgalore,race,every40",
+         "FRUGAL, columns": "pretrain,frugal_columns,race,every40",
+         "FRUGAL, blocks": "pretrain,frugal,race,every40",
+         "GradNormLoRP": "pretrain,gradnormlorp,race,every40",
+         "Q-GaLore, int8": "pretrain,qgalore,race,every40",
          "sign-SGD": "pretrain,signsgd,race"},
         "val_loss", versus(("Fira", "GaLore"), ("APOLLO", "GaLore"), ("FRUGAL, columns", "GaLore"),
                            ("APOLLO-Mini", "sign-SGD"), ("GaLore", "GaLore, random"))
         | {"Q-GaLore < 1.02 GaLore": {"Q-GaLore, int8": 1, "GaLore": -1.02}},
         better="lower", also=("steps_to", *COST[1:]), tune=TUNE),
     lion=Claim(
-        "Lion with decay λ keeps every weight of the matrices within 1/λ, and fills that box when it is small",
+        "Lion with decay λ keeps every weight of the matrices within 1/λ, "
+        "and fills that box when it is small",
         "2310.05898: Lion minimises the loss subject to |W|_inf <= 1/λ",
         {f"{name}, λ {x}": f"pretrain,{name.lower()},race,decay{x},lr1e3" for name, x in (
             ("Lion", 3), ("Lion", 10), ("Lion", 30), ("AdamW", 30), ("Muon", 30))},
         "box", {f"Lion, λ {x}: inside": {f"Lion, λ {x}": 1, "": -1.001} for x in (3, 10, 30)}
-        | {"Lion, λ 30: the wall is reached": {f"Lion, λ 30": -1, "": 0.95}},
+        | {"Lion, λ 30: the wall is reached": {"Lion, λ 30": -1, "": 0.95}},
         better="lower", also=("at_wall", "val_loss")),
     eco=Claim(
-        "ECO trains weights that exist only in 4 bits to within 1 % of float32, where plain rounding is worse",
+        "ECO trains weights that exist only in 4 bits to within 1 % of float32, "
+        "where plain rounding is worse",
         "2601.22101: matches training with master weights from 30 M to 2.1 B parameters (second-hand)",
         {"AdamW, float32": "pretrain,adamw,race", "ECO, int4": "pretrain,eco,race,int4",
          "AdamW, int4, stochastic": "pretrain,adamw,race,int4",
-         "AdamW, int4, nearest": "pretrain,adamw,race,int4,nearest", "ECO, int4, nearest": "pretrain,eco,race,int4,nearest"},
+         "AdamW, int4, nearest": "pretrain,adamw,race,int4,nearest",
+         "ECO, int4, nearest": "pretrain,eco,race,int4,nearest"},
         "val_loss", {"ECO < 1.01 float32": {"ECO, int4": 1, "AdamW, float32": -1.01}}
-        | versus(("ECO, int4", "AdamW, int4, stochastic"), ("AdamW, int4, stochastic", "AdamW, int4, nearest")),
+        | versus(("ECO, int4", "AdamW, int4, stochastic"),
+                 ("AdamW, int4, stochastic", "AdamW, int4, nearest")),
         better="lower", also=("steps_to", *COST[1:]), tune=TUNE),
     hft=Claim(
         "Half fine-tuning forgets less than full fine-tuning at the same learning rate",
         "2404.18466: less forgetting, and no worse on the new task (second-hand)",
-        {f"{name}, lr {lr}": f"{preset},forget,{key}" for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"),
-                                                                   ("3e-3", "lr3e3"))
+        {f"{name}, lr {lr}": f"{preset},forget,{key}"
+         for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"), ("3e-3", "lr3e3"))
          for name, preset in (("full", "adamw"), ("HFT", "hft"))},
         "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}") for lr in ("3e-4", "1e-3", "3e-3"))),
         better="lower", also=("val_loss",)))
@@ -283,7 +292,7 @@ def new_tokenizer(c):
     return tokenizer.Tokenizer.load(folder)
 
 
-# --- LoRAM: adapters trained on a pruned model ----------------------------------------------------------
+# --- LoRAM: LoRA trained on a pruned model -----------------------------------------------------------------
 
 
 def loram(model, generator, *, rank=8, alpha=0.0, ratio=0.5, first=0, last=0):
@@ -295,7 +304,7 @@ def loram(model, generator, *, rank=8, alpha=0.0, ratio=0.5, first=0, last=0):
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
     if getattr(model.config, "moe", False) or any(isinstance(m, PackedLinear) for m in model.modules()):
-        raise UserError("--peft loram prunes dense float layers: this checkpoint has experts or packed layers")
+        raise UserError("--peft loram prunes dense float layers: this checkpoint has experts or packed ones")
     model.kept = kept_units(model, ratio, first, last)
     replace_linears(model, lambda name, layer: pruned(layer, *model.kept.get(name, (None, None))))
     return lora(model, generator, rank=rank, alpha=alpha)
@@ -311,7 +320,8 @@ def kept_units(model, ratio, first=0, last=0):
     group, hd = c.num_attention_heads // c.num_key_value_heads, c.head_dim
     for i, layer in list(enumerate(model.layers))[first:max(0, len(model.layers) - last)]:
         att, mlp = layer.self_attn, layer.mlp
-        size = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+        gate, up, down = (x.weight for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        size = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
         neurons = size.topk(max(1, round(len(size) * (1 - ratio)))).indices.sort()[0]
         weight = att.v_proj.weight.view(c.num_key_value_heads, -1).norm(dim=1)
         heads = weight.topk(max(1, round(len(weight) * (1 - ratio)))).indices.sort()[0]
@@ -429,6 +439,12 @@ def show(model, tok, task, problems, c, run):
 # --- train --------------------------------------------------------------------------------------------
 
 
+def step_law(N, D):
+    """Step Law, 2503.04715 eq. 1: AdamW's learning rate and batch in tokens for pre-training N non-embedding
+    parameters on D tokens:  1.79 N^-0.713 D^0.307,  0.58 D^0.571. Fitted at 6e7 to 1e9 parameters."""
+    return 1.79 * N ** -0.713 * D ** 0.307, 0.58 * D ** 0.571
+
+
 def suggest(model, data, c):
     """Step Law's learning rate and batch for pre-training this model on the tokens that this run will see."""
     N = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
@@ -436,15 +452,15 @@ def suggest(model, data, c):
     D = mean * (c.steps * c.batch or c.epochs * len(data))
     lr, batch = step_law(N, D)
     print(f"Step Law (2503.04715) for AdamW, {N:,} parameters without embeddings, {D:,.0f} tokens: "
-          f"lr {lr:.2e}, batch {batch:,.0f} tokens = {max(1, round(batch / mean))} rows (--lr {lr:.1e} --batch "
-          f"{max(1, round(batch / mean))}; this run has {c.lr:g} and {c.batch}). It was fitted on models of "
-          "6e7 to 1e9 parameters.", flush=True)
+          f"lr {lr:.2e}, batch {batch:,.0f} tokens (--lr {lr:.1e} --batch {max(1, round(batch / mean))}; "
+          f"this run has {c.lr:g} and {c.batch}). It was fitted on models of 6e7 to 1e9 parameters.", flush=True)
     return dict(lr=lr, batch_tokens=batch)
 
 
 def box(model, decay):
     """The matrices' largest |W| times λ, and the share of weights within 5 % of the wall at 1/λ."""
-    W = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "layers." in n and p.dim() == 2])
+    W = torch.cat([p.detach().flatten() for n, p in model.named_parameters()
+                   if "layers." in n and p.dim() == 2])
     return dict(box=W.abs().max().item() * decay, at_wall=(W.abs() * decay > 0.95).float().mean().item())
 
 
@@ -468,7 +484,7 @@ def train(c, f):
     if c.batch % ranks:
         raise UserError(f"--batch {c.batch} is not a multiple of the {ranks} ranks")
     if c.store != "float32" and c.peft in ("lora", "bone", "bat", "loram"):
-        raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one of the two")
+        raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one")
     if ranks > 1 and c.store != "float32":
         raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
@@ -584,7 +600,7 @@ def train(c, f):
         if not text.is_corpus(c.data) and net is not None:
             task = tasks.task(c.data)
             quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run)
-            run.say(f"  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
+            run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
             scores |= {f"val_{k}": v for k, v in quality.items()}
         return share(run.finish(**scores))
 

@@ -211,7 +211,7 @@ def help_text(Config, presets, axes, doc):
 
 
 def start_ranks(device):
-    """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, number of ranks), (0, 1) alone."""
+    """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, how many), (0, 1) alone."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -388,7 +388,8 @@ class Run:
     def steps(self, total):
         """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after step N."""
         self.total, end = total, min(total, self.c.stop) if self.c.stop else total
-        self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None, dynamic_ncols=True, leave=False)
+        self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
+                        dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
             yield step
             self.bar.update()
@@ -422,8 +423,8 @@ class Run:
 
     def save(self, step, write, **state):
         """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes to
-        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete. Of several
-        ranks only the first writes."""
+        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete. Of
+        several ranks only the first writes."""
         if self.quiet:
             return
         final = self.folder / f"step-{step:06d}"
@@ -548,7 +549,8 @@ class Claim:
     """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must exceed 0.
 
     tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that
-    ours is better; the arm "" is the constant 1. conclude({label: verdict}) may give the claim's own word; by default every test must hold.
+    ours is better; the arm "" is the constant 1. conclude({label: verdict}) may give the claim's own word; by
+    default every test must hold.
     """
     text: str
     paper: str
@@ -595,30 +597,35 @@ def try_arm(job):
 
 
 def tune_arms(claim, configure_arm, job, pool, widest=6):
-    """The best value of claim.tune's key for each arm: {arm: {"value": x, "edge": bool, "grid": {x: metric}}}.
+    """Each arm's best value of claim.tune's key: {arm: {"value": x, "edge": bool, "grid": {x: metric}}}.
 
-    Every arm starts from its preset's value, half and twice it (for ratio 2), all of them on TUNING_SEED; while
-    the best is at an end, the grid grows there, at most `widest` times: then edge says so. Lower is better.
+    Every arm starts from its preset's value, half and twice it (for ratio 2), all on TUNING_SEED; while the
+    best is at an end, the grid grows there, at most `widest` times: then edge says so. Lower is better.
     """
     key, ratio, metric = claim.tune
     centre = {arm: vars(configure_arm(["--config", config])[0])[key] for arm, config in claim.arms.items()}
     grids = {arm: {} for arm in claim.arms}
     todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
+
+    def value(arm, i):
+        return float(f"{centre[arm] * ratio ** i:.3g}")
+
     for _ in range(widest + 1):
-        name = lambda arm, i: float(f"{centre[arm] * ratio ** i:.3g}")
-        jobs = [job(arm, TUNING_SEED, [f"--{key}={name(arm, i)}"], f"-{key}{name(arm, i)}") for arm, i in todo]
+        jobs = [job(arm, TUNING_SEED, [f"--{key}={value(arm, i)}"], f"-{key}{value(arm, i)}")
+                for arm, i in todo]
         with tqdm(total=len(jobs), desc=f"tuning {key}", dynamic_ncols=True) as bar:
             for (arm, i), out in zip(todo, pool.map(try_arm, jobs)):
                 grids[arm][i] = out.get(metric, math.inf)
-                bar.set_postfix_str(f"{arm} {name(arm, i)}: {grids[arm][i]:.4g}")
+                bar.set_postfix_str(f"{arm} {value(arm, i)}: {grids[arm][i]:.4g}")
                 bar.update()
         best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
         todo = [(arm, best[arm] + side) for arm, grid in grids.items() for side in (-1, 1)
                 if best[arm] + side not in grid]
         if not todo:
             break
-    return {arm: dict(value=name(arm, best[arm]), edge=any(t[0] == arm for t in todo),
-                      grid={name(arm, i): x for i, x in sorted(grid.items())}) for arm, grid in grids.items()}
+    return {arm: dict(value=value(arm, best[arm]), edge=any(t[0] == arm for t in todo),
+                      grid={value(arm, i): x for i, x in sorted(grid.items())})
+            for arm, grid in grids.items()}
 
 
 def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(),

@@ -12,11 +12,12 @@ import sft
 from data.run import UserError, needs
 from data.tokenizer import bytes_tokenizer
 from kernels import pack_int
-from model import init, preset
-from optim import (SCHEDULES, STORES, TABLES, Bat, Bone, LoRA, StoredLinear, adapter_state, bat, bone,
-                   constant, cosine, full, get8, hft, linear, lora, merge, optimiser, power, put8,
-                   quantize_groups, replace_linears, round_bf16, step_law, store, store_bfloat16, store_int4,
-                   store_int8, wsd)
+from model import (Bat, Bone, LoRA, adapter_state, bat, bone, full, hft, init, lora, merge, preset,
+                   replace_linears)
+from optim import (SCHEDULES, STORES, TABLES, StoredLinear, constant, cosine, get8, linear, optimiser, power, put8,
+                   quantize_groups, round_bf16, store, store_bfloat16, store_int4, store_int8, wsd)
+from sft import step_law
+
 
 
 def seeded(seed=0):
@@ -785,5 +786,5 @@ def test_loram_refuses_a_ratio_outside_0_to_1(ratio):
 
 def test_loram_refuses_experts_and_packed_layers():
     for m in (net("mixtral"), pack4(net())):
-        with pytest.raises(UserError, match="this checkpoint has experts or packed layers"):
+        with pytest.raises(UserError, match="this checkpoint has experts or packed ones"):
             sft.loram(m, seeded())

@@ -12,7 +12,8 @@ import model as M
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq, quantize, unpack_bits
-from optim import LoRA, lora, merge, optimiser
+from model import LoRA, lora, merge
+from optim import optimiser
 
 TOL = {torch.float32: dict(atol=1e-5, rtol=1e-5), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
 
