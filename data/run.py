@@ -515,7 +515,7 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
     layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
-    fixed = {"seed", "out", "resume", "stop"} | {k for arm in claims[name].arms.values()
+    fixed = {"seed", "out", "resume", "stop", *claims[name].tune[:1]} | {k for arm in claims[name].arms.values()
                                                  for n in arm.split(",") for k in presets[n]}
     for key in {k for row in layers for k in row} & fixed:
         raise UserError(f"--claim {name} with {key}: the claim sets it itself; "

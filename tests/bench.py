@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 from data.tokenizer import bytes_tokenizer
 from model import bandwidth, collate, generate, init, pick, preset, token_logprobs
-from optim import optimiser
+from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
 class Row(NamedTuple):
@@ -152,6 +152,14 @@ def newton_schulz(device):
                flops=5.0 * L * (3 * m * m * n + m ** 3))
 
 
+def newton_schulz_stack(device):
+    """All matrices of one shape of a small model at once, against the same one by one (plain definition)."""
+    L, m, n = (48, 512, 512) if device == "cuda" else (28, 64, 64)
+    X = tensor(L, m, n, device=device, grad=False)
+    return Row(lambda: kernels.newton_schulz(X), lambda: [kernels.newton_schulz_ref(x) for x in X],
+               flops=5.0 * L * (3 * m * m * n + m ** 3))
+
+
 def packed(device, kind, rows=1):
     """A packed layer on `rows` rows, as in decoding, against the dense layer of the training dtype."""
     n = 4096 if device == "cuda" else 1024
@@ -172,6 +180,7 @@ def packed(device, kind, rows=1):
 
 KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms_norm=rms_norm, rope=rope,
                swiglu=swiglu, decode_attention=decode_attention, newton_schulz=newton_schulz,
+               newton_schulz_stack=newton_schulz_stack,
                **{kind: partial(packed, kind=kind) for kind in ("int4", "nm24", "armor", "vq")})
 
 # --- end to end ---------------------------------------------------------------------------------------
@@ -329,9 +338,44 @@ def generation(device, samples=64, new=64, prompt=32):
                samples * new)
 
 
+def update_row(device, rule, theirs, matrices=False):
+    """A Row of one optimiser step on a model 4x128 (its block matrices alone, if `matrices`) against another
+    optimiser, theirs(parameters) -> Optimizer. The floor: read W, g and state, write W and state; Newton-
+    Schulz where there is one."""
+    sides = []
+    for _ in range(2):
+        model = model_of("4x128", 2048, 512, device)
+        sides.append([p for n, p in model.named_parameters() if not matrices or "layers." in n and p.dim() == 2])
+        for p in sides[-1]:
+            p.grad = torch.randn_like(p)
+    ours = Optimiser([dict(params=sides[0], rule=rule, lr=1e-3, weight_decay=0.1)])
+    plain, size = theirs(sides[1]), sum(p.numel() for p in sides[0])
+    shapes = [sorted(p.shape) for p in sides[0]] if rule is not adamw else []
+    return Row(ours.step, plain.step, flops=5.0 * sum(3 * m * m * n + m ** 3 for m, n in shapes),
+               bytes=(28 if rule is adamw else 20) * size)
+
+
+def torch_adamw(params):
+    """PyTorch's fused AdamW, of the same settings."""
+    return torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def torch_muon(params):
+    """PyTorch's Muon: one matrix after the other, in bfloat16."""
+    return torch.optim.Muon(params, lr=1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+
+def our_muon(params):
+    """Our Muon, to see what NorMuon adds."""
+    return Optimiser([dict(params=params, rule=muon, lr=1e-3, weight_decay=0.1)])
+
+
+UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
+               update_muon=partial(update_row, rule=muon, theirs=torch_muon, matrices=True),
+               update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
              sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo, generation=generation)
-ROWS = KERNELS | STEPS
+ROWS = KERNELS | UPDATES | STEPS
 
 # --- the table ----------------------------------------------------------------------------------------
 

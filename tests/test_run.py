@@ -275,3 +275,45 @@ def test_a_claim_runs_every_arm_and_concludes(workdir):
     stamp = (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns
     run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=1)    # finished arms are reused
     assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp
+
+
+def tuned_train(c, f):
+    """A run whose metric has its optimum at lr 0.05, and which diverges above 0.3."""
+    with Run(c, f, "t") as r:
+        if c.lr > 0.3:
+            r.log(1, loss=math.nan)
+        return r.finish(score=c.lr + c.seed, tune=abs(math.log(c.lr / 0.05)), seed=c.seed)
+
+
+def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdir):
+    """from 1e-3 and from 0.1, ratio 2: 0.064 and 0.05; what diverges is no candidate; seeds 0, 1 are reported"""
+    claim = Claim("none", "none", arms=dict(low="second", high="fast"), metric="score",
+                  tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"))
+    report = run.run_claim("c", claim, "t", claim_setup, tuned_train, seeds=2, jobs=1)
+    low, high = report["tuned"]["low"], report["tuned"]["high"]
+    assert low["value"] == 0.064 and not low["edge"] and high["value"] == 0.05 and not high["edge"]
+    assert list(low["grid"]) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128]
+    assert list(high["grid"]) == [0.025, 0.05, 0.1, 0.2]
+    assert report["arms"]["low"]["score"]["values"] == pytest.approx([0.064, 1.064])
+    assert report["tests"][0]["difference"] == pytest.approx(0.504)
+    assert (workdir / f"out/claims/c/low-s{run.TUNING_SEED}-lr0.064/run.json").exists()
+    got = run.tune_arms(claim, claim_setup, lambda arm, seed, changes, tag: (arm, changes), Serial(), widest=2)
+    assert got["low"]["edge"] and got["low"]["value"] == 0.008 and not got["high"]["edge"]
+
+
+class Serial:
+    """A pool whose map answers from the optimum at 0.05, infinite above 0.3."""
+
+    def map(self, fn, jobs):
+        values = [float(changes[0].split("=")[1]) for _, changes in jobs]
+        return [{} if x > 0.3 else dict(tune=abs(math.log(x / 0.05))) for x in values]
+
+
+def test_a_claim_s_tuned_key_cannot_be_set(workdir):
+    claim = Claim("none", "none", arms=dict(low="second"), metric="score", tests={}, tune=("lr", 2.0, "tune"))
+    with pytest.raises(UserError, match="--claim c with lr: the claim sets it itself"):
+        run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train, ["--claim", "c", "--lr", "1"])
+
+
+def test_without_torchrun_there_is_one_rank():
+    assert run.start_ranks("cpu") == (0, 1) and run.rank() == 0 and run.share("x") == "x"
