@@ -407,8 +407,8 @@ def weight_of(linear):
 def leaf(linear, *shape):
     """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
     dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=next(iter(linear.state_dict().values())).device
-                                    ))
+    device = next(iter(linear.state_dict().values())).device
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
 
 
 class LoRA(nn.Module):

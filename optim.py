@@ -908,10 +908,9 @@ class Optimiser(torch.optim.Optimizer):
         self.stacks = []
         for x in state["stacks"]:
             mine = [units[n][0] for n in x["names"]]
-            stack = Stack(group=units[x["names"][0]][1], units=mine, state={}, ranks=Ranks(mine[0].shape,
-                                                                                           mine[0].group))
-            stack.state = {k: distribute(stack, v) for k, v in x["state"].items()}
-            self.stacks.append(stack)
+            ranks = Ranks(mine[0].shape, mine[0].group)
+            self.stacks.append(Stack(group=units[x["names"][0]][1], units=mine, state={}, ranks=ranks))
+            self.stacks[-1].state = {k: distribute(self.stacks[-1], v) for k, v in x["state"].items()}
 
 
 def fused_adamw(stack, grads, *, b1, b2, eps):

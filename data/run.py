@@ -515,8 +515,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
     layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
-    fixed = {"seed", "out", "resume", "stop", *claims[name].tune[:1]} | {k for arm in claims[name].arms.values()
-                                                 for n in arm.split(",") for k in presets[n]}
+    fixed = {"seed", "out", "resume", "stop", *claims[name].tune[:1]} | {
+        k for arm in claims[name].arms.values() for n in arm.split(",") for k in presets[n]}
     for key in {k for row in layers for k in row} & fixed:
         raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
                         "an arm would not be what its name says")
@@ -561,6 +561,7 @@ class Claim:
     also: tuple = ()                 # further metrics to tabulate
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
+    curve: str = ""                  # a key of the log to draw against steps and seconds of training
 
 
 def conclude_all(verdicts):
@@ -656,12 +657,17 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {out[claim.metric]:.4g}")
                 bar.update()
                 got.append(out)
+    Path(results).mkdir(parents=True, exist_ok=True)
     report = judge(name, claim, seeds, dict(zip(todo, got)))
     report |= dict(tuned=tuned) if tuned else {}
+    if claim.curve:
+        logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
+        report["curve"] = {arm: mean_curve([logs[arm, s] for s in range(seeds)], claim.curve)
+                           for arm in claim.arms}
+        draw_curves(report, claim.curve, Path(results) / f"{name}_curves.png")
     report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
                            + "".join(f" {x}" for x in extra),
                    commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
-    Path(results).mkdir(parents=True, exist_ok=True)
     write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
     draw_claim(report, Path(results) / f"{name}.png")
     print(table(report), f"\n\n{report['verdict']}", flush=True)
@@ -697,6 +703,32 @@ def table(report):
     lines += [f"{t['test']:<36}" + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
               for t in report["tests"]]
     return "\n".join(lines)
+
+
+def mean_curve(logs, key):
+    """[[step, seconds, value]] of the steps at which every log has the key: means over the logs."""
+    rows = [{r["step"]: r for r in log if key in r} for log in logs]
+    steps = sorted(set.intersection(*(set(r) for r in rows)))
+    return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4) for k in ("seconds", key))]
+            for step in steps]
+
+
+def draw_curves(report, key, path):
+    """The arms' mean curves, against steps and against seconds of training."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
+    for i, (arm, points) in enumerate(report["curve"].items()):
+        for ax, x in zip(axes, (0, 1)):
+            ax.plot([p[x] for p in points], [p[2] for p in points], lw=1.4, label=arm,
+                    ls=("-", "--")[i // 10], color=f"C{i % 10}")
+    ends = sorted(p[2] for points in report["curve"].values() for p in points)
+    axes[0].set(xlabel="step", ylabel=key.replace("_", " "),
+                ylim=(ends[0] - 0.05, ends[int(0.8 * (len(ends) - 1))]))
+    axes[1].set(xlabel="seconds of training")
+    axes[1].legend(fontsize=7, ncol=2)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
 
 
 def draw_claim(report, path):

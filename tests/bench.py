@@ -345,7 +345,8 @@ def update_row(device, rule, theirs, matrices=False):
     sides = []
     for _ in range(2):
         model = model_of("4x128", 2048, 512, device)
-        sides.append([p for n, p in model.named_parameters() if not matrices or "layers." in n and p.dim() == 2])
+        sides.append([p for n, p in model.named_parameters()
+                      if not matrices or "layers." in n and p.dim() == 2])
         for p in sides[-1]:
             p.grad = torch.randn_like(p)
     ours = Optimiser([dict(params=sides[0], rule=rule, lr=1e-3, weight_decay=0.1)])

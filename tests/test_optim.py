@@ -13,9 +13,10 @@ from data.run import UserError, hyper
 from data.tokenizer import bytes_tokenizer
 from kernels import newton_schulz
 from model import init, preset
-from optim import (DECAYS, RULES, Optimiser, Ranks, StoredLinear, adamw, apollo, apollo_mini, classp, dion, eco,
-                   eco_sgd, fira, frugal, frugal_columns, galore, gradnormlorp, lion, lionk, memory_report, muon,
-                   normuon, optimiser, param_groups, qgalore, set_lr, shampoo, signsgd, soap, store_int8)
+from optim import (DECAYS, RULES, Optimiser, Ranks, StoredLinear, adamw, apollo, apollo_mini, classp, dion,
+                   eco, eco_sgd, fira, frugal, frugal_columns, galore, gradnormlorp, lion, lionk,
+                   memory_report, muon, normuon, optimiser, param_groups, qgalore, set_lr, shampoo, signsgd,
+                   soap, store_int8)
 
 F64 = torch.float64
 W0 = torch.tensor([[1, 2], [3, 4]], dtype=F64)                       # the specs' fixture
@@ -143,7 +144,7 @@ def test_newton_schulz_by_hand():
     tall = torch.tensor([[.1, -.2], [.3, .4], [-.2, .1]], dtype=F64)
     assert close(newton_schulz(tall), [[.309141, -.436301], [.544305, .681043], [-.503347, .275618]])
     for sigma, wanted in ((1, .6964), (.5, .7654), (.1, .7121), (.01, .6989), (.001, .4705)):
-        spread = torch.diag(torch.tensor([sigma, math.sqrt(1 - sigma ** 2)], dtype=F64))   # of Frobenius norm 1
+        spread = torch.diag(torch.tensor([sigma, math.sqrt(1 - sigma ** 2)], dtype=F64))   # |.|_F = 1
         assert newton_schulz(spread)[0, 0].item() == pytest.approx(wanted, abs=1e-4)
 
 
@@ -155,7 +156,7 @@ def test_gradnormlorp_by_hand():
     assert close(g_rho[:, 0], [-.134164, .5]) and close(G1 - V * g_rho, [[.16, -.08], [0, 0]])
     lr = 1e-6                                                  # to first order: dW = drho V + rho dV
     d = direction(gradnormlorp, G1, W=W0, lr=lr, rank=2, eps=1e-30)
-    assert close((d * V).sum(-1) / g_rho[:, 0].sign(), [1, 1], 1e-4)           # Adam's first step of rho is ±1
+    assert close((d * V).sum(-1) / g_rho[:, 0].sign(), [1, 1], 1e-4)         # Adam's first step is ±1
     assert close(optim.norm(W0 - lr * d, -1)[:, 0] - rho[:, 0], [lr, -lr], 1e-11)
 
 
@@ -298,7 +299,7 @@ def test_apollo_scales_channels_of_the_gradient(shape):
     """with P = I the channels' sizes are Adam's own; the direction of every channel stays the gradient's"""
     g = random_walk(shape, 1)[0]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(optim, "gauss", lambda seeds, refresh, size, like: math.sqrt(4) * torch.eye(4).to(like)[None])
+        m.setattr(optim, "gauss", lambda seeds, refresh, size, like: 2.0 * torch.eye(4).to(like)[None])
         d = direction(apollo, g, rank=4, growth=0.0, eps=1e-12)
     dim = -1 if shape[0] >= shape[1] else -2
     assert torch.allclose(optim.norm(d, dim), optim.norm(direction(adamw, g, b2=.999), dim), atol=1e-5)
@@ -405,7 +406,8 @@ def test_zero_gradients_move_nothing_and_none_is_skipped(name):
             opt_of(frugal, p, q).step()
         return
     p, q = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
-    opt, old = opt_of(RULES[name], p, q, weight_decay=.5, **kw_of(name)), (p.detach().clone(), q.detach().clone())
+    old = p.detach().clone(), q.detach().clone()
+    opt = opt_of(RULES[name], p, q, weight_decay=.5, **kw_of(name))
     for _ in range(4):
         p.grad = torch.zeros_like(p)
         opt.step()
@@ -416,14 +418,16 @@ def test_zero_gradients_move_nothing_and_none_is_skipped(name):
 @pytest.mark.parametrize("name", RULES)
 def test_a_quadratic_falls_tenfold(name, shape):
     """½|AW - B|²; both orientations"""
-    A, B = random_walk((shape[0], shape[0]), 1, 1, torch.float32)[0], random_walk(shape, 1, 2, torch.float32)[0]
+    A, = random_walk((shape[0], shape[0]), 1, 1, torch.float32)
+    B, = random_walk(shape, 1, 2, torch.float32)
     A = A @ A.T / shape[0] + torch.eye(shape[0])
     p = nn.Parameter(torch.zeros(shape))
     lr = dict(eco_sgd=.1, dion=.1, galore=.3, qgalore=.2, gradnormlorp=.05, apollo=.05, apollo_mini=.02,
               fira=.05, classp=.3, muon=.2, normuon=.2, shampoo=.2).get(name, .03)
     if name == "gradnormlorp":
         p.data.normal_(generator=torch.Generator().manual_seed(0))
-    opt, losses = opt_of(RULES[name], p, lr=lr, **{**kw_of(name), **(dict(p=2.0) if name == "classp" else {})}), []
+    kw = kw_of(name) | (dict(p=2.0) if name == "classp" else {})
+    opt, losses = Optimiser([dict(params=[p], rule=partial(RULES[name], **kw), lr=lr)]), []
     for i in range(200):
         loss = .5 * (A @ p - B).square().sum()
         opt.zero_grad()
@@ -436,8 +440,8 @@ def test_a_quadratic_falls_tenfold(name, shape):
 
 @pytest.mark.parametrize("name", RULES)
 def test_state_round_trips_bit_for_bit(name):
-    """5 steps, saved as a checkpoint saves, loaded into a new optimiser, 5 more = 10 steps; the refresh of the
-    low-rank rules falls in between, and a parameter that joins late keeps its own count"""
+    """saved after 5 and 7 of 10 steps as a checkpoint saves, loaded into a new optimiser: the same weights;
+    low-rank rules refresh in between, and a parameter that joins late keeps its own count"""
     def run(stops):
         ps = [nn.Parameter(x.clone()) for x in random_walk((6, 4), 3, 9, torch.float32)]
         opt = opt_of(RULES[name], *ps, **kw_of(name))
@@ -457,9 +461,11 @@ def test_state_round_trips_bit_for_bit(name):
 
 STATE = dict(adamw=lambda m, n, r: 2 * m * n, signsgd=lambda m, n, r: 0, lion=lambda m, n, r: m * n,
              lionk=lambda m, n, r: m * n, muon=lambda m, n, r: m * n, normuon=lambda m, n, r: m * n + m,
-             shampoo=lambda m, n, r: m * n + 2 * m * m + 2 * n * n, soap=lambda m, n, r: 2 * (m * n + m * m + n * n),
+             shampoo=lambda m, n, r: m * n + 2 * m * m + 2 * n * n,
+             soap=lambda m, n, r: 2 * (m * n + m * m + n * n),
              adam_mini=lambda m, n, r: m * n + m, dion=lambda m, n, r: m * n + n * r,
-             galore=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n), apollo=lambda m, n, r: 2 * r * max(m, n) + 1,
+             galore=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n),
+             apollo=lambda m, n, r: 2 * r * max(m, n) + 1,
              apollo_mini=lambda m, n, r: 2 * max(m, n) + 1, frugal_columns=lambda m, n, r: 2 * m * (n // 4),
              fira=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n) + 1, eco=lambda m, n, r: 2 * m * n,
              gradnormlorp=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n) + 2 * m,
@@ -470,7 +476,8 @@ STATE = dict(adamw=lambda m, n, r: 2 * m * n, signsgd=lambda m, n, r: 0, lion=la
 @pytest.mark.parametrize("name", STATE)
 def test_state_is_as_large_as_the_table_says(name, shape):
     p = nn.Parameter(torch.randn(shape))
-    opt = opt_of(RULES[name], p, **({"rank": 2} if "rank" in hyper(RULES[name]) and name != "apollo_mini" else {}))
+    ranked = "rank" in hyper(RULES[name]) and name != "apollo_mini"
+    opt = opt_of(RULES[name], p, **(dict(rank=2) if ranked else {}))
     for g in random_walk(shape, 3, 0, torch.float32):
         p.grad = g
         opt.step()
@@ -541,7 +548,7 @@ def test_q_galore_s_bytes():
     opt = opt_of(qgalore, p, rank=16)
     p.grad = torch.randn(256, 64)
     opt.step()
-    bookkeeping = 8 + 8 + 8 + 4 * 5                                              # T, next, svds, the last cosines
+    bookkeeping = 8 + 8 + 8 + 4 * 5                                            # T, next, svds, cosines
     P, moments = 16 * 64 // 2 + 4 * 8, 2 * (16 * 256 + 16 * 4)
     assert memory_report(opt)["qgalore"]["bytes"] == P + moments + bookkeeping
 
@@ -603,7 +610,8 @@ def test_groups_each_parameter_once_and_embeddings_never_to_the_matrix_rule():
     names = [n for g in groups for n in g["names"]]
     assert sorted(names) == sorted(n for n, _ in m.named_parameters())
     hidden, outer, vectors = groups
-    assert hidden["rule"] is muon and all("layers." in n for n in hidden["names"]) and len(hidden["names"]) == 7
+    assert hidden["rule"] is muon and len(hidden["names"]) == 7
+    assert all("layers." in n for n in hidden["names"])
     assert outer["names"] == ["embed_tokens.weight"] and outer["lr"] == 3e-3 and outer["weight_decay"] == .1
     assert all(p.dim() == 1 for p in vectors["params"]) and vectors["weight_decay"] == 0
     assert [optim.name_of(g["rule"]) for g in groups] == ["muon", "adamw", "adamw"]
@@ -689,12 +697,12 @@ def test_eco_s_virtual_point_moves_by_the_gradient():
 
 def test_bad_use_is_a_clear_error():
     vector, matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 6))
-    with pytest.raises(UserError, match="normuon updates matrices, and 0.0 has shape .4.: put it in a group with adamw"):
+    with pytest.raises(UserError, match="normuon updates matrices, and 0.0 has shape .4.: put it in a group"):
         opt_of(normuon, vector)
     for name in ("muon", "galore", "soap", "shampoo", "dion", "adam_mini", "frugal_columns"):
         with pytest.raises(UserError, match="updates matrices, and got a tensor of shape"):
             direction(RULES[name], torch.ones(()), shape=(4, 4))
-    with pytest.raises(UserError, match="--rank 5 does not fit a 4x6 matrix: choose 1 to 4, or 0 for a quarter"):
+    with pytest.raises(UserError, match="--rank 5 does not fit a 4x6 matrix: choose 1 to 4, or 0 for"):
         opt_of(galore, matrix, rank=5)
     with pytest.raises(UserError, match="--decay lost; did you mean 'last'"):
         opt_of(lion, matrix, decay="lost")
@@ -703,7 +711,7 @@ def test_bad_use_is_a_clear_error():
             direction(rule, G1, **{key: "nonsense"})
     with pytest.raises(UserError, match="the model has no trainable parameter"):
         param_groups(net().requires_grad_(False))
-    with pytest.raises(UserError, match="0.weight of shape .4, 4. is in no block and is no embedding or head"):
+    with pytest.raises(UserError, match="0.weight of shape .4, 4. is in no block and is no embedding"):
         param_groups(nn.Sequential(nn.Linear(4, 4)), muon)
     with pytest.raises(UserError, match="takes no closure"):
         opt_of(lion, matrix).step(lambda: 0)
@@ -716,7 +724,7 @@ def test_names_and_groups():
     opt = Optimiser([dict(g) for g in groups])
     for p in ps[1:]:
         p.grad = torch.ones(2, 2)
-    opt.step()                                                    # splits the first stack, finds it by identity
+    opt.step()                                                    # splits the first stack, found by identity
     ps[0].grad = torch.ones(2, 2)
     again = Optimiser([dict(g) for g in groups])
     again.load_state_dict(opt.state_dict())
@@ -724,7 +732,7 @@ def test_names_and_groups():
     assert [round(p[0, 0].item(), 6) for p in ps] == [.9, .8, .8, .8]
     with pytest.raises(UserError, match="two parameters are called x"):
         Optimiser([dict(params=ps[:2], names=["x", "x"], rule=lion, lr=.1)])
-    with pytest.raises(UserError, match="eco pays rounding errors back through its momentum: give it 0.5 or more"):
+    with pytest.raises(UserError, match="eco pays rounding errors back through its momentum: give it"):
         opt_of(eco_sgd, ps[0], momentum=.1)
 
 
@@ -733,7 +741,7 @@ def test_state_of_another_optimiser_is_refused():
     p.grad = torch.ones(4, 6)
     opt = opt_of(muon, p)
     opt.step()
-    with pytest.raises(UserError, match="cannot resume with another optimiser: 0.0 was updated by muon and is now lion"):
+    with pytest.raises(UserError, match="another optimiser: 0.0 was updated by muon and is now lion"):
         opt_of(lion, p).load_state_dict(opt.state_dict())
     with pytest.raises(UserError, match="0.1 was updated by nothing and is now muon"):
         opt_of(muon, p, nn.Parameter(torch.ones(4, 6))).load_state_dict(opt.state_dict())

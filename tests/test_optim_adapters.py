@@ -14,8 +14,8 @@ from data.tokenizer import bytes_tokenizer
 from kernels import pack_int
 from model import (Bat, Bone, LoRA, adapter_state, bat, bone, full, hft, init, lora, merge, preset,
                    replace_linears)
-from optim import (SCHEDULES, STORES, TABLES, StoredLinear, constant, cosine, get8, linear, optimiser, power, put8,
-                   quantize_groups, round_bf16, store, store_bfloat16, store_int4, store_int8, wsd)
+from optim import (SCHEDULES, STORES, TABLES, StoredLinear, constant, cosine, get8, linear, optimiser, power,
+                   put8, quantize_groups, round_bf16, store, store_bfloat16, store_int4, store_int8, wsd)
 from sft import step_law
 
 

@@ -282,13 +282,14 @@ def tuned_train(c, f):
     with Run(c, f, "t") as r:
         if c.lr > 0.3:
             r.log(1, loss=math.nan)
+        r.log(1, score=c.lr + c.seed, seconds=2.0)
         return r.finish(score=c.lr + c.seed, tune=abs(math.log(c.lr / 0.05)), seed=c.seed)
 
 
 def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdir):
-    """from 1e-3 and from 0.1, ratio 2: 0.064 and 0.05; what diverges is no candidate; seeds 0, 1 are reported"""
+    """from 1e-3 and from 0.1, ratio 2: 0.064 and 0.05; what diverges is no candidate; seeds 0, 1 count"""
     claim = Claim("none", "none", arms=dict(low="second", high="fast"), metric="score",
-                  tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"))
+                  tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"), curve="score")
     report = run.run_claim("c", claim, "t", claim_setup, tuned_train, seeds=2, jobs=1)
     low, high = report["tuned"]["low"], report["tuned"]["high"]
     assert low["value"] == 0.064 and not low["edge"] and high["value"] == 0.05 and not high["edge"]
@@ -296,8 +297,10 @@ def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdi
     assert list(high["grid"]) == [0.025, 0.05, 0.1, 0.2]
     assert report["arms"]["low"]["score"]["values"] == pytest.approx([0.064, 1.064])
     assert report["tests"][0]["difference"] == pytest.approx(0.504)
+    assert report["curve"]["low"] == [[1, 2.0, 0.564]] and (workdir / "data/results/c_curves.png").exists()
     assert (workdir / f"out/claims/c/low-s{run.TUNING_SEED}-lr0.064/run.json").exists()
-    got = run.tune_arms(claim, claim_setup, lambda arm, seed, changes, tag: (arm, changes), Serial(), widest=2)
+    got = run.tune_arms(claim, claim_setup, lambda arm, seed, changes, tag: (arm, changes), Serial(),
+                        widest=2)
     assert got["low"]["edge"] and got["low"]["value"] == 0.008 and not got["high"]["edge"]
 
 

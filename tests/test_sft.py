@@ -96,10 +96,11 @@ PARTS = sorted(k for k, v in sft.PRESETS.items() if {"optimiser", "peft"} & v.ke
 @pytest.mark.parametrize("name", PARTS)
 def test_every_optimiser_and_adapter_learns_and_leaves_a_plain_checkpoint(name, workdir):
     """20 steps with its preset's settings; the checkpoint is a float model without adapters"""
-    run("--config", name, "--steps", "20", "--data", "toyif", "--tokenizer", "toyif", "--context", "32", "--out",
-        "o", *(["--peft.rank", "32"] if name in ("bone", "bat") else []))
+    run("--config", name, "--steps", "20", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
+        "--out", "o", *(["--peft.rank", "32"] if name in ("bone", "bat") else []))
     log = read_log("o")
-    assert log[-1]["loss"] < log[0]["loss"] - 0.01 and all(torch.isfinite(v).all() for v in weights("o").values())
+    assert log[-1]["loss"] < log[0]["loss"] - 0.01
+    assert all(torch.isfinite(v).all() for v in weights("o").values())
     assert load("o")[0].layers[0].mlp.up_proj.weight.dtype == torch.float32
 
 
@@ -112,27 +113,28 @@ def test_half_fine_tuning_leaves_the_other_half_alone(workdir):
 
 
 def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
-    """pruned by half, 20 steps, recovered: the whole model gets better too"""
-    run("--steps", "60", "--lr", "3e-3", "--out", "start", "--data", "toyif", "--tokenizer", "toyif",
-        "--context", "32")
-    a = run("--steps", "40", "--out", "o", "--init", "start", "--config", "loram", "--lr", "1e-2", "--data",
-            "toyif", "--context", "32", "--ratio", "0.5")
-    before, after = weights("start"), weights("o")
-    assert before.keys() == after.keys() and all(before[k].shape == after[k].shape for k in before)
+    """pruned by half, trained, recovered: the whole model gets better too"""
+    world = ["--steps", "150", "--lr", "3e-3", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
+             "--rows", "512"]
+    run(*world, "--out", "start")
+    run(*world, "--config", "loram", "--init", "start", "--out", "o")
+    a, b = weights("start"), weights("o")
+    assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     net, tok = load("o")
     c, _ = sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, "--data", "toyif", "--context", "32"])
     val = sft.rows(c, tok, "val")
-    assert sft.evaluate(net, tok, val, c)["loss"] < sft.evaluate(load("start")[0], tok, val, c)["loss"]
-    assert a["val_loss"] > 0
+    before = sft.evaluate(load("start")[0], tok, val, c)["loss"]
+    assert sft.evaluate(net, tok, val, c)["loss"] < before - 0.004
 
 
 def test_watch_and_target_are_in_the_result(workdir):
     """what the checkpoint knew before, and when the target was reached: between two evaluations"""
-    out = run("--steps", "20", "--eval_every", "5", "--target", "4.0", "--watch", "toyif", "--out", "o")
+    out = run("--steps", "20", "--eval_every", "5", "--target", "4.8", "--watch", "toyif", "--out", "o")
     log = [r for r in read_log("o") if "val_loss" in r]
-    after = next(r for r in log if r["val_loss"] <= 4.0)
-    assert after["step"] - 5 < out["steps_to"] <= after["step"] and out["reached"] == 1 and "watch_loss" in out
-    assert 0 < out["seconds_to"] <= log[-1]["seconds"] and out["state_bytes"] == 8.0 and 0 < out["opt_share"] < 1
+    after = next(r for r in log if r["val_loss"] <= 4.8)
+    assert after["step"] - 5 < out["steps_to"] <= after["step"] and out["reached"] == 1
+    assert 0 < out["seconds_to"] <= log[-1]["seconds"] and out["state_bytes"] == 8.0
+    assert 0 < out["opt_share"] < 1 and out["watch_loss"] > 0
     rows = [dict(step=10, seconds=1.0, val_loss=3.0), dict(step=20, seconds=3.0, val_loss=2.0)]
     assert sft.reached(rows, 2.25) == dict(steps_to=17.5, seconds_to=2.5, reached=1.0)
     assert sft.reached(rows, 1.0) == dict(steps_to=20, seconds_to=3.0, reached=0.0)
