@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -573,6 +574,8 @@ def shard(model, dtype="float32"):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh         # here: they take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    # the final norm's output is a view, and nothing works on it in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(model.head.device.type, (dist.get_world_size(),))
     frame = copy.deepcopy(model).to("meta")
     policy = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

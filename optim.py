@@ -613,8 +613,9 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
         hidden, outer = {n: p for n, p in trained.items() if p.dim() >= 2}, {}
     head = getattr(getattr(model, "config", None), "head_dim", 1)
     block = {n: head if n.endswith(("q_proj.weight", "k_proj.weight")) else 1 for n in hidden}
-    rows = [(hidden, rule, weight_decay, 1.0), (outer, aux, aux_decay * decay_embed, (aux_lr or lr) / lr),
-            (vectors, aux, 0.0, (aux_lr or lr) / lr)]
+    dial = (aux_lr or lr) / (lr or 1.0)
+    rows = [(hidden, rule, weight_decay, 1.0), (outer, aux, aux_decay * decay_embed, dial),
+            (vectors, aux, 0.0, dial)]
     return [dict(params=list(ps.values()), names=list(ps), rule=r, lr=lr * scale, weight_decay=wd,
                  scale=scale, block=block) for ps, r, wd, scale in rows if ps]
 
@@ -631,6 +632,8 @@ def optimiser(model, rule=adamw, lr=1e-3, weight_decay=0.0, seed=0, *, aux_lr=0.
     aux_lr, aux_decay: of AdamW for what is no block matrix (0, -1: as the others'). decay: a row of DECAYS.
     decay_embed: embeddings and heads decay too.
     """
+    if lr < 0 or aux_lr < 0:
+        raise UserError(f"--lr {lr} --aux_lr {aux_lr}: a learning rate is not negative")
     stored = {m.weight: m for m in model.modules() if isinstance(m, StoredLinear)}
     groups = param_groups(model, rule, lr, weight_decay, aux_lr, aux_decay, decay_embed)
     return Optimiser(groups, decay=decay, seed=seed, stored=stored)
@@ -811,6 +814,9 @@ class Optimiser(torch.optim.Optimizer):
             momentum = [v for k, v in hyper(group["rule"]).items() if k in ("b1", "momentum")]
             if name_of(group["rule"]) in FEEDBACK and min(momentum) < 0.5:
                 raise UserError("eco pays rounding errors back through its momentum: give it 0.5 or more")
+            keys = hyper(group["rule"])
+            if keys.get("every", 1) < 1 or not 0 <= keys.get("density", 0) <= 1:
+                raise UserError("--every counts steps, from 1, and --density is a share from 0 to 1")
             if name_of(group["rule"]) == "frugal" and u.group:
                 raise UserError("frugal draws whole matrices, on one rank: use frugal_columns over several")
             block = group.get("block", {}).get(u.name, 1) if "block" in needs(group["rule"]) else 1

@@ -489,6 +489,8 @@ def train(c, f):
         raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one")
     if ranks > 1 and c.store != "float32":
         raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
+    if c.suggest and c.init.startswith("base:"):
+        raise UserError("--suggest is about pre-training: add --config pretrain")
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
     kernels.use(c.kernels)
     if c.suggest:
@@ -515,6 +517,8 @@ def train(c, f):
         forward = torch.compile(model) if c.compile else model
         run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(data)} "
                 f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks" * (ranks > 1))
+        if c.optimiser in ("eco", "eco_sgd") and c.store == "float32":
+            run.say("  eco without --store bfloat16, int8 or int4: nothing is rounded, it is its host")
         for group in opt.param_groups:
             run.say(f"  {name_of(group['rule']):<14} {len(group['params'])} tensors, lr {group['lr']:.3g}, "
                     + (f"decay time {1 / (group['lr'] * group['weight_decay']):.0f} steps"
@@ -583,6 +587,7 @@ def train(c, f):
                 run.save(step + 1, lambda folder: save(plain(net), tok, folder), opt=state, adapter=adapter,
                          clock=clock)
         if c.stop and c.stop < total:
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return scores
         if run.start >= total:                                   # resumed after its last step
             scores = measure()
@@ -591,8 +596,9 @@ def train(c, f):
             s.ranks.seconds for s in opt.stacks) / max(clock["all"], 1e-9))
         run.say("  state: " + ", ".join(f"{k} {x['bytes'] / x['parameters']:.2f} bytes a parameter"
                                         for k, x in report.items())
-                + f";  of a step's time: optimiser {cost['opt_share']:.1%}, Newton-Schulz in it "
-                f"{cost['ns_share']:.1%};  clipped steps: {clipped / max(1, total - run.start):.0%}")
+                + f";  of a step's time: optimiser {cost['opt_share']:.1%}"
+                + f", Newton-Schulz in it {cost['ns_share']:.1%}" * (cost["ns_share"] > 0)
+                + f";  clipped steps: {clipped / max(1, total - run.start):.0%}")
         if c.target:                                             # a race: see CLAIMS
             mine = report[c.optimiser]
             scores |= cost | reached(read_log(run.folder), c.target) | dict(

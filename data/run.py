@@ -64,6 +64,8 @@ def cli(main):
         print("\nstopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
+        if os.environ.get("RANK", "0") != "0" and "onnection" in str(e):
+            sys.exit(2)                                        # rank 0 is gone, and has said why
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         sys.exit(print("error: out of memory: try a smaller --micro (results do not change)",
@@ -202,7 +204,7 @@ def help_text(Config, presets, axes, doc):
     for axis, rows in axes.items():
         lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
         for row, fn in rows.items():
-            first = (inspect.getdoc(fn) or "").split("\n")[0]
+            first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
             lines.append(f"  {row:<12} {first}  " + " ".join(f"--{k} {v}" for k, v in hyper(fn).items()))
     return "\n".join(lines)
 
@@ -514,6 +516,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     if name not in claims:
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least 1, and 2 for an interval")
     layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
     fixed = {"seed", "out", "resume", "stop", *claims[name].tune[:1]} | {
         k for arm in claims[name].arms.values() for n in arm.split(",") for k in presets[n]}

@@ -241,13 +241,17 @@ def bad(workdir):
     (["--peft", "lora", "--peft.rank", "0"], "--rank 0: the rank must be at least 1"),
     (["--store", "int8", "--rounding", "up"], "--rounding up: choose stochastic or nearest"),
     (["--optimiser", "muon", "--scale", "big"], "--scale big"),
+    (["--optimiser", "soap", "--every", "0"], "--every counts steps, from 1"),
+    (["--lr", "-1"], "a learning rate is not negative"),
+    (["--suggest", "--init", "base:pretrain"], "--suggest is about pre-training: add --config pretrain"),
+    (["--claim", "normuon", "--seeds", "0"], "--seeds 0: at least 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, workdir, capsys):
     if argv[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     bad(workdir)
     with pytest.raises(SystemExit) as stop:
-        sft.cli(lambda: run("--steps", "1", *argv))
+        sft.cli(lambda: sft.main(argv) if "--claim" in argv else run("--steps", "1", *argv))
     err = capsys.readouterr().err.strip().splitlines()
     assert (stop.value.code == 2 and words in err[-1] and err[-1].startswith("error: ")
             and "Traceback" not in "".join(err))
