@@ -16,9 +16,12 @@ sft         signatures: (signature, docstring) pairs   loss on the completion on
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
-muon, …     any                                        every rule of optim.py with its paper's settings
+adamw …     any                                        optim.py's rules, their papers' settings: adamw
+            signsgd lion lionk muon normuon shampoo soap adam_mini dion galore qgalore apollo apollo_mini frugal
+            frugal_columns fira gradnormlorp eco eco_sgd classp
 lora        any                                        adapters on every linear layer, merged when saved
-bone, bat   any                                        block-affine adapters (2409.15371)
+bone        any                                        one block a layer, added to all columns (2409.15371)
+bat         any                                        one block a row of blocks, guided by the weights
 loram       any                                        LoRA trained on a pruned model, used on the whole one
 hft         any                                        half fine-tuning: half of each layer is frozen
 tiny        any                                        30 s on any CPU: shows that everything turns
@@ -103,9 +106,6 @@ PRESETS = dict(
                     steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
-    n64=dict(rows=64),
-    more=dict(steps=304),                                  # toyif's 64 steps, plus the 240 of ppo.py's toyif
-    more64=dict(steps=248),                                # 8 plus 240
     # optim.py's rules, for pretrain and the others: lr where the paper's scale differs from AdamW's
     adamw=dict(optimiser="adamw"),
     muon=dict(optimiser="muon"),                           # scale rms: AdamW's lr and decay (2502.16982)
@@ -129,6 +129,17 @@ PRESETS = dict(
     eco_sgd=dict(optimiser="eco_sgd", store="int8", lr=0.1, aux_lr=3e-3),
     # the author's threshold 0.5 and p 1 are for far larger gradients than a clipped language model's
     classp=dict(optimiser="classp", threshold=0.0, p=2.0, lr=0.01, weight_decay=0.0, aux_lr=3e-3),
+    lora=dict(peft="lora", lr=2e-3),
+    bone=dict(peft="bone", lr=1e-3),
+    bat=dict(peft="bat", lr=1e-3),
+    loram=dict(peft="loram", lr=2e-3),
+    hft=dict(peft="hft"),
+    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
+)
+ARMS = dict(                     # settings that only the arms of claims need, ppo.py's and those below
+    n64=dict(rows=64),
+    more=dict(steps=304),                                  # toyif's 64 steps, plus the 240 of ppo.py's toyif
+    more64=dict(steps=248),                                # 8 plus 240
     # the claims on optimisers: a small model of bytes, the same AdamW for all that is no block matrix
     race=dict(tokenizer="bytes", model="2x64", context=64, batch=32, micro=32, steps=120, warmup=12,
               schedule="wsd", cooldown=0.3, eval_every=15, save_every=1000, keep=1, aux_lr=3e-3,
@@ -143,13 +154,8 @@ PRESETS = dict(
     forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000,
                 steps=150, warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000),
     lr3e4=dict(lr=3e-4), lr1e3=dict(lr=1e-3), lr3e3=dict(lr=3e-3), lr12e3=dict(lr=0.012),
-    lora=dict(peft="lora", lr=2e-3),
-    bone=dict(peft="bone", lr=1e-3),
-    bat=dict(peft="bat", lr=1e-3),
-    loram=dict(peft="loram", lr=2e-3),
-    hft=dict(peft="hft"),
-    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
+PRESETS |= ARMS
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
 
 CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"], "bits per byte": ["val_bpb", "ood_bpb"],

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import sft
 from data.run import UserError, checkpoint, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
+from optim import RULES
 
 FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro", "8",
         "--rows", "64", "--init", "", "--data", "arithmetic", "--eval_every", "1000", "--warmup", "2"]
@@ -183,7 +185,8 @@ def test_every_family_takes_two_steps(family, workdir):
     assert row["loss"] < 7 and ("aux" in row) == ("mix" in family or "moe" in family)
 
 
-@pytest.mark.parametrize("name", sft.PRESETS)
+@pytest.mark.parametrize("name", [k for k, row in sft.PRESETS.items()       # PARTS: above; arms of one key
+                                  if k not in PARTS and (k not in sft.ARMS or len(row) > 2)])
 def test_every_preset_takes_two_steps(name, shared_bases):
     """with the size preset tiny, on the real data it names"""
     names, out = name if name == "tiny" else f"{name},tiny", f"preset-{name}"
@@ -192,9 +195,9 @@ def test_every_preset_takes_two_steps(name, shared_bases):
 
 
 def test_the_map_names_every_preset():
-    named = [line.split()[0] for line in sft.__doc__.splitlines() if line.split()]
-    hidden = {"n64", "more", "more64"}           # sizes of the claim's baselines
-    assert all(name in named for name in sft.PRESETS.keys() - hidden)
+    named = {line.split()[0] for line in sft.__doc__.splitlines() if line.split()}
+    rules = re.search(r"settings: ([\w\s]+?)\nlora ", sft.__doc__)[1].split()
+    assert set(rules) == set(RULES) and sft.PRESETS.keys() - sft.ARMS.keys() - set(rules) <= named
 
 
 def test_base_is_made_once_and_found_again(workdir, capsys):
