@@ -17,8 +17,8 @@ arithmetic  column-wise addition, bytes                a verifiable task, from s
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
-            signsgd lion lionk muon normuon shampoo soap adam_mini dion galore qgalore apollo apollo_mini frugal
-            frugal_columns fira gradnormlorp eco eco_sgd classp
+            signsgd lion lionk muon normuon shampoo soap adam_mini dion galore qgalore apollo apollo_mini
+            frugal frugal_columns fira gradnormlorp eco eco_sgd classp
 lora        any                                        adapters on every linear layer, merged when saved
 bone        any                                        one block a layer, added to all columns (2409.15371)
 bat         any                                        one block a row of blocks, guided by the weights
