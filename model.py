@@ -437,7 +437,7 @@ class LoRA(nn.Module):
 
 
 class Bone(nn.Module):
-    """Block affine adaptation, rows (Bone, 2409.15371 eq. 3):  y = W x + (sum over groups of R inputs) M,
+    """Block affine adaptation, rows (Bone, 2409.15371):  y = W x + (sum over groups of R inputs) M,
     M [R, F] from 0. x is padded to whole groups; merged, Mᵀ is added to every R columns of W."""
 
     def __init__(self, linear, rank):
@@ -456,7 +456,7 @@ class Bone(nn.Module):
 
 
 class Bat(nn.Module):
-    """Block affine adaptation guided by the weights (Bat, 2409.15371 eq. 6):  block (i, j), R x R, of W gains
+    """Block affine adaptation guided by the weights (Bat, 2409.15371):  block (i, j), R x R, of W gains
     W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
 
     def __init__(self, linear, rank):
@@ -517,7 +517,7 @@ def check_rank(rank):
 
 
 def hft(model, generator):
-    """Half fine-tuning (HFT, 2404.18466 §3.2): each round freezes half of every layer, drawn by matrix kind.
+    """Half fine-tuning (HFT, 2404.18466): each round freezes half of every layer, drawn by matrix kind.
 
     Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of all experts
     alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings, head, final norm and

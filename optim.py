@@ -126,10 +126,10 @@ def norm(x, dims=(-2, -1)):
 
 
 def limit_growth(S, s, growth):
-    """Fira's norm-growth limiter (2410.01623 eq. 9): |S| may rise by the factor `growth` a step; 0: no limit.
+    """Fira's norm-growth limiter (2410.01623): |S| may rise by the factor `growth` a step; 0: no limit.
 
     After a quiet phase a large gradient is throttled for many steps: about 70 to double at 1.01. A size of 0
-    (LoRA's A at first) sets no limit; in the authors' code it stops the matrix for 2,000 steps.
+    (LoRA's A at first) sets no limit; in the authors' code it all but stops the matrix.
     """
     if not growth:
         return S
@@ -259,7 +259,7 @@ KAPPAS = {"l1": torch.sign, "l1.5": partial(power_norm, p=1.5), "l2": partial(po
 
 
 def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
-    """Lion-κ, 2310.05898 eq. 5.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
+    """Lion-κ, 2310.05898.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
     nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has, for every κ (ours); the
     radii grow along, of l2 to √(mn)/λ, of nuclear to √max(m, n)/λ."""
     if kappa not in KAPPAS:
@@ -272,7 +272,7 @@ def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
 
 
 def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
-    """Muon, Jordan et al. 2024; 2502.16982 eq. 2, 4.   scale · NS(M),  M the momentum, looking ahead.
+    """Muon, Jordan et al. 2024; 2502.16982.   scale · NS(M),  M the momentum, looking ahead.
 
     Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the control.
     """
@@ -285,7 +285,7 @@ def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
 
 def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=5, scale="rms", axis="row",
             local_norm=False):
-    """NorMuon, 2510.05491 alg. 1.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v + eps),
+    """NorMuon, 2510.05491.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v + eps),
     direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F = |O|_F, times it).
 
     v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least 1e-4 of
@@ -377,7 +377,7 @@ def adam_mini(g, s, block, *, b1=0.9, b2=0.95, eps=1e-8):
 
 
 def dion(g, s, seeds, *, rank=0, momentum=0.95, eps=1e-8, scale="spectral"):
-    """Dion, 2504.05295 alg. 1.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns over
+    """Dion, 2504.05295.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns over
     their norms;  direction scale · P Qᵀ. What P missed stays in M: error feedback."""
     m, n = need_matrix(g).shape[-2:]
     if "Q" not in s:
@@ -407,7 +407,7 @@ def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=
 
 
 def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, threshold=0.4, lazy=5):
-    """Q-GaLore, 2407.08296 alg. 1.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
+    """Q-GaLore, 2407.08296.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
     refresh every T steps: T doubles when the top singular vector's |cos| to its (4-bit) predecessor, averaged
     over the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
 
@@ -469,13 +469,13 @@ def apollo(g, s, seeds, *, rank=0, every=200, scale=1.0, growth=1.01, front=Fals
 
 def apollo_mini(g, s, seeds, *, rank=1, every=200, scale=128.0, growth=1.01, front=False, b1=0.9, b2=0.999,
                 eps=1e-6):
-    """APOLLO-Mini, 2412.05270 §4.2.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n 128."""
+    """APOLLO-Mini, 2412.05270.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n 128."""
     return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front, tensor=True,
                   b1=b1, b2=b2, eps=eps)
 
 
 def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
-    """FRUGAL, 2411.07837 alg. 1, blocks.   Adam on round(density · count) whole matrices drawn anew every
+    """FRUGAL, 2411.07837, blocks.   Adam on round(density · count) whole matrices drawn anew every
     `every` steps, their moments from 0;  kappa · sign(g) on the others. kappa 0.1 for fine-tuning."""
     number, count, seed = place
     if (s["t"] - 1) % every == 0:
@@ -489,7 +489,7 @@ def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999,
 
 
 def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
-    """FRUGAL, 2411.07837 alg. 1, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by its
+    """FRUGAL, 2411.07837, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by its
     seed, not stored) every `every` steps, moments from 0;  kappa · sign(g) elsewhere."""
     n, period = need_matrix(g).size(-1), (s["t"] - 1) // every
     drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(x + period)) for x in seeds]
@@ -502,7 +502,7 @@ def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b
 
 
 def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, eps=1e-6):
-    """Fira, 2410.01623 alg. 1.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:
+    """Fira, 2410.01623.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:
     GaLore, and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
 
     alpha inside the rest is the authors' code: for alpha < 1 it keeps a share of the subspace's gradient.
@@ -517,7 +517,7 @@ def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, 
 
 
 def gradnormlorp(g, s, W, lr, *, rank=0, every=250, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, exact=False):
-    """GradNormLoRP, 2412.19616 eq. 5-9.   W = ρ V with unit rows V;  g_ρ = Σ_j V G  goes to Adam,
+    """GradNormLoRP, 2412.19616.   W = ρ V with unit rows V;  g_ρ = Σ_j V G  goes to Adam,
     g_V = G - V g_ρ  to GaLore;  W <- ρ' V'/|V'|.
 
     exact keeps the chain rule's factor ρ in g_V, which the code drops. The public code computes both updates
@@ -560,7 +560,7 @@ def feed_sgd(e, s, lr, shrink, *, momentum):
 
 
 def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
-    """CLASSP, 2405.09637 alg. 1.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
+    """CLASSP, 2405.09637.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
 
     suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2 and
     threshold 0 are AdaGrad. The paper's equation; the author's code gates whole tensors and discards p.
@@ -611,7 +611,7 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
     aux_decay = weight_decay if aux_decay < 0 else aux_decay
     if name_of(rule) == "adamw" and decay_embed and not aux_lr and aux_decay == weight_decay:
         hidden, outer = {n: p for n, p in trained.items() if p.dim() >= 2}, {}
-    head = getattr(getattr(model, "config", None), "head_dim", 1)
+    head = model.config.head_dim
     block = {n: head if n.endswith(("q_proj.weight", "k_proj.weight")) else 1 for n in hidden}
     dial = (aux_lr or lr) / (lr or 1.0)
     rows = [(hidden, rule, weight_decay, 1.0), (outer, aux, aux_decay * decay_embed, dial),
@@ -1012,7 +1012,7 @@ def wsd(step, steps, warmup=0, *, cooldown=0.2, shape="linear"):
 
 
 def power(step, steps, warmup, lr, batch, tokens, *, a=4.0, b=-0.51, cooldown=0.1):
-    """Power scheduler, 2408.13359 eq. 3.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
+    """Power scheduler, 2408.13359.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
     there): it does not depend on `steps`, but for a linear end over the last `cooldown` of them."""
     n = (step + 1) * tokens
     return min(1.0, batch * a * n ** b / lr) * wsd(step, steps, warmup, cooldown=cooldown)

@@ -356,7 +356,7 @@ def test_lion_minimises_in_a_box():
     assert close(p.detach(), [[1.0, -.5, .2, -1.0]], 8e-3)
 
 
-def test_muon_and_normuon_with_decay_bound_the_spectral_norm():
+def test_muon_with_decay_bound_the_spectral_norm():
     """|O| <= 1.21 at scale 1: σ_max(W) cannot leave 1.21/λ"""
     p = nn.Parameter(torch.zeros(4, 4, dtype=F64))
     opt = opt_of(muon, p, lr=.05, weight_decay=1.0, scale="original")
@@ -668,7 +668,7 @@ def test_bfloat16_parameters_do_not_lose_small_steps():
 
 
 def test_stored_weights_train_where_rounding_to_nearest_cannot_move():
-    """steps far below the grid: ECO's momentum and stochastic rounding get there, nearest never starts"""
+    """steps far below the grid: stochastic rounding gets there, nearest never starts"""
     ends = {}
     for rounding in ("stochastic", "nearest"):
         layer = StoredLinear(nn.Linear(16, 16, bias=False), "int4", 32, rounding)
