@@ -9,7 +9,7 @@ sft.py - supervised learning: pre-training a small base model, and fine-tuning o
     torchrun --standalone --nproc_per_node 2 sft.py --config pretrain,normuon      # FSDP2
     python sft.py --claim normuon --seeds 5        # the race of the optimisers, with a verdict
 
-Map      1 config   2 the loss   3 claims   4 data   5 LoRAM   6 start   7 evaluate   8 train   B rows, T tokens
+Map      1 config   2 the loss   3 claims   4 data   5 LoRAM   6 start   7 evaluate  8 train  B rows, T tokens
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
