@@ -43,11 +43,12 @@ def ids(n, length, seed=0):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_past_never_sees_the_future(family):
-    net, x = small(family), ids(2, 12)
+    """In float64: the future changes an expert's number of rows, and with it the order of a product's float32 sums."""
+    net, x = small(family).double(), ids(2, 12)
     y = x.clone()
     y[:, 8:] = 7
     a, b = net(x), net(y)
-    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-6) and not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-10) and not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
 
 
 def test_rope_depends_on_distance_only():
