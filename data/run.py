@@ -553,8 +553,9 @@ class Claim:
     """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must exceed 0.
 
     tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that
-    ours is better; the arm "" is the constant 1. conclude({label: verdict}) may give the claim's own word; by
-    default every test must hold.
+    ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the claim's.
+    conclude({label: verdict}) may give the claim's own word; by default every test must hold.
+    Arms of the same config share one run, whose result names them: {"ours|gold": …, "theirs|gold": …}.
     """
     text: str
     paper: str
@@ -566,6 +567,7 @@ class Claim:
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
     curve: str = ""                  # a key of the log to draw against steps and seconds of training
+    sweep: tuple = ()                # (x's name, metrics): draw each arm's results "metric@x" against x
 
 
 def conclude_all(verdicts):
@@ -647,7 +649,9 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
                 1 if jobs > 1 else torch.get_num_threads())
 
-    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms]
+    first = {config: arm for arm, config in reversed(claim.arms.items())}
+    runs = {arm: arm if claim.tune else first[config] for arm, config in claim.arms.items()}     # who runs it
+    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
     print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
           flush=True)
     t0, got, tuned = time.time(), [], {}
@@ -658,17 +662,22 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 for arm, seed in todo]
         with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
             for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
-                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {out[claim.metric]:.4g}")
+                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {of(out, arm, claim.metric):.4g}")
                 bar.update()
                 got.append(out)
     Path(results).mkdir(parents=True, exist_ok=True)
-    report = judge(name, claim, seeds, dict(zip(todo, got)))
+    got = dict(zip(todo, got))
+    got = {(arm, seed): got[runs[arm], seed] for arm in claim.arms for seed in range(seeds)}
+    report = judge(name, claim, seeds, got)
     report |= dict(tuned=tuned) if tuned else {}
     if claim.curve:
         logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
         report["curve"] = {arm: mean_curve([logs[arm, s] for s in range(seeds)], claim.curve)
                            for arm in claim.arms}
         draw_curves(report, claim.curve, Path(results) / f"{name}_curves.png")
+    if claim.sweep:
+        report["sweep"] = sweep(claim, seeds, got)
+        draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
     report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
                            + "".join(f" {x}" for x in extra),
                    commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
@@ -678,14 +687,27 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
     return report
 
 
+def of(result, arm, metric):
+    """An arm's metric in the result of its run: its own "arm|metric" where several arms share the run."""
+    key = f"{arm}|{metric}" if f"{arm}|{metric}" in result else metric
+    if key not in result:
+        raise UserError(f"the run of arm {arm!r} has no {metric!r}{nearest(metric, list(result))}")
+    return result[key]
+
+
 def judge(name, claim, seeds, got):
     """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences, verdict."""
     metrics = (claim.metric, *claim.also)
-    values = {arm: {m: [got[arm, s][m] for s in range(seeds)] for m in metrics} for arm in claim.arms}
+    values = {arm: {m: [of(got[arm, s], arm, m) for s in range(seeds)] for m in metrics}
+              for arm in claim.arms}
+
+    def value(key, s):
+        arm, _, metric = key.partition("|")
+        return of(got[arm, s], arm, metric or claim.metric) if arm else 1.0
+
     tests, verdicts = [], {}
     for label, weights in claim.tests.items():
-        diffs = [sum(w * (values[arm][claim.metric][s] if arm else 1.0) for arm, w in weights.items())
-                 for s in range(seeds)]
+        diffs = [sum(w * value(key, s) for key, w in weights.items()) for s in range(seeds)]
         mean, half = interval(diffs)
         verdicts[label] = verdict(diffs, claim.better)
         tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
@@ -715,6 +737,42 @@ def mean_curve(logs, key):
     steps = sorted(set.intersection(*(set(r) for r in rows)))
     return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4) for k in ("seconds", key))]
             for step in steps]
+
+
+def sweep(claim, seeds, got):
+    """{metric: {arm: [[x, mean, half width]]}} of the results "metric@x" (or "arm|metric@x") of a claim."""
+    out = {}
+    for metric in claim.sweep[1]:
+        out[metric] = {}
+        for arm in claim.arms:
+            marks = (f"{arm}|{metric}@", f"{metric}@")
+            keys = [k for k in got[arm, 0] if k.startswith(marks[0])] or [
+                k for k in got[arm, 0] if k.startswith(marks[1])]
+            points = sorted((float(k.rpartition("@")[2]), k) for k in keys)
+            rows = [[x, *interval([got[arm, s][k] for s in range(seeds)])] for x, k in points]
+            out[metric] |= {arm: rows} if rows else {}
+    return out
+
+
+def draw_sweep(report, xlabel, path):
+    """One panel a metric, one line an arm, its 95 % interval shaded; x logarithmic where it spans decades."""
+    plt = pyplot()
+    panels = {m: arms for m, arms in report["sweep"].items() if arms}
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False)
+    for ax, (metric, arms) in zip(axes[0], panels.items()):
+        for i, (arm, rows) in enumerate(arms.items()):
+            x, mean, half = zip(*rows)
+            ax.plot(x, mean, lw=1.4, marker="o", ms=3, label=arm, color=f"C{i % 10}",
+                    ls=("-", "--")[i // 10])
+            ax.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
+                            alpha=0.12, lw=0, color=f"C{i % 10}")
+        if min(x) > 0 and max(x) / min(x) > 30:
+            ax.set_xscale("log", base=2)
+        ax.set(xlabel=xlabel, ylabel=metric.replace("_", " "))
+    axes[0][-1].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
 
 
 def draw_curves(report, key, path):
