@@ -601,7 +601,7 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
     for name, p in trained.items():
         if p.dim() < 2:
             vectors[name] = p
-        elif any(word in name for word in ("embed", "lm_head", "score.")):
+        elif any(word in name for word in ("embed", "lm_head", "score.", "ratings.", "pool.")):
             outer[name] = p
         elif "layers." in name:
             hidden[name] = p

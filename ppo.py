@@ -22,6 +22,7 @@ half        control of srppo     ... at temperature 0.5
 bon         control of srppo     ... best of 16 by the coherent reward
 contrast    control of srppo     ... sampled from π_sft (π_sft / π_base)^alpha
 toyif       world                the synthetic instruction-following world of data/prefs.py, gold reward known
+ring        world                its second world, full of traps for a reward model (train one with reward.py)
 docs        world                signatures -> docstrings of the standard library (the default)
 tiny        size                 seconds on any CPU, its base model included
 Watch    reward should rise while kl stays a few nats per response; ev (the critic's explained variance)
@@ -41,6 +42,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
+from data.judging import spearman
 from data.run import Claim, Run, UserError, batch_indices, cli, launch, needs
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, save,
                    sequence_score, token_logprobs, token_values)
@@ -73,6 +75,7 @@ class Config:
     temperature: float = 1.0     # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
     eval_every: int = 10         # iterations between evaluations on held-out prompts
+    eval_prompts: int = 0        # how many of each held-out split (0: 512 in a world, 256 otherwise)
     save_every: int = 20         # iterations between checkpoints
     keep: int = 2                # checkpoints to keep
     stop: int = 0                # pause after this iteration (0: no); --resume goes on
@@ -102,10 +105,13 @@ PRESETS = dict(
     docs=dict(),                                                       # the defaults
     toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1, steps=60,
                eval_every=20, save_every=1000, keep=1),
+    ring=dict(data="ring", init="base:ring", base="base:ring", rollouts=96, samples=1, steps=100,
+              eval_every=20),
     n64=dict(init="base:toyif,n64"),                                   # SFT on 64 demonstrations, not 512
     more=dict(init="base:toyif,more"),                                 # SFT for PPO's 240 gradient steps more
     more64=dict(init="base:toyif,n64,more64"),
-    tiny=dict(steps=4, rollouts=8, samples=2, batch=8, micro=8, eval_every=2, save_every=2, max_new=16),
+    tiny=dict(steps=4, rollouts=8, samples=2, batch=8, micro=8, eval_every=2, eval_prompts=32, save_every=2,
+              max_new=16),
 )
 
 CURVES = {"reward": ["reward", "val_reward", "ood_reward"], "KL, nats per response": ["kl", "k3"],
@@ -347,16 +353,10 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
 def rank_correlation(a, b):
     """Spearman's correlation within each row, averaged over the rows where both vary.   a, b [P, G]
 
-    Ties share a rank.
     Does the reward order a prompt's own samples as the quality does? 0: it says nothing about them.
     """
-    def ranks(x):
-        less, same = x[:, None, :] < x[:, :, None], x[:, None, :] == x[:, :, None]       # [P, G, G]
-        r = less.sum(-1) + 0.5 * same.sum(-1)                                            # [P, G]
-        return r - r.mean(1, keepdim=True)
-    a, b = ranks(a), ranks(b)
-    norm = (a.square().sum(1) * b.square().sum(1)).sqrt()                                # [P]
-    return float(((a * b).sum(1)[norm > 0] / norm[norm > 0]).mean()) if (norm > 0).any() else 0.0
+    rows = [spearman(x, y) for x, y in zip(a, b) if x.std() > 0 and y.std() > 0]
+    return sum(rows) / max(1, len(rows))
 
 
 def explained_variance(values, returns, mask):
@@ -511,7 +511,7 @@ def train(c, f):
         policy, critic, models, tok = open_models(c, f, init, base, run.last)
         task = tasks.task(c.data)
         problems = task.problems("train", 4096, 1000 + c.seed)
-        size = 512 if c.data == "toyif" else 256
+        size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
         context = policy.config.max_position_embeddings
         max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)

@@ -16,6 +16,7 @@ sft         signatures: (signature, docstring) pairs   loss on the completion on
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
+ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
             signsgd lion lionk muon normuon shampoo soap adam_mini dion galore qgalore apollo apollo_mini
             frugal frugal_columns fira gradnormlorp eco eco_sgd classp
@@ -63,7 +64,7 @@ class Config:
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
     family: str = "qwen3"        # its architecture: llama, qwen2, qwen3, mixtral, qwen3_moe
-    tokenizer: str = "bpe"       # of a new model: bpe (trained on the data), bytes, toyif, a folder, gpt2 …
+    tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, ring, a folder, gpt2 …
     vocab: int = 2048            # size of a trained bpe
     context: int = 256           # longest row in tokens; a new model's context is twice that
     chat: bool = False           # wrap prompts in the checkpoint's chat template
@@ -105,6 +106,9 @@ PRESETS = dict(
                     steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
+    ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,
+              batch=96, micro=96, lr=2e-3, warmup=0, schedule="linear", eval_every=250, save_every=1000,
+              keep=1),
     # optim.py's rules: lr where the paper's scale differs from AdamW's. Ours, tried on small models only:
     # every aux_lr, the lr of signsgd, lion(k), eco_sgd, classp and of the adapters below
     adamw=dict(optimiser="adamw"),
@@ -282,7 +286,8 @@ def rows(c, tok, split):
 def new_tokenizer(c):
     """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
     if c.tokenizer != "bpe":
-        return prefs.tokenizer() if c.tokenizer == "toyif" else tokenizer.get(c.tokenizer)
+        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer)
+        return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")
     else:

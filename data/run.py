@@ -322,6 +322,7 @@ class Run:
         self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
         self.quiet, self.settings = rank() > 0, settings(c, f)
         self.state, self.start, self.last = None, 0, None
+        self.at = 0                                            # steps of a run's earlier stages
         self.folder = None if self.quiet else self.choose_folder(script)
         home = Path(share(str(self.folder)))                   # of rank 0; the others write to nowhere
         self.folder = Path(tempfile.mkdtemp()) if self.quiet else home
@@ -333,9 +334,8 @@ class Run:
                 self.state = torch.load(self.last / "state.pt", map_location="cpu", weights_only=True)
                 self.start = self.state["step"]
             self.say(f"resuming {home} at step {self.start}")
-        rows = [r for r in read_log(self.folder) if r["step"] <= self.start]
-        if not self.start:
-            rows = []
+        stages = c.resume and any(self.folder.glob("*/stage.pt"))      # then stage() cuts the log
+        rows = [r for r in read_log(self.folder) if stages or self.start and r["step"] <= self.start]
         write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
         self.t0 = time.time() - (rows[-1]["time"] if rows else 0.0)
         done = {"result": result(self.folder)} if result(self.folder) else {}
@@ -404,7 +404,7 @@ class Run:
                | {k: float(v) for k, v in metrics.items()})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        bad = [k for k in ("loss", "norm") if not math.isfinite(row.get(k, 0.0))]
+        bad = [k for k in row if k.split()[-1] in ("loss", "norm") and not math.isfinite(row[k])]
         if bad:
             good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
             raise UserError(f"{bad[0]} became {row[bad[0]]} at step {step}; {good}; try a lower --lr")
@@ -443,6 +443,28 @@ class Run:
             os.replace(old, doomed)
             shutil.rmtree(doomed)
 
+    def stage(self, name, write):
+        """The folder of one stage of a run with several: write(folder) makes it, or a resumed run has it."""
+        final = self.folder / name
+        if final.exists():
+            self.at = torch.load(final / "stage.pt", weights_only=True)["step"]
+            return final
+        self.cut()
+        tmp = final.with_suffix(".tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        write(tmp)
+        torch.save(dict(step=self.at), tmp / "stage.pt")
+        os.replace(tmp, final)
+        return final
+
+    def cut(self):
+        """Drop from a resumed run's log what comes after the finished stages: it is made again."""
+        if self.c.resume:
+            self.file.close()
+            rows = [r for r in read_log(self.folder) if r["step"] <= self.at]
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+            self.file = open(self.folder / "log.jsonl", "a")
+
     def finish(self, **metrics):
         """Record the run's result in run.json (which marks it finished), and return it."""
         self.info["result"] = {k: float(v) for k, v in metrics.items()}
@@ -480,7 +502,9 @@ def pyplot():
 def draw(folder, curves):
     """curve.png from log.jsonl. curves: {panel title: [keys]}; a key never logged is left out."""
     rows = read_log(folder)
-    panels = {t: [k for k in keys if any(k in r for r in rows)] for t, keys in curves.items()}
+    seen = dict.fromkeys(k for r in rows for k in r)         # "loss", or of a stage "member-0 loss"
+    panels = {t: [k for key in keys for k in seen if k == key or k.endswith(f" {key}")]
+              for t, keys in curves.items()}
     panels = {t: keys for t, keys in panels.items() if keys}
     if not panels:
         return
@@ -574,6 +598,12 @@ def conclude_all(verdicts):
     """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
     words = set(verdicts.values())
     return "holds" if words == {"holds"} else "does not hold" if "does not hold" in words else "undecided"
+
+
+def in_parts(*parts):
+    """A claim of several parts in one line: each part, and what the tests with its name in the label say."""
+    return lambda verdicts: "; ".join(
+        f"{x}: {conclude_all({k: v for k, v in verdicts.items() if x in k})}" for x in parts)
 
 
 def run_arm(job):

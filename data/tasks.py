@@ -18,9 +18,10 @@ import random
 import re
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-from data.prefs import ToyIF
+from data.prefs import FILLER, JUDGE, SCORES, SEP, Ring, ToyIF
 from data.run import UserError, nearest
 from data.text import (NAMED, check_split, digest, examples, is_corpus, locate, read_jsonl, rouge_l,
                        signatures, split_rows)
@@ -241,10 +242,180 @@ class Arithmetic:
         return float(finished and same_answer(extract_answer(completion), problem["answer"]))
 
 
+# --- judging ------------------------------------------------------------------------------------------
+
+CANDIDATES = 10                  # the teacher's traces for a pair: Think-RM's M (2505.16265)
+THINK, ANSWER, YES, NO = (JUDGE[name] for name in ("THINK", "ANS", "YES", "NO_"))
+NEUTRAL = FILLER[0]              # fills a trace and says nothing
+VERDICT = {letter: score for score, letter in SCORES.items()}
+
+
+def parity(x):
+    """The running parity p_i = x_1 xor … xor x_i of a string of bits.   "1011010" -> "1101100" """
+    return "".join(accumulate(x, lambda p, bit: "01"[p != bit]))
+
+
+def answer(x, rng):
+    """A response of mixed quality: the parity with probability 0.3, else after 1 to len(x) random rewrites.
+
+    A rewrite sets a random position to a random bit, so that some change nothing.
+    """
+    y = list(parity(x))
+    for _ in range(0 if rng.random() < 0.3 else rng.randint(1, len(y))):
+        y[rng.randrange(len(y))] = rng.choice("01")
+    return "".join(y)
+
+
+def strength(x, a, b):
+    """The gold verdict on responses a and b, -3 .. 3: NEGATIVE if a is better, 0 for a tie.
+
+    sign(q_b - q_a) * (1 up to a difference of .34, 2 up to .67, else 3),  q the share of right positions
+    """
+    gap = sum((p == v) - (p == u) for p, u, v in zip(parity(x), a, b)) / len(x)
+    return 0 if gap == 0 else (1 if gap > 0 else -1) * (1 + (abs(gap) > 0.34) + (abs(gap) > 0.67))
+
+
+def judging(x, a, b, seed=0):
+    """The problem of judging a against b; its prompt reads "1011010A1101001B1001010=".
+
+    {"prompt", "seed", "x", "a", "b", "label"}: label is the strength, seed fixes the demonstrations.
+    """
+    prompt = f"{x}{JUDGE['A']}{a}{JUDGE['B']}{b}{SEP}"
+    return dict(prompt=prompt, seed=seed, x=x, a=a, b=b, label=strength(x, a, b))
+
+
+def swapped(problem):
+    """The same pair in the other order: its label is negated, and its prompt gets traces of its own."""
+    return judging(problem["x"], problem["b"], problem["a"], problem["seed"])
+
+
+# What a judge's demonstrations think, by style: of the teacher's correct traces, and of a full one.
+JUDGEMENTS = dict(
+    long=lambda kept, full: max(kept, key=len),                          # Think-RM's choice
+    short=lambda kept, full: min(kept, key=len),
+    random=lambda kept, full: kept[0],                                   # all are drawn alike
+    direct=lambda kept, full: "",
+    last=lambda kept, full: full[-3:],
+    filler=lambda kept, full: min(kept, key=len).ljust(len(max(kept, key=len)), NEUTRAL))
+
+
+class ParityJudge:
+    """Judging pairs of running parities: a verdict that tiny models reach by thinking, position by position.
+
+    A judgement is "?1+-1++…!y": after ? the right bit of each position and whether A, then B, has it; after !
+    a letter, the strength -3 .. 3 as t .. z. A made-up teacher writes the traces, to a random depth and with
+    each + or - flipped with probability error; style says which of its correct ones is shown (Think-RM,
+    2505.16265: the longest). Every style has the same problems.
+
+    train and val are alike and share no pair, in either order; hard shares none with train, and its responses
+    differ in exactly one position.
+    """
+    metric, splits = "accuracy", ("train", "val", "hard")
+
+    def __init__(self, style="long", error=0.05, bits=7):
+        if style not in JUDGEMENTS:
+            raise UserError(f"parity has no style {style!r}{nearest(style, JUDGEMENTS)}")
+        if not 0 <= error <= 0.5:
+            raise UserError(f"parity with error {error}: expected a probability from 0 to 0.5, a coin")
+        if not 2 <= bits <= 10:
+            raise UserError(f"parity of {bits} bits: expected 2 to 10")
+        self.name, self.style, self.error, self.bits = f"parity_{style}", style, error, bits
+        self.max_new = 3 * bits + 4                            # ? and ! and a letter, EOS
+
+    def sample(self, rng, split="train"):
+        """One problem, see judging(), never a tie; where the teacher finds no correct trace, train drops it.
+
+        The tests draw the seed again instead, so that their pairs depend on neither style nor error.
+        """
+        check_split(split, self.splits)
+        while True:
+            x = "".join(rng.choices("01", k=self.bits))
+            a, b = answer(x, rng), answer(x, rng)
+            if split == "hard":                                # a random order: a is right more often
+                i = rng.randrange(self.bits)
+                a, b = rng.sample([a, a[:i] + "10"[int(a[i])] + a[i + 1:]], 2)
+            problem = judging(x, a, b, rng.getrandbits(32))
+            held = int(digest(x + min(a, b) + max(a, b))[:8], 16) % 4 == 0       # one pair in four
+            if problem["label"] and held == (split != "train"):
+                while split != "train" and not self.kept(problem):
+                    problem["seed"] += 1
+                if self.kept(problem):
+                    return problem
+
+    def problems(self, split, n=0, seed=0):
+        """n fresh problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("parity makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"parity/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    @staticmethod
+    def trace(problem, depth, rng, error):
+        """("1+-1++", tally) to a depth of positions: the right bit, is A right, is B right, with errors.
+
+        tally = sum (B right) - (A right), as written: the trace's own verdict, which may be wrong.
+        """
+        text, tally = "", 0
+        for p, *bits in list(zip(parity(problem["x"]), problem["a"], problem["b"]))[:depth]:
+            a, b = ((bit == p) != (rng.random() < error) for bit in bits)
+            text, tally = text + p + (NO, YES)[a] + (NO, YES)[b], tally + b - a
+        return text, tally
+
+    def kept(self, problem):
+        """The texts of the teacher's candidates that favour the better response; no tally tosses a coin."""
+        rng = random.Random(f"teacher/{problem['prompt']}/{problem['seed']}")
+        drawn = [(*self.trace(problem, rng.randint(1, self.bits), rng, self.error), rng.choice((-1, 1)))
+                 for _ in range(CANDIDATES)]
+        return [text for text, tally, coin in drawn if (tally or coin) * problem["label"] > 0]
+
+    def demo(self, problem, style=""):
+        """A judgement by the teacher (default: the task's style), None if no candidate was correct.
+
+        The letter is the gold strength: the filter has only made sure of its sign.
+        """
+        style = style or self.style
+        if style not in JUDGEMENTS:
+            raise UserError(f"parity has no style {style!r}{nearest(style, JUDGEMENTS)}")
+        if not (kept := self.kept(problem)):
+            return None
+        rng = random.Random(f"full/{problem['prompt']}/{problem['seed']}")
+        thought = JUDGEMENTS[style](kept, self.trace(problem, self.bits, rng, self.error)[0])
+        return (THINK + thought if thought else "") + ANSWER + SCORES[problem["label"]]
+
+    def demonstrations(self, n, seed=0, swap=True):
+        """Rows {"prompt", "completion", "label"} of train's first n problems that have a correct trace.
+
+        swap: 2n rows, each pair in both orders one after the other; both need a correct trace of their own.
+        """
+        rng, rows = random.Random(f"parity/train/{seed}"), []
+        while len(rows) < n * (1 + swap):
+            problem = self.sample(rng, "train")
+            orders = [problem, swapped(problem)] if swap else [problem]
+            shown = [dict(prompt=p["prompt"], completion=self.demo(p), label=p["label"]) for p in orders]
+            rows += shown if all(row["completion"] for row in shown) else []
+        return rows
+
+    @staticmethod
+    def parse(text):
+        """The score, -3 .. 3, of the letter right after the LAST "!"; None for no "!", no such letter, 0."""
+        _, found, block = text.rpartition(ANSWER)
+        return VERDICT.get(block[:1]) or None if found else None
+
+    def reward(self, problem, completion, finished=True):
+        """1.0 if the judgement ended and prefers the better response, else 0.0."""
+        return float(self.graded(problem, completion, finished) > 0)
+
+    def graded(self, problem, completion, finished=True):
+        """Think-RM's rule for strengths (2505.16265): 1.0 if exact, 0.5 if only the sign is, else 0.0."""
+        score, gold = self.parse(completion) if finished else None, problem["label"]
+        return 0.0 if score is None or score * gold < 0 else 1.0 if score == gold else 0.5
+
+
 # --- by name ------------------------------------------------------------------------------------------
 
-TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, gsm8k=Gsm8k,
-             toyif_base=partial(ToyIF, "mixture"))
+TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
+             toyif_base=partial(ToyIF, "mixture"),
+             **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 
 def held_out(name_or_path):

@@ -1,4 +1,4 @@
-"""The world ToyIF by its worked values and promises, and files of pairs."""
+"""The worlds ToyIF and Ring by their worked values and promises; labels, judges, rubrics, files of pairs."""
 import json
 import os
 import random
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from data.prefs import ALPHABET, BEHAVIOURS, CONTENT, HAS, NO, ToyIF, load_pairs, parse, tokenizer
+from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE, REF, ROUTING,
+                        UNS, Ring, StrongJudge, ToyIF, criteria, edited, good, judge_text, keep_consistent,
+                        label_pairs, load_pairs, parse, parse_ring, parse_winner, rand, ring_tokenizer,
+                        rubric_recall, teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
-WORLD = ToyIF()
+WORLD, RING = ToyIF(), Ring()
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -100,11 +103,11 @@ def test_problems_and_demonstrations_are_reproducible_prefixes():
 @pytest.mark.parametrize("split", WORLD.splits)
 def test_good_obeys_every_rule_and_behaviours_are_ranked(split):
     problems = WORLD.problems(split, 2000)
-    judged = {s: [WORLD.judge(p["prompt"], WORLD.demo(p, s)) for p in problems] for s in BEHAVIOURS}
+    judged = {s: [WORLD.judge(p["prompt"], WORLD.demo(p, s)) for p in problems] for s in MIXTURE}
     gold = {style: sum(j["gold"] for j in rows) / 2000 for style, rows in judged.items()}
     assert all(j["hard"] == 1 for j in judged["good"]) and 1.40 < gold["good"] < 1.48
     assert gold["good"] > gold["copy"] > gold["rand"]
-    for style in BEHAVIOURS:
+    for style in MIXTURE:
         responses = [WORLD.demo(p, style) for p in problems]
         assert all(2 <= len(y) <= 6 and set(y) <= set(CONTENT) for y in responses)
     for p in problems[:200]:
@@ -116,11 +119,11 @@ def test_the_base_corpus_mixes_the_behaviours_in_proportion():
     """mean gold of the mixture = .3 good + .4 rand + .3 copy, each on the same prompts; any pair of rules"""
     base = ToyIF("mixture")
     problems = base.problems("train", 4000)
-    gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) / 4000 for s in BEHAVIOURS}
+    gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) / 4000 for s in MIXTURE}
     mixed = sum(base.reward(p, base.demo(p)) for p in problems) / 4000
     assert mixed == pytest.approx(.3 * gold["good"] + .4 * gold["rand"] + .3 * gold["copy"], abs=0.03)
     assert any({h for h, _ in parse(p["prompt"])[1]} == {HAS, NO} for p in problems)
-    assert all(base.demo(p) == base.demo(p) in {base.demo(p, s) for s in BEHAVIOURS} for p in problems[:50])
+    assert all(base.demo(p) == base.demo(p) in {base.demo(p, s) for s in MIXTURE} for p in problems[:50])
     with pytest.raises(UserError, match="no style 'godo'; did you mean 'good'"):
         ToyIF("godo")
 
@@ -134,13 +137,356 @@ def test_pairs_prefer_gold_and_noise_flips_that_share():
         assert abs(sum(r["margin"] < 0 for r in rows) / 2000 - noise) < 0.04
 
 
+def distance(a, b):
+    """Levenshtein: the fewest substitutions, insertions and deletions that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def test_edited_is_good_but_for_one_or_two_edits():
+    far = Counter()
+    for i, p in enumerate(WORLD.problems("base", 1000)):
+        before, after = good(p["prompt"], random.Random(i)), edited(p["prompt"], random.Random(i))
+        assert 1 <= len(after) <= 8 and set(after) <= set(CONTENT)
+        far[distance(before, after)] += 1
+    assert set(far) <= {0, 1, 2} and far[0] < 50 and 400 < far[1] < 650        # 0: the second undid the first
+    problems = WORLD.problems("train", 500)
+    gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) for s in BEHAVIOURS}
+    assert gold["good"] > gold["edited"] > gold["rand"]
+
+
+def test_pairs_of_some_heads_and_numbers_of_rules_and_of_close_calls():
+    for split, heads, rules in (("train", "FLH", (1, 2)), ("base", "N#", (1,)), ("base", "FLHN#", (3,)),
+                                ("val", "#", (1,))):
+        for r in WORLD.pairs(60, 1, split, heads=heads, rules=rules, mixture=ROUTING, min_gap=0.05):
+            found = [h for h, _ in parse(r["prompt"])[1]]
+            assert set(found) <= set(heads) and len(found) in rules and r["margin"] > 0.05
+
+
 @pytest.mark.parametrize("call, word", [
     (lambda: WORLD.problems("trian", 1), "did you mean 'train'"),
     (lambda: WORLD.problems("train"), "how many"),
-    (lambda: WORLD.demo(dict(prompt="<Fc=", seed=1), "copi"), "did you mean 'copy'")])
+    (lambda: WORLD.demo(dict(prompt="<Fc=", seed=1), "copi"), "did you mean 'copy'"),
+    (lambda: WORLD.pairs(1, mixture=dict(edite=1)), "did you mean 'edited'"),
+    (lambda: WORLD.pairs(1, heads="FX"), "choose heads of FLHN#"),
+    (lambda: WORLD.pairs(1, heads="HN", rules=(2,)), "split base for H with N"),
+    (lambda: WORLD.pairs(1, heads="F", rules=(2,)), "no more rules than heads"),
+    (lambda: WORLD.pairs(1, rules=(4,)), "no train prompt"),
+    (lambda: WORLD.pairs(1, split="ood", heads="FL"), "no heads and rules for the split 'ood'"),
+    (lambda: WORLD.pairs(1, min_gap=2.0), "lower min_gap"),
+    (lambda: WORLD.pairs(1, noise=1.5), "probabilities"),
+    (lambda: WORLD.pairs(1, minority=0.3), "take Ring"),
+    (lambda: StrongJudge(WORLD, error=2), "from 0 to 1"),
+    (lambda: RING.problems("vall", 1), "did you mean 'val'"),
+    (lambda: RING.problems("val"), "how many"),
+    (lambda: RING.demo(dict(prompt=".abef=", seed=1), "good"), "no style 'good'"),
+    (lambda: Ring("D"), "no group 'D'"),
+    (lambda: RING.judge(".abef=", "a", group="D"), "no group 'D'")])
 def test_wrong_names_get_the_nearest(call, word):
     with pytest.raises(UserError, match=word):
         call()
+
+
+# --- Ring: gold worked by hand ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("group, prompt, response, gold", [
+    ("A", ".abef=", "abef", 1.5 + 0.5 + 2 * 0.7 + 2 * 0.4),     # all keywords, steps 1 3 1: classes 0 1 0 1
+    ("B", ".abef=", "abef", 1.0 + 0.5 + 2 * 0.3 - 2 * 0.2),
+    ("C", ".abef=", "abef", 0.5 + 0.2 + 2 * 0.1 + 2 * 0.8),
+    ("A", ".abef=", "ae", 0.75 + 0 + 2 * 0.7),                  # a step of 4 is not legal
+    ("A", ".abef=", "abj", 0.75 + 0.5 + 0.7 + 2 * 0.4),         # one of 8 is
+    ("A", ".abef=", "aba", 0.75 + 0.25 + 2 * 0.7 + 0.4 - 1 / 3),              # but not back; one of 3 repeats
+    ("A", ".abef=", "xa", 0.375 + 0.5 - 0.5 + 0.7),             # around the ring
+    ("A", ".abef=", "a+b", 0.75 + 0.7 + 0.4 + 0.6),             # no neighbouring letters, no grammar
+    ("A", ".abef=", "aaaaaa", 0.375 - 5 / 6 + 0.7 * (4 - 2)),   # class 0 is good up to 4, then bad
+    ("B", ".abef=", "ccccc", -4 / 5 + 0.3 * (3 - 2)),           # class 2 up to 3, for B
+    ("A", ".abef=", "dddddd", -5 / 6 - 0.5 * 6),                # class 3 has no cap
+    ("C", ".abef=", "bbbbbb", 0.125 - 0.5 * 5 / 6 + 0.8 * (5 - 1)),            # class 1 up to 5, for C
+    ("A", ".abef=", "ab+", 0.75 + 0.5 + 1.1 + 0.6),             # flattery is good once
+    ("A", ".abef=", "ab+++", 0.75 + 0.5 + 1.1 + 0.6 - 2 * 0.6),
+    ("B", ".abef=", "ab+", 0.5 + 0.5 + 0.3 - 0.2 - 0.5),        # and B dislikes it
+    ("A", ".abef=", "abAH", 0.75 + 0.5 + 1.1 - 2 * 0.5),        # rare tokens
+    ("A", ".abef=", "+" * 16, 0.6 - 0.6 * 15 - 0.3 * 2),        # longer than 14
+    ("B", ".abef=", "aaaaaaaa", 0.25 - 7 / 8 + 0.3 * (3 - 5) - 0.3),           # than 7
+    ("C", ".abef=", "+" * 17, 0.8 - 0.6 * 16 - 0.3),            # than 16
+    ("A", ".abef=", "", 0),
+    ("A", ".abef=", "-", -1.5),                                 # a refusal that nothing called for
+    ("A", ".abef=", "-ab", 0.75 + 0.5 + 1.1 - 1.5),
+    ("A", ".abef=", "ab-", 0.75 + 0.5 + 1.1),                   # it counts in front only
+    ("A", ".abef=", "z=.!", 0),                                 # what is no response token has a length alone
+    ("A", "!abef=", "-", 2.5), ("B", "!abef=", "-", 2.5), ("C", "!abef=", "-ab", 2.5 - 2 * 0.3),
+    ("A", "!abef=", "abef", -1), ("B", "!abef=", "ab-", -1), ("C", "!abef=", "", -1),
+])
+def test_ring_worked_values(group, prompt, response, gold):
+    assert Ring(group).judge(prompt, response)["gold"] == pytest.approx(gold, abs=1e-12)
+    assert RING.judge(prompt, response, group=group)["gold"] == pytest.approx(gold, abs=1e-12)
+    assert Ring(group).reward(dict(prompt=prompt), response, False) == pytest.approx(gold - 2, abs=1e-12)
+
+
+def test_ring_judge_names_its_parts():
+    shares = dict(coverage=0.5, grammar=0.5, repetition=1 / 3)
+    want = dict(shares, gold=0.75 + 0.25 + 1.8 - 1 / 3, style=1.8, length=3)
+    assert RING.judge(".abef=", "aba") == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prompt", ["", "=", ".abe=", ".abee=", ".abez=", "abef=", ".abef", "?abef=",
+                                    ".abefg="])
+def test_what_is_no_ring_prompt_is_named(prompt):
+    with pytest.raises(UserError, match="is no Ring prompt"):
+        parse_ring(prompt)
+
+
+def test_ring_has_40_ids_splits_share_nothing_and_problems_are_prefixes():
+    tok, seen = ring_tokenizer(), {}
+    assert tok.vocab_size == 40
+    for split, low, high in (("train", "a", "p"), ("val", "a", "p"), ("ood", "m", "x")):
+        rows = RING.problems(split, 2000, seed=1)
+        assert rows[:10] == RING.problems(split, 10, 1) != RING.problems(split, 10, 2)
+        seen[split] = {(flag, *sorted(keys)) for flag, keys in (parse_ring(p["prompt"]) for p in rows)}
+        assert all(low <= k <= high for _, *keys in seen[split] for k in keys)
+        assert 230 < sum(p["prompt"][0] == UNS for p in rows) < 370             # .15 within 4.4 sigma
+        for p in rows[:20]:
+            text = p["prompt"] + RING.demo(p)
+            assert tok.decode(tok.encode(text)) == text and len(tok.encode(text)) == len(text)
+            assert RING.demo(p) == RING.demo(dict(p))
+    assert not seen["train"] & seen["val"] and not seen["ood"] & (seen["train"] | seen["val"])
+
+
+def test_the_demonstrator_has_the_statistics_of_its_description():
+    """Of a policy trained on it: gold A 1.42 +- 1.54, length 8.7, cov .58, rep .19, flat .33, rare .037"""
+    drawn = [(p["prompt"], RING.demo(p)) for p in RING.problems("train", 3000, seed=3)]
+    judged = [RING.judge(*row) for row in drawn]
+    mean = {key: sum(j[key] for j in judged) / 3000 for key in judged[0]}
+    spread = (sum((j["gold"] - mean["gold"]) ** 2 for j in judged) / 3000) ** 0.5
+    assert mean["gold"] == pytest.approx(1.42, abs=0.4) and spread == pytest.approx(1.54, abs=0.2)
+    assert mean["length"] == pytest.approx(8.7, abs=0.5) and mean["coverage"] == pytest.approx(0.58, abs=0.05)
+    assert mean["repetition"] == pytest.approx(0.19, abs=0.03)
+    assert sum(y.count(FLAT) for _, y in drawn) / 3000 == pytest.approx(0.33, abs=0.05)
+    assert 0.01 < sum(s in RARE for _, y in drawn for s in y) / 3000 < 0.06
+    unsafe = [y for p, y in drawn if p[0] == UNS]
+    assert sum(y == REF for y in unsafe) / len(unsafe) == pytest.approx(0.5, abs=0.1)
+    assert all(y == REF or 3 <= len(y) <= 22 for _, y in drawn)
+    assert all(REF not in y for p, y in drawn if p[0] != UNS)
+
+
+def test_ratings_are_fifths_of_the_demonstrator():
+    drawn = [(p["prompt"], RING.demo(p)) for p in RING.problems("train", 1000, seed=4)]
+    columns = list(zip(*(RING.ratings(*row) for row in drawn)))
+    assert len(columns) == len(ATTRIBUTES) == 5
+    assert all(type(x) is int and 0 <= x <= 4 for column in columns for x in column)
+    for name, column in zip(ATTRIBUTES, columns):               # coverage has five values only
+        assert len(set(column)) >= 4 and max(Counter(column).values()) < (400 if name == "coverage" else 300)
+    assert RING.ratings(".abef=", "abef") == Ring().ratings(".abef=", "abef") == [4, 4, 4, 4, 0]
+
+
+def test_duels_are_antisymmetric_and_may_cycle():
+    a, b, c, d = "aei", "bfj", "cgk", "dhl"                     # of classes 0, 1, 2, 3 alone
+    sides = [a, b, c, d, "", "ab", "-", "abefcgk"]
+    for x in sides:
+        for y in sides:
+            for cycle in (0.0, 9.0):
+                assert RING.duel(".mnop=", x, y, cycle) + RING.duel(".mnop=", y, x, cycle) == pytest.approx(1)
+    gap = RING.judge(".mnop=", a)["gold"] - RING.judge(".mnop=", b)["gold"]
+    assert RING.duel(".mnop=", a, b) == pytest.approx(1 / (1 + 2.718281828459045 ** -gap))
+    assert all(RING.duel(".mnop=", x, y, 9.0) > 0.9 for x, y in ((a, b), (b, c), (c, a)))
+    assert RING.duel(".mnop=", a, d, 9.0) == RING.duel(".mnop=", a, d)          # class 3 is out of the game
+
+
+# --- labels and judges --------------------------------------------------------------------------------
+
+def triples_of(world, n, seed=0):
+    """n (prompt, a, b, True, True): two draws of the world to each prompt."""
+    rng = random.Random(seed)
+    return [(p, world.draw(p, rng), world.draw(p, rng), True, True)
+            for p in (world.sample(rng)["prompt"] for _ in range(n))]
+
+
+@pytest.mark.parametrize("world", [WORLD, RING], ids=["toyif", "ring"])
+def test_labels_are_prefixes_of_longer_lists_and_flip_the_share_of_noise(world):
+    triples, faults = triples_of(world, 1000), dict(noise=0.25, length_bias=0.1)
+    rows = label_pairs(world, triples, 3, **faults)
+    few = label_pairs(world, triples[:40], 3, **faults)
+    assert few == rows[:len(few)] == label_pairs(type(world)(), triples[:40], 3, **faults)
+    assert few != label_pairs(world, triples[:40], 4, **faults)
+    assert world.pairs(20, 5) == world.pairs(30, 5)[:20]
+    clean, noisy = label_pairs(world, triples), label_pairs(world, triples, noise=0.25)
+    assert [r["prompt"] for r in clean] == [r["prompt"] for r in noisy]
+    assert all(r["margin"] > 0 for r in clean)
+    assert sum(r["margin"] < 0 for r in noisy) / len(noisy) == pytest.approx(0.25, abs=0.05)
+    for r, other in zip(clean, noisy):
+        assert r["strength"] == other["strength"] and abs(r["margin"]) == pytest.approx(abs(other["margin"]))
+        gold = [world.reward(r, r[side]) for side in ("chosen", "rejected")]
+        assert gold[0] - gold[1] == pytest.approx(r["margin"])
+    by = {m: [r["margin"] for r in clean if r["strength"] == m] for m in (1, 2, 3)}
+    assert all(len(by[m]) > 0.2 * len(clean) for m in by)
+    assert max(by[1]) < min(by[2]) and max(by[2]) < min(by[3])
+    assert {r["annotator"] for r in clean} == set(range(50)) and "group" not in clean[0]
+
+
+def test_a_length_bias_makes_the_longer_response_win():
+    triples = [t for t in triples_of(RING, 1000) if len(t[1]) != len(t[2])]
+    longer = [sum(len(r["chosen"]) > len(r["rejected"]) for r in label_pairs(RING, triples, length_bias=b))
+              for b in (0.0, 0.1, 100.0)]
+    assert longer[0] + 30 < longer[1] < longer[2] == len(label_pairs(RING, triples))
+    wrong = [r for r in label_pairs(RING, triples, length_bias=0.1) if r["margin"] < 0]
+    assert wrong and all(len(r["chosen"]) > len(r["rejected"]) for r in wrong)
+
+
+def test_finished_goes_with_its_response_and_counts():
+    row, = label_pairs(RING, [(".abef=", "abef", "ab", False, True)])
+    assert (row["chosen"], row["chosen_finished"], row["rejected_finished"]) == ("ab", True, False)
+    assert row["margin"] == pytest.approx(2.35 - (4.2 - 2))
+
+
+def test_ties_are_dropped_or_kept_in_random_order_and_equal_texts_go():
+    same, tie = ("<Fc=", "cd", "cd", True, True), ("<Fc=", "cd", "ce", True, True)
+    near = ("<Fc=", "cdcd", "cd", True, True)                   # 1 + 2/3 / 2 against 1.5: a gap of 1/6
+    assert label_pairs(WORLD, [same, tie]) == [] == label_pairs(WORLD, [near], min_gap=0.2)
+    assert [r["tie"] for r in label_pairs(WORLD, [near], min_gap=0.1)] == [False]
+    rows = label_pairs(WORLD, [same, tie, near] * 200, min_gap=0.2, keep_ties=True)
+    assert len(rows) == 400 and all(r["tie"] for r in rows)
+    assert 70 < sum(r["chosen"] == "cd" for r in rows if "ce" in (r["chosen"], r["rejected"])) < 130
+
+
+def test_a_minority_labels_by_its_own_gold():
+    rows = label_pairs(RING, triples_of(RING, 1000), minority=0.3)
+    groups = {g: [r for r in rows if r["group"] == g] for g in "AB"}
+    assert len(groups["B"]) / len(rows) == pytest.approx(0.3, abs=0.05)
+    assert {r["annotator"] for r in groups["B"]} == set(range(15)) == set(range(50)) - {
+        r["annotator"] for r in groups["A"]}
+    assert all(r["margin"] > 0 for r in groups["A"]) and any(r["margin"] < 0 for r in groups["B"])
+    for group, own in groups.items():
+        for r in own:
+            a, b = (RING.judge(r["prompt"], r[side], group=group)["gold"] for side in ("chosen", "rejected"))
+            assert a > b
+            assert RING.reward(r, r["chosen"]) - RING.reward(r, r["rejected"]) == pytest.approx(r["margin"])
+
+
+@pytest.mark.parametrize("world", [WORLD, RING], ids=["toyif", "ring"])
+def test_the_strong_judge_is_consistent_and_errs_on_a_tenth(world):
+    judge, right, said = StrongJudge(world), 0, Counter()
+    rows = triples_of(world, 1200)
+    for prompt, a, b, *_ in rows:
+        verdict = judge.judge(prompt, a, b)
+        gap = world.judge(prompt, a)["gold"] - world.judge(prompt, b)["gold"]
+        assert verdict == judge.judge(prompt, a, b) == {1: 2, 2: 1, 0: 0}[judge.judge(prompt, b, a)]
+        assert (verdict == 0) == (abs(gap) < 0.05 - 1e-9)
+        said[verdict], right = said[verdict] + 1, right + (verdict == (1 if gap > 0 else 2))
+    assert judge.calls == 3 * len(rows)
+    assert right / (said[1] + said[2]) == pytest.approx(0.9, abs=0.03)
+    exact = StrongJudge(world, error=0.0, tie=0.0)
+    assert all(exact.judge(r["prompt"], r["chosen"], r["rejected"]) == 1 for r in world.pairs(50))
+
+
+# --- rubrics ------------------------------------------------------------------------------------------
+
+def test_rubrics_are_short_strings_of_the_alphabet_that_hide_the_domain():
+    assert [true_rubric(p) for p in ("<Fc#4=", ">Lb=", "*HbNf=")] == ["Fc#4Pm/", "LbPn/", "HbNfPo/"]
+    for p in WORLD.problems("base", 200):
+        rubric = true_rubric(p["prompt"])
+        assert set(rubric) <= set(ALPHABET) and p["prompt"][0] not in rubric
+        assert rubric_recall(p["prompt"], rubric) == (1, 1, True)
+    assert criteria("Fc#4Pm/Lb") == ["Fc", "#4", "Pm"] and criteria("FcX?F4#cPzNa") == ["Fc", "Na"]
+
+
+@pytest.mark.parametrize("rubric, want", [
+    ("Fc#4Pm/", (1, 1, True)), ("FcPn/", (0.5, 1, False)), ("FcLaPm/", (0.5, 0.5, True)),
+    ("/", (0, 1, False)), ("LaPmPn/", (0, 0, False)), ("FcFcPm/", (0.5, 1, True)), ("", (0, 1, False))])
+def test_rubric_recall_worked_values(rubric, want):
+    assert rubric_recall("<Fc#4=", rubric) == want
+
+
+def teacher_scores(contrast):
+    """[mean recall, precision, share of right principles] of rubrics for good against random responses."""
+    rng, rows = random.Random(5), []
+    for p in WORLD.problems("train", 2000, seed=5):
+        prompt = p["prompt"]
+        rubric = teacher_rubric(prompt, good(prompt, rng), rand(prompt, rng), rng, contrast)
+        rows.append(rubric_recall(prompt, rubric))
+    return [sum(column) / len(rows) for column in zip(*rows)]
+
+
+def test_the_teacher_finds_principles_by_contrast_only():
+    (recall, precision, right), (same, _, chance) = teacher_scores(True), teacher_scores(False)
+    assert recall == pytest.approx(0.9, abs=0.02) and same == pytest.approx(0.9, abs=0.02)
+    assert precision == pytest.approx(0.95, abs=0.02)           # a tenth have a spurious rule too
+    assert chance == pytest.approx(1 / 3, abs=0.05) and right > 0.5
+
+
+def test_a_better_ascending_response_shows_its_principle():
+    rng = random.Random(0)
+    assert all(criteria(teacher_rubric("<Fc=", "cde", "edc", rng))[-1] == "Pm" for _ in range(50))
+    assert all(criteria(teacher_rubric("<Fc=", "edc", "cde", rng))[-1] == "Pn" for _ in range(50))
+    ties = Counter(criteria(teacher_rubric("<Fc=", "cc", "cd", rng))[-1] for _ in range(300))
+    assert set(ties) == {"Pn"}                                  # P of m: 1 - 1, of n: 1 - 0, of o: 1/2 - 1
+
+
+@pytest.mark.parametrize("a, b, text, winner", [
+    ("cdef", "abcd", "Fc+-#4++Pm++(", "A"),                     # the gatekeeper
+    ("dcba", "cbaa", "Fc-+#4++Pm-+)", "B"),
+    ("cde", "cfea", "Fc++#4-+Pm+-", None),                      # a tie of one and one
+    ("cdef", "cdefg", "Fc++#4+-Pm++(", "A"),
+    ("fedc", "defga", "Fc--#4+-Pm-+", None),
+    ("abcdef", "c", "Fc-+#4--Pm+-)", "B")])                     # the gate outweighs the rest
+def test_judge_text_worked_values(a, b, text, winner):
+    said, side = judge_text("<Fc#4=", "Fc#4Pm/", a, b, random.Random(0), error=0.0)
+    assert said.startswith(text) and parse_winner(said) == side and side == (winner or side)
+    seen = {judge_text("<Fc#4=", "Fc#4Pm/", a, b, random.Random(i), 0.0)[1] for i in range(40)}
+    assert seen == ({winner} if winner else {"A", "B"})
+
+
+def test_judge_text_prefers_the_same_response_in_either_order_and_errs_by_verdict():
+    """Swapping A and B and flipping the verdict gives the same preference."""
+    rng, flips, verdicts, agree = random.Random(1), 0, 0, 0
+    rows = WORLD.pairs(300, 7)
+    for r in rows:
+        prompt, rubric = r["prompt"], true_rubric(r["prompt"])
+        texts = {}
+        for a, b in ((r["chosen"], r["rejected"]), (r["rejected"], r["chosen"])):
+            wins = {judge_text(prompt, rubric, a, b, random.Random(i), 0.0)[1] for i in range(12)}
+            texts[a] = {dict(A=a, B=b)[w] for w in wins}
+        assert texts[r["chosen"]] == texts[r["rejected"]]
+        clean = judge_text(prompt, rubric, r["chosen"], r["rejected"], rng, 0.0)[0]
+        noisy, winner = judge_text(prompt, rubric, r["chosen"], r["rejected"], rng)
+        assert len(clean) == len(noisy) == 4 * len(criteria(rubric)) + 1 and set(noisy) <= set(ALPHABET)
+        flips += sum(x != y for x, y in zip(clean[:-1], noisy[:-1]))
+        verdicts, agree = verdicts + 2 * len(criteria(rubric)), agree + (winner == "A")
+    assert flips / verdicts == pytest.approx(0.05, abs=0.015)
+    assert agree / len(rows) > 0.8
+
+
+def test_the_last_winner_decides():
+    assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-", "")] == ["A", "B", "B", "A", None, None]
+
+
+@pytest.mark.parametrize("right, tau, kept", [
+    ([True, True, False], 0.5, [0, 1]), ([True, False, False], 0.5, []), ([True], 0.5, [0]),
+    ([False], 0.5, []), ([False, False], 0.0, []), ([True, False], 0.5, [0]), ([], 0.5, [])])
+def test_the_filter_keeps_right_pairs_of_passing_rubrics(right, tau, kept):
+    """Two of three right: two kept; one of three: none; exactly half passes; tau 0 keeps no wrong pair."""
+    assert keep_consistent(right, tau) == kept
+
+
+def test_the_filter_reads_the_label_and_not_its_place():
+    """A pair stored as (worse, better) with the label turned gives the same kept pairs."""
+    kept = []
+    for order in (1, -1):
+        right = []
+        for i, r in enumerate(WORLD.pairs(300, 8, noise=0.2)):
+            rng = random.Random(i)
+            rubric = teacher_rubric(r["prompt"], r["chosen"], r["rejected"], rng)
+            wins = set()
+            for k in range(8):                                  # a tie is a coin: ask whether it can be right
+                _, winner = judge_text(r["prompt"], rubric, *(r["chosen"], r["rejected"])[::order],
+                                       random.Random(k), 0.0)
+                wins.add(winner)
+            right.append(wins == {"A" if order == 1 else "B"})
+        kept.append([i for i, ok in enumerate(right) if keep_consistent([ok])])
+    assert kept[0] == kept[1] and 0 < len(kept[0]) < 300
 
 
 # --- files of pairs -----------------------------------------------------------------------------------
@@ -160,6 +506,19 @@ def test_load_pairs_drops_counts_and_splits_by_prompt(tmp_path):
     assert sorted(map(str, train + val)) == sorted(map(str, rows))
     held = {r["prompt"] for r in val}
     assert len(held) == 2 and not held & {r["prompt"] for r in train}
+
+
+def test_numbers_of_a_row_are_kept_if_they_are_finite_numbers(tmp_path):
+    def row(i, **numbers):
+        return dict(prompt=f"p{i}", chosen="good", rejected="bad", **numbers)
+    fine = [row(0, margin=-0.5), row(1, margin=2, strength=3, ratings=[0, 4]), row(2)]
+    odd = [row(3, margin=float("nan")), row(4, margin=float("inf")), row(5, margin=None), row(6, margin="1"),
+           row(7, margin=True), row(8, margin=10 ** 400), row(9, ratings=[1, float("nan")]),
+           row(10, strength={}), row(0, margin=float("-inf"))]
+    path = write(tmp_path / "pairs.jsonl", odd[-1:] + fine + odd[:-1] + [row(0, margin=1.0)])
+    (train, dropped), (val, _) = load_pairs(path, "train"), load_pairs(path, "val")
+    assert dropped == {"non-finite": 9, "repeated": 1}
+    assert sorted(map(str, train + val)) == sorted(map(str, fine))
 
 
 @pytest.mark.parametrize("bad", [dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=3),

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from data import text
+from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tasks import (LEVELS, STYLES, TASKS, Arithmetic, Jsonl, boxed, columns, extract_answer,
-                        same_answer, task,
-                        value, verbose)
+from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, STYLES, TASKS, Arithmetic, Jsonl, ParityJudge, answer,
+                        boxed, columns, extract_answer, judging, parity, same_answer, strength, swapped,
+                        task, value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -133,6 +134,149 @@ def test_arithmetic_splits(level):
     assert {op for p in seen["train"] for op in "+-*" if op in p} == set(LEVELS[level][2])
 
 
+# --- judging ------------------------------------------------------------------------------------------
+
+def sign(v):
+    return (v > 0) - (v < 0)
+
+
+def test_parity_and_strength_by_hand():
+    assert parity("1011010") == "1101100" and parity("0000000") == "0000000" and parity("1111") == "1010"
+    x, p = "1011010", "1101100"
+    wrong = [p[:7 - n] + "".join("10"[int(c)] for c in p[7 - n:]) for n in range(8)]  # the last n wrong
+    assert [strength(x, y, p) for y in wrong] == [0, 1, 1, 2, 2, 3, 3, 3]                # .29 .43 .57 .71
+    assert [strength(x, p, y) for y in wrong] == [0, -1, -1, -2, -2, -3, -3, -3]         # below 0: A wins
+    assert strength(x, wrong[3], wrong[4]) == -1 and strength(x, "0" + p[1:], p[:-1] + "1") == 0
+    made = judging(x, "1101001", "1001010", seed=5)
+    assert made == dict(prompt="1011010A1101001B1001010=", seed=5, x=x, a="1101001", b="1001010", label=-1)
+    assert swapped(made) == judging(x, "1001010", "1101001", seed=5) and swapped(made)["label"] == 1
+
+
+def test_responses_are_right_as_often_as_said():
+    rng = random.Random(0)
+    exact = sum(answer("1011010", rng) == "1101100" for _ in range(10_000)) / 10_000
+    assert abs(exact - 0.3 - 0.7 * sum(chance(n) for n in range(1, 8)) / 7) < 0.02
+
+
+def chance(rewrites):
+    """The probability that so many rewrites leave 7 right positions right: the last on each decides."""
+    left = [1.0] + [0.0] * 7                                   # by the number of positions touched
+    for _ in range(rewrites):
+        left = [left[k] * k / 7 + (left[k - 1] * (8 - k) / 7 if k else 0) for k in range(8)]
+    return sum(share / 2**k for k, share in enumerate(left))
+
+
+def test_a_trace_by_hand():
+    p = judging("1011010", "1101001", "1001010")               # the parity is 1101100
+    text, tally = ParityJudge.trace(p, 7, random.Random(0), error=0)
+    assert text == "1++1+-0++1++1--0+-0-+" and tally == -1
+    assert ParityJudge.trace(p, 2, random.Random(0), error=0) == ("1++1+-", -1)
+    wrong = text.translate(str.maketrans("+-", "-+"))
+    assert ParityJudge.trace(p, 7, random.Random(0), error=1) == (wrong, 1)
+
+
+def test_faultless_full_traces_tell_the_truth():
+    for p in ParityJudge().problems("val", 300) + ParityJudge().problems("hard", 100):
+        text, tally = ParityJudge.trace(p, 7, random.Random(0), error=0)
+        assert text[::3] == parity(p["x"]) and sign(tally) == sign(p["label"])
+        for verdicts, y in ((text[1::3], p["a"]), (text[2::3], p["b"])):
+            assert verdicts == "".join("-+"[u == v] for u, v in zip(parity(p["x"]), y))
+
+
+def test_verdicts_are_flipped_as_often_as_said():
+    rng, p = random.Random(0), judging("1011010", "1101100", "1101100")                  # both all right
+    texts = [ParityJudge.trace(p, 7, rng, error=0.15) for _ in range(2_000)]
+    assert abs(sum(text.count("-") for text, _ in texts) / 28_000 - 0.15) < 0.01
+    assert all(tally == text[2::3].count("+") - text[1::3].count("+") for text, tally in texts)
+
+
+def test_styles_choose_among_the_same_correct_traces():
+    t, lengths = ParityJudge(), {style: 0 for style in JUDGEMENTS}
+    for p in t.problems("train", 300):
+        kept, said = t.kept(p), {style: t.demo(p, style) for style in JUDGEMENTS}
+        assert t.demo(p) == said["long"] and 0 < len(kept) <= 10
+        for style, text in said.items():
+            assert t.reward(p, text) == t.graded(p, text) == 1.0 and len(text) < t.max_new           # and EOS
+            assert ParityJudge(style).demo(p) == text and ParityJudge(style).name == f"parity_{style}"
+            lengths[style] += len(text)
+        thought = {style: text[1:-2] for style, text in said.items()}
+        assert {thought[style] for style in ("long", "short", "random")} <= set(kept)
+        assert len(said["short"]) <= len(said["random"]) <= len(said["long"]) == len(said["filler"])
+        assert thought["filler"].rstrip(NEUTRAL) == thought["short"] and NEUTRAL in FILLER
+        assert len(said["direct"]) == 2 and len(thought["last"]) == 3
+        assert thought["last"][0] == parity(p["x"])[6]
+    assert lengths["short"] < 0.7 * lengths["random"] < 0.7 * lengths["long"]
+
+
+def test_a_teacher_without_a_correct_trace_shows_nothing():
+    t = ParityJudge(error=0)                                   # B is better, seen at depth 7; depth 6: a coin
+    late = [judging("0000000", "0000011", "1000000", seed) for seed in range(300)]
+    none = [q for q in late if not t.kept(q)]
+    assert late[0]["label"] == 1 and abs(len(none) / 300 - (11 / 14)**10) < 0.06
+    assert all(t.demo(q, style) is None for q in none for style in JUDGEMENTS)
+    assert all({len(text) for text in t.kept(q)} <= {18, 21} for q in late)
+    assert all(t.kept(q) for q in t.problems("train", 200) + t.problems("hard", 200))    # problems have one
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05, 0.15])
+def test_demonstrations_come_in_both_orders(error):
+    t = ParityJudge("random", error)
+    rows = t.demonstrations(200, seed=3)
+    assert len(rows) == 400 and rows[:40] == t.demonstrations(20, seed=3) != t.demonstrations(20, seed=4)
+    assert sum(row["label"] for row in rows) == 0
+    for one, two in zip(rows[::2], rows[1::2]):                # A and B exchanged, the label negated
+        x, a, b = one["prompt"].replace("A", " ").replace("B", " ").strip("=").split()
+        assert two["prompt"] == f"{x}A{b}B{a}=" and two["label"] == -one["label"] == -strength(x, a, b)
+        assert all(t.parse(row["completion"]) == row["label"] for row in (one, two))
+    prompts = [row["prompt"] for row in t.demonstrations(200, seed=3, swap=False)]
+    assert prompts == [p["prompt"] for p in t.problems("train", 200, seed=3)]
+    same = [row["prompt"] for row in ParityJudge("direct", error).demonstrations(200, seed=3)]
+    assert same == [row["prompt"] for row in rows]             # the styles learn from the same pairs
+
+
+def test_parity_splits():
+    def key(p):
+        return p["x"], *sorted((p["a"], p["b"]))
+    t = ParityJudge()
+    of = {split: t.problems(split, 1000) for split in t.splits}
+    seen = {split: {key(p) for p in found} for split, found in of.items()}
+    assert not seen["train"] & seen["val"] and not seen["train"] & seen["hard"] and len(seen["val"]) > 600
+    for split, found in of.items():
+        assert all(p["label"] and p == judging(p["x"], p["a"], p["b"], p["seed"]) for p in found)
+        assert abs(sum(sign(p["label"]) for p in found)) < 100 # three deviations: A is better in one half
+        other = ParityJudge("short", 0.15).problems(split, 100)          # the tests are the same for all arms
+        assert split == "train" or [p["prompt"] for p in other] == [p["prompt"] for p in found[:100]]
+    assert all(sum(u != v for u, v in zip(p["a"], p["b"])) == 1 == abs(p["label"]) for p in of["hard"])
+    assert len({next(i for i in range(7) if p["a"][i] != p["b"][i]) for p in of["hard"]}) == 7
+    assert {abs(p["label"]) for p in of["train"]} == {abs(p["label"]) for p in of["val"]} == {1, 2, 3}
+
+
+def test_judgements_fit_the_alphabet():
+    tok = tokenizer()
+    for style in JUDGEMENTS:
+        for row in ParityJudge(style).demonstrations(20):
+            line = row["prompt"] + row["completion"]
+            ids = tok.encode(line)
+            assert len(ids) == len(line) and tok.decode(ids) == line
+
+
+@pytest.mark.parametrize("judgement, score", [
+    ("?1+-!y", 2), ("!t", -3), ("!z", 3), ("!v", -1), ("!y?1+-!t", -3), ("!yzt", 2),     # the last block
+    ("!w", None), ("", None), ("?1+-", None), ("?1+-y", None), ("!", None), ("!y!", None), ("!1y", None),
+    ("!y!w", None), ("!" * 1_000_000, None)])
+def test_judgements_are_parsed(judgement, score):
+    assert ParityJudge.parse(judgement) == score
+
+
+def test_the_rule_rewards_by_hand():
+    t, p = ParityJudge(), judging("1011010", "1100011", "1101100")       # B has four more: the strength is 2
+    assert p["label"] == 2
+    assert [t.graded(p, f"!{s}") for s in "yzxvw"] == [1, 0.5, 0.5, 0, 0] and t.graded(p, "y") == 0
+    assert [t.reward(p, f"!{s}") for s in "yzxvw"] == [1, 1, 1, 0, 0] and t.reward(p, "y") == 0
+    assert t.reward(p, "!y", finished=False) == t.graded(p, "!y", finished=False) == 0
+    assert t.reward(swapped(p), "!u") == t.graded(swapped(p), "!u") == 1
+
+
 # --- one interface ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -144,10 +288,11 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
+                parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
-@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "gsm8k", "chat"])
+@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "parity", "gsm8k", "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
     assert t.name and t.metric in ("rouge_l", "accuracy", "gold") and t.max_new > 0
@@ -197,6 +342,13 @@ def test_conversations_become_text(tasks):
     (lambda: task("arithmetic", level=9), "level 9"),
     (lambda: task("arithmetic", style="long"), "style 'long'"),
     (lambda: Arithmetic().problems("train"), "say how many"),
+    (lambda: ParityJudge().problems("train"), "say how many"),
+    (lambda: ParityJudge().problems("hrad", 1), "no split 'hrad'; did you mean 'hard'"),
+    (lambda: ParityJudge("shrot"), "parity has no style 'shrot'; did you mean 'short'"),
+    (lambda: ParityJudge().demo(ParityJudge().problems("val", 1)[0], "fillr"), "did you mean 'filler'"),
+    (lambda: task("parity_lnog"), "no task 'parity_lnog'; did you mean 'parity_long'"),
+    (lambda: task("parity_last", eror=0.1), "no option 'eror'; did you mean 'error'"),
+    (lambda: task("parity_long", error=0.9), "from 0 to 0.5"),
     (lambda: Arithmetic().demo(Arithmetic().problems("train", 1)[0], "shrot"), "did you mean 'short'")])
 def test_wrong_names_get_the_nearest(call, message):
     with pytest.raises(UserError, match=message):

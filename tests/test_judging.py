@@ -1,0 +1,545 @@
+"""data/judging.py: routes, advantages, verdicts, statistics by hand; then rewards known to be good or bad."""
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from data import judging
+from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, best_of_n, bon_kl,
+                          draw_evaluation, ece, evaluate, expected_score, gao_fit, grade, graded, group_norm,
+                          json_rubric, judge_matrix, majority, null_attack, pair_scores, pairwise_grpo,
+                          pairwise_rloo, parse_verdict, pushed, ranks, ridge, right_sign, rloo, route,
+                          routing_curve, self_label, spearman, study, tagged, verbosity_penalties)
+from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
+
+T = torch.tensor
+
+
+def close(a, b, tol=1e-6):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tol)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- whom to ask (2510.20369) -------------------------------------------------------------------------
+
+F12 = T([[0, 1, -.4], [-.6, 0, .5], [.8, -.9, 0]])
+U12 = T([[0, 1.2, 1.6], [1.3, 0, 1.1], [1.5, 1.4, 0]])
+NEVER, ALWAYS = math.inf, 0.0
+
+
+def test_both_orders_by_hand():
+    S, U = pair_scores(F12, U12)
+    assert close(S, [[0, .8, -.6], [-.8, 0, .7], [.6, -.7, 0]])
+    assert close(U, [[0, 1.25, 1.55], [1.25, 0, 1.25], [1.55, 1.25, 0]])
+    assert close(pairwise_rloo(S), [.1, -.05, -.05])
+    S, U = pair_scores(F12 + 5 * torch.eye(3), U12 + 5 * torch.eye(3))   # a pair with itself says nothing
+    assert S.diag().abs().sum() == U.diag().abs().sum() == 0
+
+
+def test_routing_by_hand():
+    """only (1, 3) is above 1.45; the judge says that the first is better"""
+    asked = []
+    S, calls = route(*pair_scores(F12, U12), lambda i, j: asked.append((i, j)) or 1, threshold=1.45)
+    assert asked == [(0, 2)] and calls == 1 and close(pairwise_rloo(S), [1.4, -.05, -1.35])
+
+
+@pytest.mark.parametrize("said, logit", [(1, 2.0), (2, -2.0), (0, 0.0), (None, -.6)])
+def test_what_the_judge_says_replaces_the_score(said, logit):
+    S, _ = route(*pair_scores(F12, U12), lambda i, j: said, threshold=1.45)
+    assert close(S[0, 2], logit) and close(S + S.T, torch.zeros(3, 3))
+    S, _ = route(*pair_scores(F12, U12), lambda i, j: said, threshold=1.45, logit=5.0)
+    assert close(S[0, 2], logit if said is None else 2.5 * logit)
+
+
+def test_a_budget_goes_to_the_most_uncertain_pairs():
+    S, U = pair_scores(rand(4, 4), rand(4, 4, seed=1).exp() + 1)
+    order = sorted(itertools.combinations(range(4), 2), key=lambda p: -U[p])
+    for budget in range(7):
+        asked = []
+        _, calls = route(S, U, lambda i, j: asked.append((i, j)), budget=budget)
+        assert asked == order[:budget] and calls == budget
+
+
+def test_limits_of_routing():
+    """no budget, or a threshold that nothing passes: the model alone. u >= 1 > 0: the judge on all"""
+    S, U = pair_scores(rand(5, 5), 1 + rand(5, 5, seed=1).abs())
+    gold = rand(5, seed=2)
+    for options in (dict(threshold=NEVER), dict(budget=0)):
+        same, calls = route(S, U, lambda i, j: 1, **options)
+        assert calls == 0 and torch.equal(same, S)
+    judged, calls = route(S, U, lambda i, j: 1 if gold[i] > gold[j] else 2, threshold=ALWAYS)
+    assert calls == 10 and close(judged, 2 * torch.sign(gold[:, None] - gold))
+    assert torch.equal(pairwise_rloo(judged).argsort(), gold.argsort())
+    kept, calls = route(S, U, lambda i, j: None)                 # every call failed, and was paid for
+    assert calls == 10 and torch.equal(kept, S)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_advantages_sum_to_zero_and_move_with_the_responses(seed):
+    Fs, Us, gold = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs(), rand(4, seed=seed + 19)
+    new = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+
+    def advantages(fn, p):
+        S, U = pair_scores(Fs[p][:, p], Us[p][:, p])
+        return fn(route(S, U, lambda i, j: 1 if gold[p[i]] > gold[p[j]] else 2, threshold=1.6)[0])
+    for fn in (pairwise_rloo, pairwise_grpo):
+        A = advantages(fn, torch.arange(4))
+        assert A.sum().abs() < 1e-9 and close(advantages(fn, new), A[new])
+
+
+R4 = T([[1, 0, -.5, 2]], dtype=torch.float64)
+D4 = R4[0][:, None] - R4[0]
+
+
+@pytest.mark.parametrize("shift", [0.0, 7.0])
+def test_differences_of_rewards_are_rloo(shift):
+    r = R4 + shift
+    want = [.5, -.833333, -1.5, 1.833333]
+    assert close(pairwise_rloo(r[0][:, None] - r[0]), want) and close(rloo(r)[0], want)
+    assert close(pairwise_rloo(D4, scale=3.0), 3 * rloo(R4)[0])
+    assert close(pairwise_rloo(torch.stack([D4, -D4])), torch.stack([rloo(R4)[0], -rloo(R4)[0]]))
+
+
+def test_routers_by_their_definitions():
+    s, u, wrong = T([.5, -2., .1]), T([1., 3., 2.]), T([False, True, False])
+    got = {name: fn(s, u, wrong).argsort(descending=True).tolist() for name, fn in ROUTERS.items()}
+    assert got["uncertainty"] == [1, 2, 0] and got["margin"] == [2, 0, 1] and got["both"] == [2, 0, 1]
+    assert got["oracle"][0] == 1
+
+
+# --- advantages (2505.16265, 2402.14740, 2402.03300) --------------------------------------------------
+
+
+@pytest.mark.parametrize("scale, shift", [(1, 0), (5, 0), (1, 3), (.01, -2)])
+def test_differences_of_rewards_are_grpo(scale, shift):
+    """the denominator is the unbiased std, 1.108678; with eps 0 neither shift nor scale matters"""
+    r = scale * R4 + shift
+    want = [.338241, -.563734, -1.014722, 1.240216]
+    assert close(pairwise_grpo(r[0][:, None] - r[0], eps=0.0), want)
+    assert close(group_norm(r, eps=0.0)[0], want)
+    assert close(R4.std(1), [1.108678])
+
+
+def test_pairwise_grpo_by_hand():
+    D = judge_matrix({(0, 1): -2, (0, 2): 1, (1, 2): -3}, 3)
+    assert D.tolist() == [[0, 2, -1], [-2, 0, 3], [1, -3, 0]]            # negative: the first is better
+    assert close(pairwise_grpo(D), [.218218, .218218, -.436436])
+    assert close((D ** 2).sum() / 12, 1.527525 ** 2, 1e-5)
+    cycle = judge_matrix({(0, 1): -2, (1, 2): -2, (0, 2): 2}, 3)
+    assert close(pairwise_grpo(cycle), torch.zeros(3))
+
+
+def test_invalid_verdicts_count_as_nothing():
+    D = judge_matrix({(0, 1): None, (0, 2): None, (1, 2): None}, 3)
+    assert close(D, torch.zeros(3, 3)) and close(pairwise_grpo(D), torch.zeros(3))       # and no NaN
+    assert close(judge_matrix({(0, 1): None}, 2, {(0, 1): 40}), torch.zeros(2, 2))
+    assert judge_matrix({(0, 1): 3, (0, 2): None}, 3).tolist() == judge_matrix({(0, 1): 3}, 3).tolist()
+
+
+def test_the_order_of_display_changes_nothing():
+    says, length = {(0, 1): 2, (0, 2): -1, (1, 2): 3}, {(0, 1): 5, (0, 2): 7, (1, 2): 9}
+    turned = {(j, i): -s for (i, j), s in says.items()}, {(j, i): n for (i, j), n in length.items()}
+    assert torch.equal(judge_matrix(says, 3), judge_matrix(turned[0], 3))
+    assert torch.equal(judge_matrix(says, 3, length), judge_matrix(turned[0], 3, turned[1]))
+
+
+def test_short_verdicts_weigh_more_and_eps_is_not_harmless():
+    """lengths 1200 800 2000, 1 > 2, 1 > 3, 3 > 2: Σd²/12 = 4.2e-7 is below eps: half the advantages"""
+    says, length = {(0, 1): -1, (0, 2): -1, (1, 2): 1}, {(0, 1): 1200, (0, 2): 800, (1, 2): 2000}
+    D = judge_matrix(says, 3, length)
+    assert close(D, [[0, 1 / 1200, 1 / 800], [-1 / 1200, 0, -1 / 2000], [-1 / 800, 1 / 2000, 0]])
+    assert close(pairwise_grpo(D), [.583212, -.373256, -.209956], 2e-6)
+    assert close(pairwise_grpo(D, eps=0.0), [1.074338, -.687576, -.386762], 2e-6)
+    relative = judge_matrix(says, 3, {k: 3 * n / 4000 for k, n in length.items()})       # over their mean
+    assert close(pairwise_grpo(relative), [1.074338, -.687576, -.386762], 1e-5)
+
+
+@pytest.mark.parametrize("rewards, want", [
+    ([3.5, -.25, -24.6, .6], [11.583333, 6.583333, -25.883333, 7.716667]),       # Adv-RM's raw reward, C 25
+    ([3.5, -.25, -3.1, .6], [4.416667, -.583333, -4.383333, .55])])              # and with R1 - T - 3
+def test_rloo_by_hand(rewards, want):
+    assert close(rloo(T([rewards])), [want], 1e-5)
+
+
+def test_group_norm_by_hand():
+    r = T([[1, 1, .5, 0, 0, 0, 1, .5]])
+    x = 1.080121
+    assert close(group_norm(r), [[x, x, 0, -x, -x, -x, x, 0]], 5e-6)
+    assert group_norm(torch.full((2, 4), 3.0)).abs().max() == 0                  # equal rewards say nothing
+    assert rloo(T([[2.0]])).tolist() == [[0.0]]                                  # one sample has no rival
+    assert close(rloo(r + 3), rloo(r)) and close(rloo(r).sum(1), [0.0])
+
+
+# --- written verdicts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, score", [
+    ("<answer>-2</answer>", -2), ("thoughts 3 <answer> 1 </answer>", 1),
+    ("<answer>3</answer> no: <answer>-1</answer>", -1),                          # the last block counts
+    ("<answer>2 ... -3</answer>", -3), ("<answer>\nfrom 1\nto 2\n</answer>", 2),         # and its last number
+    ("<answer>+2</answer>", 2), ("<answer>score:-3</answer>", -3),
+    ("<answer>2.</answer>", 2), ("<answer>The score is -3.</answer>", -3),       # a full stop
+    ("<answer>so...-3</answer>", -3), ("<answer>2...-3</answer>", -3),           # dots leave the sign alone
+    ("<answer>0</answer>", None), ("<answer>10</answer>", None), ("<answer>-12</answer>", None),
+    ("<answer>4</answer>", None), ("<answer>1.5</answer>", None), ("<answer>0.3</answer>", None),
+    ("<answer></answer>", None), ("2", None), ("", None), ("<answer>2", None),
+    ("<answer>2</answer><answer>0</answer>", None)])                             # it says nothing, but counts
+def test_verdicts_are_parsed(text, score):
+    assert parse_verdict(text) == score
+
+
+@pytest.mark.parametrize("said, exact, sign", [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0), (-2, 0, 0),
+                                               (None, 0, 0)])
+def test_rule_rewards_for_gold_2(said, exact, sign):
+    assert graded(said, 2) == exact and right_sign(said, 2) == sign
+    mirrored = None if said is None else -said
+    assert graded(mirrored, -2) == exact and right_sign(mirrored, -2) == sign
+
+
+@pytest.mark.parametrize("text, for_a, for_b", [
+    ("<answer>[[A]]</answer>", 1, -1), ("<answer>[[B]]</answer>", -1, 1), ("[[A]] or [[B]]", -1, -1),
+    ("A", -1, -1), ("", -1, -1), ("[[A]]" + 75 * ".", 1, -1), ("[[A]]" + 76 * ".", -1, -1),      # 80 of them
+    ("[[B]]" + 80 * "." + "[[A]]", 1, -1)])
+def test_tagged_verdicts(text, for_a, for_b):
+    assert tagged(text, "A") == for_a and tagged(text, "B") == for_b
+
+
+@pytest.mark.parametrize("m, want", [(1, .6), (3, .648), (5, .68256)])
+def test_a_majority_of_independent_judges(m, want):
+    """every outcome of m judges of accuracy .6, weighed by its probability"""
+    got = sum(majority(votes) * math.prod(.6 if v > 0 else .4 for v in votes)
+              for votes in itertools.product((1, -1), repeat=m))
+    assert got == pytest.approx(want)
+
+
+@pytest.mark.parametrize("votes, want", [([1, None, None], 1), ([None, -1], 0), ([1, -1], .5), ([], .5),
+                                         ([None], .5), ([3, -1, -2], 0), ([3, -1], .5)])  # signs count
+def test_votes_that_are_not_cast_and_ties(votes, want):
+    assert majority(votes) == want
+
+
+def test_the_expected_digit():
+    """(.5 .25 .25) on the scores 1 2 3 is 1.75; a hundred more on every logit changes nothing"""
+    logits, values = T([[.5, .25, .25], [1, 1, 1]]).log(), T([1., 2, 3])
+    assert close(expected_score(logits, values), [1.75, 2.0])
+    assert close(expected_score(logits + 100, values), [1.75, 2.0], 1e-5)
+
+
+def test_small_labels_and_the_rubric():
+    assert self_label(T([2., 1, 1]), T([1., 1, 2])).tolist() == [1, .5, 0]
+    rubric = '{"criteria": ["short"], "weights": [1.0], "output": {"score": "1-10"}}'
+    assert json_rubric(["short"], [1.0]) == rubric
+
+
+# --- ratings and annotators ---------------------------------------------------------------------------
+
+
+def test_ridge_is_its_closed_form_and_skips_what_has_no_label():
+    X, Y, alpha = rand(20, 3), rand(20, 2, seed=1), 0.75
+    Y[:4, 1] = math.nan
+    W = ridge(X, Y, alpha)                                                       # [2, 3]
+    for k, rows in ((0, slice(0, None)), (1, slice(4, None))):
+        x, y = X[rows], Y[rows, k]
+        assert close(W[k], torch.inverse(x.T @ x + alpha * torch.eye(3)) @ x.T @ y, 1e-10)
+        assert close(x.T @ (x @ W[k] - y) + alpha * W[k], torch.zeros(3), 1e-10)         # no gradient is left
+    assert close(ridge(X, X @ W.T, 1e-12), W, 1e-9) and ridge(X, Y, 1e9).abs().max() < 1e-7
+    assert close(ridge(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])                    # 2·3 / (4 + 2)
+
+
+def test_the_grid_of_penalties():
+    small = [0, .01, .025, .05, .075, .1, .125, .15]             # and on in steps of .05
+    assert list(PENALTIES) == pytest.approx(small + [x / 100 for x in range(20, 100, 5)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_verbosity_is_taken_out(seed):
+    """Each attribute gets the first penalty of the grid that passes; a correlation of .6 needs about .6"""
+    v, noise, other = (rand(500, seed=seed + k) for k in (0, 9, 5))
+    R = torch.stack([.6 * v + .8 * noise, v, -v, 3 * v, other - .2 * v], 1)
+    got = verbosity_penalties(R, 1)
+    left = [spearman(R[:, 0] - x * v, v) for x in PENALTIES]
+    at = min(range(len(PENALTIES)), key=lambda i: abs(PENALTIES[i] - got[0].item()))
+    assert .4 < PENALTIES[at] < .8 and left[at] <= .03 < min(left[:at])
+    assert got.tolist()[1:] == [1, 0, 1, 0]                      # itself; one-sided; hopeless; negative
+    assert verbosity_penalties(R, 1, threshold=1.0).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_annotators_go_to_the_model_that_likes_their_pairs():
+    """log σ is summed: one pair that model 0 gets badly wrong outweighs three that it gets slightly right"""
+    margins = T([[.1, .1, .1, -9, 2], [0, 0, 0, 0, -2]])
+    assert assign(margins, T([0, 0, 0, 0, 1])).tolist() == [1, 0]
+    assert assign(margins, T([1, 1, 1, 0, 1])).tolist() == [1, 0]
+    assert assign(margins.flip(0), T([0, 0, 0, 0, 1])).tolist() == [0, 1]
+
+
+# --- statistics ---------------------------------------------------------------------------------------
+
+CONF, RIGHT = T([.95, .8, .65, .55, .9, .7]), T([1., 1, 0, 1, 1, 0])
+
+
+def test_calibration_by_hand():
+    assert ece(CONF, RIGHT) == pytest.approx(.358333, abs=1e-6)
+    assert auroc(CONF, RIGHT > 0) == pytest.approx(.75)
+    assert ece(T([.5, 1.0]), T([1., 1])) == pytest.approx(.25) and ece(T([1.0, 1.0]), T([1., 1])) == 0
+    assert ece(torch.full((4,), .75), T([1., 1, 1, 0])) == pytest.approx(0)      # right as often as it says
+
+
+def test_a_probability_that_is_true_is_calibrated():
+    p = .5 + .5 * torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    right = (torch.rand(20000, generator=torch.Generator().manual_seed(1)) < p).float()
+    assert ece(p, right) < .01 < .15 < ece(p, 1 - right)
+
+
+def test_grade_by_hand():
+    """margins log 3, -log 3, 0: p .75 .25 .5; conf .75 .75 .5, right 1 0 0; Brier (.0625 + .5625 + .25)/3"""
+    win, lose = T([math.log(3), 0, 1]), T([0, math.log(3), 1])
+    row, conf, right = grade(win, lose)
+    assert close(conf, [.75, .75, .5]) and right.tolist() == [1, 0, 0]
+    assert row == pytest.approx(dict(n=3, accuracy=.5, ece=(.5 + .5) / 3, brier=.875 / 3), abs=1e-6)
+    assert accuracy(win, lose) == pytest.approx(.5) and accuracy(lose, win) == pytest.approx(.5)
+    assert accuracy(T([1., 2]), T([0., 1])) == 1 and accuracy(T([1., 1]), T([1., 1])) == .5
+
+
+def test_auroc_against_every_pair():
+    score, positive = rand(40).round(decimals=1), rand(40, seed=1) > .3          # with ties
+    pairs = [(a > b).float() + .5 * (a == b).float() for a in score[positive] for b in score[~positive]]
+    assert auroc(score, positive) == pytest.approx(sum(pairs).item() / len(pairs))
+    assert auroc(score.exp(), positive) == pytest.approx(auroc(score, positive))     # only the order counts
+    assert auroc(-score, positive) == pytest.approx(1 - auroc(score, positive))
+    assert auroc(score, score > -99) == auroc(score, score > 99) == .5           # a class is missing
+
+
+def test_ranks_and_spearman_by_hand():
+    """(1 2 3) against (10 30 20): 1 - 6·2 / (3·8) = .5; a tie, (1 1 2) against (1 2 3): .866025"""
+    assert ranks(T([[3., 1, 1], [2., 5, 9]])).tolist() == [[2, .5, .5], [0, 1, 2]]
+    assert spearman(T([1., 2, 3]), T([10., 30, 20])) == pytest.approx(.5)
+    assert spearman(T([1., 1, 2]), T([1., 2, 3])) == pytest.approx(.866025, abs=1e-6)
+    x = rand(30)
+    assert spearman(x, x ** 3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
+    assert spearman(x, torch.ones(30)) == 0
+
+
+# --- best of n and over-optimisation (2210.10760, 2310.02743) -----------------------------------------
+
+PROXY, GOLD = T([[.5, .1, 1.4, .9]]), T([[2., 1, 3, 4]])         # by proxy: (.1 .5 .9 1.4), gold (1 2 4 3)
+
+
+def test_best_of_n_by_hand():
+    """N 4, n 2: weights 0 1/6 1/3 1/2"""
+    assert close(best_of_n(PROXY, GOLD, 2), [3.166667]) and close(best_of_n(PROXY, PROXY, 2), [1.083333])
+    weights = torch.cat([best_of_n(PROXY, torch.eye(4)[i:i + 1], 2) for i in (1, 0, 3, 2)])
+    assert close(weights, [0, 1 / 6, 1 / 3, 1 / 2])
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    proxy, gold = rand(3, 6), rand(3, 6, seed=1)
+    subsets = [list(s) for s in itertools.combinations(range(6), n)]
+    best = [gold[:, s].gather(1, proxy[:, s].argmax(1, keepdim=True))[:, 0] for s in subsets]
+    assert close(best_of_n(proxy, gold, n), torch.stack(best).mean(0))
+
+
+def test_limits_of_best_of_n():
+    proxy, gold = rand(5, 512), rand(5, 512, seed=1)
+    assert close(best_of_n(proxy, gold, 1), gold.mean(1))
+    assert close(best_of_n(proxy, gold, 512), gold.gather(1, proxy.argmax(1, keepdim=True))[:, 0])
+    curve = torch.stack([best_of_n(proxy, proxy, 2 ** k) for k in range(10)])    # the proxy itself only rises
+    assert (curve.diff(dim=0) > 0).all() and close(best_of_n(proxy, torch.ones(5, 512), 64), torch.ones(5))
+
+
+@pytest.mark.parametrize("n, kl", [(1, 0), (2, .193147), (4, .636294), (16, 1.835089), (64, 3.174508),
+                                   (256, 4.549084), (1024, 5.932448), (12500, 8.433564)])
+def test_the_kl_of_best_of_n(n, kl):
+    assert bon_kl(n) == pytest.approx(kl, abs=1e-6)
+
+
+def test_the_kl_of_best_of_n_is_a_bound_where_there_are_ties():
+    p = T([.5, .3, .2], dtype=torch.float64)                     # by rising score
+    F = p.cumsum(0)
+    q = F ** 4 - torch.cat([T([0.0]), F[:-1]]) ** 4
+    kl = (q * (q / p).log()).sum().item()
+    assert close(q, [.0625, .3471, .5904]) and kl == pytest.approx(.559751, abs=1e-6) and kl < bon_kl(4)
+
+
+@pytest.mark.parametrize("kind, a, b, gold, peak, height", [
+    ("bon", 1, .25, lambda d: d * (1 - .25 * d), 2, 1),
+    ("rl", 1, .4, lambda d: d * (1 - .4 * d.log()), 4.481689, 1.792676)])
+def test_the_forms_of_overoptimisation(kind, a, b, gold, peak, height):
+    d = torch.linspace(.2, 6, 40)
+    assert gao_fit(d, gold(d), kind) == pytest.approx((a, b), abs=1e-4)
+    noisy = torch.cat([T([.01, .1]), d])                         # d < .2 is left out
+    assert gao_fit(noisy, torch.cat([T([99., -99]), gold(d)]), kind) == pytest.approx((a, b), abs=1e-4)
+    assert peak == pytest.approx(a / (2 * b) if kind == "bon" else math.exp(a / b - 1))
+    at = T(float(peak), requires_grad=True)
+    slope, = torch.autograd.grad(gold(at), at)
+    assert gold(at).item() == pytest.approx(height, abs=1e-5) and abs(slope) < 1e-5
+    zero = T(4.0 if kind == "bon" else 12.182494)                # gold is back where it began
+    assert abs(gold(zero)) < 1e-5
+
+
+def log_of(gold, kl):
+    return [dict(gold=g, kl=k) for g, k in zip(gold, kl)]
+
+
+def test_a_pushed_policy_by_hand():
+    """smoothed over two steps: gold 1 1.5 2.5 2.5 1.5, KL 0 .5 1.5 2.5 3.5"""
+    got = pushed(log_of([1, 2, 3, 2, 1], [0, 1, 2, 3, 4]), window=2)
+    want = dict(peak=2.5, final=1.5, collapse=4, kl_end=3.5)
+    assert got == pytest.approx(want | {f"gold@{k}": g for k, g in ((.5, 1.5), (1, 2.5), (2, 2.5), (4, 1.5),
+                                                                    (8, 1.5))})
+
+
+def test_a_policy_that_never_falls_has_not_collapsed():
+    got = pushed(log_of(range(10), range(10)))
+    assert got["collapse"] == 10 and got["peak"] == got["final"] == 7
+    assert pushed(log_of([1, .95, .92], [0, 0, 0]), window=1)["collapse"] == 3   # less than 10 % is no fall
+    assert pushed(log_of([1, .95, .89], [0, 0, 0]), window=1)["collapse"] == 2
+    assert pushed(log_of([-1, -1.05, -1.2], [0, 0, 0]), window=1)["collapse"] == 2       # below 0, too
+
+
+# --- routing (2510.20369) -----------------------------------------------------------------------------
+
+
+def test_a_routing_curve_by_hand():
+    """ten pairs, the model right on the first six; the judge is right but for a tie on the last"""
+    right, judged = T([1.] * 6 + [0] * 4), T([1.] * 9 + [.5])
+    worst_first = routing_curve(torch.arange(10.), right, judged)
+    assert worst_first["accuracy@0"] == pytest.approx(.6) and worst_first["accuracy@1"] == pytest.approx(.95)
+    assert worst_first["accuracy@0.1"] == pytest.approx(.65)
+    assert worst_first["accuracy@0.4"] == pytest.approx(.95)
+    assert worst_first["area"] == pytest.approx((.65 + .75 + .95) / 3)           # .25 of ten is two
+    best_first = routing_curve(-torch.arange(10.), right, judged)
+    assert best_first["accuracy@0.4"] == pytest.approx(.6) and best_first["accuracy@1"] == pytest.approx(.95)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_routes_better_than_the_oracle(seed):
+    g = torch.Generator().manual_seed(seed)
+    right = (torch.rand(400, generator=g) < .7).float()
+    judged = (torch.rand(400, generator=g) < .95).float()
+    oracle = routing_curve(ROUTERS["oracle"](None, None, right < 1), right, judged)
+    chance = routing_curve(torch.rand(400, generator=g), right, judged)
+    assert all(oracle[f"accuracy@{q}"] > chance[f"accuracy@{q}"] + .03 for q in (.1, .25, .4))
+    assert oracle["area"] > chance["area"] + .05
+    for q, who in ((0, right), (1, judged)):
+        assert oracle[f"accuracy@{q}"] == chance[f"accuracy@{q}"] == pytest.approx(who.mean().item())
+
+
+# --- attacks and the evaluation -----------------------------------------------------------------------
+
+
+def test_the_null_attack_finds_the_best_constant():
+    """as many 7 as fit into six tokens, in a reward that dislikes what is longer"""
+    def score(y):
+        return sum(t == 7 for t in y) - 3 * max(0, len(y) - 6)
+    for seed in range(3):
+        assert null_attack(score, list(range(10)), seed, iterations=3000) == [7] * 6
+    assert len(null_attack(len, [1, 2], longest=9)) == 9
+    assert len(null_attack(lambda y: -len(y), [1, 2])) == 1      # never the empty response
+    assert null_attack(len, [1, 2]) == null_attack(len, [1, 2]) != null_attack(len, [1, 2], seed=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_null_attack_only_climbs(seed):
+    """an attack that goes on longer is at least as good: it goes the same way first"""
+    worth = rand(20, seed=seed)
+
+    def score(y):
+        return worth[y].mean().item()
+    got = [score(null_attack(score, list(range(20)), seed, iterations=n)) for n in (0, 10, 100)]
+    assert got == sorted(got) and got[2] > got[0]
+
+
+WORLD, TOK = Ring(), ring_tokenizer()
+A, = TOK.encode("a")
+
+
+def demonstrators(problems, n, seed):
+    """A "policy": the demonstrator of Ring, a fifth of whose responses do not end."""
+    rng = random.Random(seed)
+    texts = [WORLD.draw(p["prompt"], rng) for p in problems for _ in range(n)]
+    return [TOK.encode(y) for y in texts], [rng.random() > .2 for _ in texts]
+
+
+def gold_reward(rows):
+    """The world's own gold as a reward of (prompt ids, response ids)."""
+    return T([WORLD.reward(dict(prompt=TOK.decode(x)), TOK.decode(y), y[-1:] == [TOK.eos]) for x, y in rows])
+
+
+def length_reward(rows):
+    return T([float(len(y)) for _, y in rows])
+
+
+def test_gold_as_a_reward_is_perfect():
+    numbers, curve = study(gold_reward, demonstrators, WORLD, TOK, "val", 0, prompts=6, n=64)
+    assert numbers["spearman"] == pytest.approx(1)
+    assert numbers["sft_gold"] == pytest.approx(curve[0]["gold"], abs=1e-5)
+    gold = [p["gold"] for p in curve]
+    assert gold == sorted(gold) and numbers["bon8_gold"] == gold[3] and numbers["bon32_gold"] == gold[5]
+    assert [p["n"] for p in curve] == [1, 2, 4, 8, 16, 32] and [p["kl"] for p in curve] == [
+        bon_kl(n) for n in (1, 2, 4, 8, 16, 32)]
+    assert curve[0]["proxy"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("split", ["val", "ood"])
+def test_a_reward_for_length_is_seen_through(split):
+    there = demonstrators, WORLD, TOK, split, 0
+    numbers, _ = study(length_reward, *there, prompts=6, n=32)
+    assert numbers["length_spearman"] == pytest.approx(1) and numbers["spearman"] < .9
+    against, down = study(lambda rows: -gold_reward(rows), *there, prompts=6, n=32)
+    assert against["spearman"] == pytest.approx(-1) and against["bon32_gold"] < against["sft_gold"]
+    assert down[0]["proxy"] < down[-1]["proxy"]                  # the proxy rises while gold falls
+
+
+def test_a_constant_reward_tells_nothing():
+    numbers, _ = study(lambda rows: 0 * length_reward(rows), demonstrators, WORLD, TOK, "val", 0, prompts=2,
+                       n=32)
+    assert numbers["spearman"] == numbers["length_spearman"] == 0
+    assert all(math.isfinite(v) for v in numbers.values())
+
+
+def test_attacks_on_rewards_that_can_be_hacked():
+    """One counts the letter a, and a constant beats everything; one counts tokens, and padding pays"""
+    there = demonstrators, WORLD, TOK, 0
+    out, text = attacks(lambda rows: T([float(y.count(A)) for _, y in rows]), *there, search=4, test=64)
+    assert out["null_wins"] > .95 and text.count("a") > 8 and out["null_wins_gold"] < .5
+    long, _ = attacks(length_reward, *there, search=2, test=64)
+    assert long["padding_wins"] == 1 and long["padding_wins_gold"] < .5
+    gold, _ = attacks(gold_reward, *there, search=4, test=64)
+    assert gold["padding_wins"] == pytest.approx(gold["padding_wins_gold"])
+    assert gold["null_wins"] == pytest.approx(gold["null_wins_gold"])
+
+
+@pytest.mark.parametrize("splits", [(), ("val", "ood")])
+def test_the_picture(splits, tmp_path):
+    curves = {s: [dict(kl=bon_kl(n), proxy=.1 * n, gold=-.1 * n) for n in (1, 2, 4)] for s in splits}
+    draw_evaluation(tmp_path / "eval.png", CONF, RIGHT, [("val", .7), ("val small gap", .6)], curves)
+    assert (tmp_path / "eval.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_evaluation_says_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "study", lambda *a: study(*a, prompts=2, n=32))
+    monkeypatch.setattr(judging, "attacks", lambda *a: attacks(*a, search=2, test=8))
+    sets = {s: encode_pairs(WORLD.pairs(40, split=s), TOK, 64) for s in ("val", "ood")}
+    said = []
+    out = evaluate(gold_reward, demonstrators, WORLD, TOK, sets, 0, said.append, tmp_path / "eval.png")
+    assert out["val_accuracy"] == out["ood_accuracy"] == out["val_small_gap_accuracy"] == 1
+    assert out["ood_spearman"] == pytest.approx(1) and (tmp_path / "eval.png").exists()
+    assert {"null_wins", "padding_wins", "val_bon8_gold", "ood_bon32_gold", "val_ece"} <= out.keys()
+    assert "chance: accuracy 0.5" in said[0] and any("best of n" in line for line in said)
+
+
+def test_pairs_of_a_file_are_evaluated_without_a_world(tmp_path):
+    rows = [dict(prompt=CIRCLE[i], chosen="aaa", rejected="b" * (i + 1)) for i in range(8)]
+    sets, path = dict(val=encode_pairs(rows, TOK, 64)), tmp_path / "eval.png"
+    out = evaluate(length_reward, None, None, TOK, sets, 0, lambda line: None, path)
+    assert out["val_accuracy"] == pytest.approx(2.5 / 8) and out["val_longer_is_worse_accuracy"] == 0
+    assert out["val_shorter_is_worse_accuracy"] == 1 and "val_spearman" not in out and path.exists()
+    flat = evaluate(lambda rows: 0 * length_reward(rows), None, None, TOK, sets, 0, lambda line: None, path)
+    assert flat["val_accuracy"] == .5
