@@ -847,7 +847,7 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, vo
 
     judge "direct": the same model and pairs, the winner at once; a scalar model: --data rubrics. verbose: the
     share of training labels that prefer the longer response, whatever gold says; tests are gold's."""
-    prefs.one_of(judge, ("rubric", "direct"), "judge")
+    prefs.one_of(judge, ("rubric", "direct"), "--judge")
     s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 3000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
     texts, rubrics = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
@@ -887,7 +887,7 @@ def thinkrm(c, f, run, *, style="long", error=0.05, bits=5, rl_steps=0, rl_pairs
 
     style: long, short, random, last, direct, filler (as long as long, but empty), or bt, a scalar model.
     hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority of `votes`."""
-    prefs.one_of(rule, RULE_REWARDS, "rule")
+    prefs.one_of(rule, RULE_REWARDS, "--rule")
     tok, name = prefs.tokenizer(), f"parity_{'direct' if style == 'bt' else style}"
     task, n, out = tasks.task(name, error=error, bits=bits), c.rows or 4000, {}
     fresh = init(replace(preset("2x64", tok, 64, "llama"), rope_theta=100.0), c.seed)    # a short context

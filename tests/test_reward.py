@@ -51,6 +51,11 @@ def grad(fn, *inputs):
     return torch.autograd.grad(fn(*inputs).sum(), inputs)
 
 
+def pair_ids(tok, x, a, b):
+    """A pair as the pairwise classifier reads it."""
+    return [*tok.prompt(f"{x}A{a}B{b}"), tok.eos]
+
+
 # --- Bradley-Terry and its variants by hand ---------------------------------------------------------------
 
 WIN, LOSE, STRENGTH = T([1.2, .3]), T([.4, .9]), T([3., 1.])
@@ -646,7 +651,7 @@ def test_both_goal_terms_reach_the_body(term):
     assert sum(p.grad.abs().sum() for p in model.model.layers.parameters()) > 0
 
 
-RUN = SimpleNamespace(at=0, log=lambda *a, **k: None)
+RUN = SimpleNamespace(cut=lambda: None, at=0, log=lambda *a, **k: None)
 
 
 def fitted(model, rows, loss, micro, steps=3):
@@ -1025,7 +1030,7 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--recipe advrm --attack overopd", "no attack 'overopd'; did you mean 'overopt'"),
     ("--config advrn", "no preset 'advrn'; did you mean 'advrm'"),
     ("--claim ensemble", "no claim 'ensemble'; did you mean 'ensembles'"),
-    ("--recipe thinkrm --rule grade", "--rule grade; did you mean 'graded'"),
+    ("--recipe thinkrm --rule grade", "--rule 'grade'; did you mean 'graded'"),
     ("--recipe thinkrm --style lnog", "did you mean 'parity_long'"),
     ("--config rubrics --judge rubrik", "rubrik"),
     ("--data rign", "did you mean 'ring'"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data import run
-from data.run import Claim, Run, UserError, batch_indices, configure, interval, read_log, verdict
+from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep, in_parts,
+                      interval, judge, of, read_log, sweep, verdict)
 
 
 @dataclass(frozen=True)
@@ -320,3 +321,71 @@ def test_a_claim_s_tuned_key_cannot_be_set(workdir):
 
 def test_without_torchrun_there_is_one_rank():
     assert run.start_ranks("cpu") == (0, 1) and run.rank() == 0 and run.share("x") == "x"
+
+
+# --- claims whose arms share a run -----------------------------------------------------------------------
+
+SHARED = Claim("a beats b", "", dict(a="both", b="both", c="alone"), "gold",
+               {"a > b": {"a": 1, "b": -1}, "peak: a > c": {"a|peak": 1, "c|peak": -1}, "gate": {"a": 1, "": -2}},
+               conclude=in_parts("a > b", "peak", "gate"), sweep=("n", ("gold",)))
+
+
+def shared_results(seeds=3):
+    """What two runs a seed return: one of the arms a and b, one of c alone."""
+    both = [{"a|gold": 3 + s, "b|gold": 1.5 + s, "a|peak": 1 + .1 * s, "a|gold@1": s, "a|gold@4": 2 * s,
+             "b|gold@1": 0} for s in range(seeds)]
+    return {(arm, s): both[s] if arm != "c" else {"gold": .5 * s, "peak": 1 - .1 * s, "gold@2": 7}
+            for arm in "abc" for s in range(seeds)}
+
+
+def test_arms_of_one_run_are_told_apart():
+    report = judge("x", SHARED, 3, shared_results())
+    assert [report["arms"][arm]["gold"]["values"] for arm in "abc"] == [[3, 4, 5], [1.5, 2.5, 3.5], [0, .5, 1]]
+    by = {t["test"]: (t["difference"], t["verdict"]) for t in report["tests"]}
+    assert by["a > b"] == (1.5, "holds") and by["peak: a > c"][0] == pytest.approx(.2)
+    assert by["gate"] == (2.0, "undecided")                      # 1, 2, 3 with t 4.303: 2 ± 2.48
+    assert report["verdict"] == "a > b: holds; peak: undecided; gate: undecided"
+    assert conclude_all({"x": "holds"}) == "holds"
+
+
+def test_a_sweep_collects_an_arm_s_own_points(tmp_path):
+    got = sweep(SHARED, 3, shared_results())["gold"]
+    assert [p[:2] for p in got["a"]] == [[1.0, 1.0], [4.0, 2.0]] and [p[:2] for p in got["b"]] == [[1.0, 0]]
+    assert got["c"][0][:2] == [2.0, 7]
+    draw_sweep(dict(sweep=dict(gold=got)), "n", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_metric_that_no_run_has_is_named():
+    with pytest.raises(UserError, match="the run of arm 'a' has no 'gould'"):
+        of({"a|gold": 1.0}, "a", "gould")
+
+
+def test_a_finished_stage_is_made_once(workdir):
+    """and the log of a resumed run goes on where the finished stages end"""
+    c, f = conf("--out", "o")
+    made = []
+
+    def write(name):
+        def make(folder):
+            folder.mkdir()
+            (folder / "it").write_text(name)
+            made.append(name)
+        return make
+    with Run(c, f, "x") as run:
+        for k, name in enumerate("ab"):
+            run.log(run.at + 1, loss=k)
+            run.at += 1
+            assert (run.stage(name, write(name)) / "it").read_text() == name
+        run.log(3, loss=9.0)                                     # of a stage that a kill ends
+    c, f = conf("--out", "o", "--resume")
+    with Run(c, f, "x") as run:
+        assert (run.stage("a", write("a")), run.at, run.stage("b", write("b")), run.at)[1::2] == (1, 2)
+        run.stage("c", write("c"))
+    assert made == ["a", "b", "c"] and [r["loss"] for r in read_log("o")] == [0, 1]
+
+
+def test_a_stage_s_loss_stops_the_run_too(workdir):
+    c, f = conf("--out", "o")
+    with Run(c, f, "x") as run, pytest.raises(UserError, match="member-0 loss became nan"):
+        run.log(1, **{"member-0 loss": math.nan})
