@@ -480,9 +480,7 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
     return out
 
 def steer(policy, tok, world, problems, reward, c, run, *, no_eos=1.0, **options):
-    """RLHF on a reward (less no_eos where a response does not end), gold watched -> (policy, rl()'s rows).
-
-    reward(roll, problems) -> [B]"""
+    """RLHF on reward(roll, problems) [B], less no_eos without EOS; gold watched -> (policy, rl()'s rows)."""
     def scored(roll, picked):
         gold = gold_of(world, picked, roll, tok)
         return reward(roll, picked) - no_eos * (~roll.finished).float().cpu(), dict(gold=gold.mean().item())
@@ -1172,10 +1170,11 @@ CLAIMS = dict(
         versus("adv", "plain", "more_random", tag="steps: ")
         | versus("adv", "plain", "more_random", on="gold@4", tag="gold at 4 nats: ") | {
             "attack: stronger than over-optimising": {"adv|strict_0": 1, "adv|strict_overopt": -1},
-            "after: attacks fail more often": {"adv|strict_0": 1, "adv|strict_last": -1},
-            "clean accuracy kept to 0.02": {"adv|adv_accuracy": 1, "adv|plain_accuracy": -1, "": 0.02}},
-        also=("gold@1", "gold@2", "gold@4", "peak", "final"),
-        conclude=in_parts("steps", "gold at 4 nats", "attack", "after", "clean"),
+            "later: fewer succeed": {"adv|strict_0": 1, "adv|strict_last": -1},
+            "clean accuracy kept to 0.02": {"adv|adv_accuracy": 1, "adv|plain_accuracy": -1, "": 0.02},
+            "gate: 80 % of the pairs confirmed": {"adv|confirmed_0": 1, "": -0.8}},
+        also=("gold@1", "gold@4", "peak", "final", "strict_0", "strict_last", "pairs_0", "confirmed_0"),
+        conclude=in_parts("steps", "nats", "attack", "later", "clean", "gate"),
         sweep=("KL to the SFT model, nats", ("gold",))),
     ensembles=Claim(
         "Ensembles of reward models mitigate over-optimisation, with and without label noise",
