@@ -184,9 +184,11 @@ def configure(Config, presets, axes, doc="", argv=None):
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
-    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps"):
-        if resolved.get(key, 1) < (0 if key == "steps" else 1):
-            raise UserError(f"--{key} {resolved[key]}: must be positive")
+    numbers = {k: v for row in bound.values() for k, v in row.items()} | resolved
+    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps", "members",
+                "rounds", "votes"):
+        if numbers.get(key, 1) < (0 if key == "steps" else 1):
+            raise UserError(f"--{key} {numbers[key]}: must be positive")
     f = SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
     return Config(**resolved), f
 

@@ -1045,6 +1045,8 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--loss regression --data toyif --init base:toyif_base", "--data ring"),
     ("--config ensemble,tiny --data pairs.jsonl", "needs --data ring"),
     ("--batch 0", "--batch 0: must be positive"),
+    ("--config ensemble --members 0", "--members 0: must be positive"),
+    ("--config maxmin --rounds 0", "--rounds 0: must be positive"),
     *((f"--loss {x}", x) for x in ("nll", "listwise", "preference")),            # those of other recipes
     ("--config ensemble --loss regression", "regression")])
 def test_bad_input_is_named(argv, words, quick):
