@@ -42,7 +42,7 @@ import random
 import re
 import statistics
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -189,10 +189,10 @@ def nll(logp):
     return -logp.sum(1)
 
 def listwise(logp, identifiers, ranks, *, weight=10.0):
-    """FIRST (2406.15657): cross-entropy of the ranking's text + w RankNet on the first token's logits.
+    """FIRST (2406.15657): cross-entropy a token of the ranking + w RankNet on the first token's logits.
 
     identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
-    return nll(logp) + weight * ranknet(identifiers, ranks)
+    return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
 
 LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie,
               regression=regression, goal=goal, arm=autoregressive, preference=preference, nll=nll,
@@ -369,7 +369,7 @@ def goal_states(hidden, start, n, generator, draws=16):
 
 def units(names, rows):
     """What the step's summed loss is divided by: scored tokens, known labels, or rows."""
-    if "logp" in names:
+    if "logp" in names and "ranks" not in names:
         return sum(len(r["answer"]) for r in rows)
     return sum(math.isfinite(x) for r in rows for x in r["ratings"]) if "ratings" in names else len(rows)
 
@@ -997,6 +997,7 @@ class Field:
         self.texts = [s.tok.decode(ids) for ids in self.roll.completions()]
         self.gold = gold_of(s.world, problems, self.roll, s.tok).view(-1, samples)       # [P, 16]
 
+    @cache
     def standard(self, reward):
         """A reward as z(roll, problems): less its prompt's mean over SFT samples, over the std of all."""
         all_ = score_roll(reward, self.roll).view(self.gold.shape)                       # [P, 16]

@@ -31,6 +31,17 @@ import kernels
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
 
 
+def close(a, b, tol=1e-6):
+    """Whether two tensors or nested numbers have one shape and agree to an absolute tolerance."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tol)
+
+
+def rand(*shape, seed=0):
+    """Normal float64 numbers, fixed by the seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """An empty working directory, so that runs write their out/ there."""

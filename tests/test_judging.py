@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import close, rand
 
 from data import judging
 from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, best_of_n, bon_kl,
@@ -15,15 +16,6 @@ from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, 
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
 
 T = torch.tensor
-
-
-def close(a, b, tol=1e-6):
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tol)
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- whom to ask (2510.20369) -------------------------------------------------------------------------

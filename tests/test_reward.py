@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA_DIR
+from conftest import DATA_DIR, close, rand
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
@@ -34,15 +34,6 @@ from reward import (AGGREGATES, ATTACKS, CLAIMS, LOSSES, PRESETS, RATING_WEIGHTS
                     score_rows, standardised, strict_success, units, uwo, wco, win_tie)
 
 T = torch.tensor
-
-
-def close(a, b, tol=1e-6):
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tol)
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def grad(fn, *inputs):
@@ -203,8 +194,9 @@ def test_text_losses_by_hand():
     logp = T([[.5, .25, .8]]).log()
     assert close(nll(logp), [2.302585])
     s, ranks = T([[2, 1, 1.5]]), T([[1., 2, 3]])
-    assert close(listwise(logp, s, ranks), [2.302585 + 1.392516], 2e-6)
-    assert close(listwise(logp, s, ranks, weight=0.0), nll(logp))
+    assert close(listwise(logp, s, ranks), [2.302585 / 4 + 1.392516], 2e-6)              # three ids and EOS
+    assert close(listwise(logp, s, ranks, weight=0.0), nll(logp) / 4)
+    assert units(needs(listwise), [dict(answer=[1, 2, 3, 4])] * 2) == 2                  # rows
     assert units(needs(nll), [dict(answer=[1, 2, 3]), dict(answer=[1])]) == 4            # tokens
     assert units(needs(bt), [{}, {}, {}]) == units(needs(preference), [{}, {}, {}]) == 3         # rows
 
@@ -366,7 +358,7 @@ def test_the_standardised_attack_does_not_see_scale_or_shift(scale, shift):
     """z: less the prompt's mean over SFT samples, over the std of all"""
     ours, new = rand(3, 4).float(), rand(2, 2, seed=1).float()   # new: of the third prompt, then of the first
     field = SimpleNamespace(roll=rolled(12), gold=torch.zeros(3, 4), at={5: 0, 6: 1, 7: 2})
-    z = Field.standard(field, lambda tokens, start, end: scale * (
+    z = Field.standard.__wrapped__(field, lambda tokens, start, end: scale * (
         ours if len(tokens) == 12 else new).flatten() + shift)
     want = (new - ours.mean(1)[[2, 0], None]) / ours.std()
     assert close(z(rolled(4), [dict(seed=7), dict(seed=5)]), want.flatten(), 1e-4)
