@@ -57,15 +57,16 @@ def default_kernels():
 
 @pytest.fixture(scope="session")
 def bases_folder(tmp_path_factory):
-    """The folder behind shared_bases."""
+    """Where shared_bases keeps the base models of the session."""
     return tmp_path_factory.mktemp("bases")
 
 
 @pytest.fixture
-def shared_bases(bases_folder, monkeypatch):
-    """A working directory that lasts for the whole session: tiny base models are trained once."""
-    monkeypatch.chdir(bases_folder)
-    return bases_folder
+def shared_bases(workdir, bases_folder):
+    """An empty working directory whose out/sft lasts for the session: tiny base models are trained once."""
+    (workdir / "out").mkdir()
+    (workdir / "out" / "sft").symlink_to(bases_folder, target_is_directory=True)
+    return workdir
 
 
 @pytest.fixture(scope="session")

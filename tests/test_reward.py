@@ -759,8 +759,8 @@ RAN = {}
 
 
 def ran(config, *extra):
-    """The result of a tiny run, made once, and its folder."""
-    folder = "ran-" + re.sub(r"\W+", "-", " ".join([config, *extra]))
+    """The result of a tiny run, made once, and its folder: beside the bases, where every test finds it."""
+    folder = os.path.join(os.path.realpath("out/sft"), re.sub(r"\W+", "-", " ".join(["ran", config, *extra])))
     RAN[folder] = RAN.get(folder) or tiny(config, folder, *extra)
     return RAN[folder], folder
 
