@@ -39,9 +39,8 @@ Watch    accuracy of held-out pairs, not the loss: reward models overfit in a fe
 import copy
 import math
 import random
-import re
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -55,9 +54,9 @@ from tqdm import trange
 import kernels
 import sft
 from data import judging, prefs, tasks
-from data.judging import (ROUTERS, accuracy, assign, auroc, best_of_n, expected_score, graded, group_norm,
-                          majority, pushed, ranknet, ridge, right_sign, rloo, routing_curve, spearman,
-                          verbosity_penalties)
+from data.judging import (ROUTERS, RULE_REWARDS, accuracy, assign, auroc, best_of_n, expected_score,
+                          group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve, routing_table,
+                          spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
 from data.run import Claim, Run, UserError, batch_indices, cli, in_parts, launch, needs
 from model import (PairModel, ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
@@ -105,6 +104,7 @@ class Config:
 
 WORLDS = ("ring", "toyif")
 TOYIF = dict(data="toyif", init="base:toyif_base")
+CHECKS = dict(data="toyif", init="base:toyif_checks")            # a base that can tell what a rule asks
 MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
 PRESETS = dict(                  # learning rates and sizes: ours, the papers' are for billions of weights
     bt=dict(), margin=dict(loss="margin"), scaled=dict(loss="scaled"), smooth=dict(loss="smooth"),
@@ -113,18 +113,19 @@ PRESETS = dict(                  # learning rates and sizes: ours, the papers' a
     polar=dict(recipe="polar"), ensemble=dict(recipe="ensemble"), maxmin=dict(recipe="maxmin"),
     overopt=dict(recipe="overopt", steps=250, lr=2e-3),
     router=dict(recipe="router", **TOYIF, epochs=4.0),
-    rubrics=dict(recipe="openrubrics", **TOYIF, steps=900, lr=2e-3),
+    rubrics=dict(recipe="openrubrics", **CHECKS, steps=600, lr=2e-3),
     thinkrm=dict(recipe="thinkrm", steps=1500, **MUON),
-    rmr1=dict(recipe="thinkrm", steps=1500, **MUON, style="random", rl_steps=60, rule="sign"),
+    rmr1=dict(recipe="thinkrm", steps=1500, **MUON, style="random", rule="sign"),
     judge_lora=dict(recipe="judge_lora", **TOYIF, lr=2e-3),
     first=dict(recipe="first", **TOYIF, loss="listwise"),
     advrm=dict(recipe="advrm", **TOYIF, epochs=4.0),
     ring=dict(), toyif=TOYIF,
     noisy=dict(noise=0.25), big_router=dict(rows=16000, epochs=3.0, warmup=100, rivals=0),
     direct=dict(judge="direct"), nocontrast=dict(contrast=False), nofilter=dict(consistent=False),
-    bt_rubrics=dict(recipe="scalar", data="rubrics", lr=1e-3, steps=0, epochs=4.0),
-    short_style=dict(style="short"), long_style=dict(style="long"), direct_style=dict(style="direct"),
-    bt_style=dict(style="bt", optimiser="adamw", lr=1e-3, aux_lr=0.0, warmup=0, steps=0, epochs=8.0),
+    bt_rubrics=dict(recipe="scalar", data="rubrics", rows=2000, lr=1e-3),
+    short_style=dict(style="short"), filler_style=dict(style="filler", rl_steps=0),
+    direct_style=dict(style="direct", rl_steps=0),
+    bt_style=dict(style="bt", optimiser="adamw", lr=5e-4, aux_lr=0.0, warmup=0),
     tiny=dict(rows=256, steps=6, batch=16, save_every=3, lr=1e-3),
 )
 CURVES = {"loss": ["loss"], "accuracy of the batch": ["accuracy"], "scores": ["gap", "score_std"]}
@@ -194,9 +195,8 @@ def listwise(logp, identifiers, ranks, *, weight=10.0):
     identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
     return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
 
-LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie,
-              regression=regression, goal=goal, arm=autoregressive, preference=preference, nll=nll,
-              listwise=listwise)
+LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie, goal=goal,
+              regression=regression, arm=autoregressive, preference=preference, nll=nll, listwise=listwise)
 
 
 # --- many models, one reward --------------------------------------------------------------------------
@@ -820,10 +820,7 @@ def router(c, f, run, *, features=1024, ridge=30.0, lam=10.0, sn=True, judge_err
         x[where == 1], right[where == 1], judged[where == 1]).items()} for name, x in first.items()}
     draws = [routing_curve(torch.rand(len(u), generator=g), right, judged) for _ in range(20)]
     got["random"] = {k: statistics.fmean(d[k] for d in draws) for k in draws[0]}
-    run.say("\n  accuracy of the stream after the judge has answered a share of it\n  " + " " * 14 + "".join(
-        f"{k.partition('@')[2]:>8}" for k in draws[0] if "@" in k))
-    for name, row in got.items():
-        run.say(f"  {name:<14}" + "".join(f"{row[k]:>8.3f}" for k in draws[0] if "@" in k))
+    run.say(routing_table(got))
     return {f"{name}|{k}": x for name, row in got.items() for k, x in row.items()} | {
         f"{name}_accuracy": right[where == i].mean().item() for i, name in enumerate(tests)} | dict(
         u_auroc=auroc(u, right < 1), margin_auroc=auroc(-score.abs(), right < 1), u_mean=u.mean().item(),
@@ -839,16 +836,19 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
         out += [tok.decode(y) if done else "" for y, done in zip(roll.completions(), roll.finished.tolist())]
     return [out[i:i + samples] for i in range(0, len(out), samples)]
 
-def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, votes=5, verbose=0.2):
+def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, verbose=0.2, votes=5,
+                most=2000):
     """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the label, then
     distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B -> criteria, winner).
 
-    judge "direct": the same model and pairs, the winner at once; a scalar model: --data rubrics. verbose: the
-    share of training labels that prefer the longer response, whatever gold says; tests are gold's."""
+    judge "direct": the same model and pairs, the winner at once; a scalar model: --data rubrics. most: the
+    examples that any judge learns from, of 3000 pairs before the filter. verbose: the share of training
+    labels that prefer the longer response, whatever gold says; tests are gold's."""
     prefs.one_of(judge, ("rubric", "direct"), "--judge")
     s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 3000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
-    texts, rubrics = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
+    made = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
+    texts, rubrics = (x[:most] for x in made)
 
     def student(name, examples):
         rows = [dict(prompt=s.tok.prompt(x), answer=[*s.tok.encode(y), s.tok.eos]) for x, y in examples]
@@ -864,8 +864,7 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, vo
                 grades = zip(*(prefs.rubric_recall(x, y) for x, y in rubric.items()))
                 out |= {f"{name}_{k}": statistics.fmean(x) for k, x in zip(
                     ("recall", "precision", "principle"), grades)}
-            coin = random.Random(f"{name}/{c.seed}")
-            first = [coin.choice("AB") for _ in some]            # where the chosen response stands
+            first = random.Random(f"{name}/{c.seed}").choices("AB", k=len(some))    # where chosen is
             prompts = [s.tok.prompt(prefs.question(r, rubric[r["prompt"]], at)) for r, at in zip(some, first)]
             says = written(reader, s.tok, prompts, c, max_new=24, temperature=0.7, samples=votes)
             cast = [[w and (1 if w == at else -1) for w in map(prefs.parse_winner, told)]
@@ -874,29 +873,25 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, vo
                     f"{source}{name}_vote": statistics.fmean(map(majority, cast))}
         out |= {f"{source}accuracy{x}": statistics.fmean(out[f"{source}{name}{x}"] for name in tests)
                 for x in ("", "_vote")}
-    return out | dict(kept=len(texts) / len(pairs))
+    return out | dict(kept=len(made[0]) / len(pairs))
 
-RULE_REWARDS = dict(graded=graded, sign=right_sign)
-
-def thinkrm(c, f, run, *, style="long", error=0.05, bits=5, rl_steps=0, rl_pairs=2000, rl_lr=3e-5,
+def thinkrm(c, f, run, *, style="long", error=0.05, bits=7, rl_steps=60, rl_pairs=2000, rl_lr=3e-5,
             rule="graded", votes=16):
     """Think-RM (2505.16265): a judge that reasons before its verdict, taught by the longest correct traces,
     then by RL with a rule reward (RULE_REWARDS; sign is RM-R1's, 2505.02387, up to its scale) on ParityJudge.
 
     style: long, short, random, last, direct, filler (as long as long, but empty), or bt, a scalar model.
-    hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority of `votes`."""
+    hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority of `votes`;
+    "long+RL|…": the judge that learned by long traces, after RL."""
     prefs.one_of(rule, RULE_REWARDS, "--rule")
     tok, name = prefs.tokenizer(), f"parity_{'direct' if style == 'bt' else style}"
-    task, n, out = tasks.task(name, error=error, bits=bits), c.rows or 4000, {}
-    fresh = init(replace(preset("2x64", tok, 64, "llama"), rope_theta=100.0), c.seed)    # a short context
+    task, n = tasks.task(name, error=error, bits=bits), c.rows or 4000
+    fresh = init(preset("2x64", tok, 64, "llama"), c.seed)
     sets = dict(id=task.problems("val", 400, c.seed), hard=task.problems("hard", 300, c.seed))
 
-    def as_pair(p):
-        x, a, b = re.split("[AB=]", p["prompt"])[:3]
-        return dict(prompt=x + "=", chosen=a if p["label"] < 0 else b, rejected=b if p["label"] < 0 else a)
     shown = task.demonstrations(n, seed=1000 + c.seed)           # in both orders, one after the other
     if style == "bt":
-        pairs = {k: prefs.encode_pairs(list(map(as_pair, x)), tok, 64)
+        pairs = {k: prefs.encode_pairs(list(map(task.pair, x)), tok, 64)
                  for k, x in (sets | dict(train=shown[::2])).items()}
         model = scalar_reward(trained(run, "bt", new_scalar(fresh, c.seed), pairs["train"], bt, c, tok), c)
         out = {k: pair_accuracy(model, pairs[k], c, tok.pad) for k in sets}
@@ -905,29 +900,30 @@ def thinkrm(c, f, run, *, style="long", error=0.05, bits=5, rl_steps=0, rl_pairs
             for r in shown]
     judge = trained(run, "sft", fresh, rows, nll, c, tok)
 
+    def measured(judge):
+        out = {}
+        for name, some in sets.items():
+            ask = partial(written, judge, tok, list(map(tok.prompt, some)), c, max_new=task.max_new)
+            says, greedy = ask(temperature=0.6, samples=votes), [task.parse(x) for x, in ask()]
+            each = verdict_rates([list(map(task.parse, x)) for x in says], greedy, [p["label"] for p in some])
+            each |= dict(_length=statistics.fmean(len(x[0]) for x in says))
+            out |= {f"{name}{k}": v for k, v in each.items()}
+        return out | {f"accuracy{k}": statistics.fmean(out[f"{name}{k}"] for name in sets) for k in each}
+
     def reward(roll, picked):
         said = [task.parse(tok.decode(ids)) if done else None
                 for ids, done in zip(roll.completions(), roll.finished.tolist())]
         r = torch.tensor([RULE_REWARDS[rule](x, picked[i // 8]["label"]) for i, x in enumerate(said)])
         return r, dict(flat=(r.view(-1, 8).std(1) == 0).float().mean().item())
+    out = measured(judge)
     if rl_steps:
         judge, ref = copy.deepcopy(judge).requires_grad_(), judge
         told = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed), reward, c, run, name="rl",
                   steps=rl_steps, max_new=task.max_new, samples=8, lr=rl_lr, kl_loss=1e-3,
                   advantages=group_norm)
         save(judge, tok, run.folder / "rl")
-        out["flat_end"] = told[-1]["flat"]
-    for name, some in sets.items():
-        ask = partial(written, judge, tok, list(map(tok.prompt, some)), c, max_new=task.max_new)
-        says, greedy = ask(temperature=0.6, samples=votes), ask()
-        signs = [[x and (1 if x * p["label"] > 0 else -1) for x in map(task.parse, told)]
-                 for told, p in zip(says, some)]
-        each = {"": [majority(v[:1]) for v in signs], "_vote": [majority(v) for v in signs],
-                "_greedy": [right_sign(task.parse(x), p["label"]) for (x,), p in zip(greedy, some)],
-                "_graded": [graded(task.parse(x[0]), p["label"]) for x, p in zip(says, some)],
-                "_length": [len(x[0]) for x in says]}
-        out |= {f"{name}{k}": statistics.fmean(v) for k, v in each.items()}
-    return out | {f"accuracy{k}": statistics.fmean(out[f"{name}{k}"] for name in sets) for k in each}
+        out |= {f"{style}+RL|{k}": v for k, v in (measured(judge) | dict(flat_end=told[-1]["flat"])).items()}
+    return out
 
 def judge_lora(c, f, run, *, rank=16, levels=7):
     """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the verdict
@@ -1159,11 +1155,15 @@ CLAIMS = dict(
     thinkrm=Claim(
         "A judge that reasons at length beats Bradley-Terry and short reasoning with votes out of domain",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
-        {x: f"thinkrm,{x}_style" for x in ("long", "short", "direct", "bt")}, "hard",
-        versus("long", "bt", "direct", "short", tag="hard: ") | {
+        {"long": "thinkrm", "long+RL": "thinkrm", "short+RL": "thinkrm,short_style"}
+        | {x: f"thinkrm,{x}_style" for x in ("short", "filler", "direct", "bt")}, "hard",
+        versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
             "votes: long > short, 16 votes": {"long|hard": 1, "short|hard_vote": -1},
-            "in domain: long > short, 16 votes": {"long|id": 1, "short|id_vote": -1}},
-        also=("id",), conclude=in_parts("hard", "votes", "in domain")),
+            "in domain: long > short, 16 votes": {"long|id": 1, "short|id_vote": -1}}
+        | versus("long+RL", "long", on="accuracy_graded", tag="RL: ")
+        | versus("short+RL", "short", on="accuracy_graded", tag="RL: ")
+        | {"RL: no longer": {"long|accuracy_length": 1, "long+RL|accuracy_length": -1, "": 0.05}},
+        also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
     advrm=Claim(
         "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",
         "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, over-optimisation 1-3 %",

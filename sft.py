@@ -15,6 +15,7 @@ pretrain    stdlib: sources and prose, packed          next-token loss on every 
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
+toyif_checks   verdicts on its rules, no winners       the base of the judges that read rubrics
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -104,6 +105,9 @@ PRESETS = dict(
                     steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),
     toyif_base=dict(data="toyif_base", init="", tokenizer="toyif", model="2x64", context=32, rows=30000,
                     steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),
+    toyif_checks=dict(data="toyif_checks", init="base:toyif_base", context=64, rows=60000, steps=5000,
+                      batch=64, micro=64, optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50,
+                      schedule="linear", eval_every=1000, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
     ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,

@@ -154,6 +154,9 @@ def right_sign(said, label):
     return float(said is not None and said * label > 0)
 
 
+RULE_REWARDS = dict(graded=graded, sign=right_sign)            # of a judge's score, given gold's
+
+
 def tagged(text, label, window=80):
     """RM-R1's rule reward (2505.02387): +1 if the last 80 characters hold [[A]] or [[B]] as labelled and not
     the other tag, else -1. label "A" or "B"."""
@@ -165,6 +168,17 @@ def majority(votes):
     """The sign of the sum of ±1 votes as 1.0, 0.0, or 0.5 for a tie or no vote at all; None casts no vote."""
     total = sum(1 if v > 0 else -1 for v in votes if v)
     return 0.5 if total == 0 else float(total > 0)
+
+
+def verdict_rates(samples, greedy, labels):
+    """Means over pairs: of one sample's verdict, of a _vote of all, _greedy, and _graded (see graded).
+
+    samples [P][votes] and greedy [P]: scores or None for no verdict;  labels [P]: gold's, never 0."""
+    signs = [[x and (1 if x * y > 0 else -1) for x in said] for said, y in zip(samples, labels)]
+    each = {"": [majority(v[:1]) for v in signs], "_vote": map(majority, signs),
+            "_greedy": map(right_sign, greedy, labels),
+            "_graded": map(graded, [v[0] for v in samples], labels)}
+    return {k: statistics.fmean(v) for k, v in each.items()}
 
 
 def judge_matrix(says, G, length=None):
@@ -280,6 +294,14 @@ def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 
         asked = order[:round(q * len(order))]
         out[f"accuracy@{q}"] = ((right.sum() - right[asked].sum() + judged[asked].sum()) / len(order)).item()
     return out | dict(area=sum(out[f"accuracy@{q}"] for q in (0.1, 0.25, 0.4)) / 3)
+
+
+def routing_table(curves):
+    """{name: routing_curve's result} as lines to read: accuracy by the share that the judge answers."""
+    shares = [k for k in next(iter(curves.values())) if k.startswith("accuracy@")]
+    lines = [" " * 14 + "".join(f"{k.partition('@')[2]:>8}" for k in shares)] + [
+        f"{name:<14}" + "".join(f"{row[k]:>8.3f}" for k in shares) for name, row in curves.items()]
+    return "\n  ".join(["\n  accuracy of the stream after the judge has answered a share of it", *lines])
 
 
 # --- the evaluation of a reward ---------------------------------------------------------------------------

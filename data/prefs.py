@@ -579,6 +579,42 @@ def judge_text(prompt, rubric, a, b, rng, error=0.05):
     return text + JUDGE["WIN_A" if lead > 0 else "WIN_B"], "A" if lead > 0 else "B"
 
 
+class Checks:
+    """A judge's groundwork: which criteria do two responses meet?   "<Fc=FcPm/AcabBba?" -> "Fc+-Pm+-"
+
+    Splits share no prompt, as ToyIF's. The rubric's principle is any, whatever the domain, and no winner is
+    named: what a domain means, and how verdicts add up, a judge must learn elsewhere.
+    """
+    name, metric, max_new, splits = "toyif_checks", "accuracy", 17, ("train", "val")
+
+    def sample(self, rng, split="train"):
+        """A problem {"prompt", "answer"} drawn by rng (random.Random)."""
+        one_of(split, self.splits, "toyif_checks has no split")
+        world = ToyIF()
+        prompt = world.sample(rng, split)["prompt"]
+        a, b = (world.draw(prompt, rng, ROUTING) for _ in "AB")
+        rubric = teacher_rubric(prompt, a, b, rng, contrast=False)
+        text, _ = judge_text(prompt, rubric, a, b, rng, error=0.0)
+        return dict(prompt=question(dict(prompt=prompt, chosen=a, rejected=b), rubric), answer=text[:-1])
+
+    def problems(self, split, n=0, seed=0):
+        """n fresh problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("toyif_checks makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"toyif_checks/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    @staticmethod
+    def demo(problem):
+        """The right verdicts."""
+        return problem["answer"]
+
+    @staticmethod
+    def reward(problem, completion, finished=True):
+        """1.0 if the response ended and every verdict is right, else 0.0."""
+        return float(finished and completion == problem["answer"])
+
+
 def parse_winner(text):
     """"A" or "B", by the last ( or ) of a judgement; None if it has neither."""
     a, b = text.rfind(JUDGE["WIN_A"]), text.rfind(JUDGE["WIN_B"])

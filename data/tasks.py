@@ -21,7 +21,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from data.prefs import FILLER, JUDGE, SCORES, SEP, Ring, ToyIF
+from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import UserError, nearest
 from data.text import (NAMED, check_split, digest, examples, is_corpus, locate, read_jsonl, rouge_l,
                        signatures, split_rows)
@@ -276,11 +276,12 @@ def strength(x, a, b):
 
 
 def judging(x, a, b, seed=0):
-    """The problem of judging a against b; its prompt reads "1011010A1101001B1001010=".
+    """The problem of judging a against b; its prompt, x, a and b bit by bit, reads "110001…=".
 
-    {"prompt", "seed", "x", "a", "b", "label"}: label is the strength, seed fixes the demonstrations.
+    {"prompt", "seed", "x", "a", "b", "label"}: label is the strength, seed fixes the demonstrations. Side by
+    side, what a step of the reasoning looks up stands at one distance: a rotary model finds it quickly.
     """
-    prompt = f"{x}{JUDGE['A']}{a}{JUDGE['B']}{b}{SEP}"
+    prompt = "".join(map("".join, zip(x, a, b))) + SEP
     return dict(prompt=prompt, seed=seed, x=x, a=a, b=b, label=strength(x, a, b))
 
 
@@ -396,6 +397,13 @@ class ParityJudge:
         return rows
 
     @staticmethod
+    def pair(row):
+        """{"prompt", "chosen", "rejected"}, for a scalar reward model, of a problem or a demonstration."""
+        x, a, b = (row["prompt"][i:-1:3] for i in range(3))
+        better, worse = (a, b) if row["label"] < 0 else (b, a)
+        return dict(prompt=x + SEP, chosen=better, rejected=worse)
+
+    @staticmethod
     def parse(text):
         """The score, -3 .. 3, of the letter right after the LAST "!"; None for no "!", no such letter, 0."""
         _, found, block = text.rpartition(ANSWER)
@@ -414,7 +422,7 @@ class ParityJudge:
 # --- by name ------------------------------------------------------------------------------------------
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
-             toyif_base=partial(ToyIF, "mixture"),
+             toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 

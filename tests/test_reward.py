@@ -710,7 +710,7 @@ def test_adversarial_pairs_prefer_sft_samples_and_repeat_nothing():
 # --- whole runs -------------------------------------------------------------------------------------------
 
 OTHERS = {"ring", "toyif", "tiny", "noisy", "big_router", "direct", "nocontrast", "nofilter", "bt_rubrics",
-          "short_style", "long_style", "direct_style", "bt_style"}        # worlds, sizes, arms of claims
+          "short_style", "filler_style", "direct_style", "bt_style"}        # worlds, sizes, arms of claims
 METHODS = [p for p in PRESETS if p not in OTHERS]
 SIZES = dict(
     advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32", polar="--pretrain 64 --labels 32",
@@ -799,7 +799,7 @@ def test_other_ways_to_run_them(config, extra, key, quick):
 def test_claims_find_all_their_numbers(name, quick):
     """the report, the curves and the verdict of tiny runs: no key is missing after hours of the real ones"""
     claim = CLAIMS[name]
-    sizes = ["--rl_steps", "0"] if name == "thinkrm" else []
+    sizes = ["--rl_steps", "2", "--votes", "2"] if name == "thinkrm" else []
     got = {(arm, 0): ran(config, *sizes)[0] for arm, config in claim.arms.items()}
     report = data.run.judge(name, claim, 1, got)
     assert len(report["tests"]) == len(claim.tests) and isinstance(report["verdict"], str)

@@ -148,7 +148,7 @@ def test_parity_and_strength_by_hand():
     assert [strength(x, p, y) for y in wrong] == [0, -1, -1, -2, -2, -3, -3, -3]         # below 0: A wins
     assert strength(x, wrong[3], wrong[4]) == -1 and strength(x, "0" + p[1:], p[:-1] + "1") == 0
     made = judging(x, "1101001", "1001010", seed=5)
-    assert made == dict(prompt="1011010A1101001B1001010=", seed=5, x=x, a="1101001", b="1001010", label=-1)
+    assert made == dict(prompt="111010100111000101010=", seed=5, x=x, a="1101001", b="1001010", label=-1)
     assert swapped(made) == judging(x, "1001010", "1101001", seed=5) and swapped(made)["label"] == 1
 
 
@@ -225,8 +225,8 @@ def test_demonstrations_come_in_both_orders(error):
     assert len(rows) == 400 and rows[:40] == t.demonstrations(20, seed=3) != t.demonstrations(20, seed=4)
     assert sum(row["label"] for row in rows) == 0
     for one, two in zip(rows[::2], rows[1::2]):                # A and B exchanged, the label negated
-        x, a, b = one["prompt"].replace("A", " ").replace("B", " ").strip("=").split()
-        assert two["prompt"] == f"{x}A{b}B{a}=" and two["label"] == -one["label"] == -strength(x, a, b)
+        (x, a, b), (y, c, d) = ([row["prompt"][i:-1:3] for i in range(3)] for row in (one, two))
+        assert (y, c, d) == (x, b, a) and two["label"] == -one["label"] == -strength(x, a, b)
         assert all(t.parse(row["completion"]) == row["label"] for row in (one, two))
     prompts = [row["prompt"] for row in t.demonstrations(200, seed=3, swap=False)]
     assert prompts == [p["prompt"] for p in t.problems("train", 200, seed=3)]
@@ -288,11 +288,13 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
+                toyif_checks=task("toyif_checks"),
                 parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
-@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "parity", "gsm8k", "chat"])
+@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "toyif_checks", "parity", "gsm8k",
+                                  "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
     assert t.name and t.metric in ("rouge_l", "accuracy", "gold") and t.max_new > 0
