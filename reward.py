@@ -928,6 +928,7 @@ def thinkrm(c, f, run, *, style="long", error=0.05, bits=7, rl_steps=60, rl_pair
 def judge_lora(c, f, run, *, rank=16, levels=7):
     """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the verdict
     token, score = E[digit]. _off: the model without the adapter."""
+    prefs.within(levels, 2, 7, "--levels")
     s = start(c, "toyif")
     rows, sets = pair_sets(c, s.tok, s.context)
     letters = list(prefs.SCORES.values())[:levels]
@@ -955,6 +956,7 @@ def judge_lora(c, f, run, *, rank=16, levels=7):
 
 def first(c, f, run, *, candidates=4):
     """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first logits."""
+    prefs.within(candidates, 2, 9, "--candidates")
     s, digits = start(c, "toyif"), "1234567890"[:candidates]
     ids = [s.tok.encode(d)[0] for d in digits]
 
@@ -969,10 +971,8 @@ def first(c, f, run, *, candidates=4):
                             answer=[*s.tok.encode("".join(digits[k] for k in order)), s.tok.eos],
                             ranks=[float(order.index(k) + 1) for k in range(candidates)]))
         return out
-    model = copy.deepcopy(s.policy).requires_grad_()
-    fit(model, lists(c.rows or 4000, "train", 1000 + c.seed), f.loss, c, run, s.tok, seed=c.seed,
-        name="first")
-    save(model, s.tok, run.folder / "judge")
+    rows = lists(c.rows or 4000, "train", 1000 + c.seed)
+    model = trained(run, "judge", copy.deepcopy(s.policy), rows, f.loss, c, s.tok)
     test = lists(600, "val", c.seed)
     tokens, mask = collate([((), r["prompt"]) for r in test], s.pad, c.device)
     with torch.no_grad():

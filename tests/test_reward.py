@@ -1023,6 +1023,8 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--config advrn", "no preset 'advrn'; did you mean 'advrm'"),
     ("--claim ensemble", "no claim 'ensemble'; did you mean 'ensembles'"),
     ("--recipe thinkrm --rule grade", "--rule 'grade'; did you mean 'graded'"),
+    ("--config first --candidates 12", "--candidates 12: choose 2 to 9"),
+    ("--config judge_lora --levels 9", "--levels 9: choose 2 to 7"),
     ("--recipe thinkrm --style lnog", "did you mean 'parity_long'"),
     ("--config rubrics --judge rubrik", "rubrik"),
     ("--data rign", "did you mean 'ring'"),
