@@ -12,7 +12,8 @@ from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, 
                           draw_evaluation, ece, evaluate, expected_score, gao_fit, grade, graded, group_norm,
                           json_rubric, judge_matrix, majority, null_attack, pair_scores, pairwise_grpo,
                           pairwise_rloo, parse_verdict, pushed, ranks, ridge, right_sign, rloo, route,
-                          routing_curve, self_label, spearman, study, tagged, verbosity_penalties)
+                          routing_curve, routing_table, self_label, spearman, study, tagged,
+                          verbosity_penalties, verdict_rates)
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
 
 T = torch.tensor
@@ -395,7 +396,22 @@ def test_a_policy_that_never_falls_has_not_collapsed():
     assert pushed(log_of([-1, -1.05, -1.2], [0, 0, 0]), window=1)["collapse"] == 2       # below 0, too
 
 
+def test_verdict_rates_by_hand():
+    """gold -2 and 1: a first sample right in sign only, then none; votes 2 of 3, then a tie"""
+    got = verdict_rates([[-1, -2, 3], [None, 1, -1]], [-3, None], [-2, 1])
+    assert got == {"": 0.75, "_vote": 0.75, "_greedy": 0.5, "_graded": 0.25}
+
+
 # --- routing (2510.20369) -----------------------------------------------------------------------------
+
+
+def test_a_routing_table_has_a_line_for_each_router():
+    curves = {name: routing_curve(torch.arange(4.) * sign, T([1., 1, 0, 1]), torch.ones(4))
+              for name, sign in (("up", 1), ("down", -1))}
+    *_, head, up, down = routing_table(curves).splitlines()
+    assert head.split() == ["0", "0.1", "0.25", "0.4", "0.6", "0.8", "1"]
+    assert up.split() == ["up", "0.750", "0.750", "0.750", "1.000", "1.000", "1.000", "1.000"]
+    assert down.split()[:4] == ["down", "0.750", "0.750", "0.750"] and down.split()[-1] == "1.000"
 
 
 def test_a_routing_curve_by_hand():

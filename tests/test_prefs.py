@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE, REF, ROUTING,
-                        UNS, Ring, StrongJudge, ToyIF, criteria, edited, good, judge_text, keep_consistent,
-                        label_pairs, load_pairs, parse, parse_ring, parse_winner, rand, ring_tokenizer,
+from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE, REF,
+                        ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited, good, judge_text,
+                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner, rand, ring_tokenizer,
                         rubric_recall, teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
@@ -457,6 +457,20 @@ def test_judge_text_prefers_the_same_response_in_either_order_and_errs_by_verdic
         verdicts, agree = verdicts + 2 * len(criteria(rubric)), agree + (winner == "A")
     assert flips / verdicts == pytest.approx(0.05, abs=0.015)
     assert agree / len(rows) > 0.8
+
+
+def test_checks_are_right_and_say_nothing_of_the_domain():
+    """each verdict by its definition; the principles are as frequent under every domain"""
+    named = {domain: Counter() for domain in "<>*"}
+    for p in Checks().problems("train", 1500):
+        prompt, rest = p["prompt"].split("=")
+        rubric, a, b = rest.strip("?").replace("/A", "/").replace("B", "/").split("/")
+        assert criteria(rubric + "/") == [p["answer"][i:i + 2] for i in range(0, len(p["answer"]), 4)]
+        said, _ = judge_text(prompt + "=", rubric + "/", a, b, random.Random(0), error=0.0)
+        assert said[:-1] == p["answer"] and parse_winner(p["answer"]) is None
+        named[prompt[0]] += Counter(c[1] for c in criteria(rubric + "/") if c[0] == "P")
+    assert all(seen[x] / seen.total() == pytest.approx(1 / 3, abs=0.08)
+               for seen in named.values() for x in "mno")
 
 
 def test_the_last_winner_decides():

@@ -234,6 +234,12 @@ def test_demonstrations_come_in_both_orders(error):
     assert same == [row["prompt"] for row in rows]             # the styles learn from the same pairs
 
 
+def test_a_pair_for_a_scalar_model():
+    p = judging("1011010", "1101001", "1001010")               # A is better
+    want = dict(prompt="1011010=", chosen="1101001", rejected="1001010")
+    assert p["label"] < 0 and ParityJudge.pair(p) == ParityJudge.pair(swapped(p)) == want
+
+
 def test_parity_splits():
     def key(p):
         return p["x"], *sorted((p["a"], p["b"]))
