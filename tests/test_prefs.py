@@ -9,8 +9,8 @@ import pytest
 
 from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE, REF,
                         ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited, good, judge_text,
-                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner, rand, ring_tokenizer,
-                        rubric_recall, teacher_rubric, tokenizer, true_rubric)
+                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner, rand,
+                        ring_tokenizer, rubric_recall, teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
 WORLD, RING = ToyIF(), Ring()
