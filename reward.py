@@ -104,7 +104,7 @@ class Config:
 
 WORLDS = ("ring", "toyif")
 TOYIF = dict(data="toyif", init="base:toyif_base")
-CHECKS = dict(data="toyif", init="base:toyif_checks")            # a base that can tell what a rule asks
+CHECKS = dict(data="toyif", init="base:toyif_judge")             # a base that can tell what a rule asks
 MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
 PRESETS = dict(                  # learning rates and sizes: ours, the papers' are for billions of weights
     bt=dict(), margin=dict(loss="margin"), scaled=dict(loss="scaled"), smooth=dict(loss="smooth"),

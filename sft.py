@@ -15,7 +15,8 @@ pretrain    stdlib: sources and prose, packed          next-token loss on every 
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
-toyif_checks   verdicts on its rules, no winners       the base of the judges that read rubrics
+toyif_checks  which criteria do two responses meet?    verdicts, no winners
+toyif_judge  the same, most on principles alone        the base of the judges that read rubrics
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -108,6 +109,9 @@ PRESETS = dict(
     toyif_checks=dict(data="toyif_checks", init="base:toyif_base", context=64, rows=60000, steps=5000,
                       batch=64, micro=64, optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50,
                       schedule="linear", eval_every=1000, save_every=1000, keep=1),
+    toyif_judge=dict(data="toyif_principles", init="base:toyif_checks", context=64, rows=60000, steps=3000,
+                     batch=64, micro=64, optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50,
+                     schedule="linear", eval_every=1000, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
     ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,

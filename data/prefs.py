@@ -593,6 +593,10 @@ class Checks:
     """
     name, metric, max_new, splits = "toyif_checks", "accuracy", 17, ("train", "val")
 
+    def __init__(self, rules=1.0):
+        """rules: the share of rubrics with hard rules; the rest have their principle alone, the harder part."""
+        self.rules = rules
+
     def sample(self, rng, split="train"):
         """A problem {"prompt", "answer"} drawn by rng (random.Random)."""
         one_of(split, self.splits, "toyif_checks has no split")
@@ -600,6 +604,8 @@ class Checks:
         prompt = world.sample(rng, split)["prompt"]
         a, b = (world.draw(prompt, rng, ROUTING) for _ in "AB")
         rubric = teacher_rubric(prompt, a, b, rng, contrast=False)
+        if self.rules < 1 and rng.random() >= self.rules:
+            rubric = rubric[rubric.index(JUDGE["PRIN"]):]
         text, _ = judge_text(prompt, rubric, a, b, rng, error=0.0)
         return dict(prompt=question(dict(prompt=prompt, chosen=a, rejected=b), rubric), answer=text[:-1])
 

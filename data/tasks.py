@@ -423,6 +423,7 @@ class ParityJudge:
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
+             toyif_principles=partial(Checks, 0.3),
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 

@@ -733,7 +733,7 @@ def quick(shared_bases, monkeypatch):
         real = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda self, *a, **k: real(
             self, *(min(x, most) if type(x) is int else x for x in a), **k))
-    for cls in (Ring, ToyIF, tasks.ParityJudge):
+    for cls in (Ring, ToyIF, prefs.Checks, tasks.ParityJudge):
         few(cls, "problems")
     few(Ring, "pairs")
     few(ToyIF, "pairs")
