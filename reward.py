@@ -122,7 +122,7 @@ PRESETS = dict(                  # learning rates and sizes: ours, the papers' a
     ring=dict(), toyif=TOYIF,
     noisy=dict(noise=0.25), big_router=dict(rows=16000, epochs=3.0, warmup=100, rivals=0),
     direct=dict(judge="direct"), nocontrast=dict(contrast=False), nofilter=dict(consistent=False),
-    bt_rubrics=dict(recipe="scalar", data="rubrics", rows=2000, lr=1e-3),
+    bt_rubrics=dict(recipe="scalar", data="rubrics", rows=5600, lr=1e-3),
     short_style=dict(style="short"), filler_style=dict(style="filler", rl_steps=0),
     direct_style=dict(style="direct", rl_steps=0),
     bt_style=dict(style="bt", optimiser="adamw", lr=5e-4, aux_lr=0.0, warmup=0),
@@ -837,15 +837,15 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
     return [out[i:i + samples] for i in range(0, len(out), samples)]
 
 def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, verbose=0.2, votes=5,
-                most=2000):
+                most=5600):
     """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the label, then
     distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B -> criteria, winner).
 
     judge "direct": the same model and pairs, the winner at once; a scalar model: --data rubrics. most: the
-    examples that any judge learns from, of 3000 pairs before the filter. verbose: the share of training
+    examples that any judge learns from, of 8000 pairs before the filter. verbose: the share of training
     labels that prefer the longer response, whatever gold says; tests are gold's."""
     prefs.one_of(judge, ("rubric", "direct"), "--judge")
-    s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 3000, 1000 + c.seed, verbose)
+    s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
     made = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
     texts, rubrics = (x[:most] for x in made)
