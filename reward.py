@@ -527,7 +527,7 @@ def start(c, world=""):
 
 def pair_sets(c, tok, context):
     """(training rows, {name: held-out rows}) of --data as ids; with --eval no training rows."""
-    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, ties=c.loss == "win_tie")
+    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, c.loss == "win_tie", bool(c.eval))
     encoded = partial(prefs.encode_pairs, tok=tok, context=context, chat=c.chat)
     return [] if c.eval else encoded(rows, what="train"), {
         k: encoded(some, what=k) for k, some in held.items() if some}

@@ -594,7 +594,7 @@ class Checks:
     name, metric, max_new, splits = "toyif_checks", "accuracy", 17, ("train", "val")
 
     def __init__(self, rules=1.0):
-        """rules: the share of rubrics with hard rules; the rest have their principle alone, the harder part."""
+        """rules: the share of rubrics with hard rules; the others are their principle, the harder part."""
         self.rules = rules
 
     def sample(self, rng, split="train"):
@@ -806,11 +806,12 @@ def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
 # --- by name ----------------------------------------------------------------------------------------------
 
 
-def pair_sets(name, n=0, noise=0.0, seed=0, ties=False):
+def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
     """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or a file.
 
     n 0: 4000, or the whole file. Held-out labels of a world are gold's; noise and ties are of its training
-    pairs. A file's splits share no prompt; what load_pairs drops is told.
+    pairs. A file's splits share no prompt; what load_pairs drops is told. whole: for a model that has seen
+    none of a file, its pairs are all held out too: the set "all".
     """
     worlds = dict(toyif=ToyIF, ring=Ring)
     if name == "rubrics":
@@ -824,4 +825,5 @@ def pair_sets(name, n=0, noise=0.0, seed=0, ties=False):
     rows, dropped = load_pairs(name)
     if dropped:
         print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()), flush=True)
-    return rows[:n] if n else rows, dict(val=load_pairs(name, "val")[0])
+    rows, val = rows[:n] if n else rows, load_pairs(name, "val")[0]
+    return rows, (dict(all=rows + val) if whole else {}) | dict(val=val)

@@ -914,6 +914,7 @@ def test_a_checkpoint_is_evaluated_on_a_file(quick, tmp_path):
     out, back = (reward.main(["--eval", folder, "--data", path, "--out", f"eval-{i}"])
                  for i, path in enumerate(files))
     assert out["val_accuracy"] == pytest.approx(1 - back["val_accuracy"]) and .25 < out["val_accuracy"] < .75
+    assert out["all_accuracy"] == pytest.approx(1 - back["all_accuracy"]) != out["val_accuracy"]
     assert not any(k.startswith("ood") or "gold" in k for k in out)
     assert reward.main(["--config", "bt,tiny", "--eval", folder, "--out", "eval-world"]) == result
 
