@@ -1122,7 +1122,7 @@ def versus(ours, *others, on="", tag=""):
     """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
     return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
-NOISY, ENSEMBLES = ", 25% noise", ("mean", "wco", "uwo")
+NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded", tag="RL: ")
 CLAIMS = dict(
     routing=Claim(
         "Sending uncertain pairs to the judge beats sending as many at random",
@@ -1143,24 +1143,24 @@ CLAIMS = dict(
         | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
            "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
         versus("rubric", "direct", "bt", tag="judges: ") | versus("rubric", "no contrast", tag="contrast: ")
-        | versus("no filter", "neither", tag="contrast: ") | versus("rubric", "no filter", tag="filter: ")
-        | versus("rubric", "no filter", on="verbose", tag="filter: verbose: ") | {
+        | versus("no filter", "neither", tag="contrast alone: ")
+        | versus("rubric", "no filter", tag="consistency: ")
+        | versus("rubric", "no filter", on="verbose", tag="consistency, verbose pairs: ") | {
             "votes: five > one": {"rubric|accuracy_vote": 1, "rubric": -1},
             "gate: oracle > 0.9 on id": {"oracle|id": 1, "": -0.9},
             "gate: direct > 0.6 on id": {"direct|id": 1, "": -0.6}},
         also=("id", "k3", "verbose"),
-        conclude=gated("weak judges", "judges", "contrast", "filter", "votes")),
+        conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency", "votes")),
     thinkrm=Claim(
         "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs too",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
-        {"long": "thinkrm", "long+RL": "thinkrm", "short+RL": "thinkrm,short_style"}
-        | {x: f"thinkrm,{x}_style" for x in ("short", "filler", "direct", "bt")}, "hard",
+        {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL") for x in ("long", "short")}
+        | {x: f"thinkrm,{x}_style" for x in ("filler", "direct", "bt")}, "hard",
         versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
             "votes: long > short, 16 votes": {"long|hard": 1, "short|hard_vote": -1},
             "in domain: long > short, majority of 16": {"long|id": 1, "short|id_vote": -1}}
         | versus("long", "bt", "filler", on="id", tag="in domain: ")
-        | versus("long+RL", "long", on="accuracy_graded", tag="RL: ")
-        | versus("short+RL", "short", on="accuracy_graded", tag="RL: ")
+        | versus("long+RL", "long", **GRADED) | versus("short+RL", "short", **GRADED)
         | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02, f"{x}+RL|accuracy_length": -1}
            for x in ("long", "short")},
         also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
