@@ -1,0 +1,406 @@
+"""
+grpo.py - group-relative policy optimisation with verifiable rewards: sample a group, compare, reinforce.
+
+    python grpo.py                                 # a tiny model learns to reason by trial and error: minutes
+    python grpo.py --config tiny                   # the same in seconds: shows that everything turns
+    python grpo.py --config dapo --seed 1
+    python grpo.py --init Qwen2.5-0.5B --data gsm8k.jsonl --config dr_grpo
+    python grpo.py --reward mine.py:score          # a reward of your own: score(problem, text, finished)
+
+Map      1 config   2 shapers   3 advantages   4 credit   5 surrogates   6 penalties   7 weights   8 filters
+         9 roll out   10 evaluate   11 train
+Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: index t belongs to tokens[:, t]
+
+preset         paper          idea: what differs from GRPO
+grpo           2402.03300     the group's mean as baseline, its std as unit, PPO's clip, k3 in the loss
+dr_grpo        2503.20783     no std, and a constant in the place of each response's length
+rloo           2402.14740     the other samples' mean as baseline, no clip, KL in the reward
+reinforce_pp   2501.03262     no group: advantages whitened over the batch's tokens
+rpp_baseline   2501.03262     ... of rewards less the group's mean
+dapo           2503.14476     clip-higher, only mixed groups, token-level mean, soft penalty of overlong ones
+linear         control        every response pays for its length
+dler           2510.15110     truncation as the only penalty, whitened over the batch, clip-higher
+easy           2505.18086     GRPO-λ: a length penalty in the easiest groups only
+hapo           2505.11225     beat the shortest correct response that the prompt has ever had
+arlcp          2602.12113     reflection and length penalised, by how much a response reflects
+drpo           2510.04474     correct responses by length, wrong ones by a soft maximum: no shared baseline
+clip_cov       2505.22617     no gradient from a few tokens of high covariance of log-prob and advantage
+kl_cov         2505.22617     ... a KL penalty on those of the highest
+ace            2602.21420     wrong responses that became likelier pay more
+apo            2506.21655     wrong and too long pays more; KL is loosened on hard prompts
+rapo           2510.03865     forward KL to a reference that is flattened where the answer was wrong
+rlvr           2411.15124     Tülu 3: 10 if verified, -10 without EOS, KL in the reward
+aipo           2505.24034     stale rollouts: importance weights with a cap and no clip
+rlad           2602.22495     the teacher in the trust region: a mixed anchor
+kdrl           2506.02208     reverse KL to a teacher beside the reward
+opd            2602.12125     on-policy distillation: the teacher's log-ratio as a token reward
+exopd          2602.12125     ... extrapolated past the teacher
+Watch    correct (of training samples, before shaping) should rise. flat is the share of groups without a
+         signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0 early ends exploration;
+         clipped says how many ratios left the trust region. length beside guessing: shorter is worthless
+         if the model stops reasoning. kl is k1 to the start, nats per response.
+"""
+import torch
+import torch.nn.functional as F
+
+# --- shapers: what a response is worth to training, [P, G] each; metrics read `correct`, never this --------
+
+
+def plain(score):
+    """The reward as it is."""
+    return score
+
+
+def overlong(score, length, cap, *, buffer=16):
+    """DAPO (2503.14476 eq. 13): ±1, and minus up to 1 within the last `buffer` tokens before the cap."""
+    return 2 * score - 1 + ((cap - buffer - length) / buffer).clamp(-1, 0)
+
+
+def truncate(score, length, *, target=22):
+    """DLER (2510.15110): nothing for a response longer than the target."""
+    return score * (length <= target)
+
+
+def linear_length(score, length, cap, *, price=0.1, correct_only=False):
+    """R - a L/C for every response, or for what earned something (correct_only): a control, no paper."""
+    return score - price * length / cap * (score if correct_only else 1)
+
+
+def among_correct(x, correct, unbiased=False):
+    """Mean and std of x over each group's correct responses, [P, 1] each; std 1 where fewer than two."""
+    n = correct.sum(1, keepdim=True)                                                     # [P, 1]
+    mean = (x * correct).sum(1, keepdim=True) / n.clamp(min=1)
+    var = ((x - mean) ** 2 * correct).sum(1, keepdim=True) / (n - int(unbiased)).clamp(min=1)
+    return mean, torch.where(n > 1, var.sqrt(), torch.ones_like(var))
+
+
+def easiest(correct, length, *, share=0.2, alpha=0.6):
+    """GRPO-λ (2505.18086): in the ⌈λP⌉ groups with most correct responses, c (1 - α σ((L - μ) / s)).
+
+    μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt first.
+    """
+    mean, std = among_correct(length, correct)
+    penalised = correct * (1 - alpha * torch.sigmoid((length - mean) / std.clamp(min=1e-4)))         # [P, G]
+    k = min(len(correct), -int(-share * len(correct) // 1))                              # the ceiling
+    picked = correct.mean(1).argsort(descending=True, stable=True)[:k]                   # [k]
+    chosen = torch.zeros(len(correct), 1, dtype=torch.bool, device=correct.device).index_fill(0, picked, True)
+    return torch.where(chosen, penalised, correct)
+
+
+def history(correct, length, best, *, weight=1.0, floor=-0.7, wrong_penalty=True):
+    """HAPO (2505.11225): c + w f, f = cos(π/2 L/h) up to twice the prompt's record h, else -1; 0 without one.
+
+    best [P, 1]: h, inf for none. Correct: max(f, floor); wrong: min(f, 0), or 0 (wrong_penalty False).
+    """
+    f = torch.where(length < 2 * best, torch.cos(torch.pi / 2 * length / best), -torch.ones_like(length))
+    wrong = f.clamp(max=0) if wrong_penalty else torch.zeros_like(f)
+    f = torch.where(correct > 0, f.clamp(min=floor), wrong)
+    return correct + weight * torch.where(torch.isfinite(best), f, torch.zeros_like(f))
+
+
+def reflective(correct, length, reflections, *, low=1, high=3):
+    """ARLCP (2602.12113): c (1 - λ1 σ(z_K) - λ2 σ(z_L)), λ1 = .05, .10, .15 by the reflections K, λ1+λ2 = .2.
+
+    z: against the group's correct responses. The paper's steps are 40 and 80 of its much longer responses.
+    """
+    def z(x):
+        mean, std = among_correct(x, correct, unbiased=True)
+        return torch.sigmoid((x - mean) / (std + 1e-6))
+    first = 0.05 + 0.05 * (reflections > low) + 0.05 * (reflections > high)              # [P, G]
+    return correct * (1 - first * z(reflections) - (0.2 - first) * z(length))
+
+
+def verified(correct, truncated, *, scale=10.0):
+    """Tülu 3's RLVR (2411.15124): scale if correct, 0 if not, -scale without EOS."""
+    return torch.where(truncated, -scale * torch.ones_like(correct), scale * correct)
+
+
+def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap=0.95):
+    """GRPO-CARE (2506.16141): a bonus for what makes the answer as likely as the group's good ones do.
+
+    answer_prob [P, G]: exp of the answer tokens' mean log-prob under a slow copy of the policy.
+    """
+    q = answer_prob.clamp(max=cap)
+    good = ((score > 0.1) & (score >= score.mean(1, keepdim=True))).to(q)                # [P, G]
+    usual = (q * good).sum(1, keepdim=True) / good.sum(1, keepdim=True).clamp(min=1)     # [P, 1]
+    return score + bonus * score * good * (q >= usual - margin)
+
+
+SHAPERS = dict(plain=plain, overlong=overlong, truncate=truncate, linear=linear_length, easiest=easiest,
+               history=history, reflective=reflective, verified=verified, consistent=consistent)
+
+# --- advantages: rewards [P, G] -> [N, T], 0 off the mask ----------------------------------------------
+
+
+def tokens_of(x, mask):
+    """A number of each response on each of its tokens.   [P, G], [N, T] -> [N, T]"""
+    return x.reshape(-1, 1) * mask
+
+
+def whiten(x, mask, eps=1e-8):
+    """(x - mean) / std over all valid tokens, unbiased.   [N, T]"""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    var = ((x - mean) ** 2 * mask).sum() / (n - 1).clamp(min=1)
+    return (x - mean) * torch.rsqrt(var + eps) * mask
+
+
+def group_norm(shaped, mask, *, eps=1e-6):
+    """GRPO (2402.03300 §4.1.2):  A = (R - mean) / (std + eps), the group's; std unbiased."""
+    A = shaped - shaped.mean(1, keepdim=True)
+    return tokens_of(A / (shaped.std(1, keepdim=True) + eps), mask)
+
+
+def centred(shaped, mask):
+    """Dr. GRPO (2503.20783):  A = R - mean."""
+    return tokens_of(shaped - shaped.mean(1, keepdim=True), mask)
+
+
+def leave_one_out(shaped, mask):
+    """RLOO (2402.14740):  A = R - mean of the others = (R - mean) G / (G - 1)."""
+    G = shaped.size(1)
+    return tokens_of((shaped - shaped.mean(1, keepdim=True)) * G / (G - 1), mask)
+
+
+def returns(shaped, mask, old_logp, ref_logp, *, beta=0.0):
+    """REINFORCE++ (2501.03262): R at the last token less β k1 of each from t on, whitened over the batch."""
+    k1 = (old_logp - ref_logp) * mask                                                    # [N, T]
+    ahead = k1.flip(1).cumsum(1).flip(1)
+    return whiten(tokens_of(shaped, mask) - beta * ahead * mask, mask)
+
+
+def whitened(shaped, mask):
+    """REINFORCE++-baseline (2501.03262) and DLER (2510.15110): less the group's mean, whitened over the batch.
+
+    Over tokens, so that long responses count for more, and a group without a signal is not quite at 0.
+    """
+    return whiten(centred(shaped, mask), mask)
+
+
+def distilled(old_logp, teach_logp, base_logp, mask, *, lam=1.0, most=10.0):
+    """G-OPD (2602.12125): the token reward λ log π_T/π_base with a KL of weight 1; λ 1: log π_T/π_old."""
+    return (lam * (teach_logp - base_logp).clamp(-most, most) - (old_logp - base_logp)) * mask
+
+
+ADVANTAGES = dict(group=group_norm, centred=centred, rloo=leave_one_out, returns=returns, whitened=whitened,
+                  distilled=distilled)
+
+# --- credit: advantages [N, T] once more, by what else is known of a response ---------------------------
+
+
+def same(adv):
+    """The advantages as they are."""
+    return adv
+
+
+def overconfident(adv, old_logp, ref_logp, mask, *, alpha=1.0):
+    """ACE (2602.21420): where A < 0, A (1 + α softplus(mean of log π/π_ref)); α ours (unknown)."""
+    shift = ((old_logp - ref_logp) * mask).sum(1) / mask.sum(1).clamp(min=1)             # [N]
+    return torch.where(adv < 0, adv * (1 + alpha * F.softplus(shift)[:, None]), adv)
+
+
+def too_long(adv, correct, length, *, base=1.1):
+    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) for wrong responses longer than the correct ones' mean μ."""
+    mean, _ = among_correct(length, correct)                                             # [P, 1]
+    over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
+    return adv * (2 - base ** -over).reshape(-1, 1)
+
+
+CREDIT = dict(same=same, overconfident=overconfident, too_long=too_long)
+
+# --- surrogates: a loss per token [n, T], or per group [p] ----------------------------------------------
+
+
+def ratio_of(logp, old_logp, most=20.0):
+    """π/π_old, its logarithm capped against overflow."""
+    return (logp - old_logp).clamp(-most, most).exp()
+
+
+def clip(logp, old_logp, adv, *, eps=0.2, eps_high=0.0, dual=0.0):
+    """PPO's (1707.06347 eq. 7): max(-A ρ, -A clip(ρ, 1-ε, 1+ε)); eps_high: an upper ε of its own (DAPO).
+
+    dual > 1: where A < 0 the loss is at most -A dual (dual clip, 1912.09729).
+    """
+    ratio = ratio_of(logp, old_logp)                                                     # [n, T]
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + (eps_high or eps)))
+    return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss) if dual else loss
+
+
+def reinforce(logp, adv):
+    """-A log π: one step a rollout, no ratio."""
+    return -adv * logp
+
+
+def stale(logp, behaviour_logp, adv, *, most=4.0):
+    """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
+    return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
+
+
+def anchored(logp, old_logp, teach_logp, adv, *, alpha=0.5, eps=0.2):
+    """RLAD (2602.22495): PPO's clip around π_old^α π_T^(1-α).   log r = α log π/π_old + (1-α) log π/π_T"""
+    return clip(logp, alpha * old_logp + (1 - alpha) * teach_logp, adv, eps=eps)
+
+
+def clip_cov(logp, old_logp, adv, chosen, *, eps=1.0):
+    """Clip-Cov (2505.22617): no gradient from the chosen tokens (see band); the ratio's clip is nearly off."""
+    return clip(logp, old_logp, adv, eps=eps) * (1 - chosen)
+
+
+def kl_cov(logp, old_logp, adv, chosen, *, coef=1.0):
+    """KL-Cov (2505.22617): -A ρ, and coef |log π/π_old| on the chosen tokens (see top): no clip."""
+    return -adv * ratio_of(logp, old_logp) + coef * chosen * (logp - old_logp).abs()
+
+
+def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau=10.0):
+    """DRPO (2510.04474): -J = -(Σ w s - τ log mean exp(s/τ)) of a group, s a response's mean log-prob.
+
+    w over the correct ones ∝ exp((1 - L/C) / λ), the soft maximum over the wrong; 0 without either. chosen:
+    the trust region's price of a token (see hinge).   -> [p], one loss a group
+    """
+    G = correct.size(1)
+    s = ((logp * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, G)                    # [p, G]
+    w = torch.softmax(((1 - length / cap) / lam).masked_fill(correct < 1, -torch.inf), 1)
+    wrong = (s / tau).masked_fill(correct > 0, -torch.inf)
+    k = (correct < 1).sum(1)                                                             # [p]
+    mixed = (k > 0) & (k < G)
+    w, wrong = w.nan_to_num(), torch.where(mixed[:, None], wrong, torch.zeros_like(wrong))
+    J = (w * s).sum(1) - tau * (torch.logsumexp(wrong, 1) - k.clamp(min=1).log())
+    price = (chosen * (old_logp - logp) * mask).sum(1).view(-1, G).sum(1)                # [p]
+    return price - torch.where(mixed, J, torch.zeros_like(J))
+
+
+SURROGATES = dict(clip=clip, reinforce=reinforce, stale=stale, anchored=anchored, clip_cov=clip_cov,
+                  kl_cov=kl_cov, drpo=drpo)
+
+# Which tokens a surrogate treats apart: of the whole minibatch, before its gradient.   -> [N, T]
+
+
+def covariance(now, adv, mask):
+    """(A - mean A) (log π - mean log π) of each token: what lowers the entropy (2505.22617 eq. 11)."""
+    def off(x):
+        return x - (x * mask).sum() / mask.sum()
+    return off(adv) * off(now)
+
+
+def nothing(mask):
+    """No token."""
+    return torch.zeros_like(mask)
+
+
+def band(now, old_logp, adv, mask, generator, *, ratio=2e-3, low=0.5, high=5.0, eps=1.0):
+    """Clip-Cov's: max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not clip."""
+    rho, cov = ratio_of(now, old_logp), covariance(now, adv, mask)
+    clipped = -adv * rho.clamp(1 - eps, 1 + eps) > -adv * rho
+    where = ((cov > low) & (cov < high) & ~clipped & (mask > 0)).flatten().nonzero().flatten()       # [k]
+    n = min(len(where), max(1, int(ratio * mask.sum())))
+    picked = where[torch.randperm(len(where), generator=generator)[:n].to(where.device)]
+    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
+
+
+def top(now, adv, mask, *, ratio=2e-3):
+    """KL-Cov's: the max(1, ratio n) tokens of the highest covariance."""
+    cov = covariance(now, adv, mask).masked_fill(mask < 1, -torch.inf).flatten()
+    picked = cov.topk(max(1, int(ratio * mask.sum()))).indices
+    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
+
+
+def hinge(now, old_logp, mask, groups, *, beta=10.0, delta=1e-4):
+    """DRPO's trust region: max(β (KL - δ), 0) KL, KL the tokens' mean of log π_old/π; the factor without
+    gradient, spread so that the sum over tokens, divided by the groups, is the penalty."""
+    n = mask.sum()
+    kl = ((old_logp - now) * mask).sum() / n
+    return torch.full_like(mask, (beta * (kl - delta)).clamp(min=0).item() * groups / n.item())
+
+
+CHOOSERS = dict(nothing=nothing, band=band, top=top, hinge=hinge)
+
+# --- penalties: added to the loss of a token, [n, T] ----------------------------------------------------
+
+
+def none(logp):
+    """No penalty."""
+    return torch.zeros_like(logp)
+
+
+def k2(logp, ref_logp, *, beta=0.04):
+    """β d²/2, d = log π/π_ref: on-policy its gradient is that of KL(π||π_ref)."""
+    return beta * 0.5 * (logp - ref_logp) ** 2
+
+
+def k3(logp, ref_logp, *, beta=0.04):
+    """β (exp(-d) - 1 + d), d = log π/π_ref: unbiased, never negative; its gradient is that of KL(π_ref||π)."""
+    d = (logp - ref_logp).clamp(-20, 20)
+    return beta * (torch.expm1(-d) + d)
+
+
+def k3_straight(logp, ref_logp, *, beta=0.04):
+    """k3's value with k2's gradient."""
+    square = k2(logp, ref_logp, beta=beta)
+    return square - square.detach() + k3(logp, ref_logp, beta=beta).detach()
+
+
+def by_difficulty(logp, ref_logp, adv, correct, *, beta=1e-3):
+    """APO's DADS (2506.21655): k3 where A > 0 times 1 - exp(-e (1 - d)), d = 1 - mean(c); 1 for d 0 or 1."""
+    d = 1 - correct.mean(1, keepdim=True)                                                # [p, 1]
+    w = torch.where((d > 0) & (d < 1), 1 - torch.exp(-torch.e * (1 - d)), torch.ones_like(d))
+    w = w.expand_as(correct).reshape(-1, 1)                                              # [n, 1]
+    return k3(logp, ref_logp, beta=beta) * torch.where(adv > 0, w, torch.ones_like(w))
+
+
+def flattened(logp, flat_logp, *, beta=0.01, most=5.0):
+    """RAPO (2510.03865): forward KL to π_ref^φ, w log w - w + 1, w = π_ref^φ/π.   β ours (unknown)
+
+    flat_logp [n, T]: log-probs under the reference at temperature 1/φ, φ = (1 + R) / 2 of the response.
+    """
+    log_w = (flat_logp - logp).clamp(-20, most)
+    return beta * (log_w.exp() * (log_w - 1) + 1)
+
+
+def to_teacher(logp, teach_logp, correct, *, beta=2e-3, wrong_only=False):
+    """KDRL (2506.02208): β k2 to the teacher, or only on wrong responses."""
+    rows = (1 - correct).reshape(-1, 1) if wrong_only else 1.0
+    return k2(logp, teach_logp, beta=beta) * rows
+
+
+PENALTIES = dict(none=none, k2=k2, k3=k3, k3_straight=k3_straight, by_difficulty=by_difficulty,
+                 flattened=flattened, to_teacher=to_teacher)
+
+# --- weights: the loss of a minibatch is Σ loss · weight over its tokens.   mask -> [N, T] ---------------
+
+
+def token_mean(mask):
+    """Every token alike (DAPO)."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def sequence_mean(mask):
+    """Every response alike, a token 1/L of it (GRPO)."""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+
+
+def constant(mask, cap):
+    """Every token alike and by a constant, the longest response allowed (Dr. GRPO)."""
+    return mask / (len(mask) * cap)
+
+
+def sequence_sum(mask):
+    """Every response's sum, averaged (RLOO)."""
+    return mask / len(mask)
+
+
+WEIGHTS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant=constant, sequence_sum=sequence_sum)
+
+# --- filters: which groups train.   -> [P] bool ---------------------------------------------------------
+
+
+def every(shaped):
+    """All of them."""
+    return torch.ones(len(shaped), dtype=torch.bool, device=shaped.device)
+
+
+def mixed(score):
+    """Groups whose rewards differ (DAPO's dynamic sampling), of the reward before its length terms."""
+    return score.std(1) > 1e-6
+
+
+FILTERS = dict(every=every, mixed=mixed)
