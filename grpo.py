@@ -40,8 +40,102 @@ Watch    correct (of training samples, before shaping) should rise. flat is the 
          clipped says how many ratios left the trust region. length beside guessing: shorter is worthless
          if the model stops reasoning. kl is k1 to the start, nats per response.
 """
+import copy
+import importlib.util
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+import kernels
+import sft
+from data import tasks
+from data.run import Run, UserError, batch_indices, cli, launch, needs
+from model import Rollout, Transformer, autocast, generate, load, save, token_logprobs
+from optim import optimiser, set_lr
+
+# --- config -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every run has; what belongs to a shaper, an advantage or a loss is an argument of its function."""
+    config: str = ""             # presets and TOML files, left to right
+    data: str = "chain"          # a task, or a JSONL of prompts and answers
+    init: str = "base:chain"     # the SFT model: where the policy starts, and the reference
+    teacher: str = ""            # a better model with the same tokenizer, for the methods that learn from one
+    chat: bool = False           # wrap prompts in the checkpoint's chat template
+    reward: str = "task"         # the task's own, or PATH.py:FUNCTION, called (problem, text, finished) -> float
+    shaper: str = "plain"        # which row of SHAPERS
+    advantage: str = "group"     # which row of ADVANTAGES
+    credit: str = "same"         # which row of CREDIT
+    surrogate: str = "clip"      # which row of SURROGATES
+    chooser: str = "nothing"     # which row of CHOOSERS
+    penalty: str = "none"        # which row of PENALTIES
+    weight: str = "sequence_mean"  # which row of WEIGHTS
+    filter: str = "every"        # which row of FILTERS
+    steps: int = 60              # rollout-and-update iterations
+    prompts: int = 16            # groups per iteration
+    samples: int = 8             # responses per group
+    minibatches: int = 4         # optimizer steps per rollout, of whole groups
+    micro: int = 64              # responses per forward pass: lower it if memory runs out, nothing changes
+    rounds: int = 4              # how often a filter may ask for more groups
+    pool: int = 400              # training prompts, visited again and again
+    lr: float = 1e-4             # AdamW's, constant after the warm-up
+    warmup: int = 0              # iterations of linear warm-up
+    entropy: float = 0.0         # coefficient of an entropy bonus
+    kl_reward: float = 0.0       # KL in the reward: β k1 to the reference, nats per response
+    lag: int = 0                 # rollouts come from the policy of so many iterations ago
+    temperature: float = 1.0     # of sampling and, the same, of every log-prob
+    max_new: int = 0             # longest response in tokens (0: the task says)
+    eval_every: int = 20         # iterations between evaluations on held-out prompts
+    eval_prompts: int = 256      # how many of each held-out split
+    save_every: int = 20         # iterations between checkpoints
+    keep: int = 2                # checkpoints to keep
+    stop: int = 0                # pause after this iteration (0: no); --resume goes on
+    out: str = ""                # run folder (default out/grpo/<presets>)
+    seed: int = 0                # of SFT, prompts and sampling
+    device: str = "auto"         # cpu or cuda
+    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
+    compile: bool = False        # torch.compile the policy's training pass
+    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
+    resume: bool = False         # go on from the newest checkpoint of the run folder
+
+
+PRESETS = dict(                  # hyper-parameters: the papers', but for lr, sizes and what is marked ours above
+    grpo=dict(),
+    dr_grpo=dict(advantage="centred", weight="constant"),
+    rloo=dict(advantage="rloo", surrogate="reinforce", weight="sequence_sum", minibatches=1, kl_reward=0.05),
+    reinforce_pp=dict(advantage="returns", weight="token_mean"),
+    rpp_baseline=dict(advantage="whitened", weight="token_mean"),
+    dapo=dict(shaper="overlong", filter="mixed", eps_high=0.28, weight="token_mean"),
+    linear=dict(shaper="linear"),
+    dler=dict(shaper="truncate", filter="mixed", advantage="whitened", eps_high=0.28, weight="token_mean",
+              penalty="k3", beta=5e-4),
+    easy=dict(shaper="easiest"),
+    hapo=dict(shaper="history", pool=60),
+    arlcp=dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3),
+    drpo=dict(surrogate="drpo", chooser="hinge"),
+    clip_cov=dict(surrogate="clip_cov", chooser="band", filter="mixed", weight="token_mean"),
+    kl_cov=dict(surrogate="kl_cov", chooser="top", filter="mixed", weight="token_mean"),
+    ace=dict(credit="overconfident", weight="token_mean"),
+    apo=dict(credit="too_long", penalty="by_difficulty"),
+    rapo=dict(penalty="flattened", entropy=1e-3),
+    rlvr=dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05),
+    aipo=dict(advantage="centred", surrogate="stale", weight="token_mean"),
+    rlad=dict(surrogate="anchored", weight="token_mean"),
+    kdrl=dict(penalty="to_teacher", weight="token_mean"),
+    opd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128),
+    exopd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128, lam=1.25),
+    tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2, eval_prompts=16, save_every=2,
+              max_new=24, pool=32),
+)
+CURVES = {"correct": ["correct", "val_accuracy", "ood_accuracy"], "length, tokens": ["length"],
+          "entropy, nats": ["entropy"], "flat groups": ["flat"], "KL to the start, nats per response": ["kl"],
+          "clipped": ["clipped"]}
 
 # --- shapers: what a response is worth to training, [P, G] each; metrics read `correct`, never this --------
 
@@ -404,3 +498,310 @@ def mixed(score):
 
 
 FILTERS = dict(every=every, mixed=mixed)
+AXES = dict(shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDIT, surrogate=SURROGATES, chooser=CHOOSERS,
+            penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
+
+# --- roll out -------------------------------------------------------------------------------------------
+
+
+def joined(rolls, pad):
+    """Rollouts one below the other, padded to the widest -> Rollout."""
+    width = max(r.tokens.size(1) for r in rolls)
+
+    def stack(name, fill):
+        return torch.cat([F.pad(getattr(r, name), (0, width - r.tokens.size(1)), value=fill) for r in rolls])
+    return Rollout(stack("tokens", pad), stack("mask", 0), stack("logp", 0),
+                   torch.cat([r.prompt_len for r in rolls]), torch.cat([r.finished for r in rolls]),
+                   sum(r.row_steps for r in rolls))
+
+
+def rows_of(roll, keep):
+    """The rows of a rollout where keep [N] is true."""
+    return Rollout(*(x[keep] for x in roll[:-1]), roll.row_steps)
+
+
+@torch.no_grad()
+def logprobs(model, tokens, mask, c, temperature=0.0):
+    """token_logprobs in micro-batches, without gradient, at the run's temperature and precision.   [N, T]"""
+    with autocast(c.device, c.dtype):
+        return torch.cat([token_logprobs(model, t, m, temperature=temperature or c.temperature)
+                          for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
+
+
+def scorer(spec, task):
+    """The reward as a function (problem, text, finished) -> float: the task's, or PATH.py:FUNCTION.
+
+    UserError if the file or the function is not there.
+    """
+    if spec == "task":
+        return task.reward
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"--reward {spec}: give task, or PATH.py:FUNCTION of a file that exists")
+    found = importlib.util.spec_from_file_location("reward_of_the_user", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward {spec}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def graded(score, problems, roll, tok, samples):
+    """A reward of every response.   -> [P, G], the texts"""
+    texts = [tok.decode(ids) for ids in roll.completions()]
+    got = [float(score(problems[i // samples], x, done))
+           for i, (x, done) in enumerate(zip(texts, roll.finished.tolist()))]
+    return torch.tensor(got, device=roll.tokens.device).view(-1, samples), texts
+
+
+# --- evaluate -------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n, correct, k):
+    """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, from c of n (2107.03374 eq. 1)."""
+    out = 1.0
+    for i in range(n - correct + 1, n + 1):
+        out *= 1 - k / i
+    return 1 - out
+
+
+def evaluate(policy, sets, task, tok, c, max_new, samples=4):
+    """Held-out prompts, always the same and with the same draws: accuracy, pass@k, length, truncated share.
+
+    -> {split_key: mean}, [(prompt, text, reference)]. Sampled at the run's temperature.
+    """
+    out, look = {}, []
+    for split, problems in sets.items():
+        with autocast(c.device, c.dtype):
+            roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
+                            temperature=c.temperature, generator=torch.Generator().manual_seed(c.seed + 1))
+        score, texts = graded(task.reward, problems, roll, tok, samples)                 # [P, G]
+        right = (score > 0.5).sum(1).tolist() if task.metric == "accuracy" else []
+        out |= {f"{split}_{task.metric}": score.mean().item(), f"{split}_length": roll.mask.sum(1).mean().item(),
+                f"{split}_truncated": 1 - roll.finished.float().mean().item()}
+        if right:
+            out[f"{split}_pass@{samples}"] = sum(pass_at_k(samples, r, samples) for r in right) / len(right)
+        if hasattr(task, "habits"):
+            found = [task.habits(x) for x in texts]
+            out |= {f"{split}_{k}": sum(x[k] for x in found) / len(found) for k in found[0]}
+        look += [(problems[i]["prompt"], texts[i * samples], task.demo(problems[i])) for i in range(2)]
+    return out, look
+
+
+# --- train ----------------------------------------------------------------------------------------------
+
+
+def backward(policy, batch, groups, c, f, g):
+    """Gradients of one minibatch of whole groups, over its micro-batches -> what happened, a dict of floats.
+
+    batch: [N, T] tensors, and what belongs to a group as [P, G]. The weights are those of the whole
+    minibatch, so --micro changes nothing.
+    """
+    G = batch["length"].size(1)
+    rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()       # [n]
+    whole = {k: x[groups] if x.size(0) * G == len(batch["mask"]) else x[rows] for k, x in batch.items()}
+    width = int(whole["ends"].max())
+    whole = {k: x[:, :width] if x.shape == batch["mask"][rows].shape else x for k, x in whole.items()}
+    extra = dict(cap=c.max_new, generator=g, groups=len(groups))
+    if "now" in needs(f.chooser):
+        whole["now"] = logprobs(policy, whole["tokens"], whole["mask"], c)
+    whole["chosen"] = f.chooser(**{k: (whole | extra)[k] for k in needs(f.chooser)})     # [n, T]
+    whole["weight"] = f.weight(**{k: (whole | extra)[k] for k in needs(f.weight)})       # [n, T]
+    told = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
+    n = whole["mask"].sum().clamp(min=1)
+    for part in torch.arange(len(groups), device=groups.device).split(max(1, c.micro // G)):
+        pick = (part[:, None] * G + torch.arange(G, device=part.device)).flatten()
+        b = {k: x[part] if x.size(0) == len(groups) and G > 1 else x[pick] for k, x in whole.items()}
+        with autocast(c.device, c.dtype):
+            logp, entropy = token_logprobs(policy, b["tokens"], b["mask"], temperature=c.temperature,
+                                           entropy=True)
+        have = b | extra | dict(logp=logp)
+        loss = f.surrogate(**{k: have[k] for k in needs(f.surrogate)})                   # [n, T] or [p]
+        more = f.penalty(**{k: have[k] for k in needs(f.penalty)}) - c.entropy * entropy # [n, T]
+        loss = (loss.sum() / len(groups) if loss.dim() == 1 else (loss * b["weight"]).sum()) + (
+            more * b["weight"]).sum()
+        loss.backward()
+        off = ((logp.detach() - b["old_logp"]).clamp(-20, 20).exp() - 1).abs() * b["mask"]           # [n, T]
+        told["loss"] += loss.item()
+        told["worst"] = max(told["worst"], off.max().item())
+        for key, x in dict(off=off, clipped=(off > 0.2) * b["mask"], entropy=entropy.detach()).items():
+            told[key] += ((x * b["mask"]).sum() / n).item()
+    return told
+
+
+def check_first_ratio(told, dtype):
+    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio is wrong.
+
+    Exact to 1e-4 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
+    """
+    off, limit = (told["worst"], 1e-4) if dtype == "float32" else (told["off"], 0.02)
+    if off > limit:
+        raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not the policy "
+                        f"(another temperature, dtype or weights?)")
+
+
+def room(c, tok, problems, task, context):
+    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none fit."""
+    longest = max(len(tok.prompt(p, c.chat)) for p in problems)
+    new = c.max_new or min(task.max_new, context - longest)
+    if new < 1 or longest + new > context:
+        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
+                        f"the context of {context}; shorten it or lower --max_new")
+    return new
+
+
+def check(c, f):
+    """UserError where the parts of a run do not fit together."""
+    asked = {name for axis in (f.advantage, f.credit, f.surrogate, f.penalty) for name in needs(axis)}
+    if "teach_logp" in asked and not c.teacher:
+        raise UserError("this method learns from a teacher: give --teacher CHECKPOINT")
+    if c.temperature <= 0:
+        raise UserError(f"--temperature {c.temperature}: the policy samples, so it must be positive")
+    if c.samples < 2 and c.advantage in ("group", "centred", "rloo", "whitened"):
+        raise UserError(f"--samples {c.samples}: a group needs two responses to compare")
+    if c.prompts % c.minibatches:
+        raise UserError(f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole groups")
+    return asked
+
+
+def train(c, f):
+    """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
+    asked = check(c, f)
+    init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
+    teacher = sft.find(c.teacher, c.config, device=c.device) if c.teacher else ""
+    kernels.use(c.kernels)
+    with Run(c, f, "grpo", CURVES) as run:
+        ref, tok = load(init, c.device)
+        if not isinstance(ref, Transformer):
+            raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
+        ref.requires_grad_(False)
+        teach = load(teacher, c.device)[0].requires_grad_(False) if "teach_logp" in asked else None
+        policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
+        task = tasks.task(c.data)
+        score_of, G, pad = scorer(c.reward, task), c.samples, max(policy.config.pad_token_id, 0)
+        problems = task.problems("train", c.pool, 1000 + c.seed)
+        sets = {s: task.problems(s, c.eval_prompts, c.seed) for s in tasks.held_out(c.data)}
+        max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task,
+                       policy.config.max_position_embeddings)
+        opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
+        best, cursor, past = [float("inf")] * len(problems), 0, []       # HAPO's records; the data's place
+        run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
+                f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, {c.device} {c.dtype}")
+        if run.state:
+            opt.load_state_dict(run.state["opt"])
+            g.set_state(run.state["rng"])
+            best, cursor, before = run.state["best"], run.state["cursor"], run.state["before"]
+            past = run.state["past"]
+        else:
+            before, look = evaluate(policy, sets, task, tok, c, max_new)
+            run.log(0, **before, show=True)
+        scores, actor = before, copy.deepcopy(policy).requires_grad_(False)
+        train_policy = torch.compile(policy) if c.compile else policy
+
+        for step in run.steps(c.steps):
+            # 1. roll out: groups until enough of them pass the filter ------------------------------------
+            clock, kept, seen = time.perf_counter(), [], []
+            if c.lag:
+                past = [*past, copy.deepcopy(policy.state_dict())][-c.lag - 1:]
+                actor.load_state_dict(past[0])
+            sampler = actor if c.lag else policy
+            for _ in range(c.rounds):
+                where = batch_indices(len(problems), c.prompts, cursor, c.seed).tolist()
+                cursor, picked = cursor + 1, [problems[i] for i in where]
+                with autocast(c.device, c.dtype):
+                    roll = generate(sampler, [tok.prompt(p, c.chat) for p in picked], max_new, samples=G,
+                                    temperature=c.temperature, generator=g)
+                score, _ = graded(score_of, picked, roll, tok, G)                        # [P, G]
+                seen.append(score)
+                have = dict(score=score, shaped=score)
+                keep = f.filter(**{k: have[k] for k in needs(f.filter)})                 # [P]
+                kept.append((rows_of(roll, keep.repeat_interleave(G)), score[keep],
+                             [i for i, k in zip(where, keep.tolist()) if k]))
+                if sum(len(x[1]) for x in kept) >= c.prompts or c.filter == "every":
+                    break
+            roll = rows_of(joined([x[0] for x in kept], pad), slice(c.prompts * G))
+            score = torch.cat([x[1] for x in kept])[:c.prompts]                          # [P, G]
+            where = [i for x in kept for i in x[2]][:c.prompts]
+            mask, t_gen = roll.mask, time.perf_counter() - clock                         # [N, T]
+            # 2. score ------------------------------------------------------------------------------------
+            clock = time.perf_counter()
+            texts = [tok.decode(ids) for ids in roll.completions()]
+            per_group = dict(
+                score=score, correct=(score > 0.5).to(score), length=mask.sum(1).view(-1, G),
+                truncated=~roll.finished.view(-1, G),
+                reflections=torch.tensor([float(x.count("w")) for x in texts]).to(score).view(-1, G),
+                best=torch.tensor([best[i] for i in where]).to(score)[:, None])          # [P, G], best [P, 1]
+            compute = dict(
+                old_logp=lambda: logprobs(policy, roll.tokens, mask, c) if c.lag else roll.logp,
+                ref_logp=lambda: logprobs(ref, roll.tokens, mask, c), base_logp=lambda: have["ref_logp"],
+                teach_logp=lambda: logprobs(teach, roll.tokens, mask, c), behaviour_logp=lambda: roll.logp,
+                flat_logp=lambda: torch.where(per_group["correct"].view(-1, 1) > 0, have["ref_logp"],
+                                              logprobs(ref, roll.tokens, mask, c, 2 * c.temperature)))
+            have = dict(per_group, mask=mask, cap=max_new)
+            for name in ["old_logp", "ref_logp", *sorted(asked & set(compute) - {"old_logp", "ref_logp"})]:
+                have[name] = compute[name]()
+            kl = ((have["old_logp"] - have["ref_logp"]) * mask).sum(1)                   # [N]
+            shaped = f.shaper(**{k: have[k] for k in needs(f.shaper)}) - c.kl_reward * kl.view(-1, G)
+            have["shaped"] = shaped                                                      # [P, G]
+            have["adv"] = f.advantage(**{k: have[k] for k in needs(f.advantage)})        # [N, T]
+            have["adv"] = f.credit(**{k: have[k] for k in needs(f.credit)})
+            batch = {k: x for k, x in have.items() if torch.is_tensor(x)} | dict(
+                tokens=roll.tokens, ends=(roll.prompt_len + mask.sum(1).long())[:, None])
+            for i, row, lengths in zip(where, per_group["correct"].tolist(), per_group["length"].tolist()):
+                best[i] = min([best[i], *(n for n, right in zip(lengths, row) if right)])
+            t_score = time.perf_counter() - clock
+            # 3. update -----------------------------------------------------------------------------------
+            clock, told, norm = time.perf_counter(), [], 0.0
+            set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
+            size = c.prompts // c.minibatches
+            for groups in torch.randperm(len(score), generator=g).to(mask.device).split(size):
+                told.append(backward(train_policy, batch, groups, replace(c, max_new=max_new), f, g))
+                if len(told) == 1 and not c.lag:
+                    check_first_ratio(told[0], c.dtype)
+                norm = clip_grad_norm_(policy.parameters(), 1.0)
+                opt.step()
+                opt.zero_grad()
+            # 4. tell -------------------------------------------------------------------------------------
+            every_score = torch.cat(seen)                                                # before the filter
+            row = dict(correct=every_score.mean(), flat=(every_score.std(1) < 1e-6).float().mean(),
+                       length=mask.sum(1).mean(), truncated=1 - roll.finished.float().mean(), kl=kl.mean(),
+                       entropy=told[0]["entropy"] if told else 0.0, norm=norm, groups=len(score),
+                       generated=float(len(torch.cat(seen).flatten())))
+            row |= {k: sum(t[k] for t in told) / max(1, len(told)) for k in ("loss", "clipped")}
+            run.log(step + 1, **row, t_gen=t_gen, t_score=t_score, t_update=time.perf_counter() - clock)
+            if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                scores, look = evaluate(policy, sets, task, tok, c, max_new)
+                run.log(step + 1, **scores, show=True)
+            if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
+                run.save(step + 1, lambda folder: save(policy, tok, folder), opt=opt.state_dict(),
+                         rng=g.get_state(), best=best, cursor=cursor, before=before, past=past)
+        if c.stop and c.stop < c.steps:
+            return scores
+        if run.state and run.start >= c.steps:                                   # resumed after its last step
+            scores, look = evaluate(policy, sets, task, tok, c, max_new)
+        report(run, before, scores, look)
+        return run.finish(**scores, **{f"sft_{k}": v for k, v in before.items()})
+
+
+def report(run, before, after, look):
+    """The last words of a run: two samples a split, then SFT beside the policy on held-out prompts."""
+    for prompt, text, reference in look:
+        run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
+    run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
+    for key in before:
+        run.say(f"  {key:<18} {before[key]:>11.3f} {after[key]:>10.3f}")
+    run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
+
+
+CLAIMS = {}
+
+# --- main -----------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """python grpo.py …: see the docstring above, or --help."""
+    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+
+
+if __name__ == "__main__":
+    cli(main)
