@@ -58,7 +58,7 @@ from data.judging import (ROUTERS, RULE_REWARDS, accuracy, assign, auroc, best_o
                           group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve, routing_table,
                           spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
-from data.run import Claim, Run, UserError, batch_indices, cli, in_parts, launch, needs
+from data.run import Claim, Run, UserError, batch_indices, cli, gated, in_parts, launch, needs
 from model import (PairModel, ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
                    preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
@@ -103,8 +103,7 @@ class Config:
 
 
 WORLDS = ("ring", "toyif")
-TOYIF = dict(data="toyif", init="base:toyif_base")
-CHECKS = dict(data="toyif", init="base:toyif_judge")             # a base that can tell what a rule asks
+TOYIF, CHECKS = (dict(data="toyif", init=f"base:toyif_{x}") for x in ("base", "judge"))
 MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
 PRESETS = dict(                  # learning rates and sizes: ours, the papers' are for billions of weights
     bt=dict(), margin=dict(loss="margin"), scaled=dict(loss="scaled"), smooth=dict(loss="smooth"),
@@ -122,7 +121,7 @@ PRESETS = dict(                  # learning rates and sizes: ours, the papers' a
     ring=dict(), toyif=TOYIF,
     noisy=dict(noise=0.25), big_router=dict(rows=16000, epochs=3.0, warmup=100, rivals=0),
     direct=dict(judge="direct"), nocontrast=dict(contrast=False), nofilter=dict(consistent=False),
-    bt_rubrics=dict(recipe="scalar", data="rubrics", rows=5600, lr=1e-3),
+    bt_rubrics=dict(recipe="scalar", data="rubrics", lr=1e-3),
     short_style=dict(style="short"), filler_style=dict(style="filler", rl_steps=0),
     direct_style=dict(style="direct", rl_steps=0),
     bt_style=dict(style="bt", optimiser="adamw", lr=5e-4, aux_lr=0.0, warmup=0),
@@ -841,9 +840,9 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, ve
     """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the label, then
     distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B -> criteria, winner).
 
-    judge "direct": the same model and pairs, the winner at once; a scalar model: --data rubrics. most: the
-    examples that any judge learns from, of 8000 pairs before the filter. verbose: the share of training
-    labels that prefer the longer response, whatever gold says; tests are gold's."""
+    judge "direct": the same model, the winner at once; a scalar model: --data rubrics. most: any judge's
+    examples, of 8000 pairs before the filter. verbose: the share of training labels that prefer the longer
+    response, whatever gold says; tests are gold's."""
     prefs.one_of(judge, ("rubric", "direct"), "--judge")
     s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
@@ -886,7 +885,7 @@ def thinkrm(c, f, run, *, style="long", error=0.05, bits=7, rl_steps=60, rl_pair
     prefs.one_of(rule, RULE_REWARDS, "--rule")
     tok, name = prefs.tokenizer(), f"parity_{'direct' if style == 'bt' else style}"
     task, n = tasks.task(name, error=error, bits=bits), c.rows or 4000
-    fresh = init(preset("2x64", tok, 64, "llama"), c.seed)
+    fresh = init(preset("2x64", tok, 6 * bits + 24, "llama"), c.seed)
     sets = dict(id=task.problems("val", 400, c.seed), hard=task.problems("hard", 300, c.seed))
 
     shown = task.demonstrations(n, seed=1000 + c.seed)           # in both orders, one after the other
@@ -1123,12 +1122,6 @@ def versus(ours, *others, on="", tag=""):
     """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
     return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
-def routing_conclusion(verdicts):
-    """Says so where a gate is not met: where the model or its uncertainty says nothing."""
-    gates = [k for k, v in verdicts.items() if k.startswith("gate") and v != "holds"]
-    told = in_parts("over random", "over margin")(verdicts)
-    return f"uninformative model ({'; '.join(gates)}: not met), {told}" if gates else told
-
 NOISY, ENSEMBLES = ", 25% noise", ("mean", "wco", "uwo")
 CLAIMS = dict(
     routing=Claim(
@@ -1140,29 +1133,36 @@ CLAIMS = dict(
         | versus("shuffled", "random", tag="control: ") | {
             "gate: id accuracy > 0.8": {"uncertainty|id_accuracy": 1, "": -0.8},
             "gate: u(ood) > u(id)": {"uncertainty|u_shift": 1}},
-        also=("id_accuracy", "ood_accuracy", "u_auroc", "margin_auroc"), conclude=routing_conclusion,
+        also=("id_accuracy", "ood_accuracy", "u_auroc", "margin_auroc"),
+        conclude=gated("uninformative model", "over random", "over margin"),
         sweep=("share of pairs that the judge answers", ("accuracy",))),
     rubrics=Claim(
         "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
         "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten benchmarks",
         dict(rubric="rubrics", oracle="rubrics", direct="rubrics,direct", bt="rubrics,bt_rubrics")
-        | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter"}, "accuracy",
-        versus("rubric", "direct", "no contrast") | versus("rubric", "no filter", on="verbose") | {
-            "votes > one": {"rubric|accuracy_vote": 1, "rubric": -1},
-            "gate: oracle > 0.9 on id": {"oracle|id": 1, "": -0.9}},
+        | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
+           "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
+        versus("rubric", "direct", "bt", tag="judges: ") | versus("rubric", "no contrast", tag="contrast: ")
+        | versus("no filter", "neither", tag="contrast: ") | versus("rubric", "no filter", tag="filter: ")
+        | versus("rubric", "no filter", on="verbose", tag="filter: verbose: ") | {
+            "votes: five > one": {"rubric|accuracy_vote": 1, "rubric": -1},
+            "gate: oracle > 0.9 on id": {"oracle|id": 1, "": -0.9},
+            "gate: direct > 0.6 on id": {"direct|id": 1, "": -0.6}},
         also=("id", "k3", "verbose"),
-        conclude=in_parts("direct", "no contrast", "no filter", "votes", "gate")),
+        conclude=gated("weak judges", "judges", "contrast", "filter", "votes")),
     thinkrm=Claim(
-        "A judge that reasons at length beats Bradley-Terry and short reasoning with votes out of domain",
+        "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs too",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
         {"long": "thinkrm", "long+RL": "thinkrm", "short+RL": "thinkrm,short_style"}
         | {x: f"thinkrm,{x}_style" for x in ("short", "filler", "direct", "bt")}, "hard",
         versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
             "votes: long > short, 16 votes": {"long|hard": 1, "short|hard_vote": -1},
-            "in domain: long > short, 16 votes": {"long|id": 1, "short|id_vote": -1}}
+            "in domain: long > short, majority of 16": {"long|id": 1, "short|id_vote": -1}}
+        | versus("long", "bt", "filler", on="id", tag="in domain: ")
         | versus("long+RL", "long", on="accuracy_graded", tag="RL: ")
         | versus("short+RL", "short", on="accuracy_graded", tag="RL: ")
-        | {"RL: no longer": {"long|accuracy_length": 1, "long+RL|accuracy_length": -1, "": 0.05}},
+        | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02, f"{x}+RL|accuracy_length": -1}
+           for x in ("long", "short")},
         also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
     advrm=Claim(
         "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",

@@ -16,7 +16,7 @@ sft         signatures: (signature, docstring) pairs   loss on the completion on
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif_checks  which criteria do two responses meet?    verdicts, no winners
-toyif_judge  the same, most on principles alone        the base of the judges that read rubrics
+toyif_judge  the same, most on principles alone        the base of the claim about rubrics
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -390,19 +390,30 @@ AXES = dict(loss=LOSSES, optimiser=RULES, update=dict(optimiser=optimiser), sche
 # --- start --------------------------------------------------------------------------------------------
 
 
+def configured(presets, like="", **changes):
+    """What base() asks for: the presets' names, the command line, (c, f)."""
+    names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
+    argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
+    return names, argv, configure(Config, PRESETS, AXES, __doc__, argv)
+
+
+def fingerprint(c, f):
+    """Eight digits of a run's settings and of the base it starts from."""
+    said = repr(sorted(settings(replace(c, device=""), f).items()))
+    if c.init.startswith("base:"):
+        said += fingerprint(*configured(c.init.removeprefix("base:"), c.config)[2])
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
+
+
 def base(presets, like="", **changes):
     """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not under out/sft/.
 
     like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g.
-    seed=1. The folder's name carries a hash of all settings, so that different ones never share a checkpoint
-    (delete it by hand after changing the code).
-    On several ranks all make it together.
+    seed=1. The folder's name carries a hash of all settings, its own base's too, so that different ones never
+    share a checkpoint (delete it by hand after changing the code). On several ranks all make it together.
     """
-    names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
-    argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
-    c, f = configure(Config, PRESETS, AXES, __doc__, argv)
-    tag = hashlib.sha256(repr(sorted(settings(replace(c, device=""), f).items())).encode()).hexdigest()[:8]
-    folder = Path("out/sft") / f"base-{'-'.join(names)}-{tag}"
+    names, argv, (c, f) = configured(presets, like, **changes)
+    folder = Path("out/sft") / f"base-{'-'.join(names)}-{fingerprint(c, f)}"
     first = rank() == 0
     with lock(folder) if first else nullcontext():
         if share(result(folder) is None):

@@ -173,7 +173,8 @@ def majority(votes):
 def verdict_rates(samples, greedy, labels):
     """Means over pairs: of one sample's verdict, of a _vote of all, _greedy, and _graded (see graded).
 
-    samples [P][votes] and greedy [P]: scores or None for no verdict;  labels [P]: gold's, never 0."""
+    samples [P][votes] and greedy [P]: scores, or None for no verdict, which counts ½ among samples and 0
+    where greedy or graded;  labels [P]: gold's, never 0."""
     signs = [[x and (1 if x * y > 0 else -1) for x in said] for said, y in zip(samples, labels)]
     each = {"": [majority(v[:1]) for v in signs], "_vote": map(majority, signs),
             "_greedy": map(right_sign, greedy, labels),

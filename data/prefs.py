@@ -588,8 +588,8 @@ def judge_text(prompt, rubric, a, b, rng, error=0.05):
 class Checks:
     """A judge's groundwork: which criteria do two responses meet?   "<Fc=FcPm/AcabBba?" -> "Fc+-Pm+-"
 
-    Splits share no prompt, as ToyIF's. The rubric's principle is any, whatever the domain, and no winner is
-    named: what a domain means, and how verdicts add up, a judge must learn elsewhere.
+    Splits share no prompt, as ToyIF's. No winner is named, and the rubric's principle is any, whatever the
+    domain: what a domain means is not said (only hinted at: the better responses obey their own domain's).
     """
     name, metric, max_new, splits = "toyif_checks", "accuracy", 17, ("train", "val")
 
@@ -809,13 +809,13 @@ def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
 def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
     """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or a file.
 
-    n 0: 4000, or the whole file. Held-out labels of a world are gold's; noise and ties are of its training
-    pairs. A file's splits share no prompt; what load_pairs drops is told. whole: for a model that has seen
-    none of a file, its pairs are all held out too: the set "all".
+    n 0: 4000 (rubrics: 5600, as many as its judges), or the whole file. Held-out labels of a world are
+    gold's; noise and ties are of its training pairs. A file's splits share no prompt; what load_pairs drops
+    is told. whole: for a model that has seen none of a file, its pairs are all held out too: the set "all".
     """
     worlds = dict(toyif=ToyIF, ring=Ring)
     if name == "rubrics":
-        return rubric_pairs(n or 3000, 1000 + seed), rubric_tests(seed)
+        return rubric_pairs(n or 5600, 1000 + seed), rubric_tests(seed)
     if name in worlds:
         world = worlds[name]()
         return (world.pairs(n or 4000, 1000 + seed, noise=noise, keep_ties=ties),

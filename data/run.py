@@ -185,8 +185,8 @@ def configure(Config, presets, axes, doc="", argv=None):
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
     numbers = {k: v for row in bound.values() for k, v in row.items()} | resolved
-    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps", "members",
-                "rounds", "votes"):
+    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps",
+                "members", "rounds", "votes"):
         if numbers.get(key, 1) < (0 if key == "steps" else 1):
             raise UserError(f"--{key} {numbers[key]}: must be positive")
     f = SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
@@ -606,6 +606,15 @@ def in_parts(*parts):
     """A claim of several parts in one line: each part, and what the tests with its name in the label say."""
     return lambda verdicts: "; ".join(
         f"{x}: {conclude_all({k: v for k, v in verdicts.items() if x in k})}" for x in parts)
+
+
+def gated(what, *parts):
+    """in_parts, and before it "what (gate: …: not met)" if a test whose label begins with gate is not met."""
+    def conclude(verdicts):
+        gates = [k for k, v in verdicts.items() if k.startswith("gate") and v != "holds"]
+        told = in_parts(*parts)({k: v for k, v in verdicts.items() if not k.startswith("gate")})
+        return f"{what} ({'; '.join(gates)}: not met), {told}" if gates else told
+    return conclude
 
 
 def run_arm(job):

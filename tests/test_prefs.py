@@ -473,6 +473,15 @@ def test_checks_are_right_and_say_nothing_of_the_domain():
                for seen in named.values() for x in "mno")
 
 
+def test_checks_share_no_prompt_and_come_with_or_without_rules():
+    train, val = ({p["prompt"].split("=")[0] for p in Checks().problems(split, 400)}
+                  for split in ("train", "val"))
+    assert not train & val
+    rows = Checks(0.3).problems("train", 1000)
+    assert sum(len(p["answer"]) > 4 for p in rows) / 1000 == pytest.approx(0.3, abs=0.05)
+    assert all(len(p["answer"]) < Checks.max_new for p in rows)  # and EOS
+
+
 def test_the_last_winner_decides():
     assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-", "")] == ["A", "B", "B", "A", None, None]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data import run
-from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep, in_parts,
-                      interval, judge, of, read_log, sweep, verdict)
+from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep, gated,
+                      in_parts, interval, judge, of, read_log, sweep, verdict)
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,14 @@ def test_arms_of_one_run_are_told_apart():
     assert by["gate"] == (2.0, "undecided")                      # 1, 2, 3 with t 4.303: 2 ± 2.48
     assert report["verdict"] == "a > b: holds; peak: undecided; gate: undecided"
     assert conclude_all({"x": "holds"}) == "holds"
+
+
+@pytest.mark.parametrize("gate, said", [("holds", "a: holds; b: undecided"), (
+    "undecided", "weak (gate: a > 1: not met), a: holds; b: undecided")])
+def test_a_gate_that_is_not_met_is_told_first(gate, said):
+    """and is no test of the part that its label happens to name"""
+    verdicts = {"a > c": "holds", "b > c": "undecided", "gate: a > 1": gate}
+    assert gated("weak", "a", "b")(verdicts) == said
 
 
 def test_a_sweep_collects_an_arm_s_own_points(tmp_path):

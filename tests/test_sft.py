@@ -208,6 +208,14 @@ def test_base_is_made_once_and_found_again(workdir, capsys):
     assert sft.base("arithmetic,tiny", steps=2, rows=32, seed=1) != a
 
 
+def test_a_base_knows_what_its_own_base_is(monkeypatch):
+    def tag():
+        return sft.fingerprint(*sft.configured("toyif_judge", "tiny")[2])
+    before = tag()
+    monkeypatch.setitem(sft.PRESETS, "toyif_checks", sft.PRESETS["toyif_checks"] | dict(lr=1e-3))
+    assert len(before) == 8 and tag() != before
+
+
 def test_jsonl_of_ones_own(workdir):
     rows = [dict(prompt=f"say {i}: ", completion=str(i)) for i in range(40)]
     (workdir / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
