@@ -113,7 +113,7 @@ PRESETS = dict(                  # hyper-parameters: the papers', but for lr, si
     rpp_baseline=dict(advantage="whitened", weight="token_mean"),
     dapo=dict(shaper="overlong", filter="mixed", eps_high=0.28, weight="token_mean"),
     linear=dict(shaper="linear"),
-    dler=dict(shaper="truncate", filter="mixed", advantage="whitened", eps_high=0.28, weight="token_mean",
+    dler=dict(shaper="truncate", filter="mixed_shaped", advantage="whitened", eps_high=0.28, weight="token_mean",
               penalty="k3", beta=5e-4),
     easy=dict(shaper="easiest"),
     hapo=dict(shaper="history", pool=60),
@@ -133,7 +133,7 @@ PRESETS = dict(                  # hyper-parameters: the papers', but for lr, si
     tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2, eval_prompts=16, save_every=2,
               max_new=24, pool=32),
 )
-CURVES = {"correct": ["correct", "val_accuracy", "ood_accuracy"], "length, tokens": ["length"],
+CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy"], "length, tokens": ["length"],
           "entropy, nats": ["entropy"], "flat groups": ["flat"], "KL to the start, nats per response": ["kl"],
           "clipped": ["clipped"]}
 
@@ -493,11 +493,16 @@ def every(shaped):
 
 
 def mixed(score):
-    """Groups whose rewards differ (DAPO's dynamic sampling), of the reward before its length terms."""
+    """Groups whose rewards differ (DAPO's dynamic sampling), before a shaper's length terms."""
     return score.std(1) > 1e-6
 
 
-FILTERS = dict(every=every, mixed=mixed)
+def mixed_shaped(shaped):
+    """... after them: DLER's, whose only shaping is truncation."""
+    return shaped.std(1) > 1e-6
+
+
+FILTERS = dict(every=every, mixed=mixed, mixed_shaped=mixed_shaped)
 AXES = dict(shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDIT, surrogate=SURROGATES, chooser=CHOOSERS,
             penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
 
@@ -554,6 +559,15 @@ def graded(score, problems, roll, tok, samples):
     return torch.tensor(got, device=roll.tokens.device).view(-1, samples), texts
 
 
+def described(score, texts, roll, best, where):
+    """What is known of each group, as a shaper or a filter may name it: [P, G], and best and where [P, 1]."""
+    shape = score.shape
+    return dict(score=score, correct=(score > 0.5).to(score), length=roll.mask.sum(1).view(shape),
+                truncated=~roll.finished.view(shape), best=best.to(score)[:, None],
+                reflections=torch.tensor([float(x.count("w")) for x in texts]).to(score).view(shape),
+                where=torch.tensor(where, device=score.device)[:, None])
+
+
 # --- evaluate -------------------------------------------------------------------------------------------
 
 
@@ -568,14 +582,17 @@ def pass_at_k(n, correct, k):
 def evaluate(policy, sets, task, tok, c, max_new, samples=4):
     """Held-out prompts, always the same and with the same draws: accuracy, pass@k, length, truncated share.
 
-    -> {split_key: mean}, [(prompt, text, reference)]. Sampled at the run's temperature.
+    Sampled at the run's temperature; _greedy: the accuracy at temperature 0.
+    -> {split_key: mean}, [(prompt, text, reference)]
     """
     out, look = {}, []
     for split, problems in sets.items():
+        prompts, g = [tok.prompt(p, c.chat) for p in problems], torch.Generator().manual_seed(c.seed + 1)
         with autocast(c.device, c.dtype):
-            roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
-                            temperature=c.temperature, generator=torch.Generator().manual_seed(c.seed + 1))
+            roll = generate(policy, prompts, max_new, samples=samples, temperature=c.temperature, generator=g)
+            best = generate(policy, prompts, max_new, temperature=0.0)
         score, texts = graded(task.reward, problems, roll, tok, samples)                 # [P, G]
+        out[f"{split}_greedy"] = graded(task.reward, problems, best, tok, 1)[0].mean().item()
         right = (score > 0.5).sum(1).tolist() if task.metric == "accuracy" else []
         out |= {f"{split}_{task.metric}": score.mean().item(), f"{split}_length": roll.mask.sum(1).mean().item(),
                 f"{split}_truncated": 1 - roll.finished.float().mean().item()}
@@ -711,50 +728,42 @@ def train(c, f):
                 with autocast(c.device, c.dtype):
                     roll = generate(sampler, [tok.prompt(p, c.chat) for p in picked], max_new, samples=G,
                                     temperature=c.temperature, generator=g)
-                score, _ = graded(score_of, picked, roll, tok, G)                        # [P, G]
+                score, texts = graded(score_of, picked, roll, tok, G)                    # [P, G]
                 seen.append(score)
-                have = dict(score=score, shaped=score)
-                keep = f.filter(**{k: have[k] for k in needs(f.filter)})                 # [P]
-                kept.append((rows_of(roll, keep.repeat_interleave(G)), score[keep],
-                             [i for i, k in zip(where, keep.tolist()) if k]))
-                if sum(len(x[1]) for x in kept) >= c.prompts or c.filter == "every":
+                group = described(score, texts, roll, torch.tensor([best[i] for i in where]), where)
+                group["shaped"] = f.shaper(**{k: (group | dict(cap=max_new))[k] for k in needs(f.shaper)})
+                keep = f.filter(**{k: group[k] for k in needs(f.filter)})                # [P]
+                kept.append((rows_of(roll, keep.repeat_interleave(G)), {k: x[keep] for k, x in group.items()}))
+                if sum(len(x["score"]) for _, x in kept) >= c.prompts or c.filter == "every":
                     break
-            roll = rows_of(joined([x[0] for x in kept], pad), slice(c.prompts * G))
-            score = torch.cat([x[1] for x in kept])[:c.prompts]                          # [P, G]
-            where = [i for x in kept for i in x[2]][:c.prompts]
+            roll = rows_of(joined([x for x, _ in kept], pad), slice(c.prompts * G))
+            have = {k: torch.cat([x[k] for _, x in kept])[:c.prompts] for k in group}    # [P, G] each
             mask, t_gen = roll.mask, time.perf_counter() - clock                         # [N, T]
             # 2. score ------------------------------------------------------------------------------------
             clock = time.perf_counter()
-            texts = [tok.decode(ids) for ids in roll.completions()]
-            per_group = dict(
-                score=score, correct=(score > 0.5).to(score), length=mask.sum(1).view(-1, G),
-                truncated=~roll.finished.view(-1, G),
-                reflections=torch.tensor([float(x.count("w")) for x in texts]).to(score).view(-1, G),
-                best=torch.tensor([best[i] for i in where]).to(score)[:, None])          # [P, G], best [P, 1]
             compute = dict(
                 old_logp=lambda: logprobs(policy, roll.tokens, mask, c) if c.lag else roll.logp,
                 ref_logp=lambda: logprobs(ref, roll.tokens, mask, c), base_logp=lambda: have["ref_logp"],
                 teach_logp=lambda: logprobs(teach, roll.tokens, mask, c), behaviour_logp=lambda: roll.logp,
-                flat_logp=lambda: torch.where(per_group["correct"].view(-1, 1) > 0, have["ref_logp"],
+                flat_logp=lambda: torch.where(have["correct"].view(-1, 1) > 0, have["ref_logp"],
                                               logprobs(ref, roll.tokens, mask, c, 2 * c.temperature)))
-            have = dict(per_group, mask=mask, cap=max_new)
+            have |= dict(mask=mask, cap=max_new)
             for name in ["old_logp", "ref_logp", *sorted(asked & set(compute) - {"old_logp", "ref_logp"})]:
                 have[name] = compute[name]()
             kl = ((have["old_logp"] - have["ref_logp"]) * mask).sum(1)                   # [N]
-            shaped = f.shaper(**{k: have[k] for k in needs(f.shaper)}) - c.kl_reward * kl.view(-1, G)
-            have["shaped"] = shaped                                                      # [P, G]
+            have["shaped"] = have["shaped"] - c.kl_reward * kl.view(-1, G)               # [P, G]
             have["adv"] = f.advantage(**{k: have[k] for k in needs(f.advantage)})        # [N, T]
             have["adv"] = f.credit(**{k: have[k] for k in needs(f.credit)})
             batch = {k: x for k, x in have.items() if torch.is_tensor(x)} | dict(
                 tokens=roll.tokens, ends=(roll.prompt_len + mask.sum(1).long())[:, None])
-            for i, row, lengths in zip(where, per_group["correct"].tolist(), per_group["length"].tolist()):
-                best[i] = min([best[i], *(n for n, right in zip(lengths, row) if right)])
+            for i, lengths, right in zip(have["where"].flatten().tolist(), have["length"], have["correct"]):
+                best[i] = min([best[i], *lengths[right > 0].tolist()])                   # HAPO's records
             t_score = time.perf_counter() - clock
             # 3. update -----------------------------------------------------------------------------------
             clock, told, norm = time.perf_counter(), [], 0.0
             set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
             size = c.prompts // c.minibatches
-            for groups in torch.randperm(len(score), generator=g).to(mask.device).split(size):
+            for groups in torch.randperm(len(have["score"]), generator=g).to(mask.device).split(size):
                 told.append(backward(train_policy, batch, groups, replace(c, max_new=max_new), f, g))
                 if len(told) == 1 and not c.lag:
                     check_first_ratio(told[0], c.dtype)
@@ -763,9 +772,9 @@ def train(c, f):
                 opt.zero_grad()
             # 4. tell -------------------------------------------------------------------------------------
             every_score = torch.cat(seen)                                                # before the filter
-            row = dict(correct=every_score.mean(), flat=(every_score.std(1) < 1e-6).float().mean(),
+            row = dict(correct=every_score.mean(), flat=(every_score.std(1, correction=0) < 1e-6).float().mean(),
                        length=mask.sum(1).mean(), truncated=1 - roll.finished.float().mean(), kl=kl.mean(),
-                       entropy=told[0]["entropy"] if told else 0.0, norm=norm, groups=len(score),
+                       entropy=told[0]["entropy"] if told else 0.0, norm=norm, groups=len(have["score"]),
                        generated=float(len(torch.cat(seen).flatten())))
             row |= {k: sum(t[k] for t in told) / max(1, len(told)) for k in ("loss", "clipped")}
             run.log(step + 1, **row, t_gen=t_gen, t_score=t_score, t_update=time.perf_counter() - clock)

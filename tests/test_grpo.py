@@ -6,7 +6,8 @@ import torch
 from conftest import close, rand
 
 import grpo
-from data.run import needs
+from data.run import UserError, needs, read_log
+from model import load
 
 T = torch.tensor
 
@@ -426,3 +427,78 @@ def test_nothing_changes_its_input(table):
         out = fn(**{k: have[k] for k in needs(fn)})
         assert torch.isfinite(out.double()).all()
         assert all(torch.equal(have[k], x) for k, x in before.items())
+
+
+# --- whole runs -----------------------------------------------------------------------------------------
+
+METHODS = [p for p in grpo.PRESETS if p != "tiny"]
+LEARNS_FROM_A_TEACHER = {"rlad", "kdrl", "opd", "exopd"}
+
+
+def tiny(config, out, *extra):
+    teacher = ["--teacher", "base:chain_clean"] if config in LEARNS_FROM_A_TEACHER else []
+    small = ["--prompts", "8", "--samples", "1"] if config in ("opd", "exopd") else []
+    return grpo.main(["--config", f"{config},tiny", "--steps", "2", *small, *teacher, "--out", out, *extra])
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_every_preset_takes_two_steps(config, shared_bases):
+    out = tiny(config, "run")
+    assert {"val_accuracy", "ood_accuracy", "val_pass@4", "sft_val_accuracy"} <= out.keys()
+    assert all(math.isfinite(v) for v in out.values())
+    log = [row for row in read_log("run") if "correct" in row]
+    keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score", "t_update"}
+    assert len(log) == 2 and keys <= log[0].keys() and all(math.isfinite(v) for row in log for v in row.values())
+
+
+def test_the_map_names_every_method():
+    table = grpo.__doc__.partition("\npreset ")[2].partition("\nWatch")[0].splitlines()[1:]
+    assert [row.split()[0] for row in table] == METHODS
+
+
+def weights(folder):
+    return load(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("config, extra", [("hapo", ()), ("aipo", ("--lag", "1"))])
+def test_resume_is_exact(config, extra, shared_bases):
+    """4 steps = 2 + --resume + 2, bit for bit: HAPO's records and a lagged policy too"""
+    args = ["--steps", "4", "--save_every", "2", *extra]
+    whole = tiny(config, "whole", *args)
+    tiny(config, "half", *args, "--stop", "2")
+    assert tiny(config, "half", *args, "--resume") == whole
+    a, b = weights("whole"), weights("half")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("config", ["grpo", "drpo", "kl_cov"])
+def test_micro_does_not_change_the_result(config, shared_bases):
+    for micro in ("64", "4"):
+        tiny(config, f"m{micro}", "--micro", micro)
+    a, b = weights("m64"), weights("m4")
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_reward_of_ones_own(shared_bases):
+    (shared_bases / "mine.py").write_text("def short(problem, text, finished):\n    return float(len(text) < 9)\n")
+    tiny("grpo", "mine", "--reward", "mine.py:short")
+    assert any(row.get("correct", 0) > 0 for row in read_log("mine"))
+    for spec, words in (("mine.py:shrot", "has no function 'shrot'"), ("ours.py:short", "of a file that exists"),
+                        ("mine", "PATH.py:FUNCTION")):
+        with pytest.raises(UserError, match=words):
+            tiny("grpo", f"bad{spec}", "--reward", spec)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "exceeds the context of"),
+    (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be positive"),
+    (("--samples", "1"), "a group needs two responses"), (("--minibatches", "3"), "does not part into"),
+    (("--eps_hihg", "2"), "did you mean 'eps_high'"), (("--config", "kdrl"), "give --teacher")])
+def test_bad_input_is_named(argv, words, shared_bases):
+    with pytest.raises(UserError, match=words):
+        grpo.main(["--config", "tiny", "--out", "bad", *argv])
+
+
+def test_pass_at_k_by_hand():
+    assert [grpo.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)] == pytest.approx([.25, .464286, .785714, 1], abs=1e-6)
+    assert grpo.pass_at_k(4, 0, 2) == 0 and grpo.pass_at_k(4, 4, 1) == 1
