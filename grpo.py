@@ -68,7 +68,7 @@ class Config:
     init: str = "base:chain"     # the SFT model: where the policy starts, and the reference
     teacher: str = ""            # a better model with the same tokenizer, for the methods that learn from one
     chat: bool = False           # wrap prompts in the checkpoint's chat template
-    reward: str = "task"         # the task's own, or PATH.py:FUNCTION, called (problem, text, finished) -> float
+    reward: str = "task"         # the task's own, or PATH.py:FUNCTION (problem, text, finished) -> float
     shaper: str = "plain"        # which row of SHAPERS
     advantage: str = "group"     # which row of ADVANTAGES
     credit: str = "same"         # which row of CREDIT
@@ -105,7 +105,7 @@ class Config:
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
-PRESETS = dict(                  # hyper-parameters: the papers', but for lr, sizes and what is marked ours above
+PRESETS = dict(                  # the papers' settings, but for lr, sizes and what is marked ours
     grpo=dict(),
     dr_grpo=dict(advantage="centred", weight="constant"),
     rloo=dict(advantage="rloo", surrogate="reinforce", weight="sequence_sum", minibatches=1, kl_reward=0.05),
@@ -113,8 +113,8 @@ PRESETS = dict(                  # hyper-parameters: the papers', but for lr, si
     rpp_baseline=dict(advantage="whitened", weight="token_mean"),
     dapo=dict(shaper="overlong", filter="mixed", eps_high=0.28, weight="token_mean"),
     linear=dict(shaper="linear"),
-    dler=dict(shaper="truncate", filter="mixed_shaped", advantage="whitened", eps_high=0.28, weight="token_mean",
-              penalty="k3", beta=5e-4),
+    dler=dict(shaper="truncate", filter="mixed_shaped", advantage="whitened", eps_high=0.28,
+              weight="token_mean", penalty="k3", beta=5e-4),
     easy=dict(shaper="easiest"),
     hapo=dict(shaper="history", pool=60),
     arlcp=dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3),
@@ -264,7 +264,7 @@ def returns(shaped, mask, old_logp, ref_logp, *, beta=0.0):
 
 
 def whitened(shaped, mask):
-    """REINFORCE++-baseline (2501.03262) and DLER (2510.15110): less the group's mean, whitened over the batch.
+    """REINFORCE++-baseline (2501.03262), DLER (2510.15110): less the group's mean, whitened over the batch.
 
     Over tokens, so that long responses count for more, and a group without a signal is not quite at 0.
     """
@@ -294,7 +294,7 @@ def overconfident(adv, old_logp, ref_logp, mask, *, alpha=1.0):
 
 
 def too_long(adv, correct, length, *, base=1.1):
-    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) for wrong responses longer than the correct ones' mean μ."""
+    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) for wrong responses longer than the correct mean μ."""
     mean, _ = among_correct(length, correct)                                             # [P, 1]
     over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
     return adv * (2 - base ** -over).reshape(-1, 1)
@@ -336,7 +336,7 @@ def anchored(logp, old_logp, teach_logp, adv, *, alpha=0.5, eps=0.2):
 
 
 def clip_cov(logp, old_logp, adv, chosen, *, eps=1.0):
-    """Clip-Cov (2505.22617): no gradient from the chosen tokens (see band); the ratio's clip is nearly off."""
+    """Clip-Cov (2505.22617): no gradient from the chosen tokens (see band); the ratio's clip nearly off."""
     return clip(logp, old_logp, adv, eps=eps) * (1 - chosen)
 
 
@@ -422,7 +422,7 @@ def k2(logp, ref_logp, *, beta=0.04):
 
 
 def k3(logp, ref_logp, *, beta=0.04):
-    """β (exp(-d) - 1 + d), d = log π/π_ref: unbiased, never negative; its gradient is that of KL(π_ref||π)."""
+    """β (exp(-d) - 1 + d), d = log π/π_ref: unbiased, never below 0; its gradient is that of KL(π_ref||π)."""
     d = (logp - ref_logp).clamp(-20, 20)
     return beta * (torch.expm1(-d) + d)
 
@@ -482,7 +482,8 @@ def sequence_sum(mask):
     return mask / len(mask)
 
 
-WEIGHTS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant=constant, sequence_sum=sequence_sum)
+WEIGHTS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant=constant,
+               sequence_sum=sequence_sum)
 
 # --- filters: which groups train.   -> [P] bool ---------------------------------------------------------
 
@@ -594,7 +595,8 @@ def evaluate(policy, sets, task, tok, c, max_new, samples=4):
         score, texts = graded(task.reward, problems, roll, tok, samples)                 # [P, G]
         out[f"{split}_greedy"] = graded(task.reward, problems, best, tok, 1)[0].mean().item()
         right = (score > 0.5).sum(1).tolist() if task.metric == "accuracy" else []
-        out |= {f"{split}_{task.metric}": score.mean().item(), f"{split}_length": roll.mask.sum(1).mean().item(),
+        out |= {f"{split}_{task.metric}": score.mean().item(),
+                f"{split}_length": roll.mask.sum(1).mean().item(),
                 f"{split}_truncated": 1 - roll.finished.float().mean().item()}
         if right:
             out[f"{split}_pass@{samples}"] = sum(pass_at_k(samples, r, samples) for r in right) / len(right)
@@ -677,7 +679,8 @@ def check(c, f):
     if c.samples < 2 and c.advantage in ("group", "centred", "rloo", "whitened"):
         raise UserError(f"--samples {c.samples}: a group needs two responses to compare")
     if c.prompts % c.minibatches:
-        raise UserError(f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole groups")
+        raise UserError(f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
+                        f"groups")
     return asked
 
 
@@ -703,7 +706,8 @@ def train(c, f):
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
         best, cursor, past = [float("inf")] * len(problems), 0, []       # HAPO's records; the data's place
         run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, {c.device} {c.dtype}")
+                f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, "
+                f"{c.device} {c.dtype}")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             g.set_state(run.state["rng"])
@@ -733,7 +737,8 @@ def train(c, f):
                 group = described(score, texts, roll, torch.tensor([best[i] for i in where]), where)
                 group["shaped"] = f.shaper(**{k: (group | dict(cap=max_new))[k] for k in needs(f.shaper)})
                 keep = f.filter(**{k: group[k] for k in needs(f.filter)})                # [P]
-                kept.append((rows_of(roll, keep.repeat_interleave(G)), {k: x[keep] for k, x in group.items()}))
+                kept.append((rows_of(roll, keep.repeat_interleave(G)),
+                             {k: x[keep] for k, x in group.items()}))
                 if sum(len(x["score"]) for _, x in kept) >= c.prompts or c.filter == "every":
                     break
             roll = rows_of(joined([x for x, _ in kept], pad), slice(c.prompts * G))
@@ -772,7 +777,8 @@ def train(c, f):
                 opt.zero_grad()
             # 4. tell -------------------------------------------------------------------------------------
             every_score = torch.cat(seen)                                                # before the filter
-            row = dict(correct=every_score.mean(), flat=(every_score.std(1, correction=0) < 1e-6).float().mean(),
+            flat = every_score.std(1, correction=0) < 1e-6                               # [P]
+            row = dict(correct=every_score.mean(), flat=flat.float().mean(),
                        length=mask.sum(1).mean(), truncated=1 - roll.finished.float().mean(), kl=kl.mean(),
                        entropy=told[0]["entropy"] if told else 0.0, norm=norm, groups=len(have["score"]),
                        generated=float(len(torch.cat(seen).flatten())))

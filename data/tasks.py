@@ -254,7 +254,7 @@ def chain_tokenizer():
 
 
 class Chain:
-    """Chains of digits modulo 10: "9-1+2+3?" -> "-1=8+2=0+3=3####3", one cell a term, for RL from tiny models.
+    """Chains of digits modulo 10: "9-1+2+3?" -> "-1=8+2=0+3=3####3", a cell a term: RL for tiny models.
 
     The demonstrations are of mixed quality, each flaw a probability: direct guesses at once (the short wrong
     strategy that a price on length can collapse to); skip leaves a cell out; slip writes a wrong digit in it;
@@ -317,7 +317,7 @@ class Chain:
 
     @staticmethod
     def habits(text):
-        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}, guess 1 without a cell."""
+        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no cell."""
         cells = len(re.findall(r"[+-]\d=\d", text))
         return dict(cells=cells, waits=text.count("w"), fillers=text.count(";"), guess=float(cells == 0))
 
