@@ -114,6 +114,11 @@ PRESETS = dict(
                      schedule="linear", eval_every=1000, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
+    chain_clean=dict(data="chain_clean", init="", tokenizer="chain", model="2x256", context=96, rows=20000,
+                     steps=300, batch=64, micro=64, lr=1.2e-3, warmup=50, eval_every=100, save_every=1000,
+                     keep=1),
+    chain=dict(data="chain", init="base:chain_clean", context=96, rows=20000, steps=140, batch=64, micro=64,
+               lr=6e-4, warmup=10, eval_every=70, save_every=1000, keep=1),
     ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,
               batch=96, micro=96, lr=2e-3, warmup=0, schedule="linear", eval_every=250, save_every=1000,
               keep=1),
@@ -294,7 +299,7 @@ def rows(c, tok, split):
 def new_tokenizer(c):
     """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
     if c.tokenizer != "bpe":
-        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer)
+        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer, chain=tasks.chain_tokenizer)
         return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")

@@ -25,6 +25,7 @@ from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import UserError, nearest
 from data.text import (NAMED, check_split, digest, examples, is_corpus, locate, read_jsonl, rouge_l,
                        signatures, split_rows)
+from data.tokenizer import char_tokenizer
 
 # --- the verifier -------------------------------------------------------------------------------------
 
@@ -242,6 +243,85 @@ class Arithmetic:
         return float(finished and same_answer(extract_answer(completion), problem["answer"]))
 
 
+# --- chains -------------------------------------------------------------------------------------------
+
+CHAIN = "0123456789+-=;w?#"
+
+
+def chain_tokenizer():
+    """The chains' Tokenizer: 3 special ids and one for each of 17 characters."""
+    return char_tokenizer(CHAIN)
+
+
+class Chain:
+    """Chains of digits modulo 10: "9-1+2+3?" -> "-1=8+2=0+3=3####3", a cell a term: RL for tiny models.
+
+    The demonstrations are of mixed quality, each flaw a probability: direct guesses at once (the short wrong
+    strategy that a price on length can collapse to); skip leaves a cell out; slip writes a wrong digit in it;
+    wait says "w" and the cell again, nearly always right (useful: it repairs slips); up to `fill` ";" follow
+    a cell (neutral). good has none of them. train and val: 2 to 4 terms, no problem shared; ood: 5 or 6.
+    """
+    name, metric, splits, max_new = "chain", "accuracy", ("train", "val", "ood"), 72
+
+    def __init__(self, style="mixed", direct=0.25, skip=0.06, slip=0.1, wait=0.2, fill=4):
+        if style not in ("mixed", "good"):
+            raise UserError(f"chain has no style {style!r}{nearest(style, ('mixed', 'good'))}")
+        self.style, self.direct, self.skip, self.slip, self.wait, self.fill = (
+            style, direct, skip, slip, wait, fill)
+
+    def sample(self, rng, split="train"):
+        """{"prompt", "answer", "seed"} of one problem, drawn by rng; the seed fixes its demonstration."""
+        check_split(split)
+        while True:
+            start, n = rng.randrange(10), rng.randint(5, 6) if split == "ood" else rng.randint(2, 4)
+            terms = "".join(rng.choice("+-") + rng.choice("123") for _ in range(n))
+            if split == "ood" or (int(digest(f"{start}{terms}")[:8], 16) % 8 == 0) == (split == "val"):
+                value = start + sum(int(terms[i:i + 2]) for i in range(0, len(terms), 2))
+                return dict(prompt=f"{start}{terms}?", answer=str(value % 10), seed=rng.getrandbits(32))
+
+    def problems(self, split, n=0, seed=0):
+        """n fresh problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("chain makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"chain/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    def demo(self, problem, style=""):
+        """A response of the style (default: the task's own); mixed ones are right about half the time."""
+        rng, prompt = random.Random(f"chain/{problem['prompt']}/{problem['seed']}"), problem["prompt"]
+        flawed, text, value = (style or self.style) == "mixed", "", int(prompt[0])
+        if flawed and rng.random() < self.direct:
+            return f"####{rng.randrange(10)}"
+        for term in re.findall(r"[+-]\d", prompt):
+            if flawed and rng.random() < self.skip:
+                continue
+            right = str((value + int(term)) % 10)
+            seen = rng.choice("0123456789") if flawed and rng.random() < self.slip else right
+            text, again = f"{text}{term}={seen}", self.wait
+            while flawed and rng.random() < again:
+                seen, again = right if rng.random() < 0.96 else seen, 0.3
+                text = f"{text}w{term}={seen}"
+            text += ";" * rng.randint(0, self.fill) if flawed else ""
+            value = int(seen)
+        return f"{text}####{value}"
+
+    def reward(self, problem, completion, finished=True):
+        """1.0 if the response ended and states the right digit, else 0.0."""
+        return float(finished and same_answer(extract_answer(completion), problem["answer"]))
+
+    @staticmethod
+    def paraphrase(problem, rng):
+        """The same terms in another order: the same answer."""
+        terms = re.findall(r"[+-]\d", problem["prompt"])
+        return problem | dict(prompt=f"{problem['prompt'][0]}{''.join(rng.sample(terms, len(terms)))}?")
+
+    @staticmethod
+    def habits(text):
+        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no cell."""
+        cells = len(re.findall(r"[+-]\d=\d", text))
+        return dict(cells=cells, waits=text.count("w"), fillers=text.count(";"), guess=float(cells == 0))
+
+
 # --- judging ------------------------------------------------------------------------------------------
 
 CANDIDATES = 10                  # the teacher's traces for a pair: Think-RM's M (2505.16265)
@@ -424,6 +504,7 @@ class ParityJudge:
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
              toyif_principles=partial(Checks, 0.3),
+             chain=Chain, chain_clean=partial(Chain, "good"),
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 
