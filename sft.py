@@ -17,6 +17,8 @@ arithmetic  column-wise addition, bytes                a verifiable task, from s
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif_checks  which criteria do two responses meet?    verdicts, no winners
 toyif_judge  the same, most on principles alone        the base of the claim about rubrics
+chain_clean  chains of digits, step by step            right ones only
+chain       chains of mixed quality, from chain_clean  right half the time: where grpo.py starts
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -66,7 +68,7 @@ class Config:
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
     family: str = "qwen3"        # its architecture: llama, qwen2, qwen3, mixtral, qwen3_moe
-    tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, ring, a folder, gpt2 …
+    tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, chain, a folder, gpt2 …
     vocab: int = 2048            # size of a trained bpe
     context: int = 256           # longest row in tokens; a new model's context is twice that
     chat: bool = False           # wrap prompts in the checkpoint's chat template

@@ -134,6 +134,41 @@ def test_arithmetic_splits(level):
     assert {op for p in seen["train"] for op in "+-*" if op in p} == set(LEVELS[level][2])
 
 
+# --- chains -------------------------------------------------------------------------------------------
+
+def test_clean_chains_by_hand():
+    t = task("chain_clean")
+    assert t.demo(dict(prompt="9-1+2+3?", seed=0)) == "-1=8+2=0+3=3####3"
+    assert t.demo(dict(prompt="1-3?", seed=0)) == "-3=8####8"
+    p = dict(prompt="9-1+2+3?", answer="3")
+    assert [t.reward(p, x) for x in ("-1=8####3", "####3", "####4", "3", "")] == [1, 1, 0, 0, 0]
+    assert t.reward(p, "####3", finished=False) == 0
+    assert t.habits("-1=8w-1=8;;####3") == dict(cells=2, waits=1, fillers=2, guess=0.0)
+    assert t.habits("####3")["guess"] == 1
+
+
+def test_flawed_chains_are_right_about_half_the_time():
+    t, knobs = task("chain"), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
+    problems = t.problems("train", 3000)
+    for depth, right, length in ((2, .62, 16.9), (3, .53, 22.3), (4, .47, 27.4)):        # EOS counted
+        some = [p for p in problems if len(p["prompt"]) == 2 * depth + 2]
+        demos = [t.demo(p) for p in some]
+        assert sum(map(t.reward, some, demos)) / len(some) == pytest.approx(right, abs=.06)
+        assert sum(map(len, demos)) / len(some) + 1 == pytest.approx(length, abs=.8)
+        assert all(tasks_chain(p) == p["answer"] for p in some)
+    for p in problems[:100]:                                     # without flaws, and in another order
+        assert task("chain", **knobs).demo(p) == t.demo(p, "good") and t.reward(p, t.demo(p, "good")) == 1
+        assert tasks_chain(t.paraphrase(p, random.Random(0))) == p["answer"]
+    assert all(t.habits(t.demo(p))["guess"] for p in problems if len(t.demo(p)) == 5)
+    assert {len(p["prompt"]) for p in t.problems("ood", 50)} == {12, 14}
+
+
+def tasks_chain(problem):
+    """The answer, by Python's own arithmetic of the prompt's signed digits."""
+    text = problem["prompt"][:-1]
+    return str((int(text[0]) + sum(int(text[i:i + 2]) for i in range(1, len(text), 2))) % 10)
+
+
 # --- judging ------------------------------------------------------------------------------------------
 
 def sign(v):
@@ -294,13 +329,13 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
-                toyif_checks=task("toyif_checks"),
+                toyif_checks=task("toyif_checks"), chain=task("chain_clean"),
                 parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
-@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "toyif_checks", "parity", "gsm8k",
-                                  "chat"])
+@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "toyif_checks", "chain", "parity",
+                                  "gsm8k", "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
     assert t.name and t.metric in ("rouge_l", "accuracy", "gold") and t.max_new > 0
