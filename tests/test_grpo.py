@@ -151,8 +151,8 @@ def test_group_norm_by_hand():
 
 @pytest.mark.parametrize("name", ["group", "centred", "rloo"])
 def test_a_group_without_a_signal_has_no_advantage(name):
-    adv = grpo.ADVANTAGES[name](torch.full((2, 4), .3).double(), mask_of(L2))
-    assert not adv.any()
+    for reward in (0., 1., .3, .7, .9):                          # eight float32 .7 do not average to .7
+        assert not grpo.ADVANTAGES[name](torch.full((2, 8), reward), torch.ones(16, 3)).any()
     assert close(rows(grpo.ADVANTAGES[name](C2, mask_of(L2)), mask_of(L2)).view(2, 4).sum(1), [0, 0])
 
 
@@ -482,6 +482,23 @@ def test_micro_does_not_change_the_result(config, shared_bases):
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+def test_a_filter_that_nothing_passes(shared_bases):
+    """a reward that is the same for all: every group is flat, and the weights stay as they are"""
+    (shared_bases / "flat.py").write_text("def same(problem, text, finished):\n    return 0.7\n")
+    tiny("dapo", "flat", "--reward", "flat.py:same", "--shaper", "plain", "--save_every", "1")
+    log = [row for row in read_log("flat") if "correct" in row]
+    assert len(log) == 2 and all(row["groups"] == 0 and row["flat"] == 1 and row["norm"] == 0 for row in log)
+
+
+def test_a_split_of_one_problem(shared_bases):
+    assert "val_accuracy" in tiny("grpo", "one", "--eval_prompts", "1")
+
+
+def test_a_teacher_must_speak_the_same_tokens(shared_bases):
+    with pytest.raises(UserError, match="with the tokenizer of --init"):
+        grpo.main(["--config", "kdrl,tiny", "--teacher", "base:toyif_base", "--out", "mixed"])
+
+
 def test_a_reward_of_ones_own(shared_bases):
     code = "def short(problem, text, finished):\n    return float(len(text) < 9)\n"
     (shared_bases / "mine.py").write_text(code)
@@ -496,7 +513,9 @@ def test_a_reward_of_ones_own(shared_bases):
 @pytest.mark.parametrize("argv, words", [
     (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "exceeds the context of"),
     (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be positive"),
-    (("--samples", "1"), "a group needs two responses"), (("--minibatches", "3"), "does not part into"),
+    (("--samples", "1"), "a group needs two responses"),
+    (("--minibatches", "0"), "must be at least 1"), (("--lag", "-1"), "--lag at least 0"),
+    (("--minibatches", "3"), "does not part into"),
     (("--eps_hihg", "2"), "did you mean 'eps_high'"), (("--config", "kdrl"), "give --teacher")])
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
