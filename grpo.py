@@ -54,7 +54,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
-from data.run import Run, UserError, batch_indices, cli, launch, needs
+from data.run import Run, UserError, batch_indices, check_first_ratio, cli, launch, needs
 from model import Rollout, Transformer, autocast, generate, load, save, token_logprobs
 from optim import optimiser, set_lr
 
@@ -655,35 +655,14 @@ def backward(policy, batch, groups, c, f, g):
         loss = (loss.sum() / len(groups) if loss.dim() == 1 else (loss * b["weight"]).sum()) + (
             more * b["weight"]).sum()
         loss.backward()
-        off = ((logp.detach() - b["old_logp"]).clamp(-20, 20).exp() - 1).abs() * b["mask"]           # [n, T]
+        ratio = ratio_of(logp.detach(), b["old_logp"])                                   # [n, T]
+        off = (ratio - 1).abs() * b["mask"]
         told["loss"] += loss.item()
         told["worst"] = max(told["worst"], off.max().item())
-        ratio = ratio_of(logp.detach(), b["old_logp"])
         clipped = (ratio < 1 - low) | (ratio > 1 + high) if low else torch.zeros_like(off)
         for key, x in dict(off=off, clipped=clipped, entropy=entropy.detach()).items():
             told[key] += ((x * b["mask"]).sum() / n).item()
     return told
-
-
-def check_first_ratio(told, dtype):
-    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio is wrong.
-
-    Exact to 1e-3 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
-    """
-    off, limit = (told["worst"], 1e-3) if dtype == "float32" else (told["off"], 0.02)
-    if off > limit:
-        raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not the policy "
-                        f"(another temperature, dtype or weights?)")
-
-
-def room(c, tok, problems, task, context):
-    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none fit."""
-    longest = max(len(tok.prompt(p, c.chat)) for p in problems)
-    new = c.max_new or min(task.max_new, context - longest)
-    if new < 1 or longest + new > context:
-        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
-                        f"the context of {context}; shorten it or lower --max_new")
-    return new
 
 
 def check(c, f):
@@ -722,7 +701,7 @@ def train(c, f):
         score_of, G, pad = scorer(c.reward, task), c.samples, max(policy.config.pad_token_id, 0)
         problems = task.problems("train", c.pool, 1000 + c.seed)
         sets = {s: task.problems(s, c.eval_prompts, c.seed) for s in tasks.held_out(c.data)}
-        max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task,
+        max_new = tasks.room(c, tok, [p for s in (problems, *sets.values()) for p in s], task,
                        policy.config.max_position_embeddings)
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
         best, cursor, past = [float("inf")] * len(problems), 0, []       # HAPO's records; the data's place

@@ -43,7 +43,7 @@ import kernels
 import sft
 from data import tasks
 from data.judging import spearman
-from data.run import Claim, Run, UserError, batch_indices, cli, launch, needs
+from data.run import Claim, Run, UserError, batch_indices, check_first_ratio, cli, launch, needs
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, save,
                    sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
@@ -478,27 +478,6 @@ def backward(policy, critic, batch, rows, c, f):
     return told
 
 
-def check_first_ratio(told, dtype):
-    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio is wrong.
-
-    Exact to 1e-3 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
-    """
-    off, limit = (told["worst"], 1e-3) if dtype == "float32" else (told["off"], 0.02)
-    if off > limit:
-        raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not the policy "
-                        f"(another temperature, dtype or weights?)")
-
-
-def room(c, tok, problems, task, context):
-    """New tokens a completion: --max_new, else the task's wish cut to the context; UserError if none fit."""
-    longest = max(len(tok.prompt(p, c.chat)) for p in problems)
-    new = c.max_new or min(task.max_new, context - longest)
-    if new < 1 or longest + new > context:
-        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
-                        f"the context of {context}; shorten it or lower --max_new")
-    return new
-
-
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
     if c.temperature <= 0:
@@ -514,7 +493,7 @@ def train(c, f):
         size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
         context = policy.config.max_position_embeddings
-        max_new = room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)
+        max_new = tasks.room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
         size = sum(p.numel() for p in policy.parameters()) / 1e6

@@ -525,3 +525,13 @@ def task(name_or_path, **options):
     if unknown := [key for key in options if key not in known]:
         raise UserError(f"task {name_or_path} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
     return make(*path, **options)
+
+
+def room(c, tok, problems, task, context):
+    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none fit."""
+    longest = max(len(tok.prompt(p, c.chat)) for p in problems)
+    new = c.max_new or min(task.max_new, context - longest)
+    if new < 1 or longest + new > context:
+        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
+                        f"the context of {context}; shorten it or lower --max_new")
+    return new

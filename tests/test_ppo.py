@@ -8,7 +8,7 @@ import torch
 
 import ppo
 import sft
-from data.run import UserError, checkpoint, read_log
+from data.run import UserError, check_first_ratio, checkpoint, read_log
 from model import ScalarModel, init, load, masked_mean, masked_whiten, preset, save
 from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract, explained_variance, gae, k1,
                  k2, k3, likelihood, next_beta, ppo_clip, regulariser, token_rewards, value_loss,
@@ -262,11 +262,11 @@ def test_rank_correlation_by_hand():
 
 
 def test_a_sampler_that_is_not_the_policy_is_caught():
-    ppo.check_first_ratio(dict(worst=1e-5, off=1e-6), "float32")
-    ppo.check_first_ratio(dict(worst=0.3, off=0.01), "bfloat16")
+    check_first_ratio(dict(worst=1e-5, off=1e-6), "float32")
+    check_first_ratio(dict(worst=0.3, off=0.01), "bfloat16")
     for told, dtype in ((dict(worst=0.01, off=1e-4), "float32"), (dict(worst=0.3, off=0.05), "bfloat16")):
         with pytest.raises(UserError, match="the sampler is not the policy"):
-            ppo.check_first_ratio(told, dtype)
+            check_first_ratio(told, dtype)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------
