@@ -349,8 +349,13 @@ def clip_cov(logp, old_logp, adv, chosen, *, eps=1.0):
 
 
 def kl_cov(logp, old_logp, adv, chosen, *, coef=1.0):
-    """KL-Cov (2505.22617): -A ρ, and coef |log π/π_old| on the chosen tokens (see top): no clip."""
-    return -adv * ratio_of(logp, old_logp) + coef * chosen * (logp - old_logp).abs()
+    """KL-Cov (2505.22617): -A ρ, and coef |log π/π_old| on the chosen tokens (see top): no clip.
+
+    A token that has not moved has no sign: what rounding leaves of its ratio 1 earns no gradient.
+    """
+    moved = logp - old_logp
+    size = torch.where(moved.abs() > 1e-5, moved.abs(), torch.zeros_like(moved))
+    return -adv * ratio_of(logp, old_logp) + coef * chosen * size
 
 
 def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau=10.0):
