@@ -7,8 +7,8 @@ grpo.py - group-relative policy optimisation with verifiable rewards: sample a g
     python grpo.py --init Qwen2.5-0.5B --data gsm8k.jsonl --config dr_grpo
     python grpo.py --reward mine.py:score          # a reward of your own: score(problem, text, finished)
 
-Map      1 config   2 shapers   3 advantages   4 credit   5 surrogates   6 penalties   7 weights   8 filters
-         9 roll out   10 evaluate   11 train
+Map      1 config   2 advantages   3 credit   4 surrogates   5 penalties   6 weights   7 filters   8 roll out
+         9 before training   10 evaluate   11 train   12 LatentSeek   13 claims; rewards: data/shaping.py
 Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: index t belongs to tokens[:, t]
 
 preset         paper          idea: what differs from GRPO
@@ -20,32 +20,48 @@ rpp_baseline   2501.03262     ... of rewards less the group's mean
 dapo           2503.14476     clip-higher, only mixed groups, token-level mean, soft penalty of overlong ones
 linear         control        every response pays for its length
 dler           2510.15110     truncation as the only penalty, whitened over the batch, clip-higher
+da_dler        2510.15110     ... with a shorter one for prompts that are mostly solved
+dot            2601.03969     in groups all correct, the longest outliers are cut off, and so fail
 easy           2505.18086     GRPO-λ: a length penalty in the easiest groups only
 hapo           2505.11225     beat the shortest correct response that the prompt has ever had
 arlcp          2602.12113     reflection and length penalised, by how much a response reflects
 drpo           2510.04474     correct responses by length, wrong ones by a soft maximum: no shared baseline
 clip_cov       2505.22617     no gradient from a few tokens of high covariance of log-prob and advantage
 kl_cov         2505.22617     ... a KL penalty on those of the highest
+acereason      2506.13284     the temperature of entropy 0.3; unfinished responses do not train
 ace            2602.21420     wrong responses that became likelier pay more
 apo            2506.21655     wrong and too long pays more; KL is loosened on hard prompts
 rapo           2510.03865     forward KL to a reference that is flattened where the answer was wrong
+spae           2601.03823     a probe after each step: those that raise the truth's probability earn more
+care           2506.16141     a bonus for reasoning that makes the answer likely under a slow copy
+rlpr           2506.18254     no verifier: the reward is the probability of the true answer
+co_reward      2508.00410     no label: agreement with the majority on the same question in other words
+swe_rl         2502.18449     similarity to a reference response
+noisy          2505.22653     rewards flipped for 40 % of the prompts
+rpr            2505.22653     no outcome: a reward for the forms of reasoning
+rpr_noisy      2505.22653     ... added to a noisy reward where that is low
+clip_delta     2410.15115     process rewards of each step, bounded so that more steps earn no more
+knowrl         2604.12627     the fewest hints that suffice, in training only
+recap          2510.21978     an old task replayed, objectives weighted by how they converge
+rif            2507.05386     without the prompts that the first model never solves
 rlvr           2411.15124     Tülu 3: 10 if verified, -10 without EOS, KL in the reward
 aipo           2505.24034     stale rollouts: importance weights with a cap and no clip
 rlad           2602.22495     the teacher in the trust region: a mixed anchor
 kdrl           2506.02208     reverse KL to a teacher beside the reward
 opd            2602.12125     on-policy distillation: the teacher's log-ratio as a token reward
 exopd          2602.12125     ... extrapolated past the teacher
+latentseek     2505.13308     no training: REINFORCE on the hidden states of one answer, rewarded by itself
 Watch    correct (of training samples, before shaping) should rise. flat is the share of groups without a
          signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0 early ends exploration;
          clipped says how many ratios left the trust region. length beside guessing: shorter is worthless
          if the model stops reasoning. kl is k1 to the start, nats per response.
 """
 import copy
-import importlib.util
-import re
+import itertools
+import random
+import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +69,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import sft
-from data import tasks
-from data.run import Run, UserError, batch_indices, check_first_ratio, cli, launch, needs
-from model import Rollout, Transformer, autocast, generate, load, save, token_logprobs
+from data import curricula, tasks
+from data.run import (Claim, Run, UserError, batch_indices, check_first_ratio, cli, in_parts, launch, needs,
+                      read_log)
+from data.shaping import SHAPERS, TRIMS, among_correct, flipped
+from model import Rollout, Transformer, autocast, collate, generate, load, save, token_logprobs
 from optim import optimiser, set_lr
 
 # --- config -------------------------------------------------------------------------------------------
@@ -65,11 +83,16 @@ from optim import optimiser, set_lr
 class Config:
     """What every run has; what belongs to a shaper, an advantage or a loss is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "chain"          # a task, or a JSONL of prompts and answers
+    data: str = "chain"          # a task, several ("chain+sort"), or a JSONL of prompts and answers
+    watch: str = ""              # a task that is evaluated too, and not trained on: what is forgotten?
     init: str = "base:chain"     # the SFT model: where the policy starts, and the reference
     teacher: str = ""            # a better model with the same tokenizer, for the methods that learn from one
     chat: bool = False           # wrap prompts in the checkpoint's chat template
-    reward: str = "task"         # the task's own, or PATH.py:FUNCTION (problem, text, finished) -> float
+    reward: str = "task"         # task, similarity, pattern, or PATH.py:FUNCTION (problem, text, finished)
+    noise: float = 0.0           # rewards flipped with this probability …
+    noise_level: str = "group"   # … drawn once per group, or per response
+    twins: bool = False          # the second half of a batch is the first in other words
+    trim: str = "whole"          # which row of TRIMS
     shaper: str = "plain"        # which row of SHAPERS
     advantage: str = "group"     # which row of ADVANTAGES
     credit: str = "same"         # which row of CREDIT
@@ -83,17 +106,23 @@ class Config:
     samples: int = 8             # responses per group
     minibatches: int = 4         # optimizer steps per rollout, of whole groups
     micro: int = 64              # responses per forward pass, at least a group: lower it if memory runs out
-    rounds: int = 4              # how often a filter may ask for more groups
+    rounds: int = 10             # how often a filter may ask for more groups
     pool: int = 400              # training prompts, visited again and again
+    screen: int = 0              # drop prompts that so many first samples never solve (0: keep all)
+    hints: int = 0               # samples to measure each set of hints with (0: no hints)
+    reweigh: float = 0.0         # RECAP's temperature for the weights of a mixture's tasks (0: all alike)
+    seek: int = 0                # LatentSeek on so many held-out prompts after training
     lr: float = 1e-4             # AdamW's, constant after the warm-up
     warmup: int = 0              # iterations of linear warm-up
     entropy: float = 0.0         # coefficient of an entropy bonus
     kl_reward: float = 0.0       # KL in the reward: β k1 to the reference, nats per response
     lag: int = 0                 # rollouts come from the policy of so many iterations ago
     temperature: float = 1.0     # of sampling and, the same, of every log-prob
+    at_entropy: float = 0.0      # choose the temperature at which the first entropy is this (0: as given)
     max_new: int = 0             # longest response in tokens (0: the task says)
     eval_every: int = 20         # iterations between evaluations on held-out prompts
     eval_prompts: int = 256      # how many of each held-out split
+    eval_samples: int = 4        # samples of each: pass@k and maj@k
     save_every: int = 20         # iterations between checkpoints
     keep: int = 2                # checkpoints to keep
     stop: int = 0                # pause after this iteration (0: no); --resume goes on
@@ -114,116 +143,58 @@ PRESETS = dict(                  # the papers' settings, but for lr, sizes and w
     rpp_baseline=dict(advantage="whitened", weight="token_mean"),
     dapo=dict(shaper="overlong", filter="mixed", eps_high=0.28, weight="token_mean"),
     linear=dict(shaper="linear"),
-    dler=dict(shaper="truncate", filter="mixed_shaped", advantage="whitened", eps_high=0.28,
-              weight="token_mean", penalty="k3", beta=5e-4),
+    dler=dict(trim="to_target", shaper="truncate", filter="mixed_shaped", advantage="whitened", eps_high=0.28,
+              dual=10.0, weight="token_mean", penalty="k3", beta=5e-4),
+    da_dler=dict(trim="to_target", shaper="truncate", filter="mixed_shaped", advantage="whitened",
+                 eps_high=0.28, dual=10.0, weight="token_mean", penalty="k3", beta=5e-4, target=26, easy=18),
+    dot=dict(trim="outliers", shaper="regraded", filter="mixed_shaped", surrogate="kl_cov", chooser="top",
+             samples=16, prompts=8),
     easy=dict(shaper="easiest"),
     hapo=dict(shaper="history", pool=60),
     arlcp=dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3),
     drpo=dict(surrogate="drpo", chooser="hinge"),
     clip_cov=dict(surrogate="clip_cov", chooser="band", filter="mixed", weight="token_mean"),
     kl_cov=dict(surrogate="kl_cov", chooser="top", filter="mixed", weight="token_mean"),
+    acereason=dict(at_entropy=0.3, trim="ended", filter="mixed"),
     ace=dict(credit="overconfident", weight="token_mean"),
     apo=dict(credit="too_long", penalty="by_difficulty"),
     rapo=dict(penalty="flattened", entropy=1e-3),
+    spae=dict(advantage="stepwise", filter="mixed", eps_high=0.28, weight="token_mean"),
+    care=dict(shaper="consistent", advantage="group", group_eps=1e-4),
+    rlpr=dict(shaper="probable", filter="steady", eps_high=0.27, weight="token_mean"),
+    co_reward=dict(shaper="agreed", twins=True, penalty="k3", beta=0.005),
+    swe_rl=dict(reward="similarity"),
+    noisy=dict(noise=0.4),
+    rpr=dict(reward="pattern"),
+    rpr_noisy=dict(noise=0.4, shaper="calibrated"),
+    clip_delta=dict(advantage="process", weight="token_mean", kl_reward=1e-3),
+    knowrl=dict(hints=8, pool=60, eps_high=0.28, weight="token_mean"),
+    recap=dict(data="sort+chain", watch="chain", init="base:arena", reweigh=5.0),
+    rif=dict(screen=8),
     rlvr=dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05),
     aipo=dict(advantage="centred", surrogate="stale", weight="token_mean", lag=4),
     rlad=dict(surrogate="anchored", weight="token_mean"),
     kdrl=dict(penalty="to_teacher", weight="token_mean"),
     opd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128),
     exopd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128, lam=1.25),
+    latentseek=dict(steps=0, seek=64),
     tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2, eval_prompts=16, save_every=2,
               max_new=24, pool=32),
+    # parts and controls of the claims
+    wide=dict(eval_samples=8, eval_every=60, save_every=60, keep=1),
+    harsher=dict(credit="harsher", weight="token_mean"),
+    no_penalty=dict(coef=0.0),
+    reverse=dict(penalty="k2", beta=0.01, entropy=1e-3),
+    lag1=dict(lag=1), lag0=dict(lag=0), each=dict(noise_level="response"), sharp=dict(reweigh=0.5),
+    behind=dict(surrogate="clip_stale"), blind=dict(surrogate="reinforce"),
+    taught=dict(teacher="base:chain_right"),
+    on_sort=dict(data="sort", watch="chain", init="base:arena"),
+    replay=dict(data="sort+chain", watch="chain", init="base:arena"),
 )
-CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy", "val_rouge_l", "val_gold"],
+CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy", "val_rouge_l", "val_gold",
+                      "watch_val_accuracy"],
           "length, tokens": ["length"], "entropy, nats": ["entropy"], "flat groups": ["flat"],
           "KL to the start, nats per response": ["kl"], "clipped": ["clipped"]}
-
-# --- shapers: what a response is worth to training, [P, G] each; metrics read `correct`, never this --------
-
-
-def plain(score):
-    """The reward as it is."""
-    return score
-
-
-def overlong(score, length, cap, *, buffer=16):
-    """DAPO (2503.14476 eq. 13): ±1, and minus up to 1 within the last `buffer` tokens before the cap."""
-    return 2 * score - 1 + ((cap - buffer - length) / buffer).clamp(-1, 0)
-
-
-def truncate(score, length, *, target=22):
-    """DLER (2510.15110): nothing for a response longer than the target."""
-    return score * (length <= target)
-
-
-def linear_length(score, length, cap, *, price=0.1, correct_only=False):
-    """R - a L/C for every response, or for what earned something (correct_only): a control, no paper."""
-    return score - price * length / cap * (score if correct_only else 1)
-
-
-def among_correct(x, correct, unbiased=False):
-    """Mean and std of x over each group's correct responses, [P, 1] each; std 1 where fewer than two."""
-    n = correct.sum(1, keepdim=True)                                                     # [P, 1]
-    mean = (x * correct).sum(1, keepdim=True) / n.clamp(min=1)
-    var = ((x - mean) ** 2 * correct).sum(1, keepdim=True) / (n - int(unbiased)).clamp(min=1)
-    return mean, torch.where(n > 1, var.sqrt(), torch.ones_like(var))
-
-
-def easiest(correct, length, *, share=0.2, alpha=0.6):
-    """GRPO-λ (2505.18086): in the ⌈λP⌉ groups with most correct responses, c (1 - α σ((L - μ) / s)).
-
-    μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt first.
-    """
-    mean, std = among_correct(length, correct)
-    penalised = correct * (1 - alpha * torch.sigmoid((length - mean) / std.clamp(min=1e-4)))         # [P, G]
-    k = min(len(correct), -int(-share * len(correct) // 1))                              # the ceiling
-    picked = correct.mean(1).argsort(descending=True, stable=True)[:k]                   # [k]
-    chosen = torch.zeros(len(correct), 1, dtype=torch.bool, device=correct.device).index_fill(0, picked, True)
-    return torch.where(chosen, penalised, correct)
-
-
-def history(correct, length, best, *, weight=1.0, floor=-0.7, wrong_penalty=True):
-    """HAPO (2505.11225): c + w f, f = cos(π/2 L/h) up to twice the prompt's record h, else -1; 0 without one.
-
-    best [P, 1]: h, inf for none. Correct: max(f, floor); wrong: min(f, 0), or 0 (wrong_penalty False).
-    """
-    f = torch.where(length < 2 * best, torch.cos(torch.pi / 2 * length / best), -torch.ones_like(length))
-    wrong = f.clamp(max=0) if wrong_penalty else torch.zeros_like(f)
-    f = torch.where(correct > 0, f.clamp(min=floor), wrong)
-    return correct + weight * torch.where(torch.isfinite(best), f, torch.zeros_like(f))
-
-
-def reflective(correct, length, reflections, *, low=1, high=3):
-    """ARLCP (2602.12113): c (1 - λ1 σ(z_K) - λ2 σ(z_L)), λ1 = .05, .10, .15 by the reflections K, λ1+λ2 = .2.
-
-    z: against the group's correct responses. The paper's steps are 40 and 80 of its much longer responses.
-    """
-    def z(x):
-        mean, std = among_correct(x, correct, unbiased=True)
-        return torch.sigmoid((x - mean) / (std + 1e-6))
-    first = 0.05 + 0.05 * (reflections > low) + 0.05 * (reflections > high)              # [P, G]
-    return correct * (1 - first * z(reflections) - (0.2 - first) * z(length))
-
-
-def verified(correct, truncated, *, scale=10.0):
-    """Tülu 3's RLVR (2411.15124): scale if correct, 0 if not, -scale without EOS."""
-    return torch.where(truncated, -scale * torch.ones_like(correct), scale * correct)
-
-
-def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap=0.95):
-    """GRPO-CARE (2506.16141): a bonus for what makes the answer as likely as the group's good ones do.
-
-    answer_prob [P, G]: exp of the answer tokens' mean log-prob under a slow copy of the policy.
-    """
-    q = answer_prob.clamp(max=cap)
-    good = ((score > 0.1) & (score >= score.mean(1, keepdim=True))).to(q)                # [P, G]
-    usual = (q * good).sum(1, keepdim=True) / good.sum(1, keepdim=True).clamp(min=1)     # [P, 1]
-    return score + bonus * score * good * (q >= usual - margin)
-
-
-# `consistent` waits for who computes its answer_prob
-SHAPERS = dict(plain=plain, overlong=overlong, truncate=truncate, linear=linear_length, easiest=easiest,
-               history=history, reflective=reflective, verified=verified)
 
 # --- advantages: rewards [P, G] -> [N, T], 0 off the mask ----------------------------------------------
 
@@ -247,10 +218,10 @@ def deviations(x):
     return x - x.mean(1, keepdim=True)
 
 
-def group_norm(shaped, mask, *, eps=1e-6):
+def group_norm(shaped, mask, *, group_eps=1e-6):
     """GRPO (2402.03300 §4.1.2):  A = (R - mean) / (std + eps), the group's; std unbiased."""
     A = deviations(shaped)                                                               # [P, G]
-    return tokens_of(A / (A.std(1, keepdim=True) + eps), mask)
+    return tokens_of(A / (A.std(1, keepdim=True) + group_eps), mask)
 
 
 def centred(shaped, mask):
@@ -284,8 +255,67 @@ def distilled(old_logp, teach_logp, base_logp, mask, *, lam=1.0, most=10.0):
     return (lam * (teach_logp - base_logp).clamp(-most, most) - (old_logp - base_logp)) * mask
 
 
+def at_step(x, step, otherwise=0.0):
+    """What belongs to a step, on its tokens.   [N, K], step [N, T] (-1: of none) -> [N, T]"""
+    return torch.where(step >= 0, x.gather(1, step.clamp(min=0)), torch.full_like(x[:, :1], otherwise))
+
+
+def potential(acc, conf):
+    """SPAE's Φ in [-1, 1]: -1 is confidently wrong, 1 confidently right."""
+    return 1.5 * acc * conf + 0.5 * acc - conf
+
+
+def step_potentials(shaped, mask, step, acc, conf, probed, *, alpha=0.5, xi=0.5, full=0.9):
+    """SPAE (2601.03823) before it is whitened:  A = (R - mean) f + ξ g of a token's step k.
+
+    f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over the batch)
+    less its mean. acc, conf [N, K]: probability of the truth and confidence if asked after a step, where
+    probed is true.
+    """
+    phi = potential(acc, conf)                                                           # [N, K]
+    sure = ((phi > full) & probed).to(phi)
+    f = 1 - alpha * (1 - torch.exp(sure - sure.cumsum(1)))
+    change = F.pad(phi[:, 1:] - phi[:, :-1], (1, 0))
+    if probed.any():
+        low, high = change[probed].min(), change[probed].max()
+        g = ((change - low) / (high - low).clamp(min=1e-8)).exp()
+        g = (g - g[probed].mean()) * probed
+    else:
+        g = torch.zeros_like(phi)
+    return (centred(shaped, mask) * at_step(f, step, 1.0) + xi * at_step(g, step)) * mask
+
+
+def stepwise(shaped, mask, step, acc, conf, probed, *, alpha=0.5, xi=0.5, full=0.9):
+    """SPAE (2601.03823), whitened over the batch's tokens: see step_potentials."""
+    return whiten(step_potentials(shaped, mask, step, acc, conf, probed, alpha=alpha, xi=xi, full=full), mask)
+
+
+def step_returns(p, probed, rule="clip_delta", eta=0.9):
+    """The return from each step on, of scores p [N, K] (2410.15115): plain sum, clip, delta or clip_delta.
+
+    clip: min(p - η, 0). delta: p_k - p_k+1, but the last but one keeps its own and the last earns 0: the
+    return is p_k.
+    """
+    r = (p - eta).clamp(max=0) if "clip" in rule else p
+    r = r * probed
+    if "delta" in rule:
+        one, two = (F.pad(probed, (0, n))[:, n:] for n in (1, 2))                        # do so many follow?
+        r = torch.where(two > 0, r - F.pad(r, (0, 1))[:, 1:], r) * one
+    return r.flip(1).cumsum(1).flip(1) * probed
+
+
+def process_returns(shaped, mask, step, process, probed, *, rule="clip_delta", eta=0.9, scale=1.0, bug=0.0):
+    """Process rewards (2410.15115): the outcome and the return of the token's step, whitened over the batch.
+
+    process [N, K]: a score of each step; bug: what a faulty scorer adds to each, which a plain sum invites to
+    farm. rule: sum, clip, delta or clip_delta.
+    """
+    ahead = scale * step_returns(process + bug, probed.to(process), rule, eta)           # [N, K]
+    return whiten(tokens_of(shaped, mask) + at_step(ahead, step) * mask, mask)
+
+
 ADVANTAGES = dict(group=group_norm, centred=centred, rloo=leave_one_out, returns=returns, whitened=whitened,
-                  distilled=distilled)
+                  distilled=distilled, stepwise=stepwise, process=process_returns)
 
 # --- credit: advantages [N, T] once more, by what else is known of a response ---------------------------
 
@@ -308,7 +338,12 @@ def too_long(adv, correct, length, *, base=1.1):
     return adv * (2 - base ** -over).reshape(-1, 1)
 
 
-CREDIT = dict(same=same, overconfident=overconfident, too_long=too_long)
+def harsher(adv, *, factor=1.693147):
+    """A control for ACE: every negative advantage times 1 + log 2, whatever the confidence."""
+    return torch.where(adv < 0, factor * adv, adv)
+
+
+CREDIT = dict(same=same, overconfident=overconfident, too_long=too_long, harsher=harsher)
 
 # --- surrogates: a loss per token [n, T], or per group [p] ----------------------------------------------
 
@@ -336,6 +371,11 @@ def reinforce(logp, adv):
 def stale(logp, behaviour_logp, adv, *, most=4.0):
     """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
     return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
+
+
+def clip_stale(logp, behaviour_logp, adv, *, eps=0.2, eps_high=0.0):
+    """PPO's clip around the policy μ that generated, however old: a control for AIPO."""
+    return clip(logp, behaviour_logp, adv, eps=eps, eps_high=eps_high)
 
 
 def anchored(logp, old_logp, teach_logp, adv, *, alpha=0.5, eps=0.2):
@@ -376,8 +416,8 @@ def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau=10.
     return price - torch.where(mixed, J, torch.zeros_like(J))
 
 
-SURROGATES = dict(clip=clip, reinforce=reinforce, stale=stale, anchored=anchored, clip_cov=clip_cov,
-                  kl_cov=kl_cov, drpo=drpo)
+SURROGATES = dict(clip=clip, reinforce=reinforce, stale=stale, clip_stale=clip_stale, anchored=anchored,
+                  clip_cov=clip_cov, kl_cov=kl_cov, drpo=drpo)
 
 # Which tokens a surrogate treats apart: of the whole minibatch, before its gradient.   -> [N, T]
 
@@ -463,9 +503,13 @@ def flattened(logp, flat_logp, *, beta=0.01, most=5.0):
     return beta * (log_w.exp() * (log_w - 1) + 1)
 
 
-def to_teacher(logp, teach_logp, correct, *, beta=2e-3, wrong_only=False):
-    """KDRL (2506.02208): β k2 to the teacher, or only on wrong responses."""
+def to_teacher(logp, teach_logp, correct, progress, *, beta=2e-3, beta_start=0.0, wrong_only=False):
+    """KDRL (2506.02208): β k2 to the teacher, or only on wrong responses.
+
+    beta_start: anneal from it to beta, linearly over the run (progress, from 0 to 1); 0: β is constant.
+    """
     rows = (1 - correct).reshape(-1, 1) if wrong_only else 1.0
+    beta = beta_start + (beta - beta_start) * progress if beta_start else beta
     return k2(logp, teach_logp, beta=beta) * rows
 
 
@@ -516,9 +560,15 @@ def mixed_shaped(shaped):
     return shaped.std(1) > 1e-6
 
 
-FILTERS = dict(every=every, mixed=mixed, mixed_shaped=mixed_shaped)
-AXES = dict(shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDIT, surrogate=SURROGATES, chooser=CHOOSERS,
-            penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
+def steady(shaped, usual, *, ratio=0.5):
+    """RLPR's (2506.18254): groups whose std is at least ratio times the usual one; never none."""
+    std = shaped.std(1)
+    return (std >= ratio * usual) | (std == std.max())
+
+
+FILTERS = dict(every=every, mixed=mixed, mixed_shaped=mixed_shaped, steady=steady)
+AXES = dict(trim=TRIMS, shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDIT, surrogate=SURROGATES,
+            chooser=CHOOSERS, penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
 
 # --- roll out -------------------------------------------------------------------------------------------
 
@@ -547,24 +597,6 @@ def logprobs(model, tokens, mask, c, temperature=0.0):
                           for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
 
 
-def scorer(spec, task):
-    """The reward as a function (problem, text, finished) -> float: the task's, or PATH.py:FUNCTION.
-
-    UserError if the file or the function is not there.
-    """
-    if spec == "task":
-        return task.reward
-    path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: give task, or PATH.py:FUNCTION of a file that exists")
-    found = importlib.util.spec_from_file_location("reward_of_the_user", path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward {spec}: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
 def graded(score, problems, roll, tok, samples):
     """A reward of every response.   -> [P, G], the texts"""
     texts = [tok.decode(ids) for ids in roll.completions()]
@@ -573,77 +605,220 @@ def graded(score, problems, roll, tok, samples):
     return torch.tensor(got, device=roll.tokens.device).view(-1, samples), texts
 
 
-REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think again|but|however|"
-                      r"alternative|double-check|check|oh|hmm)\b", re.I)                 # ARLCP's words
+MARK = "####"                    # an answer follows: see data/tasks.py
 
 
-def described(score, texts, roll, best, where, task):
-    """What is known of each group, as a shaper or a filter may name it: [P, G], and best and where [P, 1]."""
-    shape, habits = score.shape, getattr(task, "habits", None)
-    seconds = [float(habits(x)["waits"] if habits else len(REFLECTS.findall(x))) for x in texts]     # looks
-    return dict(score=score, correct=(score > 0.5).to(score), length=roll.mask.sum(1).view(shape),
-                truncated=~roll.finished.view(shape), best=best.to(score)[:, None],
-                reflections=torch.tensor(seconds).to(score).view(shape),
-                where=torch.tensor(where, device=score.device)[:, None])
+@torch.no_grad()
+def forced(model, rows, c):
+    """Of rows (context ids, ids forced after it): their mean probability, log-prob and entropy.   3 x [R]"""
+    tokens, mask = collate(rows, max(model.config.pad_token_id, 0), c.device)
+    with autocast(c.device, c.dtype):
+        made = [token_logprobs(model, t, m, entropy=True)
+                for t, m in zip(tokens.split(c.micro), mask.split(c.micro))]
+    logp, entropy = (torch.cat(x) for x in zip(*made))                                   # [R, T]
+    return [(x * mask).sum(1) / mask.sum(1).clamp(min=1) for x in (logp.exp(), logp, entropy)]
+
+
+def after_mark(model, roll, texts, truths, tok, c):
+    """(mean probability, exp of the mean log-prob) [N] of answers after each response's first ####.
+
+    truths: the ids to force there, or None for the response's own. 0 where nothing can be asked.
+    """
+    rows, where = [], []
+    for i, (ids, text) in enumerate(zip(roll.completions(), texts)):
+        k, start = curricula.spelled(ids, tok, text.find(MARK) + len(MARK)), int(roll.prompt_len[i])
+        answer = ids[k:] if truths is None else truths[i // c.samples]
+        if MARK in text and answer:
+            rows.append((roll.tokens[i, :start + k].tolist(), answer))
+            where.append(i)
+    out = torch.zeros(2, len(texts), device=c.device)
+    if rows:
+        p, logp, _ = forced(model, rows, c)
+        out[:, where] = torch.stack([p, logp.exp()])
+    return out
+
+
+def truth(problem, task, tok):
+    """The ids of what follows #### in a good response."""
+    return tok.encode(task.demo(problem, "good").partition(MARK)[2])
+
+
+def facts(wanted, models, roll, texts, problems, task, tok, c):
+    """What was asked of the responses beyond their score, {name: [P, G], or [P, 1] of a prompt}.
+
+    models: ref, and slow, the policy's trailing copy (GRPO-CARE).
+    """
+    mine = [p for p in problems for _ in range(c.samples)]
+    said = [tasks.stated(tasks.part(task, p), x) for p, x in zip(mine, texts)]
+    number = {x: i for i, x in enumerate(dict.fromkeys(x for x in said if x))}
+    ask = [[*tok.prompt(p, c.chat), *tok.encode(MARK)] for p in problems]
+    truths = [truth(p, task, tok) for p in problems] if wanted & {"truth_prob", "base_prob"} else []
+    make = dict(
+        reflections=lambda: [tasks.second_looks(tasks.part(task, p), x) for p, x in zip(mine, texts)],
+        stated=lambda: [bool(x) and done for x, done in zip(said, roll.finished.tolist())],
+        answer=lambda: [number.get(x, -1) for x in said],
+        objective=lambda: [p.get("task", 0) for p in problems],
+        pattern=lambda: [tasks.pattern(p, x, True, tasks.part(task, p)) for p, x in zip(mine, texts)],
+        truth_prob=lambda: after_mark(models["policy"], roll, texts, truths, tok, c)[0],
+        base_prob=lambda: forced(models["ref"], list(zip(ask, truths)), c)[0],
+        answer_prob=lambda: after_mark(models["slow"], roll, texts, None, tok, c)[1])
+    return {k: torch.as_tensor(make[k](), dtype=torch.float32, device=c.device).view(len(problems), -1)
+            for k in wanted & set(make)}
+
+
+def probes(policy, roll, problems, task, tok, c, scores=False):
+    """The steps of responses: {step [N, T], probed, acc, conf [N, K]} (SPAE), or with process scores [N, K].
+
+    After each step the policy is asked for the answer: acc is the mean probability of the true one's tokens,
+    conf exp(-their mean entropy). The last step goes on to the end of the response.
+    """
+    mask, ends, texts = roll.mask, [], []
+    for i, ids in enumerate(roll.completions()):
+        texts.append(tok.decode(ids))
+        part = tasks.part(task, problems[i // c.samples])
+        ends.append([curricula.spelled(ids, tok, e) for e in tasks.step_ends(part, texts[-1])])
+    K = max(1, max(map(len, ends)))
+    step, probed = torch.full(mask.shape, -1), torch.zeros(len(ends), K, dtype=torch.bool)
+    rows, value = [], torch.zeros(2, len(ends), K, device=c.device)
+    for i, row in enumerate(ends):
+        start, problem = int(roll.prompt_len[i]), problems[i // c.samples]
+        probed[i, :len(row)] = True
+        for k, (a, b) in enumerate(itertools.pairwise([0, *row])):
+            step[i, start + a:start + b if k + 1 < len(row) else None] = k
+            asked = roll.tokens[i, :start + b].tolist() + tok.encode(MARK)
+            rows.append((asked, truth(problem, task, tok)))
+        if scores and row:
+            value[0, i, :len(row)] = torch.tensor(tasks.part(task, problem).process(problem, texts[i]))
+    step, probed = step.to(mask.device), probed.to(mask.device)
+    if rows and not scores:
+        acc, _, entropy = forced(policy, rows, c)
+        value[:, probed] = torch.stack([acc, torch.exp(-entropy)])
+    return dict(step=step, probed=probed, acc=value[0], conf=value[1], process=value[0])
+
+
+# --- before training ------------------------------------------------------------------------------------
+
+
+def rollouts(policy, problems, tok, c, max_new, samples, g):
+    """Samples for many problems, as many rows at once as a rollout has.   yields (problems, Rollout)"""
+    size = max(1, c.prompts * c.samples // samples)
+    for i in range(0, len(problems), size):
+        some = problems[i:i + size]
+        with autocast(c.device, c.dtype):
+            yield some, generate(policy, [tok.prompt(p, c.chat) for p in some], max_new, samples=samples,
+                                 temperature=c.temperature, generator=g)
+
+
+def screened(policy, problems, task, tok, c, max_new, g):
+    """The problems that the first policy solves at least once in --screen samples; UserError if none."""
+    kept = []
+    for some, roll in rollouts(policy, problems, tok, c, max_new, c.screen, g):
+        right = (graded(task.reward, some, roll, tok, c.screen)[0] > 0.5).sum(1).tolist()
+        kept += [p for p, keep in zip(some, curricula.solvable(right)) if keep]
+    if not kept:
+        raise UserError(f"--screen {c.screen}: no prompt is ever solved: easier data, or a better --init")
+    return kept
+
+
+def hinted(policy, problems, task, tok, c, max_new, g):
+    """The problems with their sufficient hints after the prompt, in order; --hints samples measure a set."""
+    out = []
+    for p in problems:
+        facts, seen = tasks.part(task, p).hints(p), {}
+
+        def shown(kept):
+            return p | dict(prompt=p["prompt"] + "".join(facts[i] for i in sorted(kept)))
+
+        def accuracy(kept):
+            if kept not in seen:
+                some, roll = next(rollouts(policy, [shown(kept)], tok, c, max_new, c.hints, g))
+                seen[kept] = graded(task.reward, [p], roll, tok, c.hints)[0].mean().item()
+            return seen[kept]
+        out.append(shown(curricula.sufficient(len(facts), accuracy)))
+    return out
+
+
+@torch.no_grad()
+def temperature_at(policy, roll, entropy, c):
+    """AceReason (2506.13284): the temperature at which the tokens' mean entropy is `entropy` nats.
+
+    UserError if none between 0.05 and 20 has it.
+    """
+    def off(t):
+        with autocast(c.device, c.dtype):
+            H = token_logprobs(policy, roll.tokens, roll.mask, temperature=t, entropy=True)[1]
+        return ((H * roll.mask).sum() / roll.mask.sum()).item() - entropy
+    low, high = 0.05, 20.0
+    if off(low) > 0 or off(high) < 0:
+        raise UserError(f"--at_entropy {entropy}: from temperature {low} to {high} it is between "
+                        f"{off(low) + entropy:.3g} and {off(high) + entropy:.3g} nats")
+    while high / low > 1 + 1e-5:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if off(middle) < 0 else (low, middle)
+    return low
 
 
 # --- evaluate -------------------------------------------------------------------------------------------
 
 
-def pass_at_k(n, correct, k):
-    """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, from c of n (2107.03374 eq. 1)."""
-    out = 1.0
-    for i in range(n - correct + 1, n + 1):
-        out *= 1 - k / i
-    return 1 - out
+def evaluate(policy, sets, tok, c, max_new):
+    """Held-out prompts, always the same and with the same draws: accuracy, pass@k, maj@k, length, truncated.
 
-
-def evaluate(policy, sets, task, tok, c, max_new, samples=4):
-    """Held-out prompts, always the same and with the same draws: accuracy, pass@k, length, truncated share.
-
-    Sampled at the run's temperature; _greedy: the accuracy at temperature 0.
+    sets: {split: (task, problems)}. Sampled at the run's temperature; _greedy: the accuracy at temperature 0;
+    _length_right, _length_wrong: the mean length of right and of wrong responses.
     -> {split_key: mean}, [(prompt, text, reference)]
     """
-    out, look = {}, []
-    for split, problems in sets.items():
-        prompts, g = [tok.prompt(p, c.chat) for p in problems], torch.Generator().manual_seed(c.seed + 1)
-        with autocast(c.device, c.dtype):
-            roll = generate(policy, prompts, max_new, samples=samples, temperature=c.temperature, generator=g)
-            best = generate(policy, prompts, max_new, temperature=0.0)
-        score, texts = graded(task.reward, problems, roll, tok, samples)                 # [P, G]
-        out[f"{split}_greedy"] = graded(task.reward, problems, best, tok, 1)[0].mean().item()
-        right = (score > 0.5).sum(1).tolist() if task.metric == "accuracy" else []
-        out |= {f"{split}_{task.metric}": score.mean().item(),
-                f"{split}_length": roll.mask.sum(1).mean().item(),
-                f"{split}_truncated": 1 - roll.finished.float().mean().item()}
-        if right:
-            out[f"{split}_pass@{samples}"] = sum(pass_at_k(samples, r, samples) for r in right) / len(right)
-        if hasattr(task, "habits"):
-            found = [task.habits(x) for x in texts]
-            out |= {f"{split}_{k}": sum(x[k] for x in found) / len(found) for k in found[0]}
-        look += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::samples])]
+    out, look, G = {}, [], c.eval_samples
+    for split, (task, problems) in sets.items():
+        scores, greedy, lengths, texts, done = [], [], [], [], []
+        g = torch.Generator().manual_seed(c.seed + 1)
+        for some, roll in rollouts(policy, problems, tok, c, max_new, G, g):
+            cold = replace(c, temperature=0.0, prompts=len(some))
+            _, best = next(rollouts(policy, some, tok, cold, max_new, 1, g))
+            score, said = graded(task.reward, some, roll, tok, G)                        # [p, G]
+            scores.append(score)
+            texts += said
+            lengths.append(roll.mask.sum(1).view(-1, G))
+            greedy.append(graded(task.reward, some, best, tok, 1)[0])
+            done.append(roll.finished)
+        score, length = torch.cat(scores), torch.cat(lengths)                            # [P, G]
+        told = dict(greedy=torch.cat(greedy).mean(), length=length.mean(),
+                    truncated=1 - torch.cat(done).float().mean())
+        told[task.metric] = score.mean()
+        if task.metric == "accuracy":
+            told |= curricula.of_samples(score > 0.5, [tasks.stated(tasks.part(task, problems[i // G]), x)
+                                                       for i, x in enumerate(texts)])
+            kinds = dict(right=score > 0.5, wrong=score < 0.5)
+            told |= {f"length_{k}": length[x].mean() if x.any() else 0.0 for k, x in kinds.items()}
+        habits = [tasks.part(task, problems[i // G]).habits(x) for i, x in enumerate(texts)
+                  if hasattr(tasks.part(task, problems[i // G]), "habits")]
+        told |= {k: statistics.fmean(x[k] for x in habits) for k in (habits[0] if habits else ())}
+        out |= {f"{split}_{k}": float(x) for k, x in told.items()}
+        look += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::G])]
     return out, look
 
 
 # --- train ----------------------------------------------------------------------------------------------
 
 
-def backward(policy, batch, groups, c, f, g):
+def backward(policy, batch, groups, c, f, g, progress=0.0):
     """Gradients of one minibatch of whole groups, over its micro-batches -> what happened, a dict of floats.
 
     batch: [N, T] tensors, and what belongs to a group as [P, G]. The weights are those of the whole
-    minibatch, so --micro changes nothing.
+    minibatch, so --micro changes nothing. progress: how much of the run is over, for what is annealed.
     """
     G = batch["length"].size(1)
     rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()       # [n]
     whole = {k: x[groups] if x.size(0) * G == len(batch["mask"]) else x[rows] for k, x in batch.items()}
     width = int(whole["ends"].max())
     whole = {k: x[:, :width] if x.shape == batch["mask"][rows].shape else x for k, x in whole.items()}
-    extra = dict(cap=c.max_new, generator=g, groups=len(groups))
+    extra = dict(cap=c.max_new, generator=g, groups=len(groups), progress=progress)
     if "now" in needs(f.chooser):
         whole["now"] = logprobs(policy, whole["tokens"], whole["mask"], c)
     whole["chosen"] = f.chooser(**{k: (whole | extra)[k] for k in needs(f.chooser)})     # [n, T]
     whole["weight"] = f.weight(**{k: (whole | extra)[k] for k in needs(f.weight)})       # [n, T]
+    if "lam" in whole:                                                                   # RECAP's, [p, 1]
+        whole["weight"] = whole["weight"] * whole["lam"].repeat_interleave(G, 0)
     told = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
     n, low = whole["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
     high = f.surrogate.keywords.get("eps_high", 0.0) or low
@@ -670,26 +845,42 @@ def backward(policy, batch, groups, c, f, g):
     return told
 
 
-def check(c, f):
-    """UserError where the parts of a run do not fit together."""
-    asked = {name for axis in (f.advantage, f.credit, f.surrogate, f.penalty) for name in needs(axis)}
+AXIS_NAMES = ("trim", "shaper", "advantage", "credit", "chooser", "surrogate", "penalty", "weight", "filter")
+
+
+def check(c, f, task):
+    """The names of everything that the functions ask for; UserError where parts do not fit together."""
+    asked = {name for axis in AXIS_NAMES for name in needs(getattr(f, axis))}
     if "teach_logp" in asked and not c.teacher:
         raise UserError("this method learns from a teacher: give --teacher CHECKPOINT")
     if c.temperature <= 0:
         raise UserError(f"--temperature {c.temperature}: the policy samples, so it must be positive")
-    if min(c.prompts, c.minibatches) < 1 or c.lag < 0:
-        raise UserError("--prompts and --minibatches must be at least 1, --lag at least 0")
+    if min(c.prompts, c.minibatches, c.eval_samples) < 1 or c.lag < 0:
+        raise UserError("--prompts, --minibatches and --eval_samples must be at least 1, --lag at least 0")
     if c.samples < 2 and (c.advantage in ("group", "centred", "rloo", "whitened") or c.filter != "every"):
         raise UserError(f"--samples {c.samples}: a group needs two responses to compare")
     if c.prompts % c.minibatches:
         raise UserError(f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
                         f"groups")
+    if c.noise_level not in ("group", "response") or not 0 <= c.noise <= 1:
+        raise UserError("--noise is a probability, and --noise_level group or response")
+    if c.twins and (c.prompts % 2 or c.filter != "every"):
+        raise UserError("--twins: prompts come in pairs, so --prompts must be even and --filter every")
+    parts = getattr(task, "parts", [task])
+    for what, name in ((c.twins, "paraphrase"), (c.hints, "hints"), ("process" in asked, "process"),
+                       (c.seek, "checks")):
+        if what and not all(hasattr(x, name) for x in parts):
+            raise UserError(f"this method needs a task with {name}, and {task.name} has none; "
+                            f"see data/chains.py")
+    if asked & {"truth_prob", "acc", "answer"} and task.metric != "accuracy":
+        raise UserError(f"this method asks for answers after ####, and {task.name} has none")
     return asked
 
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
-    asked = check(c, f)
+    task = tasks.task(c.data)
+    asked = check(c, f, task)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
     teacher = sft.find(c.teacher, c.config, device=c.device) if c.teacher else ""
     kernels.use(c.kernels)
@@ -702,24 +893,36 @@ def train(c, f):
         if other.tokens != tok.tokens or not isinstance(teach or ref, Transformer):
             raise UserError(f"--teacher {teacher}: need a language model with the tokenizer of --init {init}")
         policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
-        task = tasks.task(c.data)
-        score_of, G, pad = scorer(c.reward, task), c.samples, max(policy.config.pad_token_id, 0)
+        score_of, G, pad = tasks.scorer(c.reward, task), c.samples, max(policy.config.pad_token_id, 0)
+        verify = task.reward if task.metric == "accuracy" else score_of
         problems = task.problems("train", c.pool, 1000 + c.seed)
-        sets = {s: task.problems(s, c.eval_prompts, c.seed) for s in tasks.held_out(c.data)}
-        max_new = tasks.room(c, tok, [p for s in (problems, *sets.values()) for p in s], task,
-                       policy.config.max_position_embeddings)
+        watched = dict(watch_=tasks.task(c.watch)) if c.watch else {}
+        sets = {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
+                for tag, one in ({"": task} | watched).items() for split in ("val", "ood")
+                if split in one.splits}
+        max_new = tasks.room(c, tok, [p for s in (problems, *(x for _, x in sets.values())) for p in s], task,
+                             policy.config.max_position_embeddings)
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
-        best, cursor, past = [float("inf")] * len(problems), 0, []       # HAPO's records; the data's place
+        first = torch.Generator().manual_seed(c.seed + 2)                # what happens before training
+        if c.at_entropy:
+            _, roll = next(rollouts(ref, problems, tok, c, max_new, G, first))
+            c = replace(c, temperature=temperature_at(ref, roll, c.at_entropy, c))
+        problems = screened(ref, problems, task, tok, c, max_new, first) if c.screen else problems
+        problems = hinted(ref, problems, task, tok, c, max_new, first) if c.hints else problems
+        cursor, past, usual = 0, [], []                                  # the data's place; policies; spreads
+        best, losses = [float("inf")] * len(problems), [[] for _ in getattr(task, "parts", [task])]
         run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
                 f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, "
-                f"{c.device} {c.dtype}")
+                f"{c.device} {c.dtype}" + f", temperature {c.temperature:.3f}" * bool(c.at_entropy))
+        slow = copy.deepcopy(ref)
         if run.state:
             opt.load_state_dict(run.state["opt"])
             g.set_state(run.state["rng"])
-            best, cursor, before = run.state["best"], run.state["cursor"], run.state["before"]
-            past = run.state["past"]
+            best, cursor, before, past, usual, losses = (
+                run.state[k] for k in ("best", "cursor", "before", "past", "usual", "losses"))
+            slow.load_state_dict(run.state["slow"] or slow.state_dict())
         else:
-            before, look = evaluate(policy, sets, task, tok, c, max_new)
+            before, look = evaluate(policy, sets, tok, c, max_new)
             run.log(0, **before, show=True)
         scores, actor = before, copy.deepcopy(policy).requires_grad_(False) if c.lag else policy
         train_policy = torch.compile(policy) if c.compile else policy
@@ -728,29 +931,46 @@ def train(c, f):
             # 1. roll out: groups until enough of them pass the filter ------------------------------------
             clock, kept, seen = time.perf_counter(), [], []
             if c.lag:
-                past = [*past, copy.deepcopy(policy.state_dict())][-c.lag - 1:]
+                past = [*past, {k: v.cpu().clone() for k, v in policy.state_dict().items()}][-c.lag - 1:]
                 actor.load_state_dict(past[0])
             for _ in range(c.rounds):
-                where = batch_indices(len(problems), c.prompts, cursor, c.seed).tolist()
+                n = c.prompts // 2 if c.twins else c.prompts
+                where = batch_indices(len(problems), n, cursor, c.seed).tolist()
                 cursor, picked = cursor + 1, [problems[i] for i in where]
+                if c.twins:
+                    rng = random.Random(f"{c.seed}/{cursor}")
+                    picked += [tasks.part(task, p).paraphrase(p, rng) for p in picked]
+                    where = where + where
                 with autocast(c.device, c.dtype):
                     roll = generate(actor, [tok.prompt(p, c.chat) for p in picked], max_new, samples=G,
                                     temperature=c.temperature, generator=g)
                 score, texts = graded(score_of, picked, roll, tok, G)                    # [P, G]
-                group = described(score, texts, roll, torch.tensor([best[i] for i in where]), where, task)
-                group["shaped"] = f.shaper(**{k: (group | dict(cap=max_new))[k] for k in needs(f.shaper)})
+                correct = (graded(verify, picked, roll, tok, G)[0] > 0.5).to(score)
+                group = dict(score=score, correct=correct, length=roll.mask.sum(1).view(score.shape),
+                             truncated=~roll.finished.view(score.shape),
+                             best=torch.tensor([best[i] for i in where]).to(score)[:, None],
+                             where=torch.tensor(where, device=score.device)[:, None])
+                group |= facts(asked | {"stated"} | ({"objective"} if c.reweigh else set()),
+                               dict(policy=policy, ref=ref, slow=slow), roll, texts, picked, task, tok, c)
+                if c.noise:
+                    group["score"] = flipped(score, group["stated"], g, c.noise, c.noise_level)
+                have = group | dict(cap=max_new, usual=usual[-1] if len(usual) > 10 else 0.0)
+                have["trained"] = group["trained"] = f.trim(**{k: have[k] for k in needs(f.trim)})
+                group["shaped"] = have["shaped"] = f.shaper(**{k: have[k] for k in needs(f.shaper)})
+                keep = f.filter(**{k: have[k] for k in needs(f.filter)})                 # [P]
                 seen.append(group)
-                keep = f.filter(**{k: group[k] for k in needs(f.filter)})                # [P]
-                kept.append((rows_of(roll, keep.repeat_interleave(G)),
-                             {k: x[keep] for k, x in group.items()}))
-                if sum(len(x["score"]) for _, x in kept) >= c.prompts or c.filter == "every":
+                kept.append((rows_of(roll, keep.repeat_interleave(G)), {k: x[keep] for k, x in group.items()},
+                             list(itertools.compress(picked, keep.tolist()))))
+                if sum(len(x["score"]) for _, x, _ in kept) >= c.prompts or c.filter in ("every", "steady"):
                     break
-            passed = sum(len(x["score"]) for _, x in kept)
+            passed = sum(len(x["score"]) for _, x, _ in kept)
             if not passed:                                       # flat groups: only a penalty can teach
-                kept = [(roll, group)]
-            roll = rows_of(joined([x for x, _ in kept], pad), slice(c.prompts * G))
-            have = {k: torch.cat([x[k] for _, x in kept])[:c.prompts] for k in group}    # [P, G] each
-            mask, t_gen = roll.mask, time.perf_counter() - clock                         # [N, T]
+                kept = [(roll, group, picked)]
+            roll = rows_of(joined([x for x, *_ in kept], pad), slice(c.prompts * G))
+            have = {k: torch.cat([x[k] for _, x, _ in kept])[:c.prompts] for k in group}  # [P, G] each
+            used = [p for *_, some in kept for p in some][:c.prompts]
+            mask = roll.mask * (roll.mask.cumsum(1) <= have["trained"].view(-1, 1))      # [N, T]
+            t_gen = time.perf_counter() - clock
             # 2. score ------------------------------------------------------------------------------------
             clock = time.perf_counter()
             compute = dict(
@@ -762,46 +982,115 @@ def train(c, f):
             have |= dict(mask=mask, cap=max_new)
             for name in ["old_logp", "ref_logp", *sorted(asked & set(compute) - {"old_logp", "ref_logp"})]:
                 have[name] = compute[name]()
+            if "step" in asked:
+                have |= probes(policy, roll, used, task, tok, c, scores="process" in asked)
             kl = ((have["old_logp"] - have["ref_logp"]) * mask).sum(1)                   # [N]
             have["shaped"] = have["shaped"] - c.kl_reward * kl.view(-1, G)               # [P, G]
             have["adv"] = f.advantage(**{k: have[k] for k in needs(f.advantage)})        # [N, T]
             have["adv"] = f.credit(**{k: have[k] for k in needs(f.credit)})
+            lam = curricula.reweighted(losses, temperature=c.reweigh) if c.reweigh else []
+            if c.reweigh:
+                have["lam"] = torch.tensor(lam).to(mask)[have["objective"].long()]       # [P, 1]
             batch = {k: x for k, x in have.items() if torch.is_tensor(x)} | dict(
-                tokens=roll.tokens, ends=(roll.prompt_len + mask.sum(1).long())[:, None])
-            for i, lengths, right in zip(have["where"].flatten().tolist(), have["length"], have["correct"]):
+                tokens=roll.tokens, ends=(roll.prompt_len + roll.mask.sum(1).long())[:, None])
+            made = {k: torch.cat([x[k] for x in seen]) for k in group}                   # before the filter
+            for i, lengths, right in zip(made["where"].flatten().tolist(), made["length"], made["correct"]):
                 best[i] = min([best[i], *lengths[right > 0].tolist()])                   # HAPO's records
+            spread = made["shaped"].std(1).mean().item() if G > 1 else 0.0
+            usual = [*usual, 0.99 * usual[-1] + 0.01 * spread if len(usual) > 6 else spread][-12:]   # RLPR's
             t_score = time.perf_counter() - clock
             # 3. update -----------------------------------------------------------------------------------
             clock, told, norm = time.perf_counter(), [], 0.0
             set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
             size = c.prompts // c.minibatches
             for groups in torch.randperm(len(have["score"]), generator=g).to(mask.device).split(size):
-                told.append(backward(train_policy, batch, groups, replace(c, max_new=max_new), f, g))
+                told.append(backward(train_policy, batch, groups, replace(c, max_new=max_new), f, g,
+                                     step / c.steps))
                 if len(told) == 1 and not c.lag:
                     check_first_ratio(told[0], c.dtype)
                 norm = clip_grad_norm_(policy.parameters(), 1.0)
                 opt.step()
                 opt.zero_grad()
+            if "answer_prob" in asked and (step + 1) % 10 == 0:
+                with torch.no_grad():                                                    # GRPO-CARE's copy
+                    for a, b in zip(slow.parameters(), policy.parameters()):
+                        a.lerp_(b, 0.005)
             # 4. tell -------------------------------------------------------------------------------------
-            made = {k: torch.cat([x[k] for x in seen]) for k in ("score", "length", "truncated")}
-            flat = made["score"].std(1, correction=0) < 1e-6                             # before the filter
-            row = dict(correct=made["score"].mean(), flat=flat.float().mean(), length=made["length"].mean(),
-                       truncated=made["truncated"].float().mean(), kl=kl.mean(), entropy=told[0]["entropy"],
-                       norm=norm, groups=min(passed, c.prompts), generated=made["length"].sum())
+            flat = made["score"].std(1, correction=0) < 1e-6
+            row = dict(correct=made["correct"].mean(), reward=made["score"].mean(), flat=flat.float().mean(),
+                       length=made["length"].mean(), truncated=made["truncated"].float().mean(), kl=kl.mean(),
+                       entropy=told[0]["entropy"], norm=norm, groups=min(passed, c.prompts),
+                       generated=made["length"].sum())
             row |= {k: sum(t[k] for t in told) / len(told) for k in ("loss", "clipped")}
+            row |= {f"lam_{i}": x for i, x in enumerate(lam)}
+            for i, history in enumerate(losses if c.reweigh else ()):
+                mine = made["score"][made["objective"].flatten() == i]
+                history += [1 - mine.mean().item()] if len(mine) else []
             run.log(step + 1, **row, t_gen=t_gen, t_score=t_score, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
-                scores, look = evaluate(policy, sets, task, tok, c, max_new)
+                scores, look = evaluate(policy, sets, tok, c, max_new)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, lambda folder: save(policy, tok, folder), opt=opt.state_dict(),
-                         rng=g.get_state(), best=best, cursor=cursor, before=before, past=past)
+                         rng=g.get_state(), best=best, cursor=cursor, before=before, past=past, usual=usual,
+                         losses=losses, slow=slow.state_dict() if "answer_prob" in asked else None)
         if c.stop and c.stop < c.steps:
             return scores
         if run.state and run.start >= c.steps:                                   # resumed after its last step
-            scores, look = evaluate(policy, sets, task, tok, c, max_new)
+            scores, look = evaluate(policy, sets, tok, c, max_new)
         report(run, before, scores, look)
-        return run.finish(**scores, **{f"sft_{k}": v for k, v in before.items()})
+        rows = [row for row in read_log(run.folder) if "entropy" in row]
+        mean = {f"train_{k}": statistics.fmean(row[k] for row in rows[-10:])
+                for k in ("correct", "entropy", "length", "flat", "kl") if rows}
+        mean |= dict(generated=sum(row["generated"] for row in rows)) if rows else {}
+        sought = seek(policy, sets["val"][1][:c.seek], task, tok, c, max_new, run) if c.seek else {}
+        return run.finish(**scores, **mean, **sought, **{f"sft_{k}": v for k, v in before.items()})
+
+
+# --- LatentSeek -----------------------------------------------------------------------------------------
+
+
+def seek(policy, problems, task, tok, c, max_new, run, share=0.2, rounds=10, lr=0.03, enough=-0.2):
+    """LatentSeek (2505.13308), for each problem: REINFORCE on its first hidden states, the weights untouched.
+
+    z, the states of the first share of the greedy answer's tokens, are the parameters; each round writes
+    argmax(head z), goes on greedily and takes a step on -R Σ log softmax(head z): R <= 0, so what failed gets
+    less likely. It stops above `enough`. Rewards: the task's own checks, without the answer; the verifier
+    less 1 (oracle); steps of the same length in random directions are the control.
+    -> {"seek_HOW": accuracy after, "seek_start": accuracy before}
+    """
+    def answer(p, start):
+        prompt = tok.prompt(p, c.chat) + start
+        roll = generate(policy, [prompt], max_new - len(start), temperature=0.0)
+        text = tok.decode(start + roll.completions()[0])
+        return [*start, *roll.completions()[0]], text, roll.finished.item()
+    out = dict(seek_start=0.0, seek_self=0.0, seek_oracle=0.0, seek_random=0.0)
+    for p in problems:
+        ids, text, done = answer(p, [])
+        right = task.reward(p, text, done)
+        out["seek_start"] += right / len(problems)
+        m, prompt = max(1, int(share * len(ids))), tok.prompt(p, c.chat)
+        with torch.no_grad():
+            states = policy(torch.tensor([[*prompt, *ids]], device=c.device))[0, len(prompt) - 1:][:m]
+        for how in ("self", "oracle", "random"):
+            z, said, g = states.clone().requires_grad_(), (text, done), torch.Generator().manual_seed(c.seed)
+            opt = torch.optim.Adam([z], lr=lr)
+            for _ in range(rounds):
+                checks = tasks.part(task, p).checks(p, said[0]) | dict(ended=said[1])    # - what fails
+                R = (task.reward(p, *said) if how == "oracle" else statistics.fmean(checks.values())) - 1
+                if R > enough:
+                    break
+                logp = torch.log_softmax(policy.logits(z), -1)                           # [m, V]
+                y = logp.argmax(-1)
+                z.grad = torch.autograd.grad(-R * logp.gather(1, y[:, None]).sum(), z)[0]
+                if how == "random":
+                    z.grad = torch.randn(z.shape, generator=g).to(z)
+                opt.step()
+                said = answer(p, policy.logits(z.detach()).argmax(-1).tolist())[1:]
+            out[f"seek_{how}"] += task.reward(p, *said) / len(problems)
+    run.say(f"\n  LatentSeek on {len(problems)} held-out prompts, greedy: "
+            + "  ".join(f"{k[5:]} {x:.3f}" for k, x in out.items()))
+    return out
 
 
 def report(run, before, after, look):
@@ -814,7 +1103,88 @@ def report(run, before, after, look):
     run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
 
 
-CLAIMS = {}
+# --- claims ---------------------------------------------------------------------------------------------
+
+
+def arms(**presets):
+    """Arms as --config strings, each evaluated with eight samples a prompt after its last step."""
+    return {name.replace("_", " "): f"{names},wide" for name, names in presets.items()}
+
+
+def above(label, ours, theirs, on="", by=0.0):
+    """{label: contrast}: ours + by > theirs on a metric ("": the claim's)."""
+    return {label: {f"{ours}|{on}": 1, f"{theirs}|{on}": -1} | ({"": by} if by else {})}
+
+
+def gain(label, ours, theirs="", share=0.0):
+    """{label: contrast}: our rise over the SFT model is at least a share of theirs (or just above 0)."""
+    return {label: {ours: 1, f"{ours}|sft_val_accuracy": share - 1} | ({theirs: -share} if theirs else {})}
+
+
+LENGTHS = ("dler", "dot", "drpo", "easy", "hapo", "arlcp", "linear")
+CLAIMS = dict(
+    lengths=Claim(
+        "Length methods shorten responses at GRPO's accuracy (within 0.02)",
+        "2510.15110, 2601.03969, 2510.04474, 2505.18086, 2505.11225, 2602.12113: 30-70 % shorter, no loss",
+        arms(grpo="grpo", **{x: x for x in LENGTHS}), "val_accuracy",
+        {k: v for x in LENGTHS for k, v in (above(f"{x}: as accurate", x, "grpo", by=0.02)
+                                            | above(f"{x}: shorter", "grpo", x, "val_length")).items()},
+        also=("val_length", "val_guess", "val_fillers", "ood_accuracy"), conclude=in_parts(*LENGTHS)),
+    exploration=Claim(
+        "Clip-Cov and KL-Cov keep the entropy at GRPO's accuracy (within 0.02), ACE and RAPO raise pass@8",
+        "2505.22617: higher entropy and plateau; 2602.21420, 2510.03865: higher pass@k",
+        arms(grpo="grpo", clip_cov="clip_cov", kl_cov="kl_cov", kl_cov_off="kl_cov,no_penalty", ace="ace",
+             harsher="harsher", rapo="rapo", reverse_kl="reverse"), "ood_pass@8",
+        {k: v for part, x in (("Clip-Cov", "clip cov"), ("KL-Cov", "kl cov")) for k, v in (
+            above(f"{part}: entropy", x, "grpo", "train_entropy")
+            | above(f"{part}: accuracy", x, "grpo", "val_accuracy", 0.02)).items()}
+        | above("KL-Cov: entropy over no penalty", "kl cov", "kl cov off", "train_entropy")
+        | above("ACE: pass@8", "ace", "grpo") | above("ACE: pass@8 over its control", "ace", "harsher")
+        | above("RAPO: pass@8", "rapo", "grpo") | above("RAPO: pass@8 over reverse KL", "rapo", "reverse kl"),
+        also=("ood_accuracy", "val_pass@8", "val_accuracy", "train_entropy"),
+        conclude=in_parts("Clip-Cov", "KL-Cov", "ACE", "RAPO")),
+    rewards=Claim(
+        "RL survives 40 % of flipped rewards, and rewards without a verifier do nearly as well",
+        "2505.22653: 72 % for 76 % of clean; 2506.18254: RLPR at or above verifiers; 2508.00410",
+        arms(grpo="grpo", noisy="noisy", noisy_each="noisy,each", rpr="rpr", rpr_noisy="rpr_noisy",
+             rlpr="rlpr", co_reward="co_reward"), "val_accuracy",
+        gain("noise: 80 % of the gain", "noisy", "grpo", 0.8)
+        | gain("noise by response: 80 % of the gain", "noisy each", "grpo", 0.8)
+        | above("RPR: helps a noisy reward", "rpr noisy", "noisy") | gain("RPR: alone raises", "rpr")
+        | gain("RLPR: 80 % of the gain", "rlpr", "grpo", 0.8) | gain("Co-Reward: raises", "co reward"),
+        also=("val_greedy", "val_pass@8", "val_length", "val_guess"),
+        conclude=in_parts("noise", "RPR", "RLPR", "Co-Reward")),
+    stale=Claim(
+        "With importance weights a policy learns from rollouts four updates old as from its own",
+        "2505.24034: AIPO matches on-policy training in an asynchronous system",
+        arms(on_policy="aipo,lag0", aipo_1="aipo,lag1", aipo_4="aipo", ppo_4="aipo,behind",
+             none_4="aipo,blind"), "val_accuracy",
+        above("lag 1: AIPO within 0.03", "aipo 1", "on policy", by=0.03)
+        | above("lag 4: AIPO within 0.03", "aipo 4", "on policy", by=0.03)
+        | above("harm without it: on policy > none", "on policy", "none 4")
+        | above("correction: AIPO > none", "aipo 4", "none 4")
+        | above("clip: AIPO > PPO's", "aipo 4", "ppo 4"),
+        also=("train_kl", "train_entropy", "val_length"),
+        conclude=in_parts("lag 1", "lag 4", "harm", "correction", "clip")),
+    teachers=Claim(
+        "RL with a teacher beats RL alone and distillation alone",
+        "2506.02208: KDRL over GRPO and KD; 2602.22495: RLAD over both; 2602.12125: ExOPD past the teacher",
+        arms(grpo="grpo", kd="opd,taught", exopd="exopd,taught", kdrl="kdrl,taught", rlad="rlad,taught"),
+        "val_accuracy",
+        {f"{x} > {y}": {x: 1, y: -1} for x in ("kdrl", "rlad") for y in ("grpo", "kd")}
+        | above("exopd > kd", "exopd", "kd"),
+        also=("val_greedy", "train_kl", "val_length", "ood_accuracy"),
+        conclude=in_parts("kdrl", "rlad", "exopd")),
+    forgetting=Claim(
+        "RECAP's weights and instance filtering forget less of the old task than RL on the new one alone",
+        "2510.21978: RECAP keeps general skills; 2507.05386: RL forgets little, filtering stabilises it",
+        arms(grpo="grpo,on_sort", rif="rif,on_sort", replay="replay", recap="recap", recap_05="recap,sharp"),
+        "watch_val_accuracy",
+        above("RECAP: > grpo", "recap", "grpo") | above("weights: > replay", "recap", "replay")
+        | above("weights, T = .5: > replay", "recap 05", "replay") | above("filtering: > grpo", "rif", "grpo")
+        | {"RL: forgets": {"grpo|sft_watch_val_accuracy": 1, "grpo": -1}},
+        also=("val_accuracy", "sft_watch_val_accuracy"),
+        conclude=in_parts("RECAP", "weights", "filtering", "RL")))
 
 # --- main -----------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ arithmetic  column-wise addition, bytes                a verifiable task, from s
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
 toyif_checks  which criteria do two responses meet?    verdicts, no winners
 toyif_judge  the same, most on principles alone        the base of the claim about rubrics
-chain_clean  chains of digits, step by step            right ones only
-chain       chains of mixed quality, from chain_clean  right half the time: where grpo.py starts
+chain_right  chains of digits, step by step            right ones only
+chain       chains of mixed quality, from chain_right  right half the time: where grpo.py starts
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -48,7 +48,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
-from data import prefs, tasks, text, tokenizer
+from data import chains, prefs, tasks, text, tokenizer
 from data.run import (Claim, Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, needs,
                       rank, read_log, result, settings, share, start_ranks)
 from kernels import PackedLinear
@@ -116,11 +116,16 @@ PRESETS = dict(
                      schedule="linear", eval_every=1000, save_every=1000, keep=1),
     toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
-    chain_clean=dict(data="chain_clean", init="", tokenizer="chain", model="2x256", context=96, rows=20000,
-                     steps=300, batch=64, micro=64, lr=1.2e-3, warmup=50, eval_every=100, save_every=1000,
+    chain_right=dict(data="chain_wordy", init="", tokenizer="chain", model="2x128", context=96, rows=20000,
+                     steps=600, batch=64, micro=64, lr=3e-3, warmup=50, eval_every=200, save_every=1000,
                      keep=1),
-    chain=dict(data="chain", init="base:chain_clean", context=96, rows=20000, steps=140, batch=64, micro=64,
-               lr=6e-4, warmup=10, eval_every=70, save_every=1000, keep=1),
+    chain=dict(data="chain", init="base:chain_right", context=96, rows=20000, steps=140, batch=64, micro=64,
+               lr=1e-3, warmup=10, eval_every=70, save_every=1000, keep=1),
+    arena_right=dict(data="chain_wordy+sort_wordy+graph_wordy+add_wordy+countdown_wordy", init="",
+                     tokenizer="chain", model="2x128", context=128, rows=40000, steps=1500, batch=64,
+                     micro=64, lr=3e-3, warmup=50, eval_every=500, save_every=1000, keep=1),
+    arena=dict(data="chain+sort+graph+add+countdown", init="base:arena_right", context=128, rows=40000,
+               steps=300, batch=64, micro=64, lr=1e-3, warmup=10, eval_every=150, save_every=1000, keep=1),
     ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,
               batch=96, micro=96, lr=2e-3, warmup=0, schedule="linear", eval_every=250, save_every=1000,
               keep=1),
@@ -301,7 +306,7 @@ def rows(c, tok, split):
 def new_tokenizer(c):
     """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
     if c.tokenizer != "bpe":
-        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer, chain=tasks.chain_tokenizer)
+        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer, chain=chains.chain_tokenizer)
         return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")

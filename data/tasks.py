@@ -1,7 +1,7 @@
 """
 tasks.py - verifiable tasks, all with one interface.
 
-    task("arithmetic", level=3)   task("signatures")   task("toyif")   task("gsm8k")   task("my.jsonl")
+    task("arithmetic", level=3)   task("signatures")   task("gsm8k")   task("my.jsonl")   task("chain+sort")
 
     name, metric, max_new                 what the reward is called; tokens that a response may need
     problems(split, n, seed)              n dicts with a "prompt", the first n of any longer list; from files:
@@ -13,19 +13,21 @@ tasks.py - verifiable tasks, all with one interface.
 Answers are written "#### 42", as GSM8K writes them, so that one verifier serves all. A completion is only
 read: nothing in it is evaluated, and reading takes time linear in its length.
 """
+import importlib.util
 import inspect
 import random
 import re
+from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from data.chains import KINDS, Chain
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import UserError, nearest
 from data.text import (NAMED, check_split, digest, examples, is_corpus, locate, read_jsonl, rouge_l,
                        signatures, split_rows)
-from data.tokenizer import char_tokenizer
 
 # --- the verifier -------------------------------------------------------------------------------------
 
@@ -243,83 +245,55 @@ class Arithmetic:
         return float(finished and same_answer(extract_answer(completion), problem["answer"]))
 
 
-# --- chains -------------------------------------------------------------------------------------------
-
-CHAIN = "0123456789+-=;w?#"
+# --- several as one -----------------------------------------------------------------------------------
 
 
-def chain_tokenizer():
-    """The chains' Tokenizer: 3 special ids and one for each of 17 characters."""
-    return char_tokenizer(CHAIN)
+class Mixed:
+    """Several tasks in turn, "chain+sort": each problem carries the number of its "task"."""
 
-
-class Chain:
-    """Chains of digits modulo 10: "9-1+2+3?" -> "-1=8+2=0+3=3####3", a cell a term: RL for tiny models.
-
-    The demonstrations are of mixed quality, each flaw a probability: direct guesses at once (the short wrong
-    strategy that a price on length can collapse to); skip leaves a cell out; slip writes a wrong digit in it;
-    wait says "w" and the cell again, nearly always right (useful: it repairs slips); up to `fill` ";" follow
-    a cell (neutral). good has none of them. train and val: 2 to 4 terms, no problem shared; ood: 5 or 6.
-    """
-    name, metric, splits, max_new = "chain", "accuracy", ("train", "val", "ood"), 72
-
-    def __init__(self, style="mixed", direct=0.25, skip=0.06, slip=0.1, wait=0.2, fill=4):
-        if style not in ("mixed", "good"):
-            raise UserError(f"chain has no style {style!r}{nearest(style, ('mixed', 'good'))}")
-        self.style, self.direct, self.skip, self.slip, self.wait, self.fill = (
-            style, direct, skip, slip, wait, fill)
-
-    def sample(self, rng, split="train"):
-        """{"prompt", "answer", "seed"} of one problem, drawn by rng; the seed fixes its demonstration."""
-        check_split(split)
-        while True:
-            start, n = rng.randrange(10), rng.randint(5, 6) if split == "ood" else rng.randint(2, 4)
-            terms = "".join(rng.choice("+-") + rng.choice("123") for _ in range(n))
-            if split == "ood" or (int(digest(f"{start}{terms}")[:8], 16) % 8 == 0) == (split == "val"):
-                value = start + sum(int(terms[i:i + 2]) for i in range(0, len(terms), 2))
-                return dict(prompt=f"{start}{terms}?", answer=str(value % 10), seed=rng.getrandbits(32))
+    def __init__(self, name):
+        self.name, self.parts = name, [task(part) for part in name.split("+")]
+        self.splits = [s for s in self.parts[0].splits if all(s in part.splits for part in self.parts)]
+        self.max_new = max(part.max_new for part in self.parts)
+        if len({part.metric for part in self.parts}) > 1:
+            raise UserError(f"{name}: tasks that are scored alike go together; these give "
+                            f"{' and '.join(sorted({part.metric for part in self.parts}))}")
+        self.metric = self.parts[0].metric
 
     def problems(self, split, n=0, seed=0):
-        """n fresh problems; the first n of a longer list with the same seed are the same."""
-        if n < 1:
-            raise UserError("chain makes its problems: say how many (n >= 1)")
-        rng = random.Random(f"chain/{split}/{seed}")
-        return [self.sample(rng, split) for _ in range(n)]
+        k = len(self.parts)
+        lists = [part.problems(split, -(-n // k), seed) for part in self.parts]
+        return [row | dict(task=i) for rows in zip(*lists) for i, row in enumerate(rows)][:n or None]
+
+    def sample(self, rng, split="train"):
+        i = rng.randrange(len(self.parts))
+        return self.parts[i].sample(rng, split) | dict(task=i)
 
     def demo(self, problem, style=""):
-        """A response of the style (default: the task's own); mixed ones are right about half the time."""
-        rng, prompt = random.Random(f"chain/{problem['prompt']}/{problem['seed']}"), problem["prompt"]
-        flawed, text, value = (style or self.style) == "mixed", "", int(prompt[0])
-        if flawed and rng.random() < self.direct:
-            return f"####{rng.randrange(10)}"
-        for term in re.findall(r"[+-]\d", prompt):
-            if flawed and rng.random() < self.skip:
-                continue
-            right = str((value + int(term)) % 10)
-            seen = rng.choice("0123456789") if flawed and rng.random() < self.slip else right
-            text, again = f"{text}{term}={seen}", self.wait
-            while flawed and rng.random() < again:
-                seen, again = right if rng.random() < 0.96 else seen, 0.3
-                text = f"{text}w{term}={seen}"
-            text += ";" * rng.randint(0, self.fill) if flawed else ""
-            value = int(seen)
-        return f"{text}####{value}"
+        """Its own task's."""
+        return self.parts[problem["task"]].demo(problem, *([style] if style else []))
 
     def reward(self, problem, completion, finished=True):
-        """1.0 if the response ended and states the right digit, else 0.0."""
-        return float(finished and same_answer(extract_answer(completion), problem["answer"]))
+        """Its own task's."""
+        return self.parts[problem["task"]].reward(problem, completion, finished)
 
-    @staticmethod
-    def paraphrase(problem, rng):
-        """The same terms in another order: the same answer."""
-        terms = re.findall(r"[+-]\d", problem["prompt"])
-        return problem | dict(prompt=f"{problem['prompt'][0]}{''.join(rng.sample(terms, len(terms)))}?")
 
-    @staticmethod
-    def habits(text):
-        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no cell."""
-        cells = len(re.findall(r"[+-]\d=\d", text))
-        return dict(cells=cells, waits=text.count("w"), fillers=text.count(";"), guess=float(cells == 0))
+def part(task, problem):
+    """The task that a problem belongs to: one of a mixture, or the task itself."""
+    return task.parts[problem["task"]] if isinstance(task, Mixed) else task
+
+
+def step_ends(task, text):
+    """Where each step of a response ends, as indices of characters: the task's cells, else its lines."""
+    steps = getattr(task, "steps", lambda x: [m.end() for m in re.finditer(r"\n+", x)])
+    return steps(text)
+
+
+def stated(task, text):
+    """The answer that a response states, as one spelling of each number; "" for none."""
+    said = task.stated(text) if hasattr(task, "stated") else extract_answer(text)
+    number = value(said)
+    return str(number) if number is not None else said.strip()
 
 
 # --- judging ------------------------------------------------------------------------------------------
@@ -499,12 +473,72 @@ class ParityJudge:
         return 0.0 if score is None or score * gold < 0 else 1.0 if score == gold else 0.5
 
 
+# --- rewards from the text alone: (problem, text, finished, task) -> float ----------------------------
+
+
+def similarity(problem, text, finished, task):
+    """SWE-RL (2502.18449): -1 without one answer after some reasoning, else the likeness in [0, 1]."""
+    if not finished or text.count("####") != 1 or not text.partition("####")[0].strip():
+        return -1.0
+    return SequenceMatcher(None, text, task.demo(problem, "good"), autojunk=False).ratio()
+
+
+PHRASES = ("first", "then", "next", "finally", "so", "therefore", "because", "since", "thus", "let",
+           "check", "wait", "but", "if", "we need", "means", "equals", "total", "step", "answer")
+
+
+def pattern(problem, text, finished, task):
+    """RPR (2505.22653): min(1, share of the key phrases) - repeated n-grams - stray turn markers, from 0.
+
+    n-grams of 20 words, or of 8 characters where a response has no spaces.
+    """
+    known = getattr(task, "phrases", PHRASES)
+    units, n = (text.split(), 20) if " " in text else (text, 8)
+    grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
+    repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
+    stray = len(re.findall(r"<\|\w+\|>|\b(?:user|assistant):", text, re.I))
+    return max(0.0, min(1.0, sum(x in text.lower() for x in known) / len(known)) - repeated - stray)
+
+
+REWARDS = dict(task=lambda problem, text, finished, task: task.reward(problem, text, finished),
+               similarity=similarity, pattern=pattern)
+
+
+def scorer(spec, task):
+    """The reward as a function (problem, text, finished) -> float: one of REWARDS, or PATH.py:FUNCTION.
+
+    UserError if the file or the function is not there.
+    """
+    if spec in REWARDS:
+        return lambda problem, text, finished: REWARDS[spec](problem, text, finished, task)
+    path, _, name = spec.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a file "
+                        f"that exists")
+    found = importlib.util.spec_from_file_location("reward_of_the_user", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward {spec}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think again|but|however|"
+                      r"alternative|double-check|check|oh|hmm)\b", re.I)                 # ARLCP's words
+
+
+def second_looks(task, text):
+    """How often a response reflects: a chain's waits, else words of reflection (ARLCP, 2602.12113)."""
+    return task.habits(text)["waits"] if hasattr(task, "habits") else len(REFLECTS.findall(text))
+
+
 # --- by name ------------------------------------------------------------------------------------------
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
              toyif_principles=partial(Checks, 0.3),
-             chain=Chain, chain_clean=partial(Chain, "good"),
+             **{kind: partial(Chain, kind) for kind in KINDS},
+             **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS for x in ("wordy", "good")},
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 
@@ -517,6 +551,8 @@ def held_out(name_or_path):
 
 def task(name_or_path, **options):
     """The task of that name, or of a file; UserError for unknown names, missing files and unknown options."""
+    if "+" in name_or_path and all(name in TASKS for name in name_or_path.split("+")):
+        return Mixed(name_or_path)
     make, path = TASKS.get(name_or_path, Jsonl), [] if name_or_path in TASKS else [name_or_path]
     if path and name_or_path not in NAMED and not Path(name_or_path).suffix:
         raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, {*TASKS, *NAMED, 'stdlib'})}, "

@@ -7,6 +7,7 @@ import torch
 from conftest import close, rand
 
 import grpo
+from data import curricula, shaping, tasks
 from data.run import UserError, needs, read_log
 from model import load
 
@@ -54,16 +55,16 @@ def grad(fn, logp=LOGP):
 
 
 def test_overlong_by_hand():
-    shaped = grpo.overlong(C1, L1, 10, buffer=4)
+    shaped = shaping.overlong(C1, L1, 10, buffer=4)
     assert close(shaped, [[1, -2, -1, .5]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.998625, -1.180193, -.453920, .635488], 1e-5)
-    at = grpo.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)          # the ends of the slope
+    at = shaping.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)          # the ends of the slope
     assert close(at, [[1, 0, .5]])
 
 
 def test_truncate_by_hand():
-    shaped = grpo.truncate(C2, L2, target=7)
+    shaped = shaping.truncate(C2, C2, L2, target=7)
     assert close(shaped, [[1, 0, 0, 0], [1, 1, 1, 0]])
     adv = rows(grpo.whitened(shaped, mask_of(L2)), mask_of(L2))
     assert close(adv, [2.031959, *[-.353384] * 3, *[.839287] * 3, -1.546056], 1e-5)
@@ -73,70 +74,134 @@ def test_truncate_by_hand():
 
 @pytest.mark.parametrize("price", [.01, 1, 50])
 def test_in_a_group_of_wrong_answers_any_price_of_length_is_the_same(price):
-    shaped = grpo.linear_length(torch.zeros(1, 4).double(), L1, CAP, price=price)
-    adv = rows(grpo.group_norm(shaped, mask_of(L1), eps=0), mask_of(L1))
+    shaped = shaping.linear_length(torch.zeros(1, 4).double(), L1, CAP, price=price)
+    adv = rows(grpo.group_norm(shaped, mask_of(L1), group_eps=0), mask_of(L1))
     assert close(adv, [1.161895, -1.161895, .387298, -.387298], 1e-5)
-    assert close(grpo.linear_length(0 * C1, L1, CAP, price=price, correct_only=True), 0 * C1)
+    assert close(shaping.linear_length(0 * C1, L1, CAP, price=price, correct_only=True), 0 * C1)
 
 
 def test_easiest_by_hand():
-    shaped = grpo.easiest(C2, L2)
+    shaped = shaping.easiest(C2, L2)
     assert close(shaped, [[1, 0, 0, 1], [.801857, .801857, .517342, 0]], 1e-6)
     adv = rows(grpo.group_norm(shaped, mask_of(L2)), mask_of(L2))[4:]
     assert close(adv, [.718313, .718313, -.034175, -1.402451], 1e-5)             # correct, and pushed down
-    assert close(grpo.easiest(C1, L1, share=1.0), [[.838635, 0, 0, .561365]], 1e-6)
+    assert close(shaping.easiest(C1, L1, share=1.0), [[.838635, 0, 0, .561365]], 1e-6)
 
 
 def test_easiest_limits():
-    assert torch.equal(grpo.easiest(C2, L2, share=0.0), C2)
-    all_of = grpo.easiest(C2, L2, share=1.0, alpha=.3)
+    assert torch.equal(shaping.easiest(C2, L2, share=0.0), C2)
+    all_of = shaping.easiest(C2, L2, share=1.0, alpha=.3)
     assert torch.all(all_of[C2 == 0] == 0) and torch.all((all_of[C2 > 0] > .7) & (all_of[C2 > 0] < 1))
     twin = torch.cat([C2[:1]] * 5)                               # ties: the first prompt
-    assert (grpo.easiest(twin, L2[:1].expand(5, 4)) != twin).any(1).tolist() == [True] + [False] * 4
-    assert close(grpo.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0), [[.7, 0]])         # alone: σ(0) = ½
+    assert (shaping.easiest(twin, L2[:1].expand(5, 4)) != twin).any(1).tolist() == [True] + [False] * 4
+    assert close(shaping.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0), [[.7, 0]])         # alone: σ(0) = ½
 
 
 def test_history_by_hand():
-    shaped = grpo.history(C1, L1, D([[5.]]))
+    shaped = shaping.history(C1, L1, D([[5.]]))
     assert close(shaped, [[1.309017, -1, -.309017, .3]], 1e-6)
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [1.260224, -1.097830, -.392173, .229778], 1e-5)
-    assert close(grpo.history(C1, L1, D([[8.]])), [[1.707107, -.382683, 0, 1]], 1e-6)
+    assert close(shaping.history(C1, L1, D([[8.]])), [[1.707107, -.382683, 0, 1]], 1e-6)
 
 
 def test_history_limits():
-    assert torch.equal(grpo.history(C1, L1, D([[math.inf]])), C1)                # the first visit
-    assert torch.equal(grpo.history(C1, L1, D([[5.]]), weight=0.0), C1)
-    shaped = grpo.history(C2, L2, D([[6.], [7.]]))
+    assert torch.equal(shaping.history(C1, L1, D([[math.inf]])), C1)                # the first visit
+    assert torch.equal(shaping.history(C1, L1, D([[5.]]), weight=0.0), C1)
+    shaped = shaping.history(C2, L2, D([[6.], [7.]]))
     assert shaped[C2 > 0].min() > shaped[C2 == 0].max()
-    assert torch.all(grpo.history(C2, L2, D([[6.], [7.]]), wrong_penalty=False)[C2 == 0] == 0)
+    assert torch.all(shaping.history(C2, L2, D([[6.], [7.]]), wrong_penalty=False)[C2 == 0] == 0)
 
 
 def test_reflective_by_hand():
     k = D([[2., 3, 1, 0]])
-    shaped = grpo.reflective(C1, L1, k, low=40, high=80)
+    shaped = shaping.reflective(C1, L1, k, low=40, high=80)
     assert close(shaped, [[.916976, 0, 0, .883024]], 1e-6)
     adv = rows(grpo.leave_one_out(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.622635, -.6, -.6, .577365], 1e-6)
-    assert close(grpo.reflective(C1, L1, k), [[.9, 0, 0, .883024]], 1e-6)
-    assert close(grpo.reflective(C1, D([[5.] * 4]), D([[2.] * 4])), [[.9, 0, 0, .9]])
+    assert close(shaping.reflective(C1, L1, k), [[.9, 0, 0, .883024]], 1e-6)
+    assert close(shaping.reflective(C1, D([[5.] * 4]), D([[2.] * 4])), [[.9, 0, 0, .9]])
 
 
 def test_verified_by_hand():
-    shaped = grpo.verified(C1, T([[False, True, False, False]]))
+    shaped = shaping.verified(C1, T([[False, True, False, False]]))
     assert close(shaped, [[10, -10, 0, 10]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.783349, -1.305582, -.261116, .783349], 1e-5)
-    assert grpo.verified(C1, T([[True, False, False, False]]))[0, 0] == -10    # correct, unfinished
+    assert shaping.verified(C1, T([[True, False, False, False]]))[0, 0] == -10    # correct, unfinished
 
 
 def test_consistent_by_hand():
-    shaped = grpo.consistent(C1, D([[.9, .4, .99, .6]]), margin=0.0)
+    shaped = shaping.consistent(C1, D([[.9, .4, .99, .6]]), margin=0.0)
     assert close(shaped, [[1.5, 0, 0, 1]])
-    adv = rows(grpo.group_norm(shaped, mask_of(L1), eps=1e-4), mask_of(L1))
+    adv = rows(grpo.group_norm(shaped, mask_of(L1), group_eps=1e-4), mask_of(L1))
     assert close(adv, [1.166511, -.833222, -.833222, .499933], 1e-5)
-    assert close(grpo.consistent(C1, D([[.97, 1, 1, .96]]), margin=0.0), [[1.5, 0, 0, 1.5]])         # capped
-    assert close(grpo.consistent(D([[0., 1, 0]]), D([[.9, .1, .9]])), [[0, 1.5, 0]])                 # alone
+    assert close(shaping.consistent(C1, D([[.97, 1, 1, .96]]), margin=0.0), [[1.5, 0, 0, 1.5]])         # capped
+    assert close(shaping.consistent(D([[0., 1, 0]]), D([[.9, .1, .9]])), [[0, 1.5, 0]])                 # alone
+
+
+def test_targets_of_easy_and_hard_prompts():
+    """DA-DLER: the shorter one where at least half are correct"""
+    assert close(shaping.truncate(C2, C2, L2, target=7, easy=4), [[1, 0, 0, 0], [0, 0, 0, 0]])
+    assert close(shaping.to_target(C2, L2, target=7, easy=4), [[4, 4, 4, 4], [4, 4, 4, 4]])
+    assert close(shaping.to_target(D([[1., 0, 0, 0]]), L1, target=7, easy=4), [[4, 7, 6, 7]])
+    assert close(shaping.to_target(C2, L2, target=7), L2.clamp(max=7))
+
+
+def test_outliers_by_hand():
+    length, right = D([[4., 5, 4, 6, 5, 4, 5, 40]]), torch.ones(1, 8).double()
+    trained = shaping.outliers(right, length, spread=2.0)
+    assert close(trained, [[4, 5, 4, 6, 5, 4, 5, 34]])
+    shaped = shaping.regraded(right, length, trained)
+    adv = rows(grpo.group_norm(shaped, mask_of(length)), mask_of(length))
+    assert close(adv, [*[.353552] * 7, -2.474867], 1e-5)
+    assert torch.equal(shaping.outliers(right, length, spread=3.0), length)      # (G - 1) / √G = 2.4749 < 3
+    wrong = right.clone()
+    wrong[0, 0] = 0
+    assert torch.equal(shaping.outliers(wrong, length, spread=1.0), length)
+    assert torch.equal(shaping.outliers(right, length, spread=2.0, least=7), length)
+    assert torch.equal(shaping.outliers(right, trained, spread=2.5), trained)
+
+
+def test_unfinished_responses_do_not_train():
+    assert close(shaping.ended(L1, T([[False, True, False, False]])), [[4, 0, 6, 8]])
+    assert shaping.whole(L1) is L1
+
+
+def test_probable_by_hand():
+    shaped = shaping.probable(D([[.8, .3, .1, .7]]), D([[.2]]), D([[1., 1, 0, 1]]))
+    assert close(shaped, [[.64, .19, 0, .55]])
+    adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
+    assert close(adv, [.979528, -.514667, -1.145550, .680689], 1e-5)
+    assert close(shaping.probable(C2, D([[0.], [0]]), 0 * C2), .9 * C2)
+
+
+def test_agreed_by_hand():
+    answers = T([[7, 7, 3, 7], [7, 5, 5, 5]])
+    assert shaping.agreed(answers).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+    assert shaping.agreed(answers, cross=False).tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert shaping.agreed(T([[7, 7, 3, 7], [7, 7, 5, 7]])).tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
+    assert torch.equal(shaping.agreed(answers.flip(0)), shaping.agreed(answers).flip(0))
+    assert shaping.agreed(T([[-1, -1, -1], [2, 1, -1]])).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert shaping.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0], [0, 1, 0]]        # ties: first
+
+
+def test_calibrated_by_hand():
+    assert close(shaping.calibrated(D([[.3, .6, .49]]), D([[.35, 1, 1]])), [[.335, .6, .59]])
+
+
+@pytest.mark.parametrize("level", ["group", "response"])
+def test_flipped_rewards(level):
+    g, score = torch.Generator().manual_seed(0), (rand(4000, 4) > 0).double()
+    stated = torch.ones_like(score)
+    stated[:, 0], score[:, 0] = 0, 0
+    noisy = shaping.flipped(score, stated, g, .4, level)
+    off = (noisy != score)[:, 1:].double()
+    assert off.mean() == pytest.approx(.4, abs=.03) and not noisy[:, 0].any()
+    assert (off.std(1) == 0).all() == (level == "group")
+    adv = grpo.deviations(score)                     # a flipped group is its negative: 1 - 2p of the signal
+    assert close(grpo.deviations(1 - score), -adv)
+    assert close(shaping.flipped(C2, C2 + 1, g, 1.0), 1 - C2) and close(shaping.flipped(C2, C2 + 1, g, 0.0), C2)
 
 
 # --- advantages -----------------------------------------------------------------------------------------
@@ -145,9 +210,9 @@ def test_consistent_by_hand():
 def test_group_norm_by_hand():
     adv = rows(grpo.group_norm(C1, mask_of(L1)), mask_of(L1))
     assert close(adv, [.866024, -.866024, -.866024, .866024], 1e-6)
-    assert close(rows(grpo.group_norm(C1, mask_of(L1), eps=1e-4), mask_of(L1))[0], .865875, 1e-6)
-    more = grpo.group_norm(3 * C2 - 7, mask_of(L2), eps=0)
-    assert close(more, grpo.group_norm(C2, mask_of(L2), eps=0)) and not more[mask_of(L2) == 0].any()
+    assert close(rows(grpo.group_norm(C1, mask_of(L1), group_eps=1e-4), mask_of(L1))[0], .865875, 1e-6)
+    more = grpo.group_norm(3 * C2 - 7, mask_of(L2), group_eps=0)
+    assert close(more, grpo.group_norm(C2, mask_of(L2), group_eps=0)) and not more[mask_of(L2) == 0].any()
 
 
 @pytest.mark.parametrize("name", ["group", "centred", "rloo"])
@@ -377,10 +442,13 @@ def test_flattened_is_forward_kl_in_expectation():
 
 def test_to_teacher_by_hand():
     loss = grpo.clip(LOGP, OLD, ADV)
-    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), beta=.2)), -.184539, 1e-6)
-    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), beta=.002)), -.219981, 1e-6)
-    wrong = grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), beta=.2, wrong_only=True)
+    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.2)), -.184539, 1e-6)
+    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.002)), -.219981, 1e-6)
+    wrong = grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.2, wrong_only=True)
     assert close(mean(wrong), .0148, 1e-6) and not wrong[0].any()
+    for progress, beta in ((0.0, .2), (.5, .101), (1.0, .002)):  # annealed
+        now = grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), progress, beta=.002, beta_start=.2)
+        assert close(now, grpo.k2(LOGP, TEACH, beta=beta))
 
 
 def test_kl_estimators_in_expectation():
@@ -393,6 +461,145 @@ def test_kl_estimators_in_expectation():
         return torch.autograd.grad(x, z, retain_graph=True)[0]
     assert close(slope((p.detach() * grpo.k2(logp, t, beta=1.0)).sum()), slope((p * (logp - t)).sum()))
     assert close(slope((p.detach() * grpo.k3(logp, t, beta=1.0)).sum()), slope((t.exp() * (t - logp)).sum()))
+
+
+# --- steps, curricula, LatentSeek -----------------------------------------------------------------------
+
+
+def test_step_potentials_by_hand():
+    acc, conf = D([[.1, .3, .95, .96, .5]]), D([[.2, .4, .95, .97, .9]])
+    assert close(grpo.potential(acc, conf), [[-.12, -.07, .87875, .9068, .025]])
+    assert close(grpo.potential(D([1., 0, 0, 1]), D([1., 1, 0, 0])), [1, -1, 0, .5])
+    mask, step, probed = torch.ones(2, 5).double(), torch.arange(5).expand(2, 5), torch.ones(2, 5).bool()
+    two = [torch.cat([x, x]) for x in (acc, conf)]                       # A of the group: .5 and -.5
+    adv = grpo.step_potentials(D([[1., 0]]), mask, step, *two, probed)
+    assert close(adv[0], [.444958, .467372, .994677, .457457, -.022494], 1e-5)
+    assert close(grpo.step_potentials(D([[1., 0]]), mask, step, *two, probed, alpha=0.0, xi=0.0), mask * D([[.5], [-.5]]))
+    some = probed.clone()
+    some[1] = False                                                      # a response without a step
+    adv = grpo.step_potentials(D([[1., 0]]), mask, step.where(some, -1), *two, some)
+    assert close(adv[1], [-.5] * 5) and close(adv[0], [.444958, .467372, .994677, .457457, -.022494], 1e-5)
+    white = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed)
+    assert close(white.mean(), 0) and close(white.var(), 1, 1e-6)
+
+
+def test_step_returns_by_hand():
+    p, all_of = D([[.9, .6, .95, .95, .8]]), torch.ones(1, 5).double()
+    assert close(grpo.step_returns(p, all_of, "clip"), [[-.4, -.4, -.1, -.1, -.1]])
+    assert close(grpo.step_returns(p, all_of, "delta"), [[.9, .6, .95, .95, 0]])
+    assert close(grpo.step_returns(p, all_of, "clip_delta"), [[0, -.3, 0, 0, 0]])
+    assert close(grpo.step_returns(p, all_of, "sum"), [[4.2, 3.3, 2.7, 1.75, .8]])
+    wide, fewer = torch.cat([p, p], 1), torch.cat([all_of, 0 * all_of], 1)       # steps that are not there
+    for rule in ("sum", "clip", "delta", "clip_delta"):
+        assert close(grpo.step_returns(wide, fewer, rule)[:, :5], grpo.step_returns(p, all_of, rule))
+    again = D([[.9, .6, .6, .95, .95, .8]])                                      # a repeated step
+    first = [grpo.step_returns(x, torch.ones_like(x), "delta")[0, 0] for x in (p, again)]
+    assert close(first[0], first[1])
+    assert close(grpo.step_returns(D([[.7]]), D([[1.]]), "delta"), [[0]])        # alone: the outcome's
+
+
+def test_groups_of_the_usual_spread_train():
+    shaped = D([[0., 1, 0, 1], [.5, .6, .5, .6], [.5, .5, .5, .5]])
+    assert grpo.steady(shaped, 0.0).tolist() == [True] * 3
+    assert grpo.steady(shaped, .2).tolist() == [True, False, False]
+    assert grpo.steady(shaped, 9.0).tolist() == [True, False, False]             # never none
+
+
+def test_sufficient_hints_by_hand():
+    table, asked = {(): .2, (0, 1, 2): .7, (1, 2): .75, (0, 2): .8, (0, 1): .4, (2,): .9}, []
+
+    def accuracy(kept):
+        asked.append(tuple(sorted(kept)))
+        return table[asked[-1]]
+    assert curricula.sufficient(3, accuracy) == {2} and set(asked) == set(table)
+    table[2,] = .6
+    assert curricula.sufficient(3, accuracy) == {0, 2}
+    table[2,] = .8                                                               # ties: fewer
+    assert curricula.sufficient(3, accuracy) == {2}
+    hurts = {(): .1, (0, 1): .9, (0,): .2, (1,): .3}
+    assert curricula.sufficient(2, lambda kept: hurts[tuple(sorted(kept))]) == {0, 1}
+    assert curricula.sufficient(2, lambda kept: 1.0 - .1 * len(kept)) == set()
+
+
+def test_solvable_prompts():
+    assert curricula.solvable([0, 3, 8, 1]) == [False, True, True, True]
+
+
+def test_reweighted_by_hand():
+    a, b = [.5] * 4, [.9, .7, .8, .4]
+    assert close(curricula.reweighted([a, b], window=2), [1.010714, .989286], 1e-6)
+    assert close(curricula.reweighted([a, b], window=2, temperature=.5), [1.106735, .893265], 1e-6)
+    assert close(curricula.reweighted([a, b], window=2, temperature=1e9), [1, 1])
+    assert curricula.reweighted([a, a, a], window=2) == [1, 1, 1] == curricula.reweighted([a, b, b], window=3)
+
+
+def test_majority_and_pass_at_k():
+    right = T([[True, False, False, True], [False] * 4, [False, True, True, True]])
+    told = curricula.of_samples(right, ["3", "4", "4", "3", "", "", "", "", "1", "2", "2", ""])
+    assert told == {"pass@2": pytest.approx((5 / 6 + 0 + 1) / 3), "pass@4": pytest.approx(2 / 3),
+                    "maj@4": pytest.approx(2 / 3)}               # 3 ties with 4 and comes first
+    assert curricula.of_samples(T([[True]]), ["3"]) == {"maj@1": 1.0}
+
+
+def test_the_temperature_of_an_entropy():
+    logits = D([2., 1, 0, -1])
+    for t, H in ((.6, .587660), (.85, .841205), (1, .947537), (1.2, 1.051125)):
+        p = torch.softmax(logits / t, 0)
+        assert close(-(p * p.log()).sum(), H, 1e-5)
+
+
+def test_an_entropy_is_met(shared_bases):
+    policy, tok = load(grpo.sft.base("chain_right", like="tiny"))
+    c = grpo.Config(device="cpu", dtype="float32", prompts=4, samples=4)
+    task = tasks.task("chain")
+    _, roll = next(grpo.rollouts(policy, task.problems("train", 4), tok, c, 24, 4, torch.Generator().manual_seed(0)))
+    t = grpo.temperature_at(policy, roll, 1.0, c)
+    H = grpo.token_logprobs(policy, roll.tokens, roll.mask, temperature=t, entropy=True)[1]
+    assert close((H * roll.mask).sum() / roll.mask.sum(), 1.0, 1e-3)
+    with pytest.raises(UserError, match="--at_entropy 9"):
+        grpo.temperature_at(policy, roll, 9.0, c)
+
+
+def test_forced_answers(shared_bases):
+    """probabilities of forced ids equal those of a plain forward pass, one row at a time"""
+    policy, tok = load(grpo.sft.base("chain_right", like="tiny"))
+    c = grpo.Config(device="cpu", dtype="float32", micro=2)
+    some = [(tok.prompt(dict(prompt="1+2?")), tok.encode("####3")), (tok.prompt(dict(prompt="7-1+2+3?")), tok.encode("1")),
+            (tok.prompt(dict(prompt="7-1?")), tok.encode("-1=6##"))]
+    p, logp, entropy = grpo.forced(policy, some, c)
+    for i, (a, b) in enumerate(some):
+        logits = policy.logits(policy(torch.tensor([[*a, *b]])))[0, len(a) - 1:-1].log_softmax(-1)
+        one = logits.gather(1, torch.tensor(b)[:, None]).flatten()
+        assert close(p[i], one.exp().mean(), 1e-5) and close(logp[i], one.mean(), 1e-5)
+        assert close(entropy[i], -(logits.exp() * logits).sum(1).mean(), 1e-5)
+
+
+def test_what_is_asked_after_steps_and_answers(shared_bases):
+    policy, tok = load(grpo.sft.base("chain_right", like="tiny"))
+    task, c = tasks.task("chain"), grpo.Config(device="cpu", dtype="float32", samples=2)
+    problems = [dict(prompt="9-1+2?", answer="0", seed=0), dict(prompt="1+1?", answer="2", seed=0)]
+    texts = ["-1=8;;+2=0####0", "####7", "+1=3w+1=2####2", "+1=2"]
+    full = [(tok.prompt(p), [*tok.encode(x), tok.eos]) for p, x in zip([problems[0]] * 2 + [problems[1]] * 2, texts)]
+    tokens, mask = grpo.collate(full, tok.pad)
+    roll = grpo.Rollout(tokens, mask, 0 * mask, torch.tensor([len(p) for p, _ in full]), torch.tensor([True, True, True, False]))
+    made = grpo.facts({"stated", "answer", "reflections", "truth_prob", "answer_prob", "base_prob", "pattern"},
+                      dict(policy=policy, ref=policy, slow=policy), roll, texts, problems, task, tok, c)
+    assert made["stated"].tolist() == [[1, 1], [1, 0]] and made["answer"].tolist() == [[0, 1], [2, -1]]
+    assert made["reflections"].tolist() == [[0, 0], [1, 0]] and made["base_prob"].shape == (2, 1)
+
+    def prob(prompt, text, answer):
+        return grpo.forced(policy, [(tok.prompt(dict(prompt=prompt)) + tok.encode(text), tok.encode(answer))], c)[0]
+    assert close(made["truth_prob"][0], [prob("9-1+2?", "-1=8;;+2=0####", "0"), prob("9-1+2?", "####", "0")], 1e-6)
+    assert close(made["answer_prob"][0, 1:], prob("9-1+2?", "####", "7"), 1e-6)
+    assert made["answer_prob"][1, 1] == 0
+    assert close(made["base_prob"][:, 0], [prob("9-1+2?", "####", "0"), prob("1+1?", "####", "2")], 1e-6)
+    asked = grpo.probes(policy, roll, problems, task, tok, c)
+    assert asked["probed"].tolist() == [[True, True], [False, False], [True, True], [True, False]]
+    at = len(tok.prompt(problems[0]))
+    assert asked["step"][0, at:at + 11].tolist() == [0] * 4 + [1] * 7 and (asked["step"][1] == -1).all()
+    assert close(asked["acc"][0], [prob("9-1+2?", "-1=8####", "0"), prob("9-1+2?", "-1=8;;+2=0####", "0")], 1e-6)
+    scored = grpo.probes(policy, roll, problems, task, tok, c, scores=True)
+    assert scored["process"].tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
 
 
 # --- weights and filters --------------------------------------------------------------------------------
@@ -414,15 +621,22 @@ def test_weights_by_hand():
     assert close(grpo.sequence_sum(MASK), MASK / 2)
 
 
+STEP = torch.arange(10).expand(8, 10) // 3
+PROBED = torch.tensor([[True] * 4, [True, True, False, False]] * 4)
+
+
 def test_mixed_groups_train():
     assert grpo.mixed(D([[1., 1, 1], [1, 0, 1], [0, 0, 0]])).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("table", [grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDIT, grpo.SURROGATES,
+@pytest.mark.parametrize("table", [grpo.TRIMS, grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDIT, grpo.SURROGATES,
                                    grpo.PENALTIES, grpo.WEIGHTS, grpo.FILTERS])
 def test_nothing_changes_its_input(table):
     have = dict(score=C2, correct=C2, shaped=C2, length=L2, cap=CAP, best=D([[5.], [9.]]), reflections=L2,
-                truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None, chosen=mask_of(L2))
+                truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None, chosen=mask_of(L2),
+                truth_prob=C2 / 3, base_prob=D([[.1], [.2]]), stated=C2, answer=3 * C2, pattern=C2 / 4,
+                trained=L2, step=STEP, probed=PROBED, acc=rand(8, 4).sigmoid(), usual=.1, progress=.5,
+                conf=rand(8, 4, seed=1).sigmoid(), process=rand(8, 4, seed=2).sigmoid())
     have |= {k: rand(8, 10, seed=i) for i, k in enumerate((
         "logp", "old_logp", "ref_logp", "teach_logp", "base_logp", "behaviour_logp", "flat_logp", "adv"))}
     before = {k: x.clone() for k, x in have.items() if torch.is_tensor(x)}
@@ -434,14 +648,17 @@ def test_nothing_changes_its_input(table):
 
 # --- whole runs -----------------------------------------------------------------------------------------
 
-METHODS = [p for p in grpo.PRESETS if p != "tiny"]
+METHODS = list(grpo.PRESETS)[:list(grpo.PRESETS).index("tiny")]          # the rest belongs to the claims
 LEARNS_FROM_A_TEACHER = {"rlad", "kdrl", "opd", "exopd"}
 
 
 def tiny(config, out, *extra):
-    teacher = ["--teacher", "base:chain_clean"] if config in LEARNS_FROM_A_TEACHER else []
-    small = ["--prompts", "8", "--samples", "1"] if config in ("opd", "exopd") else []
-    return grpo.main(["--config", f"{config},tiny", "--steps", "2", *small, *teacher, "--out", out, *extra])
+    teacher = ["--teacher", "base:chain_right"] if config in LEARNS_FROM_A_TEACHER else []
+    small = dict(opd=["--prompts", "8", "--samples", "1"], exopd=["--prompts", "8", "--samples", "1"],
+                 acereason=["--at_entropy", "1.0"], latentseek=["--steps", "0", "--seek", "2"],
+                 knowrl=["--pool", "4"], rif=["--screen", "64", "--pool", "8"])
+    return grpo.main(["--config", f"{config},tiny", "--steps", "2", *small.get(config, []), *teacher, "--out",
+                      out, *extra])
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -450,6 +667,9 @@ def test_every_preset_takes_two_steps(config, shared_bases):
     assert {"val_accuracy", "ood_accuracy", "val_pass@4", "sft_val_accuracy"} <= out.keys()
     assert all(math.isfinite(v) for v in out.values())
     log = [row for row in read_log("run") if "correct" in row]
+    if config == "latentseek":                                   # trains nothing
+        assert {"seek_start", "seek_self", "seek_oracle", "seek_random"} <= out.keys() and not log
+        return
     keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score", "t_update"}
     assert len(log) == 2 and keys <= log[0].keys()
     assert all(math.isfinite(v) for row in log for v in row.values())
@@ -480,12 +700,12 @@ def test_micro_does_not_change_the_gradient(config, shared_bases, monkeypatch):
     """of every minibatch of a run; not the weights after it: Adam makes steps of what rounding leaves"""
     real, compared = grpo.backward, []
 
-    def twice(policy, batch, groups, c, f, g):
+    def twice(policy, batch, groups, c, f, g, progress):
         state, grads = g.get_state(), []
         for micro in (4, 64):
             g.set_state(state)
             policy.zero_grad()
-            told = real(policy, batch, groups, replace(c, micro=micro), f, g)
+            told = real(policy, batch, groups, replace(c, micro=micro), f, g, progress)
             grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
         if grads[1].norm() > 0:                                  # a rollout may have no signal
             compared.append(((grads[0] - grads[1]).norm() / grads[1].norm()).item())
@@ -516,7 +736,7 @@ def test_a_reward_of_ones_own(shared_bases):
     code = "def short(problem, text, finished):\n    return float(len(text) < 9)\n"
     (shared_bases / "mine.py").write_text(code)
     tiny("grpo", "mine", "--reward", "mine.py:short")
-    assert any(row.get("correct", 0) > 0 for row in read_log("mine"))
+    assert any(row.get("reward", 0) > 0 for row in read_log("mine"))
     for spec, words in (("mine.py:shrot", "has no function 'shrot'"), ("mine", "PATH.py:FUNCTION"),
                         ("ours.py:short", "of a file that exists")):
         with pytest.raises(UserError, match=words):
@@ -536,6 +756,6 @@ def test_bad_input_is_named(argv, words, shared_bases):
 
 
 def test_pass_at_k_by_hand():
-    got = [grpo.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
+    got = [curricula.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
     assert got == pytest.approx([.25, .464286, .785714, 1], abs=1e-6)
-    assert grpo.pass_at_k(4, 0, 2) == 0 and grpo.pass_at_k(4, 4, 1) == 1
+    assert curricula.pass_at_k(4, 0, 2) == 0 and curricula.pass_at_k(4, 4, 1) == 1

@@ -11,9 +11,9 @@ import pytest
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, STYLES, TASKS, Arithmetic, Jsonl, ParityJudge, answer,
-                        boxed, columns, extract_answer, judging, parity, same_answer, strength, swapped,
-                        task, value, verbose)
+from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl, ParityJudge,
+                        answer, boxed, columns, extract_answer, judging, parity, part, pattern, same_answer,
+                        similarity, stated, strength, swapped, task, value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -137,7 +137,7 @@ def test_arithmetic_splits(level):
 # --- chains -------------------------------------------------------------------------------------------
 
 def test_clean_chains_by_hand():
-    t = task("chain_clean")
+    t = task("chain_good")
     assert t.demo(dict(prompt="9-1+2+3?", seed=0)) == "-1=8+2=0+3=3####3"
     assert t.demo(dict(prompt="1-3?", seed=0)) == "-3=8####8"
     p = dict(prompt="9-1+2+3?", answer="3")
@@ -148,9 +148,9 @@ def test_clean_chains_by_hand():
 
 
 def test_flawed_chains_are_right_about_half_the_time():
-    t, knobs = task("chain"), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
+    t, knobs = task("chain", direct=.25), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     problems = t.problems("train", 3000)
-    for depth, right, length in ((2, .62, 16.9), (3, .53, 22.3), (4, .47, 27.4)):        # EOS counted
+    for depth, right, length in ((2, .64, 16.8), (3, .56, 22.2), (4, .49, 27.6)):        # 1.5 + .75 (6 + 7.2 n)
         some = [p for p in problems if len(p["prompt"]) == 2 * depth + 2]
         demos = [t.demo(p) for p in some]
         assert sum(map(t.reward, some, demos)) / len(some) == pytest.approx(right, abs=.06)
@@ -161,6 +161,93 @@ def test_flawed_chains_are_right_about_half_the_time():
         assert tasks_chain(t.paraphrase(p, random.Random(0))) == p["answer"]
     assert all(t.habits(t.demo(p))["guess"] for p in problems if len(t.demo(p)) == 5)
     assert {len(p["prompt"]) for p in t.problems("ood", 50)} == {12, 14}
+
+
+@pytest.mark.parametrize("kind, prompt, good, answer", [
+    ("sort", "s52918?", ">1>2>5>8>9", "12589"), ("graph", "g2>1,1>3,3>2:1,2?", "1>33>2", "2"),
+    ("add", "a78,21?", "780=15211=04", "45"), ("add", "a99,99?", "990=18991=19", "198"),
+    ("chain", "9-1+2+3?", "-1=8+2=0+3=3", "3")])
+def test_the_arena_by_hand(kind, prompt, good, answer):
+    t = task(f"{kind}_good")
+    p = dict(prompt=prompt, answer=answer, seed=0)
+    assert t.demo(p) == f"{good}####{answer}" and t.reward(p, t.demo(p)) == 1
+    assert t.reward(p, t.demo(p), finished=False) == 0 and t.reward(p, f"{good}####{answer}9") == 0
+    assert "".join(t.hints(p)) == good and t.process(p, good) == [1] * len(t.steps(good))
+    assert all(t.checks(p, t.demo(p)).values())
+    assert t.checks(p, "") == dict(format=False, cells=True, complete=False, agrees=False)
+
+
+@pytest.mark.parametrize("kind", ["chain", "sort", "graph", "add", "countdown"])
+def test_every_kind(kind):
+    t, quiet = task(kind), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
+    for split in ("train", "val", "ood"):
+        problems = t.problems(split, 200)
+        assert problems[:20] == t.problems(split, 20)
+        for p in problems:
+            assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
+            assert task(kind, **quiet).demo(p) == t.demo(p, "good")
+            other = t.paraphrase(p, random.Random(0))
+            assert t.reward(p, t.demo(other, "good")) == 1 and len(other["prompt"]) == len(p["prompt"])
+            good = t.demo(p, "good")
+            assert t.process(p, good) == [1.0] * len(t.hints(p)) and t.habits(good)["cells"] == len(t.hints(p))
+        right = sum(t.reward(p, t.demo(p)) for p in problems) / len(problems)
+        assert .1 < right < .6 and max(len(t.demo(p)) for p in problems) < 150
+    train, val = ({p["prompt"] for p in t.problems(split, 1000)} for split in ("train", "val"))
+    assert not train & val
+
+
+def test_what_can_be_checked_of_a_chain_without_its_answer():
+    t, p = task("chain"), dict(prompt="9-1+2+3?", answer="3", seed=0)
+    for text, failed in (("-1=8;w-1=8+2=0+3=3####3", ()), ("-1=7w-1=8+2=0+3=3####3", ()),
+                         ("-1=7+2=9+3=2####2", ("cells",)), ("-1=8+2=0+3=3####4", ("agrees",)),
+                         ("-1=8+2=0####0", ("complete", "agrees")), ("-1=8+2=0+3=3", ("format", "agrees"))):
+        assert {k for k, ok in t.checks(p, text).items() if not ok} == set(failed)
+    assert t.process(p, "-1=8-1=8+2=1+3=3####3") == [1, 1, 0, 1]
+    assert t.steps("-1=8;+2=0####+3=3") == [4, 9]
+
+
+def test_countdown_reaches_its_target():
+    t, p = task("countdown"), dict(prompt="c4,7,3>25?", answer="", seed=0)
+    for text, right in (("####4*7-3", 1), ("####7*4-3", 1), ("####4+7*3", 0), ("####28-3", 0), ("####4*7", 0),
+                        ("####4*7-3-0", 0), ("####-3+4*7", 0), ("", 0), (f"####{'4*7-3' * 9}", 0)):
+        assert t.reward(p, text) == right
+    assert t.demo(dict(p, prompt="c1,1,1>99?"), "good").startswith("1")          # out of reach: it ends
+
+
+def test_several_tasks_as_one():
+    both = task("chain+sort")
+    problems = both.problems("train", 7)
+    assert [p["task"] for p in problems] == [0, 1, 0, 1, 0, 1, 0] and both.splits == ["train", "val", "ood"]
+    assert all(both.reward(p, both.demo(p, "good")) == 1 for p in problems)
+    assert {k: v for k, v in problems[1].items() if k != "task"} == task("sort").problems("train", 1)[0]
+    assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
+    with pytest.raises(UserError, match="scored alike"):
+        task("chain+signatures")
+    with pytest.raises(UserError, match="no task"):
+        task("chain+srot")
+
+
+def test_similarity_to_a_reference():
+    p, t = dict(prompt="s345?", answer="345", seed=0), task("sort")
+    assert similarity(p, t.demo(p, "good"), True, t) == 1
+    assert 0 < similarity(p, ">3>5>4####354", True, t) < 1
+    for text, done in ((">3>4>5####345", False), ("####345", True), (">3>4>5", True), (">3####3####3", True)):
+        assert similarity(p, text, done, t) == -1
+
+
+def test_a_reward_for_patterns():
+    words = " ".join(PHRASES[:7])
+    assert pattern({}, words, True, None) == pytest.approx(.35)
+    assert pattern({}, f"{words} " * 8, True, None) < .35 and pattern({}, f"user: {words}", True, None) == 0
+    t = task("chain")
+    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "", True, t) == 0
+    assert pattern({}, "-1=8" * 12, True, t) == 0
+
+
+def test_answers_in_one_spelling():
+    assert stated(task("chain"), "-1=8####8") == "8" and stated(task("countdown"), "x####4*7-3") == "4*7-3"
+    t = task("arithmetic")
+    assert stated(t, "so #### 1,234.0") == "1234" == stated(t, "#### 1234") and stated(t, "none") == ""
 
 
 def tasks_chain(problem):
@@ -329,7 +416,7 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
-                toyif_checks=task("toyif_checks"), chain=task("chain_clean"),
+                toyif_checks=task("toyif_checks"), chain=task("chain_good"),
                 parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
