@@ -169,7 +169,7 @@ PRESETS = dict(                  # the papers' settings, but for lr, sizes and w
     rpr_noisy=dict(noise=0.4, shaper="calibrated"),
     clip_delta=dict(advantage="process", weight="token_mean", kl_reward=1e-3),
     knowrl=dict(hints=8, pool=60, eps_high=0.28, weight="token_mean"),
-    recap=dict(data="sort+chain", watch="chain", init="base:arena", reweigh=5.0),
+    recap=dict(data="sort+chain", watch="chain", init="base:chain_sort", reweigh=5.0),
     rif=dict(screen=8),
     rlvr=dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05),
     aipo=dict(advantage="centred", surrogate="stale", weight="token_mean", lag=4),
@@ -182,14 +182,15 @@ PRESETS = dict(                  # the papers' settings, but for lr, sizes and w
               max_new=24, pool=32),
     # parts and controls of the claims
     wide=dict(eval_samples=8, eval_every=60, save_every=60, keep=1),
-    harsher=dict(credit="harsher", weight="token_mean"),
+    tokens=dict(filter="every", weight="token_mean"),      # what else the arms of `exploration` share
+    harsher=dict(credit="harsher"),
     no_penalty=dict(coef=0.0),
     reverse=dict(penalty="k2", beta=0.01, entropy=1e-3),
     lag1=dict(lag=1), lag0=dict(lag=0), each=dict(noise_level="response"), sharp=dict(reweigh=0.5),
     behind=dict(surrogate="clip_stale"), blind=dict(surrogate="reinforce"),
     taught=dict(teacher="base:chain_right"),
-    on_sort=dict(data="sort", watch="chain", init="base:arena"),
-    replay=dict(data="sort+chain", watch="chain", init="base:arena"),
+    on_sort=dict(data="sort", watch="chain", init="base:chain_sort"),
+    replay=dict(data="sort+chain", watch="chain", init="base:chain_sort"),
 )
 CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy", "val_rouge_l", "val_gold",
                       "watch_val_accuracy"],
@@ -1133,8 +1134,9 @@ CLAIMS = dict(
     exploration=Claim(
         "Clip-Cov and KL-Cov keep the entropy at GRPO's accuracy (within 0.02), ACE and RAPO raise pass@8",
         "2505.22617: higher entropy and plateau; 2602.21420, 2510.03865: higher pass@k",
-        arms(grpo="grpo", clip_cov="clip_cov", kl_cov="kl_cov", kl_cov_off="kl_cov,no_penalty", ace="ace",
-             harsher="harsher", rapo="rapo", reverse_kl="reverse"), "ood_pass@8",
+        arms(grpo="grpo,tokens", clip_cov="clip_cov,tokens", kl_cov="kl_cov,tokens",
+             kl_cov_off="kl_cov,tokens,no_penalty", ace="ace,tokens", harsher="harsher,tokens",
+             rapo="rapo,tokens", reverse_kl="reverse,tokens"), "ood_pass@8",
         {k: v for part, x in (("Clip-Cov", "clip cov"), ("KL-Cov", "kl cov")) for k, v in (
             above(f"{part}: entropy", x, "grpo", "train_entropy")
             | above(f"{part}: accuracy", x, "grpo", "val_accuracy", 0.02)).items()}
@@ -1155,7 +1157,7 @@ CLAIMS = dict(
         also=("val_greedy", "val_pass@8", "val_length", "val_guess"),
         conclude=in_parts("noise", "RPR", "RLPR", "Co-Reward")),
     stale=Claim(
-        "With importance weights a policy learns from rollouts four updates old as from its own",
+        "With importance weights a policy learns as well from rollouts that are four iterations old",
         "2505.24034: AIPO matches on-policy training in an asynchronous system",
         arms(on_policy="aipo,lag0", aipo_1="aipo,lag1", aipo_4="aipo", ppo_4="aipo,behind",
              none_4="aipo,blind"), "val_accuracy",

@@ -18,7 +18,10 @@ toyif_base  the three behaviours of the world ToyIF    the base of the claims ab
 toyif_checks  which criteria do two responses meet?    verdicts, no winners
 toyif_judge  the same, most on principles alone        the base of the claim about rubrics
 chain_right  chains of digits, step by step            right ones only
-chain       chains of mixed quality, from chain_right  right half the time: where grpo.py starts
+chain       chains of mixed quality, from chain_right  right a third of the time: where grpo.py starts
+chain_sort  chains and sorting, of mixed quality       two tasks: what does RL on one make forget?
+arena_right  five tasks of data/chains.py              right ones only
+arena       the five, of mixed quality                 for grpo.py --data sort, graph, add or countdown
 toyif       its good demonstrations only               few rows: what Self-Rewarding PPO starts from
 ring        demonstrations of the world Ring           traps for reward models: where reward.py starts
 adamw …     any                                        optim.py's rules, their papers' settings: adamw
@@ -121,6 +124,8 @@ PRESETS = dict(
                      keep=1),
     chain=dict(data="chain", init="base:chain_right", context=96, rows=20000, steps=140, batch=64, micro=64,
                lr=1e-3, warmup=10, eval_every=70, save_every=1000, keep=1),
+    chain_sort=dict(data="chain+sort", init="base:chain_right", context=96, rows=20000, steps=400, batch=64,
+                    micro=64, lr=1e-3, warmup=10, eval_every=200, save_every=1000, keep=1),
     arena_right=dict(data="chain_wordy+sort_wordy+graph_wordy+add_wordy+countdown_wordy", init="",
                      tokenizer="chain", model="2x128", context=128, rows=40000, steps=1500, batch=64,
                      micro=64, lr=3e-3, warmup=50, eval_every=500, save_every=1000, keep=1),

@@ -662,8 +662,12 @@ def tiny(config, out, *extra):
 
 
 @pytest.mark.parametrize("config", METHODS)
-def test_every_preset_takes_two_steps(config, shared_bases):
+def test_every_preset_takes_two_steps(config, shared_bases, monkeypatch):
+    """and the first update after a rollout has the ratio 1"""
+    first = []
+    monkeypatch.setattr(grpo, "check_first_ratio", lambda told, dtype: first.append(told["worst"]))
     out = tiny(config, "run")
+    assert max(first, default=0.0) < 1e-4 and (first or config in ("aipo", "latentseek"))
     assert {"val_accuracy", "ood_accuracy", "val_pass@4", "sft_val_accuracy"} <= out.keys()
     assert all(math.isfinite(v) for v in out.values())
     log = [row for row in read_log("run") if "correct" in row]
@@ -696,16 +700,16 @@ def test_resume_is_exact(config, extra, shared_bases):
 
 
 @pytest.mark.parametrize("config", ["grpo", "dr_grpo", "rloo", "dapo", "drpo", "clip_cov", "kl_cov", "rapo"])
-def test_micro_does_not_change_the_gradient(config, shared_bases, monkeypatch):
+def test_neither_micro_nor_order_changes_the_gradient(config, shared_bases, monkeypatch):
     """of every minibatch of a run; not the weights after it: Adam makes steps of what rounding leaves"""
     real, compared = grpo.backward, []
 
     def twice(policy, batch, groups, c, f, g, progress):
         state, grads = g.get_state(), []
-        for micro in (4, 64):
-            g.set_state(state)
+        for micro, order in ((4, groups.flip(0) if config != "clip_cov" else groups), (64, groups)):
+            g.set_state(state)                                   # Clip-Cov draws tokens in their order
             policy.zero_grad()
-            told = real(policy, batch, groups, replace(c, micro=micro), f, g, progress)
+            told = real(policy, batch, order, replace(c, micro=micro), f, g, progress)
             grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
         if grads[1].norm() > 0:                                  # a rollout may have no signal
             compared.append(((grads[0] - grads[1]).norm() / grads[1].norm()).item())
