@@ -43,7 +43,7 @@ import kernels
 import sft
 from data import tasks
 from data.judging import spearman
-from data.run import Claim, Run, UserError, batch_indices, check_first_ratio, cli, launch, needs
+from data.run import Claim, Run, UserError, batch_indices, check_first_ratio, cli, launch, needs, report
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, save,
                    sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
@@ -364,16 +364,6 @@ def explained_variance(values, returns, mask):
     def var(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - var(returns - values) / var(returns).clamp(min=1e-8)
-
-
-def report(run, before, after, look):
-    """The last words of a run: two samples a split, then SFT beside the policy on held-out prompts."""
-    for prompt, text, reference in look:
-        run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
-    run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
-    for key in before:
-        run.say(f"  {key:<18} {before[key]:>11.3f} {after[key]:>10.3f}")
-    run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
 
 
 # --- train --------------------------------------------------------------------------------------------

@@ -200,6 +200,11 @@ def reaches(prompt, expression):
 # --- the task -----------------------------------------------------------------------------------------
 
 
+def held(prompt):
+    """Whether a prompt belongs to val: one in eight, by hash."""
+    return int(digest(prompt)[:8], 16) % 8 == 0
+
+
 class Chain:
     """One of KINDS, with demonstrations of a style: good (brief and right), wordy (right), mixed (flawed).
 
@@ -209,20 +214,20 @@ class Chain:
     share no problem (val is 1/8, by hash); ood is longer.
     """
     metric, splits, max_new = "accuracy", ("train", "val", "ood"), 72
-    phrases = ("=", "w", "+", "-", ";", "####")                          # what reasoning looks like here
 
     def __init__(self, kind="chain", style="mixed", direct=0.5, skip=0.03, slip=0.1, wait=0.2, fill=4):
         if kind not in KINDS or style not in ("mixed", "wordy", "good"):
             raise UserError(f"{kind} has no style {style!r}{nearest(style, ('mixed', 'wordy', 'good'))}")
         self.name, self.kind, self.style = kind, KINDS[kind], style
         self.direct, self.skip, self.slip, self.wait, self.fill = direct, skip, slip, wait, fill
+        self.phrases = (*(x for x in "=>+-*" if x in self.kind.cell), "w", "####")       # forms of reasoning
 
     def sample(self, rng, split="train"):
         """{"prompt", "answer", "seed"} of one problem, drawn by rng; the seed fixes its demonstration."""
         check_split(split)
         while True:
             prompt = self.kind.draw(rng, rng.randint(*(self.kind.ood if split == "ood" else self.kind.train)))
-            if split == "ood" or (int(digest(prompt)[:8], 16) % 8 == 0) == (split == "val"):
+            if split == "ood" or held(prompt) == (split == "val"):
                 return dict(prompt=prompt, answer=self.follow(prompt)[0], seed=rng.getrandbits(32))
 
     def problems(self, split, n=0, seed=0):
@@ -278,8 +283,12 @@ class Chain:
         return float(finished and answer == problem["answer"])
 
     def paraphrase(self, problem, rng):
-        """The same problem in other words: the same answer."""
-        return problem | dict(prompt=self.kind.shuffle(problem["prompt"], rng))
+        """The same problem in other words, on the same side of train and val: the same answer."""
+        for _ in range(100):                                     # numbers swapped: one other way, or none
+            prompt = self.kind.shuffle(problem["prompt"], rng)
+            if prompt != problem["prompt"] and held(prompt) == held(problem["prompt"]):
+                return problem | dict(prompt=prompt)
+        return problem
 
     def habits(self, text):
         """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no cell."""
@@ -294,31 +303,42 @@ class Chain:
         """The facts that solve a problem, as texts that may follow its prompt: a good response's cells."""
         return [lead + value for lead, value in self.follow(problem["prompt"])[1]]
 
+    def cells(self, text):
+        """The cells of a response, [(text, is it said again, after a w?)]; countdown says none again."""
+        text = text.partition("####")[0]
+        return [(m[0], self.name != "countdown" and text[m.start() - 1:m.start()] == "w")
+                for m in re.finditer(self.kind.cell, text)]
+
+    def only_one_way(self):
+        """UserError in countdown, where many searches are right."""
+        if self.name == "countdown":
+            raise UserError("countdown has many right searches: no steps to compare with; choose another")
+
     def process(self, problem, text):
-        """A score of each cell of a response: 1.0 if it is the next of a good response, or says one again."""
-        good, at, out = [x.lstrip("w,") for x in self.hints(problem)], 0, []
-        for m in re.finditer(self.kind.cell, text.partition("####")[0]):
-            right, again = m[0] in good[at:at + 1], at > 0 and m[0] == good[at - 1]
-            out.append(float(right or again))
-            at += right or not again
+        """A score of each cell of a response: 1.0 if it is what a good response has there (not countdown)."""
+        good, at, out = self.hints(problem), 0, []
+        self.only_one_way()
+        for cell, again in self.cells(text):
+            at += not again
+            out.append(float(at > 0 and good[at - 1:at] == [cell]))
         return out
 
     def checks(self, problem, text):
         """What can be checked without the answer: {"format", "cells", "complete", "agrees"}, each a bool.
 
         cells: every one follows from the last; complete: none is missing; agrees: the answer is their result.
+        What is said again counts in the place of what it repeats. Not for countdown: every search differs.
         """
-        found = [m[0] for m in re.finditer(self.kind.cell, text.partition("####")[0])]
-        cells = [x for i, x in enumerate(found) if not (
-            i + 1 < len(found) and found[i + 1].partition("=")[0] == x.partition("=")[0] and "=" in x)]
+        self.only_one_way()
+        found = self.cells(text)
+        left = [cell for i, (cell, _) in enumerate(found) if not (i + 1 < len(found) and found[i + 1][1])]
         fits, missing = [], []
 
         def write(lead, right, choices):
-            cell = cells.pop(0) if cells else ""
-            lead = lead.lstrip("w,")
+            cell = left.pop(0) if left else ""
             missing.append(not cell)
             fits.append(not cell or cell == lead + right)
             return cell[len(lead):] if cell.startswith(lead) and cell[len(lead):] in choices else right
         answer, _ = self.follow(problem["prompt"], write)
-        return dict(format=bool(self.stated(text)), cells=all(fits), complete=not any(missing) and not cells,
+        return dict(format=bool(self.stated(text)), cells=all(fits), complete=not any(missing) and not left,
                     agrees=answer == self.stated(text))

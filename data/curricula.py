@@ -19,20 +19,23 @@ def solvable(counts):
     return [n > 0 for n in counts]
 
 
-def sufficient(m, accuracy):
+def sufficient(m, accuracy, margin=0.0):
     """KnowRL's constrained subset search (2604.12627): the hints of 0 … m-1 that reach most with fewest.
 
     accuracy(frozenset of hints) -> float. H: those whose removal does not hurt; N, of H: those whose removal
-    is best, removed outright; of the others in H every subset is tried. Ties: fewer hints.
+    is best, removed outright; of the others in H every subset is tried. Of all within the margin of the best,
+    a standard error of accuracy, the fewest hints.
     """
     full = frozenset(range(m))
     without = {i: accuracy(full - {i}) for i in full}
     most = max(accuracy(full), accuracy(frozenset()))
-    H = {i for i in full if without[i] >= most}
+    H = {i for i in full if without[i] >= most - margin}
     N = {i for i in H if without[i] >= max(without.values())}
     C = sorted(H - N)
     tried = [full - N - set(x) for n in range(len(C) + 1) for x in itertools.combinations(C, n)]
-    return max([frozenset(), full, *tried], key=lambda x: (accuracy(x), -len(x)))
+    tried = [frozenset(), full, *tried]
+    best = max(map(accuracy, tried))
+    return min((x for x in tried if accuracy(x) >= best - margin), key=lambda x: (len(x), -accuracy(x)))
 
 
 def reweighted(histories, *, window=10, temperature=5.0):
@@ -46,7 +49,7 @@ def reweighted(histories, *, window=10, temperature=5.0):
     s = []
     for h in histories:
         last, before = statistics.fmean(h[-window:]), statistics.fmean(h[-2 * window:-window])
-        s.append((last / max(before, 1e-8) + statistics.pstdev(h[-window:]) / max(last + before, 1e-8)))
+        s.append((last / max(before, 0.01) + statistics.pstdev(h[-window:]) / max(last + before, 0.01)))
     return (len(s) * torch.softmax(torch.tensor(s, dtype=torch.float64) / temperature, 0)).tolist()
 
 
@@ -74,7 +77,18 @@ def of_samples(right, answers):
         out[f"pass@{k}"] = statistics.fmean(pass_at_k(G, c, k) for c in counts)
     wins = 0
     for i, row in enumerate(rows):
-        said = [x for x in answers[i * G:(i + 1) * G] if x]
+        mine = answers[i * G:(i + 1) * G]
+        said = [x for x in mine if x]
         top = max(said, key=said.count) if said else None
-        wins += top is not None and row[answers[i * G:(i + 1) * G].index(top)]
+        wins += any(ok for ok, x in zip(row, mine) if x == top)
     return out | {f"maj@{G}": wins / len(rows)}
+
+
+def crossing(rising, target, low=0.05, high=20.0):
+    """x in [low, high] where an increasing function is the target, by bisection; None if it never is."""
+    if rising(low) > target or rising(high) < target:
+        return None
+    while high / low > 1 + 1e-5:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return low

@@ -527,6 +527,16 @@ def draw(folder, curves):
 # --- claims -------------------------------------------------------------------------------------------
 
 
+def report(run, before, after, look):
+    """The last words of a run: two samples a split, then SFT beside the policy on held-out prompts."""
+    for prompt, text, reference in look:
+        run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
+    run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
+    for key in before:
+        run.say(f"  {key:<18} {before[key]:>11.3f} {after[key]:>10.3f}")
+    run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
+
+
 def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
 

@@ -48,15 +48,15 @@ def outliers(correct, length, *, spread=1.5, least=2):
     return torch.where(cut, limit, length)
 
 
-def targets(correct, target, easy):
-    """DLER's longest response; `easy` (if not 0): that of prompts with at least half correct (DA-DLER)."""
-    solved = correct.mean(1, keepdim=True) >= 0.5                                        # [P, 1]
+def targets(correct, length, target, easy):
+    """DLER's longest response; `easy` (if not 0): that of prompts half solved within the target (DA-DLER)."""
+    solved = (correct * (length <= target)).mean(1, keepdim=True) >= 0.5                 # [P, 1]
     return torch.where(solved, float(easy or target), float(target))
 
 
 def to_target(correct, length, *, target=22, easy=0):
     """DLER (2510.15110): as if generation had stopped at the target."""
-    return torch.minimum(length, targets(correct, target, easy))
+    return torch.minimum(length, targets(correct, length, target, easy))
 
 
 TRIMS = dict(whole=whole, ended=ended, outliers=outliers, to_target=to_target)
@@ -76,7 +76,7 @@ def overlong(score, length, cap, *, buffer=16):
 
 def truncate(score, correct, length, *, target=22, easy=0):
     """DLER (2510.15110): nothing for a response longer than the target (see targets)."""
-    return score * (length <= targets(correct, target, easy))
+    return score * (length <= targets(correct, length, target, easy))
 
 
 def regraded(score, length, trained):

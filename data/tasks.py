@@ -478,7 +478,8 @@ class ParityJudge:
 
 def similarity(problem, text, finished, task):
     """SWE-RL (2502.18449): -1 without one answer after some reasoning, else the likeness in [0, 1]."""
-    if not finished or text.count("####") != 1 or not text.partition("####")[0].strip():
+    before = text.partition("####")[0].strip()
+    if not (finished and before and text.count("####") == 1 and stated(part(task, problem), text)):
         return -1.0
     return SequenceMatcher(None, text, task.demo(problem, "good"), autojunk=False).ratio()
 
@@ -497,7 +498,8 @@ def pattern(problem, text, finished, task):
     grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
     repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
     stray = len(re.findall(r"<\|\w+\|>|\b(?:user|assistant):", text, re.I))
-    return max(0.0, min(1.0, sum(x in text.lower() for x in known) / len(known)) - repeated - stray)
+    found = sum(bool(re.search(rf"\b{x}\b", text, re.I)) if x in PHRASES else x in text for x in known)
+    return max(0.0, min(1.0, found / len(known)) - repeated - stray)
 
 
 REWARDS = dict(task=lambda problem, text, finished, task: task.reward(problem, text, finished),

@@ -157,14 +157,15 @@ class Tokenizer:
         return b"".join(known).decode("utf-8", "replace")
 
     def prompt(self, problem, chat=False) -> list[int]:
-        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages"]}.
+        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages", "hint"]}.
 
-        BOS (if there is one) and the text; with chat the rendered messages, or the text as the user's turn.
+        BOS (if there is one), the text and the hint; with chat the rendered messages, or the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
+        text = problem["prompt"] + problem.get("hint", "")
         if chat:
-            return self.render(problem.get("messages") or [{"role": "user", "content": problem["prompt"]}])
-        return ([] if self.bos is None else [self.bos]) + self.encode(problem["prompt"])
+            return self.render(problem.get("messages") or [{"role": "user", "content": text}])
+        return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
     def render(self, messages, reply=True) -> list[int]:
         """[{"role", "content"}] -> ids.  No content can become a special token; reply opens the answer."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data import text
+from data.chains import held
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
 from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl, ParityJudge,
@@ -150,7 +151,7 @@ def test_clean_chains_by_hand():
 def test_flawed_chains_are_right_about_half_the_time():
     t, knobs = task("chain", direct=.25), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     problems = t.problems("train", 3000)
-    for depth, right, length in ((2, .64, 16.8), (3, .56, 22.2), (4, .49, 27.6)):        # 1.5 + .75 (6 + 7.2 n)
+    for depth, right, length in ((2, .64, 16.8), (3, .56, 22.2), (4, .49, 27.6)):        # 6 + 5.4 n
         some = [p for p in problems if len(p["prompt"]) == 2 * depth + 2]
         demos = [t.demo(p) for p in some]
         assert sum(map(t.reward, some, demos)) / len(some) == pytest.approx(right, abs=.06)
@@ -181,7 +182,7 @@ def test_the_arena_by_hand(kind, prompt, good, answer):
 def test_every_kind(kind):
     t, quiet = task(kind), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     for split in ("train", "val", "ood"):
-        problems = t.problems(split, 200)
+        problems, changed = t.problems(split, 200), 0
         assert problems[:20] == t.problems(split, 20)
         for p in problems:
             assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
@@ -189,7 +190,16 @@ def test_every_kind(kind):
             other = t.paraphrase(p, random.Random(0))
             assert t.reward(p, t.demo(other, "good")) == 1 and len(other["prompt"]) == len(p["prompt"])
             good = t.demo(p, "good")
-            assert t.process(p, good) == [1.0] * len(t.hints(p)) and t.habits(good)["cells"] == len(t.hints(p))
+            wordy, n = t.demo(p, "wordy"), len(t.hints(p))
+            assert t.habits(good)["cells"] == n
+            changed += other["prompt"] != p["prompt"]
+            assert split == "ood" or held(other["prompt"]) == (split == "val")
+            if kind != "countdown":
+                assert t.process(p, good) == [1.0] * n and all(t.checks(p, good).values())
+                assert len(t.process(p, t.demo(p))) == len(t.steps(t.demo(p)))
+                if "w" not in wordy:
+                    assert t.process(p, wordy) == [1.0] * n and all(t.checks(p, wordy).values())
+        assert split == "val" or changed > 140
         right = sum(t.reward(p, t.demo(p)) for p in problems) / len(problems)
         assert .1 < right < .6 and max(len(t.demo(p)) for p in problems) < 150
     train, val = ({p["prompt"] for p in t.problems(split, 1000)} for split in ("train", "val"))
@@ -202,7 +212,13 @@ def test_what_can_be_checked_of_a_chain_without_its_answer():
                          ("-1=7+2=9+3=2####2", ("cells",)), ("-1=8+2=0+3=3####4", ("agrees",)),
                          ("-1=8+2=0####0", ("complete", "agrees")), ("-1=8+2=0+3=3", ("format", "agrees"))):
         assert {k for k, ok in t.checks(p, text).items() if not ok} == set(failed)
-    assert t.process(p, "-1=8-1=8+2=1+3=3####3") == [1, 1, 0, 1]
+    assert t.process(p, "-1=8w-1=8+2=1+3=3####3") == [1, 1, 0, 1]
+    assert t.process(p, "-1=9w-1=7w-1=8+2=0+3=3####3") == [0, 0, 1, 1, 1]        # looked at again, twice
+    assert t.process(dict(prompt="9-1+2?"), "-1=1+2=2+3=3-1=4####3") == [0] * 4
+    assert all(t.checks(dict(prompt="9+2+2?"), "+2=1+2=3####3").values())
+    assert all(task("sort").checks(dict(prompt="s31?"), ">3w>1>3####13").values())
+    with pytest.raises(UserError, match="many right searches"):
+        task("countdown").checks(dict(prompt="c4,7,3>25?"), "4*7=28,28-3=25####4*7-3")
     assert t.steps("-1=8;+2=0####+3=3") == [4, 9]
 
 
@@ -231,16 +247,20 @@ def test_similarity_to_a_reference():
     p, t = dict(prompt="s345?", answer="345", seed=0), task("sort")
     assert similarity(p, t.demo(p, "good"), True, t) == 1
     assert 0 < similarity(p, ">3>5>4####354", True, t) < 1
-    for text, done in ((">3>4>5####345", False), ("####345", True), (">3>4>5", True), (">3####3####3", True)):
+    for text, done in ((">3>4>5####", True), (">3>4>5####345", False), ("####345", True), (">3>4>5", True),
+                       (">3####3####3", True)):
         assert similarity(p, text, done, t) == -1
 
 
 def test_a_reward_for_patterns():
     words = " ".join(PHRASES[:7])
     assert pattern({}, words, True, None) == pytest.approx(.35)
+    assert pattern({}, "also butter", True, None) == 0
     assert pattern({}, f"{words} " * 8, True, None) < .35 and pattern({}, f"user: {words}", True, None) == 0
     t = task("chain")
-    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "", True, t) == 0
+    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "", True, t)
+    assert pattern({}, "-1=8;;+2=0;####0", True, t) == pattern({}, "-1=8+2=0####0", True, t) == .8
+    assert pattern({}, ">1>3####13", True, task("sort")) == pytest.approx(2 / 3)
     assert pattern({}, "-1=8" * 12, True, t) == 0
 
 
