@@ -160,8 +160,8 @@ PRESETS = dict(                  # the papers' settings, but for lr, sizes and w
     apo=dict(credit="too_long", penalty="by_difficulty"),
     rapo=dict(penalty="flattened", entropy=1e-3),
     spae=dict(advantage="stepwise", filter="mixed", eps_high=0.28, weight="token_mean"),
-    care=dict(shaper="consistent", advantage="group", group_eps=1e-4),
-    rlpr=dict(shaper="probable", filter="steady", eps_high=0.27, weight="token_mean"),
+    care=dict(shaper="consistent", group_eps=1e-4),
+    rlpr=dict(shaper="probable", filter="steady", rounds=1, eps_high=0.27, weight="token_mean"),
     co_reward=dict(shaper="agreed", twins=True, penalty="k3", beta=0.005),
     swe_rl=dict(reward="similarity"),
     noisy=dict(noise=0.4),
@@ -652,24 +652,24 @@ def truth(problem, task, tok):
 def facts(wanted, models, roll, texts, problems, task, tok, c):
     """What was asked of the responses beyond their score, {name: [P, G], or [P, 1] of a prompt}.
 
-    models: ref, and slow, the policy's trailing copy (GRPO-CARE).
+    models: policy, ref, and slow, the policy's trailing copy (GRPO-CARE).
     """
     mine = [p for p in problems for _ in range(c.samples)]
-    said = [tasks.stated(tasks.part(task, p), x) for p, x in zip(mine, texts)]
+    said = [tasks.stated(tasks.part(task, p), x) if done else "" for p, x, done in zip(
+        mine, texts, roll.finished.tolist())] if wanted & {"stated", "answer"} else []
     number = {x: i for i, x in enumerate(dict.fromkeys(x for x in said if x))}
-    ask = [[*tok.prompt(p, c.chat), *tok.encode(MARK)] for p in problems]
+    ask = [[*tok.prompt(p, c.chat), *tok.encode(MARK)] for p in problems] if "base_prob" in wanted else []
     truths = [truth(p, task, tok) for p in problems] if wanted & {"truth_prob", "base_prob"} else []
     make = dict(
         reflections=lambda: [tasks.second_looks(tasks.part(task, p), x) for p, x in zip(mine, texts)],
-        stated=lambda: [bool(x) and done for x, done in zip(said, roll.finished.tolist())],
-        answer=lambda: [number.get(x, -1) if done else -1 for x, done in zip(said, roll.finished.tolist())],
+        stated=lambda: [bool(x) for x in said], answer=lambda: [number.get(x, -1) for x in said],
         objective=lambda: [p.get("task", 0) for p in problems],
         pattern=lambda: [tasks.pattern(p, x, True, tasks.part(task, p)) for p, x in zip(mine, texts)],
         truth_prob=lambda: after_mark(models["policy"], roll, texts, truths, tok, c)[0],
         base_prob=lambda: forced(models["ref"], list(zip(ask, truths)), c)[0],
         answer_prob=lambda: after_mark(models["slow"], roll, texts, None, tok, c)[1])
     return {k: torch.as_tensor(make[k](), dtype=torch.float32, device=c.device).view(len(problems), -1)
-            for k in wanted & set(make)}
+            for k in sorted(wanted & set(make))}
 
 
 def probes(policy, roll, problems, task, tok, c, scores=False):
@@ -773,7 +773,7 @@ def evaluate(policy, sets, tok, c, max_new):
     """Held-out prompts, always the same and with the same draws: accuracy, pass@k, maj@k, length, truncated.
 
     sets: {split: (task, problems)}. Sampled at the run's temperature; _greedy: the accuracy at temperature 0;
-    _length_right, _length_wrong: the mean length of right and of wrong responses.
+    _length_right, _length_wrong: the mean length of right and of wrong responses, 0 where there is none.
     -> {split_key: mean}, [(prompt, text, reference)]
     """
     out, look, G = {}, [], c.eval_samples
@@ -820,8 +820,8 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     G = batch["length"].size(1)
     rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()       # [n]
     whole = {k: x[groups] if x.size(0) * G == len(batch["mask"]) else x[rows] for k, x in batch.items()}
-    width = int(whole["ends"].max())
-    whole = {k: x[:, :width] if x.shape == batch["mask"][rows].shape else x for k, x in whole.items()}
+    width, aligned = int(whole["ends"].max()), whole["mask"].shape
+    whole = {k: x[:, :width] if x.shape == aligned else x for k, x in whole.items()}
     extra = dict(cap=c.max_new, generator=g, groups=len(groups), progress=progress)
     if "now" in needs(f.chooser):
         whole["now"] = logprobs(policy, whole["tokens"], whole["mask"], c)
@@ -858,6 +858,7 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
 def check(c, f, task):
     """The names of everything that the functions ask for; UserError where parts do not fit together."""
     asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
+    asked |= {name for name, want in dict(stated=c.noise, objective=c.reweigh).items() if want}
     parts = getattr(task, "parts", [task])
     wanted = dict(paraphrase=c.twins, hints=c.hints, process="process" in asked, checks=c.seek)
     lacks = [name for name, want in wanted.items() if want and not all(hasattr(x, name) for x in parts)]
@@ -899,7 +900,7 @@ def train(c, f):
             raise UserError(f"--teacher {teacher}: need a language model with the tokenizer of --init {init}")
         policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
         score_of, G, pad = tasks.scorer(c.reward, task), c.samples, max(policy.config.pad_token_id, 0)
-        verify = task.reward if task.metric == "accuracy" else score_of
+        verified = c.reward == "task" or task.metric != "accuracy"       # the score says what is correct
         problems = task.problems("train", c.pool, 1000 + c.seed)
         watched = {f"{name}_": tasks.task(name) for name in c.watch.split(",") if name}
         sets = {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
@@ -916,12 +917,13 @@ def train(c, f):
             c = replace(c, temperature=found)
             problems = screened(ref, problems, task, tok, c, max_new, first) if c.screen else problems
             problems = hinted(ref, problems, task, tok, c, max_new, first) if c.hints else problems
-        cursor, past, usual = 0, [], []                                  # the data's place; policies; spreads
-        best, losses = [float("inf")] * len(problems), [[] for _ in getattr(task, "parts", [task])]
+        best, cursor, past, usual = [float("inf")] * len(problems), 0, [], []    # HAPO's, the data's place …
+        losses = [[] for _ in getattr(task, "parts", [task])]
         run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
                 f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, "
                 f"{c.device} {c.dtype}" + f", temperature {c.temperature:.3f}" * bool(c.at_entropy))
         slow = copy.deepcopy(ref) if "answer_prob" in asked else ref                     # GRPO-CARE's copy
+        models = dict(policy=policy, ref=ref, slow=slow)
         if run.state:
             opt.load_state_dict(run.state["opt"])
             g.set_state(run.state["rng"])
@@ -952,13 +954,13 @@ def train(c, f):
                     roll = generate(actor, [tok.prompt(p, c.chat) for p in picked], max_new, samples=G,
                                     temperature=c.temperature, generator=g)
                 score, texts = graded(score_of, picked, roll, tok, G)                    # [P, G]
-                correct = (graded(verify, picked, roll, tok, G)[0] > 0.5).to(score)
-                group = dict(score=score, correct=correct, length=roll.mask.sum(1).view(score.shape),
+                right = score if verified else graded(task.reward, picked, roll, tok, G)[0]
+                group = dict(score=score, correct=(right > 0.5).to(score),
+                             length=roll.mask.sum(1).view(score.shape),
                              truncated=~roll.finished.view(score.shape),
-                             best=torch.tensor([best[i] for i in where]).to(score)[:, None],
+                             best=torch.tensor([[best[i]] for i in where]).to(score),
                              where=torch.tensor(where, device=score.device)[:, None])
-                group |= facts(asked | {"stated"} | ({"objective"} if c.reweigh else set()),
-                               dict(policy=policy, ref=ref, slow=slow), roll, texts, picked, task, tok, c)
+                group |= facts(asked, models, roll, texts, picked, task, tok, c)
                 if c.noise:
                     group["score"] = flipped(score, group["stated"], g, c.noise, c.noise_level)
                 have = group | dict(cap=max_new, usual=usual[-1] if len(usual) > 9 else 0.0)
@@ -968,7 +970,7 @@ def train(c, f):
                 seen.append(group)
                 kept.append((rows_of(roll, keep.repeat_interleave(G)), {k: x[keep] for k, x in group.items()},
                              list(itertools.compress(picked, keep.tolist()))))
-                if sum(len(x["score"]) for _, x, _ in kept) >= c.prompts or c.filter in ("every", "steady"):
+                if sum(len(x["score"]) for _, x, _ in kept) >= c.prompts:
                     break
             passed = sum(len(x["score"]) for _, x, _ in kept)
             if not passed:                                       # flat groups: only a penalty can teach
@@ -1052,15 +1054,15 @@ def train(c, f):
         rows = [row for row in read_log(run.folder) if "entropy" in row]
         mean = {f"train_{k}": statistics.fmean(row[k] for row in rows[-10:])
                 for k in ("correct", "entropy", "length", "flat", "kl", "generated") if rows}
-        sought = seek(policy, sets["val"][1][:c.seek], task, tok, c, max_new, run) if c.seek else {}
+        sought = seek(policy, task, tok, c, max_new, run) if c.seek else {}
         return run.finish(**scores, **mean, **sought, **{f"sft_{k}": v for k, v in before.items()})
 
 
 # --- LatentSeek -----------------------------------------------------------------------------------------
 
 
-def seek(policy, problems, task, tok, c, max_new, run, share=0.2, rounds=10, lr=0.03, enough=-0.2):
-    """LatentSeek (2505.13308), for each problem: REINFORCE on its first hidden states, the weights untouched.
+def seek(policy, task, tok, c, max_new, run, share=0.2, rounds=10, lr=0.03, enough=-0.2):
+    """LatentSeek (2505.13308) on held-out problems: REINFORCE on first hidden states, the weights untouched.
 
     z, the states of the first share of the greedy answer's tokens, are the parameters; each round writes
     argmax(head z), goes on greedily and takes a step on -R Σ log softmax(head z): R <= 0, so what failed gets
@@ -1069,17 +1071,16 @@ def seek(policy, problems, task, tok, c, max_new, run, share=0.2, rounds=10, lr=
     -> {"seek_HOW": accuracy after, "seek_start": accuracy before}
     """
     def answer(p, start):
-        prompt = tok.prompt(p, c.chat) + start
         if tok.eos in start:
             return (ids := start[:start.index(tok.eos)]), tok.decode(ids), True
-        roll = generate(policy, [prompt], max_new - len(start), temperature=0.0)
+        roll = generate(policy, [tok.prompt(p, c.chat) + start], max_new - len(start), temperature=0.0)
         ids = [*start, *roll.completions()[0]]
         return ids, tok.decode(ids), roll.finished.item()
+    problems = task.problems("val", c.seek, c.seed)
     out = dict(seek_start=0.0, seek_self=0.0, seek_oracle=0.0, seek_random=0.0)
     for p in problems:
         ids, text, done = answer(p, [])
-        right = task.reward(p, text, done)
-        out["seek_start"] += right / len(problems)
+        out["seek_start"] += task.reward(p, text, done) / len(problems)
         m, prompt = max(1, int(share * len(ids))), tok.prompt(p, c.chat)
         with torch.no_grad():
             states = policy(torch.tensor([[*prompt, *ids]], device=c.device))[0, len(prompt) - 1:][:m]
@@ -1093,9 +1094,8 @@ def seek(policy, problems, task, tok, c, max_new, run, share=0.2, rounds=10, lr=
                     break
                 logp = torch.log_softmax(policy.logits(z), -1)                           # [m, V]
                 y = logp.argmax(-1)
-                z.grad = torch.autograd.grad(-R * logp.gather(1, y[:, None]).sum(), z)[0]
-                if how == "random":
-                    z.grad = torch.randn(z.shape, generator=g).to(z)
+                z.grad = torch.randn(z.shape, generator=g).to(z) if how == "random" else (
+                    torch.autograd.grad(-R * logp.gather(1, y[:, None]).sum(), z)[0])
                 opt.step()
                 said = answer(p, policy.logits(z.detach()).argmax(-1).tolist())[1:]
             out[f"seek_{how}"] += task.reward(p, *said) / len(problems)

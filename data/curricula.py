@@ -14,6 +14,7 @@ from bisect import bisect_left
 
 import torch
 
+
 def solvable(counts):
     """RIF (2507.05386): keep the prompts with a correct response among K, also those with nothing else."""
     return [n > 0 for n in counts]
@@ -49,7 +50,7 @@ def reweighted(histories, *, window=10, temperature=5.0):
     s = []
     for h in histories:
         last, before = statistics.fmean(h[-window:]), statistics.fmean(h[-2 * window:-window])
-        s.append((last / max(before, 0.01) + statistics.pstdev(h[-window:]) / max(last + before, 0.01)))
+        s.append(last / max(before, 0.01) + statistics.pstdev(h[-window:]) / max(last + before, 0.01))
     return (len(s) * torch.softmax(torch.tensor(s, dtype=torch.float64) / temperature, 0)).tolist()
 
 

@@ -695,7 +695,8 @@ def test_every_preset_takes_two_steps(config, shared_bases, monkeypatch):
     assert all(math.isfinite(v) for v in out.values())
     log = [row for row in read_log("run") if "correct" in row]
     if config == "latentseek":                                   # trains nothing
-        assert {"seek_start", "seek_self", "seek_oracle", "seek_random"} <= out.keys() and not log
+        assert {"seek_self", "seek_random"} <= out.keys() and out["seek_oracle"] >= out["seek_start"]
+        assert not log and out["val_greedy"] == out["sft_val_greedy"]
         return
     keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score", "t_update"}
     assert len(log) == 2 and keys <= log[0].keys()
@@ -711,9 +712,10 @@ def weights(folder):
     return load(folder)[0].state_dict()
 
 
-@pytest.mark.parametrize("config, extra", [("hapo", ()), ("aipo", ("--lag", "1"))])
+@pytest.mark.parametrize("config, extra", [
+    ("hapo", ()), ("aipo", ("--lag", "1")), ("rif", ("--at_entropy", "1.0"))])
 def test_resume_is_exact(config, extra, shared_bases):
-    """4 steps = 2 + --resume + 2, bit for bit: HAPO's records and a lagged policy too"""
+    """4 steps = 2 + --resume + 2, bit for bit: records, a lagged policy, what was chosen at first too"""
     args = ["--steps", "4", "--save_every", "2", *extra]
     whole = tiny(config, "whole", *args)
     tiny(config, "half", *args, "--stop", "2")
@@ -739,6 +741,24 @@ def test_neither_micro_nor_order_changes_the_gradient(config, shared_bases, monk
         return told
     monkeypatch.setattr(grpo, "backward", twice)
     tiny(config, "micro", "--samples", "8")
+    assert compared and max(compared) < 1e-4
+
+
+def test_the_weights_of_objectives_scale_their_gradients(shared_bases, monkeypatch):
+    """RECAP: without the weight of one task, what is left and what is gone add up to the whole"""
+    real, compared = grpo.backward, []
+
+    def split(policy, batch, groups, *rest):
+        grads, lam = [], batch["lam"]
+        for keep in (batch["objective"] == 0, batch["objective"] == 1, batch["objective"] >= 0):
+            policy.zero_grad()
+            told = real(policy, batch | dict(lam=lam * keep), groups, *rest)
+            grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+        if grads[2].norm() > 0:
+            compared.append(((grads[0] + grads[1] - grads[2]).norm() / grads[2].norm()).item())
+        return told
+    monkeypatch.setattr(grpo, "backward", split)
+    tiny("recap", "lam", "--samples", "8", "--penalty", "k2", "--beta", "1.0")
     assert compared and max(compared) < 1e-4
 
 

@@ -9,7 +9,7 @@ import torch
 import ppo
 import sft
 from data.run import UserError, check_first_ratio, checkpoint, read_log
-from model import ScalarModel, init, load, masked_mean, masked_whiten, preset, save
+from model import ScalarModel, load, masked_mean, masked_whiten, save
 from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract, explained_variance, gae, k1,
                  k2, k3, likelihood, next_beta, ppo_clip, regulariser, token_rewards, value_loss,
                  weighted_nll, whitened_gae)
