@@ -183,8 +183,7 @@ PRESETS = dict(                  # the papers' settings, but for lr, sizes and w
     # parts and controls of the claims
     wide=dict(eval_samples=8, eval_every=60, save_every=60, keep=1),
     tokens=dict(filter="every", weight="token_mean"),      # what else the arms of `exploration` share
-    harsher=dict(credit="harsher"),
-    no_penalty=dict(coef=0.0),
+    harsher=dict(credit="harsher"), no_penalty=dict(coef=0.0), brief=dict(steps=15),
     reverse=dict(penalty="k2", beta=0.01, entropy=1e-3),
     lag1=dict(lag=1), lag0=dict(lag=0), each=dict(noise_level="response"), sharp=dict(reweigh=0.5),
     behind=dict(surrogate="clip_stale"), blind=dict(surrogate="reinforce"),
@@ -1169,12 +1168,13 @@ CLAIMS = dict(
         also=("train_kl", "train_entropy", "val_length"),
         conclude=in_parts("lag 1", "lag 4", "harm", "correction", "clip")),
     teachers=Claim(
-        "RL with a teacher beats RL alone and distillation alone",
+        "RL with a teacher beats RL alone and distillation alone within 15 steps",
         "2506.02208: KDRL over GRPO and KD; 2602.22495: RLAD over both; 2602.12125: ExOPD past the teacher",
-        arms(grpo="grpo", kd="opd,taught", exopd="exopd,taught", kdrl="kdrl,taught", rlad="rlad,taught"),
+        arms(grpo="grpo,brief", kd="opd,taught,brief", exopd="exopd,taught,brief", kdrl="kdrl,taught,brief",
+             rlad="rlad,taught,brief"),
         "val_accuracy",
-        {f"{x} > {y}": {x: 1, y: -1} for x in ("kdrl", "rlad") for y in ("grpo", "kd")}
-        | above("exopd > kd", "exopd", "kd"),
+        {f"{x} > {y}": {x: 1, y: -1} for x in ("kdrl", "rlad") for y in ("grpo", "kd")} | above(
+            "exopd > kd", "exopd", "kd"),
         also=("val_greedy", "train_kl", "val_length", "ood_accuracy"),
         conclude=in_parts("kdrl", "rlad", "exopd")),
     forgetting=Claim(
