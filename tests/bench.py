@@ -14,21 +14,25 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
+from data.chains import chain_tokenizer
+from data.run import read_log
 from data.tokenizer import bytes_tokenizer
-from model import bandwidth, collate, generate, init, pick, preset, token_logprobs
+from model import bandwidth, collate, generate, init, pick, preset, save, token_logprobs
 from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
@@ -375,7 +379,8 @@ UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
                update_muon=partial(update_row, rule=muon, theirs=torch_muon, matrices=True),
                update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
-             sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo, generation=generation)
+             sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo,
+             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation)
 ROWS = KERNELS | UPDATES | STEPS
 
 # --- the table ----------------------------------------------------------------------------------------
@@ -387,6 +392,23 @@ def uneven(device, rows=512, new=64):
     roll = generate(model, [[100, 101, 102]], new, samples=rows, stop=stop,
                     generator=torch.Generator().manual_seed(0))
     return roll.row_steps, rows * (int(roll.mask.sum(1).max()) - 1)
+
+
+def shares(device, steps=3):
+    """Of a step of grpo.py itself with 64 prompts x 8 samples x 64 tokens: the times of its log, medians.
+
+    The model is new and 4x128, so that hardly a response ends before its 64 tokens.
+    """
+    tok = chain_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        save(init(preset("4x128", tok, 256), 0), tok, Path(folder) / "model")
+        options = dict(init=f"{folder}/model", out=f"{folder}/run", prompts=64, samples=8, max_new=64,
+                       steps=steps, eval_prompts=8, eval_every=steps, save_every=steps, device=device)
+        command = [sys.executable, str(ROOT / "grpo.py"), *(f"--{k}={v}" for k, v in options.items())]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rows = [row for row in read_log(f"{folder}/run") if "t_gen" in row]
+    took = [statistics.median(row[k] for row in rows) for k in ("t_gen", "t_score", "t_update")]
+    return [t / sum(took) for t in took]
 
 
 def peak_memory(name, side, device):
@@ -437,6 +459,9 @@ def main(device, words):
               f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
     if not words or any(w in "generation" for w in words):
         print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(*uneven(device)))
+    if not words or any(w in "grpo_64x8x64" for w in words):
+        print("grpo.py, 64 x 8 x 64: generating {:.0%}, scoring {:.0%}, updating {:.0%}".format(
+            *shares(device)))
 
 
 if __name__ == "__main__":
