@@ -8,6 +8,7 @@ An optimiser is a rule (gradient, state) -> direction of a few lines; one class,
 parameters, decays and steps for all of them. Rules see a stack g [K, m, n] of all matrices of one shape.
 
 Map      1 shared pieces   2 rules   3 groups   4 ranks   5 the walker   6 schedules   7 stored weights
+         8 several objectives
 Letters  K matrices of a stack, m x n (out, in) of one, a >= b its sides, r rank
 
 rule            paper               state of a matrix    idea
@@ -1117,3 +1118,72 @@ def store_int4(model, *, group=32, rounding="stochastic"):
 
 
 STORES = dict(float32=store_float32, bfloat16=store_bfloat16, int8=store_int8, int4=store_int4)
+
+
+# --- 8 several objectives: their gradients G [M, D] -> one direction [D] ------------------------------------
+
+
+def shares(weights, M):
+    """"0.8,0.2" as M numbers that sum to 1; "" is equal shares."""
+    try:
+        w = [float(x) for x in weights.split(",")] if weights else [1.0] * M
+    except ValueError:
+        w = []
+    if len(w) != M or min(w) < 0 or sum(w) == 0:
+        raise UserError(f"--weights {weights}: give {M} numbers, one for each objective, like 0.8,0.2")
+    return torch.tensor(w, dtype=torch.float64) / sum(w)
+
+
+def weighted(G, *, weights=""):
+    """Linear scalarisation:  Σ_i w_i g_i."""
+    return shares(weights, len(G)).to(G) @ G
+
+
+def worst_direction(K, w, c, sweeps=100):
+    """argmin_p over the simplex of ⟨G_p, g_0⟩ + c ‖g_0‖ ‖G_p‖, from the Gram matrix K [M, M] alone -> p [M]
+
+    A convex function, so mass moves between two objectives at a time, each time by a golden section."""
+    norm = (w @ K @ w).clamp(min=0).sqrt()
+
+    def value(p):
+        return (p @ K @ w + c * norm * (p @ K @ p).clamp(min=0).sqrt()).item()
+    p, golden = w.clone(), (math.sqrt(5) - 1) / 2
+    for _ in range(sweeps):
+        before = value(p)
+        for i in range(len(p)):
+            for j in range(i):
+                total = (p[i] + p[j]).item()
+
+                def moved(x, i=i, j=j, total=total):
+                    q = p.clone()
+                    q[i], q[j] = x, total - x
+                    return q
+                low, high = 0.0, total
+                while high - low > 1e-7:
+                    a, b = high - golden * (high - low), low + golden * (high - low)
+                    low, high = (low, b) if value(moved(a)) < value(moved(b)) else (a, high)
+                p = min((moved(x) for x in (0.0, (low + high) / 2, total)), key=value)
+        if before - value(p) < 1e-12:
+            break
+    return p
+
+
+def cagrad(G, *, weights="", c=0.4, clipped=True):
+    """RACO, 2602.02495: conflict-averse gradient, its mixture clipped by the user's weights.   [M, D] -> [D]
+
+    g_0 = Σ w_i g_i;  p = worst_direction;  p_i <- min(p_i, w_i) if clipped;  g_0 + c ‖g_0‖ G_p/‖G_p‖.
+    Clipping changes nothing where p is one-hot, since G_p is normalised.
+    """
+    w = shares(weights, len(G))
+    p = worst_direction((G @ G.T).double().cpu(), w, c)
+    mix = (torch.minimum(p, w) if clipped else p).to(G) @ G                              # [D]
+    g0 = w.to(G) @ G
+    return g0 + c * g0.norm() * mix / mix.norm() if mix.norm() > 0 else g0
+
+
+def maxmin(G, losses):
+    """Max-min DPO (after 2402.08925): the gradient of the objective whose loss is largest."""
+    return G[losses.argmax()]
+
+
+COMBINE = dict(weighted=weighted, cagrad=cagrad, maxmin=maxmin)

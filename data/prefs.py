@@ -709,6 +709,26 @@ def load_pairs(path, split="train"):
     return split_rows(rows, split), dropped
 
 
+def load_labels(path, split="train"):
+    """[{"prompt", "completion", "label"}] of one split of a JSONL of binary feedback, by prompt; [] of pairs.
+
+    A row of GSM8K's model solutions gives each solution with whether it is right. Empty completions and
+    repeated rows are left out.
+    """
+    rows = {}
+    for row in read_jsonl(locate(path)):
+        match row:
+            case {"prompt": str(prompt), "completion": str(text), "label": label} if label in (0, 1):
+                found = [(prompt, text, bool(label))]
+            case {"question": str(prompt), "ground_truth": str(), **models}:
+                found = [(prompt, m["solution"], m.get("is_correct") is True) for m in models.values()
+                         if isinstance(m, dict) and isinstance(m.get("solution"), str)]
+            case _:
+                return []
+        rows |= dict.fromkeys(x for x in found if x[1].strip())
+    return split_rows([dict(prompt=p, completion=y, label=label) for p, y, label in rows], split)
+
+
 # --- pairs of texts as ids: what reward.py and dpo.py train on --------------------------------------------
 
 
@@ -738,6 +758,22 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
               + f" of {len(rows)} pairs", flush=True)
     if not out:
         raise UserError(f"{what}: no pair is left to use ({dict(left) or 'there is none'}): check --data")
+    return out
+
+
+def encode_labels(rows, tok, context, what="labels", chat=False):
+    """load_labels' rows as ids: prompt, sides (the one response, EOS at its end), good 1.0 or 0.0.
+
+    Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
+    """
+    made = [dict(prompt=tok.prompt(r["prompt"], chat), sides=[[*tok.encode(r["completion"]), tok.eos]],
+                 good=float(r["label"])) for r in rows]
+    out = [r for r in made if len(r["prompt"]) + len(r["sides"][0]) <= context]
+    if len(out) < len(made):
+        print(f"{what}: left out {len(made) - len(out)} longer than the context of {context} tokens of "
+              f"{len(made)} labelled responses", flush=True)
+    if not out:
+        raise UserError(f"{what}: no labelled response is left to use: check --data and --context")
     return out
 
 
