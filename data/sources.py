@@ -45,13 +45,17 @@ def take(s, n):
     return [s.data[i] for i in picked]
 
 
-def pairs(s, problems):
-    """The data's own pairs; where a loss reads `margin`, it is the judge's log-odds."""
+def pairs(s, problems, *, shuffled=False):
+    """The data's own pairs; where a loss reads `margin`, it is the judge's log-odds; shuffled: another's."""
     rows = [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]], text=r["text"]) for r in s.data]
     if "margin" in needs(s.f.loss):
         where, groups = zip(*map(texts_of, s.data))
         for r, P in zip(rows, s.compare(where, groups)):
             r["margin"] = torch.logit(P[0, 1], eps=1e-9).item()
+        if shuffled:                                           # a control: is it the information that helps?
+            order = torch.randperm(len(rows), generator=s.g).tolist()
+            for r, x in zip(rows, [rows[i]["margin"] for i in order]):
+                r["margin"] = x
     return rows
 
 
