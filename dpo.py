@@ -76,7 +76,7 @@ import sft
 from data import prefs, tasks
 from data.judging import JUDGES, auroc
 from data.run import Claim, Run, UserError, batch_indices, cli, in_parts, launch, needs, read_log, report
-from data.sources import SOURCES, STATIC, demo, forget, row
+from data.sources import SOURCES, STATIC, demo, forget, per_prompt, row
 from data.text import CACHE
 from model import (ScalarModel, Transformer, autocast, collate, generate, load, save, sequence_score,
                    token_logprobs)
@@ -104,7 +104,7 @@ class Config:
     credit: str = "gold"         # which row of CREDITS: T-REG's token rewards
     anchor: str = "start"        # the reference: the start, or previous, the policy when its rows were made
     sft: float = 0.0             # weight of the chosen response's mean negative log-prob, beside any loss
-    refresh: int = 1             # steps between fresh rows, for the sources that sample
+    refresh: int = 1             # steps between fresh rows of the sources that sample (4000 prompts at most)
     steps: int = 200             # optimizer steps
     batch: int = 64              # rows per optimizer step
     micro: int = 64              # rows per forward pass: lower it if memory runs out, results do not change
@@ -127,12 +127,12 @@ class Config:
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
-LABELS, PREVIOUS = dict(source="labels", batch=128, micro=128), dict(anchor="previous", refresh=20)
+LABELS, PREVIOUS = dict(source="labels", batch=128, micro=128), dict(anchor="previous", refresh=50)
 PRESETS = dict(                  # learning rates and steps: ours, the papers' are for billions of weights
     dpo=dict(), cdpo=dict(loss="cdpo"), rdpo=dict(loss="rdpo"), ipo=dict(loss="ipo"),
     ipo_norm=dict(loss="ipo_norm"), dpo_norm=dict(loss="dpo_norm", beta=1.0),
     hinge=dict(loss="hinge"), exo=dict(loss="exo"), flex=dict(loss="flex"), fdpo=dict(loss="fdpo"),
-    rpo=dict(loss="dpo", sft=0.005),                       # 2405.16436: eta 0.005 (with its beta, 0.01)
+    rpo=dict(loss="dpo", sft=0.005),                       # 2405.16436: eta 0.005 (there with beta 0.01)
     madpo=dict(loss="madpo"), beta_dpo=dict(loss="beta_dpo", statistic="pace"), ld_dpo=dict(loss="ld_dpo"),
     treg=dict(loss="treg"), sparsepo=dict(loss="sparsepo"), bco_pair=dict(loss="bco_pair"),
     nca=dict(loss="nca"), apo_zero=dict(loss="apo_zero"), apo_down=dict(loss="apo_down"),
@@ -145,7 +145,7 @@ PRESETS = dict(                  # learning rates and steps: ours, the papers' a
     raco=dict(loss="objectives", source="signs", combine="cagrad", beta=0.2),         # 2602.02495: beta 0.2
     online=dict(source="duels"), rso=dict(loss="hinge", source="rso", refresh=200),
     spin=dict(source="spin", **PREVIOUS), sppo=dict(loss="sppo", source="ranked", **PREVIOUS),
-    inpo=dict(loss="inpo", source="duels", refresh=20), dno=dict(source="dno", **PREVIOUS),
+    inpo=dict(loss="inpo", source="duels", refresh=50), dno=dict(source="dno", **PREVIOUS),
     nash_md=dict(loss="nash_md", source="mixture"), nash_mp=dict(loss="nash_mp", source="prox"),
     xpo=dict(loss="xpo", source="explore"), selm=dict(loss="selm", source="selm", **PREVIOUS),
     hypo=dict(loss="hypo", source="hybrid"), mpo=dict(loss="mpo", source="mpo"),
@@ -192,7 +192,9 @@ def cdpo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=0.1):
 def rdpo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=0.1):
     """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e): DPO in expectation over flips.
 
-    Unbounded below: it never stops pushing, and its own value means nothing. 0 <= e < 1/2."""
+    Unbounded below: it never stops pushing, and its own value means nothing. UserError unless e < 1/2."""
+    if flip >= 0.5:
+        raise UserError(f"--flip {flip}: labels wrong half of the time teach nothing; choose below 0.5")
     z = beta * (chosen_ratio - rejected_ratio)
     return (-(1 - flip) * logs(z) + flip * logs(-z)) / (1 - 2 * flip)
 
@@ -278,20 +280,20 @@ def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, 
     push = (chosen_credit * chosen_tok).sum(1) + (rejected_credit * rejected_tok).sum(1)             # [B]
     return -logs(z) - alpha * torch.sigmoid(-z).detach() * beta * push
 
-def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight, *,
-             beta=0.1, reward_mask="map", kl_mask="map", l1=0.0):
+def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight,
+             chosen_mask, rejected_mask, *, beta=0.1, reward_mask="map", kl_mask="map", l1=0.0):
     """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d KL(π_ref||π)_t.
 
     Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros): ones and
-    zeros is DPO, ones twice TDPO. l1: the penalty on both masks, a constant unless they are learned."""
-    masks = dict(map=lambda w, x: w, ones=lambda w, x: torch.ones_like(x), zeros=lambda w, x: 0 * x)
+    zeros is DPO, ones twice TDPO. l1: the penalty on the masks, a constant as ours are not learned."""
+    masks = dict(map=lambda w, m: w, ones=lambda w, m: m, zeros=lambda w, m: 0 * m)
     for name in (reward_mask, kl_mask):
         if name not in masks:
             raise UserError(f"--reward_mask, --kl_mask {name}: choose from {', '.join(masks)}")
     out, size = 0.0, 0.0
-    for sign, delta, kl, w in ((1, chosen_delta, chosen_kl, chosen_weight),
-                               (-1, rejected_delta, rejected_kl, rejected_weight)):
-        m_u, m_d = masks[reward_mask](w, delta), masks[kl_mask](w, delta)                # [B, T]
+    for sign, delta, kl, w, m in ((1, chosen_delta, chosen_kl, chosen_weight, chosen_mask),
+                                  (-1, rejected_delta, rejected_kl, rejected_weight, rejected_mask)):
+        m_u, m_d = masks[reward_mask](w, m), masks[kl_mask](w, m)                        # [B, T]
         out = out + sign * (m_u * delta + m_d * kl).sum(1)
         size = size + (m_u.abs() + m_d.abs()).sum(1)
     return -logs(beta * out) + l1 * size
@@ -394,7 +396,9 @@ def objectives(chosen_ratio, rejected_ratio, signs, *, beta=0.1):
     return -logs(beta * signs * (chosen_ratio - rejected_ratio)[:, None]) * (signs != 0)
 
 def sppo(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta=0.1):
-    """SPPO, 2405.00675 eq. 4.9:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]"""
+    """SPPO, 2405.00675:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]
+
+    β: ours; the paper's 0.001 asks for log-ratios of hundreds of nats."""
     return 0.5 * ((chosen_ratio - (chosen_win - 0.5) / beta) ** 2
                   + (rejected_ratio - (rejected_win - 0.5) / beta) ** 2)
 
@@ -405,7 +409,10 @@ def sppo_hard(chosen_ratio, rejected_ratio, *, beta=0.1):
 def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *, eta=0.3, tau=0.1):
     """INPO, 2407.00617:  (h_t - 1/(2η))²,  h_t = (τ/η) h + (1 - τ/η) h against π_t.   0 < τ <= η
 
-    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once."""
+    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are ours in
+    size (0.0075 and 0.0025 in the paper), its ratio."""
+    if not 0 < tau <= eta:
+        raise UserError(f"--tau {tau} --eta {eta}: INPO needs 0 < tau <= eta")
     h, before = chosen_ratio - rejected_ratio, chosen_prev_ratio - rejected_prev_ratio
     return (tau / eta * h + (1 - tau / eta) * before - 1 / (2 * eta)) ** 2
 
@@ -490,9 +497,12 @@ def shift(ratio, good, memory, *, beta=0.1, decay=0.99):
 
 def mismatch(mismatched):
     """KTO's z0 = max(0, mean log-ratio of prompts with another row's response), a KL.   [B] -> [B]"""
+    if len(mismatched) < 2:
+        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
     return dict(z0=mismatched.mean().clamp(min=0).expand(len(mismatched)))
 
 STATISTICS = dict(none=none, pace=pace, shift=shift, mismatch=mismatch)
+GIVES = dict(none=(), pace=("beta_now", "kept"), shift=("reward_shift",), mismatch=("z0",))
 
 # --- 4 samples and verdicts; s is the run's state -------------------------------------------------------
 
@@ -523,7 +533,7 @@ def compare(s, problems, groups):
         flat = torch.cat(score).tolist()
     out, at = [], 0
     for p, ys in zip(problems, groups):
-        have = dict(world=s.world, prompt=p["prompt"], texts=[y["text"] for y in ys])
+        have = dict(world=s.world, prompt=p["prompt"], texts=[(y["text"], y["finished"]) for y in ys])
         if flat is not None:
             have |= dict.fromkeys(("score", "judged", "density"),
                                   torch.tensor(flat[at:at + len(ys)], dtype=torch.float64))
@@ -534,13 +544,14 @@ def compare(s, problems, groups):
 def sample(s, problems, k=1, model=None, **how):
     """k responses a problem of the policy, or of another model -> [[{"ids", "text", "finished"}]].
 
-    ids end in EOS where the response did; one that was cut off has none."""
-    with autocast(s.c.device, s.c.dtype):
-        roll = generate(model or s.policy, [s.tok.prompt(p["prompt"], s.c.chat) for p in problems], s.max_new,
-                        samples=k, generator=s.g, **how)
-    ids = [t[m > 0].tolist() for t, m in zip(roll.tokens, roll.mask)]
-    out = [dict(ids=y, text=s.tok.decode(text), finished=done) for y, text, done
-           in zip(ids, roll.completions(), roll.finished.tolist())]
+    ids end in EOS where the response did; one that was cut off has none. At most 4,096 at a time."""
+    prompts, out = [s.tok.prompt(p["prompt"], s.c.chat) for p in problems], []
+    for i in range(0, len(prompts), max(1, 4096 // k)):
+        with autocast(s.c.device, s.c.dtype):
+            roll = generate(model or s.policy, prompts[i:i + max(1, 4096 // k)], s.max_new, samples=k,
+                            generator=s.g, **how)
+        out += [dict(ids=t[m > 0].tolist(), text=s.tok.decode(text), finished=done) for t, m, text, done
+                in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
     s.seen["sampled"] += len(out)
     s.seen["truncated"] += sum(not y["finished"] for y in out)
     return [out[i:i + k] for i in range(0, len(out), k)]
@@ -603,7 +614,24 @@ def reads(f):
 def needs_reference(c, f):
     """Whether the run reads a reference at all: in its loss, in its source, or to measure the KL."""
     return (c.kl or bool(reads(f) & {"ratio", "delta", "kl", "weight"}) or c.source in ("mixture", "explore")
-            or "credit" in reads(f) and c.credit == "prompts")
+            or "credit" in reads(f) and c.credit == "prompts" or c.judge == "duel")
+
+def check(c, f, world):
+    """UserError for rows of the config that do not go together, before anything is made."""
+    names, static = needs(f.loss), c.source in STATIC
+    if c.anchor not in ("start", "previous"):
+        raise UserError(f"--anchor {c.anchor}: choose start or previous")
+    if static and (c.anchor == "previous" or "prev_ratio" in reads(f)):
+        raise UserError(f"--source {c.source}: its rows are made once, so there is no previous policy; "
+                        f"use --anchor start, and a loss without one")
+    if c.anchor == "previous" and (reads(f) & {"kl"} or c.statistic == "mismatch"):
+        raise UserError(f"--anchor previous: --loss {c.loss} reads the reference at every step: "
+                        f"use --anchor start")
+    if c.sft and ({"signs", "hard", "good"} & set(names) or not any(x.startswith("chosen") for x in names)):
+        raise UserError(f"--sft {c.sft}: --loss {c.loss} has no chosen response; leave it at 0")
+    if "credit" in reads(f) and (c.source != "pairs" or c.credit == "gold" and world is None):
+        raise UserError(f"--loss {c.loss}: token credits are of --source pairs; without a world, of "
+                        f"--credit prompts")
 
 def measure(s, rows, model):
     """Every side of the rows in one batched forward pass -> logp, mask, eos and, where the rows have it, ref,
@@ -689,12 +717,19 @@ def reference(s):
 def prepare(s, rows):
     """Rows with what is frozen about them: reference log-probs, the last iterate's, token credits.
 
-    Rows whose sides are equal, empty, or longer than the context are dropped and counted."""
+    Rows whose pair is of equal sides (of a list: all), or with an empty one, or longer than the context, are
+    dropped and counted. UserError if the loss reads what the source does not give."""
     kept, wanted = [], reads(s.f)
+    for name in needs(s.f.loss) if rows else []:
+        side = part_of(name)
+        short = side and side[0] in (1, 2) and len(rows[0]["sides"]) <= side[0]
+        if short or not (side or name in rows[0] or name in GIVES[s.c.statistic]):
+            raise UserError(f"--loss {s.c.loss} reads {name}: neither --source {s.c.source} nor --statistic "
+                            f"{s.c.statistic} gives it; see the presets (--help)")
     for r in rows:
         sides = [tuple(y) for y in r["sides"]]
-        pair = sides[:2] if "list_logp" not in needs(s.f.loss) or s.c.source == "hybrid" else sides
-        why = ("empty" if not all(sides) else "identical" if len(set(pair)) < len(pair) else
+        pair = sides if s.c.source == "lists" else sides[:2]
+        why = ("empty" if not all(sides) else "identical" if len(sides) > 1 and len(set(pair)) == 1 else
                "long" if len(r["prompt"]) + max(map(len, sides)) > s.context else "")
         if why:
             s.seen[why] += 1
@@ -702,8 +737,8 @@ def prepare(s, rows):
             kept.append(r)
     if not kept:
         raise UserError(f"--source {s.c.source}: no row is left to train on "
-                        f"({', '.join(f'{n} {k}' for k, n in s.seen.items() if n)}); "
-                        f"the policy may have collapsed: lower --lr, or raise --batch")
+                        f"({', '.join(f'{n} {k}' for k, n in s.seen.items() if n) or 'it gave none'}); "
+                        f"if samples are identical the policy has collapsed: lower --lr")
     if wanted & {"ratio", "delta"}:
         model = reference(s)
         once = s.c.source in STATIC and model is s.models["start"]
@@ -825,9 +860,11 @@ def open_models(c, f, folder, last):
     paths = {}
     if "judged" in needs(f.judge):
         paths["judge"] = c.judge
-    if "density" in needs(f.judge) and c.source not in STATIC:
+    if "density" in needs(f.judge) and (c.source not in STATIC or "margin" in needs(f.loss)):
         paths = {k: sft.find(f.judge.keywords[k] or c.init, c.config, device=c.device)
                  for k in ("strong", "weak")}
+        if paths["strong"] == paths["weak"]:
+            raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a tie")
     for name, path in paths.items():
         models[name], other = load(path, c.device)
         models[name].requires_grad_(False)
@@ -879,7 +916,7 @@ def backward(s, rows, extra):
             x = measure(s, part, s.policy)
         loss = s.f.loss(**provide(names, x, part, {k: v[i:i + s.c.micro] for k, v in extra.items()}))
         if s.c.sft:
-            loss = loss - s.c.sft * READS["mean"](x)[:, 0]
+            loss = loss - s.c.sft * READS["mean"](x)[:, 0]                               # side 0: the chosen
         if loss.dim() == 2:
             losses = loss.sum(0) / count                                                 # [M]
             grads = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, params, retain_graph=True)])
@@ -897,8 +934,10 @@ def backward(s, rows, extra):
         for p, g in zip(params, flat.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
     for side in ("chosen", "rejected"):
-        n = max(1.0, told.pop(f"{side}_n"))
-        told |= {k: v / n for k, v in told.items() if k.startswith(side)}
+        n = told.pop(f"{side}_n")
+        told |= {k: v / max(1.0, n) for k, v in told.items() if k.startswith(side)}
+        if n == 0:                                             # binary labels: none of this kind in the step
+            told = {k: v for k, v in told.items() if not k.startswith(side)}
     if "hits" in told:
         told["accuracy"] = told.pop("hits") / B
         if "chosen_ratio" in told:
@@ -933,13 +972,14 @@ def train(c, f):
         policy, tok, models = open_models(c, f, folder, run.last)
         longest = policy.config.max_position_embeddings
         context = min(c.context or longest, longest)
-        seen = dict.fromkeys(("sampled", "truncated", "identical", "empty", "long"), 0)
+        seen = dict.fromkeys(("sampled", "truncated", "identical", "empty", "long", "close"), 0)
         s = SimpleNamespace(c=c, f=f, policy=policy, tok=tok, models=models, memory={}, before={}, margins=[],
                             g=torch.Generator().manual_seed(c.seed), context=context, say=run.say, step=0,
                             stage=0, taken=0, seen=seen)
         s.sample, s.compare, s.extend = (partial(fn, s) for fn in (sample, compare, extend))
         s.copy = partial(frozen, policy)
         s.world = tasks.task(c.data) if c.data in ("ring", "toyif") else None
+        check(c, f, s.world)
         s.data, s.labels, held = open_data(s, c)
         if s.world:
             problems = s.world.problems("train", 4096, 1000 + c.seed)
@@ -984,7 +1024,8 @@ def train(c, f):
             # 1. rows ------------------------------------------------------------------------------------
             clock, s.step = time.perf_counter(), step
             if rows is None or not static and step - made >= c.refresh:
-                picked = batch_indices(len(problems), c.batch * c.refresh, s.stage, c.seed).tolist()
+                wanted = min(4000, math.ceil(c.batch * c.refresh / per_prompt(f.source)))
+                picked = batch_indices(len(problems), wanted, s.stage, c.seed).tolist()
                 rows, made = prepare(s, f.source(s, [problems[i] for i in picked])), step
                 s.stage += 1
             order = batch_indices(len(rows), c.batch, step - made, c.seed + s.stage).tolist()

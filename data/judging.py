@@ -141,11 +141,11 @@ def gold(score, *, sharp=1.0):
 
 
 def duel(world, prompt, texts, *, cycle=2.0):
-    """Ring's intransitive annotators: Bradley-Terry plus a cycle among the responses' dominant classes."""
+    """Ring's intransitive annotators: Bradley-Terry plus a cycle of dominant classes.   [(text, finished)]"""
     if not hasattr(world, "duel"):
         raise UserError("--judge duel: only Ring has intransitive annotators; take --data ring")
-    return torch.tensor([[0.5 if i == j else world.duel(prompt, a, b, cycle) for j, b in enumerate(texts)]
-                         for i, a in enumerate(texts)], dtype=torch.float64)
+    return torch.tensor([[0.5 if i == j else world.duel(prompt, a[0], b[0], cycle, a[1], b[1])
+                          for j, b in enumerate(texts)] for i, a in enumerate(texts)], dtype=torch.float64)
 
 
 def learned(judged, *, sharp=1.0):

@@ -387,7 +387,7 @@ class Ring:
         ranks = ((bisect_left(column, x) + bisect_right(column, x)) / 2 / len(column) for column, x in rated)
         return [min(4, int(5 * rank)) for rank in ranks]
 
-    def duel(self, prompt, a, b, cycle=0.0):
+    def duel(self, prompt, a, b, cycle=0.0, a_finished=True, b_finished=True):
         """P(a is preferred) = sigma(gold a - gold b + cycle rps): Bradley-Terry at 0, else intransitive.
 
         rps: +1 if a's dominant class (most letters, of equals the lowest) beats b's, -1 if it loses, else 0;
@@ -395,7 +395,7 @@ class Ring:
         """
         one, two = (max(range(4), key=n.__getitem__) if any(n) else 3 for n in map(classes, (a, b)))
         rps = 0 if 3 in (one, two) or one == two else 1 if (two - one) % 3 == 1 else -1
-        gap = gold_gap(self, prompt, (a, True), (b, True))
+        gap = gold_gap(self, prompt, (a, a_finished), (b, b_finished))
         return 0.5 + 0.5 * tanh((gap + cycle * rps) / 2)       # sigma, without overflow
 
     def pairs(self, n, seed=0, split="train", noise=0.0, **labels):

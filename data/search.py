@@ -70,7 +70,7 @@ def grow_trees(prompts, extend, value, max_new, *, iterations=8, children=3, chu
     for _ in range(iterations):
         leaves = [descend(root) for root in roots]
         grow = [i for i, x in enumerate(leaves)
-                if not x.finished and len(x.path()) < min(chunk * depth, max_new)]
+                if not x.finished and len(x.path()) + chunk <= min(chunk * depth, max_new)]
         steps = extend([prompts[i] + leaves[i].path() for i in grow], chunk, children) if grow else []
         fresh = []
         for i, made in zip(grow, steps):

@@ -130,19 +130,25 @@ def ranked(s, problems, *, k=5):
 
 
 def dno_pairs(s, problems, *, k=5, least=0.2):
-    """DNO-Prct: best against worst of k samples and the demonstration, if win rates differ by `least`."""
+    """DNO-Prct: best against worst of k samples and the demonstration, if win rates differ by `least`.
+
+    ours: the threshold, and that earlier iterations' pairs are not mixed in."""
     groups = [[*ys, demo(s, p)] for p, ys in zip(problems, s.sample(problems, k))]
-    return judged(s, problems, groups, partial(extremes, least=least))
+    rows = judged(s, problems, groups, partial(extremes, least=least))
+    s.seen["close"] += len(problems) - len(rows)
+    return rows
 
 
-def accepted(reward, k, beta, generator):
+def accepted(reward, k, beta, generator, passes=0):
     """RSO's rejection sampling, 2309.06657 alg. 1: indices of k of the candidates.   reward [N]
 
     Passes over the rest: each is accepted with probability exp((r - max of the rest)/β), and leaves; the
     maximum is taken anew before every pass. β -> 0 takes the best in order, β -> ∞ takes the first ones.
+    passes: stop after so many (0: when there are k); in the first the rest is all, so that it is exact.
     """
-    rest, out = list(range(len(reward))), []
-    while rest and len(out) < k:
+    rest, out, done = list(range(len(reward))), [], 0
+    while rest and len(out) < k and (done < passes or not passes):
+        done += 1
         top = max(reward[i] for i in rest)
         u = torch.rand(len(rest), generator=generator).tolist()
         hit = [i for i, x in zip(rest, u) if x < math.exp((reward[i] - top) / beta)]
@@ -151,8 +157,8 @@ def accepted(reward, k, beta, generator):
 
 
 def rso(s, problems, *, n=16, k=4, beta_rso=0.5):
-    """RSO: k of n samples accepted in proportion to e^(r/β), paired at random, the likelier winner chosen."""
-    groups, out = s.sample(problems, n), []
+    """RSO: k of the start's n samples accepted in proportion to e^(r/β), paired at random, then judged."""
+    groups, out = s.sample(problems, n, model=s.models.get("start")), []
     for p, ys, P in zip(problems, groups, s.compare(problems, groups)):
         kept = accepted(rewards_of(P).tolist(), k, beta_rso, s.g)
         kept = [kept[i] for i in torch.randperm(len(kept), generator=s.g)]
@@ -162,7 +168,9 @@ def rso(s, problems, *, n=16, k=4, beta_rso=0.5):
 
 
 def spin(s, problems):
-    """SPIN: the demonstration is chosen, the last iterate's sample rejected: no judge."""
+    """SPIN: the demonstration is chosen, the last iterate's sample rejected: no judge.
+
+    ours: samples of the iterate before are not mixed in."""
     return [row(s, p, [demo(s, p), y]) for p, (y,) in zip(problems, s.sample(problems))]
 
 
@@ -215,11 +223,10 @@ def mpo_rows(s, problems, *, easy=0.5):
     if not s.margins:
         s.margins = [abs(torch.logit(P[0, 1], eps=1e-9).item())
                      for P in s.compare(*zip(*map(texts_of, s.data)))]
-    cut = sorted(s.margins)[min(len(s.margins) - 1, int((1 - easy) * len(s.margins)))]
-    hard = s.step >= s.c.steps // 2
-    pool = [r for r, m in zip(s.data, s.margins) if (m < cut) == hard]
-    if not pool:
-        raise UserError(f"--easy {easy}: no pair is {'hard' if hard else 'easy'}; choose between 0 and 1")
+    order = sorted(range(len(s.data)), key=lambda i: -s.margins[i])
+    cut = round(easy * len(order))                             # 0: policy gradients alone; all: DPO alone
+    hard = cut == 0 or cut < len(order) and s.step >= s.c.steps // 2
+    pool = [s.data[i] for i in (order[cut:] if hard else order[:cut])]
     picked = [pool[i] for i in batch_indices(len(pool), len(problems), s.stage, s.c.seed).tolist()]
     where, groups = zip(*map(texts_of, picked))
     if hard:
@@ -241,6 +248,11 @@ def tree(s, problems, *, iterations=8, children=3, chunk=4, depth=4):
                        chunk=chunk, depth=depth)
     return [dict(prompt=prompt + prefix, sides=[a, b]) for prompt, root in zip(prompts, trees)
             for prefix, a, b in step_pairs(root)]
+
+
+def per_prompt(source):
+    """How many rows a source makes of one prompt: RSO pairs what it accepts."""
+    return max(1, source.keywords["k"] // 2) if source.func is rso else 1
 
 
 SOURCES = dict(pairs=pairs, signs=signs, labels=labels, forget=forget, lists=lists, duels=duels,
