@@ -64,3 +64,14 @@ def test_who_may_import_whom(module, below):
     assert ours <= below
     if "sft" in below:
         assert set(re.findall(r"\bsft\.(\w+)\(", text)) <= {"base", "find"}
+
+
+def test_claims_py_shows_what_was_measured(capsys, monkeypatch, tmp_path):
+    import claims
+    claims.main([])
+    assert "python grpo.py --claim lengths --seeds 5" in capsys.readouterr().out
+    found = claims.reports()
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    assert claims.figure("ppo", found).stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="choose from"):
+        claims.figure("nothing", found)
