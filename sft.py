@@ -9,7 +9,8 @@ sft.py - supervised learning: pre-training a small base model, and fine-tuning o
     torchrun --standalone --nproc_per_node 2 sft.py --config pretrain,normuon      # FSDP2
     python sft.py --claim normuon --seeds 5        # the race of the optimisers, with a verdict
 
-Map      1 config   2 the loss   3 claims   4 data   5 LoRAM   6 start   7 evaluate  8 train  B rows, T tokens
+Map      1 config   2 losses   3 claims   4 data, feedback   5 LoRAM   6 start   7 evaluate   8 train
+         B rows, T tokens, N scored tokens, V vocabulary
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
@@ -31,6 +32,18 @@ lora        any                                        adapters on every linear 
 bone        any                                        one block a layer, added to all columns (2409.15371)
 bat         any                                        one block a row of blocks, guided by the weights
 loram       any                                        LoRA trained on a pruned model, used on the whole one
+mle         a world: scored demonstrations             likelihood of all, the baseline of the next four
+filtered    a world                                    of the better half only (2302.08582)
+conditional a world                                    of all, a tag before each says which half (2302.08582)
+unlikely    a world                                    less likelihood of the worse half's tokens (2302.08582)
+rwr         a world                                    reward-weighted regression (2302.08582)
+hindsight   a world's or a file's pairs                both answers, told which is better (2302.02676)
+implicit    any                                        f-divergence SFT, log-ratio to the start (2507.00018)
+glow        any                                        rows that a pass taught least count more (2601.04992)
+reweighted  any                                        a batch's rows by their loss (2502.06733)
+dckd        pairs, --teacher                           SFT + the teacher's distribution on both (2502.17927)
+adpa        pairs, --teacher, --other                  SFT + a teacher's advantage, own samples (2502.17927)
+aligndistil pairs, --teacher, --other                  a teacher beyond DPO and its reverse (2503.02832)
 hft         any                                        half fine-tuning: half of each layer is frozen
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising
@@ -76,6 +89,9 @@ class Config:
     context: int = 256           # longest row in tokens; a new model's context is twice that
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     loss: str = "nll"            # which row of LOSSES
+    feedback: str = "none"       # which row of FEEDBACK: how scores, tags and pairs become rows
+    teacher: str = ""            # checkpoint that a distilling loss reads (a DPO-trained one)
+    other: str = ""              # a second one: the teacher's own start, or its reverse
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     schedule: str = "cosine"     # which row of SCHEDULES
     steps: int = 0               # optimizer steps (0: epochs decides)
@@ -104,6 +120,9 @@ class Config:
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
+TUNED = dict(lr=3e-4, warmup=0, weight_decay=0.0)
+SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000)
+PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
     sft=dict(),                                                                  # the defaults
@@ -163,6 +182,14 @@ PRESETS = dict(
     bat=dict(peft="bat", lr=1e-3),
     loram=dict(peft="loram", lr=2e-3),
     hft=dict(peft="hft"),
+    # objectives beside likelihood, on ToyIF's good, random and copied responses or its pairs; lr ours
+    **{name: TUNED | SCORED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
+        ("mle", "scored", "nll"), ("filtered", "filtered", "nll"), ("conditional", "conditional", "nll"),
+        ("unlikely", "scored", "unlikelihood"), ("rwr", "scored", "rwr"))},
+    **{name: TUNED | PAIRED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
+        ("hindsight", "hindsight", "nll"), ("dckd", "both", "dckd"), ("adpa", "sampled", "adpa"),
+        ("aligndistil", "chosen", "aligndistil"))},
+    implicit=dict(loss="implicit"), glow=dict(loss="glow"), reweighted=dict(loss="reweighted"),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
 ARMS = dict(                     # settings that only the arms of claims need, ppo.py's and those below
@@ -190,7 +217,9 @@ SIZES = ("tiny",)                # presets that a run hands on to the base that 
 CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"], "bits per byte": ["val_bpb", "ood_bpb"],
           "learning rate": ["lr"]}
 
-# --- the loss -----------------------------------------------------------------------------------------
+# --- losses: a number a scored token, [B, T], or a row, [B]; the loop divides by the whole step's -----------
+# Positional arguments name what a loss reads, and only that is computed: logp, mask, ref_logp (of the start),
+# kl (of the teacher's distribution) [B, T]; logits, teacher, other [N, V] of scored tokens; a row's fields.
 
 
 def nll(logp):
@@ -198,7 +227,89 @@ def nll(logp):
     return -logp
 
 
-LOSSES = dict(nll=nll)
+PHI = dict(tv=lambda z: z, chi2=lambda z: z - z * z / 4, hellinger=lambda z: (z / (1 + z)),
+           js=lambda z: torch.log(2 - torch.exp(-z)))
+FLOOR = dict(tv=-math.inf, chi2=-math.inf, hellinger=-0.9, js=-0.69)
+
+
+def implicit(logp, ref_logp, *, phi="chi2", beta=1.0):
+    """SFT as implicit reward (2507.00018), a concave φ of inverse-Q learning:  -φ(ζ),  ζ = β Σ log π/π_ref.
+
+    φ: tv ζ (SFT itself);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ > -.9;  js log(2 - e^-ζ),
+    ζ > -.69. All have slope 1 at 0. ours: the family, the paper's own form could not be checked. -> [B]
+    """
+    if phi not in PHI:
+        raise UserError(f"--phi {phi}: choose from {', '.join(PHI)}")
+    return -PHI[phi]((beta * (logp - ref_logp).sum(1)).clamp(min=FLOOR[phi]))
+
+
+def unlikelihood(logp, good, *, alpha=1.0):
+    """2302.08582: -log p on tokens of good rows, -α log(1 - p) on the others.   [B, T], good [B] -> [B, T]"""
+    return torch.where(good[:, None] > 0, -logp, -alpha * torch.log1p(-logp.exp().clamp(max=1 - 1e-6)))
+
+
+def rwr(logp, score, *, temperature=0.5):
+    """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the data"""
+    return -logp * (score / temperature).exp()[:, None]
+
+
+def glow(logp, mask, before, *, alpha=2.0, beta=10.0):
+    """GLOW (2601.04992): weight clamp(α (1 - σ(β Δ)), .5, 5),  Δ = a row's mean loss at its last visit - now.
+
+    before [B]: that loss, NaN at the first visit (weight 1). α = 2: Δ = 0 has weight 1. No gradient to it.
+    """
+    now = -(logp * mask).sum(1).detach() / mask.sum(1)                                   # [B]
+    w = (alpha * torch.sigmoid(-beta * (before - now))).clamp(0.5, 5.0)
+    return -logp * torch.where(before.isnan(), 1.0, w)[:, None]
+
+
+def reweighted(logp, mask, weight):
+    """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w from `batch_weights` (mean 1 over a step). -> [B]"""
+    return -weight * (logp * mask).sum(1) / mask.sum(1)
+
+
+def batch_weights(losses, *, rule="linupper", r=1.0):
+    """softmax(s/r) over the batch's rows, times their number;  l = losses scaled to [-1, 1].   [B] -> [B]
+
+    s: linupper min(l + 1, 1) (drop the easy, cap the hard);  quadratic 1 - l²;  extremes |l|.
+    """
+    l = 2 * (losses - losses.min()) / (losses.max() - losses.min()).clamp(min=1e-6) - 1
+    rules = dict(linupper=lambda: (l + 1).clamp(max=1), quadratic=lambda: 1 - l * l, extremes=lambda: l.abs())
+    if rule not in rules:
+        raise UserError(f"--rule {rule}: choose from {', '.join(rules)}")
+    return torch.softmax(rules[rule]() / r, 0) * len(losses)
+
+
+def dckd(logp, kl, good, *, lam=1.0):
+    """DCKD (2502.17927):  NLL of the chosen + λ KL(π_teacher||π) on both sides' tokens.   [B, T]"""
+    return -logp * (good[:, None] > 0) + lam * kl
+
+
+def adpa(logp, mask, good, logits, teacher, other, *, gamma=1.0):
+    """ADPA (2502.17927): NLL of the chosen - γ Σ_a π(a) [log π_dpo(a) - log π_start(a)] on own samples.
+
+    logits [N, V] of the policy, teacher the DPO-trained model, other its own start, at the N scored tokens
+    -> [B, T]"""
+    gain = torch.log_softmax(teacher, -1) - torch.log_softmax(other, -1)                 # [N, V]
+    value = (torch.softmax(logits, -1) * gain).sum(-1)                                   # [N]
+    value = torch.zeros_like(logp).masked_scatter(mask > 0, value)                       # [B, T]
+    return torch.where(good[:, None] > 0, -logp, -gamma * value)
+
+
+def aligndistil(mask, logits, teacher, other, *, beta=0.1, beta2=10.0):
+    """AlignDistil (2503.02832):  (β/w) KL(π||softmax(z_dpo + w (z_dpo - z_rev))).
+
+    w = β₂ ‖p_dpo - p_rev‖₁ + .001;  other: a model trained by DPO on the reversed pairs. Both are frozen;
+    mean over a row's tokens -> [B]"""
+    w = beta2 * (torch.softmax(teacher, -1) - torch.softmax(other, -1)).abs().sum(-1) + 1e-3         # [N]
+    target = torch.log_softmax(teacher + w[:, None] * (teacher - other), -1)             # [N, V]
+    log_p = torch.log_softmax(logits, -1)
+    loss = beta / w * (log_p.exp() * (log_p - target)).sum(-1)                           # [N]
+    return torch.zeros_like(mask).masked_scatter(mask > 0, loss).sum(1) / mask.sum(1)    # [B]
+
+
+LOSSES = dict(nll=nll, implicit=implicit, unlikelihood=unlikelihood, rwr=rwr, glow=glow,
+              reweighted=reweighted, dckd=dckd, adpa=adpa, aligndistil=aligndistil)
 
 # --- claims -------------------------------------------------------------------------------------------
 
@@ -308,6 +419,105 @@ def rows(c, tok, split):
     return demonstrations(task, problems, tok, c.context, c.chat)
 
 
+# feedback: (c, tok, model, generator) -> rows as above, and of each what a loss or the loop reads of it
+
+
+def demos(c, tok, model, generator):
+    """Demonstrations, or windows of a corpus, as they are."""
+    data = rows(c, tok, "train")
+    return data, [{} for _ in data]
+
+
+def scored(c, tok, model, generator, *, share=0.5):
+    """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best `share`."""
+    if text.is_corpus(c.data):
+        raise UserError(f"--feedback {c.feedback}: {c.data} is a text without scores; take a task, such as "
+                        f"--data toyif_base")
+    task = tasks.task(c.data)
+    problems = task.problems("train", c.rows, c.seed)
+    made = [(tok.prompt(p, c.chat), [*tok.encode(task.demo(p)), tok.eos]) for p in problems]
+    value = torch.tensor([float(task.reward(p, task.demo(p), True)) for p in problems])  # [rows]
+    cut = value.sort(descending=True).values[min(len(value) - 1, int(share * len(value)))]
+    score = (value - value.mean()) / value.std().clamp(min=1e-6)
+    keep = [i for i, (p, y) in enumerate(made) if len(p) + len(y) <= c.context]
+    return [made[i] for i in keep], [dict(score=score[i].item(), good=float(value[i] > cut)) for i in keep]
+
+
+def filtered(c, tok, model, generator, *, share=0.5):
+    """Only the best `share` of the demonstrations."""
+    kept = [(row, info) for row, info in zip(*scored(c, tok, model, generator, share=share)) if info["good"]]
+    if not kept:
+        raise UserError(f"--share {share}: no demonstration is better than that; raise it")
+    return [row for row, _ in kept], [info for _, info in kept]
+
+
+def conditional(c, tok, model, generator, *, share=0.5, good_tag=".", bad_tag=",", untagged=0.01):
+    """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none."""
+    data, infos = scored(c, tok, model, generator, share=share)
+    u = torch.rand(len(data), generator=generator).tolist()
+    tags = {1.0: tok.encode(good_tag), 0.0: tok.encode(bad_tag)}
+    return [(p + (tags[info["good"]] if x >= untagged else []), y)
+            for (p, y), info, x in zip(data, infos, u)], infos
+
+
+def pair_ids(c, tok):
+    """The training pairs of a world or a file as ids, both sides with their EOS."""
+    return prefs.encode_pairs(prefs.pair_sets(c.data, c.rows)[0], tok, c.context, "training pairs", c.chat)
+
+
+def hindsight(c, tok, model, generator, *, good_tag=".", bad_tag=",", mix="p,n,pn,np"):
+    """Chain of Hindsight (2302.02676): p good tag and better answer, n bad tag and worse one, pn, np both.
+
+    Both answers are scored, their EOS too; tags are not: hole is where the second one stands."""
+    tags, out, infos = dict(p=tok.encode(good_tag), n=tok.encode(bad_tag)), [], []
+    modes = mix.split(",")
+    if not set(modes) <= {"p", "n", "pn", "np"}:
+        raise UserError(f"--mix {mix}: give some of p, n, pn, np, with commas")
+    for r in pair_ids(c, tok):
+        first, *second = modes[torch.randint(len(modes), (1,), generator=generator).item()]
+        side = dict(p=r["chosen"], n=r["rejected"])
+        prompt, answer, hole = r["prompt"] + tags[first], list(side[first]), (0, 0)
+        if second:
+            hole = len(answer), len(answer) + len(tags[second[0]])
+            answer += tags[second[0]] + side[second[0]]
+        if len(prompt) + len(answer) <= c.context:
+            out.append((prompt, answer))
+            infos.append(dict(hole=hole))
+    if not out:
+        raise UserError(f"--feedback hindsight: no pair fits --context {c.context}; raise it")
+    return out, infos
+
+
+def both(c, tok, model, generator):
+    """Both sides of the pairs, good 1.0 and 0.0."""
+    found = pair_ids(c, tok)
+    return ([(r["prompt"], r[side]) for r in found for side in ("chosen", "rejected")],
+            [dict(good=float(side == "chosen")) for r in found for side in ("chosen", "rejected")])
+
+
+def chosen(c, tok, model, generator):
+    """The pairs' chosen sides."""
+    found = pair_ids(c, tok)
+    return [(r["prompt"], r["chosen"]) for r in found], [dict(good=1.0) for _ in found]
+
+
+def sampled(c, tok, model, generator):
+    """The chosen sides, and for each of their prompts a sample of the model as it starts (good 0.0)."""
+    data, infos = chosen(c, tok, model, generator)
+    new = min(tasks.task(c.data).max_new, c.context - max(len(p) for p, _ in data))
+    for i in range(0, len(data), 512):
+        part = [p for p, _ in data[i:i + 512]]
+        roll = generate(model, part, new, generator=generator)
+        ids = [t[m > 0].tolist() for t, m in zip(roll.tokens, roll.mask)]
+        infos += [dict(good=0.0) for _ in part]
+        data = data + list(zip(part, ids))
+    return data, infos
+
+
+FEEDBACK = dict(none=demos, scored=scored, filtered=filtered, conditional=conditional, hindsight=hindsight,
+                both=both, chosen=chosen, sampled=sampled)
+
+
 def new_tokenizer(c):
     """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
     if c.tokenizer != "bpe":
@@ -396,8 +606,9 @@ def recover(small, whole):
 
 
 PEFT = PEFT | dict(loram=loram)
-AXES = dict(loss=LOSSES, optimiser=RULES, update=dict(optimiser=optimiser), schedule=SCHEDULES, peft=PEFT,
-            store=STORES, kernels=kernels.MODES)
+AXES = dict(loss=LOSSES, feedback=FEEDBACK, weights=dict(weights=batch_weights), optimiser=RULES,
+            update=dict(optimiser=optimiser), schedule=SCHEDULES, peft=PEFT, store=STORES,
+            kernels=kernels.MODES)
 
 # --- start --------------------------------------------------------------------------------------------
 
@@ -454,6 +665,57 @@ def start(c, origin):
     return model, tok
 
 
+def open_frozen(c, f, origin, tok):
+    """What a loss reads besides the policy: {"start", "teacher", "other"}, frozen, those that it names."""
+    names, out = needs(f.loss), {}
+    if "ref_logp" in names:
+        out["start"] = start(c, origin)[0]
+    for key in ("teacher", "other"):
+        if key in names or key == "teacher" and "kl" in names:
+            path = getattr(c, key)
+            if not path:
+                raise UserError(f"--loss {c.loss} needs --{key} CHECKPOINT (dpo.py makes such ones)")
+            out[key], other = load(checkpoint(find(path, c.config, device=c.device)), c.device)
+            if other.tokens != tok.tokens or not isinstance(out[key], Transformer):
+                raise UserError(f"--{key} {path}: need a language model with the tokenizer of {c.init}")
+    return {key: model.requires_grad_(False) for key, model in out.items()}
+
+
+def provide(f, model, frozen, tokens, mask, fields):
+    """What the loss names, of these rows; fields: a row's own numbers by name.   -> {name: tensor}"""
+    names, have = needs(f.loss), dict(mask=mask)
+    where = mask[:, 1:] > 0
+    if {"kl", "logits"} & set(names):
+        hidden = model(tokens)[:, :-1][where]                                            # [N, D]
+    if "logp" in names:
+        have["logp"] = token_logprobs(model, tokens, mask)                               # [B, T]
+    with torch.no_grad():
+        if "ref_logp" in names:
+            have["ref_logp"] = token_logprobs(frozen["start"], tokens, mask)             # [B, T]
+        theirs = {key: frozen[key](tokens)[:, :-1][where] for key in ("teacher", "other") if key in frozen}
+    if "logits" in names:
+        have["logits"] = model.logits(hidden).float()                                    # [N, V]
+        have |= {key: frozen[key].logits(h).float() for key, h in theirs.items()}
+    if "kl" in names:
+        kl = kernels.linear_distill(hidden, model.head, theirs["teacher"], frozen["teacher"].head)
+        kl = torch.zeros_like(mask[:, 1:]).masked_scatter(where, kl.float())
+        have["kl"] = nn.functional.pad(kl, (1, 0))                                       # [B, T]
+    for name in names:
+        if name not in have and name not in fields:
+            raise UserError(f"--loss {f.loss.func.__name__} reads {name}: this --feedback does not give it")
+    return {name: have[name] if name in have else torch.tensor(fields[name]).to(mask) for name in names}
+
+
+def row_losses(model, data, c, tok):
+    """Mean loss of each row's scored tokens, without gradient.   -> [rows]"""
+    out = []
+    with torch.no_grad(), autocast(c.device, c.dtype):
+        for i in range(0, len(data), c.micro):
+            tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
+            out.append(-token_logprobs(model, tokens, mask).sum(1) / mask.sum(1))
+    return torch.cat(out)
+
+
 # --- evaluate -----------------------------------------------------------------------------------------
 
 
@@ -470,10 +732,10 @@ def evaluate(model, tok, data, c, limit=256):
     return dict(loss=nats / max(count, 1), bpb=nats / math.log(2) / max(size, 1))
 
 
-def show(model, tok, task, problems, c, run):
-    """Print three completions of held-out prompts; -> the task's metric over all problems, at T=1."""
+def show(model, tok, task, problems, c, run, tag=()):
+    """Print three completions of held-out prompts (and a tag); -> the task's metric over all, at T=1."""
     g = torch.Generator().manual_seed(c.seed)
-    prompts = [tok.prompt(p, c.chat) for p in problems]
+    prompts = [[*tok.prompt(p, c.chat), *tag] for p in problems]
     room = model.config.max_position_embeddings - max(map(len, prompts))
     roll = generate(model, prompts, min(task.max_new, room), generator=g)
     answers = [tok.decode(ids) for ids in roll.completions()]
@@ -533,6 +795,9 @@ def train(c, f):
         raise UserError(f"--batch {c.batch} is not a multiple of the {ranks} ranks")
     if c.store != "float32" and c.peft in ("lora", "bone", "bat", "loram"):
         raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one")
+    names = needs(f.loss)
+    if ranks > 1 and (names != ["logp"] or c.feedback != "none"):
+        raise UserError(f"--loss {c.loss} --feedback {c.feedback} run on one rank: start without torchrun")
     if ranks > 1 and c.store != "float32":
         raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
     if c.suggest and c.init.startswith("base:"):
@@ -546,9 +811,14 @@ def train(c, f):
         whole_in_checkpoint = c.peft in ("full", "hft") and c.store == "float32"
         resumed = run.last if run.last and whole_in_checkpoint else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)
-        data = rows(c, tok, "train")
+        frozen = open_frozen(c, f, origin, tok)
+        first = start(c, origin)[0] if resumed and c.feedback == "sampled" else model
+        data, infos = f.feedback(c, tok, first, torch.Generator().manual_seed(c.seed))
         model = f.peft(f.store(model), torch.Generator().manual_seed(c.seed))
-        held_out = {s: rows(c, tok, s) for s in tasks.held_out(c.data)}
+        tag = tok.encode(f.feedback.keywords["good_tag"]) if "good_tag" in f.feedback.keywords else []
+        held_out = {s: [([*p, *tag], y) for p, y in rows(c, tok, s)] if tag else rows(c, tok, s)
+                    for s in tasks.held_out(c.data)}
+        visits = (run.state or {}).get("visits", {})             # GLOW: a row's loss when it was last seen
         if c.watch:
             held_out["watch"] = rows(replace(c, data=c.watch), tok, "val")
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
@@ -590,20 +860,35 @@ def train(c, f):
             began = now()
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
             n = sum(len(data[i][1]) for i in picked)                             # scored tokens of the step
+            n -= sum(b - a for i in picked for a, b in [infos[i].get("hole", (0, 0))])
             picked = picked[me::ranks]                                           # this rank's rows
             # 2. score
             loss, aux = 0.0, 0.0
+            weight = {}
+            if "weight" in names:                                # of the whole batch, before any micro-batch
+                seen_now = row_losses(forward, [data[j] for j in picked], c, tok)
+                weight = dict(zip(picked, f.weights(seen_now).tolist()))
             for i in range(0, len(picked), c.micro):
-                part = [data[j] for j in picked[i:i + c.micro]]
+                ids = picked[i:i + c.micro]
+                part = [data[j] for j in ids]
                 tokens, mask = collate(part, tok.pad or 0, c.device)                     # [b, T], [b, T]
+                for k, j in enumerate(ids):
+                    a, b = (len(data[j][0]) + x for x in infos[j].get("hole", (0, 0)))
+                    mask[k, a:b] = 0.0                           # the tag between two answers
+                fields = {key: [infos[j][key] for j in ids] for key in infos[ids[0]]} | dict(
+                    weight=[weight.get(j, 1.0) for j in ids], before=[visits.get(j, math.nan) for j in ids])
                 if ranks > 1:                                    # gradients meet after the last micro-batch
                     model.set_requires_gradient_sync(i + c.micro >= len(picked))
                 with autocast(c.device, c.dtype):
-                    logp = token_logprobs(forward, tokens, mask)                         # [b, T]
-                    part_loss = (f.loss(logp) * mask).sum() / n
+                    have = provide(f, forward, frozen, tokens, mask, fields)
+                    part_loss = f.loss(**have)
+                    part_loss = ((part_loss * mask).sum() / n if part_loss.dim() == 2    # [b, T], or [b]
+                                 else part_loss.sum() / c.batch)
                     ends = torch.tensor([len(p) + len(r) for p, r in part], device=tokens.device)
                     real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]  # [b, T]
                     balance = load_balance_loss(model, real) * len(part) / c.batch
+                if "before" in names:
+                    visits |= zip(ids, (-have["logp"].detach().sum(1) / mask.sum(1)).tolist())
                 total_loss = part_loss + model.config.router_aux_loss_coef * balance
                 (total_loss * ranks).backward()                          # FSDP2 averages over ranks
                 loss, aux = loss + part_loss.item(), aux + balance.item()
@@ -631,7 +916,7 @@ def train(c, f):
                 net, state = whole(), opt.state_dict()           # collective: every rank takes part
                 adapter = adapter_state(net) if net is not None else {}
                 run.save(step + 1, lambda folder: save(plain(net), tok, folder), opt=state, adapter=adapter,
-                         clock=clock)
+                         clock=clock, visits=visits)
         if c.stop and c.stop < total:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return scores
@@ -654,7 +939,7 @@ def train(c, f):
         net = whole()
         if not text.is_corpus(c.data) and net is not None:
             task = tasks.task(c.data)
-            quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run)
+            quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run, tag)
             run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
             scores |= {f"val_{k}": v for k, v in quality.items()}
         return share(run.finish(**scores))

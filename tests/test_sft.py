@@ -1,5 +1,7 @@
 """sft.py: the loss falls where it should, big batch = accumulated batch, exact resume, bad input."""
+import functools
 import json
+import math
 import os
 import random
 import re
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 import sft
-from data.run import UserError, checkpoint, read_log
+from conftest import close
+from data.run import UserError, checkpoint, configure, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
 from optim import RULES
@@ -186,7 +189,8 @@ def test_every_family_takes_two_steps(family, workdir):
 
 
 @pytest.mark.parametrize("name", [k for k, row in sft.PRESETS.items()       # PARTS: above; arms of one key
-                                  if k not in PARTS and (k not in sft.ARMS or len(row) > 2)])
+                                  if k not in PARTS and (k not in sft.ARMS or len(row) > 2)
+                                  and k not in ("dckd", "adpa", "aligndistil")])          # need a --teacher
 def test_every_preset_takes_two_steps(name, shared_bases):
     """with the size preset tiny, on the real data it names"""
     names, out = name if name == "tiny" else f"{name},tiny", f"preset-{name}"
@@ -291,3 +295,176 @@ def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
                 and json.loads((workdir / "o/run.json").read_text()))
         assert [r["step"] for r in read_log("o")][:reached[-1]] == list(range(1, reached[-1] + 1))
     assert reached == sorted(set(reached))
+
+
+# --- objectives beside likelihood ---------------------------------------------------------------------------
+
+D = functools.partial(torch.tensor, dtype=torch.float64)
+TOK, ONES = D([[-1., -2, -.5]]), torch.ones(1, 3).double()
+E_LOGP, E_REF = D([[-1., -2, -3, -2, -2]]), D([[-1.5, -2, -3.5, -2, -2]])                # a log-ratio of 1
+
+
+@pytest.mark.parametrize("beta, values", [(.1, (-.1, -.0975, -.090909, -.090903)),
+                                          (1., (-1, -.75, -.5, -.48988))])
+def test_implicit_rewards_by_hand(beta, values):
+    for phi, value in zip(("tv", "chi2", "hellinger", "js"), values):
+        assert close(sft.implicit(E_LOGP, E_REF, phi=phi, beta=beta), [value], 2e-6)
+
+
+def test_implicit_rewards_begin_as_sft_and_chi2_stops():
+    for phi in sft.PHI:
+        x = E_REF.clone().requires_grad_()
+        sft.implicit(x, E_REF, phi=phi).sum().backward()
+        assert close(x.grad, -torch.ones(1, 5))
+    for ratio, slope in ((2., 0.), (3., .5)):
+        x = (E_REF + ratio / 5).requires_grad_()
+        sft.implicit(x, E_REF).sum().backward()
+        assert close(x.grad, slope * torch.ones(1, 5))
+    for phi in ("hellinger", "js"):
+        assert sft.implicit(E_REF - 100, E_REF, phi=phi).isfinite().all()
+    with pytest.raises(UserError, match="--phi"):
+        sft.implicit(E_LOGP, E_REF, phi="kl")
+
+
+def test_unlikelihood_by_hand():
+    tok = TOK.T                                                    # three rows of one token, the second bad
+    assert close(sft.unlikelihood(tok, D([1., 0, 1])).mean(), .548471)
+    assert close(sft.unlikelihood(tok, D([1., 1, 1])), sft.nll(tok)) and close(sft.nll(tok).mean(), 1.166667)
+    certain = D([[0.]]).requires_grad_()
+    sft.unlikelihood(certain, D([0.])).sum().backward()
+    assert certain.grad.isfinite().all()
+
+
+def test_rwr_by_hand():
+    tok, reward = TOK.T, -D([.1, .9, .2])
+    assert close(sft.rwr(tok, reward, temperature=10.).mean(), 1.102671)
+    assert close(sft.rwr(tok, reward, temperature=1.).mean(), .709114)
+    assert close(sft.rwr(tok, reward, temperature=1e9), sft.nll(tok))
+
+
+def test_glow_by_hand():
+    now = 3.5 / 3
+    for drop, weight in ((0., 1.), (.1, .537883), (-.1, 1.462117), (.2, .5), (-9., 2.), (math.nan, 1.)):
+        assert close(sft.glow(TOK, ONES, D([now + drop])), weight * -TOK, 5e-6)
+    assert close(sft.glow(TOK, ONES, D([now + 9]), beta=0.), -TOK)
+    x = TOK.clone().requires_grad_()
+    sft.glow(x, ONES, D([now + .1])).sum().backward()
+    assert close(x.grad, -.537883 * ONES, 1e-5)                    # no gradient through the weight
+
+
+def test_reweighting_by_hand():
+    losses = D([1., 2, 3, 5])
+    w = sft.batch_weights(losses) / 4
+    assert close(w, [.1237, .2039, .3362, .3362], 1e-4) and close((w * losses).sum(), 3.2211, 1e-4)
+    for rule, total in (("quadratic", 2.6903), ("extremes", 2.7961)):
+        assert close((sft.batch_weights(losses, rule=rule) / 4 * losses).sum(), total, 1e-4)
+    assert close(sft.batch_weights(losses, r=1e9), torch.ones(4)) and close(
+        sft.batch_weights(torch.ones(4).double()), torch.ones(4))
+    assert close(sft.reweighted(TOK, ONES, D([2.])), [2 * 3.5 / 3])
+    with pytest.raises(UserError, match="--rule"):
+        sft.batch_weights(losses, rule="upper")
+
+
+def test_distillation_by_hand():
+    z_dpo, z_start, z = D([[1., 0, -1]]), D([[0., .5, 0]]), D([[.2, .1, 0]])
+    one = torch.ones(1, 1).double()
+    got = sft.adpa(D([[-3.]]), one, D([0.]), z, z_dpo, z_start)
+    p_dpo = torch.softmax(z_dpo, -1)
+    assert close(got, [[.212786]])
+    assert close(sft.adpa(D([[-3.]]), one, D([1.]), z, z_dpo, z_start), [[3.]])
+    assert close(sft.adpa(D([[-3.]]), one, D([0.]), z, z_dpo, z_dpo), [[0.]])
+    kl = (p_dpo * (p_dpo.log() - torch.log_softmax(z, -1))).sum(-1, keepdim=True)
+    assert close(kl, [[.212026]])
+    assert close(sft.dckd(D([[-3.]]), kl, D([1.]), lam=2.), [[3 + 2 * .212026]], 2e-6)
+    assert close(sft.dckd(D([[-3.]]), kl, D([0.])), kl)
+    assert close(sft.aligndistil(one, z, z_dpo, z_start), [.107887])
+    same = sft.aligndistil(one, z, z_dpo, z_dpo)                   # no difference: w = .001, the DPO model
+    back = (torch.softmax(z, -1) * (torch.log_softmax(z, -1) - torch.log_softmax(z_dpo, -1))).sum()
+    assert close(same, [.1 / 1e-3 * back])
+
+
+WORLD = ["--data", "toyif_base", "--init", "base:toyif_base", "--rows", "64", "--steps", "4",
+         "--eval_every", "4", "--context", "32"]
+
+
+@pytest.mark.parametrize("config", ["mle", "filtered", "conditional", "unlikely", "rwr", "glow", "reweighted",
+                                    "implicit"])
+def test_objectives_run_and_do_not_depend_on_micro_batches(config, shared_bases):
+    out = []
+    for micro in (8, 3):
+        out.append(sft.main(["--config", f"{config},tiny", *WORLD, "--micro", str(micro), "--out",
+                             f"run{micro}"]))
+    a, b = (weights(f"run{m}/step-000004") for m in (8, 3))
+    assert all((a[k] - b[k]).abs().max() < 2e-4 for k in a)
+    assert math.isfinite(out[0]["val_loss"]) and "val_gold" in out[0]
+
+
+def test_glow_resumes_with_what_it_saw(shared_bases):
+    args = ["--config", "glow,tiny", *WORLD, "--rows", "16", "--save_every", "2"]         # two passes
+    sft.main([*args, "--out", "whole"])
+    sft.main([*args, "--out", "part", "--stop", "2"])
+    sft.main([*args, "--out", "part", "--resume"])
+    assert same(weights("whole/step-000004"), weights("part/step-000004"))
+
+
+def test_filtering_and_tags_follow_the_gold_reward(shared_bases):
+    argv = ["--config", "conditional,tiny", *WORLD, "--rows", "400"]
+    c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
+    task, tok = sft.tasks.task("toyif_base"), sft.prefs.tokenizer()
+    problems = task.problems("train", 400, c.seed)
+    gold = [task.reward(p, task.demo(p)) for p in problems]
+    data, infos = sft.scored(c, tok, None, None)
+    cut = sorted(gold)[200]
+    assert all((g > cut) == (i["good"] > 0) for g, i in zip(gold, infos) if g != cut)
+    assert abs(sum(i["score"] for i in infos)) < 1e-2
+    kept, _ = sft.filtered(c, tok, None, None)
+    assert [row for row, i in zip(data, infos) if i["good"]] == kept and 100 < len(kept) <= 200
+    tagged, _ = sft.conditional(c, tok, None, torch.Generator().manual_seed(0))
+    good, bad = tok.encode("."), tok.encode(",")
+    marks = [p[-1:] for p, _ in tagged]
+    assert all(m == (good if i["good"] else bad) or p == row[0]
+               for m, i, (p, _), row in zip(marks, infos, tagged, data))
+    assert sum(p == row[0] for (p, _), row in zip(tagged, data)) < 20
+
+
+def test_hindsight_scores_both_answers_and_no_tag(shared_bases):
+    argv = ["--config", "hindsight,tiny", "--rows", "20", "--context", "64"]
+    c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
+    tok = sft.prefs.tokenizer()
+    found = sft.pair_ids(c, tok)
+    good, bad = tok.encode("."), tok.encode(",")
+    data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="np")
+    for (prompt, answer), info, r in zip(data, infos, found):
+        a, b = info["hole"]
+        assert prompt == r["prompt"] + bad and answer[:a] == r["rejected"] and answer[b:] == r["chosen"]
+        assert answer[a:b] == good
+    data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="p")
+    assert data == [(r["prompt"] + good, r["chosen"]) for r in found]
+    assert all(i["hole"] == (0, 0) for i in infos)
+    with pytest.raises(UserError, match="--mix"):
+        sft.hindsight(c, tok, None, None, mix="p,x")
+    out = sft.main([*argv, "--steps", "2", "--out", "run"])
+    assert math.isfinite(out["val_loss"])
+
+
+@pytest.mark.parametrize("config", ["dckd", "adpa", "aligndistil"])
+def test_distilling_objectives_run_from_a_teacher(config, shared_bases):
+    base = str(sft.base("ring", "tiny"))
+    sft.main(["--data", "ring", "--init", base, "--config", "tiny", "--rows", "32", "--steps", "2",
+              "--context", "64", "--out", "teacher"])
+    args = ["--config", f"{config},tiny", "--data", "ring", "--init", base, "--rows", "16", "--steps", "2",
+            "--context", "64"]
+    with pytest.raises(UserError, match="--teacher"):
+        sft.main([*args, "--out", "none"])
+    args += ["--teacher", "teacher"] + (["--other", base] if config != "dckd" else [])
+    out = sft.main([*args, "--out", "run"])
+    assert math.isfinite(out["val_loss"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--config", "mle,tiny", "--data", "stdlib", "--init", ""], "text without scores"),
+    (["--config", "tiny", *WORLD, "--loss", "unlikelihood"], "reads good"),
+    (["--config", "filtered,tiny", *WORLD, "--share", "0"], "raise it")])
+def test_feedback_s_errors(argv, words, shared_bases):
+    with pytest.raises(UserError, match=words):
+        sft.main([*argv, "--out", "run"])
