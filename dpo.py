@@ -566,7 +566,7 @@ def extend(s, starts, new, k):
 
 # --- 5 log-probs --------------------------------------------------------------------------------------
 
-COPIES = ("prev", "opponent", "anchor")          # of the policy, made by a source on its way: saved with it
+COPIES = ("prev", "opponent", "after_dpo")       # of the policy, made by a source on its way: saved with it
 
 def frozen(model):
     """A copy that nothing trains."""
@@ -712,7 +712,7 @@ def cached_logprobs(s, rows, model):
 
 def reference(s):
     """The model that log-ratios are against: MPO's switch, else the policy as it is, or the start."""
-    return s.models.get("anchor") or (s.policy if s.c.anchor == "previous" else s.models["start"])
+    return s.models.get("after_dpo") or (s.policy if s.c.anchor == "previous" else s.models["start"])
 
 def prepare(s, rows):
     """Rows with what is frozen about them: reference log-probs, the last iterate's, token credits.
@@ -831,7 +831,7 @@ def exploitability(s, problems, k=16):
 
 
 def open_data(s, c):
-    """The training pairs as ids, or labelled rows; and the held-out ones: (pairs, labels, {name: rows})."""
+    """(training pairs as ids, or labelled rows, {name: held-out rows}, a file's held-out prompts)."""
     def ids(rows, what):
         return prefs.encode_pairs(rows, s.tok, s.context, what, c.chat)
     if s.world:
@@ -842,13 +842,13 @@ def open_data(s, c):
     elif c.source == "labels" and (found := prefs.load_labels(c.data)):
         both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
         both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat) for k, x in both.items()}
-        return [], both["train"], {"val": both["val"]}
+        return [], both["train"], {"val": both["val"]}, [r["text"]["prompt"] for r in both["val"]]
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
         held = {"val": sets["val"]}
     train, held = ids(train, "training pairs"), {k: ids(rows, f"{k} pairs") for k, rows in held.items()}
     return train, [], {k: [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]]) for r in rows]
-                       for k, rows in held.items()}
+                       for k, rows in held.items()}, [r["text"]["prompt"] for r in held["val"]]
 
 
 def open_models(c, f, folder, last):
@@ -980,14 +980,14 @@ def train(c, f):
         s.copy = partial(frozen, policy)
         s.world = tasks.task(c.data) if c.data in ("ring", "toyif") else None
         check(c, f, s.world)
-        s.data, s.labels, held = open_data(s, c)
+        s.data, s.labels, held, prompts = open_data(s, c)
         if s.world:
             problems = s.world.problems("train", 4096, 1000 + c.seed)
             sets = {x: s.world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
         else:
             problems = [dict(prompt=x) for x in dict.fromkeys(r["text"]["prompt"] for r in s.data)]
-            sets = {}
-        width = max((len(tok.prompt(p["prompt"], c.chat)) for p in problems), default=0)
+            sets = {"val": [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]}
+        width = max(len(tok.prompt(p["prompt"], c.chat)) for x in (problems, *sets.values()) for p in x)
         s.max_new = c.max_new or min(s.world.max_new if s.world else 128, context - width)
         if s.max_new < 1:
             raise UserError(f"the longest prompt has {width} tokens: no room for a response in the context "

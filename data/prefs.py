@@ -762,12 +762,12 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
 
 
 def encode_labels(rows, tok, context, what="labels", chat=False):
-    """load_labels' rows as ids: prompt, sides (the one response, EOS at its end), good 1.0 or 0.0.
+    """load_labels' rows as ids: prompt, sides (one response with its EOS), good 1.0 or 0.0, text: the row.
 
     Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
     """
     made = [dict(prompt=tok.prompt(r["prompt"], chat), sides=[[*tok.encode(r["completion"]), tok.eos]],
-                 good=float(r["label"])) for r in rows]
+                 good=float(r["label"]), text=r) for r in rows]
     out = [r for r in made if len(r["prompt"]) + len(r["sides"][0]) <= context]
     if len(out) < len(made):
         print(f"{what}: left out {len(made) - len(out)} longer than the context of {context} tokens of "

@@ -230,7 +230,7 @@ def mpo_rows(s, problems, *, easy=0.5):
     picked = [pool[i] for i in batch_indices(len(pool), len(problems), s.stage, s.c.seed).tolist()]
     where, groups = zip(*map(texts_of, picked))
     if hard:
-        s.models["anchor"] = s.models.get("anchor") or s.copy()
+        s.models["after_dpo"] = s.models.get("after_dpo") or s.copy()
         groups = s.sample(where, 2)
     return judged(s, where, groups, lambda P: ((0, 1), dict(
         hard=float(hard), gain=torch.logit(P[0, 1], eps=1e-9).item() if hard else 0.0)))

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data.run
 import kernels
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
@@ -53,6 +54,13 @@ def workdir(tmp_path, monkeypatch):
 def default_kernels():
     """Every test starts with each kernel on its usual path."""
     kernels.use("auto")
+
+
+@pytest.fixture(autouse=True)
+def few_curves(request, monkeypatch):
+    """A run's curve is half of the time of a run of two steps: it is drawn in test_run.py only."""
+    if request.path.name != "test_run.py":
+        monkeypatch.setattr(data.run, "draw", lambda folder, curves: None)
 
 
 @pytest.fixture(scope="session")
