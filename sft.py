@@ -91,7 +91,7 @@ class Config:
     loss: str = "nll"            # which row of LOSSES
     feedback: str = "none"       # which row of FEEDBACK: how scores, tags and pairs become rows
     teacher: str = ""            # checkpoint that a distilling loss reads (a DPO-trained one)
-    other: str = ""              # a second one: the teacher's own start, or its reverse
+    other: str = ""              # a second: the teacher's start (adpa), or dpo.py --noise 1's (aligndistil)
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     schedule: str = "cosine"     # which row of SCHEDULES
     steps: int = 0               # optimizer steps (0: epochs decides)
@@ -121,7 +121,7 @@ class Config:
 
 
 TUNED = dict(lr=3e-4, warmup=0, weight_decay=0.0)
-SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000)
+SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000, steps=375)
 PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
@@ -189,7 +189,7 @@ PRESETS = dict(
     **{name: TUNED | PAIRED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
         ("hindsight", "hindsight", "nll"), ("dckd", "both", "dckd"), ("adpa", "sampled", "adpa"),
         ("aligndistil", "chosen", "aligndistil"))},
-    implicit=dict(loss="implicit"), glow=dict(loss="glow"), reweighted=dict(loss="reweighted"),
+    implicit=dict(loss="implicit", **TUNED), glow=dict(loss="glow"), reweighted=dict(loss="reweighted"),
     tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
 )
 ARMS = dict(                     # settings that only the arms of claims need, ppo.py's and those below
@@ -232,11 +232,12 @@ PHI = dict(tv=lambda z: z, chi2=lambda z: z - z * z / 4, hellinger=lambda z: (z 
 FLOOR = dict(tv=-math.inf, chi2=-math.inf, hellinger=-0.9, js=-0.69)
 
 
-def implicit(logp, ref_logp, *, phi="chi2", beta=1.0):
+def implicit(logp, ref_logp, *, phi="chi2", beta=0.1):
     """SFT as implicit reward (2507.00018), a concave φ of inverse-Q learning:  -φ(ζ),  ζ = β Σ log π/π_ref.
 
-    φ: tv ζ (SFT itself);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ > -.9;  js log(2 - e^-ζ),
-    ζ > -.69. All have slope 1 at 0. ours: the family, the paper's own form could not be checked. -> [B]
+    φ: tv ζ (SFT, rows weighing alike);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ > -.9;
+    js log(2 - e^-ζ), ζ > -.69. All have slope 1 at 0. ours: the family and β, the paper's own form could not
+    be checked; its practical finding is a smaller learning rate. -> [B]
     """
     if phi not in PHI:
         raise UserError(f"--phi {phi}: choose from {', '.join(PHI)}")
@@ -245,11 +246,13 @@ def implicit(logp, ref_logp, *, phi="chi2", beta=1.0):
 
 def unlikelihood(logp, good, *, alpha=1.0):
     """2302.08582: -log p on tokens of good rows, -α log(1 - p) on the others.   [B, T], good [B] -> [B, T]"""
-    return torch.where(good[:, None] > 0, -logp, -alpha * torch.log1p(-logp.exp().clamp(max=1 - 1e-6)))
+    return torch.where(good[:, None] > 0, -logp, -alpha * torch.log((-torch.expm1(logp)).clamp(min=1e-20)))
 
 
 def rwr(logp, score, *, temperature=0.5):
-    """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the data"""
+    """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the data
+
+    ours: the standardised score, and β (10 in the paper, which on [0, 1] is nearly likelihood)."""
     return -logp * (score / temperature).exp()[:, None]
 
 
@@ -263,25 +266,30 @@ def glow(logp, mask, before, *, alpha=2.0, beta=10.0):
     return -logp * torch.where(before.isnan(), 1.0, w)[:, None]
 
 
-def reweighted(logp, mask, weight):
-    """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w from `batch_weights` (mean 1 over a step). -> [B]"""
+def reweighted(logp, mask, weight, *, rule="linupper", spread=1.0):
+    """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w of batch_weights(rule, spread), mean 1.   -> [B]
+
+    ours: no burn-in (1,000 unweighted steps in the paper)."""
     return -weight * (logp * mask).sum(1) / mask.sum(1)
 
 
-def batch_weights(losses, *, rule="linupper", r=1.0):
-    """softmax(s/r) over the batch's rows, times their number;  l = losses scaled to [-1, 1].   [B] -> [B]
+def batch_weights(losses, *, rule="linupper", spread=1.0):
+    """softmax(s/r) over the batch's rows, r the spread, times their number.   losses [B] -> [B]
 
-    s: linupper min(l + 1, 1) (drop the easy, cap the hard);  quadratic 1 - l²;  extremes |l|.
+    l = losses scaled to [-1, 1];  s: linupper min(l + 1, 1) (drop the easy, cap the hard);  quadratic 1 - l²;
+    extremes |l|.
     """
     l = 2 * (losses - losses.min()) / (losses.max() - losses.min()).clamp(min=1e-6) - 1
     rules = dict(linupper=lambda: (l + 1).clamp(max=1), quadratic=lambda: 1 - l * l, extremes=lambda: l.abs())
     if rule not in rules:
         raise UserError(f"--rule {rule}: choose from {', '.join(rules)}")
-    return torch.softmax(rules[rule]() / r, 0) * len(losses)
+    return torch.softmax(rules[rule]() / spread, 0) * len(losses)
 
 
 def dckd(logp, kl, good, *, lam=1.0):
-    """DCKD (2502.17927):  NLL of the chosen + λ KL(π_teacher||π) on both sides' tokens.   [B, T]"""
+    """DCKD (2502.17927):  NLL of the chosen + λ KL(π_teacher||π) on both sides' tokens.   [B, T]
+
+    ours: all terms are divided by the step's tokens together, here and in adpa."""
     return -logp * (good[:, None] > 0) + lam * kl
 
 
@@ -419,6 +427,14 @@ def rows(c, tok, split):
     return demonstrations(task, problems, tok, c.context, c.chat)
 
 
+def held(c, tok, split):
+    """rows() of a held-out split; of a file of pairs, the chosen sides of its own held-out pairs."""
+    if c.feedback not in ("hindsight", "both", "chosen", "sampled") or c.data in ("toyif", "ring"):
+        return rows(c, tok, split)
+    found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context, f"{split} pairs", c.chat)
+    return [(r["prompt"], r["chosen"]) for r in found]
+
+
 # feedback: (c, tok, model, generator) -> rows as above, and of each what a loss or the loop reads of it
 
 
@@ -429,7 +445,8 @@ def demos(c, tok, model, generator):
 
 
 def scored(c, tok, model, generator, *, share=0.5):
-    """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best `share`."""
+    """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best `share`, of
+    equal ones the first."""
     if text.is_corpus(c.data):
         raise UserError(f"--feedback {c.feedback}: {c.data} is a text without scores; take a task, such as "
                         f"--data toyif_base")
@@ -437,39 +454,58 @@ def scored(c, tok, model, generator, *, share=0.5):
     problems = task.problems("train", c.rows, c.seed)
     made = [(tok.prompt(p, c.chat), [*tok.encode(task.demo(p)), tok.eos]) for p in problems]
     value = torch.tensor([float(task.reward(p, task.demo(p), True)) for p in problems])  # [rows]
-    cut = value.sort(descending=True).values[min(len(value) - 1, int(share * len(value)))]
-    score = (value - value.mean()) / value.std().clamp(min=1e-6)
-    keep = [i for i, (p, y) in enumerate(made) if len(p) + len(y) <= c.context]
-    return [made[i] for i in keep], [dict(score=score[i].item(), good=float(value[i] > cut)) for i in keep]
+    if value.max() == value.min():
+        raise UserError(f"--feedback {c.feedback}: all demonstrations of {c.data} have the reward "
+                        f"{value[0]:g}: there is no better half; take a task of mixed quality, such as "
+                        f"--data toyif_base")
+    good = torch.zeros(len(value))
+    good[value.argsort(descending=True, stable=True)[:int(share * len(value))]] = 1.0
+    score = (value - value.mean()) / value.std()
+    fields = (dict(score=x, good=g) for x, g in zip(score.tolist(), good.tolist()))
+    return fitting([(*row, field) for row, field in zip(made, fields)], c)
+
+
+def fitting(found, c):
+    """[(prompt, completion, fields)] -> rows and fields of those that fit the context; tells the others."""
+    kept = [((p, y), fields) for p, y, fields in found if len(p) + len(y) <= c.context]
+    if len(kept) < len(found):
+        print(f"{c.data}: {len(found) - len(kept)} of {len(found)} rows are longer than --context "
+              f"{c.context} and left out", flush=True)
+    if not kept:
+        raise UserError(f"--feedback {c.feedback}: no row fits --context {c.context}; raise it")
+    return [row for row, _ in kept], [fields for _, fields in kept]
 
 
 def filtered(c, tok, model, generator, *, share=0.5):
     """Only the best `share` of the demonstrations."""
     kept = [(row, info) for row, info in zip(*scored(c, tok, model, generator, share=share)) if info["good"]]
     if not kept:
-        raise UserError(f"--share {share}: no demonstration is better than that; raise it")
+        raise UserError(f"--share {share}: that is no demonstration at all; raise it")
     return [row for row, _ in kept], [info for _, info in kept]
 
 
 def conditional(c, tok, model, generator, *, share=0.5, good_tag=".", bad_tag=",", untagged=0.01):
-    """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none."""
+    """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none. The tags are
+    for ToyIF's alphabet: give others elsewhere. ours: a tag a row, not a segment; sampling bans none."""
     data, infos = scored(c, tok, model, generator, share=share)
     u = torch.rand(len(data), generator=generator).tolist()
     tags = {1.0: tok.encode(good_tag), 0.0: tok.encode(bad_tag)}
-    return [(p + (tags[info["good"]] if x >= untagged else []), y)
-            for (p, y), info, x in zip(data, infos, u)], infos
+    return fitting([(p + (tags[info["good"]] if x >= untagged else []), y, info)
+                    for (p, y), info, x in zip(data, infos, u)], c)
 
 
 def pair_ids(c, tok):
     """The training pairs of a world or a file as ids, both sides with their EOS."""
-    return prefs.encode_pairs(prefs.pair_sets(c.data, c.rows)[0], tok, c.context, "training pairs", c.chat)
+    found = prefs.pair_sets(c.data, c.rows, seed=c.seed)[0]
+    return prefs.encode_pairs(found, tok, c.context, "training pairs", c.chat)
 
 
 def hindsight(c, tok, model, generator, *, good_tag=".", bad_tag=",", mix="p,n,pn,np"):
     """Chain of Hindsight (2302.02676): p good tag and better answer, n bad tag and worse one, pn, np both.
 
-    Both answers are scored, their EOS too; tags are not: hole is where the second one stands."""
-    tags, out, infos = dict(p=tok.encode(good_tag), n=tok.encode(bad_tag)), [], []
+    Both answers are scored, their EOS too; tags are not: hole is where the second one stands. ours: one mode
+    a pair, tags of one symbol (ToyIF's), and no pre-training loss beside it (0.01 in the paper)."""
+    tags, out = dict(p=tok.encode(good_tag), n=tok.encode(bad_tag)), []
     modes = mix.split(",")
     if not set(modes) <= {"p", "n", "pn", "np"}:
         raise UserError(f"--mix {mix}: give some of p, n, pn, np, with commas")
@@ -480,12 +516,8 @@ def hindsight(c, tok, model, generator, *, good_tag=".", bad_tag=",", mix="p,n,p
         if second:
             hole = len(answer), len(answer) + len(tags[second[0]])
             answer += tags[second[0]] + side[second[0]]
-        if len(prompt) + len(answer) <= c.context:
-            out.append((prompt, answer))
-            infos.append(dict(hole=hole))
-    if not out:
-        raise UserError(f"--feedback hindsight: no pair fits --context {c.context}; raise it")
-    return out, infos
+        out.append((prompt, answer, dict(hole=hole)))
+    return fitting(out, c)
 
 
 def both(c, tok, model, generator):
@@ -606,9 +638,8 @@ def recover(small, whole):
 
 
 PEFT = PEFT | dict(loram=loram)
-AXES = dict(loss=LOSSES, feedback=FEEDBACK, weights=dict(weights=batch_weights), optimiser=RULES,
-            update=dict(optimiser=optimiser), schedule=SCHEDULES, peft=PEFT, store=STORES,
-            kernels=kernels.MODES)
+AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimiser=optimiser),
+            schedule=SCHEDULES, peft=PEFT, store=STORES, kernels=kernels.MODES)
 
 # --- start --------------------------------------------------------------------------------------------
 
@@ -675,9 +706,12 @@ def open_frozen(c, f, origin, tok):
             path = getattr(c, key)
             if not path:
                 raise UserError(f"--loss {c.loss} needs --{key} CHECKPOINT (dpo.py makes such ones)")
-            out[key], other = load(checkpoint(find(path, c.config, device=c.device)), c.device)
-            if other.tokens != tok.tokens or not isinstance(out[key], Transformer):
+            out[key], words = load(checkpoint(find(path, c.config, device=c.device)), c.device)
+            if words.tokens != tok.tokens or not isinstance(out[key], Transformer):
                 raise UserError(f"--{key} {path}: need a language model with the tokenizer of {c.init}")
+    sizes = {key: model.config.vocab_size for key, model in out.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"their vocabularies are padded to different sizes, {sizes}: distil from one family")
     return {key: model.requires_grad_(False) for key, model in out.items()}
 
 
@@ -706,12 +740,22 @@ def provide(f, model, frozen, tokens, mask, fields):
     return {name: have[name] if name in have else torch.tensor(fields[name]).to(mask) for name in names}
 
 
-def row_losses(model, data, c, tok):
+def scored_tokens(data, infos, ids, tok, c):
+    """tokens, mask [b, T] of these rows; the tag between a row's two answers is not scored."""
+    tokens, mask = collate([data[j] for j in ids], tok.pad or 0, c.device)
+    for k, j in enumerate(ids):
+        if "hole" in infos[j]:
+            a, b = (len(data[j][0]) + x for x in infos[j]["hole"])
+            mask[k, a:b] = 0.0
+    return tokens, mask
+
+
+def row_losses(model, data, infos, ids, tok, c):
     """Mean loss of each row's scored tokens, without gradient.   -> [rows]"""
     out = []
     with torch.no_grad(), autocast(c.device, c.dtype):
-        for i in range(0, len(data), c.micro):
-            tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
+        for i in range(0, len(ids), c.micro):
+            tokens, mask = scored_tokens(data, infos, ids[i:i + c.micro], tok, c)
             out.append(-token_logprobs(model, tokens, mask).sum(1) / mask.sum(1))
     return torch.cat(out)
 
@@ -812,12 +856,11 @@ def train(c, f):
         resumed = run.last if run.last and whole_in_checkpoint else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)
         frozen = open_frozen(c, f, origin, tok)
-        first = start(c, origin)[0] if resumed and c.feedback == "sampled" else model
-        data, infos = f.feedback(c, tok, first, torch.Generator().manual_seed(c.seed))
+        sampler = start(c, origin)[0] if resumed and c.feedback == "sampled" else model
+        data, infos = f.feedback(c, tok, sampler, torch.Generator().manual_seed(c.seed))
         model = f.peft(f.store(model), torch.Generator().manual_seed(c.seed))
         tag = tok.encode(f.feedback.keywords["good_tag"]) if "good_tag" in f.feedback.keywords else []
-        held_out = {s: [([*p, *tag], y) for p, y in rows(c, tok, s)] if tag else rows(c, tok, s)
-                    for s in tasks.held_out(c.data)}
+        held_out = {s: [([*p, *tag], y) for p, y in held(c, tok, s)] for s in tasks.held_out(c.data)}
         visits = (run.state or {}).get("visits", {})             # GLOW: a row's loss when it was last seen
         if c.watch:
             held_out["watch"] = rows(replace(c, data=c.watch), tok, "val")
@@ -864,19 +907,16 @@ def train(c, f):
             picked = picked[me::ranks]                                           # this rank's rows
             # 2. score
             loss, aux = 0.0, 0.0
-            weight = {}
+            weight, before = {}, {j: visits.get(j, math.nan) for j in picked}
             if "weight" in names:                                # of the whole batch, before any micro-batch
-                seen_now = row_losses(forward, [data[j] for j in picked], c, tok)
-                weight = dict(zip(picked, f.weights(seen_now).tolist()))
+                w = batch_weights(row_losses(forward, data, infos, picked, tok, c), **f.loss.keywords)
+                weight = dict(zip(picked, w.tolist()))
             for i in range(0, len(picked), c.micro):
                 ids = picked[i:i + c.micro]
                 part = [data[j] for j in ids]
-                tokens, mask = collate(part, tok.pad or 0, c.device)                     # [b, T], [b, T]
-                for k, j in enumerate(ids):
-                    a, b = (len(data[j][0]) + x for x in infos[j].get("hole", (0, 0)))
-                    mask[k, a:b] = 0.0                           # the tag between two answers
+                tokens, mask = scored_tokens(data, infos, ids, tok, c)                   # [b, T], [b, T]
                 fields = {key: [infos[j][key] for j in ids] for key in infos[ids[0]]} | dict(
-                    weight=[weight.get(j, 1.0) for j in ids], before=[visits.get(j, math.nan) for j in ids])
+                    weight=[weight.get(j, 1.0) for j in ids], before=[before[j] for j in ids])
                 if ranks > 1:                                    # gradients meet after the last micro-batch
                     model.set_requires_gradient_sync(i + c.micro >= len(picked))
                 with autocast(c.device, c.dtype):

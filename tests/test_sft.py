@@ -314,11 +314,11 @@ def test_implicit_rewards_by_hand(beta, values):
 def test_implicit_rewards_begin_as_sft_and_chi2_stops():
     for phi in sft.PHI:
         x = E_REF.clone().requires_grad_()
-        sft.implicit(x, E_REF, phi=phi).sum().backward()
+        sft.implicit(x, E_REF, phi=phi, beta=1.).sum().backward()
         assert close(x.grad, -torch.ones(1, 5))
     for ratio, slope in ((2., 0.), (3., .5)):
         x = (E_REF + ratio / 5).requires_grad_()
-        sft.implicit(x, E_REF).sum().backward()
+        sft.implicit(x, E_REF, beta=1.).sum().backward()
         assert close(x.grad, slope * torch.ones(1, 5))
     for phi in ("hellinger", "js"):
         assert sft.implicit(E_REF - 100, E_REF, phi=phi).isfinite().all()
@@ -358,7 +358,7 @@ def test_reweighting_by_hand():
     assert close(w, [.1237, .2039, .3362, .3362], 1e-4) and close((w * losses).sum(), 3.2211, 1e-4)
     for rule, total in (("quadratic", 2.6903), ("extremes", 2.7961)):
         assert close((sft.batch_weights(losses, rule=rule) / 4 * losses).sum(), total, 1e-4)
-    assert close(sft.batch_weights(losses, r=1e9), torch.ones(4)) and close(
+    assert close(sft.batch_weights(losses, spread=1e9), torch.ones(4)) and close(
         sft.batch_weights(torch.ones(4).double()), torch.ones(4))
     assert close(sft.reweighted(TOK, ONES, D([2.])), [2 * 3.5 / 3])
     with pytest.raises(UserError, match="--rule"):
@@ -418,7 +418,7 @@ def test_filtering_and_tags_follow_the_gold_reward(shared_bases):
     assert all((g > cut) == (i["good"] > 0) for g, i in zip(gold, infos) if g != cut)
     assert abs(sum(i["score"] for i in infos)) < 1e-2
     kept, _ = sft.filtered(c, tok, None, None)
-    assert [row for row, i in zip(data, infos) if i["good"]] == kept and 100 < len(kept) <= 200
+    assert [row for row, i in zip(data, infos) if i["good"]] == kept and len(kept) == 200
     tagged, _ = sft.conditional(c, tok, None, torch.Generator().manual_seed(0))
     good, bad = tok.encode("."), tok.encode(",")
     marks = [p[-1:] for p, _ in tagged]
@@ -464,7 +464,9 @@ def test_distilling_objectives_run_from_a_teacher(config, shared_bases):
 @pytest.mark.parametrize("argv, words", [
     (["--config", "mle,tiny", "--data", "stdlib", "--init", ""], "text without scores"),
     (["--config", "tiny", *WORLD, "--loss", "unlikelihood"], "reads good"),
-    (["--config", "filtered,tiny", *WORLD, "--share", "0"], "raise it")])
+    (["--config", "filtered,tiny", *WORLD, "--share", "0"], "raise it"),
+    ([*FAST, "--feedback", "filtered"], "no better half"),
+    (["--config", "reweighted,tiny", *WORLD, "--rule", "upper"], "choose from")])
 def test_feedback_s_errors(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
         sft.main([*argv, "--out", "run"])
