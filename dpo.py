@@ -1,7 +1,7 @@
 """
 dpo.py - preference optimisation: from pairs, lists, binary labels, and from the policy's own samples.
 
-    python dpo.py                                  # DPO on the world Ring: minutes on a laptop
+    python dpo.py                                  # DPO on the world Ring: a minute, its base included
     python dpo.py --config simpo,tiny              # any method in seconds: shows that everything turns
     python dpo.py --init Qwen2.5-0.5B --data pairs.jsonl --lr 1e-6 --micro 4
     python dpo.py --config online --judge out/reward/default       # its own pairs, judged by a reward model
