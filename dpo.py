@@ -56,7 +56,11 @@ tiny        size              seconds on any CPU, its base model included
 Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is trained, and
          what both responses share is the cheapest thing to change. It frightens without reason while
          the win rate rises; with a long run, a small beta or far-off data it is the way to collapse: then kl
-         runs away too (rpo, flex, apo_zero hold it). val_win is against the start's samples, by gold.
+         runs away too (rpo, flex, apo_zero hold it). val_win is against the start's samples, by gold, ties
+         half; val_kl is an estimate from samples, so near 0 it may be negative; val_accuracy of labels is the
+         area under the ROC curve. t_rows, t_update: seconds of a step for making rows and training on them.
+Data     a world, or a JSONL of {"prompt", "chosen", "rejected"}, or for kto, bco of {"prompt", "completion",
+         "label"}; one prompt in sixteen is held out. --init: a checkpoint's folder, or base:PRESET of sft.py
 """
 import copy
 import hashlib
@@ -80,7 +84,7 @@ from data.sources import SOURCES, STATIC, demo, forget, per_prompt, row
 from data.text import CACHE
 from model import (ScalarModel, Transformer, autocast, collate, generate, load, save, sequence_score,
                    token_logprobs)
-from optim import COMBINE, cosine, optimiser, set_lr
+from optim import COMBINE, cosine, optimiser, set_lr, shares
 
 # --- 1 config -----------------------------------------------------------------------------------------
 
@@ -516,9 +520,6 @@ def compare(s, problems, groups):
     """The judge's P for each problem's responses: [[{"ids", "text", "finished"}]] -> [[K, K]] in float64."""
     names, flat = needs(s.f.judge), None
     if "score" in names:
-        if s.world is None:
-            raise UserError(f"--judge gold: {s.c.data} has no gold reward; name a reward model's folder, "
-                            f"or take --judge cdr")
         flat = [s.world.reward(p, y["text"], y["finished"]) for p, ys in zip(problems, groups) for y in ys]
     if "judged" in names or "density" in names:
         tokens, mask = sequences(s, problems, groups)
@@ -627,6 +628,11 @@ def check(c, f, world):
     if c.anchor == "previous" and (reads(f) & {"kl"} or c.statistic == "mismatch"):
         raise UserError(f"--anchor previous: --loss {c.loss} reads the reference at every step: "
                         f"use --anchor start")
+    if "score" in needs(f.judge) and world is None and (not static or "margin" in names):
+        raise UserError(f"--judge gold: {c.data} has no gold reward; name a reward model's folder, or take "
+                        f"--judge cdr")
+    if c.source == "signs":
+        shares(f.combine.keywords.get("weights", ""), len(f.source.keywords["groups"]))
     if c.sft and ({"signs", "hard", "good"} & set(names) or not any(x.startswith("chosen") for x in names)):
         raise UserError(f"--sft {c.sft}: --loss {c.loss} has no chosen response; leave it at 0")
     if "credit" in reads(f) and (c.source != "pairs" or c.credit == "gold" and world is None):
@@ -842,6 +848,9 @@ def open_data(s, c):
     elif c.source == "labels" and (found := prefs.load_labels(c.data)):
         both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
         both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat) for k, x in both.items()}
+        for k, rows in both.items():
+            if len({r["good"] for r in rows}) < 2:
+                raise UserError(f"{c.data}, {k}: all labels are alike; {c.loss} needs good and bad ones")
         return [], both["train"], {"val": both["val"]}, [r["text"]["prompt"] for r in both["val"]]
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
@@ -1050,12 +1059,13 @@ def train(c, f):
                          rng=s.g.get_state(), memory=s.memory, before=s.before, stage=s.stage, taken=s.taken,
                          seen=s.seen, made=made, rows=None if static else rows, copies=copies, first=first)
         if c.stop and c.stop < c.steps:
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return scores
         if run.state and run.start >= c.steps:                                   # resumed after its last step
             scores, look = evaluate(s, sets, held)
         dropped = ", ".join(f"{n} {k}" for k, n in s.seen.items() if n and k not in ("sampled", "truncated"))
-        run.say(f"  rows dropped: {dropped or 'none'}; of {s.seen['sampled']} samples {s.seen['truncated']} "
-                f"were truncated (no EOS is scored for them)")
+        cut = f"; of {s.seen['sampled']} samples {s.seen['truncated']} were truncated (no EOS is scored)"
+        run.say(f"  rows dropped: {dropped or 'none'}" + cut * (s.seen["sampled"] > 0))
         report(run, first, scores, look)
         peak = max((r["val_gold"] for r in read_log(run.folder) if "val_gold" in r), default=0.0)
         return run.finish(**scores, **{f"start_{k}": v for k, v in first.items()}, val_peak=peak)
@@ -1086,7 +1096,7 @@ def noise_arms():
 GAMES = dict(online="online", sppo="SPPO", inpo="INPO", dno="DNO", nash_md="Nash-MD", nash_mp="Nash-MP")
 CLAIMS = dict(
     noise=Claim(
-        "Under flipped labels rDPO, cDPO and IPO, told the rate, beat DPO - and DPO with another beta",
+        "Under flipped labels rDPO and cDPO, told the rate, and IPO beat DPO, and DPO with another beta",
         "2403.00409: rDPO over DPO and cDPO at 20 and 40 % flips; 2310.12036", noise_arms(), "val_gold",
         each(*(above(f"{name} at {e} %", f"{x} {e}", f"dpo {e}") for e in (20, 40)
                for name, x in (("rDPO", "rdpo"), ("cDPO", "cdpo"), ("IPO", "ipo"))),

@@ -694,7 +694,8 @@ def load_pairs(path, split="train"):
     path, rows, seen, dropped = locate(path), [], set(), Counter()
     for i, row in enumerate(read_jsonl(path), 1):
         if (found := row_pairs(row)) is None:
-            raise UserError(f'{path}:{i}: no pair: give {{"prompt", "chosen", "rejected"}} as strings')
+            hint = "; labelled completions are for kto and bco" * ("label" in row)
+            raise UserError(f'{path}:{i}: no pair: give {{"prompt", "chosen", "rejected"}} as strings{hint}')
         for pair in found:
             chosen, rejected = pair["chosen"], pair["rejected"]
             key = pair["prompt"], chosen, rejected
@@ -718,7 +719,9 @@ def load_labels(path, split="train"):
     rows = {}
     for row in read_jsonl(locate(path)):
         match row:
-            case {"prompt": str(prompt), "completion": str(text), "label": label} if label in (0, 1):
+            case {"prompt": str(prompt), "completion": str(text), "label": label}:
+                if label not in (0, 1):
+                    raise UserError(f"{path}: the label {label!r} is neither true nor false: write either")
                 found = [(prompt, text, bool(label))]
             case {"question": str(prompt), "ground_truth": str(), **models}:
                 found = [(prompt, m["solution"], m.get("is_correct") is True) for m in models.values()
@@ -745,8 +748,12 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
                "with a label that is not finite" if not (finite(row.get("margin", 0.0))
                                                          and finite(row.get("strength", 1.0))) else "")
         if not why:
-            ids = {side: [*tok.encode(row[side]), *([tok.eos] if row.get(f"{side}_finished", True) else [])]
-                   for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row["prompt"], chat))
+            try:
+                ids = {side: [*tok.encode(row[side]), *[tok.eos] * bool(row.get(f"{side}_finished", True))]
+                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row["prompt"], chat))
+            except UserError as e:
+                raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another --init: its "
+                                f"tokenizer reads {len(tok.tokens)} tokens only") from None
             if len(ids["prompt"]) + max(len(ids["chosen"]), len(ids["rejected"])) > context:
                 why = f"longer than the context of {context} tokens"
         if why:

@@ -159,7 +159,8 @@ def configure(Config, presets, axes, doc="", argv=None):
     for axis, rows in axes.items():
         row = resolved.get(axis, next(iter(rows)))
         if row not in rows and not ("PATH" in rows and Path(row).exists()):
-            raise UserError(f"no {axis} {row!r}{nearest(row, rows)}")
+            missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
+            raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
         fn = chosen[axis] = rows.get(row) or rows["PATH"]
         bound[axis] = {}
         for key, default in hyper(fn).items():
@@ -207,7 +208,8 @@ def help_text(Config, presets, axes, doc):
         lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
         for row, fn in rows.items():
             first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
-            lines.append(f"  {row:<12} {first}  " + " ".join(f"--{k} {v}" for k, v in hyper(fn).items()))
+            shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v for k, v in hyper(fn).items()}
+            lines.append(f"  {row:<12} {first}  " + " ".join(f"--{k} {v}" for k, v in shown.items()))
     return "\n".join(lines)
 
 
@@ -547,6 +549,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     setup = partial(configure, Config, presets, axes, doc)
     options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
     if "claim" not in options:
+        if "help" in options and claims:
+            print(f"claims (--claim NAME): {', '.join(claims)}\n")
         return train(*setup(argv))
     name = options.pop("claim")
     if name not in claims:
@@ -786,8 +790,9 @@ def table(report):
     for arm, ms in report["arms"].items():
         lines.append(f"{arm:<20}"
                      + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}" for m in metrics))
-    lines.append(f"\npaired differences of {report['metric']} ({report['better']} is better), "
-                 f"95 % over {report['seeds']} seeds")
+    side = "above" if report["better"] == "higher" else "below"
+    lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or of what "
+                 f"the label names; a label holds where its contrast is {side} 0")
     lines += [f"{t['test']:<36}" + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
               for t in report["tests"]]
     return "\n".join(lines)

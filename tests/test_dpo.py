@@ -774,6 +774,12 @@ def test_gsm8k_solutions_are_labels_and_split_by_problem(tmp_path):
     with open(tmp_path / "pairs.jsonl", "w") as f:
         f.write(json.dumps(dict(prompt="p", chosen="a", rejected="b")) + "\n")
     assert prefs.load_labels(tmp_path / "pairs.jsonl") == []
+    with open(tmp_path / "odd.jsonl", "w") as f:
+        f.write(json.dumps(dict(prompt="p", completion="a", label="yes")) + "\n")
+    with pytest.raises(UserError, match="neither true nor false"):
+        prefs.load_labels(tmp_path / "odd.jsonl")
+    with pytest.raises(UserError, match="for kto and bco"):
+        prefs.load_pairs(tmp_path / "odd.jsonl")
 
 
 def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
@@ -799,6 +805,8 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--config=npo,tiny", "--key=="], "all prompts or in none"),
     (["--config=tiny", "--optimiser=adam"], "adamw or sgd"),
     (["--config=hypo,tiny", "--source.k=1"], "leave-one-out"),
+    (["--config=online,tiny", "--judge=out/reward/none"], "no such folder"),
+    (["--config=raco,tiny", "--weights=0.5"], "2 numbers"),
     (["--config=tiny", "--anchor=prev"], "start or previous"),
     (["--config=tiny", "--anchor=previous"], "made once"),
     (["--config=tiny", "--loss=inpo"], "made once"),
