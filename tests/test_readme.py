@@ -56,7 +56,8 @@ def test_the_top_level_is_fixed():
     ("kernels", set()), ("model", {"kernels", "data"}), ("optim", {"kernels", "data"}),
     ("sft", {"kernels", "data", "model", "optim"}), ("ppo", {"kernels", "data", "model", "optim", "sft"}),
     ("reward", {"kernels", "data", "model", "optim", "sft"}),
-    ("grpo", {"kernels", "data", "model", "optim", "sft"}), ("dpo", {"kernels", "data", "model", "optim", "sft"})])
+    ("grpo", {"kernels", "data", "model", "optim", "sft"}), ("dpo", {"kernels", "data", "model", "optim", "sft"}),
+    ("compress", {"kernels", "data", "model", "optim", "sft"})])
 def test_who_may_import_whom(module, below):
     """a file imports only from the floors below its own; a script may ask sft.py for its base checkpoint"""
     text = (ROOT / f"{module}.py").read_text()

@@ -1,0 +1,267 @@
+"""compress.py: masks, codes and ARMOR by hand, their limits and invariances, and whole runs."""
+import functools
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import close, rand
+
+import compress
+from data.run import UserError
+from kernels import PackedLinear
+from model import load, plain_linear, replace_linears
+
+D = functools.partial(torch.tensor, dtype=torch.float64)
+W = D([[3., 1, 4, 2], [4, 1, 3, -2]])
+H4 = D([1., 4, 1, 9])
+
+
+def moment(n, tokens=400, seed=0):
+    """H = 2 mean x xᵀ of correlated inputs."""
+    x = rand(tokens, n, seed=seed) @ (torch.eye(n).double() + .5 * rand(n, n, seed=seed + 1) / n ** .5)
+    return 2 * x.T @ x / tokens
+
+
+def error(W, new, H):
+    """tr(D H Dᵀ): twice the mean squared error of the outputs."""
+    d = W - new
+    return (d @ H * d).sum().item()
+
+
+# --- masks ----------------------------------------------------------------------------------------------
+
+
+def test_nowag_by_hand():
+    Wb, r1, r2 = compress.normalise(W, eps=0.)
+    assert close(r1, [5, 2 ** .5, 5, 8 ** .5]) and close(r2, [2 ** .5] * 2)
+    assert close(Wb, [[.424264, .5, .565685, .5], [.565685, .5, .424264, -.5]])
+    assert close(Wb ** 2 * H4, [[.18, 1, .32, 2.25], [.32, 1, .18, 2.25]])
+    mask = compress.kept(Wb ** 2 * H4, "2:4")
+    assert close(mask, [[0, 1, 0, 1]] * 2)
+    assert abs(compress.proxy(W, W * mask, H4) - .133333) < 1e-4
+    assert close(compress.kept(W.abs() * H4.sqrt(), "2:4", "row"), [[0, 0, 1, 1], [1, 0, 0, 1]])
+    assert close(compress.kept(W.abs(), "2:4"), [[1, 0, 1, 0]] * 2)
+
+
+def test_masks_keep_exactly_what_they_say():
+    score = rand(6, 16).abs()
+    assert (compress.kept(score, "2:4").view(6, 4, 4).sum(-1) == 2).all()
+    assert (compress.kept(score, "4:8").view(6, 2, 8).sum(-1) == 4).all()
+    assert compress.kept(score, "50%").sum() == 48 and (compress.kept(score, "25%", "row").sum(1) == 4).all()
+    assert compress.kept(torch.ones(3, 8), "50%").sum() == 12                  # ties: no more than that
+    for pattern in ("2:3", "3:2", "half", "150%", "2:"):
+        with pytest.raises(UserError, match="--pattern"):
+            compress.kept(score, pattern)
+
+
+def test_invariances_of_the_scores():
+    w, h, c = rand(8, 16), rand(16, seed=1).abs() + .1, rand(16, seed=2).abs() + .1
+
+    def nowag(w, h):
+        return compress.nowag_p(w, h, pattern="50%") != 0
+
+    def wanda(w, h):
+        return compress.wanda(w, h, pattern="50%") != 0
+    assert (nowag(w, h) == nowag(3 * w, h)).all() and (nowag(w, h) == nowag(w * c, h)).all()
+    assert (wanda(w, h) == wanda(w / c, h * c ** 2)).all()                     # the same function and mask
+    assert not (nowag(w, h) == nowag(w / c, h * c ** 2)).all()
+    same = torch.full((16,), 2.).double()
+    assert (wanda(w, same) == (compress.kept(w.abs(), "50%", "row") > 0)).all()
+    level = w / w.norm(dim=0)                                                  # equal column norms: Wanda's
+    a, b = (compress.kept(x, "2:4") for x in (compress.normalise(level)[0] ** 2 * h, level.abs() * h.sqrt()))
+    assert close(a, b)
+
+
+def test_sparsegpt_limits():
+    w = rand(8, 16)
+    new = compress.sparsegpt(w, 3 * torch.eye(16).double(), pattern="50%", damp=0.)
+    assert close(new, w * compress.kept(w.abs(), "50%"))                       # uncorrelated: magnitude
+    H = moment(16)
+    for pattern in ("50%", "4:8"):
+        new = compress.sparsegpt(w, H, pattern=pattern)
+        assert (new == 0).sum() == 64 and error(w, new, H) < error(w, w * (new != 0), H)
+    packed = compress.sparsegpt(w.float(), H.float(), pattern="2:4")
+    assert isinstance(packed, PackedLinear)
+    new = packed.dequantize().double()
+    assert ((new.view(8, 4, 4) != 0).sum(-1) == 2).all()
+    assert error(w, new, H) < error(w, w * compress.kept(w.abs(), "2:4"), H)
+
+
+def test_sparsegpt_s_blocks_give_the_unblocked_result_for_a_fixed_mask():
+    w, H = rand(4, 16), moment(16)
+    a, b = (compress.sparsegpt(w, H, pattern="4:8", block=size) for size in (8, 16))
+    assert close(a, b)
+
+
+def test_the_inverse_factor_by_hand():
+    U = compress.inverse_factor(D([[2., 1], [1, 2]]), damp=0.)
+    assert close(U, [[.816497, -.408248], [0, .707107]])
+    H = moment(6)
+    U = compress.inverse_factor(H, damp=0.)
+    assert close(U.T @ U, torch.linalg.inv(H), 1e-8)
+    dead = H.clone()
+    dead[2] = dead[:, 2] = 0
+    assert compress.inverse_factor(dead).isfinite().all()
+
+
+# --- ARMOR ----------------------------------------------------------------------------------------------
+
+
+def test_core_step_by_hand():
+    A, B = D([[[1., 0], [.5, 1]]]), torch.eye(4).double()[None].clone()
+    B[0, 0, 1] = .5
+    h, Wb = D([[1., 1, 4, 1]]), D([[1., 2, .8, -1], [.5, 0, 1, 0]])[None, None]
+    S = D([[0., 2, 0, -1], [.5, 0, 1, 0]])[None, None]
+    assert close(compress.armor_loss(A, S, B, Wb, h), 5.3725)
+    new, mask = compress.core_step(A, S, (S != 0).double(), B, Wb, h, torch.tensor([[0]]))
+    assert close(mask[0, 0], [[0, 1, 1, 0], [1, 0, 1, 0]]) and close(new[0, 0, 0], [0, 1.5, .64, 0], 1e-5)
+    assert close(new[0, 0, 1], S[0, 0, 1]) and close(compress.armor_loss(A, new, B, Wb, h), 3.762, 1e-5)
+
+
+def test_groups_of_different_tiles_add_up():
+    P, Q, a, b = 2, 3, 4, 8
+    A, B, h = rand(P, a, a), rand(Q, b, b, seed=1), rand(Q, b, seed=2).abs()
+    Wb = rand(P, Q, a, b, seed=3)
+    M = compress.kept(Wb.flatten(0, 2), "2:4").view_as(Wb)
+    S, group = Wb * M, torch.randint(a * b // 4, (P, Q), generator=torch.Generator().manual_seed(0))
+
+    def loss(S):
+        return compress.armor_loss(A, S, B, Wb, h)
+    together, mask = compress.core_step(A, S, M, B, Wb, h, group)
+    gain = 0.0
+    for p in range(P):
+        for q in range(Q):
+            one = S.clone()
+            one[p, q] = together[p, q]
+            gain += loss(S) - loss(one)
+            assert loss(one) <= loss(S) + 1e-9
+    assert abs(loss(S) - loss(together) - gain) < 1e-6 and (mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+def test_armor_never_rises_and_ends_below_nowag_p():
+    w, h, trace = rand(16, 24).float(), rand(24, seed=1).abs().float() + .1, []
+    g = torch.Generator().manual_seed(0)
+    layer = compress.armor(w, h, g, trace, block=8, iterations=120)
+    start = compress.proxy(w, compress.nowag_p(w, h).dequantize(), h)
+    assert len(trace) == 120 and all(b <= a + 1e-7 for a, b in zip(trace, trace[1:]))
+    assert trace[0] <= start + 1e-3 and trace[-1] < .8 * start
+    assert abs(compress.proxy(w, layer.dequantize(), h) - trace[-1]) < 5e-3    # bfloat16 of what is stored
+    x = torch.randn(5, 24, generator=g)
+    assert close(layer(x), x @ layer.dequantize().T, 1e-4)
+    with pytest.raises(UserError, match="--block"):
+        compress.armor(w[:, :22], h[:22], g, [])
+
+
+# --- codes ----------------------------------------------------------------------------------------------
+
+
+def test_gptq_s_limits():
+    w = rand(8, 32).float()
+    for bits in (2, 3, 4):
+        a = compress.gptq(w, 2 * torch.eye(32), bits=bits, group=16).dequantize()
+        assert close(a, compress.rtn(w, bits=bits, group=16).dequantize(), 1e-5)         # diagonal: RTN
+    worse = 0
+    for seed in range(5):
+        H = moment(32, seed=3 * seed).float()
+        a = compress.gptq(w, H, bits=3, group=32).dequantize()
+        b = compress.rtn(w, bits=3, group=32).dequantize()
+        worse += error(w, a, H) > error(w, b, H)
+    assert worse == 0
+    fine, coarse = (error(w, compress.gptq(w, H, bits=b, group=32).dequantize(), H) for b in (8, 3))
+    assert fine < coarse / 100
+
+
+def test_kmeans_by_hand():
+    X, weight = D([[1., 0], [3, 2]]), D([[1., 1], [3, 1]])
+    C, code = compress.kmeans(X, weight, 1, torch.Generator().manual_seed(0))
+    assert close(C, [[2.5, 1]]) and code.tolist() == [0, 0]
+    assert close(((X[0] - C[0]) ** 2 * weight[0]).sum(), 3.25)
+    points = rand(7, 2).repeat(9, 1)
+    C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
+    assert close(C[code], points, 1e-6)                                        # more codes than points: exact
+
+
+def test_lloyd_s_objective_never_rises():
+    X, weight = rand(300, 2), rand(300, 2, seed=1).abs() + .05
+    last = math.inf
+    for rounds in range(1, 12):
+        C, code = compress.kmeans(X, weight, 8, torch.Generator().manual_seed(0), rounds=rounds)
+        now = ((X - C[code]) ** 2 * weight).sum().item()
+        assert now <= last + 1e-9
+        last = now
+
+
+def test_nowag_vq_stores_what_it_says():
+    w, h = rand(16, 25).float(), rand(25, seed=1).abs().float()
+    layer = compress.nowag_vq(w, h, torch.Generator().manual_seed(0), bits=3)  # dim 2, 25 padded to 26
+    assert (layer.kind, layer.bits, layer.dim) == ("vq", 6, 2) and layer.dequantize().shape == w.shape
+    fine = compress.nowag_vq(w, h, torch.Generator().manual_seed(0), bits=8, dim=1)
+    assert error(w, fine.dequantize(), torch.eye(25)) < .05 * error(w, layer.dequantize(), torch.eye(25))
+
+
+# --- whole runs -----------------------------------------------------------------------------------------
+
+PRESETS = list(compress.PRESETS)[:list(compress.PRESETS).index("tiny")]
+
+
+def tiny(config, out, *extra):
+    return compress.main(["--config", f"{config},tiny", "--out", out, *extra])
+
+
+@pytest.mark.parametrize("config", PRESETS)
+def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
+    out = tiny(config, "run")
+    model, tok = load("run/step-000002")
+    tokens = torch.tensor([[tok.bos, *tok.encode("def main(x):\n    return x")]])
+
+    def unpacked(name, m):
+        return plain_linear(m, m.dequantize()) if isinstance(m, PackedLinear) else m
+    whole = replace_linears(load("run/step-000002")[0], unpacked)
+    assert close(model(tokens), whole(tokens), 1e-3)
+    stored = sum(x.nbytes for x in model.state_dict().values())
+    assert abs(out["disk_bytes"] - stored) < .01 * stored + 5000
+    assert out["rise"] <= 1e-6 and math.isfinite(out["loss_increase"])
+    assert (out["loss_increase"] == 0) == (config == "dense")
+
+
+def test_the_docstring_lists_every_preset():
+    table = compress.__doc__.split("reads\n")[1].split("Watch")[0]
+    assert [row.split()[0] for row in table.splitlines() if row.strip()] == [*PRESETS, "tiny"]
+
+
+def test_more_bits_and_no_pruning_cost_less(shared_bases):
+    loss = {bits: tiny("rtn", f"b{bits}", f"--bits={bits}")["loss_increase"] for bits in (2, 8)}
+    assert abs(loss[8]) < .01 < loss[2]
+    assert abs(tiny("magnitude", "all", "--pattern=100%")["loss_increase"]) < 1e-6
+
+
+def test_outliers_change_nothing_but_the_statistics(shared_bases):
+    plain, spiky = (tiny("dense", f"o{x}", f"--outliers={x}")["loss"] for x in (0, 20))
+    assert abs(plain - spiky) < 1e-4
+
+
+def test_sequential_calibration_sees_the_compressed_blocks(shared_bases):
+    a, b = (tiny("gptq", f"s{x}", "--bits=2", f"--sequential={x}")["loss"] for x in ("true", "false"))
+    assert a != b
+
+
+def test_the_real_checkpoint_2_4(stories, workdir):
+    """stories260k at 2:4 on real text: SparseGPT and ARMOR lose less than NoWag-P, and that than magnitude."""
+    data = stories.parent.parent / "data" / "tinystories-30k.txt"
+    shutil.copy(data, "stories.txt")
+    args = ["--init", str(stories), "--data", "stories.txt", "--samples", "8", "--windows", "16"]
+    loss = {x: compress.main([*args, "--config", x, "--out", x, *more])["loss_increase"] for x, more in (
+        ("magnitude", []), ("nowag_p", []), ("sparsegpt", []), ("armor", ["--iterations=60", "--block=4"]))}
+    assert max(loss["sparsegpt"], loss["armor"]) < loss["nowag_p"] < loss["magnitude"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "must be positive"),
+    (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "2, 3, 4 or 8"),
+    (["--method=armour"], "did you mean 'armor'"),
+    (["--config=nowag_vq,tiny", "--bits=9", "--dim=2"], "1 to 16 bits")])
+def test_clear_errors(argv, words, shared_bases):
+    base = [] if any("config" in x for x in argv) else ["--config=nowag_p,tiny"]
+    with pytest.raises(UserError, match=words):
+        compress.main([*base, *argv])
