@@ -1100,6 +1100,7 @@ CLAIMS = dict(
         "2403.00409: rDPO over DPO and cDPO at 20 and 40 % flips; 2310.12036", noise_arms(), "val_gold",
         each(*(above(f"{name} at {e} %", f"{x} {e}", f"dpo {e}") for e in (20, 40)
                for name, x in (("rDPO", "rdpo"), ("cDPO", "cdpo"), ("IPO", "ipo"))),
+             *(above(f"rDPO over the conservative one at {e} %", f"rdpo {e}", f"cdpo {e}") for e in (20, 40)),
              *(above(f"beyond beta: {word} at {e} %", f"{x} {e}", f"dpo, {b} {e}") for e in (20, 40)
                for word, x, b in (("robust", "rdpo", "b(1-2e)"), ("conservative", "cdpo", "b/(1-2e)")))),
         also=("val_win", "val_kl", "val_accuracy"), conclude=in_parts("rDPO", "cDPO", "IPO", "beyond beta")),
@@ -1152,7 +1153,8 @@ CLAIMS = dict(
         "With intransitive annotators self-play methods become less exploitable, online DPO does not",
         "2312.00886, 2505.19731, 2407.00617, 2405.00675, 2404.03715: towards the Nash equilibrium",
         {x: f"{x},cyclic" for x in GAMES}, "val_exploitability",
-        {f"{name} falls": {f"{x}|start_val_exploitability": 1, x: -1} for x, name in GAMES.items()}
+        {f"{name} falls": {f"{x}|start_val_exploitability": 1, x: -1} for x, name in GAMES.items()
+         if x != "online"} | {"online DPO does not": {"online|start_val_exploitability": -1, "online": 1}}
         | each(*(above(f"{name} below DPO", x, "online", sign=-1) for x, name in list(GAMES.items())[1:])),
         also=("val_gold", "val_kl", "start_val_exploitability"), conclude=in_parts(*GAMES.values())),
     explore=Claim(
