@@ -513,7 +513,7 @@ GIVES = dict(none=(), pace=("beta_now", "kept"), shift=("reward_shift",), mismat
 def sequences(s, problems, groups):
     """Problems and their responses -> tokens, mask [N, T] of all of them."""
     rows = [(s.tok.prompt(p["prompt"], s.c.chat), y["ids"]) for p, ys in zip(problems, groups) for y in ys]
-    return collate(rows, s.tok.pad, s.c.device)
+    return collate(rows, s.tok.pad or 0, s.c.device)
 
 @torch.no_grad()
 def compare(s, problems, groups):
@@ -585,7 +585,7 @@ def prompted_credit(s, r, side, *, better="A good answer.\n", worse="A bad answe
     """T-REG's own: σ(log π_ref(y_t|better, x) - log π_ref(y_t|worse, x)) - ½, texts put before the prompt."""
     ids = r["sides"][side]
     prompts = [s.tok.prompt(text + r["text"]["prompt"], s.c.chat) for text in (better, worse)]
-    tokens, mask = collate([(prompt, ids) for prompt in prompts], s.tok.pad, s.c.device)
+    tokens, mask = collate([(prompt, ids) for prompt in prompts], s.tok.pad or 0, s.c.device)
     with torch.no_grad(), autocast(s.c.device, s.c.dtype):
         a, b = (x[m > 0] for x, m in zip(token_logprobs(s.models["start"], tokens, mask), mask))
     return torch.sigmoid(a - b).cpu() - 0.5
@@ -643,7 +643,7 @@ def measure(s, rows, model):
     """Every side of the rows in one batched forward pass -> logp, mask, eos and, where the rows have it, ref,
     prev, credit, and where the loss reads them kl, weight: [B, S, T] each."""
     S, wanted = len(rows[0]["sides"]), reads(s.f)
-    tokens, mask = collate([(r["prompt"], y) for r in rows for y in r["sides"]], s.tok.pad, s.c.device)
+    tokens, mask = collate([(r["prompt"], y) for r in rows for y in r["sides"]], s.tok.pad or 0, s.c.device)
     x = dict(logp=token_logprobs(model, tokens, mask), mask=mask,                        # [B S, T] each
              eos=mask * (tokens == s.tok.eos))
     for key in ("ref", "prev", "credit"):
@@ -690,7 +690,8 @@ def response_logprobs(s, rows, model):
     out = []
     for i in range(0, len(rows), s.c.micro):
         part = rows[i:i + s.c.micro]
-        tokens, mask = collate([(r["prompt"], y) for r in part for y in r["sides"]], s.tok.pad, s.c.device)
+        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
+        tokens, mask = collate(sides, s.tok.pad or 0, s.c.device)
         with autocast(s.c.device, s.c.dtype):
             flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
         out += flat.split([sum(map(len, r["sides"])) for r in part])

@@ -856,3 +856,12 @@ def test_measure_reads_one_batched_forward_and_padding_changes_nothing(shared_ba
     alone = torch.stack([z.sum() for z in dpo.response_logprobs(s, [dict(prompt=short["prompt"], sides=[side])
                                                                     for side in short["sides"]], model)])
     assert close(alone, x["logp"].sum(-1)[0], 1e-5)
+
+
+def test_a_real_checkpoint_without_a_pad_token(stories, workdir):
+    """Pairs of unequal length on stories260k, whose tokenizer names no pad"""
+    with open("pairs.jsonl", "w") as f:
+        f.write("".join(json.dumps(dict(prompt=f"Once {w}", chosen=" a cat." * (1 + i % 3), rejected=" no"))
+                        + "\n" for i, w in enumerate("abcdefgh")))
+    out = tiny("", "run", "--data=pairs.jsonl", f"--init={stories}", "--steps=2")
+    assert math.isfinite(out["val_kl"]) and out["val_accuracy"] in (0, .5, 1)
