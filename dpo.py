@@ -162,7 +162,7 @@ PRESETS = dict(                  # learning rates and steps: ours, the papers' a
     **{f"beta{int(100 * b):02}": dict(beta=b) for b in (0.02, 0.06, 0.17, 0.5, 1.0)},
     biased=dict(length_bias=0.15), no_eos=dict(alpha=0.0, with_eos=False),
     strong=dict(strongest=4.0), shuffled=dict(shuffled=True),
-    few=dict(rows=300, steps=500, eval_every=25), sft10=dict(sft=0.1), far=dict(lam=0.01),
+    few=dict(rows=300, steps=500, eval_every=25), sft10=dict(sft=0.1),
     plain_sgd=dict(optimiser="sgd", lr=3e-3, clip=1e9, warmup=0), short=dict(steps=120, eval_every=120),
     adam=dict(lr=3e-4), alone=dict(retain=0.0), npo1=dict(loss="npo", source="forget", beta=1.0),
     cyclic=dict(judge="duel"), bold=dict(alpha=0.01),
@@ -1130,11 +1130,11 @@ CLAIMS = dict(
         "On few pairs DPO over-optimises: gold falls from its peak; RPO, HyPO and Flex-DPO end higher",
         "2405.16436, 2406.01462, 2406.07327: an SFT term, an online KL, less weight on the rejected side",
         {"dpo": "dpo,few", "rpo": "rpo,few", "dpo + 0.1 sft": "dpo,few,sft10", "flex": "flex,few",
-         "hypo": "hypo,few", "hypo, 0.01": "hypo,few,far", "dpo, beta 1": "dpo,few,beta100"}, "val_gold",
+         "hypo": "hypo,few", "dpo, beta 1": "dpo,few,beta100"}, "val_gold",
         {"over-optimisation: DPO falls by more than 0.1": {"dpo|val_peak": 1, "dpo": -1, "": -0.1}}
         | each(*(above(f"{part}: {x} > dpo", x, "dpo") for part, x in (
             ("RPO", "rpo"), ("SFT", "dpo + 0.1 sft"), ("Flex", "flex"), ("HyPO", "hypo"),
-            ("HyPO", "hypo, 0.01"), ("a larger beta", "dpo, beta 1")))),
+            ("a larger beta", "dpo, beta 1")))),
         also=("val_peak", "val_kl", "val_truncated"),
         conclude=in_parts("over-optimisation", "RPO", "SFT", "Flex", "HyPO", "a larger beta")),
     unlearning=Claim(
