@@ -58,8 +58,8 @@ def default_kernels():
 
 @pytest.fixture(autouse=True)
 def few_curves(request, monkeypatch):
-    """A run's curve is half of the time of a run of two steps: it is drawn in test_run.py only."""
-    if request.path.name != "test_run.py":
+    """A run's curve is half of the time of a run of two steps: only test_run.py and what is marked draws it."""
+    if request.path.name != "test_run.py" and not request.node.get_closest_marker("curve"):
         monkeypatch.setattr(data.run, "draw", lambda folder, curves: None)
 
 
@@ -96,6 +96,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    """Declare our two markers."""
+    """Declare our markers."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+    config.addinivalue_line("markers", "curve: draws the run's curve")

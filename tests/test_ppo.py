@@ -292,6 +292,7 @@ def test_every_preset_takes_two_steps_in_the_toy_world(config, shared_bases):
     assert all(math.isfinite(v) for v in out.values())
 
 
+@pytest.mark.curve
 def test_the_default_chain_runs_on_real_docstrings(shared_bases):
     out = ppo.main(["--config", "docs,tiny", "--out", "docs"])
     log = read_log("docs")

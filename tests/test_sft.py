@@ -69,6 +69,7 @@ def test_rows_that_do_not_fit_are_counted_and_prompts_that_do_not_are_errors(cap
         sft.demonstrations(Echo(), [dict(prompt="x" * 10)], bytes_tokenizer(), 10)
 
 
+@pytest.mark.curve
 def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
     out = run("--steps", "150", "--rows", "512", "--lr", "3e-3", "--batch", "32", "--micro", "32",
               "--eval_every", "50", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
