@@ -11,6 +11,7 @@ from conftest import close, rand
 
 import dpo
 import optim
+import reward
 from data import judging, prefs, search, sources
 from data.run import UserError, hyper, needs, read_log
 from model import load
@@ -865,3 +866,23 @@ def test_a_real_checkpoint_without_a_pad_token(stories, workdir):
                         + "\n" for i, w in enumerate("abcdefgh")))
     out = tiny("", "run", "--data=pairs.jsonl", f"--init={stories}", "--steps=2")
     assert math.isfinite(out["val_kl"]) and out["val_accuracy"] in (0, .5, 1)
+
+
+def test_a_reward_model_judges(shared_bases):
+    """reward.py's checkpoint as --judge: pairs of samples, MADPO's margins"""
+    reward.main(["--config", "bt,tiny", "--out", "rm"])
+    for config in ("online", "madpo"):
+        out = tiny(config, config, "--judge=rm", "--steps=2")
+        assert math.isfinite(out["val_gold"])
+    with pytest.raises(UserError, match="must be a reward model"):
+        tiny("online", "wrong", f"--judge={dpo.sft.base('ring', 'tiny')}")
+    model, tok = load("rm")
+    rows = [dict(prompt=".abcd="), dict(prompt=".bcde=")]
+    ys = [[dict(ids=[*tok.encode(t), tok.eos], text=t, finished=True) for t in pair]
+          for pair in (("ab", "cdefgh"), ("a", "bb"))]
+    c = SimpleNamespace(chat=False, micro=3, device="cpu", dtype="float32")
+    s = SimpleNamespace(c=c, tok=tok, world=None,
+                        f=SimpleNamespace(judge=partial(judging.learned, sharp=1.)), models=dict(judge=model))
+    for P, p, pair in zip(dpo.compare(s, rows, ys), rows, ys):
+        alone = [model(torch.tensor([tok.prompt(p["prompt"]) + y["ids"]]))[0, -1].item() for y in pair]
+        assert close(P[0, 1], torch.sigmoid(D(alone[0] - alone[1])), 1e-5)
