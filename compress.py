@@ -4,9 +4,8 @@ compress.py - pruning and quantisation: a big checkpoint in, a small one out.
     python compress.py                                   # ARMOR 2:4 on a small base model: a minute or two
     python compress.py --config gptq --init Qwen2.5-0.5B --data stdlib --group 128 --out out/small
     python model.py out/small --prompt "def "            # what it writes opens like any checkpoint
-    python compress.py --claim pruning --seeds 5         # the methods side by side, with a verdict
 
-Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 evaluate   7 compress   8 claims
+Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 evaluate   7 compress
 Letters  W [m, n] = [out, in] of a linear layer y = W x; N tokens of calibration; h [n], H [n, n] below
 preset      paper          idea                                                       reads
 magnitude   1506.02626     the largest weights stay                                   nothing
@@ -67,9 +66,6 @@ PRESETS = dict(
     armor=dict(method="armor"), rtn=dict(method="rtn"), gptq=dict(method="gptq", sequential=True),
     nowag_vq=dict(method="nowag_vq"), dense=dict(method="dense"),
     tiny=dict(samples=4, context=64, windows=8, iterations=20),
-    # the claims' own
-    half=dict(pattern="50%"), bits2=dict(bits=2), bits3=dict(bits=3), bits4=dict(bits=4),
-    spiky=dict(outliers=20.0),
 )
 CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"]}
 
@@ -320,8 +316,8 @@ def nearest_code(X, w, C, rows=16384):
 
 
 def seeds(X, w, K, generator):
-    """k-means++ on a subsample: each next centre is one of K random points, by its distance to the nearest
-    centre so far, clipped at 1.   -> [K, d]"""
+    """k-means++ on a subsample: each next centre is one of K random points (of 256 at most: ours), by its
+    distance to the nearest centre so far, clipped at 1.   -> [K, d]"""
     pick = lambda n: torch.randint(len(X), (n,), generator=generator).to(X.device)
     C = X[pick(1)]
     while len(C) < K:
@@ -475,9 +471,14 @@ def train(c, f):
     folder = sft.find(c.init, c.config, device=c.device)
     kernels.use(c.kernels)
     with Run(c, f, "compress", CURVES) as run:
+        if "result" in run.info:
+            run.say(f"  finished already: {run.last}")
+            return run.info["result"]
         model, tok = load(folder, c.device)
         if not isinstance(model, Transformer) or model.config.moe:
-            raise UserError(f"--init {c.init}: compress.py takes a dense language model")
+            raise UserError(f"--init {c.init}: compress.py takes a language model without experts")
+        if any(isinstance(m, PackedLinear) for m in model.modules()):
+            raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
         if c.context > model.config.max_position_embeddings:
             raise UserError(f"--context {c.context}: {c.init} takes "
                             f"{model.config.max_position_embeddings} tokens at most; lower it")
@@ -524,16 +525,12 @@ def train(c, f):
                           disk_bytes=weights, seconds=seconds)
 
 
-# --- 8 claims -----------------------------------------------------------------------------------------
-
-CLAIMS = {}
-
 # --- main ---------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     """python compress.py …: see the docstring above, or --help."""
-    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("compress", Config, PRESETS, AXES, {}, __doc__, train, argv)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,10 @@ tiny        size              seconds on any CPU, its base model included
 Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is trained, and
          what both responses share is the cheapest thing to change. It frightens without reason while
          the win rate rises; with a long run, a small beta or far-off data it is the way to collapse: then kl
-         runs away too (rpo, flex, apo_zero hold it). val_win is against the start's samples, by gold, ties
-         half; val_kl is an estimate from samples, so near 0 it may be negative; val_accuracy of labels is the
-         area under the ROC curve. t_rows, t_update: seconds of a step for making rows and training on them.
+         runs away too (flex, --sft 0.1 and a larger beta hold it: --claim overopt). val_win is against the
+         start's samples, by gold, ties half; val_kl is estimated from samples, so near 0 it can be negative;
+         val_accuracy of labels is the area under the ROC curve. t_rows, t_update: a step's seconds for making
+         rows and for training on them.
 Data     a world, or a JSONL of {"prompt", "chosen", "rejected"}, or for kto, bco of {"prompt", "completion",
          "label"}; one prompt in sixteen is held out. --init: a checkpoint's folder, or base:PRESET of sft.py
 """
@@ -1143,21 +1144,22 @@ CLAIMS = dict(
         {f"{x}, {o}{tag}": f"{x},{how}{more},short" for o, how in (("SGD", "plain_sgd"), ("Adam", "adam"))
          for tag, more in ((" alone", ",alone"), (" + retain", "")) for x in ("ga", "npo", "npo1")},
         "val_retain_nll",
-        each(*(above(f"{o}{tag}: {x} keeps more than GA", f"{x}, {o}{tag}", f"ga, {o}{tag}", sign=-1)
+        each(*(above(f"{o}{tag}: {x} keeps more than GA", f"{x}, {o}{tag}", f"ga, {o}{tag}")
                for o in ("SGD", "Adam") for tag in (" alone", " + retain") for x in ("npo", "npo1")),
-             *({f"forgets: {x}, {o} + retain": {f"{x}, {o} + retain|val_forget_nll": 1,
-                                               f"{x}, {o} + retain|start_val_forget_nll": -1, "": -0.5}}
+             *({f"forgets: {x}, {o} + retain": {f"{x}, {o} + retain|val_forget_nll": -1,
+                                               f"{x}, {o} + retain|start_val_forget_nll": 1, "": 0.5}}
                for o in ("SGD", "Adam") for x in ("npo", "npo1"))),
-        better="higher", also=("val_forget_nll", "val_gold", "val_truncated"),
+        better="lower", also=("val_forget_nll", "val_gold", "val_truncated"),
         conclude=in_parts("SGD alone", "SGD + retain", "Adam alone", "Adam + retain", "forgets")),
     nash=Claim(
         "With intransitive annotators self-play methods become less exploitable, online DPO does not",
         "2312.00886, 2505.19731, 2407.00617, 2405.00675, 2404.03715: towards the Nash equilibrium",
         {x: f"{x},cyclic" for x in GAMES}, "val_exploitability",
-        {f"{name} falls": {f"{x}|start_val_exploitability": 1, x: -1} for x, name in GAMES.items()
-         if x != "online"} | {"online DPO does not": {"online|start_val_exploitability": -1, "online": 1}}
-        | each(*(above(f"{name} below DPO", x, "online", sign=-1) for x, name in list(GAMES.items())[1:])),
-        also=("val_gold", "val_kl", "start_val_exploitability"), conclude=in_parts(*GAMES.values())),
+        {f"{name} falls": {x: 1, f"{x}|start_val_exploitability": -1} for x, name in GAMES.items()
+         if x != "online"} | {"online DPO does not": {"online": -1, "online|start_val_exploitability": 1}}
+        | each(*(above(f"{name} below DPO", x, "online") for x, name in list(GAMES.items())[1:])),
+        better="lower", also=("val_gold", "val_kl", "start_val_exploitability"),
+        conclude=in_parts(*GAMES.values())),
     explore=Claim(
         "Optimism (XPO, SELM) finds better responses than online DPO with as many samples",
         "2405.21046, 2405.19332: higher win rates than online / iterative DPO",

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import close, rand
+from conftest import DATA_DIR, close, rand
 
 import compress
 from data.run import UserError
@@ -230,6 +230,13 @@ def test_the_docstring_lists_every_preset():
     assert [row.split()[0] for row in table.splitlines() if row.strip()] == [*PRESETS, "tiny"]
 
 
+def test_a_finished_run_is_not_made_again_and_packed_weights_not_packed_twice(shared_bases, capsys):
+    out = tiny("rtn", "run")
+    assert tiny("rtn", "run", "--resume") == out and "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="compressed already"):
+        tiny("rtn", "again", "--init=run")
+
+
 def test_more_bits_and_no_pruning_cost_less(shared_bases):
     loss = {bits: tiny("rtn", f"b{bits}", f"--bits={bits}")["loss_increase"] for bits in (2, 8)}
     assert abs(loss[8]) < .01 < loss[2]
@@ -247,9 +254,8 @@ def test_sequential_calibration_sees_the_compressed_blocks(shared_bases):
 
 
 def test_the_real_checkpoint_2_4(stories, workdir):
-    """stories260k at 2:4 on real text: SparseGPT and ARMOR lose less than NoWag-P, and that than magnitude."""
-    data = stories.parent.parent / "data" / "tinystories-30k.txt"
-    shutil.copy(data, "stories.txt")
+    """stories260k at 2:4, real text: SparseGPT and ARMOR lose less than NoWag-P, and that than magnitude."""
+    shutil.copy(DATA_DIR / "tinystories-30k.txt", "stories.txt")
     args = ["--init", str(stories), "--data", "stories.txt", "--samples", "8", "--windows", "16"]
     loss = {x: compress.main([*args, "--config", x, "--out", x, *more])["loss_increase"] for x, more in (
         ("magnitude", []), ("nowag_p", []), ("sparsegpt", []), ("armor", ["--iterations=60", "--block=4"]))}
