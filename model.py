@@ -316,9 +316,10 @@ class Transformer(nn.Module):
             cos, sin = cos[positions][:, None], sin[positions][:, None]                  # [B, 1, T, hd/2]
             if old and T == 1:
                 visible = cache.length + 1                                               # [B]
-            elif old:
+            elif old:                            # by slots: a cache that evicts has fewer than positions
+                slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
                 visible = (torch.arange(old + T, device=tokens.device)
-                           <= positions[:, None, :, None])                               # [B, 1, T, S]
+                           <= slots[:, None, :, None])                                   # [B, 1, T, S]
         x = self.embed_tokens(tokens)                                                    # [B, T, D]
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, cache, i, at, visible)
@@ -361,82 +362,6 @@ class ScalarModel(nn.Module):
     def forward(self, tokens):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
         return (self.model(tokens).float() * self.score.weight[0].float()).sum(-1)       # sum: never bfloat16
-
-
-class PairModel(nn.Module):
-    """Pairwise preference classifier with a Gaussian process as last layer (SNGP, as in 2510.20369).
-
-    tokens of "prompt, first, second" [B, T], end [B] -> logit [B], > 0 if the first is better.
-        h' = W_sn h + b, h the last hidden state;  φ = random_features(h');  g = wᵀ φ
-    W, b of φ are drawn once, never trained. P = Σ φ φᵀ of the training set (add() after the last step) tells
-    how far an input is from it. features 0: a plain linear head; sn False: h' = h, as in the released code.
-    """
-
-    def __init__(self, body, features=1024, sigma=0.05, sn=True, generator=None):
-        super().__init__()
-        D = body.config.hidden_size
-        self.body, self.features, self.config = body, features, body.config
-        self.pool = nn.Linear(D, D) if sn and features else nn.Identity()
-        self.w = nn.Parameter(0.05 * torch.randn(features or D, generator=generator))
-        for name, x in dict(W=torch.randn(features, D, generator=generator) * sigma,
-                            b=torch.rand(features, generator=generator) * 2 * math.pi,
-                            u=F.normalize(torch.randn(D, generator=generator), dim=0),
-                            P=torch.zeros(features, features)).items():
-            self.register_buffer(name, x)
-        if sn and features:
-            nn.init.orthogonal_(self.pool.weight, generator=generator)
-            nn.init.zeros_(self.pool.bias)
-
-    def phi(self, tokens, end):
-        """The features that the last layer reads [B, R], in float32."""
-        h = self.body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()      # [B, D]
-        if not self.features:
-            return h
-        with torch.autocast(h.device.type, enabled=False):       # the kernel needs every bit
-            if isinstance(self.pool, nn.Linear):                 # one power iteration a training forward
-                W = spectrally_bounded(self.pool.weight, self.u, int(torch.is_grad_enabled()))
-                h = h @ W.T + self.pool.bias
-            return random_features(h, self.W, self.b)
-
-    def forward(self, tokens, end):
-        return (self.phi(tokens, end) * self.w).sum(-1)                                  # sum: never bfloat16
-
-    @torch.no_grad()
-    def add(self, tokens, end):
-        """Count training rows in P; run over the whole training set, in both orders, after the last step."""
-        phi = self.phi(tokens, end)
-        with torch.autocast(phi.device.type, enabled=False):
-            self.P += phi.T @ phi
-
-    @torch.no_grad()
-    def calibrated(self, tokens, end, ridge=30.0, lam=10.0):
-        """(mean-field calibrated logit g / u, uncertainty u >= 1), both [B]."""
-        phi = self.phi(tokens, end)
-        u = (1 + lam * gp_variance(phi, self.P, ridge)).sqrt() if self.features else phi.new_ones(len(phi))
-        return (phi * self.w).sum(-1) / u, u
-
-
-def random_features(h, W, b):
-    """φ(h) = sqrt(2/R) cos(W h + b), for W ~ N(0, σ²): φ(h)·φ(h') -> exp(-σ² |h - h'|² / 2).   -> [N, R]"""
-    return math.sqrt(2 / len(W)) * torch.cos(h @ W.T + b)
-
-
-def spectrally_bounded(W, u, steps=0, bound=1.0):
-    """W min(1, c / σ(W)): a bound, no division. σ from u by power iteration, `steps` of it kept in u."""
-    with torch.no_grad():
-        for _ in range(steps):
-            u.copy_(F.normalize(W @ F.normalize(W.T @ u, dim=0), dim=0))
-        v = F.normalize(W.T @ u, dim=0)
-    return W * (bound / (u @ W @ v)).clamp(max=1.0)
-
-
-def gp_variance(phi, P, ridge):
-    """ridge φᵀ (sym(P) + ridge I)⁻¹ φ, in (0, |φ|²]: large where training saw nothing; solved in float64.
-
-    phi [N, R], P [R, R] -> [N]."""
-    L = torch.linalg.cholesky((P + P.T).double() / 2 + ridge * torch.eye(len(P), device=P.device).double())
-    phi = phi.double()
-    return (ridge * (phi * torch.cholesky_solve(phi.T, L).T).sum(1)).float()
 
 
 def init(config, seed=0):
@@ -799,7 +724,7 @@ def capture(step, device, graphs):
 CHECK = 8                # steps of a graph between two looks at which rows have finished
 
 
-def prefill(model, tokens, length, rows, new):
+def prefill(model, tokens, length, rows, new, make=Cache):
     """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues prompt rows[b].
 
     -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots.
@@ -807,7 +732,7 @@ def prefill(model, tokens, length, rows, new):
     device = tokens.device
     dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
              else model.head.dtype)
-    cache = Cache(model.config, *tokens.shape, device, dtype)
+    cache = make(model.config, *tokens.shape, device, dtype)
     hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
     cache.length = length
     cache.spread(rows, new)
@@ -835,14 +760,15 @@ def collect(prompt, length, out, logp, stop, pad, row_steps):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop=None,
-             generator=None, contrast=None):
+             generator=None, contrast=None, cache=Cache):
     """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x samples.
 
     Each distinct prompt is prefilled once; finished rows leave the batch, at once or, where a step is a CUDA
     graph of fixed shape, when half have. Row b's i-th draw is a number fixed beforehand, so which other rows
     still run changes nothing. stop: ids that end a completion (default: the model's eos).
-    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' log-probs. Raises
-    UserError for an empty prompt, or one that does not leave max_new_tokens of context.
+    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' log-probs. cache:
+    what makes the cache of keys and values, a class with Cache's methods (see data/kv.py). Raises UserError
+    for an empty prompt, or one that does not leave max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     longest = max((len(p) for p in prompts), default=0)
@@ -862,7 +788,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, longest]
     length = torch.tensor([len(p) for p in index], device=device)                        # [U]
     models = [model, contrast[0]] if contrast else [model]
-    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens) for m in models))
+    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens, cache) for m in models))
 
     B = len(rows)
     u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's i-th draw
@@ -885,7 +811,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
 
     if max_new_tokens:
         emit(start)
-    static, graphs, row_steps = not contrast and graphed(model), [], 0
+    static, graphs, row_steps = not contrast and cache is Cache and graphed(model), [], 0
     if static:
         caches[0].static, caches[0].used = True, longest + max_new_tokens - 1
     first = go = None if static else step              # None: capture it, for a batch of a new size

@@ -54,13 +54,13 @@ from tqdm import trange
 import kernels
 import sft
 from data import judging, prefs, tasks
-from data.judging import (ROUTERS, RULE_REWARDS, accuracy, assign, auroc, best_of_n, expected_score,
-                          group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve, routing_table,
-                          spearman, verbosity_penalties, verdict_rates)
+from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, auroc, best_of_n,
+                          expected_score, group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve,
+                          routing_table, spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
 from data.run import Claim, Run, UserError, batch_indices, cli, gated, in_parts, launch, needs
-from model import (PairModel, ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
-                   preset, save, sequence_score, token_logprobs)
+from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, preset,
+                   save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
 

@@ -7,7 +7,8 @@ judging.py - what verdicts on pairs become: scores, routes, votes, advantages; n
     parse_verdict("… <answer>-2</answer>")       # -2: A is better, strength 2
 
 Map      1 pairs of responses   2 advantages   3 ratings, annotators   4 written verdicts   5 statistics
-         6 the evaluation of a reward: table, best of n, attacks, picture
+         6 the evaluation of a reward: table, best of n, attacks, picture   7 a judge that knows what it
+         has not seen
 Pure functions of tensors and text, for reward.py, and for policies that learn from judges.
 """
 import json
@@ -19,6 +20,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from data.prefs import subsets
 from data.run import UserError, pyplot
@@ -474,3 +476,82 @@ def draw_evaluation(path, conf, correct, table, curves):
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
+
+
+# --- a judge that knows what it has not seen -----------------------------------------------------------
+
+
+class PairModel(nn.Module):
+    """Pairwise preference classifier with a Gaussian process as last layer (SNGP, as in 2510.20369).
+
+    tokens of "prompt, first, second" [B, T], end [B] -> logit [B], > 0 if the first is better.
+        h' = W_sn h + b, h the last hidden state;  φ = random_features(h');  g = wᵀ φ
+    W, b of φ are drawn once, never trained. P = Σ φ φᵀ of the training set (add() after the last step) tells
+    how far an input is from it. features 0: a plain linear head; sn False: h' = h, as in the released code.
+    """
+
+    def __init__(self, body, features=1024, sigma=0.05, sn=True, generator=None):
+        super().__init__()
+        D = body.config.hidden_size
+        self.body, self.features, self.config = body, features, body.config
+        self.pool = nn.Linear(D, D) if sn and features else nn.Identity()
+        self.w = nn.Parameter(0.05 * torch.randn(features or D, generator=generator))
+        for name, x in dict(W=torch.randn(features, D, generator=generator) * sigma,
+                            b=torch.rand(features, generator=generator) * 2 * math.pi,
+                            u=F.normalize(torch.randn(D, generator=generator), dim=0),
+                            P=torch.zeros(features, features)).items():
+            self.register_buffer(name, x)
+        if sn and features:
+            nn.init.orthogonal_(self.pool.weight, generator=generator)
+            nn.init.zeros_(self.pool.bias)
+
+    def phi(self, tokens, end):
+        """The features that the last layer reads [B, R], in float32."""
+        h = self.body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()      # [B, D]
+        if not self.features:
+            return h
+        with torch.autocast(h.device.type, enabled=False):       # the kernel needs every bit
+            if isinstance(self.pool, nn.Linear):                 # one power iteration a training forward
+                W = spectrally_bounded(self.pool.weight, self.u, int(torch.is_grad_enabled()))
+                h = h @ W.T + self.pool.bias
+            return random_features(h, self.W, self.b)
+
+    def forward(self, tokens, end):
+        return (self.phi(tokens, end) * self.w).sum(-1)                                  # sum: never bfloat16
+
+    @torch.no_grad()
+    def add(self, tokens, end):
+        """Count training rows in P; run over the whole training set, in both orders, after the last step."""
+        phi = self.phi(tokens, end)
+        with torch.autocast(phi.device.type, enabled=False):
+            self.P += phi.T @ phi
+
+    @torch.no_grad()
+    def calibrated(self, tokens, end, ridge=30.0, lam=10.0):
+        """(mean-field calibrated logit g / u, uncertainty u >= 1), both [B]."""
+        phi = self.phi(tokens, end)
+        u = (1 + lam * gp_variance(phi, self.P, ridge)).sqrt() if self.features else phi.new_ones(len(phi))
+        return (phi * self.w).sum(-1) / u, u
+
+
+def random_features(h, W, b):
+    """φ(h) = sqrt(2/R) cos(W h + b), for W ~ N(0, σ²): φ(h)·φ(h') -> exp(-σ² |h - h'|² / 2).   -> [N, R]"""
+    return math.sqrt(2 / len(W)) * torch.cos(h @ W.T + b)
+
+
+def spectrally_bounded(W, u, steps=0, bound=1.0):
+    """W min(1, c / σ(W)): a bound, no division. σ from u by power iteration, `steps` of it kept in u."""
+    with torch.no_grad():
+        for _ in range(steps):
+            u.copy_(F.normalize(W @ F.normalize(W.T @ u, dim=0), dim=0))
+        v = F.normalize(W.T @ u, dim=0)
+    return W * (bound / (u @ W @ v)).clamp(max=1.0)
+
+
+def gp_variance(phi, P, ridge):
+    """ridge φᵀ (sym(P) + ridge I)⁻¹ φ, in (0, |φ|²]: large where training saw nothing; solved in float64.
+
+    phi [N, R], P [R, R] -> [N]."""
+    L = torch.linalg.cholesky((P + P.T).double() / 2 + ridge * torch.eye(len(P), device=P.device).double())
+    phi = phi.double()
+    return (ridge * (phi * torch.cholesky_solve(phi.T, L).T).sum(1)).float()

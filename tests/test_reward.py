@@ -21,11 +21,11 @@ import ppo
 import reward
 import sft
 from data import judging, prefs, tasks
+from data.judging import PairModel, gp_variance, random_features, spectrally_bounded
 from data.prefs import Ring, ToyIF, encode_pairs, load_pairs, ring_tokenizer
 from data.run import UserError, checkpoint, needs, read_log
 from data.tokenizer import Tokenizer
-from model import (PairModel, ScalarModel, autocast, generate, gp_variance, init, load, preset,
-                   random_features, save, sequence_score, spectrally_bounded, token_logprobs)
+from model import ScalarModel, autocast, generate, init, load, preset, save, sequence_score, token_logprobs
 from reward import (AGGREGATES, ATTACKS, CLAIMS, LOSSES, PRESETS, RATING_WEIGHTS, Config, Field, Gate,
                     adversarial, autoregressive, both_orders, bt, bt_margin, bt_scaled, bt_smooth, combined,
                     density_ratio, disagreement, fit, folded, goal, goal_states, lcb, likelihood_reward,
