@@ -5,24 +5,39 @@ compress.py - pruning and quantisation: a big checkpoint in, a small one out.
     python compress.py --config gptq --init Qwen2.5-0.5B --data stdlib --group 128 --out out/small
     python model.py out/small --prompt "def "            # what it writes opens like any checkpoint
 
-Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 evaluate   7 compress
+Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 smooth   7 evaluate   8 compress   9 claims
 Letters  W [m, n] = [out, in] of a linear layer y = W x; N tokens of calibration; h [n], H [n, n] below
 preset      paper          idea                                                       reads
 magnitude   1506.02626     the largest weights stay                                   nothing
 wanda       2306.11695     ... times the norm of their input, compared within a row   h
 sparsegpt   2301.00774     column by column, the rest corrected for what was cut      H
 nowag_p     2504.14569     ... of the weight normalised by columns, then rows         h
+lowrank24   -              2:4 and a low-rank correction of ARMOR's size: a control   h
+dprune      2405.06275     what a domain needs and what general text needs            H, gradients
 armor       2510.05528     2:4 between two block-diagonal wrappers, fitted            h
 rtn         -              round to nearest, a scale a group                          nothing
 gptq        2210.17323     ... column by column, the rest corrected                   H
+awq         2306.00978     rtn of inputs scaled by their mean size, then clipped      outputs
+smoothquant 2312.03788     rtn of inputs scaled by sizes, one exponent for all        outputs
+baq         2506.05664     gptq whose columns get bits until all lose alike           H
+mixed       2311.16442     2 bits, and 4 for the groups that need them                h
 nowag_vq    2504.14569     k-means of normalised vectors, weighted by activations     h
+kmeans      -              ... of the weights as they are: the control                nothing
+gptvq       2402.15319     k-means, some columns at a time, the rest corrected        H
+w4a4        -              weights and activations in 4 bits, a scale a token         sizes
+comet       2410.12168     ... blocks of inputs; those with outliers in 8 bits        sizes
+halo        2501.02625     ... of rotated inputs and weights                          sizes
+mxfp4       2505.14669     rotated, 4-bit floats, a power of two for every 32         nothing
 dense       -              nothing is done: the baseline                              nothing
 tiny        size           seconds on any CPU, its base model included
-Watch    loss_increase on held-out text, at equal bits: bits counts every stored byte of the layers. proxy is
-         the h-weighted error of the normalised weight: it ranks NoWag-P against ARMOR, not families
-         (SparseGPT has twice the proxy and half the loss). An unstructured mask saves no byte here.
+Watch    loss_increase on held-out text, at equal bits: bits counts every stored byte of the layers. kl, to the
+         original, is less noisy. proxy is the h-weighted error of the normalised weight: it ranks NoWag-P
+         against ARMOR, not families (SparseGPT has twice the proxy and half the loss).
 """
+import copy
 import math
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
@@ -32,10 +47,13 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import text
-from data.run import Run, UserError, cli, launch, needs
-from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, quantize
-from model import Transformer, load, plain_linear, rope_table, save, token_logprobs
+from data import numerics, text
+from data.formats import (bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state, nm24_state,
+                          quantize)
+from data.run import Run, UserError, checkpoint, cli, launch, nearest, needs
+from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, packed
+from model import (Transformer, generate, load, plain_linear, rope_table, save, tensors,
+                   token_logprobs)
 
 # --- 1 config -----------------------------------------------------------------------------------------
 
@@ -46,7 +64,9 @@ class Config:
     config: str = ""             # presets and TOML files, left to right
     init: str = "base:pretrain"  # the checkpoint to compress
     data: str = "stdlib"         # text of calibration (train) and of evaluation (val)
+    domain: str = ""             # the text whose gradients dprune reads (default: --data)
     method: str = "armor"        # which row of METHODS
+    smooth: str = "none"         # which row of SMOOTH goes before it
     samples: int = 64            # calibration windows
     context: int = 128           # their tokens, and those of an evaluation window
     windows: int = 256           # evaluation windows: consecutive, none overlaps, BOS at each document
@@ -63,8 +83,13 @@ class Config:
 PRESETS = dict(
     magnitude=dict(method="magnitude"), wanda=dict(method="wanda", sequential=True),
     sparsegpt=dict(method="sparsegpt", sequential=True), nowag_p=dict(method="nowag_p"),
-    armor=dict(method="armor"), rtn=dict(method="rtn"), gptq=dict(method="gptq", sequential=True),
-    nowag_vq=dict(method="nowag_vq"), dense=dict(method="dense"),
+    lowrank24=dict(method="lowrank24"), dprune=dict(method="dprune"), armor=dict(method="armor"),
+    rtn=dict(method="rtn"), gptq=dict(method="gptq", sequential=True), awq=dict(method="rtn", smooth="awq"),
+    smoothquant=dict(method="rtn", smooth="smoothquant"), baq=dict(method="baq", sequential=True),
+    mixed=dict(method="mixed"), nowag_vq=dict(method="nowag_vq"),
+    kmeans=dict(method="nowag_vq", norms=False, weights=False), gptvq=dict(method="gptvq", sequential=True),
+    w4a4=dict(method="w4a4"), comet=dict(method="w4a4", block=16, order=True),
+    halo=dict(method="w4a4", rotate=32), mxfp4=dict(method="mxfp4", rotate=32), dense=dict(method="dense"),
     tiny=dict(samples=4, context=64, windows=8, iterations=20),
 )
 CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"]}
@@ -96,8 +121,14 @@ def kept(score, pattern, scope="matrix"):
 
 
 def pruned(W, pattern):
-    """A masked weight as it is stored: 2:4 packed (9 bits a weight), else dense."""
-    return pack_nm24(W) if pattern == "2:4" else W
+    """A masked weight as it is stored: 2:4 in its own format, another mask as a bitmap (both 9 bits at half),
+    dense if nothing went."""
+    return pack_nm24(W) if pattern == "2:4" else W if (W != 0).all() else stored(W, bitmap_state(W))
+
+
+def stored(W, state, **options):
+    """The packed layer of W's shape with a format's (options, buffers)."""
+    return packed(W.shape, None, state[0] | options, state[1])
 
 
 def dense(W):
@@ -138,6 +169,31 @@ def proxy(W, new, h):
 def nowag_p(W, h, *, pattern="2:4"):
     """NoWag-P (2504.14569):  keep the largest h_j Wb_ij², survivors unchanged; one threshold a matrix."""
     return pruned(W * kept(normalise(W)[0] ** 2 * mend(h), pattern), pattern)
+
+
+def lowrank24(W, h, *, rank=8):
+    """2:4 by NoWag-P, and the best B A of the rest weighted by √h: ARMOR's bytes for rank = its block.
+
+    ours: the control that ARMOR's paper lacks."""
+    core = W * kept(normalise(W)[0] ** 2 * mend(h), "2:4")
+    root = mend(h).sqrt()
+    U, s, V = torch.linalg.svd((W - core) * root, full_matrices=False)
+    rank = min(rank, len(s))
+    options, buffers = dict(kind="nm24_lowrank", rank=rank), nm24_state(core) | dict(
+        left=(U[:, :rank] * s[:rank]).bfloat16(), right=(V[:rank] / root).bfloat16())
+    return stored(W, (options, buffers))
+
+
+def dprune(W, H, grad, fisher, *, pattern="50%", lam=0.1, lr=1e-4):
+    """D-Pruner (2405.06275): what a domain needs and what the general model needs, in one score.
+
+    G = W² / [H⁻¹]_mm of general text;  g' = g + 2 λ lr² G g F,  F the mean g²;  I = |g' W + (g' W)² / 2| of
+    the domain's gradients g [m, n] (mean). ours: the form of g' and the sign of the second term, which the
+    paper's text leaves open.
+    """
+    G = W ** 2 / (inverse_factor(H) ** 2).sum(0)                 # diag(H⁻¹) = column sums of U²
+    first = (grad + 2 * lam * lr ** 2 * G * grad * fisher) * W
+    return pruned(W * kept((first + first ** 2 / 2).abs(), pattern), pattern)
 
 
 def inverse_factor(H, damp=0.01):
@@ -243,6 +299,7 @@ def armor(W, h, generator, trace, *, block=8, iterations=300, lr=1e-3):
     x = dict(A=torch.eye(a).to(W).repeat(m // a, 1, 1), B=torch.eye(b).to(W).repeat(n // b, 1, 1), S=Wb * M)
     first, second = ({k: torch.zeros_like(v) for k, v in x.items()} for _ in "mv")
     loss, t = armor_loss(x["A"], x["S"], x["B"], Wb, h), 0
+    trace.append((loss / total).item())                          # NoWag-P's
     for _ in range(iterations):
         # the continuous step: Adam on all three, within the mask, taken back if it does not help
         A, B, S = x["A"], x["B"], x["S"]
@@ -287,11 +344,13 @@ def rtn(W, *, bits=4, group=32, symmetric=False):
     return pack_int(codes, scale, zero, bits=bits, group=group)
 
 
-def gptq(W, H, *, bits=4, group=32, damp=0.01):
+def gptq(W, H, *, bits=4, group=32, damp=0.01, act_order=False):
     """GPTQ (2210.17323): columns in order; each one's rounding error goes to the columns behind it.
 
-    Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN."""
-    W, U = W.clone(), inverse_factor(H, damp)
+    Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN. act_order:
+    the inputs of most energy first (stored in that order, so that groups stay neighbours)."""
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(W.size(1))
+    W, U = W[:, order].clone(), inverse_factor(H[order][:, order], damp)
     size = W.size(1) if group < 0 else group
     codes, scales, zeros = torch.zeros_like(W, dtype=torch.int), [], []
     for start in range(0, W.size(1), size):
@@ -306,7 +365,121 @@ def gptq(W, H, *, bits=4, group=32, damp=0.01):
         W[:, end:] -= errors @ U[start:end, end:]
         scales.append(scale)
         zeros.append(zero)
-    return pack_int(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits=bits, group=size)
+    layer = pack_int(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits=bits, group=size)
+    return ordered(layer, order) if act_order else layer
+
+
+def ordered(layer, order, **options):
+    """The packed layer with its columns said to be the inputs `order`; options of PackedLinear besides."""
+    state = {k: v for k, v in layer.named_buffers()} | dict(order=order.to(
+        torch.int16 if len(order) <= 32767 else torch.int32))
+    return packed((layer.out_features, layer.in_features), None, layer.spec() | dict(order=True) | options, state)
+
+
+def columns(W, U, width):
+    """GPTQ with a width for every column and one range a row. -> codes [m, n], lo, hi [m], losses [n]
+
+    The loss of a column is Σ_i ((w - q)/U_jj)² / 2."""
+    W, levels = W.clone(), 2.0 ** width.float()
+    lo, hi = (x.half().float() for x in (W.amin(1).clamp(max=0), W.amax(1).clamp(min=0)))
+    codes, losses = torch.zeros_like(W, dtype=torch.int), torch.zeros(W.size(1))
+    scale, zero = column_scale(lo, hi, levels)                                           # [m, n]
+    for j in range(W.size(1)):
+        q = ((W[:, j] / scale[:, j]).round() + zero[:, j]).clamp(min=0).minimum(levels[j] - 1)
+        codes[:, j] = q.int()
+        value = (q - zero[:, j]) * scale[:, j] * (width[j] > 0)
+        error = (W[:, j] - value) / U[j, j]
+        losses[j] = (error ** 2).sum() / 2
+        W[:, j:] -= error[:, None] * U[j, j:]
+    return codes, lo, hi, losses
+
+
+def widths_of(losses, bits, most=8):
+    """BAQ's optimum, in whole bits:  R_j = R + ½ log2(c_j / GM(c)),  repaired to Σ R_j = n R exactly.
+
+    The repair rounds down, then gives the bits left to the largest remainders; 0 to `most` bits a column.
+    """
+    real = bits + (losses.clamp(min=1e-30).log2() - losses.clamp(min=1e-30).log2().mean()) / 2
+    lo, hi = -64.0, 64.0                                         # a shift, so that the clamped ones sum to n R
+    for _ in range(60):
+        mid = (lo + hi) / 2
+        lo, hi = (mid, hi) if (real + mid).clamp(0, most).mean() < bits else (lo, mid)
+    real = (real + hi).clamp(0, most)
+    width = real.floor()
+    extra = round(bits * len(real) - width.sum().item())
+    width[(real - width).argsort(descending=True, stable=True)[:max(0, extra)]] += 1
+    return width.clamp(max=most).int()
+
+
+def baq(W, H, *, bits=3, allocate=True, damp=0.01):
+    """BAQ (2506.05664): bits for each input column, so that all lose alike; one range a row, no groups.
+
+    The losses are those of GPTQ at `bits` for all, whose widths become R_j. ours: whole bits (the paper counts
+    levels that are no powers of two), and both passes on one layer. allocate False: every column has `bits`.
+    """
+    U, width = inverse_factor(H, damp), torch.full((W.size(1),), bits)
+    if not 1 <= bits <= 8:
+        raise UserError(f"--bits {bits}: 1 to 8")
+    codes, lo, hi, losses = columns(W, U, width)
+    if allocate:
+        width = widths_of(losses, bits)
+        codes, lo, hi, _ = columns(W, U, width)
+    return stored(W, columns_state(codes, width, lo, hi))
+
+
+def mixed(W, h, generator, *, share=0.25, group=16, by="sensitivity"):
+    """2-bit groups, and 4 bits for the `share` of column groups that need them (after 2311.16442).
+
+    sensitivity: mean h of the group times the mean squared range of its rows;  range: the latter alone;
+    random. Scales are 4-bit codes themselves. ours: the layout, of which the paper's abstract says only that
+    it is aligned, and a group's width for all rows.
+    """
+    if W.size(1) % group:
+        raise UserError(f"--group {group} does not divide {W.size(1)} inputs")
+    w = W.unflatten(1, (-1, group))                                                      # [m, groups, g]
+    spread = ((w.amax(-1) - w.amin(-1)) ** 2).mean(0)                                    # [groups]
+    scores = dict(sensitivity=lambda: spread * mend(h).view(-1, group).mean(1), range=lambda: spread,
+                  random=lambda: torch.rand(len(spread), generator=generator))
+    if by not in scores:
+        raise UserError(f"--by {by}{nearest(by, scores)}")
+    wide = torch.zeros(len(spread), dtype=torch.bool)
+    wide[scores[by]().argsort(descending=True)[:round(share * len(spread))]] = True
+    return stored(W, mixed_state(W, wide, group))
+
+
+def largest_power(n, most):
+    """The largest power of two that divides n, at most `most`."""
+    return min(n & -n, most)
+
+
+def w4a4(W, absmax, *, bits=4, act=4, group=32, block=0, order=False, tau=5.0, rotate=0):
+    """Weights and activations in few bits, both rounded; activations a token at a time (simulated).
+
+    block: activations have a scale for every so many inputs, not for all. order, COMET (2410.12168): inputs by
+    their largest activation, so that those above tau times the median fill few blocks, kept at 8 bits (ours:
+    tau). rotate, as HALO (2501.02625): W H and x H by a Hadamard matrix of that size, which spreads outliers.
+    """
+    big = absmax > tau * absmax.median()
+    block = largest_power(len(absmax), block) if block else 0
+    rotate = largest_power(len(absmax), rotate) if rotate else 0
+    wide = -(-int(big.sum()) // block) if block and order else 0
+    if rotate:
+        W = numerics.rotate(W, rotate)
+    at = absmax.argsort(descending=True, stable=True) if order else torch.arange(len(absmax))
+    options = dict(rotate=rotate, act=[act, block, wide])
+    layer = rtn(W[:, at], bits=bits, group=group)
+    if order:
+        return ordered(layer, at, **options)
+    return packed(W.shape, None, layer.spec() | options, dict(layer.named_buffers()))
+
+
+def mxfp4(W, *, rotate=0):
+    """MXFP4, Quartet's format (2505.14669): E2M1 codes, a power of two for every 32 inputs of a row.
+
+    rotate: by a Hadamard matrix of that size first, which makes them Gaussian."""
+    rotate = largest_power(W.size(1), rotate) if rotate else 0
+    x = numerics.rotate(W, rotate) if rotate else W
+    return stored(W, mxfp4_state(x), **(dict(rotate=rotate) if rotate else {}))
 
 
 def nearest_code(X, w, C, rows=16384):
@@ -346,26 +519,60 @@ def kmeans(X, w, K, generator, rounds=100):
     return C, nearest_code(X, w, C)
 
 
-def nowag_vq(W, h, generator, *, bits=2, dim=0, rounds=100):
-    """NoWag-VQ (2504.14569): `dim` neighbours of the normalised weight as one of 2^(bits dim), weighted by h.
+def vectors(X, dim):
+    """Rows cut into vectors of `dim` neighbours, padded by their mean.   [m, n] -> [m ceil(n/d), d]"""
+    extra = -X.size(1) % dim
+    return torch.cat([X, X.mean().expand(len(X), extra)], 1).view(-1, dim)
 
-    dim 0: 6 // bits, so that a codebook has 64 vectors (ours: layers here are small; the paper's dim is 6).
-    """
+
+def code_size(bits, dim):
+    """dim, or for 0 what makes a codebook of 64 vectors (ours: layers here are small; NoWag's is 6)."""
     dim = dim or max(1, 6 // bits)
     if not 1 <= bits * dim <= 16:
         raise UserError(f"--bits {bits} --dim {dim}: a code has 1 to 16 bits, bits times dim")
-    Wb, r1, r2 = normalise(W)
-    h = mend(h) / mend(h).mean()
-    extra = -W.size(1) % dim
-    X = torch.cat([Wb, Wb.mean().expand(len(W), extra)], 1).view(-1, dim)                # [N, d]
-    w = F.pad(h.clamp(min=1e-6), (0, extra)).expand(len(W), -1).reshape(-1, dim)
-    C, code = kmeans(X, w, 2 ** (bits * dim), generator, rounds)
-    return pack_vq(code.view(len(W), -1), C, r1, r2)
+    return dim
+
+
+def nowag_vq(W, h, generator, *, bits=2, dim=0, rounds=100, norms=True, weights=True):
+    """NoWag-VQ (2504.14569): `dim` neighbours of the normalised weight as one of 2^(bits dim), weighted by h.
+
+    norms False: of the weight itself;  weights False: unweighted;  both: plain k-means.
+    """
+    dim = code_size(bits, dim)
+    Wb, r1, r2 = normalise(W) if norms else (W, None, None)
+    h = mend(h) / mend(h).mean() if weights else torch.ones_like(h)
+    w = F.pad(h.clamp(min=1e-6), (0, -W.size(1) % dim)).expand(len(W), -1).reshape(-1, dim)
+    C, code = kmeans(vectors(Wb, dim), w, 2 ** (bits * dim), generator, rounds)
+    return pack_vq(code.view(len(W), -1), C, r1, r2, inputs=W.size(1))
+
+
+def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
+    """GPTVQ (2402.15319), one codebook a matrix: `dim` columns at a time, their error to the columns behind.
+
+    k-means and assignment weigh an entry by 1/U_jj²; error E = (w - q) U_BB⁻¹. ours: no codebook update
+    afterwards, no compression of the codebook.
+    """
+    dim = code_size(bits, dim)
+    extra, n = -W.size(1) % dim, W.size(1)
+    U = inverse_factor(H, damp)
+    weight = 1 / U.diagonal() ** 2
+    weight = F.pad(weight / weight.mean(), (0, extra), value=1e-6)
+    C, _ = kmeans(vectors(W, dim), weight.expand(len(W), -1).reshape(-1, dim), 2 ** (bits * dim), generator,
+                  rounds)
+    W, C, codes = F.pad(W, (0, extra)), C.bfloat16().float(), []
+    for j in range(0, n, dim):
+        end = min(j + dim, n)
+        code = nearest_code(W[:, j:j + dim], weight[j:j + dim].expand(len(W), -1), C)    # [m]
+        error = W[:, j:end] - C[code][:, :end - j]
+        error = torch.linalg.solve_triangular(U[j:end, j:end], error, upper=True, left=False)
+        W[:, end:n] -= error @ U[j:end, end:]
+        codes.append(code)
+    return pack_vq(torch.stack(codes, 1), C, inputs=n)
 
 
 METHODS = dict(dense=dense, magnitude=magnitude, wanda=wanda, sparsegpt=sparsegpt, nowag_p=nowag_p,
-               armor=armor, rtn=rtn, gptq=gptq, nowag_vq=nowag_vq)
-AXES = dict(method=METHODS, kernels=kernels.MODES)
+               lowrank24=lowrank24, dprune=dprune, armor=armor, rtn=rtn, gptq=gptq, baq=baq, mixed=mixed,
+               nowag_vq=nowag_vq, gptvq=gptvq, w4a4=w4a4, mxfp4=mxfp4)
 
 # --- 5 calibrate --------------------------------------------------------------------------------------
 
@@ -380,13 +587,13 @@ def stream(documents, tok, wanted):
     return torch.tensor(ids)
 
 
-def calibration(c, tok):
+def calibration(c, tok, data):
     """--samples windows of --context tokens at random places of shuffled training text.   [samples, T]"""
-    g, documents = torch.Generator().manual_seed(c.seed), text.documents(c.data, "train")
+    g, documents = torch.Generator().manual_seed(c.seed), text.documents(data, "train")
     order = torch.randperm(len(documents), generator=g).tolist()
     ids = stream((documents[i] for i in order), tok, 4 * c.samples * c.context)
     if len(ids) <= c.context:
-        raise UserError(f"--data {c.data}: {len(ids)} tokens to calibrate on: fewer than --context")
+        raise UserError(f"--data {data}: {len(ids)} tokens to calibrate on: fewer than --context")
     at = torch.randint(len(ids) - c.context, (c.samples,), generator=g)
     return torch.stack([ids[i:i + c.context] for i in at.tolist()])
 
@@ -398,21 +605,46 @@ def linears(block):
 
 @torch.no_grad()
 def watch(block, inputs, where, full):
-    """One pass of a block over its inputs -> (its outputs, {name: (h, H or None)}); full: H, not only h."""
+    """One pass of a block over its inputs -> (its outputs, {name: statistics of the layer's inputs}).
+
+    h = 2 mean x²; H = 2 mean x xᵀ where it is asked for (full); absmax and absmean of every input."""
     sums = {}
 
     def note(name):
         def hook(layer, args):
             x = args[0].flatten(0, -2).float()                                           # [N, n]
-            s = sums.setdefault(name, [0, 0.0, 0.0])
-            s[0], s[1] = s[0] + len(x), s[1] + (x ** 2).sum(0)
-            s[2] = s[2] + x.T @ x if full else None
+            s = sums.setdefault(name, dict(n=0, h=0.0, H=0.0, absmean=0.0, absmax=x.new_zeros(x.size(1))))
+            s["n"] += len(x)
+            s["h"] = s["h"] + 2 * (x ** 2).sum(0)
+            s["absmean"] = s["absmean"] + x.abs().sum(0)
+            s["absmax"] = torch.maximum(s["absmax"], x.abs().amax(0))
+            if full:
+                s["H"] = s["H"] + 2 * x.T @ x
         return hook
     hooks = [m.register_forward_pre_hook(note(name)) for name, m in linears(block).items()]
     outputs = [block(x, *where) for x in inputs]
     for hook in hooks:
         hook.remove()
-    return outputs, {name: (2 * h / n, 2 * H / n if full else None) for name, (n, h, H) in sums.items()}
+    for s in sums.values():
+        n = s.pop("n")
+        s |= {k: s[k] / n for k in ("h", "H", "absmean")}
+    return outputs, sums
+
+
+def gradients(model, tokens, micro=8):
+    """{name: (mean g, mean g²)} of every linear layer's weight over micro-batches of next-token loss."""
+    weights = {name: m.weight for name, m in model.named_modules() if name.endswith("_proj")}
+    sums = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in weights.items()}
+    parts = tokens.split(micro)
+    for w in weights.values():
+        w.requires_grad_(True)
+    for part in tqdm(parts, desc="gradients", disable=None, leave=False):
+        loss = -token_logprobs(model, part).sum() / (part.numel() - len(part))
+        for (g1, g2), g in zip(sums.values(), torch.autograd.grad(loss, list(weights.values()))):
+            g1.add_(g, alpha=1 / len(parts))
+            g2.addcmul_(g, g, value=1 / len(parts))
+    model.requires_grad_(False)
+    return sums
 
 
 def spread_outliers(model, factor, channels=2):
@@ -428,7 +660,143 @@ def spread_outliers(model, factor, channels=2):
                     layer.weight[:, :channels] /= factor
 
 
-# --- 6 evaluate ---------------------------------------------------------------------------------------
+# --- 6 smooth: exactly equivalent models whose weights round better ----------------------------------------
+# A scale s on the inputs of some layers: their columns times s, the norm or the rows before them divided by s.
+
+
+def rounded(f, W):
+    """W as the run's rounding would leave it, without data: round to nearest at its --bits and --group."""
+    bits, group = (f.method.keywords.get(k) for k in ("bits", "group"))
+    if bits is None or group is None:
+        raise UserError("--smooth goes with rtn or gptq: methods with --bits and --group")
+    codes, scale, zero = quantize(W, bits, group)
+    size = W.size(1) if group < 0 else group
+    scale, zero = (x.repeat_interleave(size, 1)[:, :W.size(1)] for x in (scale, zero))
+    return (codes - zero) * scale
+
+
+def sharing(block, config):
+    """[(names of layers with one input, what makes it, name of the part whose output counts)] of a block.
+
+    What makes it is a norm's weight, or the rows of the layer before; with grouped queries a value feeds
+    several heads, so there o_proj has nobody to fold into and is left out."""
+    attention, mlp = block.self_attn, block.mlp
+    out = [(["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], block.input_layernorm, "self_attn"),
+           (["mlp.gate_proj", "mlp.up_proj"], block.post_attention_layernorm, "mlp"),
+           (["mlp.down_proj"], mlp.up_proj, "mlp.down_proj")]
+    if config.num_attention_heads == config.num_key_value_heads:
+        out.insert(1, (["self_attn.o_proj"], attention.v_proj, "self_attn.o_proj"))
+    return out
+
+
+def fold(block, names, maker, s):
+    """Scale the inputs of the layers by 1/s and their columns by s, in place."""
+    for name in names:
+        block.get_submodule(name).weight.mul_(s)
+    maker.weight.div_(s[:, None] if maker.weight.dim() == 2 else s)
+    if getattr(maker, "bias", None) is not None:
+        maker.bias.div_(s)
+
+
+def smooth_none(model, inputs, where, f):
+    """Nothing."""
+
+
+@torch.no_grad()
+def awq(model, inputs, where, f, *, points=20, clip=True):
+    """AWQ (2306.00978):  s = mean|x|^r / √(max min), the r of 0, 1/20 … whose rounded part errs least.
+
+    The part is attention, the MLP or the layer itself, on the first calibration batch. Then (clip) each
+    group's range shrinks to what leaves its own output closest, q and k excepted, here by the exact error
+    d H dᵀ of the group (ours: the authors use 512 tokens).
+    """
+    for i, block in enumerate(tqdm(model.layers, desc="awq", disable=None, leave=False)):
+        at = where(i)
+        for names, maker, part in sharing(block, model.config):
+            _, stats = watch(block, inputs, at, True)
+            seen = []
+            hook = block.get_submodule(part).register_forward_pre_hook(lambda m, args: seen.append(args))
+            block(inputs[0], *at)
+            hook.remove()
+            run, layers = block.get_submodule(part), [block.get_submodule(n) for n in names]
+            whole, old = run(*seen[0]), [layer.weight.clone() for layer in layers]
+            mean, best = stats[names[0]]["absmean"], (math.inf, None)
+            for k in range(points):
+                s = (mean ** (k / points)).clamp(min=1e-4)
+                s = s / (s.max() * s.min()).sqrt()
+                for layer, W in zip(layers, old):
+                    layer.weight.copy_(rounded(f, W * s) / s)
+                error = ((run(*seen[0]) - whole) ** 2).mean().item()
+                best = min(best, (error, k), key=lambda x: x[0])
+            for layer, W in zip(layers, old):
+                layer.weight.copy_(W)
+            s = (mean ** (best[1] / points)).clamp(min=1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            fold(block, names, maker, s)
+            if clip:
+                for name, layer in zip(names, layers):
+                    if not name.endswith(("q_proj", "k_proj")):
+                        clip_groups(layer.weight, stats[name]["H"] / s / s[:, None], f)
+        inputs = [block(x, *at) for x in inputs]
+
+
+def clip_groups(W, H, f):
+    """Clamp each group of a row to the largest of 1, .95 … .55 of its range that errs least, in place."""
+    group = f.method.keywords["group"]
+    size = W.size(1) if group < 0 or W.size(1) % group else group
+    w = W.unflatten(1, (-1, size))                                                       # [m, G, g]
+    span = torch.arange(H.size(0), device=H.device).view(-1, size)                       # [G, g]
+    blocks, best, kept_at = H[span[:, :, None], span[:, None]], None, None               # [G, g, g]
+    for i in range(10):
+        edge = w.abs().amax(-1, keepdim=True) * (1 - i / 20)
+        clamped = w.clamp(-edge, edge)
+        d = rounded(f, clamped.flatten(1)).view_as(w) - w
+        error = torch.einsum("mGi,Gij,mGj->mG", d, blocks, d)
+        better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best
+        best = error if best is None else torch.where(better, error, best)
+        kept_at = clamped if kept_at is None else torch.where(better[..., None], clamped, kept_at)
+    W.copy_(kept_at.flatten(1))
+
+
+@torch.no_grad()
+def smoothquant(model, inputs, where, f, *, points=20):
+    """SmoothQuant+ (2312.03788):  s = max|x|^α / max|W|^(1-α),  one α for the whole model.
+
+    α of 0, 1/20 … 1, or no smoothing, by the summed squared error of the blocks' outputs when the blocks
+    before are rounded too, on the first calibration batch. ours: the grid and the candidate "none".
+    """
+    whole, stats, x = [], [], inputs
+    for i, block in enumerate(model.layers):
+        x, s = watch(block, x, where(i), False)
+        whole.append(x[0])
+        stats.append(s)
+    best = (math.inf, None)
+    for k in tqdm([None, *range(points + 1)], desc="smoothquant", disable=None, leave=False):
+        x, error = inputs[0], 0.0
+        for i, block in enumerate(model.layers):
+            trial = copy.deepcopy(block)
+            smooth_block(trial, model.config, stats[i], k, points)
+            for layer in linears(trial).values():
+                layer.weight.copy_(rounded(f, layer.weight))
+            x = trial(x, *where(i))
+            error += ((x - whole[i]) ** 2).mean().item()
+        best = min(best, (error, k), key=lambda x: x[0])
+    for i, block in enumerate(model.layers):
+        smooth_block(block, model.config, stats[i], best[1], points)
+
+
+def smooth_block(block, config, stats, k, points):
+    """SmoothQuant+'s scales at α = k / points on one block, in place; nothing for None."""
+    for names, maker, _ in sharing(block, config) if k is not None else []:
+        weight = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in names]).amax(0)
+        s = stats[names[0]]["absmax"].clamp(min=1e-5) ** (k / points) / weight.clamp(min=1e-5) ** (1 - k / points)
+        fold(block, names, maker, s)
+
+
+SMOOTH = dict(none=smooth_none, awq=awq, smoothquant=smoothquant)
+AXES = dict(method=METHODS, smooth=SMOOTH, kernels=kernels.MODES)
+
+# --- 7 evaluate ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -439,6 +807,41 @@ def evaluate(model, ids, c, batch=16):
     return total / (windows.numel() - len(windows))
 
 
+@torch.no_grad()
+def compare(model, reference, ids, c, batch=8):
+    """Mean KL(reference || model) in nats a token, and how often both have the same likeliest token."""
+    windows = ids[:len(ids) // c.context * c.context].view(-1, c.context)[:min(c.windows, 128)].to(c.device)
+    kl, same, count = 0.0, 0, 0
+    for part in windows.split(batch):
+        p, q = (torch.log_softmax(m.logits(m(part)[:, :-1]), -1) for m in (reference, model))        # [b, T-1, V]
+        kl += F.kl_div(q, p, log_target=True, reduction="sum").item()
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += p[..., 0].numel()
+    return kl / count, same / count
+
+
+def speed(model, ids, tokens=32):
+    """Tokens a second of one row, decoded greedily through the cache after a prompt of 16."""
+    prompt = [ids[:16].tolist()]
+    generate(model, prompt, 4, temperature=0, stop=())
+    began = time.perf_counter()
+    generate(model, prompt, tokens, temperature=0, stop=())
+    return tokens / (time.perf_counter() - began)
+
+
+def peak_bytes(device):
+    """The most memory that this process has held: of the GPU where it computes there, else of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def as_found(model, folder):
+    """The model with everything that is not packed in the dtype in which the folder stores it."""
+    file = next(iter(tensors(checkpoint(folder)).values()))
+    return model.to(file.get_tensor(next(iter(file.keys()))).dtype)
+
+
 def layer_bytes(layer):
     """Stored bytes of a layer's weight: packed buffers, or bfloat16 where it is dense."""
     return layer.nbytes() if isinstance(layer, PackedLinear) else 2 * layer.weight.numel()
@@ -447,10 +850,9 @@ def layer_bytes(layer):
 # --- 7 compress ---------------------------------------------------------------------------------------
 
 
-def compress_layer(layer, h, H, f, generator, where):
-    """(new layer, proxy loss, ARMOR's trace) of one linear layer by the run's method."""
-    trace = []
-    have = dict(W=layer.weight.detach().float(), h=h, H=H, generator=generator, trace=trace)
+def compress_layer(layer, have, f, where):
+    """(new layer, proxy loss) of one linear layer by the run's method, from what is known of its inputs."""
+    have = dict(have, W=layer.weight.detach().float())
     try:
         made = f.method(**{k: have[k] for k in needs(f.method)})
     except (UserError, ValueError) as e:
@@ -461,7 +863,58 @@ def compress_layer(layer, h, H, f, generator, where):
     else:
         weight = made
         made = plain_linear(layer, made.to(layer.weight.dtype))
-    return made, proxy(have["W"], weight, h), trace
+    return made, proxy(have["W"], weight, have["h"])
+
+
+def blocks(model, tokens, domain, c, f, run):
+    """Compress block by block, in place: calibrate one, replace its layers, hand its outputs on.
+
+    -> what the table says of the layers: bits a weight, mean proxy, ARMOR's largest rise and worst end."""
+    names, g, clock = needs(f.method), torch.Generator().manual_seed(c.seed), time.perf_counter()
+    with torch.no_grad():
+        cos, sin = (x[:c.context] for x in rope_table(model.config, c.device))
+        x = [model.embed_tokens(part) for part in tokens.split(8)]                       # [8, T, D] each
+    where = lambda i: (cos, sin, None, i, None, None)
+    f.smooth(model, x, where, f)
+    grads = gradients(model, domain) if "grad" in names else {}
+    losses, size, count, rise, end = [], 0, 0, 0.0, 0.0
+    for i, block in enumerate(tqdm(model.layers, desc=c.method, disable=None, leave=False)):
+        out, stats = watch(block, x, where(i), "H" in names)
+        for name, layer in linears(block).items():
+            trace, (grad, fisher) = [], grads.get(f"layers.{i}.{name}", (None, None))
+            have = stats[name] | dict(generator=g, trace=trace, grad=grad, fisher=fisher)
+            new, loss = compress_layer(layer, have, f, f"layer {i}, {name}")
+            if trace:                                            # ARMOR's promise: never worse, step by step
+                rise = max(rise, *(b - a for a, b in zip(trace, trace[1:])))
+                end = max(end, trace[-1] / trace[0])
+                assert rise <= 1e-6 and end <= 1, f"layer {i}, {name}: ARMOR's proxy loss rose"
+            losses.append(loss)
+            count, size = count + layer.weight.numel(), size + layer_bytes(new)
+            parent, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, new)
+        run.log(i + 1, proxy=sum(losses) / len(losses), bits=8 * size / count,
+                seconds=time.perf_counter() - clock)
+        if c.sequential:
+            with torch.no_grad():
+                out = [block(part, *where(i)) for part in x]
+        x = out
+    return dict(bits=8 * size / count, proxy=sum(losses) / len(losses), rise=rise, worst_layer=end)
+
+
+def open_model(c, folder):
+    """The model and tokenizer to compress, checked. Raises UserError for what cannot be."""
+    model, tok = load(folder, c.device)
+    if not isinstance(model, Transformer) or model.config.moe:
+        raise UserError(f"--init {c.init}: compress.py takes a language model without experts")
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
+    if c.context > model.config.max_position_embeddings:
+        raise UserError(f"--context {c.context}: {c.init} takes "
+                        f"{model.config.max_position_embeddings} tokens at most; lower it")
+    model.requires_grad_(False)
+    if c.outliers:
+        spread_outliers(model, c.outliers)
+    return model, tok
 
 
 def train(c, f):
@@ -474,55 +927,29 @@ def train(c, f):
         if "result" in run.info:
             run.say(f"  finished already: {run.last}")
             return run.info["result"]
-        model, tok = load(folder, c.device)
-        if not isinstance(model, Transformer) or model.config.moe:
-            raise UserError(f"--init {c.init}: compress.py takes a language model without experts")
-        if any(isinstance(m, PackedLinear) for m in model.modules()):
-            raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
-        if c.context > model.config.max_position_embeddings:
-            raise UserError(f"--context {c.context}: {c.init} takes "
-                            f"{model.config.max_position_embeddings} tokens at most; lower it")
-        model.requires_grad_(False)
-        if c.outliers:
-            spread_outliers(model, c.outliers)
+        model, tok = open_model(c, folder)
         held = stream(text.documents(c.data, "val"), tok, c.windows * c.context)
-        tokens = calibration(c, tok).to(c.device)
-        before = evaluate(model, held, c)
-        size, count = sum(p.numel() for p in model.parameters()) / 1e6, min(c.windows, len(held) // c.context)
-        run.say(f"{run.folder}: {size:.2f} M parameters; calibration: {c.samples} x {c.context} tokens of "
-                f"{c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride {c.context}, "
+        tokens, domain = (calibration(c, tok, d).to(c.device) for d in (c.data, c.domain or c.data))
+        before, fast = evaluate(model, held, c), speed(model, held)
+        whole, count = sum(p.numel() for p in model.parameters()), min(c.windows, len(held) // c.context)
+        run.say(f"{run.folder}: {whole / 1e6:.2f} M parameters; calibration: {c.samples} x {c.context} tokens "
+                f"of {c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride {c.context}, "
                 f"BOS at documents: {before:.4f} nats, perplexity {math.exp(before):.3f}")
-        g, clock = torch.Generator().manual_seed(c.seed), time.perf_counter()
-        with torch.no_grad():
-            cos, sin = (x[:c.context] for x in rope_table(model.config, c.device))
-            x = [model.embed_tokens(part) for part in tokens.split(8)]                   # [8, T, D] each
-        full, worst, losses, size, count = "H" in needs(f.method), 0.0, [], 0, 0
-        for i, block in enumerate(tqdm(model.layers, desc=c.method, disable=None, leave=False)):
-            where = (cos, sin, None, i, None, None)
-            out, stats = watch(block, x, where, full)
-            for name, layer in linears(block).items():
-                new, loss, trace = compress_layer(layer, *stats[name], f, g, f"layer {i}, {name}")
-                rise = max((b - a for a, b in zip(trace, trace[1:])), default=0.0)
-                worst = max(worst, rise)
-                losses.append(loss)
-                count, size = count + layer.weight.numel(), size + layer_bytes(new)
-                parent, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, new)
-            run.log(i + 1, proxy=sum(losses) / len(losses), bits=8 * size / count,
-                    seconds=time.perf_counter() - clock)
-            if c.sequential:
-                with torch.no_grad():
-                    out = [block(part, *where) for part in x]
-            x = out
+        clock = time.perf_counter()
+        told = blocks(model, tokens, domain, c, f, run)
         seconds, after = time.perf_counter() - clock, evaluate(model, held, c)
-        run.save(len(model.layers), lambda path: save(model, tok, path))
-        weights = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
-        run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; "
-                f"{8 * size / count:.3f} bits a weight of the blocks, {weights / 1e6:.2f} MB on disk; proxy "
-                f"{sum(losses) / len(losses):.4f}; {seconds:.1f} s\n  {run.last}")
-        return run.finish(loss=after, loss_increase=after - before, dense_loss=before, bits=8 * size / count,
-                          perplexity=math.exp(after), proxy=sum(losses) / len(losses), rise=worst,
-                          disk_bytes=weights, seconds=seconds)
+        rate = speed(model, held)
+        run.save(len(model.layers), lambda path: save(as_found(model, folder), tok, path))
+        size = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
+        kl, same = compare(model.float(), open_model(c, folder)[0], held, c)
+        run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; KL to "
+                f"the original {kl:.4f}, same top token {same:.1%}\n  {told['bits']:.3f} bits a weight of the "
+                f"blocks, {size / 1e6:.2f} MB on disk, {8 * size / whole:.2f} bits a parameter of all; proxy "
+                f"{told['proxy']:.4f}\n  {seconds:.1f} s to compress, {rate:.0f} tokens/s (dense {fast:.0f}), "
+                f"peak memory {peak_bytes(c.device) / 1e9:.2f} GB\n  {run.last}")
+        return run.finish(loss=after, loss_increase=after - before, dense_loss=before, kl=kl, same_top=same,
+                          perplexity=math.exp(after), disk_bytes=size, seconds=seconds, tokens_per_second=rate,
+                          dense_tokens_per_second=fast, peak_bytes=peak_bytes(c.device), **told)
 
 
 # --- main ---------------------------------------------------------------------------------------------

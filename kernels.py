@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from data.formats import FORMATS, INT_UNIT, nm24_state, pack_bits, to_half
+from data.numerics import quantize_activations, rotate
+
 try:
     import triton
     import triton.language as tl
@@ -827,40 +830,7 @@ def newton_schulz(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
 
 
 # --- packed layers ------------------------------------------------------------------------------------
-#   kind    what is stored                                             bytes of a weight [out, in]
-#   int     b-bit codes, a float16 scale and a b-bit zero per group    out (in b/8 + 2 in/g + in/g b/8)
-#   nm24    2:4 sparse: two bfloat16 of every four, 2-bit positions    1.125 out in
-#   armor   bd(A) S bd(B), S being nm24 (ARMOR, 2510.05528)            1.125 out in + 2 (bA out + bB in)
-#   vq      one of 2ᵇ d-vectors, norms r1, r2 (NoWag, 2504.14569)      out in/d b/8 + 2 (2ᵇ d + out + in)
-#
-# `in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq), and the padding counted.
-
-
-def pack_bits(codes, bits):
-    """Codes [..., n] below 2^bits <= 2^16 -> little-endian bit stream, uint8 [..., ceil(n bits / 8)]."""
-    if codes.numel() and (codes.min() < 0 or codes.max() >= 1 << bits):
-        raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit in {bits} bits")
-    place = torch.arange(16, device=codes.device)
-    flat = (codes.to(torch.int16)[..., None] >> place[:bits].to(torch.int16) & 1).to(torch.uint8).flatten(-2)
-    flat = F.pad(flat, (0, -flat.size(-1) % 8)).unflatten(-1, (-1, 8))                   # [..., bytes, 8]
-    return (flat << place[:8].to(torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(stream, bits, count):
-    """The first `count` codes of a stream of pack_bits, int32 [..., count]."""
-    if 8 % bits == 0:                                # a byte holds whole codes: stay in uint8
-        place = torch.arange(0, 8, bits, device=stream.device, dtype=torch.uint8)
-        return (stream[..., None] >> place & (1 << bits) - 1).flatten(-2)[..., :count].int()
-    at = torch.arange(count, device=stream.device) * bits
-    wide = F.pad(stream, (0, 2)).int()               # 16 bits after a shift of up to 7 lie in three bytes
-    return sum(wide[..., at // 8 + i] << 8 * i for i in range(3)) >> at.int() % 8 & (1 << bits) - 1
-
-
-def to_half(x, name):
-    """x in float16, refusing what would become infinite."""
-    if not x.half().isfinite().all():
-        raise ValueError(f"{name} exceeds float16 (65504): scale the layer down before it is packed")
-    return x.half()
+# What is stored: data/formats.py. Here: the products that read the stored bytes alone, and the layer.
 
 
 @jit
@@ -979,46 +949,6 @@ def skinny(kernel, x, out, unit, *weight, most=64, **constants):
     return y.sum(0)
 
 
-def quantize(W, bits, group, symmetric=False):
-    """Round to nearest: W [out, in] -> codes [out, in], scale, zero [out, groups]; symmetric: zero is None.
-
-    W ≈ (codes - zero) scale;  scale = (max(w, 0) - min(w, 0)) / (2^b - 1),  zero = round(-min(w, 0) / scale);
-    symmetric: scale = max|w| / (2^(b-1) - 1), zero = 2^(b-1), lowest code unused. Scales are float16's."""
-    size = W.size(1) if group < 0 else group
-    w = F.pad(W.float(), (0, -W.size(1) % size)).unflatten(1, (-1, size))                # [out, groups, g]
-    lo, hi, top = w.amin(-1, True).clamp(max=0), w.amax(-1, True).clamp(min=0), 2 ** bits - 1
-    if symmetric:
-        lo, hi, top = -torch.maximum(-lo, hi), torch.maximum(-lo, hi), 2 ** bits - 2
-    scale = torch.where(hi == lo, 2.0, hi - lo) / top
-    scale = to_half(scale, "a scale").float().clamp(min=2 ** -24)
-    zero = (torch.full_like(scale, 2 ** (bits - 1)) if symmetric
-            else (-lo / scale).round().clamp(0, 2 ** bits - 1))                          # [out, groups, 1]
-    codes = ((w / scale).round() + zero).clamp(1 if symmetric else 0, 2 ** bits - 1).int()
-    return (codes.flatten(1)[:, :W.size(1)], scale.squeeze(-1),
-            None if symmetric else zero.squeeze(-1).int())
-
-
-INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # codes that fill whole bytes
-
-
-def int_buffers(inputs, out, *, bits, group, symmetric):
-    if bits not in INT_UNIT or group < 1 or group < inputs and group % INT_UNIT[bits]:
-        raise ValueError(f"int needs bits of 2, 3, 4 or 8 and groups of whole pack units "
-                         f"({INT_UNIT.get(bits, 8)} columns), not bits {bits!r}, group {group}")
-    groups, unit = -(-inputs // group), INT_UNIT[bits]
-    zero = {} if symmetric else dict(zero=((out, -(-groups * bits // 8)), torch.uint8))
-    return dict(codes=((out, -(-inputs // unit) * unit * bits // 8), torch.uint8),
-                scale=((out, groups), torch.float16)) | zero
-
-
-def int_dense(m):
-    codes = unpack_bits(m.codes, m.bits, m.in_features).float()                          # [out, in]
-    zero = 2 ** (m.bits - 1) if m.symmetric else unpack_bits(m.zero, m.bits, m.scale.size(1)).float()
-    scale, zero = (x.repeat_interleave(m.group, 1)[:, :m.in_features] if torch.is_tensor(x) else x
-                   for x in (m.scale.float(), zero))
-    return (codes - zero) * scale
-
-
 def int_product(m, x):
     zero, unit = m.codes if m.symmetric else m.zero, INT_UNIT[m.bits]
     return skinny(int_kernel, x, m.out_features, unit, m.codes, m.scale, zero, groups=m.scale.size(1),
@@ -1036,48 +966,13 @@ def pack_int(codes, scale, zero=None, *, bits, group, bias=None):
     return packed(codes.shape, bias, options, state)
 
 
-def nm24_buffers(inputs, out):
-    groups = -(-inputs // 8) * 2
-    return dict(values=((out, groups * 2), torch.bfloat16), index=((out, groups // 2), torch.uint8))
-
-
-def nm24_dense(m):
-    where = unpack_bits(m.index, 2, m.values.size(1)).view(m.out_features, -1, 2).long()
-    W = torch.zeros(*where.shape[:2], 4, device=where.device)                            # [out, groups, 4]
-    return W.scatter_(2, where, m.values.float().view(where.shape)).flatten(1)[:, :m.in_features]
-
-
 def nm24_product(m, x):
     return skinny(nm24_kernel, x, m.out_features, 8, m.values.view(torch.int64), m.index)
-
-
-def nm24_state(W):
-    """Dense 2:4 weight [out, in] -> values, index: of every 4 columns the 2 non-zero ones, in order."""
-    groups = F.pad(W, (0, -W.size(1) % 8)).unflatten(1, (-1, 4))                         # [out, groups, 4]
-    bad = ((groups != 0).sum(-1) > 2).nonzero()
-    if len(bad):
-        row, column = bad[0, 0].item(), 4 * bad[0, 1].item()
-        raise ValueError(f"row {row}, columns {column} to {column + 3} hold more than two non-zero weights: "
-                         "prune the layer to 2:4 before it is packed")
-    where = (groups == 0).byte().argsort(stable=True, dim=-1)[..., :2].sort(-1).values   # [out, groups, 2]
-    return dict(values=groups.gather(2, where).flatten(1).bfloat16(), index=pack_bits(where.flatten(1), 2))
 
 
 def pack_nm24(W, *, bias=None):
     """Dense weight [out, in] with at most 2 non-zeros in every 4 columns -> PackedLinear."""
     return packed(W.shape, bias, dict(kind="nm24"), nm24_state(W))
-
-
-def armor_buffers(inputs, out, *, block_out, block_in):
-    if min(block_out, block_in) < 1 or out % block_out or inputs % block_in:
-        raise ValueError(f"blocks of {block_out} x {block_in} do not tile a weight of {out} x {inputs}")
-    return dict(A=((out // block_out, block_out, block_out), torch.bfloat16),
-                B=((inputs // block_in, block_in, block_in), torch.bfloat16), **nm24_buffers(inputs, out))
-
-
-def armor_dense(m):
-    S = nm24_dense(m).view(len(m.A), m.block_out, len(m.B), m.block_in)
-    return torch.einsum("pij,pjqk,qkl->piql", m.A.float(), S, m.B.float()).reshape(m.out_features, -1)
 
 
 def block_diagonal(A, x):
@@ -1095,39 +990,28 @@ def pack_armor(A, S, B, *, bias=None):
     return packed(S.shape, bias, options, dict(A=A.bfloat16(), B=B.bfloat16(), **nm24_state(S)))
 
 
-def vq_buffers(inputs, out, *, bits, dim):
-    if not 1 <= bits <= 16 or dim < 1:
-        raise ValueError(f"vq needs 1 to 16 bits and a dim of at least 1, not bits {bits}, dim {dim}")
-    return dict(codebook=((2 ** bits, dim), torch.bfloat16),     # the index stream runs on across rows
-                index=((-(-out * -(-inputs // dim) * bits // 8),), torch.uint8),
-                r1=((inputs,), torch.float16), r2=((out,), torch.float16))
-
-
-def vq_dense(m):
-    units = -(-m.in_features // m.dim)
-    index = unpack_bits(m.index, m.bits, m.out_features * units).view(m.out_features, units)
-    W = m.codebook.float()[index].flatten(1)[:, :m.in_features]                          # [out, in]
-    return m.r2.float()[:, None] * W * m.r1.float()
-
-
 def vq_product(m, x):
-    scaled = (x * m.r1.float()).to(x.dtype)
-    return skinny(vq_kernel, scaled, m.out_features, m.dim, m.codebook, m.index, BITS=m.bits) * m.r2.float()
+    scaled = (x * m.r1.float()).to(x.dtype) if hasattr(m, "r1") else x
+    y = skinny(vq_kernel, scaled, m.out_features, m.dim, m.codebook, m.index, BITS=m.bits)
+    return y * m.r2.float() if hasattr(m, "r1") else y
 
 
-def pack_vq(indices, codebook, r1, r2, *, bias=None):
-    """Indices [out, ceil(in/d)] into codebook [2^b, d], norms r1 [in] and r2 [out] -> PackedLinear."""
+def pack_vq(indices, codebook, r1=None, r2=None, *, inputs=0, bias=None):
+    """Indices [out, ceil(in/d)] into codebook [2^b, d], norms r1 [in] and r2 [out] -> PackedLinear.
+
+    Without norms `inputs` says how many of the last codes' columns are real."""
     bits = len(codebook).bit_length() - 1
     if len(codebook) != 1 << bits:
         raise ValueError(f"a codebook of {len(codebook)} vectors: pad it to a power of two")
-    return packed((len(r2), len(r1)), bias, dict(kind="vq", bits=bits, dim=codebook.size(1)),
-                  dict(codebook=codebook.bfloat16(), index=pack_bits(indices.flatten(), bits),
-                       r1=to_half(r1, "a column norm"), r2=to_half(r2, "a row norm")))
+    options, state = dict(kind="vq", bits=bits, dim=codebook.size(1)), dict(
+        codebook=codebook.bfloat16(), index=pack_bits(indices.flatten(), bits))
+    if r1 is None:
+        return packed((len(indices), inputs), bias, options | dict(norms=False), state)
+    return packed((len(r2), len(r1)), bias, options,
+                  state | dict(r1=to_half(r1, "a column norm"), r2=to_half(r2, "a row norm")))
 
 
-# Each format: its buffers' shapes and dtypes, the dense weight (the definition), the product by the kernel.
-PACKED = dict(int=(int_buffers, int_dense, int_product), nm24=(nm24_buffers, nm24_dense, nm24_product),
-              armor=(armor_buffers, armor_dense, armor_product), vq=(vq_buffers, vq_dense, vq_product))
+PRODUCTS = dict(int=int_product, nm24=nm24_product, armor=armor_product, vq=vq_product)
 SKINNY = 128             # rows up to which reading the weight is the cost; above, the matmul itself is
 
 
@@ -1136,30 +1020,44 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, rows = layer, x.reshape(-1, layer.in_features)                        # [M, in]
-        if route(x) == "triton" and 0 < len(rows) <= SKINNY:
-            y = PACKED[layer.kind][2](layer, rows).to(x.dtype)                   # [M, out]
+        if route(x) == "triton" and layer.kind in PRODUCTS and 0 < len(rows) <= SKINNY:
+            y = PRODUCTS[layer.kind](layer, rows).to(x.dtype)                   # [M, out]
             return y.view(*x.shape[:-1], layer.out_features)
-        return F.linear(x, layer.dequantize().to(x.dtype))
+        return F.linear(x, layer.stored().to(x.dtype))
 
     @staticmethod
     def backward(ctx, g):
-        return g @ ctx.layer.dequantize().to(g.dtype), None
+        return g @ ctx.layer.stored().to(g.dtype), None
 
 
 class PackedLinear(nn.Module):
-    """y = x Ŵᵀ + bias, the weight packed in buffers as a row of PACKED says. Ŵ is frozen, x has gradients.
+    """y = x Ŵᵀ + bias, the weight packed in buffers as a row of FORMATS says. Ŵ is frozen, x has gradients.
 
     Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are bound by
-    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called.
+    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called. Three options
+    work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard matrix on every so many inputs;
+    act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all of them), the
+    first `wide` blocks to 8. This rounding is simulated: the product itself is of floats.
     """
 
-    def __init__(self, in_features, out_features, bias=False, *, kind, **options):
+    def __init__(self, in_features, out_features, bias=False, *, kind, order=False, rotate=0, act=(),
+                 **options):
         super().__init__()
-        if kind not in PACKED:
-            raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(PACKED)}")
+        if kind not in FORMATS:
+            raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(FORMATS)}")
         self.in_features, self.out_features = in_features, out_features
-        self.kind, self.options = kind, options
-        for name, (shape, dtype) in PACKED[kind][0](in_features, out_features, **options).items():
+        if rotate and (rotate & rotate - 1 or in_features % rotate) or act and len(act) != 3:
+            raise ValueError(f"rotate {rotate} must be a power of two that divides {in_features} inputs, and act "
+                             f"{list(act)} three numbers")
+        self.kind, self.rotate, self.act = kind, rotate, tuple(act)
+        before = dict(order=order, rotate=rotate, act=list(act))
+        self.options = options | {k: v for k, v in before.items() if v}
+        self.order = None
+        if order:                                    # int16 while the inputs can be counted in it
+            del self.order
+            small = torch.int16 if in_features <= 32767 else torch.int32
+            self.register_buffer("order", torch.arange(in_features, dtype=small))
+        for name, (shape, dtype) in FORMATS[kind][0](in_features, out_features, **options).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         for name, value in options.items():
             setattr(self, name, value)
@@ -1173,14 +1071,30 @@ class PackedLinear(nn.Module):
         """Bytes of the packed weight: every buffer, without the bias."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
+    def stored(self):
+        """The weight [out, in] in float32 as the buffers hold it, of inputs ordered and rotated."""
+        return FORMATS[self.kind][1](self)
+
     def dequantize(self):
-        """Ŵ [out, in] in float32: the definition."""
-        return PACKED[self.kind][1](self)
+        """Ŵ [out, in] in float32 of the inputs as they come: the definition."""
+        W = rotate(self.stored(), self.rotate) if self.rotate else self.stored()
+        return W if self.order is None else torch.empty_like(W).index_copy_(1, self.order.long(), W)
+
+    def before(self, x):
+        """Inputs ordered, rotated and rounded, with the gradient of the rounding left out."""
+        x = x if self.order is None else x[..., self.order.long()]
+        x = rotate(x, self.rotate) if self.rotate else x
+        if not self.act:
+            return x
+        bits, block, wide = self.act
+        each = torch.full((self.in_features // (block or self.in_features),), bits, device=x.device)
+        each[:wide] = 8
+        return x + (quantize_activations(x, each, block) - x).detach()
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = PackedProduct.apply(x, self)
+        y = PackedProduct.apply(self.before(x), self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):

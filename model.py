@@ -13,6 +13,11 @@ Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values
     qwen3           RMSNorm on every query and key head      2505.09388
     mixtral         top-k experts instead of the MLP         2401.04088
     qwen3_moe       both of the last two                     2505.09388
+
+    config field    what a shaped model has (data/structure.py makes them; no other tool loads them)
+    layer_widths    MLPs of their own width                  Puzzle, 2411.19146
+    swift_layer     late keys and values of one state        SwiftKV, 2410.03960
+    routed_heads    a mixture of attention heads             MoH, 2410.11842
 """
 import argparse
 import copy
@@ -67,6 +72,19 @@ class ModelConfig:
     bos_token_id: int = -1                   # -1: none
     eos_token_id: tuple = ()                 # all ids that end a text
     pad_token_id: int = -1
+    layer_widths: tuple = ()                 # every layer's intermediate_size, 0: no MLP; (): all alike
+    swift_layer: int = 0                     # layers from here on read one state's keys and values; 0: none
+    shared_heads: int = 0                    # with routed_heads: the first heads, always on
+    routed_heads: int = 0                    # of the other heads, this many a token; 0: all, no router
+    head_router: str = "learned"             # or norm: by the norm of the head's query, no parameter
+
+    @property
+    def shaped(self):
+        """The fields that no other tool knows, where they say something: {name: value}."""
+        heads = dict(shared_heads=self.shared_heads, routed_heads=self.routed_heads,
+                     head_router=self.head_router) if self.routed_heads else {}
+        return {k: v for k, v in (("layer_widths", self.layer_widths), ("swift_layer", self.swift_layer))
+                if v} | heads
 
     @property
     def moe(self):
@@ -172,6 +190,37 @@ class Cache:
         self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:, :len(rows)], self.length[rows]
 
 
+class HeadRouter(nn.Module):
+    """Mixture of heads (MoH, 2410.11842): the weight of every head's output, 0 for those not chosen.
+
+    learned: [a1 S softmax(Ws x), a2 K p / Σ p over the top K],  p = softmax(Wr x),  a = 2 softmax(Wh x).
+    norm: 1 for the S shared heads and the top K by p = softmax(‖q‖ / std), gradient straight to p. Every head
+    is computed, then weighted. `routing` (p, chosen) [B, T, R] of the last forward feeds a balance loss.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.S, self.K, self.routing = c.shared_heads, c.routed_heads, None
+        self.learned = c.head_router == "learned"
+        if self.learned:
+            D = c.hidden_size
+            self.shared, self.groups = nn.Linear(D, self.S, bias=False), nn.Linear(D, 2, bias=False)
+            self.routed = nn.Linear(D, c.num_attention_heads - self.S, bias=False)
+
+    def forward(self, x, q):
+        norm = q[:, self.S:].float().norm(dim=-1).transpose(1, 2)                        # [B, T, R]
+        p = (self.routed(x).float() if self.learned else norm / norm.std(-1, keepdim=True)).softmax(-1)
+        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.K, -1).indices, 1.0)
+        self.routing = p, chosen
+        if self.learned:
+            a, routed = 2 * self.groups(x).float().softmax(-1), p * chosen
+            shared = a[..., :1] * self.S * self.shared(x).float().softmax(-1)
+            routed = a[..., 1:] * self.K * routed / routed.sum(-1, keepdim=True)
+        else:
+            shared, routed = torch.ones_like(norm[..., :1]).expand(-1, -1, self.S), chosen + p - p.detach()
+        return torch.cat([shared, routed], -1).transpose(1, 2)[..., None]                # [B, H, T, 1]
+
+
 class Attention(nn.Module):
     """Grouped-query attention (2305.13245), rotary; q/k/v bias or q/k norm where the family has them."""
 
@@ -185,14 +234,18 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
         self.qk_norm = c.qk_norm
+        self.heads = HeadRouter(c) if c.routed_heads else None
 
-    def forward(self, x, cos, sin, cache, layer, at, visible):
+    def forward(self, x, cos, sin, cache, layer, at, visible, source=None):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.hd) for f in (self.q_proj, self.k_proj, self.v_proj))
+        source = x if source is None else source               # what keys and values are made of
+        q, k, v = (f(z).view(B, T, -1, self.hd) for f, z in ((self.q_proj, x), (self.k_proj, source),
+                                                             (self.v_proj, source)))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                 # [B, H or K, T, hd]
         q, k = rope(q, cos, sin), rope(k, cos, sin)
+        gate = None if self.heads is None else self.heads(x, q)                          # [B, H, T, 1]
         group = q.size(1) // k.size(1)
         if cache is not None:
             k, v = cache.put(layer, k, v, at)
@@ -208,17 +261,19 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
                                                attn_mask=visible.repeat(1, 1, group, 1))
             y = y.reshape(B, -1, T, self.hd)
+        if gate is not None:
+            y = y * gate.to(y.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     """SwiGLU (2002.05202):  down( silu(gate x) * up x )."""
 
-    def __init__(self, c):
+    def __init__(self, c, width):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -227,11 +282,11 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed load_balance_loss."""
 
-    def __init__(self, c):
+    def __init__(self, c, width):
         super().__init__()
         self.top_k, self.norm = c.num_experts_per_tok, c.norm_topk_prob
         self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
-        self.experts = nn.ModuleList(MLP(c) for _ in range(c.num_experts))
+        self.experts = nn.ModuleList(MLP(c, width) for _ in range(c.num_experts))
         self.router_logits = None
 
     def forward(self, x):
@@ -268,18 +323,19 @@ def load_balance_loss(model, mask=None):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm MLP or experts, each added to the residual stream."""
+    """Pre-norm attention, then pre-norm MLP or experts (None: width 0), each added to the residual stream."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
+        width = c.layer_widths[layer] if c.layer_widths else c.intermediate_size
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MoE(c) if c.moe else MLP(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps) if width else None
+        self.mlp = (MoE if c.moe else MLP)(c, width) if width else None
 
     def forward(self, x, *where):
         x = x + self.self_attn(self.input_layernorm(x), *where)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -289,10 +345,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.swift_layer:
+            self.norm_swiftkv = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
     def head(self):
@@ -321,8 +379,11 @@ class Transformer(nn.Module):
                 visible = (torch.arange(old + T, device=tokens.device)
                            <= slots[:, None, :, None])                                   # [B, 1, T, S]
         x = self.embed_tokens(tokens)                                                    # [B, T, D]
+        source = None                            # SwiftKV: the state that all later layers' keys come from
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache, i, at, visible)
+            if i and i == self.config.swift_layer:
+                source = self.norm_swiftkv(x)
+            x = block(x, cos, sin, cache, i, at, visible, source)
         if cache is not None:
             cache.length += T
             cache.used += 0 if cache.static else T
@@ -859,11 +920,14 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
 
 QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
 PACKED_TYPE = "packed-"                  # before its model_type: transformers would ignore the quant_method
+SHAPED_TYPE = "shaped-"                  # before that of a model with layer_widths, swift_layer, routed_heads
 
 
 def from_hf(d, where="config.json"):
     """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
     kind = d.get("model_type")
+    shaped = str(kind).startswith(SHAPED_TYPE)
+    kind = kind.removeprefix(SHAPED_TYPE) if shaped else kind
     if kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {kind!r} is not supported{nearest(str(kind), ARCHITECTURES)}")
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
@@ -878,7 +942,9 @@ def from_hf(d, where="config.json"):
             raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
     rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
     known = {f.name for f in fields(ModelConfig)}
-    out = {k: v for k, v in d.items() if k in known and v is not None}
+    out = {k: v for k, v in d.items() if k in known and v is not None} | dict(model_type=kind)
+    if "layer_widths" in out:
+        out["layer_widths"] = tuple(out["layer_widths"])
     out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
     kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
     out["rope_scaling"] = () if kind_of_rope == "default" else tuple(sorted(rope.items()))
@@ -896,12 +962,20 @@ def from_hf(d, where="config.json"):
     else:
         out["num_experts"] = 0
     out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
-    return ModelConfig(**out)
+    config = ModelConfig(**out)
+    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0, config.num_hidden_layers):
+        raise UserError(f"{where}: model_type {d['model_type']!r} does not go with {config.shaped} and "
+                        f"{config.num_hidden_layers} layers: make the checkpoint again")
+    return config
 
 
 def to_hf(config, scalar=False):
     """ModelConfig -> the dict that config.json holds, with both spellings in use of the RoPE options."""
     d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
+    for key in ("layer_widths", "swift_layer", "shared_heads", "routed_heads", "head_router"):
+        if key not in config.shaped:
+            del d[key]
+    d["model_type"] = SHAPED_TYPE * bool(config.shaped) + d["model_type"]
     d["architectures"] = [ARCHITECTURES[config.model_type]
                           + ("ForSequenceClassification" if scalar else "ForCausalLM")]
     d["eos_token_id"] = (list(config.eos_token_id) if len(config.eos_token_id) > 1

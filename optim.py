@@ -46,8 +46,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw as torch_adamw
 
+from data.formats import pack_bits, unpack_bits
 from data.run import UserError, hyper, nearest, needs
-from kernels import PackedLinear, newton_schulz, pack_bits, unpack_bits
+from kernels import PackedLinear, newton_schulz
 
 # --- 1 shared pieces ----------------------------------------------------------------------------------
 

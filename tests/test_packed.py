@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import kernels as K
 import model as M
+from data.formats import quantize, unpack_bits
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
-from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq, quantize, unpack_bits
+from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq
 from model import LoRA, lora, merge
 from optim import optimiser
 
@@ -298,7 +299,7 @@ def test_autocast_and_casts():
 @pytest.mark.parametrize("call, words", [
     (lambda: pack_nm24(torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 3]])),
      "row 2, columns 0 to 3 hold more than two non-zero weights: prune the layer to 2:4"),
-    (lambda: PackedLinear(8, 8, kind="int5"), "'int5' is unknown; choose from int, nm24, armor, vq"),
+    (lambda: PackedLinear(8, 8, kind="int5"), "'int5' is unknown; choose from int, columns, mixed"),
     (lambda: PackedLinear(64, 8, kind="int", bits=5, group=32, symmetric=True), "bits of 2, 3, 4 or 8"),
     (lambda: PackedLinear(64, 8, kind="int", bits=3, group=20, symmetric=True), "whole pack units"),
     (lambda: PackedLinear(64, 8, kind="armor", block_out=16, block_in=16), "do not tile a weight of 8 x 64"),
