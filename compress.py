@@ -30,8 +30,8 @@ halo        2501.02625     ... of rotated inputs and weights                    
 mxfp4       2505.14669     rotated, 4-bit floats, a power of two for every 32         nothing
 dense       -              nothing is done: the baseline                              nothing
 tiny        size           seconds on any CPU, its base model included
-Watch    loss_increase on held-out text, at equal bits: bits counts every stored byte of the layers. kl, to the
-         original, is less noisy. proxy is the h-weighted error of the normalised weight: it ranks NoWag-P
+Watch    loss_increase on held-out text, at equal bits: bits counts every stored byte of the layers. kl, to
+         the original, is less noisy. proxy is the h-weighted error of the normalised weight: it ranks NoWag-P
          against ARMOR, not families (SparseGPT has twice the proxy and half the loss).
 """
 import copy
@@ -50,7 +50,7 @@ import sft
 from data import numerics, text
 from data.formats import (bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state, nm24_state,
                           quantize)
-from data.run import Run, UserError, checkpoint, cli, launch, nearest, needs
+from data.run import Claim, Run, UserError, checkpoint, cli, in_parts, launch, nearest, needs
 from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, packed
 from model import (Transformer, generate, load, plain_linear, rope_table, save, tensors,
                    token_logprobs)
@@ -74,7 +74,7 @@ class Config:
     outliers: float = 0.0        # first scale two channels of every norm up by this, the next layers down
     out: str = ""                # run folder (default out/compress/<presets>)
     keep: int = 1                # checkpoints to keep
-    seed: int = 0                # of the calibration windows and of a method's draws
+    seed: int = 0                # of the calibration windows, a method's draws, and of a base:… model
     device: str = "auto"         # cpu or cuda
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # a finished run is not made again
@@ -91,6 +91,13 @@ PRESETS = dict(
     w4a4=dict(method="w4a4"), comet=dict(method="w4a4", block=16, order=True),
     halo=dict(method="w4a4", rotate=32), mxfp4=dict(method="mxfp4", rotate=32), dense=dict(method="dense"),
     tiny=dict(samples=4, context=64, windows=8, iterations=20),
+    # what only the arms of claims need
+    half=dict(pattern="50%"), block4=dict(block=4), spiky=dict(outliers=20.0), act_order=dict(act_order=True),
+    bits4=dict(bits=4, group=64, dim=1), bits3=dict(bits=3, group=64, dim=2),
+    bits2=dict(bits=2, group=64, dim=2), triples=dict(dim=3), norms=dict(norms=True, weights=False),
+    weighted=dict(norms=False, weights=True),
+    uniform=dict(allocate=False), by_range=dict(by="range"), by_chance=dict(by="random"),
+    token=dict(block=0), blocks16=dict(block=16), rows=dict(scope="row"),
 )
 CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"]}
 
@@ -171,14 +178,14 @@ def nowag_p(W, h, *, pattern="2:4"):
     return pruned(W * kept(normalise(W)[0] ** 2 * mend(h), pattern), pattern)
 
 
-def lowrank24(W, h, *, rank=8):
-    """2:4 by NoWag-P, and the best B A of the rest weighted by √h: ARMOR's bytes for rank = its block.
+def lowrank24(W, h, *, block=8):
+    """2:4 by NoWag-P, and the best B A of the rest weighted by √h, of as many numbers as ARMOR's wrappers.
 
     ours: the control that ARMOR's paper lacks."""
     core = W * kept(normalise(W)[0] ** 2 * mend(h), "2:4")
-    root = mend(h).sqrt()
+    root, (m, n) = mend(h).sqrt(), W.shape
     U, s, V = torch.linalg.svd((W - core) * root, full_matrices=False)
-    rank = min(rank, len(s))
+    rank = min(len(s), max(1, (m * block_of(m, block) + n * block_of(n, block)) // (m + n)))
     options, buffers = dict(kind="nm24_lowrank", rank=rank), nm24_state(core) | dict(
         left=(U[:, :rank] * s[:rank]).bfloat16(), right=(V[:rank] / root).bfloat16())
     return stored(W, (options, buffers))
@@ -277,7 +284,7 @@ def core_step(A, S, M, B, Wb, h, group):
 
 def block_of(size, block):
     """The largest block up to `block` that tiles `size` and is a multiple of 4."""
-    fits = [b for b in range(4, block + 1, 4) if size % b == 0]
+    fits = [b for b in range(4, min(block, size) + 1, 4) if size % b == 0]
     if not fits:
         raise UserError(f"ARMOR: no block of 4 to {block} tiles a side of {size}; raise --block")
     return fits[-1]
@@ -347,8 +354,8 @@ def rtn(W, *, bits=4, group=32, symmetric=False):
 def gptq(W, H, *, bits=4, group=32, damp=0.01, act_order=False):
     """GPTQ (2210.17323): columns in order; each one's rounding error goes to the columns behind it.
 
-    Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN. act_order:
-    the inputs of most energy first (stored in that order, so that groups stay neighbours)."""
+    Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN.
+    act_order: the inputs of most energy first (stored in that order, so that groups stay neighbours)."""
     order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(W.size(1))
     W, U = W[:, order].clone(), inverse_factor(H[order][:, order], damp)
     size = W.size(1) if group < 0 else group
@@ -373,7 +380,8 @@ def ordered(layer, order, **options):
     """The packed layer with its columns said to be the inputs `order`; options of PackedLinear besides."""
     state = {k: v for k, v in layer.named_buffers()} | dict(order=order.to(
         torch.int16 if len(order) <= 32767 else torch.int32))
-    return packed((layer.out_features, layer.in_features), None, layer.spec() | dict(order=True) | options, state)
+    spec = layer.spec() | dict(order=True) | options
+    return packed((layer.out_features, layer.in_features), None, spec, state)
 
 
 def columns(W, U, width):
@@ -400,7 +408,7 @@ def widths_of(losses, bits, most=8):
     The repair rounds down, then gives the bits left to the largest remainders; 0 to `most` bits a column.
     """
     real = bits + (losses.clamp(min=1e-30).log2() - losses.clamp(min=1e-30).log2().mean()) / 2
-    lo, hi = -64.0, 64.0                                         # a shift, so that the clamped ones sum to n R
+    lo, hi = -64.0, 64.0                                 # a shift, so that the clamped ones sum to n R
     for _ in range(60):
         mid = (lo + hi) / 2
         lo, hi = (mid, hi) if (real + mid).clamp(0, most).mean() < bits else (lo, mid)
@@ -414,8 +422,9 @@ def widths_of(losses, bits, most=8):
 def baq(W, H, *, bits=3, allocate=True, damp=0.01):
     """BAQ (2506.05664): bits for each input column, so that all lose alike; one range a row, no groups.
 
-    The losses are those of GPTQ at `bits` for all, whose widths become R_j. ours: whole bits (the paper counts
-    levels that are no powers of two), and both passes on one layer. allocate False: every column has `bits`.
+    The losses are those of GPTQ at `bits` for all, whose widths become R_j. ours: whole bits (the paper
+    counts levels that are no powers of two), and both passes on one layer. allocate False: every column has
+    `bits`.
     """
     U, width = inverse_factor(H, damp), torch.full((W.size(1),), bits)
     if not 1 <= bits <= 8:
@@ -455,9 +464,9 @@ def largest_power(n, most):
 def w4a4(W, absmax, *, bits=4, act=4, group=32, block=0, order=False, tau=5.0, rotate=0):
     """Weights and activations in few bits, both rounded; activations a token at a time (simulated).
 
-    block: activations have a scale for every so many inputs, not for all. order, COMET (2410.12168): inputs by
-    their largest activation, so that those above tau times the median fill few blocks, kept at 8 bits (ours:
-    tau). rotate, as HALO (2501.02625): W H and x H by a Hadamard matrix of that size, which spreads outliers.
+    block: activations have a scale for every so many inputs, not for all. order, COMET (2410.12168): inputs
+    by their largest activation, so that those above tau times the median fill few blocks, kept at 8 bits
+    (ours: tau). rotate, as HALO (2501.02625): W H and x H by a Hadamard matrix of that size, which spreads outliers.
     """
     big = absmax > tau * absmax.median()
     block = largest_power(len(absmax), block) if block else 0
@@ -661,7 +670,7 @@ def spread_outliers(model, factor, channels=2):
 
 
 # --- 6 smooth: exactly equivalent models whose weights round better ----------------------------------------
-# A scale s on the inputs of some layers: their columns times s, the norm or the rows before them divided by s.
+# A scale s on the inputs of some layers: their columns times s, the norm or the rows before them over s.
 
 
 def rounded(f, W):
@@ -789,8 +798,8 @@ def smooth_block(block, config, stats, k, points):
     """SmoothQuant+'s scales at α = k / points on one block, in place; nothing for None."""
     for names, maker, _ in sharing(block, config) if k is not None else []:
         weight = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in names]).amax(0)
-        s = stats[names[0]]["absmax"].clamp(min=1e-5) ** (k / points) / weight.clamp(min=1e-5) ** (1 - k / points)
-        fold(block, names, maker, s)
+        alpha, x = k / points, stats[names[0]]["absmax"].clamp(min=1e-5)
+        fold(block, names, maker, x ** alpha / weight.clamp(min=1e-5) ** (1 - alpha))
 
 
 SMOOTH = dict(none=smooth_none, awq=awq, smoothquant=smoothquant)
@@ -813,7 +822,7 @@ def compare(model, reference, ids, c, batch=8):
     windows = ids[:len(ids) // c.context * c.context].view(-1, c.context)[:min(c.windows, 128)].to(c.device)
     kl, same, count = 0.0, 0, 0
     for part in windows.split(batch):
-        p, q = (torch.log_softmax(m.logits(m(part)[:, :-1]), -1) for m in (reference, model))        # [b, T-1, V]
+        p, q = (torch.log_softmax(m.logits(m(part)[:, :-1]), -1) for m in (reference, model))
         kl += F.kl_div(q, p, log_target=True, reduction="sum").item()
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         count += p[..., 0].numel()
@@ -921,7 +930,7 @@ def train(c, f):
     """One run: load, calibrate and compress block by block, evaluate, save. -> the numbers of the table."""
     if min(c.samples, c.context, c.windows) < 1:
         raise UserError("--samples, --context and --windows must be positive")
-    folder = sft.find(c.init, c.config, device=c.device)
+    folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
     kernels.use(c.kernels)
     with Run(c, f, "compress", CURVES) as run:
         if "result" in run.info:
@@ -932,9 +941,9 @@ def train(c, f):
         tokens, domain = (calibration(c, tok, d).to(c.device) for d in (c.data, c.domain or c.data))
         before, fast = evaluate(model, held, c), speed(model, held)
         whole, count = sum(p.numel() for p in model.parameters()), min(c.windows, len(held) // c.context)
-        run.say(f"{run.folder}: {whole / 1e6:.2f} M parameters; calibration: {c.samples} x {c.context} tokens "
-                f"of {c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride {c.context}, "
-                f"BOS at documents: {before:.4f} nats, perplexity {math.exp(before):.3f}")
+        run.say(f"{run.folder}: {whole / 1e6:.2f} M parameters; calibration: {c.samples} x {c.context} "
+                f"tokens of {c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride "
+                f"{c.context}, BOS at documents: {before:.4f} nats, perplexity {math.exp(before):.3f}")
         clock = time.perf_counter()
         told = blocks(model, tokens, domain, c, f, run)
         seconds, after = time.perf_counter() - clock, evaluate(model, held, c)
@@ -942,22 +951,101 @@ def train(c, f):
         run.save(len(model.layers), lambda path: save(as_found(model, folder), tok, path))
         size = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
         kl, same = compare(model.float(), open_model(c, folder)[0], held, c)
-        run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; KL to "
-                f"the original {kl:.4f}, same top token {same:.1%}\n  {told['bits']:.3f} bits a weight of the "
-                f"blocks, {size / 1e6:.2f} MB on disk, {8 * size / whole:.2f} bits a parameter of all; proxy "
-                f"{told['proxy']:.4f}\n  {seconds:.1f} s to compress, {rate:.0f} tokens/s (dense {fast:.0f}), "
-                f"peak memory {peak_bytes(c.device) / 1e9:.2f} GB\n  {run.last}")
+        peak = peak_bytes(c.device)
+        run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; "
+                f"KL to the original {kl:.4f}, same top token {same:.1%}\n  {told['bits']:.3f} bits a weight "
+                f"of the blocks, {size / 1e6:.2f} MB on disk, {8 * size / whole:.2f} bits a parameter of "
+                f"all; proxy {told['proxy']:.4f}\n  {seconds:.1f} s to compress, {rate:.0f} tokens/s (dense "
+                f"{fast:.0f}), peak memory {peak / 1e9:.2f} GB\n  {run.last}")
         return run.finish(loss=after, loss_increase=after - before, dense_loss=before, kl=kl, same_top=same,
-                          perplexity=math.exp(after), disk_bytes=size, seconds=seconds, tokens_per_second=rate,
-                          dense_tokens_per_second=fast, peak_bytes=peak_bytes(c.device), **told)
+                          perplexity=math.exp(after), disk_bytes=size, seconds=seconds, peak_bytes=peak,
+                          tokens_per_second=rate, dense_tokens_per_second=fast, **told)
 
+
+# --- 9 claims -----------------------------------------------------------------------------------------
+
+
+def below(*pairs, **kw):
+    """Tests 'a < b' of arms, {label: contrast}; a keyword's pairs get its name before the label."""
+    out = {f"{a} < {b}": {a: 1, b: -1} for a, b in pairs}
+    for name, more in kw.items():
+        out |= {f"{name}: {a} < {b}": {a: 1, b: -1} for a, b in more}
+    return out
+
+
+def at_bits(bits, *names):
+    """Arms at so many bits: {"RTN, 2": "rtn,bits2", …}."""
+    presets = {"RTN": "rtn", "GPTQ": "gptq", "GPTQ, act order": "gptq,act_order", "AWQ": "awq",
+               "SmoothQuant+": "smoothquant", "k-means": "kmeans", "k-means, norms": "kmeans,norms",
+               "k-means, weights": "kmeans,weighted", "NoWag-VQ": "nowag_vq", "GPTVQ": "gptvq"}
+    return {f"{name}, {bits}": f"{presets[name]},bits{bits}" for name in names or presets}
+
+
+TOLD = ("kl", "bits", "proxy")
+ROUNDERS = ("RTN", "GPTQ", "AWQ", "SmoothQuant+", "k-means", "GPTVQ")
+CLAIMS = dict(
+    pruning=Claim(
+        "At 2:4 ARMOR loses less than NoWag-P, that no more than Wanda, that less than magnitude; ARMOR also "
+        "less than SparseGPT and than a low-rank correction of its size",
+        "2510.05528: Llama-2-7B perplexity 7.21 (ARMOR), 11.14 (NoWag-P), 11.35 (Wanda), 10.16 (SparseGPT), "
+        "5.12 dense (second-hand)",
+        {"magnitude": "magnitude", "Wanda": "wanda", "NoWag-P": "nowag_p", "SparseGPT": "sparsegpt",
+         "low rank 4": "lowrank24,block4", "ARMOR 4": "armor,block4", "low rank 8": "lowrank24",
+         "ARMOR 8": "armor", "half, magnitude": "magnitude,half", "half, Wanda": "wanda,half",
+         "half, NoWag-P": "nowag_p,half", "half, SparseGPT": "sparsegpt,half"},
+        "loss_increase",
+        below(order=[("ARMOR 4", "NoWag-P"), ("NoWag-P", "Wanda"), ("Wanda", "magnitude")],
+              controls=[("ARMOR 4", "low rank 4"), ("ARMOR 8", "low rank 8")],
+              SparseGPT=[("ARMOR 4", "SparseGPT"), ("ARMOR 8", "SparseGPT")],
+              half=[("half, NoWag-P", "half, Wanda"), ("half, Wanda", "half, magnitude"),
+                    ("half, SparseGPT", "half, NoWag-P")])
+        | {"proxy: no layer of ARMOR above NoWag-P": {"ARMOR 4|worst_layer": 1, "": -1},
+           "proxy: it never rises": {"ARMOR 4|rise": 1, "": -1e-6}},
+        better="lower", also=TOLD, conclude=in_parts("order", "controls", "SparseGPT", "half", "proxy")),
+    codes=Claim(
+        "NoWag-VQ loses less than other ways to round at equal bits",
+        "2504.14569: below one-shot QuIP#, AQLM and GPTVQ-like methods at 2 bits (second-hand)",
+        at_bits(4, "RTN", "GPTQ", "NoWag-VQ") | at_bits(3) | at_bits(2)
+        | {"NoWag-VQ, 2, triples": "nowag_vq,bits2,triples", "k-means, 2, triples": "kmeans,bits2,triples"},
+        "loss_increase",
+        below(**{f"{bits} bits": [(f"NoWag-VQ, {bits}", f"{name}, {bits}") for name in ROUNDERS]
+                 for bits in (3, 2)},
+              GPTQ=[("GPTQ, 3", "RTN, 3"), ("GPTQ, 2", "RTN, 2"), ("GPTQ, act order, 2", "GPTQ, 2")],
+              parts=[("NoWag-VQ, 2", "k-means, 2"), ("k-means, norms, 2", "k-means, 2"),
+                     ("k-means, weights, 2", "k-means, 2")]),
+        better="lower", also=TOLD, conclude=in_parts("3 bits", "2 bits", "GPTQ", "parts")),
+    widths=Claim(
+        "Bits given where columns lose most (BAQ) beat the same bits everywhere; groups that need 4 bits are "
+        "found by sensitivity",
+        "2506.05664: BAQ below GPTQ at equal average bits;  2311.16442: 4-bit groups by sensitivity",
+        {f"{name}, {bits}": f"baq,bits{bits}{more}" for bits in (4, 3, 2)
+         for name, more in (("BAQ", ""), ("uniform", ",uniform"))}
+        | {"mixed": "mixed", "mixed, range": "mixed,by_range", "mixed, random": "mixed,by_chance"},
+        "kl", below(BAQ=[(f"BAQ, {b}", f"uniform, {b}") for b in (4, 3, 2)],
+                    mixed=[("mixed", "mixed, random"), ("mixed", "mixed, range")]),
+        better="lower", also=("loss_increase", "bits"), conclude=in_parts("BAQ", "mixed")),
+    arena=Claim(
+        "Methods that handle outliers win where outliers are: AWQ and SmoothQuant+ over rounding, Wanda over "
+        "magnitude, rotation and permutation over plain 4-bit activations",
+        "2306.00978, 2312.03788, 2306.11695, 2410.12168, 2501.02625; here two channels of every norm are "
+        "made 20 times larger and their readers 20 times smaller, which changes no output",
+        {f"{name}{mark}": f"{preset}{more}" for mark, more in (("", ""), (", spiky", ",spiky"))
+         for name, preset in (("RTN 4", "rtn"), ("AWQ 4", "awq"), ("SmoothQuant+ 4", "smoothquant"),
+                              ("magnitude", "magnitude,half,rows"), ("Wanda", "wanda,half"),
+                              ("W4A4", "w4a4"), ("W4A4 blocks", "w4a4,blocks16"), ("COMET", "comet"),
+                              ("HALO", "halo"))},
+        "kl", below(**{kind: [(f"{a}{mark}", f"{b}{mark}") for a, b in (
+            ("AWQ 4", "RTN 4"), ("SmoothQuant+ 4", "RTN 4"), ("Wanda", "magnitude"), ("COMET", "W4A4 blocks"),
+            ("W4A4 blocks", "W4A4"), ("HALO", "W4A4"))]
+            for kind, mark in (("plain", ""), ("spiky", ", spiky"))}),
+        better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky")))
 
 # --- main ---------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     """python compress.py …: see the docstring above, or --help."""
-    return launch("compress", Config, PRESETS, AXES, {}, __doc__, train, argv)
+    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
 
 
 if __name__ == "__main__":

@@ -1034,9 +1034,9 @@ class PackedLinear(nn.Module):
     """y = x Ŵᵀ + bias, the weight packed in buffers as a row of FORMATS says. Ŵ is frozen, x has gradients.
 
     Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are bound by
-    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called. Three options
-    work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard matrix on every so many inputs;
-    act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all of them), the
+    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called. Three
+    options work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard matrix on every so many
+    inputs;  act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all), the
     first `wide` blocks to 8. This rounding is simulated: the product itself is of floats.
     """
 
@@ -1047,8 +1047,8 @@ class PackedLinear(nn.Module):
             raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(FORMATS)}")
         self.in_features, self.out_features = in_features, out_features
         if rotate and (rotate & rotate - 1 or in_features % rotate) or act and len(act) != 3:
-            raise ValueError(f"rotate {rotate} must be a power of two that divides {in_features} inputs, and act "
-                             f"{list(act)} three numbers")
+            raise ValueError(f"rotate {rotate} must be a power of two that divides {in_features} inputs, and "
+                             f"act {list(act)} three numbers")
         self.kind, self.rotate, self.act = kind, rotate, tuple(act)
         before = dict(order=order, rotate=rotate, act=list(act))
         self.options = options | {k: v for k, v in before.items() if v}

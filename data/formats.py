@@ -1,5 +1,5 @@
 """
-formats.py - what the bytes of a packed weight mean: each format's buffers, and the dense weight they stand for.
+formats.py - what the bytes of a packed weight mean: each format's buffers, and the weight they stand for.
 
 Map      1 bit streams   2 codes with scales   3 sparse   4 wrapped, coded, corrected   5 the table
 Letters  W [out, in] of y = W x; b bits a code; g neighbouring inputs of a row share a scale
@@ -15,8 +15,9 @@ nm24_lowrank  nm24 + B A of rank r                                 1.125 out in 
 vq       one of 2ᵇ d-vectors, norms r1, r2 (NoWag, 2504.14569)     out in/d b/8 + 2 (2ᵇ d + out + in)
 
 `in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq), and the padding counted.
-A format is two functions: buffers(in, out, **options) -> {name: (shape, dtype)}, raising ValueError for options
-that make no layer, and dense(layer) -> W float32. kernels.py multiplies without making W where it has a kernel.
+A format is two functions: buffers(in, out, **options) -> {name: (shape, dtype)}, raising ValueError for
+options that make no layer, and dense(layer) -> W float32. kernels.py multiplies without making W where it
+has a kernel.
 """
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def unpack_bits(stream, bits, count):
 
 
 def pack_ragged(codes, widths):
-    """Codes [rows, n], column j of widths[j] bits -> one bit stream a row, uint8 [rows, ceil(Σ widths / 8)]."""
+    """Codes [rows, n], column j of widths[j] bits -> a bit stream a row, uint8 [rows, ceil(Σ widths / 8)]."""
     column, place = ragged(widths)
     return pack_bits(codes[:, column] >> place & 1, 1)
 
@@ -124,7 +125,7 @@ def columns_buffers(inputs, out, *, total):
 
 
 def column_scale(lo, hi, levels):
-    """Scale and zero [out, in] of columns with so many levels: (q - zero) scale, zero = round(-lo / scale)."""
+    """Scale and zero [out, in] of columns with so many levels: (q - zero) scale, zero = round(-lo/scale)."""
     scale = (hi - lo).clamp(min=2 ** -24)[:, None] / (levels - 1).clamp(min=1)
     return scale, (-lo[:, None] / scale).round()
 
@@ -199,7 +200,8 @@ def mxfp4_dense(m):
 def mxfp4_state(W):
     """W [out, in] rounded to nearest in MXFP4 -> (options, buffers)."""
     codes, exponent = mx4(F.pad(W, (0, -W.size(1) % 32)))
-    return dict(kind="mxfp4"), dict(codes=pack_bits(codes, 4), exponent=(exponent.int() + 127).to(torch.uint8))
+    exponent = (exponent.int() + 127).to(torch.uint8)
+    return dict(kind="mxfp4"), dict(codes=pack_bits(codes, 4), exponent=exponent)
 
 
 # --- 3 sparse -----------------------------------------------------------------------------------------

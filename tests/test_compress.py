@@ -2,6 +2,7 @@
 import functools
 import math
 import shutil
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import DATA_DIR, close, rand
 import compress
 from data.run import UserError
 from kernels import PackedLinear
-from model import load, plain_linear, replace_linears
+from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 W = D([[3., 1, 4, 2], [4, 1, 3, -2]])
@@ -159,6 +160,29 @@ def test_armor_never_rises_and_ends_below_nowag_p():
         compress.armor(w[:, :22], h[:22], g, [])
 
 
+def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
+    w, h = rand(16, 24).float(), rand(24, seed=1).abs().float() + .1
+    g = torch.Generator().manual_seed(0)
+    armor = compress.armor(w, h, g, [], block=8, iterations=1)
+    layer, none = compress.lowrank24(w, h, block=8), compress.nowag_p(w, h)
+    assert layer.nbytes() == armor.nbytes() and layer.options["rank"] == 8
+    H = torch.diag(h)
+    assert error(w, layer, H) < error(w, none, H)
+    full = compress.lowrank24(w, h, block=10 ** 9)                             # a whole rank gives W back
+    assert error(w, full, H) < 1e-3 * error(w, none, H)
+
+
+def test_d_pruner_s_limits():
+    w, H, g = rand(4, 16).float(), moment(16).float(), rand(4, 16, seed=5).float()
+    g[:, 3] = 0
+    taylor = (g * w + (g * w) ** 2 / 2).abs()
+    new = weight(compress.dprune(w, H, g, g ** 2, lam=0.))
+    assert close(new != 0, compress.kept(taylor, "50%"))                       # no penalty: Taylor's score
+    assert (new[:, 3] == 0).all()                                              # no gradient, no importance
+    much = weight(compress.dprune(w, H, g, g ** 2, lam=1e12, lr=1.)) != 0
+    assert not (much == (new != 0)).all()
+
+
 # --- codes ----------------------------------------------------------------------------------------------
 
 
@@ -176,6 +200,181 @@ def test_gptq_s_limits():
     assert worse == 0
     fine, coarse = (error(w, compress.gptq(w, H, bits=b, group=32).dequantize(), H) for b in (8, 3))
     assert fine < coarse / 100
+
+
+def test_gptq_by_hand_and_its_loss():
+    """one scale 1, zero 1 for [0.6, 0.6]: on the grid of whole numbers GPTQ gives [1, 0], RTN [1, 1]"""
+    H, w = D([[2., 1], [1, 2]]), D([[.6, .6, -1, 2]])
+    whole = torch.block_diag(H, torch.eye(2).double() * 1e-9)
+    layer = compress.gptq(w.float(), whole.float(), bits=2, group=4, damp=1e-9)
+    assert close(layer.dequantize()[0, :2], [1, 0])
+    assert close(compress.rtn(w.float(), bits=2, group=4).dequantize()[0, :2], [1, 1])
+    assert error(D([[.6, .6]]), D([[1., 0]]), H) == pytest.approx(.56)
+    assert error(D([[.6, .6]]), D([[1., 1]]), H) == pytest.approx(.96)
+
+
+def test_act_order_starts_at_the_most_active_and_follows_a_permutation():
+    w, H = rand(8, 32).float(), moment(32).float() * 100
+    scale = torch.linspace(.2, 2, 32)
+    H = H * scale * scale[:, None]
+    layer = compress.gptq(w, H, bits=3, group=16, act_order=True)
+    assert layer.order.long().tolist() == H.diagonal().argsort(descending=True).tolist()
+    p = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    other = compress.gptq(w[:, p], H[p][:, p], bits=3, group=16, act_order=True)
+    assert close(other.dequantize(), layer.dequantize()[:, p], 1e-4)
+    x = rand(5, 32, seed=3).float()
+    assert close(layer(x), x @ layer.dequantize().T, 1e-4)
+
+
+def test_columns_loss_is_the_output_error():
+    w, H = rand(8, 24).float(), moment(24, tokens=2000).float()
+    U = compress.inverse_factor(H, 1e-7)
+    codes, lo, hi, losses = compress.columns(w, U, torch.full((24,), 3))
+    layer = compress.baq(w, H, bits=3, allocate=False, damp=1e-7)
+    assert losses.sum().item() == pytest.approx(error(w, layer, H) / 2, rel=1e-3)
+    assert close(layer.dequantize(), compress.stored(w, compress.columns_state(
+        codes, torch.full((24,), 3), lo, hi)).dequantize())
+
+
+def test_baq_s_widths_by_hand():
+    assert compress.widths_of(torch.tensor([4., 1, .25]), 3).tolist() == [4, 3, 2]
+    losses = torch.tensor([4., 1, .25])
+    after = losses * 4. ** -(torch.tensor([4., 3, 2]) - 3)
+    assert close(after, [1., 1, 1])                                            # all lose alike
+    assert compress.widths_of(torch.ones(7), 3).tolist() == [3] * 7
+    many = rand(40).exp().float() ** 3
+    for bits in (2, 3, 4):
+        width = compress.widths_of(many, bits)
+        assert width.sum() == 40 * bits and (width >= 0).all() and (width <= 8).all()
+        assert (width == compress.widths_of(1000 * many, bits)).all()
+        assert (width.float()[many.argsort()].diff() >= 0).all()               # more loss, more bits
+    equal = compress.baq(rand(4, 16).float(), torch.eye(16), bits=3, allocate=False)
+    assert equal.nbytes() == 4 * 16 * 3 // 8 + 16 + 4 * 4
+
+
+def test_mixed_widths_between_two_and_four_bits():
+    w, h, g = rand(8, 64).float(), torch.ones(64), torch.Generator().manual_seed(0)
+    bits, errors = [], []
+    for share in (0, .25, 1.):
+        layer = compress.mixed(w, h, g, share=share, group=16)
+        code = 2 * 4 + 2 * round(4 * share)                                    # bits of one code a group
+        assert layer.nbytes() == 8 * (16 * code // 8 + -(-code // 8) + 2 + 4) + 4
+        bits.append(layer.nbytes())
+        errors.append(error(w, layer, torch.eye(64)))
+    assert bits == sorted(bits) and errors == sorted(errors, reverse=True)
+    h[16:32] = 100
+    assert compress.mixed(w, h, g, share=.25).width.tolist() == [2, 4, 2, 2]
+    with pytest.raises(UserError, match="--by"):
+        compress.mixed(w, h, g, by="luck")
+
+
+def test_gptvq_weighs_and_hands_on_its_errors():
+    w, g = rand(64, 24).float(), torch.Generator().manual_seed(0)
+    H = (moment(24) + 2 * torch.ones(24, 24)).float()                          # all inputs rise together
+    plain = compress.nowag_vq(w, H.diagonal(), g, bits=2, dim=2, norms=False, weights=False)
+    assert error(w, compress.gptvq(w, H, g, bits=2, dim=2), H) < .7 * error(w, plain, H)
+    same = compress.gptvq(w, 2 * torch.eye(24), torch.Generator().manual_seed(3), bits=2, dim=2, damp=0.)
+    km = compress.nowag_vq(w, torch.ones(24), torch.Generator().manual_seed(3), bits=2, dim=2, norms=False)
+    assert close(same.dequantize(), km.dequantize(), 1e-6)                     # uncorrelated inputs: k-means
+    odd = compress.gptvq(rand(8, 25).float(), moment(25).float(), g, bits=3)
+    assert odd.dequantize().shape == (8, 25) and odd.nbytes() == 64 * 2 * 2 + 8 * 13 * 6 // 8
+
+
+# --- smoothing, rotation, activations -------------------------------------------------------------------
+
+
+def block_of_a_model(seed=0, heads=2):
+    c = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=heads, head_dim=16, max_position_embeddings=64,
+                    model_type="llama")
+    model = init(c, seed).requires_grad_(False)
+    for p in model.parameters():
+        p.mul_(8) if p.dim() == 2 else None
+    tokens = torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(1))
+    cos, sin = (x[:32] for x in rope_table(c, "cpu"))
+    return model, tokens, lambda i: (cos, sin, None, i, None, None)
+
+
+def settings(**more):
+    return types.SimpleNamespace(method=functools.partial(compress.rtn, **dict(bits=4, group=16) | more))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("smooth", ["awq", "smoothquant"])
+def test_smoothing_changes_no_output(smooth, heads):
+    model, tokens, where = block_of_a_model(heads=heads)
+    compress.spread_outliers(model, 20.)
+    before, old = model(tokens), {k: v.clone() for k, v in model.state_dict().items()}
+    options = dict(clip=False) if smooth == "awq" else {}
+    compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings(bits=3), **options)
+    assert close(model(tokens), before, 1e-3)
+    assert any(not torch.equal(v, old[k]) for k, v in model.state_dict().items())
+
+
+def test_awq_s_scale_by_hand_and_it_helps_where_outliers_are():
+    mean = torch.tensor([9., 1.1])
+    s = mean ** .5
+    assert close(s / (s.max() * s.min()).sqrt(), [1.691, .591], 1e-3)
+
+    def loss(smooth):
+        model, tokens, where = block_of_a_model()
+        compress.spread_outliers(model, 20.)
+        whole = model(tokens)
+        compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings())
+        for block in model.layers:
+            for layer in compress.linears(block).values():
+                layer.weight.copy_(compress.rounded(settings(), layer.weight))
+        return ((model(tokens) - whole) ** 2).mean()
+    assert loss("awq") < .5 * loss("none") and loss("smoothquant") < .5 * loss("none")
+
+
+def test_smoothquant_s_scale_by_hand():
+    """|x| up to [10, 1.2], |W| up to [.1, .9], α .5: s = [10, 1.1547], then both are [1, 1.039]"""
+    stats = {"a": dict(absmax=torch.tensor([10., 1.2]))}
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[.1, .9]])
+    norm = torch.nn.RMSNorm(2)
+    block = torch.nn.ModuleDict(dict(a=layer, norm=norm)).requires_grad_(False)
+    compress.sharing, old = lambda b, c: [(["a"], norm, "a")], compress.sharing
+    try:
+        compress.smooth_block(block, None, stats, 10, 20)
+    finally:
+        compress.sharing = old
+    assert close(1 / norm.weight, [10, 1.1547], 1e-3) and close(layer.weight, [[1, 1.0392]], 1e-3)
+
+
+def test_clipping_never_errs_more_than_the_whole_range():
+    w, H = rand(8, 32).float(), moment(32).float()
+    w[0, 3] = 9.
+    f, new = settings(bits=2), w.clone()
+    compress.clip_groups(new, H, f)
+    blocks = torch.block_diag(H[:16, :16], H[16:, 16:])
+    assert error(w, compress.rounded(f, new), blocks) < error(w, compress.rounded(f, w), blocks)
+
+
+def test_smoothing_needs_a_method_that_rounds(shared_bases):
+    with pytest.raises(UserError, match="--smooth goes with rtn or gptq"):
+        tiny("wanda", "run", "--smooth=awq")
+
+
+def test_activations_in_few_bits():
+    w, x = rand(16, 64).float(), rand(200, 64, seed=1).float()
+    x[:, 5] *= 40
+    exact, absmax = x @ w.T, x.abs().amax(0)
+
+    def off(**options):
+        layer = compress.w4a4(w, absmax, bits=8, group=64, **options)
+        return ((layer(x) - exact) ** 2).mean().item(), layer
+    token, _ = off()
+    block, _ = off(block=16)
+    comet, layer = off(block=16, order=True)
+    halo, _ = off(rotate=32)
+    assert comet < block < token and halo < token
+    assert layer.act == (4, 16, 1) and layer.order[0] == 5                     # one outlier: one wide block
+    fine, _ = off(act=8)
+    assert fine < token / 50
+    layer = compress.w4a4(w, absmax, rotate=32, bits=8)
+    assert close(layer.dequantize(), w, .1) and layer.options["rotate"] == 32
 
 
 def test_kmeans_by_hand():
@@ -231,7 +430,7 @@ def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
     assert close(model(tokens), whole(tokens), 1e-3)
     assert bool(rounded) == (config in ("w4a4", "comet", "halo")) == (not close(first, model(tokens), 1e-3))
     stored = sum(x.nbytes for x in model.state_dict().values())
-    with open("run/step-000002/model.safetensors", "rb") as file:              # 8 bytes, a header, the tensors
+    with open("run/step-000002/model.safetensors", "rb") as file:      # 8 bytes, a header, the tensors
         assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
     assert out["rise"] <= 1e-6 and math.isfinite(out["loss_increase"])
     assert (out["loss_increase"] == 0) == (config == "dense")
