@@ -1,11 +1,12 @@
 """
-compress.py - pruning and quantisation: a big checkpoint in, a small one out.
+compress.py - pruning, quantisation, slimming of experts: a big checkpoint in, a small one out.
 
     python compress.py                                   # ARMOR 2:4 on a small base model: a minute or two
     python compress.py --config gptq --init Qwen2.5-0.5B --data stdlib --group 128 --out out/small
     python model.py out/small --prompt "def "            # what it writes opens like any checkpoint
 
-Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 smooth   7 evaluate   8 compress   9 claims
+Map      1 config   2 masks   3 ARMOR   4 codes   5 calibrate   6 smooth   7 caches   8 evaluate   9 compress
+         10 claims.   What cuts structure and distils is in data/structure.py, caches in data/kv.py
 Letters  W [m, n] = [out, in] of a linear layer y = W x; N tokens of calibration; h [n], H [n, n] below
 preset      paper          idea                                                       reads
 magnitude   1506.02626     the largest weights stay                                   nothing
@@ -29,6 +30,17 @@ comet       2410.12168     ... blocks of inputs; those with outliers in 8 bits  
 halo        2501.02625     ... of rotated inputs and weights                          sizes
 mxfp4       2505.14669     rotated, 4-bit floats, a power of two for every 32         nothing
 dense       -              nothing is done: the baseline                              nothing
+kivi        2402.02750     the cache in 2 bits, keys by channel, values by token      the cache
+evicting    2410.01805     Locret: trained heads say which tokens of a prompt stay    the cache
+slimmoe     2506.18349     neurons of experts, cut in stages, then distilled          gradients
+drop_experts  2404.05089   whole experts, then distilled: a baseline of slimmoe       routing
+fresh       -              slimmoe's sizes with new weights, distilled: another       nothing
+dense_active  -            a dense model of its active size, distilled: another       nothing
+minitron    2407.14679     neurons of small activation, then distilled                activations
+prunenet    2501.15296     neurons that a policy chooses, then distilled              weights
+puzzle      2411.19146     a width a layer, chosen exactly from distilled blocks      outputs
+swiftkv     2410.03960     late layers read keys and values from one early state      a teacher
+moh         2410.11842     a router chooses a token's heads                           a teacher
 tiny        size           seconds on any CPU, its base model included
 Watch    loss_increase on held-out text, at equal bits: bits counts every stored byte of the layers. kl, to
          the original, is less noisy. proxy is the h-weighted error of the normalised weight: it ranks NoWag-P
@@ -47,12 +59,12 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import numerics, text
+from data import kv, numerics, structure, text
 from data.formats import (bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state, nm24_state,
                           quantize)
 from data.run import Claim, Run, UserError, checkpoint, cli, in_parts, launch, nearest, needs
 from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, packed
-from model import (Transformer, generate, load, plain_linear, rope_table, save, tensors,
+from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
                    token_logprobs)
 
 # --- 1 config -----------------------------------------------------------------------------------------
@@ -67,6 +79,11 @@ class Config:
     domain: str = ""             # the text whose gradients dprune reads (default: --data)
     method: str = "armor"        # which row of METHODS
     smooth: str = "none"         # which row of SMOOTH goes before it
+    cache: str = "full"          # which row of CACHES holds keys and values while the result is evaluated
+    steps: int = 300             # of distillation, over all stages of a method that cuts structure
+    batch: int = 16              # its windows a step
+    lr: float = 1e-3             # its peak learning rate
+    loss: str = "kd_topk"        # its loss: a row of structure.LOSSES
     samples: int = 64            # calibration windows
     context: int = 128           # their tokens, and those of an evaluation window
     windows: int = 256           # evaluation windows: consecutive, none overlaps, BOS at each document
@@ -90,16 +107,32 @@ PRESETS = dict(
     kmeans=dict(method="nowag_vq", norms=False, weights=False), gptvq=dict(method="gptvq", sequential=True),
     w4a4=dict(method="w4a4"), comet=dict(method="w4a4", block=16, order=True),
     halo=dict(method="w4a4", rotate=32), mxfp4=dict(method="mxfp4", rotate=32), dense=dict(method="dense"),
-    tiny=dict(samples=4, context=64, windows=8, iterations=20),
+    kivi=dict(method="dense", cache="kivi", group=16, window=16),
+    evicting=dict(method="dense", cache="evicting"),
+    slimmoe=dict(method="slimmoe", init="base:pretrain_moe"),
+    drop_experts=dict(method="drop_experts", init="base:pretrain_moe"),
+    fresh=dict(method="fresh", init="base:pretrain_moe"),
+    dense_active=dict(method="dense_active", init="base:pretrain_moe"),
+    minitron=dict(method="minitron", loss="forward_kl"), prunenet=dict(method="prunenet", loss="forward_kl"),
+    puzzle=dict(method="puzzle", loss="cosine_kl"), swiftkv=dict(method="swiftkv", loss="swift_kl"),
+    moh=dict(method="moh", loss="forward_kl"),
+    tiny=dict(samples=4, context=64, windows=8, iterations=20, steps=4, batch=4, head_steps=5, local_steps=2),
     # what only the arms of claims need
     half=dict(pattern="50%"), block4=dict(block=4), spiky=dict(outliers=20.0), act_order=dict(act_order=True),
     bits4=dict(bits=4, group=64, dim=1), bits3=dict(bits=3, group=64, dim=2),
     bits2=dict(bits=2, group=64, dim=2), triples=dict(dim=3), norms=dict(norms=True, weights=False),
     weighted=dict(norms=False, weights=True),
     uniform=dict(allocate=False), by_range=dict(by="range"), by_chance=dict(by="random"),
-    token=dict(block=0), blocks16=dict(block=16), rows=dict(scope="row"),
+    blocks16=dict(block=16), rows=dict(scope="row"), decoded=dict(context=256, windows=64),
+    keys_token={"keys": "token"}, values_channel={"values": "channel"}, windowless=dict(window=0),
+    keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, lr=2e-3, steps=300),
+    **{f"by_{score}": dict(score=score) for score in ("locret", "recency", "random", "attention")},
+    once=dict(stages=1), restarted=dict(at_once=True), by_luck=dict(importance="random"),
+    longer=dict(steps=1200), cut=dict(steps=0, share=0.5, init="base:pretrain"), most=dict(share=0.7),
+    same=dict(choice="uniform"), lottery=dict(choice="random"), largest=dict(sampled=False),
 )
-CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"]}
+CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"],
+          "held-out nats": ["cut_nats", "distilled_nats"]}
 
 # --- 2 masks ------------------------------------------------------------------------------------------
 # h = 2 mean x² of every input, H = 2 mean x xᵀ over the calibration tokens. A method's positional arguments
@@ -466,7 +499,8 @@ def w4a4(W, absmax, *, bits=4, act=4, group=32, block=0, order=False, tau=5.0, r
 
     block: activations have a scale for every so many inputs, not for all. order, COMET (2410.12168): inputs
     by their largest activation, so that those above tau times the median fill few blocks, kept at 8 bits
-    (ours: tau). rotate, as HALO (2501.02625): W H and x H by a Hadamard matrix of that size, which spreads outliers.
+    (ours: tau). rotate, as HALO (2501.02625): W H and x H by a Hadamard matrix of that size, which spreads
+    outliers.
     """
     big = absmax > tau * absmax.median()
     block = largest_power(len(absmax), block) if block else 0
@@ -579,9 +613,10 @@ def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
     return pack_vq(torch.stack(codes, 1), C, inputs=n)
 
 
-METHODS = dict(dense=dense, magnitude=magnitude, wanda=wanda, sparsegpt=sparsegpt, nowag_p=nowag_p,
+LAYERWISE = dict(dense=dense, magnitude=magnitude, wanda=wanda, sparsegpt=sparsegpt, nowag_p=nowag_p,
                lowrank24=lowrank24, dprune=dprune, armor=armor, rtn=rtn, gptq=gptq, baq=baq, mixed=mixed,
                nowag_vq=nowag_vq, gptvq=gptvq, w4a4=w4a4, mxfp4=mxfp4)
+METHODS = LAYERWISE | structure.STRUCTURES
 
 # --- 5 calibrate --------------------------------------------------------------------------------------
 
@@ -596,11 +631,16 @@ def stream(documents, tok, wanted):
     return torch.tensor(ids)
 
 
+def shuffled(data, generator):
+    """The training documents of a text in random order."""
+    documents = text.documents(data, "train")
+    return (documents[i] for i in torch.randperm(len(documents), generator=generator).tolist())
+
+
 def calibration(c, tok, data):
     """--samples windows of --context tokens at random places of shuffled training text.   [samples, T]"""
-    g, documents = torch.Generator().manual_seed(c.seed), text.documents(data, "train")
-    order = torch.randperm(len(documents), generator=g).tolist()
-    ids = stream((documents[i] for i in order), tok, 4 * c.samples * c.context)
+    g = torch.Generator().manual_seed(c.seed)
+    ids = stream(shuffled(data, g), tok, 4 * c.samples * c.context)
     if len(ids) <= c.context:
         raise UserError(f"--data {data}: {len(ids)} tokens to calibrate on: fewer than --context")
     at = torch.randint(len(ids) - c.context, (c.samples,), generator=g)
@@ -803,9 +843,27 @@ def smooth_block(block, config, stats, k, points):
 
 
 SMOOTH = dict(none=smooth_none, awq=awq, smoothquant=smoothquant)
-AXES = dict(method=METHODS, smooth=SMOOTH, kernels=kernels.MODES)
 
-# --- 7 evaluate ---------------------------------------------------------------------------------------
+
+# --- 7 caches of keys and values: how the result is evaluated (data/kv.py) --------------------------------
+
+
+def full():
+    """All keys and values, as they are."""
+    return Cache
+
+
+def evicting(model, tokens, *, score="locret", budget=24, stabilizers=8, local=8, head_steps=300):
+    """Locret (2410.01805): of a prompt the `budget` tokens stay that small heads, trained here on the
+    calibration windows, rate highest; or by score recency, random, attention. All keep budget + local."""
+    heads = kv.train_heads(model, tokens, steps=head_steps) if score == "locret" else None
+    return kv.locret(model, heads, score=score, budget=budget, stabilizers=stabilizers, local=local)
+
+
+CACHES = dict(full=full, kivi=kv.kivi, integer=kv.integer, evicting=evicting)
+AXES = dict(method=METHODS, smooth=SMOOTH, cache=CACHES, kernels=kernels.MODES)
+
+# --- 8 evaluate ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -829,13 +887,14 @@ def compare(model, reference, ids, c, batch=8):
     return kl / count, same / count
 
 
-def speed(model, ids, tokens=32):
-    """Tokens a second of one row, decoded greedily through the cache after a prompt of 16."""
-    prompt = [ids[:16].tolist()]
-    generate(model, prompt, 4, temperature=0, stop=())
-    began = time.perf_counter()
-    generate(model, prompt, tokens, temperature=0, stop=())
-    return tokens / (time.perf_counter() - began)
+def speed(model, ids, seconds=0.5):
+    """Tokens a second of one row, decoded greedily after a prompt of 4; more until that takes a while."""
+    tokens, took = 2, 0.0
+    while took < seconds and tokens < 64:
+        tokens, began = 2 * tokens, time.perf_counter()
+        generate(model, [ids[:4].tolist()], tokens, temperature=0, stop=())
+        took = time.perf_counter() - began
+    return tokens / took
 
 
 def peak_bytes(device):
@@ -843,6 +902,18 @@ def peak_bytes(device):
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def through_cache(model, tokens, held, c, f, run):
+    """The second half of every window decoded token by token through --cache, and through the full one."""
+    make = f.cache(**{k: dict(model=model, tokens=tokens)[k] for k in needs(f.cache)})
+    windows = held[:len(held) // c.context * c.context].view(-1, c.context)[:c.windows].to(c.device)
+    whole, bytes_whole = kv.cached_nll(model, windows, c.context // 2, Cache)
+    small, size = kv.cached_nll(model, windows, c.context // 2, make)
+    run.say(f"  cache {c.cache}: {small:.4f} nats behind {c.context // 2} tokens ({small - whole:+.4f}), "
+            f"{size:.0f} bytes a token (full {bytes_whole:.0f})")
+    return dict(cache_loss=small, cache_increase=small - whole, cache_bytes=size,
+                cache_share=size / bytes_whole)
 
 
 def as_found(model, folder):
@@ -856,7 +927,7 @@ def layer_bytes(layer):
     return layer.nbytes() if isinstance(layer, PackedLinear) else 2 * layer.weight.numel()
 
 
-# --- 7 compress ---------------------------------------------------------------------------------------
+# --- 9 compress ---------------------------------------------------------------------------------------
 
 
 def compress_layer(layer, have, f, where):
@@ -910,12 +981,39 @@ def blocks(model, tokens, domain, c, f, run):
     return dict(bits=8 * size / count, proxy=sum(losses) / len(losses), rise=rise, worst_layer=end)
 
 
-def open_model(c, folder):
+def restructure(model, teacher, tokens, tok, held, c, f, run):
+    """Cut and distil, stage by stage: (the small model, what the table says of it).
+
+    A method of structure.py is a generator: it cuts, we distil what it hands over, it goes on from there."""
+    g = torch.Generator().manual_seed(c.seed)
+    ids = stream(shuffled(c.data, g), tok, max(1, c.steps * c.batch) * c.context)
+    ids = ids[:len(ids) // c.context * c.context].view(-1, c.context)                    # [windows, T]
+    order, cut, told, done = torch.randperm(len(ids), generator=g), [], [], 0
+    stages = f.method.keywords.get("stages", 1)
+
+    def batch_of(step):
+        at = [(done + step) * c.batch + i for i in range(c.batch)]
+        return ids[order[[i % len(order) for i in at]]].to(c.device)
+    for i, model in enumerate(f.method(model.requires_grad_(), teacher, [*tokens.split(8)], g)):
+        cut.append(evaluate(model, held, c))
+        steps = c.steps * (i + 1) // stages - c.steps * i // stages
+        if steps:
+            losses = structure.distil(model, teacher, batch_of, steps, lr=c.lr, loss=c.loss, name=c.method)
+            told.append(evaluate(model, held, c))
+            run.log(i + 1, cut_nats=cut[-1], distilled_nats=told[-1], train=losses[-1])
+        done += steps
+    model.requires_grad_(False)
+    size = sum(p.numel() for p in model.parameters())
+    return model, dict(bits=16.0, parameters=size, share=size / sum(p.numel() for p in teacher.parameters()),
+                       cut_loss=cut[-1], first_cut_loss=cut[0])
+
+
+def open_model(c, f, folder):
     """The model and tokenizer to compress, checked. Raises UserError for what cannot be."""
     model, tok = load(folder, c.device)
-    if not isinstance(model, Transformer) or model.config.moe:
-        raise UserError(f"--init {c.init}: compress.py takes a language model without experts")
-    if any(isinstance(m, PackedLinear) for m in model.modules()):
+    if not isinstance(model, Transformer) or model.config.moe and "teacher" not in needs(f.method):
+        raise UserError(f"--init {c.init}: --method {c.method} takes a language model without experts")
+    if any(isinstance(m, PackedLinear) for m in model.modules()) or model.config.shaped:
         raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
     if c.context > model.config.max_position_embeddings:
         raise UserError(f"--context {c.context}: {c.init} takes "
@@ -936,7 +1034,7 @@ def train(c, f):
         if "result" in run.info:
             run.say(f"  finished already: {run.last}")
             return run.info["result"]
-        model, tok = open_model(c, folder)
+        model, tok = open_model(c, f, folder)
         held = stream(text.documents(c.data, "val"), tok, c.windows * c.context)
         tokens, domain = (calibration(c, tok, d).to(c.device) for d in (c.data, c.domain or c.data))
         before, fast = evaluate(model, held, c), speed(model, held)
@@ -945,24 +1043,29 @@ def train(c, f):
                 f"tokens of {c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride "
                 f"{c.context}, BOS at documents: {before:.4f} nats, perplexity {math.exp(before):.3f}")
         clock = time.perf_counter()
-        told = blocks(model, tokens, domain, c, f, run)
+        if "teacher" in needs(f.method):
+            model, told = restructure(model, open_model(c, f, folder)[0], tokens, tok, held, c, f, run)
+        else:
+            told = blocks(model, tokens, domain, c, f, run)
         seconds, after = time.perf_counter() - clock, evaluate(model, held, c)
         rate = speed(model, held)
         run.save(len(model.layers), lambda path: save(as_found(model, folder), tok, path))
         size = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
-        kl, same = compare(model.float(), open_model(c, folder)[0], held, c)
+        kl, same = compare(model.float(), open_model(c, f, folder)[0], held, c)
+        if c.cache != "full":
+            told |= through_cache(model, tokens, held, c, f, run)
         peak = peak_bytes(c.device)
         run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; "
                 f"KL to the original {kl:.4f}, same top token {same:.1%}\n  {told['bits']:.3f} bits a weight "
                 f"of the blocks, {size / 1e6:.2f} MB on disk, {8 * size / whole:.2f} bits a parameter of "
-                f"all; proxy {told['proxy']:.4f}\n  {seconds:.1f} s to compress, {rate:.0f} tokens/s (dense "
-                f"{fast:.0f}), peak memory {peak / 1e9:.2f} GB\n  {run.last}")
+                f"all; proxy {told.get('proxy', math.nan):.4f}\n  {seconds:.1f} s to compress, {rate:.3g} "
+                f"tokens/s (dense {fast:.3g}), peak memory {peak / 1e9:.2f} GB\n  {run.last}")
         return run.finish(loss=after, loss_increase=after - before, dense_loss=before, kl=kl, same_top=same,
                           perplexity=math.exp(after), disk_bytes=size, seconds=seconds, peak_bytes=peak,
                           tokens_per_second=rate, dense_tokens_per_second=fast, **told)
 
 
-# --- 9 claims -----------------------------------------------------------------------------------------
+# --- 10 claims -----------------------------------------------------------------------------------------
 
 
 def below(*pairs, **kw):
@@ -1038,7 +1141,48 @@ CLAIMS = dict(
             ("AWQ 4", "RTN 4"), ("SmoothQuant+ 4", "RTN 4"), ("Wanda", "magnitude"), ("COMET", "W4A4 blocks"),
             ("W4A4 blocks", "W4A4"), ("HALO", "W4A4"))]
             for kind, mark in (("plain", ""), ("spiky", ", spiky"))}),
-        better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky")))
+        better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky")),
+    kv=Claim(
+        "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens may go",
+        "2402.02750: a 2-bit cache loses least with keys by channel, values by token;  2410.01805: retaining "
+        "heads above sliding windows and sums of attention at equal budgets (both second-hand)",
+        {f"{name}{mark}": f"kivi,decoded{more}{window}"
+         for mark, window in (("", ""), (", no window", ",windowless")) for name, more in (
+             ("KIVI", ""), ("keys by token", ",keys_token"), ("values by channel", ",values_channel"))}
+        | {f"{score}, {kept}": f"evicting,decoded,by_{score},keep{kept}" for kept in (32, 16)
+           for score in ("locret", "recency", "random", "attention")},
+        "cache_increase",
+        below(keys=[("KIVI", "keys by token"), ("KIVI, no window", "keys by token, no window")],
+              values=[("KIVI", "values by channel"), ("KIVI, no window", "values by channel, no window")],
+              heads=[(f"locret, {kept}", f"{other}, {kept}") for kept in (32, 16)
+                     for other in ("recency", "random", "attention")]),
+        better="lower", also=("cache_bytes",), conclude=in_parts("keys", "values", "heads")),
+    slim=Claim(
+        "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping experts, "
+        "random neurons, new weights and a dense model of its active size",
+        "2506.18349: stages above one shot, slimming above dropping experts (no numbers at hand)",
+        {"two stages": "slimmoe,tuned", "one stage": "slimmoe,tuned,once",
+         "one stage, restarted": "slimmoe,tuned,restarted", "random neurons": "slimmoe,tuned,once,by_luck",
+         "drop experts": "drop_experts,tuned", "new weights": "fresh,tuned", "dense": "dense_active,tuned",
+         "two stages, long": "slimmoe,tuned,longer", "one stage, long": "slimmoe,tuned,once,longer"},
+        "loss_increase",
+        below(stages=[("two stages", "one stage"), ("two stages", "one stage, restarted"),
+                      ("two stages, long", "one stage, long")],
+              after=[("one stage", x) for x in ("drop experts", "random neurons", "new weights", "dense")])
+        | {f"cut: one stage < {x}": {"one stage|cut_loss": 1, f"{x}|cut_loss": -1}
+           for x in ("drop experts", "random neurons", "new weights")}
+        | {"KL of stages: two < one": {"two stages|kl": 1, "one stage|kl": -1}},
+        better="lower", also=("cut_loss", "kl", "parameters"), conclude=in_parts("stages", "after", "cut")),
+    widths_of_layers=Claim(
+        "The exact choice of a width for every layer beats one width for all, and that a random choice; "
+        "neurons chosen by activations beat a policy that reads weights",
+        "2411.19146: an integer programme over distilled blocks;  2407.14679;  2501.15296",
+        {"exact": "puzzle,cut", "uniform": "puzzle,cut,same", "random": "puzzle,cut,lottery",
+         "Minitron": "minitron,cut,most", "PruneNet": "prunenet,cut,most",
+         "PruneNet, largest": "prunenet,cut,most,largest", "random neurons": "slimmoe,cut,once,by_luck,most"},
+        "kl", below(choice=[("exact", "uniform"), ("uniform", "random")],
+                    neurons=[("Minitron", "PruneNet"), ("PruneNet", "random neurons")]),
+        better="lower", also=("loss_increase", "parameters"), conclude=in_parts("choice", "neurons")))
 
 # --- main ---------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
+from data.formats import sha256
 from data.run import UserError, checkpoint, cli, nearest
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
@@ -209,7 +210,8 @@ class HeadRouter(nn.Module):
 
     def forward(self, x, q):
         norm = q[:, self.S:].float().norm(dim=-1).transpose(1, 2)                        # [B, T, R]
-        p = (self.routed(x).float() if self.learned else norm / norm.std(-1, keepdim=True)).softmax(-1)
+        scale = norm.std(-1, keepdim=True).detach().clamp(min=1e-6)      # ours: no gradient, infinite at 0
+        p = (self.routed(x).float() if self.learned else norm / scale).softmax(-1)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(self.K, -1).indices, 1.0)
         self.routing = p, chosen
         if self.learned:
@@ -1021,8 +1023,9 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
             shards, size = [*shards, {}], 0
         shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
         size += p.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards):
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
         save_file(shard, path / name, metadata={"format": "pt"})
     if len(shards) > 1:
         where = {k: name for name, shard in zip(names, shards) for k in shard}
@@ -1033,7 +1036,8 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
     layers = {hf_name(name + ".", model.config)[:-1]: m.spec() for name, m in model.named_modules()
               if isinstance(m, PackedLinear)}
     if layers:
-        d["quantization_config"] = dict(quant_method=QUANT, layers=layers)
+        d["quantization_config"] = dict(quant_method=QUANT, layers=layers,
+                                        sha256={name: sha256(path / name) for name in names})
         d["model_type"] = PACKED_TYPE + d["model_type"]
     (path / "config.json").write_text(json.dumps(d, indent=2))
     ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
@@ -1097,7 +1101,8 @@ def load(path, device="cpu", dtype=torch.float32):
     scalar = "SequenceClassification" in raw["architectures"][0]
     with torch.device("meta"):
         model = (ScalarModel if scalar else Transformer)(config)
-        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), path / "config.json")
+        quant = raw.get("quantization_config") or {}
+        repack(model, quant.get("layers", {}), path / "config.json")
     held = {name for name, _ in model.named_buffers()}       # packed weights: their dtype is their format
     stored, state = tensors(path), {}
     for name, p in model.state_dict().items():
@@ -1121,6 +1126,9 @@ def load(path, device="cpu", dtype=torch.float32):
     if odd:
         raise UserError(f"{path}: tensor {odd[0]} does not belong to a layer packed as quantization_config "
                         "says: the two do not match, pack the model again")
+    for name, expected in quant.get("sha256", {}).items():
+        if sha256(path / name) != expected:
+            raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
     model.load_state_dict(state, assign=True)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:

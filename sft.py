@@ -9,10 +9,12 @@ sft.py - supervised learning: pre-training a small base model, and fine-tuning o
     torchrun --standalone --nproc_per_node 2 sft.py --config pretrain,normuon      # FSDP2
     python sft.py --claim normuon --seeds 5        # the race of the optimisers, with a verdict
 
-Map      1 config   2 losses   3 claims   4 data, feedback   5 LoRAM   6 start   7 evaluate   8 train
+Map      1 config   2 losses   3 claims   4 data, feedback   5 LoRAM, linear layers   6 start
+         7 evaluate   8 train
          B rows, T tokens, N scored tokens, V vocabulary
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
+pretrain_moe  stdlib, bytes                            ... of a small mixture of experts
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
@@ -45,17 +47,25 @@ dckd        pairs, --teacher                           SFT + the teacher's distr
 adpa        pairs, --teacher, --other                  SFT + a teacher's advantage, own samples (2502.17927)
 aligndistil pairs, --teacher, --other                  a teacher beyond DPO and its reverse (2503.02832)
 hft         any                                        half fine-tuning: half of each layer is frozen
+qat         any                                        weights rounded in the last steps (2509.22935)
+halo        any                                        products in INT8, operands rotated (2501.02625)
+quartet     any                                        products in MXFP4, unbiased gradients (2505.14669)
+lost        any                                        low rank and a few dense columns (2508.02668)
+journey     any                                        pruned gradually while training (2501.12486)
 tiny        any                                        30 s on any CPU: shows that everything turns
 Watch    val_loss is nats per scored token and is the number to believe; a falling train loss with a rising
          val_loss is memorising. bpb (bits per byte) is the one to compare between tokenizers. With loram
-         it is the pruned model's; the completions shown at the end are the whole one's.
+         it is the pruned model's; the completions shown at the end are the whole one's. saved_loss is that of
+         the checkpoint, where --linear says how layers train: rounded (qat), or in float32 (halo, quartet).
 """
 import hashlib
+import json
 import math
 import time
 from array import array
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +74,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
-from data import chains, prefs, tasks, text, tokenizer
+from data import chains, numerics, prefs, tasks, text, tokenizer
 from data.run import (Claim, Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, needs,
                       rank, read_log, result, settings, share, start_ranks)
 from kernels import PackedLinear
@@ -103,6 +113,8 @@ class Config:
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: float = 1.0            # largest gradient norm
     peft: str = "full"           # what is trained: a row of PEFT
+    linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
+    prune: str = "none"          # which row of numerics.PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
     eval_every: int = 100        # steps between evaluations
     watch: str = ""              # a further data set to evaluate on, e.g. what the checkpoint knew before
@@ -125,6 +137,8 @@ SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000, 
 PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
+    pretrain_moe=dict(data="stdlib", init="", family="qwen3_moe", model="2x64", tokenizer="bytes", context=64,
+                      steps=900, batch=16, micro=16, lr=2e-3, warmup=60, eval_every=300),
     sft=dict(),                                                                  # the defaults
     arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000,
                     steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),
@@ -182,6 +196,8 @@ PRESETS = dict(
     bat=dict(peft="bat", lr=1e-3),
     loram=dict(peft="loram", lr=2e-3),
     hft=dict(peft="hft"),
+    qat=dict(linear="qat", schedule="wsd"), halo=dict(linear="halo"), quartet=dict(linear="quartet"),
+    lost=dict(linear="lost"), journey=dict(prune="journey"),
     # objectives beside likelihood, on ToyIF's good, random and copied responses or its pairs; lr ours
     **{name: TUNED | SCORED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
         ("mle", "scored", "nll"), ("filtered", "filtered", "nll"), ("conditional", "conditional", "nll"),
@@ -210,6 +226,18 @@ ARMS = dict(                     # settings that only the arms of claims need, p
     forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000,
                 steps=150, warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000),
     lr3e4=dict(lr=3e-4), lr1e3=dict(lr=1e-3), lr3e3=dict(lr=3e-3), lr12e3=dict(lr=0.012),
+    # on numbers and sparsity: the race at a calmer rate, so that rounding shows and not where a run drifts to
+    calm=dict(lr=1e-3, aux_lr=0.0, steps=240, eval_every=240, target=0.0),
+    long=dict(steps=400, eval_every=400),
+    bits2=dict(bits=2), never=dict(fraction=-1.0), apart=dict(fuse=False), light=dict(batch=16, steps=200),
+    **{f"last{x}": dict(fraction=x / 100) for x in (5, 10, 20, 40, 70, 100)},
+    **{f"level{i}": dict(level=i) for i in range(3)}, fp6=dict(format="fp6"), mxfp4=dict(format="mxfp4"),
+    floored=dict(exponent="quest_floor"), backward_nearest=dict(backward="nearest"),
+    deep=dict(model="3x64"), shallow=dict(model="1x64"), sparsity80=dict(sparsity=0.8),
+    **{f"prune{a}_{b}": dict(begin=a / 100, end=b / 100)
+       for a, b in ((0, 50), (50, 100), (100, 100), (0, 0))},
+    **{f"steps{n}": dict(steps=n, eval_every=n) for n in (316, 164, 78, 389)},
+    from_random=dict(start="random"), no_columns=dict(columns=0.0), no_phi=dict(phi="identity"),
 )
 PRESETS |= ARMS
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
@@ -328,6 +356,11 @@ def versus(*pairs):
 
 
 COST = ("val_loss", "reached", "seconds_to", "state_bytes", "opt_share", "ns_share")
+SHARES = dict(never=",never", formula="", all=",last100") | {
+    f"last {x} %": f",last{x}" for x in (5, 10, 20, 40, 70)}
+OTHER_TIMES = {                          # and the steps that cost as much as 240 of 25 to 75 %, from prune_at
+    "0 to 50 %": ("prune0_50", 316), "50 to 100 %": ("prune50_100", 164), "at the end": ("prune100_100", 78),
+    "from the start": ("prune0_0", 389)}
 TUNE = ("lr", 2.0, "tune_loss")          # validation rows that no other number comes from
 CLAIMS = dict(
     normuon=Claim(
@@ -386,7 +419,60 @@ CLAIMS = dict(
          for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"), ("3e-3", "lr3e3"))
          for name, preset in (("full", "adamw"), ("HFT", "hft"))},
         "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}") for lr in ("3e-4", "1e-3", "3e-3"))),
-        better="lower", also=("val_loss",)))
+        better="lower", also=("val_loss",)),
+    qat=Claim(
+        "At 2 bits rounding weights in the last steps of training beats rounding them at the end, "
+        "and the paper's share of the steps is as good as any",
+        "2509.22935: the optimal share follows from tokens per byte of weights, exp(-6.73 / ln S)",
+        {f"{name}, 2 bits": f"pretrain,adamw,race,qat,calm,long,bits2{preset}"
+         for name, preset in SHARES.items()}
+        | {f"{name}, 4 bits": f"pretrain,adamw,race,qat,calm,long{SHARES[name]}"
+           for name in ("never", "formula", "last 20 %", "all")}
+        | {f"last {x} %, cooldown 30 %, 2 bits": f"pretrain,adamw,race,qat,calm,long,bits2,last{x},apart"
+           for x in (20, 40)},
+        "saved_loss", versus(("last 20 %, 2 bits", "never, 2 bits"), ("last 20 %, 2 bits", "all, 2 bits"),
+                             *(("formula, 2 bits", f"{x}, 2 bits") for x in (
+                                 "last 5 %", "last 10 %", "last 20 %", "last 40 %", "last 70 %", "all")),
+                             ("last 20 %, 4 bits", "never, 4 bits"), ("last 20 %, 4 bits", "all, 4 bits")),
+        better="lower", also=("val_loss", "quantised")),
+    lowbit=Claim(
+        "Training with all products in INT8 costs nothing, in MXFP4 less with Quartet than without",
+        "2501.02625, 2505.14669: INT8 and MXFP4 training near full precision from 30 M parameters up",
+        {"float32": "pretrain,adamw,race,calm,light",
+         **{f"HALO {level}, {name}": f"pretrain,adamw,race,halo,calm,light,level{level}{preset}"
+            for name, preset in (("INT8", ""), ("FP6", ",fp6")) for level in (0, 1, 2)},
+         "MXFP4": "pretrain,adamw,race,halo,calm,light,level0,mxfp4",
+         "Quartet": "pretrain,adamw,race,quartet,calm,light",
+         "Quartet, nearest backward": "pretrain,adamw,race,quartet,calm,light,backward_nearest",
+         "Quartet, floored scale": "pretrain,adamw,race,quartet,calm,light,floored"},
+        "val_loss", {"HALO 2, INT8 < 1.005 float32": {"HALO 2, INT8": 1, "float32": -1.005}}
+        | versus(("HALO 1, FP6", "HALO 0, FP6"), ("Quartet", "MXFP4"), ("Quartet", "Quartet, floored scale"),
+                 ("Quartet", "Quartet, nearest backward")),
+        better="lower", also=("saved_loss",)),
+    lost=Claim(
+        "LOST's initialisation, its dense columns and φ each help at equal parameters",
+        "2508.02668: better than low-rank pre-training at equal memory, close to full rank (second-hand)",
+        {"dense": "pretrain,adamw,race,calm"}
+        | {f"{a}, {b}, {c}": f"pretrain,adamw,race,lost,calm{x}{y}{z}"
+           for a, x in (("SVD", ""), ("random", ",from_random"))
+           for b, y in (("columns", ""), ("no columns", ",no_columns"))
+           for c, z in (("φ", ""), ("no φ", ",no_phi"))},
+        "val_loss", versus(*(("SVD, columns, φ", x) for x in ("random, columns, φ", "SVD, no columns, φ",
+                             "SVD, columns, no φ", "random, no columns, no φ"))),
+        better="lower"),
+    sparse=Claim(
+        "Pruning between 25 and 75 % of the compute beats other times at equal compute, "
+        "and costs what a dense model of the average size does at equal tokens, too",
+        "2501.12486: 25 to 75 % is near the best; one scaling law with the average size (abstract)",
+        {"25 to 75 %": "pretrain,adamw,race,journey,calm,deep,sparsity80",
+         "dense, average size": "pretrain,adamw,race,calm,shallow", "dense": "pretrain,adamw,race,calm,deep"}
+        | {name + said: f"pretrain,adamw,race,journey,calm,deep,sparsity80,{preset}{length}"
+           for name, (preset, steps) in OTHER_TIMES.items() for said, length in (
+               ("", f",steps{steps}"), (", equal tokens", ""))},
+        "val_loss", versus(*(("25 to 75 %", name + said) for name in OTHER_TIMES for said in (
+            "", ", equal tokens")))
+        | {"25 to 75 % < 1.01 dense, average size": {"25 to 75 %": 1, "dense, average size": -1.01}},
+        better="lower", also=("mean_density",)))
 
 # --- data ---------------------------------------------------------------------------------------------
 
@@ -638,8 +724,70 @@ def recover(small, whole):
 
 
 PEFT = PEFT | dict(loram=loram)
+
+# --- linear layers: how they compute (data/numerics.py) -----------------------------------------------
+
+
+def in_blocks(model, make):
+    """make(layer) in the place of every linear layer of the blocks; UserError for packed ones."""
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        raise UserError("packed layers are frozen: start from the checkpoint that was compressed")
+    return replace_linears(model, lambda name, layer: make(layer))
+
+
+def as_they_are(model, generator):
+    """Float weights, the device's matmul."""
+    return model
+
+
+def qat(model, generator, *, bits=4, fraction=0.0, fuse=True):
+    """Quantisation-aware training (2509.22935): weights rounded to `bits` (1-8), a scale an output, in the
+    last `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved rounded.
+
+    fuse: the cooldown of --schedule wsd lasts as long."""
+    numerics.within("bits", bits, 1, 8)
+    if fraction != -1:
+        numerics.within("fraction", fraction, 0, 1)
+    return in_blocks(model, lambda layer: numerics.QATLinear(layer, bits))
+
+
+def halo(model, generator, *, level=2, format="int8"):
+    """HALO (2501.02625): the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated: level 0
+    not, 1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
+    numerics.one_of("level", level, (0, 1, 2))
+    numerics.one_of("format", format, numerics.FORMATS)
+    return in_blocks(model, lambda layer: numerics.HaloLinear(layer, level, format))
+
+
+def quartet(model, generator, *, exponent="quest", backward="stochastic"):
+    """Quartet (2505.14669): the three products in MXFP4. exponent: of a group, a row of numerics.EXPONENTS;
+    backward: stochastic, or nearest. Saved: the float32 weights."""
+    numerics.one_of("exponent", exponent, numerics.EXPONENTS)
+    numerics.one_of("backward", backward, ("stochastic", "nearest"))
+    return in_blocks(model, lambda layer: numerics.QuartetLinear(
+        layer, torch.randint(2 ** 31, (), generator=generator).item(), exponent, backward))
+
+
+def lost(model, generator, *, size=0.55, columns=0.05, gamma=0.7, phi="silu", start="svd"):
+    """LOST (2508.02668): `size` of the parameters, a share `columns` of inputs dense, the rest low rank.
+
+    ours: size, at which a square layer has the rank n/4 and 5 % of the columns. With --phi identity a plain
+    checkpoint is saved; with silu, folders that only this run's --resume reads."""
+    numerics.one_of("phi", phi, numerics.PHI)
+    numerics.one_of("start", start, ("svd", "random"))
+    for key, value in (("size", size), ("columns", columns), ("gamma", gamma)):
+        numerics.within(key, value, 0, 1)
+
+    def make(layer):
+        rank, k = numerics.lost_sizes(layer.in_features, layer.out_features, size, columns)
+        return numerics.LostLinear(layer, rank, k, generator, gamma, phi, start)
+    return in_blocks(model, make)
+
+
+LINEARS = dict(plain=as_they_are, qat=qat, halo=halo, quartet=quartet, lost=lost)
 AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimiser=optimiser),
-            schedule=SCHEDULES, peft=PEFT, store=STORES, kernels=kernels.MODES)
+            schedule=SCHEDULES, peft=PEFT, linear=LINEARS, prune=numerics.PRUNING, store=STORES,
+            kernels=kernels.MODES)
 
 # --- start --------------------------------------------------------------------------------------------
 
@@ -832,6 +980,28 @@ def reached(rows, target):
     return dict(steps_to=seen[-1]["step"], seconds_to=seen[-1]["seconds"], reached=0.0)
 
 
+def check_layers(c, ranks):
+    """UserError for what --linear and --prune do not go with."""
+    asked = [f"--linear {c.linear}"] * (c.linear != "plain") + [f"--prune {c.prune}"] * (c.prune != "none")
+    for said in asked:
+        if ranks > 1:
+            raise UserError(f"{said} runs on one rank: start it without torchrun")
+        for key, usual in (("peft", "full"), ("store", "float32"), ("compile", False)):
+            if getattr(c, key) != usual:
+                raise UserError(f"{said} and --{key} {getattr(c, key)} do not go together: leave one out")
+    if c.linear == "lost" and c.prune != "none":
+        raise UserError(f"--prune {c.prune} cuts matrices, which --linear lost does not have: choose one")
+
+
+def write(net, tok, folder):
+    """save(); a folder of LOST layers with φ gets a model_type that nothing opens: they are no matrices."""
+    save(net, tok, folder)
+    if any(isinstance(m, numerics.LostLinear) for m in net.modules()):
+        path = Path(folder, "config.json")
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps(said | dict(model_type=f"lost-{said['model_type']}"), indent=2))
+
+
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
     me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
@@ -844,6 +1014,7 @@ def train(c, f):
         raise UserError(f"--loss {c.loss} --feedback {c.feedback} run on one rank: start without torchrun")
     if ranks > 1 and c.store != "float32":
         raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
+    check_layers(c, ranks)
     if c.suggest and c.init.startswith("base:"):
         raise UserError("--suggest is about pre-training: add --config pretrain")
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
@@ -852,13 +1023,14 @@ def train(c, f):
         model, tok = start(c, origin)
         return suggest(model, rows(c, tok, "train"), c)
     with Run(c, f, "sft", CURVES) as run:
-        whole_in_checkpoint = c.peft in ("full", "hft") and c.store == "float32"
+        whole_in_checkpoint = (c.peft in ("full", "hft") and c.store == "float32" and c.linear == "plain")
         resumed = run.last if run.last and whole_in_checkpoint else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)
         frozen = open_frozen(c, f, origin, tok)
         sampler = start(c, origin)[0] if resumed and c.feedback == "sampled" else model
         data, infos = f.feedback(c, tok, sampler, torch.Generator().manual_seed(c.seed))
         model = f.peft(f.store(model), torch.Generator().manual_seed(c.seed))
+        model = f.linear(model, torch.Generator().manual_seed(c.seed))
         tag = tok.encode(f.feedback.keywords["good_tag"]) if "good_tag" in f.feedback.keywords else []
         held_out = {s: [([*p, *tag], y) for p, y in held(c, tok, s)] for s in tasks.held_out(c.data)}
         visits = (run.state or {}).get("visits", {})             # GLOW: a row's loss when it was last seen
@@ -898,9 +1070,30 @@ def train(c, f):
         now = time.process_time if c.device == "cpu" else time.perf_counter
         seen = dict(steps=total, warmup=c.warmup, lr=c.lr, batch=c.batch,
                     tokens=c.batch * sum(len(r) for _, r in data) / max(1, len(data)))
+        # --linear qat: from which step on weights are rounded
+        how, schedule = f.linear.keywords, f.schedule
+        quantised = numerics.qat_share(model, how.get("fraction", 0.0), total * seen["tokens"])
+        rounds_from = total - max(1, round(quantised * total)) if quantised else total + 1
+        numerics.begin(model, run.start, run.start >= rounds_from)
+        if quantised:
+            run.say(f"  weights of {how['bits']} bits from step {rounds_from + 1} on ({quantised:.1%})")
+            if how["fuse"] and c.schedule == "wsd":
+                schedule = partial(schedule, cooldown=quantised)
+        # --prune: the weights that are left
+        matrices = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight")}
+        masks = (run.state or {}).get("masks", {})
+
+        def cut(step):
+            sparsity = f.prune(step, total)
+            masks.update(numerics.prune(matrices, masks, sparsity) if sparsity else {})
+            numerics.apply_masks(matrices, masks, opt.stacks)
+            return dict(sparsity=sparsity) if c.prune != "none" else {}
+
+        cut(run.start)
         for step in run.steps(total):
             # 1. get data
             began = now()
+            numerics.begin(model, step, step >= rounds_from)
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
             n = sum(len(data[i][1]) for i in picked)                             # scored tokens of the step
             n -= sum(b - a for i in picked for a, b in [infos[i].get("hole", (0, 0))])
@@ -933,21 +1126,23 @@ def train(c, f):
                 (total_loss * ranks).backward()                          # FSDP2 averages over ranks
                 loss, aux = loss + part_loss.item(), aux + balance.item()
             # 3. update
+            numerics.mask_gradients(matrices, masks)
             norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
             if ranks > 1:
                 norm, both = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
                 dist.all_reduce(both)
                 loss, aux = both.tolist()
-            set_lr(opt, c.lr * f.schedule(**{k: (seen | dict(step=step))[k] for k in needs(f.schedule)}))
+            set_lr(opt, c.lr * schedule(**{k: (seen | dict(step=step))[k] for k in needs(schedule)}))
             updating = now()
             opt.step()
+            pruned_to = cut(step + 1)
             clock["update"] += now() - updating
             opt.zero_grad()
             clock["all"] += now() - began
             clipped += float(norm) > c.clip
             # 4. tell
             row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n, seconds=clock["all"])
-            row |= dict(aux=aux) if aux else {}
+            row |= (dict(aux=aux) if aux else {}) | pruned_to
             if (step + 1) % c.eval_every == 0 or step + 1 == total:
                 scores = measure()
                 row |= scores
@@ -955,8 +1150,9 @@ def train(c, f):
             if (step + 1) % c.save_every == 0 or step + 1 == total or step + 1 == c.stop:
                 net, state = whole(), opt.state_dict()           # collective: every rank takes part
                 adapter = adapter_state(net) if net is not None else {}
-                run.save(step + 1, lambda folder: save(plain(net), tok, folder), opt=state, adapter=adapter,
-                         clock=clock, visits=visits)
+                adapter |= dict(net.named_buffers()) if c.linear != "plain" else {}
+                run.save(step + 1, lambda folder: write(plain(net), tok, folder), opt=state, adapter=adapter,
+                         clock=clock, visits=visits, masks=masks)
         if c.stop and c.stop < total:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return scores
@@ -977,6 +1173,13 @@ def train(c, f):
             if held_out["val"][256:]:                            # rows that val_loss does not see
                 scores |= dict(tune_loss=evaluate(model, tok, held_out["val"][256:], c)["loss"])
         net = whole()
+        if c.linear != "plain":
+            scores |= dict(saved_loss=evaluate(plain(net), tok, held_out["val"], c)["loss"],
+                           quantised=quantised)
+        if c.prune != "none":
+            zeros = sum((p == 0).sum().item() for p in matrices.values())
+            scores |= dict(sparsity=zeros / sum(p.numel() for p in matrices.values()),
+                           mean_density=1 - sum(f.prune(s, total) for s in range(total)) / total)
         if not text.is_corpus(c.data) and net is not None:
             task = tasks.task(c.data)
             quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run, tag)

@@ -19,12 +19,20 @@ A format is two functions: buffers(in, out, **options) -> {name: (shape, dtype)}
 options that make no layer, and dense(layer) -> W float32. kernels.py multiplies without making W where it
 has a kernel.
 """
+import hashlib
+
 import torch
 import torch.nn.functional as F
 
 from data.numerics import mx4, mx4_dense
 
 # --- 1 bit streams ------------------------------------------------------------------------------------
+
+
+def sha256(path):
+    """A file's SHA-256: codes that were changed would still decode, to another model."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pack_bits(codes, bits):

@@ -12,7 +12,8 @@ Letters  B rows, T tokens, H heads (K for keys and values), G = H / K, S slots, 
     kivi       2402.02750      keys in groups of a channel, values in groups of a token, the newest left alone
     integer    -               both in groups of a token, no window: the baseline
     locret     2410.01805      a trained head says which tokens stay; random, recency, attention: baselines
-Watch    bytes a token beside every loss: scales, lows and the full-precision tail are most of a short cache.
+Watch    bytes a token beside every loss: with small heads, scales and lows outweigh the codes. On running
+         text recency is the baseline to beat: what was said last is what the next token needs.
 """
 import math
 import weakref
@@ -30,7 +31,7 @@ from data.run import UserError, nearest
 def quantize(x, bits):
     """x [..., g] -> codes, uint8 [..., g bits / 8], first in the lowest bits; scale, low [...] in x's dtype.
 
-    low = min, scale = (max - min) / (2^bits - 1), q = round((x - low) / scale): KIVI, 2402.02750 eq. 3.
+    low = min, scale = (max - min) / (2^bits - 1), q = round((x - low) / scale): KIVI, 2402.02750.
     A constant group has scale 1 and codes 0, so it comes back exact.
     """
     most, wide = 2 ** bits - 1, torch.promote_types(x.dtype, torch.float32)
@@ -127,7 +128,8 @@ class Part:
         slot = torch.arange(size, device=self.held.device)
         at = slot - (self.held * self.unit)[:, None]                                     # [B, S] in the tail
         row = torch.arange(len(at), device=at.device)[:, None]
-        out = self.tail[row, at.clamp(0, max(self.tail.size(1) - 1, 0))]                 # [B, S, K, hd]
+        tail = self.tail if self.tail.size(1) else F.pad(self.tail, (0, 0, 0, 0, 0, 1))
+        out = tail[row, at.clamp(0, tail.size(1) - 1)]                                   # [B, S, K, hd]
         if self.codes.size(1):
             old = AXES[self.axis][1](dequantize(self.codes, self.scale, self.low, self.bits))
             end = min(old.size(1), size)
@@ -215,7 +217,7 @@ def kivi(*, bits=2, group=32, window=32, keys="channel", values="token"):
 
 
 def integer(*, bits=8, group=32):
-    """Groups of a token for both, no window: the plain baseline that KIVI starts from (its table 2)."""
+    """Groups of a token for both, no window: the plain baseline for KIVI."""
     return kivi(bits=bits, group=group, window=0, keys="token", values="token")
 
 

@@ -17,7 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.run import UserError, nearest
+from data.run import UserError
+
+
+def one_of(key, value, rows):
+    """UserError if the value is none of these."""
+    if value not in rows:
+        raise UserError(f"--{key} {value}: choose from {', '.join(map(str, rows))}")
+
+
+def within(key, value, low, high):
+    """UserError if the number is not between the two."""
+    if not low <= value <= high:
+        raise UserError(f"--{key} {value}: expected {low} to {high}")
+
 
 # --- 1 rotations --------------------------------------------------------------------------------------
 
@@ -39,8 +52,8 @@ def hadamard(n, dtype=torch.float32, device="cpu"):
 
 
 def rotate(x, n):
-    """x [..., d] times a block-diagonal Hadamard matrix; blocks: the largest power of two up to n that divides
-    d. Its own inverse; two operands rotated alike have the same product."""
+    """x [..., d] times a block-diagonal Hadamard matrix, its blocks the largest power of two up to n that
+    divides d. Its own inverse; two operands rotated alike have the same product."""
     d = x.size(-1)
     block = min(d & -d, 1 << (n.bit_length() - 1))
     return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.dtype, x.device)).flatten(-2)
@@ -57,12 +70,12 @@ def floor_log2(x):
 
 
 def power_of_two(e, dtype=torch.float32):
-    """2^e, exactly, e int32 within float32's -126 to 127: what floor_log2 says of 0 becomes 2^-126."""
-    return (e.clamp(-126, 127) + 127 << 23).view(torch.float32).to(dtype)
+    """2^e, exactly, e whole within float32's -126 to 127: what floor_log2 says of 0 becomes 2^-126."""
+    return (e.int().clamp(-126, 127) + 127 << 23).view(torch.float32).to(dtype)
 
 
 def minifloat(x, mantissa, low, top):
-    """x rounded to floats of `mantissa` bits, exponents from `low` (subnormals below) and largest value `top`,
+    """x rounded to floats of `mantissa` bits, exponents from `low` (subnormals below), largest value `top`,
     to the nearest, ties to even."""
     step = power_of_two(floor_log2(x).clamp(min=low) - mantissa, x.dtype)
     return ((x / step).round() * step).clamp(-top, top)
@@ -106,7 +119,7 @@ def quantize_activations(x, bits, block=0):
     block = block or x.size(-1)
     if x.size(-1) % block:
         raise UserError(f"blocks of {block} channels do not divide {x.size(-1)}")
-    y = wide(x).unflatten(-1, (-1, block))                                               # [..., n/block, block]
+    y = wide(x).unflatten(-1, (-1, block))                                       # [..., n/block, block]
     if torch.is_tensor(bits):
         bits = bits.to(y)[:, None]                                                       # [blocks, 1]
     top = 2 ** (bits - 1) - 1
@@ -123,8 +136,8 @@ QUEST = 2.92247856 / 6                             # QuEST's clipping point of a
 
 
 def e2m1(x, noise=None):
-    """x rounded to E2M1's values up to 6, as minifloat does (and faster); with noise, uniform in [0, 1), up or
-    down so that the mean is x."""
+    """x rounded to E2M1's values up to 6, as minifloat does (and faster); with noise, uniform in [0, 1), up
+    or down so that the mean is x."""
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     y = x / step
@@ -143,12 +156,14 @@ def covering(x):
 
 
 def quest(x):
-    """QuEST's (Quartet, 2505.14669):  log2(.48708 σ), σ a group's deviation, rounded to the nearest."""
-    return floor_log2(math.sqrt(2) * (QUEST * x.std(-1, correction=0) + 1e-8))
+    """QuEST's (Quartet, 2505.14669):  log2(.48708 σ), rounded to the nearest; σ a group's root mean square.
+
+    ours: both. A single large channel, the first of its 32, is a constant once rotated: without deviation."""
+    return floor_log2(math.sqrt(2) * (QUEST * x.square().mean(-1).sqrt() + 1e-8))
 
 
 def quest_floor(x):
-    """... rounded down, as Quartet's released kernel does: twice the error at some σ."""
+    """... of the deviation and rounded down, as Quartet's released kernel does: twice the error at some σ."""
     return floor_log2(QUEST * x.std(-1, correction=0) + 1e-8)
 
 
@@ -163,12 +178,10 @@ def grouped(x):
 
 
 def mx4(x, rule="absmax"):
-    """MXFP4's codes uint8 [..., n] (bit 3 the sign, bits 0-2 the index in E2M1) and exponents int8 [..., n/32]
+    """MXFP4's codes uint8 [..., n] (bit 3 the sign, bits 0-2 the index in E2M1), exponents int8 [..., n/32]
 
     rule: a row of EXPONENTS. 4.25 bits a value.
     """
-    if rule not in EXPONENTS:
-        raise UserError(f"MXFP4 exponent {rule!r}{nearest(rule, EXPONENTS)}")
     y = grouped(x)
     exponent = EXPONENTS[rule](y).clamp(-126, 127)                                       # [..., n/32]
     y = e2m1(y / power_of_two(exponent, y.dtype)[..., None])
@@ -179,7 +192,7 @@ def mx4(x, rule="absmax"):
 def mx4_dense(codes, exponent, dtype=torch.float32):
     """mx4's inverse: the values [..., n]."""
     value = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=dtype, device=codes.device)[codes.long()]
-    return (value.unflatten(-1, (-1, GROUP)) * power_of_two(exponent.int(), dtype)[..., None]).flatten(-2)
+    return (value.unflatten(-1, (-1, GROUP)) * power_of_two(exponent, dtype)[..., None]).flatten(-2)
 
 
 def mxfp4(x, rule="absmax"):
@@ -208,7 +221,7 @@ def turn_tokens(x, n):
 
 
 class Halo(torch.autograd.Function):
-    """halo() and its backward. level 1 rotates the forward, level 2 the tokens of the input's gradient, too."""
+    """halo() and its backward. level 1 rotates the forward, 2 the tokens of the input's gradient, too."""
 
     @staticmethod
     def forward(ctx, X, W, level, q):
@@ -242,7 +255,7 @@ def halo(X, W, *, level=2, format="int8"):
 
 
 def clipped_mx4(x, rule):
-    """Quartet's forward quantiser, of x rotated by 32s: (its MXFP4, in the rotated basis; where it is < 6 s)"""
+    """Quartet's forward quantiser of x, in the basis rotated by 32s: (MXFP4, where it did not clip: < 6 s)"""
     y = grouped(rotate(x, GROUP))
     s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
     return (e2m1(y / s) * s).flatten(-2), (y.abs() < 6 * s).flatten(-2)
@@ -425,10 +438,10 @@ def lost_sizes(n, m, size, columns):
 
 
 def lost_start(W, rank, k, generator, start="svd"):
-    """LOST's initialisation of a layer drawn as W [m, n]: A [r, n], B [m, r], dense columns [m, k], their places
+    """LOST's start of a layer drawn as W [m, n]: A [r, n], B [m, r], dense columns [m, k], their places [k]
 
-    svd: B A is W's best approximation of that rank, √S on each side, and the columns those that it misses by
-    most, as they are in W. random: normal factors whose product has W's deviation, any columns (ours).
+    svd: B A is W's best approximation of that rank, √S on each side, and the columns those that it misses
+    by most, as they are in W. random: normal factors whose product has W's deviation, any columns (ours).
     """
     m, n = W.shape
     if start == "svd":
@@ -478,8 +491,8 @@ class LostLinear(nn.Module):
 
 
 def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
-    """The Journey Matters (2501.12486): s (1 - (1-u)³) after this share of the run's compute, u its share from
-    begin to end; all at once where the two are equal. The cube is unverified."""
+    """The Journey Matters (2501.12486): s (1 - (1-u)³) after this share of the run's compute, u its share
+    from begin to end; all at once where the two are equal. The cube is unverified."""
     if progress < begin or begin == end:
         return sparsity * (progress >= begin)
     u = min(1.0, (progress - begin) / (end - begin))
@@ -488,8 +501,8 @@ def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
 
 @lru_cache(8)
 def compute_clock(sparsity, begin, end, points=20000):
-    """The share of the steps that are over at shares 0 … 1 of the compute, which a step costs in proportion to
-    its density.   -> float64 [points + 1]"""
+    """The share of the steps that are over at shares 0 … 1 of the compute; a step costs in proportion to its
+    density.   -> float64 [points + 1]"""
     middle = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     cost = torch.tensor([1 - prune_schedule(p, sparsity, begin, end) for p in middle.tolist()],
                         dtype=torch.float64)
@@ -506,6 +519,24 @@ def prune_at(step, steps, sparsity, begin=0.25, end=0.75):
     clock = compute_clock(sparsity, begin, end)
     i = int(torch.searchsorted(clock, step / steps, right=True)) - 1
     return prune_schedule(min(1.0, i / (len(clock) - 1)), sparsity, begin, end)
+
+
+def none(step, steps):
+    """No pruning."""
+    return 0.0
+
+
+def journey(step, steps, *, sparsity=0.5, begin=0.25, end=0.75):
+    """The Journey Matters (2501.12486): the smallest weights of each matrix go, between these shares of the
+    run's compute, a step costing in proportion to its density; then the mask stays. 0, 0: from the first
+    step; 1, 1: after the last. ours: one sparsity for every matrix; only linear layers count as compute."""
+    within("sparsity", sparsity, 0, 0.999)
+    within("end", end, 0, 1)
+    within("begin", begin, 0, end)
+    return prune_at(step, steps, sparsity, begin, end)
+
+
+PRUNING = dict(none=none, journey=journey)         # (step, steps) -> the sparsity after that step
 
 
 def prune(weights, masks, sparsity):
@@ -537,7 +568,7 @@ def apply_masks(weights, masks, stacks=()):
     stacks: an optim.Optimiser's: of units with a name, and a state of stacked tensors."""
     for name, mask in masks.items():
         weights[name].mul_(mask)
-    for stack in stacks:
+    for stack in stacks if masks else ():
         have = [masks.get(u.name) for u in stack.units]
         for x in stack.state.values():
             if all(m is not None for m in have) and torch.is_tensor(x) and x.is_floating_point():

@@ -1,7 +1,7 @@
 """
 structure.py - structural compression: a smaller model out of a trained one, then distillation.
 
-    for student in slimmoe(model, teacher, batches, generator, keep=0.125, stages=2):    # a generator cuts,
+    for student in slimmoe(model, teacher, batches, generator, share=0.125, stages=2):    # a generator cuts,
         distil(student, teacher, batch_of, steps)                                        # its caller distils
 
 Map      1 slicing   2 distillation   3 SlimMoE   4 Minitron and PruneNet   5 Puzzle   6 SwiftKV and MoH
@@ -9,6 +9,7 @@ Letters  B rows, T tokens, D width, V vocabulary, f neurons of an MLP, G groups 
 row            paper         what is cut                                           chosen by
 slimmoe        2506.18349    neurons of every expert, groups of heads, in stages   gradient of the KD loss
 fresh          -             everything: slimmoe's sizes with new weights          nothing
+dense_active   -             everything: a dense model of its active size           nothing
 drop_experts   2404.05089    whole experts and their router rows                   how often they are used
 minitron       2407.14679    neurons, once                                         their mean activation
 prunenet       2501.15296    neurons, once                                         a policy that reads weights
@@ -193,11 +194,12 @@ def distil(student, teacher, batch_of, steps, *, lr=1e-3, floor=0.1, warmup=0.05
         value = token_losses(LOSSES[loss], student, teacher, batch_of(step)).mean()
         (value + balance * head_balance(student)).backward()
         norm = torch.nn.utils.clip_grad_norm_(train, clip)
+        history.append(value.item())
+        if not math.isfinite(history[-1] + norm.item()):
+            raise UserError(f"the loss of {name} became {history[-1]}, its gradient {norm.item()} at step "
+                            f"{step}: lower --lr {lr}")
         opt.step()
         opt.zero_grad()
-        history.append(value.item())
-        if not math.isfinite(history[-1]):
-            raise UserError(f"the loss of {name} became {history[-1]} at step {step}: lower --lr {lr}")
         if log:
             log(step, loss=history[-1], norm=norm.item())
         if step % 10 == 0:
@@ -277,43 +279,64 @@ def importance_of(kind, model, teacher, batches, generator):
     return mend_scores(model, neurons), heads
 
 
-def path(size, keep, stages, multiple):
-    """Sizes on the way to keep * size, by equal ratios, in multiples.   path(64, .125, 2, 8) -> [24, 8]"""
-    if not 0 < keep <= 1 or stages < 1:
-        raise UserError(f"--keep {keep} --stages {stages}: a share in (0, 1], and at least one stage")
-    return [rounded(size * keep ** (s / stages), multiple, size) for s in range(1, stages + 1)]
+def path(size, share, stages, multiple):
+    """Sizes on the way to share * size, by equal ratios, in multiples.   path(64, .125, 2, 8) -> [24, 8]"""
+    if not 0 < share <= 1 or stages < 1:
+        raise UserError(f"--share {share} --stages {stages}: a share in (0, 1], and at least one stage")
+    return [rounded(size * share ** (s / stages), multiple, size) for s in range(1, stages + 1)]
 
 
-def slimmoe(model, teacher, batches, generator, *, keep=0.125, stages=2, importance="kd_topk",
-            keep_groups=1.0, multiple=8):
+def slimmoe(model, teacher, batches, generator, *, share=0.125, stages=2, importance="kd_topk",
+            share_groups=1.0, multiple=8, at_once=False):
     """SlimMoE (2506.18349): all experts and the router stay, each expert keeps its most important neurons.
 
-    Stages s = 1…S score the current student, cut to keep^(s/S) of the width (and keep_groups^(s/S) of the
+    Stages s = 1…S score the current student, cut to share^(s/S) of the width (and share_groups^(s/S) of the
     groups of heads), and are distilled from the first model. A dense MLP is one expert. ours: the geometric
-    path, and scores summed over batches in absolute value; multiple is 64 at full size.
+    path, and scores summed over batches in absolute value; multiple is 64 at full size. at_once: the control
+    that cuts everything in the first stage, so that the others only restart the distillation.
     """
-    widths = path(model.config.intermediate_size, keep, stages, multiple)
-    groups = path(model.config.num_key_value_heads, keep_groups, stages, 1)
-    for width, count in zip(widths, groups):
+    widths = path(model.config.intermediate_size, share, stages, multiple)
+    groups = path(model.config.num_key_value_heads, share_groups, stages, 1)
+    for s in range(stages):
+        width, count = (widths[-1], groups[-1]) if at_once else (widths[s], groups[s])
         neurons, heads = importance_of(importance, model, teacher, batches, generator)
         model = slice_neurons(model, {name: top(s, width) for name, s in neurons.items()})
         model = slice_groups(model, [top(s, count) for s in heads])
         yield model
 
 
-def fresh(model, teacher, batches, generator, *, keep=0.125, keep_groups=1.0, multiple=8):
-    """The baseline of slimmoe's last sizes and new weights: std 0.02, on outputs 1/√(2L) of it (GPT-2)."""
-    width = path(model.config.intermediate_size, keep, 1, multiple)[0]
-    count = path(model.config.num_key_value_heads, keep_groups, 1, 1)[0]
+@torch.no_grad()
+def renewed(model, generator):
+    """The model with new weights, in place: std 0.02, on outputs 1/√(2L) of it (GPT-2)."""
+    for name, p in model.named_parameters():
+        out = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * len(model.layers) if out else 1)
+        p.copy_(torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0) if p.dim() == 1
+                else torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def fresh(model, teacher, batches, generator, *, share=0.125, share_groups=1.0, multiple=8):
+    """The baseline of slimmoe's last sizes and new weights."""
+    width = path(model.config.intermediate_size, share, 1, multiple)[0]
+    count = path(model.config.num_key_value_heads, share_groups, 1, 1)[0]
     model = slice_neurons(model, {name: torch.arange(width) for name in mlps(model)})
     model = slice_groups(model, [torch.arange(count)] * len(model.layers))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            out = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * len(model.layers) if out else 1)
-            p.copy_(torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0) if p.dim() == 1
-                    else torch.randn(p.shape, generator=generator) * std)
-    yield model
+    yield renewed(model, generator)
+
+
+def dense_active(model, teacher, batches, generator, *, share=0.125, multiple=8):
+    """A dense model with new weights, as wide as the experts that a token of slimmoe's model passes."""
+    c = model.config
+    if not c.moe:
+        raise UserError("dense_active needs a model with experts")
+    width = path(c.intermediate_size, share, 1, multiple)[0] * c.num_experts_per_tok
+    state = {k: v for k, v in model.state_dict().items() if ".mlp." not in k}
+    for i in range(len(model.layers)):
+        state |= {f"layers.{i}.mlp.{part}_proj.weight": model.head.new_zeros(shape) for part, shape in (
+            ("gate", (width, c.hidden_size)), ("up", (width, c.hidden_size)), ("down", (c.hidden_size, width)))}
+    dense = dict(qwen3_moe="qwen3", mixtral="llama")[c.model_type]
+    yield renewed(build(model, state, model_type=dense, num_experts=0, intermediate_size=width), generator)
 
 
 @torch.no_grad()
@@ -328,13 +351,13 @@ def usage(model, batches):
     return counts
 
 
-def drop_experts(model, teacher, batches, generator, *, keep=0.125):
+def drop_experts(model, teacher, batches, generator, *, share=0.125):
     """Expert dropping, as in SEER-MoE (2404.05089) but by layer (ours): the most used experts stay, and their
     router rows. Fewer experts than a token's choices: it gets all of them."""
     c = model.config
     if not c.moe:
         raise UserError("drop_experts needs a model with experts")
-    count = path(c.num_experts, keep, 1, 1)[0]
+    count = path(c.num_experts, share, 1, 1)[0]
     state = dict(model.state_dict())
     for i, score in enumerate(usage(model, batches)):
         kept, where = top(score, count), f"layers.{i}.mlp"
@@ -370,9 +393,9 @@ def activity(model, batches):
     return mend_scores(model, {name: s.sqrt() for name, s in scores.items()})
 
 
-def minitron(model, teacher, batches, generator, *, keep=0.5, multiple=8):
+def minitron(model, teacher, batches, generator, *, share=0.5, multiple=8):
     """Minitron (2407.14679), its width part for MLPs: one cut by activity, then forward_kl alone."""
-    width = path(model.config.intermediate_size, keep, 1, multiple)[0]
+    width = path(model.config.intermediate_size, share, 1, multiple)[0]
     yield slice_neurons(model, {name: top(s, width) for name, s in activity(model, batches).items()})
 
 
@@ -425,9 +448,9 @@ def learn_policy(weights, width, generator, *, episodes=20, lr=1e-3, discount=0.
     return lambda W: alpha(W, *best)
 
 
-def prunenet(model, teacher, batches, generator, *, keep=0.7, multiple=8, episodes=20, sampled=True):
+def prunenet(model, teacher, batches, generator, *, share=0.7, multiple=8, episodes=20, sampled=True):
     """PruneNet (2501.15296), without data: the policy samples rows once, as released, or takes its top α."""
-    width = path(model.config.intermediate_size, keep, 1, multiple)[0]
+    width = path(model.config.intermediate_size, share, 1, multiple)[0]
     weights = {name: m.gate_proj.weight.detach() for name, m in mlps(model).items()}
     policy, kept = learn_policy(list(weights.values()), width, generator, episodes=episodes), {}
     for name, W in weights.items():
@@ -504,7 +527,7 @@ def choose_dp(scores, costs, budget, generator):
                 now[spent + cost] = value + row[j], [*picks, j]
         best = now
     if not best:
-        raise UserError(f"no choice of blocks costs {budget} or less: a larger --keep")
+        raise UserError(f"no choice of blocks costs {budget} or less: a larger --share")
     return min(best.values(), key=lambda x: x[0])[1]
 
 
@@ -512,7 +535,7 @@ def choose_uniform(scores, costs, budget, generator):
     """The widest block that fits, in every layer. -> [L]"""
     fit = [j for j, cost in enumerate(costs) if cost * len(scores) <= budget]
     if not fit:
-        raise UserError(f"no equal choice of blocks costs {budget} or less: a larger --keep")
+        raise UserError(f"no equal choice of blocks costs {budget} or less: a larger --share")
     return [max(fit, key=lambda j: costs[j])] * len(scores)
 
 
@@ -527,7 +550,7 @@ def choose_random(scores, costs, budget, generator):
         for n, i in enumerate(torch.randperm(L, generator=generator).tolist()):
             fit = [j for j, cost in enumerate(costs) if cost + low * (L - n - 1) <= left]
             if not fit:
-                raise UserError(f"no choice of blocks costs {budget} or less: a larger --keep")
+                raise UserError(f"no choice of blocks costs {budget} or less: a larger --share")
             picks[i] = fit[torch.randint(len(fit), (1,), generator=generator).item()]
             left -= costs[picks[i]]
         if left < step:
@@ -551,10 +574,10 @@ def assemble(model, library, widths):
                                   else dict(layer_widths=tuple(widths))))
 
 
-def puzzle(model, teacher, batches, generator, *, keep=0.5, shares="100,75,50,25,0", choice="dp",
+def puzzle(model, teacher, batches, generator, *, share=0.5, shares="100,75,50,25,0", choice="dp",
            local_steps=100, local_lr=1e-3, multiple=8):
     """Puzzle (2411.19146), its FFN half: a library of widths a layer, each distilled alone, then scored alone
-    in the teacher; the best choice whose widths sum to keep * L * f at most. Then cosine_kl.
+    in the teacher; the best choice whose widths sum to share * L * f at most. Then cosine_kl.
 
     choice dp, uniform or random; local_steps and local_lr are ours. Attention variants are left out.
     """
@@ -563,7 +586,7 @@ def puzzle(model, teacher, batches, generator, *, keep=0.5, shares="100,75,50,25
     library = block_library(model, batches, [float(x) / 100 for x in shares.split(",")], multiple)
     distil_blocks(teacher, library, batches, local_steps, local_lr)
     scores, widths = replace_one(teacher, library, batches), list(library)
-    budget = int(keep * len(model.layers) * model.config.intermediate_size)
+    budget = int(share * len(model.layers) * model.config.intermediate_size)
     picks = CHOICES[choice](scores, widths, budget, generator)
     yield assemble(model, library, [widths[j] for j in picks])
 
@@ -607,5 +630,5 @@ def moh(model, teacher, batches, generator, *, shared=0.5, active=0.75, router="
     yield build(model, state, shared_heads=S, routed_heads=K, head_router=router)
 
 
-STRUCTURES = dict(slimmoe=slimmoe, fresh=fresh, drop_experts=drop_experts, minitron=minitron,
-                  prunenet=prunenet, puzzle=puzzle, swiftkv=swiftkv, moh=moh)
+STRUCTURES = dict(slimmoe=slimmoe, fresh=fresh, dense_active=dense_active, drop_experts=drop_experts,
+                  minitron=minitron, prunenet=prunenet, puzzle=puzzle, swiftkv=swiftkv, moh=moh)

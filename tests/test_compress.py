@@ -3,13 +3,15 @@ import functools
 import math
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA_DIR, close, rand
 
 import compress
-from data.run import UserError
+from data.run import UserError, configure
+from data.run import settings as settings_of
 from kernels import PackedLinear
 from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table
 
@@ -432,8 +434,32 @@ def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
     stored = sum(x.nbytes for x in model.state_dict().values())
     with open("run/step-000002/model.safetensors", "rb") as file:      # 8 bytes, a header, the tensors
         assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
-    assert out["rise"] <= 1e-6 and math.isfinite(out["loss_increase"])
-    assert (out["loss_increase"] == 0) == (config == "dense")
+    assert out.get("rise", 0) <= 1e-6 and math.isfinite(out["loss_increase"]) and out["kl"] > -1e-6
+    assert (out["loss_increase"] == 0) == (config in ("dense", "kivi", "evicting"))
+
+
+def test_a_changed_or_cut_file_is_told(shared_bases):
+    tiny("rtn", "run")
+    path = Path("run/step-000002/model.safetensors")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))                # one bit of the last tensor
+    with pytest.raises(UserError, match="changed after it was packed"):
+        load("run")
+    path.write_bytes(good[:-100])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load("run")
+    path.write_bytes(good)
+    load("run")
+
+
+@pytest.mark.parametrize("claim", compress.CLAIMS.values(), ids=compress.CLAIMS)
+def test_every_arm_of_a_claim_is_a_configuration(claim):
+    made = {arm: configure(compress.Config, compress.PRESETS, compress.AXES, argv=["--config", config])
+            for arm, config in claim.arms.items()}
+    seen = [str(settings_of(c, f) | dict(config="")) for c, f in made.values()]
+    assert len(set(seen)) == len(seen)                                 # no two arms are the same run
+    named = {key.partition("|")[0] for weights in claim.tests.values() for key in weights} - {""}
+    assert named <= set(claim.arms)
 
 
 def test_the_docstring_lists_every_preset():

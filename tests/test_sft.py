@@ -12,9 +12,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sft
 from conftest import close
+from data.numerics import fake_quant, prune_at
 from data.run import UserError, checkpoint, configure, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
@@ -84,7 +86,11 @@ def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
 @pytest.mark.parametrize("extra", ["--peft full", "--peft lora --peft.rank 4", "--peft bone --peft.rank 32",
                                    "--peft hft", "--peft loram", "--optimiser normuon", "--optimiser soap",
                                    "--optimiser galore --every 2", "--optimiser eco --store int4",
-                                   "--optimiser qgalore --store int8", "--store bfloat16"])
+                                   "--optimiser qgalore --store int8", "--store bfloat16",
+                                   "--linear qat --fraction 0.7 --bits 2 --schedule wsd", "--linear halo",
+                                   "--linear quartet", "--linear lost", "--linear lost --phi identity",
+                                   "--prune journey --sparsity 0.8", "--prune journey --optimiser normuon",
+                                   "--prune journey --linear qat --fraction 0.5"])
 def test_resume_is_exact(extra, workdir):
     """6 steps = 3 steps + --resume + 3 steps, bit for bit"""
     args = ["--steps", "6", *extra.split(), "--save_every", "3"]
@@ -92,7 +98,8 @@ def test_resume_is_exact(extra, workdir):
     run(*args, "--out", "b", "--stop", "3")
     assert checkpoint("b").name == "step-000003"
     run(*args, "--out", "b", "--resume")
-    assert same(weights("a"), weights("b"))
+    a, b = (load_file(checkpoint(x) / "model.safetensors") for x in "ab")
+    assert same(a, b)
     assert [r["loss"] for r in read_log("a")] == [r["loss"] for r in read_log("b")]
 
 
@@ -131,6 +138,80 @@ def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
     val = sft.rows(c, tok, "val")
     before = sft.evaluate(load("start")[0], tok, val, c)["loss"]
     assert sft.evaluate(net, tok, val, c)["loss"] < before - 0.004
+
+
+BLOCKS = "_proj.weight"
+
+
+@pytest.mark.parametrize("fraction, share", [(0.5, 0.5), (-1.0, 0.0), (0.0, 0.02), (1.0, 1.0)])
+def test_qat_rounds_in_the_last_steps_and_saves_rounded_weights(fraction, share, workdir):
+    """and the cooldown lasts as long; share 0.02: the formula's least, one step"""
+    out = run("--steps", "8", "--config", "qat", "--bits", "2", f"--fraction={fraction}", "--out", "o",
+              "--lr", "3e-3", "--warmup", "0")
+    assert out["quantised"] == share and (out["saved_loss"] == out["val_loss"]) == (share > 0)
+    for name, W in weights("o").items():
+        if name.endswith(BLOCKS):
+            assert torch.equal(W, fake_quant(W, 2)) and all(len(set(row)) <= 3 for row in W.tolist())
+    lr = [r["lr"] for r in read_log("o")]
+    falls = max(1, round(8 * share)) if share else 1                                     # wsd's own: 20 %
+    assert all(x == 3e-3 for x in lr[:8 - falls]) and (lr[-1] < 3e-3 or falls == 1)
+
+
+def test_the_low_precision_layers_save_what_they_train(workdir):
+    """a plain float checkpoint, close to the layers' own loss; LOST with φ only for --resume"""
+    for i, extra in enumerate(("halo", "halo --format fp6 --level 1", "quartet", "lost --phi identity")):
+        out = run("--steps", "8", "--linear", *extra.split(), "--out", f"o{i}")
+        assert abs(out["saved_loss"] - out["val_loss"]) < (1e-5 if "lost" in extra else 0.02)
+        net, tok = load(f"o{i}")
+        assert net.layers[0].mlp.up_proj.weight.shape == (192, 64)
+    run("--steps", "2", "--linear", "lost", "--out", "phi")
+    with pytest.raises(UserError, match="lost-qwen3"):
+        load("phi")
+    assert any(k.endswith("q_proj.columns") for k in load_file(checkpoint("phi") / "model.safetensors"))
+
+
+def test_pruning_while_training_is_exact_and_monotone(workdir):
+    args = ["--steps", "40", "--prune", "journey", "--sparsity", "0.8", "--out", "o"]
+    out = run(*args, "--save_every", "10", "--keep", "9")
+    assert [r["sparsity"] for r in read_log("o")] == [prune_at(k, 40, .8) for k in range(1, 41)]
+    gone, steps = {}, sorted(workdir.glob("o/step-*"))
+    for folder, s in zip(steps, (10, 20, 30, 40)):
+        state = torch.load(folder / "state.pt", weights_only=True)
+        moments = {n: [x[i] for x in stack["state"].values() if torch.is_tensor(x)]
+                   for stack in state["opt"]["stacks"] for i, n in enumerate(stack["names"])}
+        for name, W in weights(folder).items():
+            if name.endswith(BLOCKS):
+                zero = W == 0
+                assert zero.sum() == round(prune_at(s, 40, .8) * W.numel())
+                assert torch.equal(zero, ~state["masks"][name]) and not (gone.get(name, zero) & ~zero).any()
+                assert all(not m[zero].any() and m[~zero].any() for m in moments[name])
+                gone[name] = zero
+    assert out["sparsity"] == pytest.approx(.8, abs=1e-4) and 0.2 < out["mean_density"] < 0.5
+
+
+def test_the_times_of_pruning_are_compared_at_equal_compute():
+    def cost(steps, preset):
+        return sum(1 - prune_at(k, steps, .8, **sft.PRESETS.get(preset, {})) for k in range(steps))
+    for preset, steps in sft.OTHER_TIMES.values():
+        assert abs(cost(steps, preset) / cost(sft.PRESETS["calm"]["steps"], "") - 1) < 0.01
+
+
+def test_layers_and_pruning_run_on_one_rank():
+    for extra in ("--linear halo", "--prune journey"):
+        c, _ = configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, *extra.split()])
+        sft.check_layers(c, 1)
+        with pytest.raises(UserError, match=f"{extra} runs on one rank: start it without torchrun"):
+            sft.check_layers(c, 2)
+
+
+def test_no_sparsity_and_no_rounding_change_nothing(workdir):
+    run("--steps", "3", "--out", "a")
+    run("--steps", "3", "--out", "b", "--prune", "journey", "--sparsity", "0")
+    run("--steps", "3", "--out", "c", "--linear", "halo", "--format", "float32", "--level", "0")
+    run("--steps", "3", "--out", "d", "--prune", "journey", "--begin", "1", "--end", "1", "--sparsity", "0.5")
+    a = weights("a")
+    assert same(a, weights("b")) and all(torch.allclose(a[k], v, atol=1e-5) for k, v in weights("c").items())
+    assert all(torch.equal(v, a[k] * (v != 0)) for k, v in weights("d").items())         # cut at the end
 
 
 def test_watch_and_target_are_in_the_result(workdir):
@@ -259,6 +340,20 @@ def bad(workdir):
     (["--optimiser", "muon", "--scale", "big"], "--scale big"),
     (["--optimiser", "soap", "--every", "0"], "--every counts steps, from 1"),
     (["--lr", "-1"], "a learning rate is not negative"),
+    (["--linear", "qta"], "no linear 'qta'; did you mean 'qat'"),
+    (["--linear", "qat", "--bits", "9"], "--bits 9: expected 1 to 8"),
+    (["--linear", "qat", "--fraction", "2"], "--fraction 2.0: expected 0 to 1"),
+    (["--linear", "halo", "--format", "int4"], "--format int4: choose from float32, int8, fp8, fp6, mxfp4"),
+    (["--linear", "halo", "--level", "3"], "--level 3: choose from 0, 1, 2"),
+    (["--linear", "quartet", "--backward", "up"], "--backward up: choose from stochastic, nearest"),
+    (["--linear", "lost", "--phi", "relu"], "--phi relu: choose from silu, identity"),
+    (["--linear", "lost", "--peft", "lora"], "--linear lost and --peft lora do not go together"),
+    (["--linear", "qat", "--store", "int8"], "--linear qat and --store int8 do not go together"),
+    (["--linear", "halo", "--compile"], "--linear halo and --compile True do not go together"),
+    (["--prune", "journey", "--linear", "lost"], "cuts matrices, which --linear lost does not have"),
+    (["--prune", "journey", "--peft", "hft"], "--prune journey and --peft hft do not go together"),
+    (["--prune", "journey", "--sparsity", "1"], "--sparsity 1.0: expected 0 to 0.999"),
+    (["--prune", "journey", "--begin", "0.8"], "--begin 0.8: expected 0 to 0.75"),
     (["--suggest", "--init", "base:pretrain"], "--suggest is about pre-training: add --config pretrain"),
     (["--claim", "normuon", "--seeds", "0"], "--seeds 0: at least 1"),
 ])
