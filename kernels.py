@@ -1036,8 +1036,8 @@ class PackedLinear(nn.Module):
     Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are bound by
     compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called. Three
     options work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard matrix on every so many
-    inputs;  act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all), the
-    first `wide` blocks to 8. This rounding is simulated: the product itself is of floats.
+    inputs;  act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all), to 8
+    the blocks whose bit is set in `wide`. This rounding is simulated: the product itself is of floats.
     """
 
     def __init__(self, in_features, out_features, bias=False, *, kind, order=False, rotate=0, act=(),
@@ -1046,9 +1046,10 @@ class PackedLinear(nn.Module):
         if kind not in FORMATS:
             raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(FORMATS)}")
         self.in_features, self.out_features = in_features, out_features
-        if rotate and (rotate & rotate - 1 or in_features % rotate) or act and len(act) != 3:
+        if (rotate and (rotate & rotate - 1 or in_features % rotate)
+                or act and (len(act) != 3 or act[0] < 2 or act[1] and in_features % act[1])):
             raise ValueError(f"rotate {rotate} must be a power of two that divides {in_features} inputs, and "
-                             f"act {list(act)} three numbers")
+                             f"act {list(act)} three numbers: at least 2 bits, a block that divides them")
         self.kind, self.rotate, self.act = kind, rotate, tuple(act)
         before = dict(order=order, rotate=rotate, act=list(act))
         self.options = options | {k: v for k, v in before.items() if v}
@@ -1087,9 +1088,10 @@ class PackedLinear(nn.Module):
         if not self.act:
             return x
         bits, block, wide = self.act
-        each = torch.full((self.in_features // (block or self.in_features),), bits, device=x.device)
-        each[:wide] = 8
-        return x + (quantize_activations(x, each, block) - x).detach()
+        if wide:
+            blocks = self.in_features // (block or self.in_features)
+            bits = torch.tensor([8 if wide >> b & 1 else bits for b in range(blocks)], device=x.device)
+        return x + (quantize_activations(x, bits, block) - x).detach()
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):

@@ -7,19 +7,21 @@ kind     what is stored                                            bytes of a we
 int      b-bit codes, a float16 scale and a b-bit zero a group     out (in b/8 + 2 in/g + in/g b/8)
 columns  each input column its own b, one float16 range a row      out Σb/8 + in + 4 out
 mixed    groups of 2 or 4 bits; their scales are 4-bit codes too   out (Σb/8 + Σb/8g + in/2g + in/4g) + in/g
-mxfp4    E2M1 codes, a power of two for every 32                   out in 17/32
+mxfp4    E2M1 codes, a power of two for every 32 (padded)          out in 17/32
 nm24     2:4 sparse: two bfloat16 of every four, 2-bit positions   1.125 out in
 bitmap   any mask: a bit a weight, bfloat16 of those that stay     out in/8 + 2 kept
 armor    bd(A) S bd(B), S being nm24 (ARMOR, 2510.05528)           1.125 out in + 2 (bA out + bB in)
 nm24_lowrank  nm24 + B A of rank r                                 1.125 out in + 2 r (out + in)
 vq       one of 2ᵇ d-vectors, norms r1, r2 (NoWag, 2504.14569)     out in/d b/8 + 2 (2ᵇ d + out + in)
 
-`in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq), and the padding counted.
+`in` is padded to whole pack units (8 codes of 3 bits, 8 columns of 2:4, d of vq), and the padding counted. vq
+without norms saves 2 (out + in); an order of the inputs (kernels.PackedLinear) costs 2 in.
 A format is two functions: buffers(in, out, **options) -> {name: (shape, dtype)}, raising ValueError for
 options that make no layer, and dense(layer) -> W float32. kernels.py multiplies without making W where it
 has a kernel.
 """
 import hashlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +187,9 @@ def mixed_state(W, wide, group):
     width = 2 + 2 * wide.to(torch.uint8)                                                 # [groups]
     w, top = W.unflatten(1, (-1, group)), (2.0 ** width.float() - 1)                     # [out, groups, g]
     lo, hi = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    scale, second = second_order(torch.where(hi == lo, 2.0, hi - lo) / top)
+    real = torch.where(hi == lo, math.inf, hi - lo) / top        # a group of zeros takes what others have
+    real = torch.minimum(real, real.nan_to_num(posinf=0).amax(1, keepdim=True).clamp(min=1e-6))
+    scale, second = second_order(real)
     step = second.float().repeat_interleave(16, 1)[:, :len(width)]
     real = (step[..., 0] + scale.float() * step[..., 1]).clamp(min=2 ** -24)             # [out, groups]
     zero = torch.minimum((-lo / real).round().clamp(min=0), top)
@@ -247,9 +251,6 @@ def bitmap_buffers(inputs, out, *, kept):
 
 def bitmap_dense(m):
     mask = unpack_bits(m.mask, 1, m.in_features).bool()                                  # [out, in]
-    if int(mask.sum()) != len(m.values):
-        raise ValueError(f"a bitmap of {int(mask.sum())} bits and {len(m.values)} values do not match: "
-                         "the file was changed after it was packed")
     return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, m.values.float())
 
 

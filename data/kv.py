@@ -540,6 +540,13 @@ def train_heads(model, windows, *, steps=300, lr=5e-4, width=256, answer=32, bat
     return heads.requires_grad_(False)
 
 
+def evicting(model, tokens, *, score="locret", budget=24, stabilizers=8, local=8, head_steps=300):
+    """Locret (2410.01805): of a prompt the `budget` tokens stay that small heads, trained here on the
+    calibration windows, rate highest; or by score recency, random, attention. All keep budget + local."""
+    heads = train_heads(model, tokens, steps=head_steps) if score == "locret" else None
+    return locret(model, heads, score=score, budget=budget, stabilizers=stabilizers, local=local)
+
+
 # --- 5 evaluate ---------------------------------------------------------------------------------------
 
 

@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 try:
     import fcntl
+    import resource
 except ImportError:              # Windows: no lock, so run the arms of a claim with --jobs 1 there
-    fcntl = None
+    fcntl = resource = None
 
 # --- errors -------------------------------------------------------------------------------------------
 
@@ -257,6 +258,14 @@ def lock(path):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def peak_bytes(device):
+    """The most memory that this process has held: of the GPU where it computes there, else of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0         # Windows: not told
+    return used * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_log(folder):

@@ -84,6 +84,19 @@ def slice_groups(model, kept):
     return build(model, state, num_key_value_heads=len(kept[0]), num_attention_heads=share * len(kept[0]))
 
 
+def spread_outliers(model, factor, channels=2):
+    """An exactly equivalent model with outliers: the first channels of every norm times factor, the columns
+    that read them divided by it. In place."""
+    for block in model.layers:
+        for norm, readers in ((block.input_layernorm, (block.self_attn.q_proj, block.self_attn.k_proj,
+                                                       block.self_attn.v_proj)),
+                              (block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj))):
+            with torch.no_grad():
+                norm.weight[:channels] *= factor
+                for layer in readers:
+                    layer.weight[:, :channels] /= factor
+
+
 # --- 2 distillation -----------------------------------------------------------------------------------
 # A loss is one number a token [N], its positional arguments name what it reads: logits s (student) and
 # t (teacher) [N, V], final states hs, ht [N, D], inputs of the last block ms, mt [N, D], next ids y [N].
@@ -333,8 +346,9 @@ def dense_active(model, teacher, batches, generator, *, share=0.125, multiple=8)
     width = path(c.intermediate_size, share, 1, multiple)[0] * c.num_experts_per_tok
     state = {k: v for k, v in model.state_dict().items() if ".mlp." not in k}
     for i in range(len(model.layers)):
-        state |= {f"layers.{i}.mlp.{part}_proj.weight": model.head.new_zeros(shape) for part, shape in (
-            ("gate", (width, c.hidden_size)), ("up", (width, c.hidden_size)), ("down", (c.hidden_size, width)))}
+        wide, down = model.head.new_zeros(width, c.hidden_size), model.head.new_zeros(c.hidden_size, width)
+        state |= {f"layers.{i}.mlp.{part}_proj.weight": w
+                  for part, w in (("gate", wide), ("up", wide), ("down", down))}
     dense = dict(qwen3_moe="qwen3", mixtral="llama")[c.model_type]
     yield renewed(build(model, state, model_type=dense, num_experts=0, intermediate_size=width), generator)
 
@@ -616,7 +630,8 @@ def swiftkv(model, teacher, batches, generator, *, layer=0):
 
 def moh(model, teacher, batches, generator, *, shared=0.5, active=0.75, router="norm"):
     """MoH (2410.11842): of H heads the first `shared` H always count, of the others a token's likeliest,
-    `active` H in all. router norm: no parameter, for a trained model; learned: new ones (std 0.02)."""
+    `active` H in all. router norm: by the queries' norms, no parameter, for a trained model (one with a norm
+    on every query head has none to tell them apart: there take learned); learned: new ones (std 0.02)."""
     H = model.config.num_attention_heads
     S, K = round(shared * H), round(active * H) - round(shared * H)
     if router not in ("norm", "learned") or not (S >= 1 and H - S >= 2 and 1 <= K <= H - S):

@@ -1,4 +1,5 @@
 """compress.py: masks, codes and ARMOR by hand, their limits and invariances, and whole runs."""
+import dataclasses
 import functools
 import math
 import shutil
@@ -10,10 +11,12 @@ import torch
 from conftest import DATA_DIR, close, rand
 
 import compress
-from data.run import UserError, configure
+from data import structure
+from data.run import UserError, configure, hyper
 from data.run import settings as settings_of
+from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear
-from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table
+from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table, save
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 W = D([[3., 1, 4, 2], [4, 1, 3, -2]])
@@ -160,6 +163,9 @@ def test_armor_never_rises_and_ends_below_nowag_p():
     assert close(layer(x), x @ layer.dequantize().T, 1e-4)
     with pytest.raises(UserError, match="--block"):
         compress.armor(w[:, :22], h[:22], g, [])
+    none = compress.armor(w, h, g, [], iterations=0)                           # where it starts
+    assert close(none.dequantize(), compress.nowag_p(w, h).dequantize(), .05)
+    assert close(compress.armor(torch.zeros(8, 8), h[:8], g, [], iterations=2).dequantize(), torch.zeros(8, 8))
 
 
 def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
@@ -305,7 +311,7 @@ def settings(**more):
 @pytest.mark.parametrize("smooth", ["awq", "smoothquant"])
 def test_smoothing_changes_no_output(smooth, heads):
     model, tokens, where = block_of_a_model(heads=heads)
-    compress.spread_outliers(model, 20.)
+    structure.spread_outliers(model, 20.)
     before, old = model(tokens), {k: v.clone() for k, v in model.state_dict().items()}
     options = dict(clip=False) if smooth == "awq" else {}
     compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings(bits=3), **options)
@@ -320,7 +326,7 @@ def test_awq_s_scale_by_hand_and_it_helps_where_outliers_are():
 
     def loss(smooth):
         model, tokens, where = block_of_a_model()
-        compress.spread_outliers(model, 20.)
+        structure.spread_outliers(model, 20.)
         whole = model(tokens)
         compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings())
         for block in model.layers:
@@ -355,26 +361,31 @@ def test_clipping_never_errs_more_than_the_whole_range():
 
 
 def test_smoothing_needs_a_method_that_rounds(shared_bases):
-    with pytest.raises(UserError, match="--smooth goes with rtn or gptq"):
+    with pytest.raises(UserError, match="--smooth goes with --method rtn or gptq"):
         tiny("wanda", "run", "--smooth=awq")
 
 
 def test_activations_in_few_bits():
     w, x = rand(16, 64).float(), rand(200, 64, seed=1).float()
-    x[:, 5] *= 40
+    x[:, [5, 20, 40, 60]] *= 40                                                # an outlier in each block of 16
     exact, absmax = x @ w.T, x.abs().amax(0)
 
     def off(**options):
         layer = compress.w4a4(w, absmax, bits=8, group=64, **options)
         return ((layer(x) - exact) ** 2).mean().item(), layer
     token, _ = off()
-    block, _ = off(block=16)
-    comet, layer = off(block=16, order=True)
-    halo, _ = off(rotate=32)
-    assert comet < block < token and halo < token
-    assert layer.act == (4, 16, 1) and layer.order[0] == 5                     # one outlier: one wide block
-    fine, _ = off(act=8)
-    assert fine < token / 50
+    block, layer = off(block=16)
+    assert layer.act == (4, 16, 0) and block < token
+    wide, layer = off(block=16, wide=True)
+    assert layer.act == (4, 16, 0b1111) and wide < block / 10                  # every block holds one
+    comet, layer = off(block=16, wide=True, order=True)
+    assert layer.act == (4, 16, 1) and comet < block / 10                      # packed into ceil(4 / 16) blocks
+    assert set(layer.order[:4].tolist()) == {5, 20, 40, 60}
+    assert off(rotate=32)[0] < token and off(act=8)[0] < token / 50
+    for wrong in (dict(act=1), dict(wide=True), dict(order=True, rotate=32)):
+        with pytest.raises(UserError, match="activations of 2 to 8 bits"):
+            compress.w4a4(w, absmax, **wrong)
+    assert [compress.largest_power(*x) for x in ((512, 24), (48, 64), (7, 8))] == [16, 16, 1]
     layer = compress.w4a4(w, absmax, rotate=32, bits=8)
     assert close(layer.dequantize(), w, .1) and layer.options["rotate"] == 32
 
@@ -387,6 +398,34 @@ def test_kmeans_by_hand():
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
     assert close(C[code], points, 1e-6)                                        # more codes than points: exact
+
+
+def test_more_clusters_than_points():
+    C, code = compress.kmeans(rand(5, 3), torch.ones(5, 3).double(), 64, torch.Generator().manual_seed(0))
+    assert C.isfinite().all() and code.max() < 64
+
+
+def test_dead_inputs_cost_nothing_and_count_nothing():
+    w, H = rand(8, 32).float(), moment(32).float()
+    w[:, 3] *= 100
+    H[3] = H[:, 3] = 0
+    for layer in (compress.sparsegpt(w, H, pattern="50%"), compress.gptq(w, H, bits=3, group=16),
+                  compress.baq(w, H, bits=3, allocate=False)):
+        assert (layer.dequantize()[:, 3] == 0).all()
+    H[0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        compress.gptq(w, H)
+
+
+def test_a_group_of_zeros_spoils_no_other_scale():
+    w = .02 * rand(4, 256).float()
+    w[:, :16] = 0
+    g = torch.Generator().manual_seed(0)
+    layer = compress.mixed(w, torch.ones(256), g, share=0.)
+    alone = compress.mixed(w[:, 16:], torch.ones(240), g, share=0.)
+    eye = torch.eye(240)
+    assert error(w[:, 16:], layer.dequantize()[:, 16:], eye) < 1.1 * error(w[:, 16:], alone, eye)
+    assert close(layer.dequantize()[:, :16], w[:, :16])
 
 
 def test_lloyd_s_objective_never_rises():
@@ -418,7 +457,11 @@ def tiny(config, out, *extra):
 
 @pytest.mark.parametrize("config", PRESETS)
 def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
-    out = tiny(config, "run")
+    if config == "moh":                                  # two shared heads, two routed: more than the base has
+        c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                        num_attention_heads=4, num_key_value_heads=2, eos_token_id=(bytes_tokenizer().eos,))
+        save(init(c), bytes_tokenizer(), "four_heads")
+    out = tiny(config, "run", *(["--init=four_heads"] if config == "moh" else []))
     model, tok = load("run/step-000002")
     tokens = torch.tensor([[tok.bos, *tok.encode("def main(x):\n    return x")]])
 
@@ -450,6 +493,12 @@ def test_a_changed_or_cut_file_is_told(shared_bases):
         load("run")
     path.write_bytes(good)
     load("run")
+
+
+def test_no_method_s_argument_hides_behind_an_option_of_every_run():
+    fields = {x.name for x in dataclasses.fields(compress.Config)}
+    assert not [(row, fields & set(hyper(fn))) for rows in compress.AXES.values()
+                for row, fn in rows.items() if fields & set(hyper(fn))]
 
 
 @pytest.mark.parametrize("claim", compress.CLAIMS.values(), ids=compress.CLAIMS)
@@ -502,7 +551,12 @@ def test_the_real_checkpoint_2_4(stories, workdir):
 @pytest.mark.parametrize("argv, words", [
     (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "must be positive"),
     (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "2, 3, 4 or 8"),
-    (["--method=armour"], "did you mean 'armor'"),
+    (["--method=armour"], "did you mean 'armor'"), (["--context=1"], "at least 2"),
+    (["--config=slimmoe,tiny", "--smooth=awq"], "does not read it"),
+    (["--config=minitron,tiny", "--sequential=true"], "does not read it"), (["--domain=x"], "does not read it"),
+    (["--config=w4a4,tiny", "--smooth=awq"], "rtn or gptq"),
+    (["--config=rtn,tiny", "--init=base:pretrain_moe"], "has experts"),
+    (["--config=slimmoe,tiny", "--outliers=20"], "has experts"),
     (["--config=nowag_vq,tiny", "--bits=9", "--dim=2"], "1 to 16 bits")])
 def test_clear_errors(argv, words, shared_bases):
     base = [] if any("config" in x for x in argv) else ["--config=nowag_p,tiny"]
