@@ -84,6 +84,17 @@ def test_invariances_of_the_scores():
     assert close(a, b)
 
 
+def test_where_norms_are_equal_and_activations_one_nowag_is_magnitude():
+    w = rand(8, 16)
+    for _ in range(200):                                                       # Sinkhorn: all rows, all columns
+        w = w / w.norm(dim=0) * 8 ** .5
+        w = w / w.norm(dim=1, keepdim=True) * 16 ** .5
+    assert close(w.norm(dim=0), torch.full((16,), 8 ** .5), 1e-6)
+    for pattern in ("2:4", "4:8", "50%"):
+        a, b = compress.nowag_p(w, torch.ones(16), pattern=pattern), compress.magnitude(w, pattern=pattern)
+        assert close(weight(a), weight(b))
+
+
 def test_sparsegpt_limits():
     w = rand(8, 16)
     new = weight(compress.sparsegpt(w, 3 * torch.eye(16).double(), pattern="50%", damp=0.))
