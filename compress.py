@@ -58,8 +58,8 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import kv, numerics, structure, text
-from data.formats import (bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state, nm24_state,
-                          quantize)
+from data.formats import (INT_UNIT, bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state,
+                          nm24_state, quantize)
 from data.run import (Claim, Run, UserError, checkpoint, cli, hyper, in_parts, launch, nearest, needs,
                       peak_bytes)
 from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, packed
@@ -77,7 +77,7 @@ class Config:
     data: str = "stdlib"         # text of calibration (train) and of evaluation (val)
     domain: str = ""             # the text whose gradients dprune reads (default: --data)
     method: str = "armor"        # which row of METHODS
-    smooth: str = "none"         # which row of SMOOTH goes before it
+    smooth: str = "none"         # which row of SMOOTH goes before rtn or gptq
     cache: str = "full"          # which row of CACHES holds keys and values while the result is evaluated
     kd_steps: int = 300          # of distillation, over all stages of a method that cuts structure
     kd_batch: int = 16           # its windows a step
@@ -106,8 +106,7 @@ PRESETS = dict(
     kmeans=dict(method="nowag_vq", norms=False, weights=False), gptvq=dict(method="gptvq", sequential=True),
     w4a4=dict(method="w4a4"), comet=dict(method="w4a4", block=16, wide=True, order=True),
     halo=dict(method="w4a4", rotate=32), mxfp4=dict(method="mxfp4", rotate=32), dense=dict(method="dense"),
-    kivi={"method": "dense", "cache": "kivi", "cache.group": 16, "cache.window": 16},
-    evicting=dict(method="dense", cache="evicting"),
+    kivi=dict(method="dense", cache="kivi"), evicting=dict(method="dense", cache="evicting"),
     slimmoe=dict(method="slimmoe", init="base:pretrain_moe"),
     drop_experts=dict(method="drop_experts", init="base:pretrain_moe"),
     fresh=dict(method="fresh", init="base:pretrain_moe"),
@@ -117,7 +116,7 @@ PRESETS = dict(
     puzzle=dict(method="puzzle", kd_loss="cosine_kl"), swiftkv=dict(method="swiftkv", kd_loss="swift_kl"),
     moh=dict(method="moh", kd_loss="forward_kl", router="learned"),
     tiny=dict(samples=4, context=64, windows=8, iterations=20, kd_steps=4, kd_batch=4, head_steps=5,
-              local_steps=2),
+              local_steps=2, budget=8, stabilizers=2),
     # what only the arms of claims need
     half=dict(pattern="50%"), block4=dict(block=4), spiky=dict(outliers=20.0), act_order=dict(act_order=True),
     bits4=dict(bits=4, group=64, dim=1), bits3=dict(bits=3, group=64, dim=2),
@@ -126,7 +125,7 @@ PRESETS = dict(
     uniform=dict(allocate=False), by_range=dict(by="range"), by_chance=dict(by="random"),
     blocks16=dict(block=16), by_blocks=dict(wide=True), rows=dict(scope="row"),
     decoded=dict(context=256, windows=64),
-    keys_token={"keys": "token"}, values_channel={"values": "channel"}, windowless={"cache.window": 0},
+    keys_token={"keys": "token"}, values_channel={"values": "channel"}, windowless=dict(cache_window=0),
     keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, kd_lr=2e-3),
     **{f"by_{score}": dict(score=score) for score in ("locret", "recency", "random", "attention")},
     once=dict(stages=1), restarted=dict(at_once=True), by_luck=dict(importance="random"),
@@ -240,6 +239,8 @@ def dprune(W, H, grad, fisher, *, pattern="50%", lam=0.1, lr=1e-4):
 
 def inverse_factor(H, damp=0.01):
     """U upper, Uᵀ U = (H + damp mean(diag H) I)⁻¹; ten times the damping while there is no such factor."""
+    if damp < 0:
+        raise UserError(f"--damp {damp}: nothing below 0")
     if not H.isfinite().all():
         raise UserError("the second moment of a layer's inputs is not finite: the model overflows on --data")
     H = H + torch.diag((H.diagonal() == 0).to(H.dtype))                                  # dead inputs
@@ -390,8 +391,15 @@ def armor(W, h, generator, trace, *, block=8, iterations=300, lr=1e-3):
 # --- 4 codes ------------------------------------------------------------------------------------------
 
 
+def check_bits(bits, group):
+    """UserError for what the format does not hold."""
+    if bits not in INT_UNIT or group == 0:
+        raise UserError(f"--bits {bits} --group {group}: 2, 3, 4 or 8 bits, a group of inputs (-1: the row)")
+
+
 def rtn(W, *, bits=4, group=32, symmetric=False):
-    """Round to nearest, a scale and a zero for every `group` inputs of a row (kernels.quantize)."""
+    """Round to nearest, a scale and a zero for every `group` inputs of a row (formats.quantize)."""
+    check_bits(bits, group)
     codes, scale, zero = quantize(W, bits, group, symmetric)
     return pack_int(codes, scale, zero, bits=bits, group=group)
 
@@ -401,6 +409,7 @@ def gptq(W, H, *, bits=4, group=32, damp=0.01, act_order=False):
 
     Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN.
     act_order: the inputs of most energy first (stored in that order, so that groups stay neighbours)."""
+    check_bits(bits, group)
     order = (H.diagonal().argsort(descending=True, stable=True) if act_order
              else torch.arange(len(H), device=H.device))
     W, U = alive(W, H)[:, order], inverse_factor(H[order][:, order], damp)
@@ -490,8 +499,9 @@ def mixed(W, h, generator, *, share=0.25, group=16, by="sensitivity"):
     random. Scales are 4-bit codes themselves. ours: the layout, of which the paper's abstract says only that
     it is aligned, and a group's width for all rows.
     """
-    if W.size(1) % group:
-        raise UserError(f"--group {group} does not divide {W.size(1)} inputs")
+    if not 0 <= share <= 1 or group < 1 or W.size(1) % group:
+        raise UserError(f"--share {share} --group {group}: a share of 0 to 1, and a group that divides "
+                        f"{W.size(1)} inputs, like {math.gcd(max(group, 4), W.size(1))}")
     w = W.unflatten(1, (-1, group))                                                      # [m, groups, g]
     spread = ((w.amax(-1) - w.amin(-1)) ** 2).mean(0)                                    # [groups]
     scores = dict(sensitivity=lambda: spread * mend(h).view(-1, group).mean(1), range=lambda: spread,
@@ -582,11 +592,13 @@ def vectors(X, dim):
     return torch.cat([X, X.mean().expand(len(X), extra)], 1).view(-1, dim)
 
 
-def code_size(bits, dim):
+def code_size(W, bits, dim):
     """dim, or for 0 what makes a codebook of 64 vectors (ours: layers here are small; NoWag's is 6)."""
-    dim = dim or max(1, 6 // bits)
+    dim = dim or max(1, 6 // max(1, bits))
     if not 1 <= bits * dim <= 16:
         raise UserError(f"--bits {bits} --dim {dim}: a code has 1 to 16 bits, bits times dim")
+    if 2 ** (bits * dim) * dim > W.numel():
+        raise UserError(f"--bits {bits} --dim {dim}: a codebook larger than the layer; lower --dim")
     return dim
 
 
@@ -595,7 +607,7 @@ def nowag_vq(W, h, generator, *, bits=2, dim=0, rounds=100, norms=True, weights=
 
     norms False: of the weight itself;  weights False: unweighted;  both: plain k-means.
     """
-    dim = code_size(bits, dim)
+    dim = code_size(W, bits, dim)
     Wb, r1, r2 = normalise(W) if norms else (W, None, None)
     h = mend(h) / mend(h).mean() if weights else torch.ones_like(h)
     w = F.pad(h.clamp(min=1e-6), (0, -W.size(1) % dim)).expand(len(W), -1).reshape(-1, dim)
@@ -609,7 +621,7 @@ def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
     k-means and assignment weigh an entry by 1/U_jj²; error E = (w - q) U_BB⁻¹. ours: no codebook update
     afterwards, no compression of the codebook.
     """
-    dim = code_size(bits, dim)
+    dim = code_size(W, bits, dim)
     extra, n = -W.size(1) % dim, W.size(1)
     U = inverse_factor(H, damp)
     weight = 1 / U.diagonal() ** 2
@@ -635,26 +647,10 @@ METHODS = LAYERWISE | structure.STRUCTURES
 # --- 5 calibrate --------------------------------------------------------------------------------------
 
 
-def stream(documents, tok, wanted):
-    """At least `wanted` ids of documents, if they have as many: BOS document EOS BOS document …"""
-    ids = []
-    for document in documents:
-        ids += [*tok.prompt(""), *tok.encode(document), tok.eos]
-        if len(ids) > wanted:
-            break
-    return torch.tensor(ids)
-
-
-def shuffled(data, generator):
-    """The training documents of a text in random order."""
-    documents = text.documents(data, "train")
-    return (documents[i] for i in torch.randperm(len(documents), generator=generator).tolist())
-
-
 def calibration(c, tok, data):
     """--samples windows of --context tokens at random places of shuffled training text.   [samples, T]"""
     g = torch.Generator().manual_seed(c.seed)
-    ids = stream(shuffled(data, g), tok, 4 * c.samples * c.context)
+    ids = text.stream(text.shuffled(data, g), tok, 4 * c.samples * c.context)
     if len(ids) <= c.context:
         raise UserError(f"--data {data}: {len(ids)} tokens to calibrate on: fewer than --context")
     at = torch.randint(len(ids) - c.context, (c.samples,), generator=g)
@@ -716,8 +712,6 @@ def gradients(model, tokens, micro=8):
 
 def rounded(f, W):
     """W as the run's rounding would leave it, without data: round to nearest at its --bits and --group."""
-    if f.method.func not in (rtn, gptq):
-        raise UserError("--smooth goes with --method rtn or gptq")
     return rtn(W, **{k: v for k, v in f.method.keywords.items() if k in hyper(rtn)}).dequantize()
 
 
@@ -756,6 +750,8 @@ def awq(model, inputs, where, f, *, points=20, clip=True):
     group's range shrinks to what leaves its own output closest, q and k excepted, here by the exact error
     d H dᵀ of the group (ours: the authors use 512 tokens).
     """
+    if points < 1:
+        raise UserError(f"--points {points}: at least 1")
     for i, block in enumerate(tqdm(model.layers, desc="awq", disable=None, leave=False)):
         at = where(i)
         for names, maker, part in sharing(block, model.config):
@@ -844,13 +840,7 @@ SMOOTH = dict(none=smooth_none, awq=awq, smoothquant=smoothquant)
 
 # --- 7 caches of keys and values: how the result is evaluated (data/kv.py) --------------------------------
 
-
-def full():
-    """All keys and values, as they are."""
-    return Cache
-
-
-CACHES = dict(full=full, kivi=kv.kivi, integer=kv.integer, evicting=kv.evicting)
+CACHES = dict(full=lambda: Cache, kivi=kv.coded, evicting=kv.evicting)
 AXES = dict(method=METHODS, smooth=SMOOTH, cache=CACHES, kernels=kernels.MODES)
 
 # --- 8 evaluate ---------------------------------------------------------------------------------------
@@ -893,8 +883,8 @@ def through_cache(model, tokens, held, c, f, run):
     windows = held[:len(held) // c.context * c.context].view(-1, c.context)[:c.windows].to(c.device)
     whole, bytes_whole = kv.cached_nll(model, windows, c.context // 2, Cache)
     small, size = kv.cached_nll(model, windows, c.context // 2, make)
-    run.say(f"  cache {c.cache}: {small:.4f} nats behind {c.context // 2} tokens ({small - whole:+.4f}), "
-            f"{size:.0f} bytes a token (full {bytes_whole:.0f})")
+    run.say(f"  cache {c.cache}: {small:.4f} nats on the second half of each window, {whole:.4f} through the "
+            f"full one; {size:.0f} bytes a token, {bytes_whole:.0f}")
     return dict(cache_loss=small, cache_increase=small - whole, cache_bytes=size,
                 cache_share=size / bytes_whole)
 
@@ -903,11 +893,6 @@ def as_found(model, folder):
     """The model with everything that is not packed in the dtype in which the folder stores it."""
     file = next(iter(tensors(checkpoint(folder)).values()))
     return model.to(file.get_tensor(next(iter(file.keys()))).dtype)
-
-
-def layer_bytes(layer):
-    """Stored bytes of a layer's weight: packed buffers, or bfloat16 where it is dense."""
-    return layer.nbytes() if isinstance(layer, PackedLinear) else 2 * layer.weight.numel()
 
 
 # --- 9 compress ---------------------------------------------------------------------------------------
@@ -952,7 +937,8 @@ def blocks(model, tokens, domain, c, f, run):
                 assert rise <= 1e-6, f"layer {i}, {name}: ARMOR's proxy loss rose"
                 end = max(end, loss / max(trace[0], 1e-9))       # as stored, against NoWag-P's
             losses.append(loss)
-            count, size = count + layer.weight.numel(), size + layer_bytes(new)
+            count += layer.weight.numel()                        # a dense layer counts as bfloat16
+            size += new.nbytes() if isinstance(new, PackedLinear) else 2 * new.weight.numel()
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, new)
         run.log(i + 1, proxy=sum(losses) / len(losses), bits=8 * size / count,
@@ -969,7 +955,7 @@ def restructure(model, teacher, tokens, tok, held, c, f, run):
 
     A method of structure.py is a generator: it cuts, we distil what it hands over, it goes on from there."""
     g = torch.Generator().manual_seed(c.seed)
-    ids = stream(shuffled(c.data, g), tok, max(1, c.kd_steps * c.kd_batch) * c.context)
+    ids = text.stream(text.shuffled(c.data, g), tok, max(1, c.kd_steps * c.kd_batch) * c.context)
     ids = ids[:len(ids) // c.context * c.context].view(-1, c.context)                    # [windows, T]
     order, cut, told, done = torch.randperm(len(ids), generator=g), [], [], 0
     stages = f.method.keywords.get("stages", 1)
@@ -1013,7 +999,15 @@ def open_model(c, f, folder):
 
 def check_used(c, f):
     """UserError for an option that this run would not read."""
-    structural = "teacher" in needs(f.method)
+    structural, pattern = "teacher" in needs(f.method), f.method.keywords.get("pattern", "2:4")
+    m = pattern.partition(":")[2]
+    kept(torch.zeros(1, max(1, int(m)) if m.isdigit() else 8), pattern)                  # written rightly?
+    if not needs(f.cache):
+        f.cache()
+    if c.smooth != "none" and not structural and f.method.func not in (rtn, gptq):
+        raise UserError(f"--smooth {c.smooth} goes before --method rtn or gptq, not {c.method}")
+    if c.outliers < 0:
+        raise UserError(f"--outliers {c.outliers}: a factor above 0, or 0 for none")
     for key, idle in (("smooth", structural and c.smooth != "none"),
                       ("sequential", structural and c.sequential),
                       ("domain", c.domain and "grad" not in needs(f.method))):
@@ -1033,9 +1027,10 @@ def train(c, f):
             run.say(f"  finished already: {run.last}")
             return run.info["result"]
         model, tok = open_model(c, f, folder)
-        held = stream(text.documents(c.data, "val"), tok, c.windows * c.context)
+        held = text.stream(text.documents(c.data, "val"), tok, c.windows * c.context)
         if len(held) < c.context:
-            raise UserError(f"--data {c.data}: {len(held)} tokens to evaluate on: fewer than --context")
+            raise UserError(f"--data {c.data}: {len(held)} tokens to evaluate on: more text, or a --context "
+                            f"below {c.context}")
         tokens, domain = (calibration(c, tok, d).to(c.device) for d in (c.data, c.domain or c.data))
         before, fast = evaluate(model, held, c), speed(model, held)
         whole, count = sum(p.numel() for p in model.parameters()), min(c.windows, len(held) // c.context)
@@ -1054,12 +1049,13 @@ def train(c, f):
         kl, same = compare(model, open_model(c, f, folder)[0], held, c)
         if c.cache != "full":
             told |= through_cache(model, tokens, held, c, f, run)
-        peak = peak_bytes(c.device)
+        peak, new = peak_bytes(c.device), sum(p.numel() for p in model.parameters())
+        what = (f"{whole / 1e6:.2f} to {new / 1e6:.2f} M parameters" if "teacher" in needs(f.method) else
+                f"{told['bits']:.3f} bits a weight of the blocks, proxy {told['proxy']:.4f}")
         run.say(f"  {c.method}: {after:.4f} nats ({after - before:+.4f}), perplexity {math.exp(after):.3f}; "
-                f"KL to the original {kl:.4f}, same top token {same:.1%}\n  {told['bits']:.3f} bits a weight "
-                f"of the blocks, {size / 1e6:.2f} MB on disk, {8 * size / whole:.2f} bits a parameter of "
-                f"all; proxy {told.get('proxy', math.nan):.4f}\n  {seconds:.1f} s to compress, {rate:.3g} "
-                f"tokens/s (dense {fast:.3g}), peak memory {peak / 1e9:.2f} GB\n  {run.last}")
+                f"KL to the original {kl:.4f}, same top token {same:.1%}\n  {what}; {size / 1e6:.2f} MB on "
+                f"disk in all\n  {seconds:.1f} s to compress, {rate:.3g} tokens/s (dense {fast:.3g}), peak "
+                f"memory {peak / 1e9:.2f} GB\n  {run.last}")
         return run.finish(loss=after, loss_increase=after - before, dense_loss=before, kl=kl, same_top=same,
                           perplexity=math.exp(after), disk_bytes=size, seconds=seconds, peak_bytes=peak,
                           tokens_per_second=rate, dense_tokens_per_second=fast, **told)

@@ -933,7 +933,9 @@ def from_hf(d, where="config.json"):
     shaped = str(kind).startswith(SHAPED_TYPE)
     kind = kind.removeprefix(SHAPED_TYPE) if shaped else kind
     if kind not in ARCHITECTURES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported{nearest(str(kind), ARCHITECTURES)}")
+        why = ("; LOST with a non-linearity: only sft.py --resume reads it" if str(kind).startswith("lost-")
+               else nearest(str(kind), ARCHITECTURES))
+        raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
     refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),

@@ -595,9 +595,14 @@ def puzzle(model, teacher, batches, generator, *, share=0.5, shares="100,75,50,2
 
     choice dp, uniform or random; local_steps and local_lr are ours. Attention variants are left out.
     """
-    if choice not in CHOICES:
-        raise UserError(f"--choice {choice}: choose from {', '.join(CHOICES)}")
-    library = block_library(model, batches, [float(x) / 100 for x in shares.split(",")], multiple)
+    if choice not in CHOICES or not 0 < share <= 1:
+        raise UserError(f"--choice {choice} --share {share}: choose from {', '.join(CHOICES)}, and a share of "
+                        "(0, 1]")
+    try:
+        percent = [float(x) / 100 for x in shares.split(",")]
+    except ValueError:
+        raise UserError(f"--shares {shares}: numbers with commas between, like 100,50,0") from None
+    library = block_library(model, batches, percent, multiple)
     distil_blocks(teacher, library, batches, local_steps, local_lr)
     scores, widths = replace_one(teacher, library, batches), list(library)
     budget = int(share * len(model.layers) * model.config.intermediate_size)

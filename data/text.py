@@ -24,6 +24,7 @@ from collections import Counter
 from inspect import cleandoc
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data.run import UserError, nearest
@@ -286,6 +287,22 @@ def documents(name_or_path, split="train"):
         docs = [docs[0][:cut], docs[0][cut:]]
     held = max(1, len(docs) // 20)
     return docs[:-held] if split == "train" else docs[-held:]
+
+
+def stream(documents, tok, wanted):
+    """At least `wanted` ids of documents, if they have as many: BOS document EOS BOS document …"""
+    ids = []
+    for document in documents:
+        ids += [*tok.prompt(""), *tok.encode(document), tok.eos]
+        if len(ids) > wanted:
+            break
+    return torch.tensor(ids)
+
+
+def shuffled(name, generator):
+    """The training documents of a text in random order."""
+    rows = documents(name, "train")
+    return (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
 
 
 def split_rows(rows, split, key="prompt"):

@@ -86,7 +86,7 @@ def test_invariances_of_the_scores():
 
 def test_where_norms_are_equal_and_activations_one_nowag_is_magnitude():
     w = rand(8, 16)
-    for _ in range(200):                                                       # Sinkhorn: all rows, all columns
+    for _ in range(200):                                                       # Sinkhorn
         w = w / w.norm(dim=0) * 8 ** .5
         w = w / w.norm(dim=1, keepdim=True) * 16 ** .5
     assert close(w.norm(dim=0), torch.full((16,), 8 ** .5), 1e-6)
@@ -176,7 +176,8 @@ def test_armor_never_rises_and_ends_below_nowag_p():
         compress.armor(w[:, :22], h[:22], g, [])
     none = compress.armor(w, h, g, [], iterations=0)                           # where it starts
     assert close(none.dequantize(), compress.nowag_p(w, h).dequantize(), .05)
-    assert close(compress.armor(torch.zeros(8, 8), h[:8], g, [], iterations=2).dequantize(), torch.zeros(8, 8))
+    zero = torch.zeros(8, 8)
+    assert close(compress.armor(zero, h[:8], g, [], iterations=2).dequantize(), zero)
 
 
 def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
@@ -372,13 +373,13 @@ def test_clipping_never_errs_more_than_the_whole_range():
 
 
 def test_smoothing_needs_a_method_that_rounds(shared_bases):
-    with pytest.raises(UserError, match="--smooth goes with --method rtn or gptq"):
+    with pytest.raises(UserError, match="goes before --method rtn or gptq"):
         tiny("wanda", "run", "--smooth=awq")
 
 
 def test_activations_in_few_bits():
     w, x = rand(16, 64).float(), rand(200, 64, seed=1).float()
-    x[:, [5, 20, 40, 60]] *= 40                                                # an outlier in each block of 16
+    x[:, [5, 20, 40, 60]] *= 40                                                # one in each block of 16
     exact, absmax = x @ w.T, x.abs().amax(0)
 
     def off(**options):
@@ -390,7 +391,7 @@ def test_activations_in_few_bits():
     wide, layer = off(block=16, wide=True)
     assert layer.act == (4, 16, 0b1111) and wide < block / 10                  # every block holds one
     comet, layer = off(block=16, wide=True, order=True)
-    assert layer.act == (4, 16, 1) and comet < block / 10                      # packed into ceil(4 / 16) blocks
+    assert layer.act == (4, 16, 1) and comet < block / 10                      # in ceil(4 / 16) blocks
     assert set(layer.order[:4].tolist()) == {5, 20, 40, 60}
     assert off(rotate=32)[0] < token and off(act=8)[0] < token / 50
     for wrong in (dict(act=1), dict(wide=True), dict(order=True, rotate=32)):
@@ -468,7 +469,7 @@ def tiny(config, out, *extra):
 
 @pytest.mark.parametrize("config", PRESETS)
 def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
-    if config == "moh":                                  # two shared heads, two routed: more than the base has
+    if config == "moh":                          # two shared heads, two routed: more than the base has
         c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
                         num_attention_heads=4, num_key_value_heads=2, eos_token_id=(bytes_tokenizer().eos,))
         save(init(c), bytes_tokenizer(), "four_heads")
@@ -562,9 +563,17 @@ def test_the_real_checkpoint_2_4(stories, workdir):
 @pytest.mark.parametrize("argv, words", [
     (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "must be positive"),
     (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "2, 3, 4 or 8"),
+    (["--config=puzzle,tiny", "--shares=100,x"], "numbers with commas"),
+    (["--outliers=-3"], "factor above 0"),
+    (["--config=nowag_vq,tiny", "--bits=2", "--dim=7"], "larger than the layer"),
+    (["--config=mixed,tiny", "--share=7"], "a share of 0 to 1"),
+    (["--config=awq,tiny", "--points=0"], "--points"),
+    (["--config=kivi,tiny", "--cache_bits=3"], "choose 1, 2, 4 or 8"),
+    (["--config=gptq,tiny", "--damp=-1"], "nothing below 0"),
     (["--method=armour"], "did you mean 'armor'"), (["--context=1"], "at least 2"),
     (["--config=slimmoe,tiny", "--smooth=awq"], "does not read it"),
-    (["--config=minitron,tiny", "--sequential=true"], "does not read it"), (["--domain=x"], "does not read it"),
+    (["--config=minitron,tiny", "--sequential=true"], "does not read it"),
+    (["--domain=x"], "does not read it"),
     (["--config=w4a4,tiny", "--smooth=awq"], "rtn or gptq"),
     (["--config=rtn,tiny", "--init=base:pretrain_moe"], "has experts"),
     (["--config=slimmoe,tiny", "--outliers=20"], "has experts"),
