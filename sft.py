@@ -234,8 +234,7 @@ ARMS = dict(                     # settings that only the arms of claims need, p
     **{f"level{i}": dict(level=i) for i in range(3)}, fp6=dict(format="fp6"), mxfp4=dict(format="mxfp4"),
     floored=dict(exponent="quest_floor"), backward_nearest=dict(backward="nearest"),
     deep=dict(model="3x64"), shallow=dict(model="1x64"), sparsity80=dict(sparsity=0.8),
-    **{f"prune{a}_{b}": dict(begin=a / 100, end=b / 100)
-       for a, b in ((0, 50), (50, 100), (100, 100), (0, 0))},
+    **{f"prune{a}_{b}": dict(begin=a/100, end=b/100) for a, b in ((0, 50), (50, 100), (100, 100), (0, 0))},
     **{f"steps{n}": dict(steps=n, eval_every=n) for n in (316, 164, 78, 389)},
     from_random=dict(start="random"), no_columns=dict(columns=0.0), no_phi=dict(phi="identity"),
 )
@@ -1047,7 +1046,8 @@ def train(c, f):
             opt.load_state_dict(run.state["opt"])
         forward = torch.compile(model) if c.compile else model
         run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(data)} "
-                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks" * (ranks > 1))
+                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks" * (ranks > 1)
+                + "; packed layers will be saved dense" * (PackedLinear in map(type, model.modules())))
         if c.optimiser in ("eco", "eco_sgd") and c.store == "float32":
             run.say("  eco without --store bfloat16, int8 or int4: nothing is rounded, it is its host")
         for group in opt.param_groups:
