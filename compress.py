@@ -126,9 +126,9 @@ PRESETS = dict(
     blocks16=dict(block=16), by_blocks=dict(wide=True), rows=dict(scope="row"),
     decoded=dict(context=256, windows=64),
     keys_token={"keys": "token"}, values_channel={"values": "channel"}, windowless=dict(cache_window=0),
-    keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, kd_lr=2e-3),
+    keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, kd_lr=2e-3, kd_loss="forward_kl"),
     **{f"by_{score}": dict(score=score) for score in ("locret", "recency", "random", "attention")},
-    once=dict(stages=1), restarted=dict(at_once=True), by_luck=dict(importance="random"),
+    top8=dict(kd_loss="kd_topk"), once=dict(stages=1), restarted=dict(at_once=True), by_luck=dict(importance="random"),
     longer=dict(kd_steps=1200), cut=dict(kd_steps=0, share=0.5, init="base:pretrain"), most=dict(share=0.7),
     same=dict(choice="uniform"), lottery=dict(choice="random"), largest=dict(sampled=False),
 )
@@ -1162,10 +1162,11 @@ CLAIMS = dict(
         {"two stages": "slimmoe,tuned", "one stage": "slimmoe,tuned,once",
          "one stage, restarted": "slimmoe,tuned,restarted", "random neurons": "slimmoe,tuned,once,by_luck",
          "drop experts": "drop_experts,tuned", "new weights": "fresh,tuned", "dense": "dense_active,tuned",
-         "two stages, long": "slimmoe,tuned,longer", "one stage, long": "slimmoe,tuned,once,longer"},
+         "two stages, long": "slimmoe,tuned,longer", "one stage, long": "slimmoe,tuned,once,longer",
+         "two stages, top 8": "slimmoe,tuned,top8", "one stage, top 8": "slimmoe,tuned,once,top8"},
         "loss_increase",
         below(stages=[("two stages", "one stage"), ("two stages", "one stage, restarted"),
-                      ("two stages, long", "one stage, long")],
+                      ("two stages, long", "one stage, long"), ("two stages, top 8", "one stage, top 8")],
               after=[("one stage", x) for x in ("drop experts", "random neurons", "new weights", "dense")])
         | {f"cut: one stage < {x}": {"one stage|cut_loss": 1, f"{x}|cut_loss": -1}
            for x in ("drop experts", "random neurons", "new weights")}

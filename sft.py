@@ -471,7 +471,7 @@ CLAIMS = dict(
         "val_loss", versus(*(("25 to 75 %", name + said) for name in OTHER_TIMES for said in (
             "", ", equal tokens")))
         | {"25 to 75 % < 1.01 dense, average size": {"25 to 75 %": 1, "dense, average size": -1.01}},
-        better="lower", also=("mean_density",)))
+        better="lower"))
 
 # --- data ---------------------------------------------------------------------------------------------
 
