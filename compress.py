@@ -128,8 +128,8 @@ PRESETS = dict(
     keys_token={"keys": "token"}, values_channel={"values": "channel"}, windowless=dict(cache_window=0),
     keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, kd_lr=2e-3, kd_loss="forward_kl"),
     **{f"by_{score}": dict(score=score) for score in ("locret", "recency", "random", "attention")},
-    top8=dict(kd_loss="kd_topk"), once=dict(stages=1), restarted=dict(at_once=True), by_luck=dict(importance="random"),
-    longer=dict(kd_steps=1200), cut=dict(kd_steps=0, share=0.5, init="base:pretrain"), most=dict(share=0.7),
+    top8=dict(kd_loss="kd_topk"), once=dict(stages=1), restarted=dict(at_once=True),
+    by_luck=dict(importance="random"), longer=dict(kd_steps=1200), cut=dict(kd_steps=0, share=0.5, init="base:pretrain"), most=dict(share=0.7),
     same=dict(choice="uniform"), lottery=dict(choice="random"), largest=dict(sampled=False),
 )
 CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"],
@@ -840,7 +840,13 @@ SMOOTH = dict(none=smooth_none, awq=awq, smoothquant=smoothquant)
 
 # --- 7 caches of keys and values: how the result is evaluated (data/kv.py) --------------------------------
 
-CACHES = dict(full=lambda: Cache, kivi=kv.coded, evicting=kv.evicting)
+
+def full():
+    """All keys and values, as they are."""
+    return Cache
+
+
+CACHES = dict(full=full, kivi=kv.coded, evicting=kv.evicting)
 AXES = dict(method=METHODS, smooth=SMOOTH, cache=CACHES, kernels=kernels.MODES)
 
 # --- 8 evaluate ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import math
+import pickle
 import shutil
 import types
 from pathlib import Path
@@ -517,6 +518,7 @@ def test_no_method_s_argument_hides_behind_an_option_of_every_run():
 def test_every_arm_of_a_claim_is_a_configuration(claim):
     made = {arm: configure(compress.Config, compress.PRESETS, compress.AXES, argv=["--config", config])
             for arm, config in claim.arms.items()}
+    pickle.dumps(list(made.values()))                                  # arms go to processes of their own
     seen = [str(settings_of(c, f) | dict(config="")) for c, f in made.values()]
     assert len(set(seen)) == len(seen)                                 # no two arms are the same run
     named = {key.partition("|")[0] for weights in claim.tests.values() for key in weights} - {""}
