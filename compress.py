@@ -58,7 +58,7 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import kv, numerics, structure, text
-from data.formats import (INT_UNIT, bitmap_state, column_scale, columns_state, mixed_state, mxfp4_state,
+from data.formats import (bitmap_state, check_bits, column_scale, columns_state, mixed_state, mxfp4_state,
                           nm24_state, quantize)
 from data.run import (Claim, Run, UserError, checkpoint, cli, hyper, in_parts, launch, nearest, needs,
                       peak_bytes)
@@ -129,7 +129,8 @@ PRESETS = dict(
     keep32=dict(budget=32), keep16=dict(budget=16), tuned=dict(context=64, kd_lr=2e-3, kd_loss="forward_kl"),
     **{f"by_{score}": dict(score=score) for score in ("locret", "recency", "random", "attention")},
     top8=dict(kd_loss="kd_topk"), once=dict(stages=1), restarted=dict(at_once=True),
-    by_luck=dict(importance="random"), longer=dict(kd_steps=1200), cut=dict(kd_steps=0, share=0.5, init="base:pretrain"), most=dict(share=0.7),
+    by_luck=dict(importance="random"), longer=dict(kd_steps=1200), most=dict(share=0.7),
+    cut=dict(kd_steps=0, share=0.5, init="base:pretrain"),
     same=dict(choice="uniform"), lottery=dict(choice="random"), largest=dict(sampled=False),
 )
 CURVES = {"proxy loss": ["proxy"], "seconds": ["seconds"],
@@ -389,12 +390,6 @@ def armor(W, h, generator, trace, *, block=8, iterations=300, lr=1e-3):
 
 
 # --- 4 codes ------------------------------------------------------------------------------------------
-
-
-def check_bits(bits, group):
-    """UserError for what the format does not hold."""
-    if bits not in INT_UNIT or group == 0:
-        raise UserError(f"--bits {bits} --group {group}: 2, 3, 4 or 8 bits, a group of inputs (-1: the row)")
 
 
 def rtn(W, *, bits=4, group=32, symmetric=False):

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from data.numerics import mx4, mx4_dense
+from data.run import UserError
 
 # --- 1 bit streams ------------------------------------------------------------------------------------
 
@@ -107,6 +108,12 @@ def quantize(W, bits, group, symmetric=False):
 
 
 INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # codes that fill whole bytes
+
+
+def check_bits(bits, group):
+    """UserError for what the format does not hold."""
+    if bits not in INT_UNIT or group == 0:
+        raise UserError(f"--bits {bits} --group {group}: 2, 3, 4 or 8 bits, a group of inputs (-1: the row)")
 
 
 def int_buffers(inputs, out, *, bits, group, symmetric):
