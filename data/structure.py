@@ -105,7 +105,8 @@ def spread_outliers(model, factor, channels=2):
 def kd_topk(s, t, *, k=8):
     """SlimMoE (2506.18349):  -Σ_{i in T} p_i log q_i,  T the teacher's k likeliest, q over all V.   [N]
 
-    p is not renormalised over T (ours: the paper's choice is not known; it is a factor a token)."""
+    p is not renormalised over T (ours: the paper's choice is not known; it is a factor a token). The optimum
+    has no mass outside T: where k tokens are not nearly all of p, forward_kl distils better."""
     p, at = t.softmax(-1).topk(min(k, t.size(-1)), -1)
     return -(p * s.log_softmax(-1).gather(-1, at)).sum(-1)
 
