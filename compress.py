@@ -1,7 +1,7 @@
 """
 compress.py - pruning, quantisation, slimming of experts: a big checkpoint in, a small one out.
 
-    python compress.py                                   # ARMOR 2:4 on a small base model: a minute or two
+    python compress.py                                   # ARMOR 2:4 on a small base model, made first
     python compress.py --config gptq --init Qwen2.5-0.5B --data stdlib --group 128 --out out/small
     python model.py out/small --prompt "def "            # what it writes opens like any checkpoint
 
@@ -62,7 +62,7 @@ from data.formats import (bitmap_state, check_bits, column_scale, columns_state,
                           nm24_state, quantize)
 from data.run import (Claim, Run, UserError, checkpoint, cli, hyper, in_parts, launch, nearest, needs,
                       peak_bytes)
-from kernels import PackedLinear, pack_armor, pack_int, pack_nm24, pack_vq, packed
+from kernels import PackedLinear, order_dtype, pack_armor, pack_int, pack_nm24, pack_vq, packed
 from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
                    token_logprobs)
 
@@ -423,14 +423,14 @@ def gptq(W, H, *, bits=4, group=32, damp=0.01, act_order=False):
         scales.append(scale)
         zeros.append(zero)
     layer = pack_int(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits=bits, group=size)
-    return ordered(layer, order) if act_order else layer
+    return reading(layer, order) if act_order else layer
 
 
-def ordered(layer, order, **options):
-    """The packed layer with its columns said to be the inputs `order`; options of PackedLinear besides."""
-    state = {k: v for k, v in layer.named_buffers()} | dict(order=order.to(
-        torch.int16 if len(order) <= 32767 else torch.int32))
-    spec = layer.spec() | dict(order=True) | options
+def reading(layer, order=None, **options):
+    """The packed layer with PackedLinear's options, its columns said to be the inputs `order`."""
+    spec, state = layer.spec() | options, dict(layer.named_buffers())
+    if order is not None:
+        spec, state = spec | dict(order=True), state | dict(order=order.to(order_dtype(len(order))))
     return packed((layer.out_features, layer.in_features), None, spec, state)
 
 
@@ -530,9 +530,7 @@ def w4a4(W, absmax, *, bits=4, act=4, group=32, block=0, wide=False, order=False
     mask = sum(1 << b for b in big.nonzero().flatten().tolist()) if wide else 0
     options, W = dict(rotate=rotate, act=[act, block, mask]), W[:, at]
     layer = rtn(numerics.rotate(W, rotate) if rotate else W, bits=bits, group=group)
-    if order:
-        return ordered(layer, at, **options)
-    return packed(W.shape, None, layer.spec() | options, dict(layer.named_buffers()))
+    return reading(layer, at if order else None, **options)
 
 
 def mxfp4(W, *, rotate=0):
@@ -618,7 +616,7 @@ def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
     """
     dim = code_size(W, bits, dim)
     extra, n = -W.size(1) % dim, W.size(1)
-    U = inverse_factor(H, damp)
+    W, U = alive(W, H), inverse_factor(H, damp)
     weight = 1 / U.diagonal() ** 2
     weight = F.pad(weight / weight.mean(), (0, extra), value=1e-6)
     C, _ = kmeans(vectors(W, dim), weight.expand(len(W), -1).reshape(-1, dim), 2 ** (bits * dim), generator,
@@ -634,10 +632,9 @@ def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
     return pack_vq(torch.stack(codes, 1), C, inputs=n)
 
 
-LAYERWISE = dict(dense=dense, magnitude=magnitude, wanda=wanda, sparsegpt=sparsegpt, nowag_p=nowag_p,
+METHODS = dict(dense=dense, magnitude=magnitude, wanda=wanda, sparsegpt=sparsegpt, nowag_p=nowag_p,
                lowrank24=lowrank24, dprune=dprune, armor=armor, rtn=rtn, gptq=gptq, baq=baq, mixed=mixed,
-               nowag_vq=nowag_vq, gptvq=gptvq, w4a4=w4a4, mxfp4=mxfp4)
-METHODS = LAYERWISE | structure.STRUCTURES
+               nowag_vq=nowag_vq, gptvq=gptvq, w4a4=w4a4, mxfp4=mxfp4) | structure.STRUCTURES
 
 # --- 5 calibrate --------------------------------------------------------------------------------------
 
@@ -764,11 +761,10 @@ def awq(model, inputs, where, f, *, points=20, clip=True):
                 for layer, W in zip(layers, old):
                     layer.weight.copy_(rounded(f, W * s) / s)
                 error = ((run(*seen[0]) - whole) ** 2).mean().item()
-                best = min(best, (error, k), key=lambda x: x[0])
+                best = min(best, (error, s), key=lambda x: x[0])
+            s = best[1]
             for layer, W in zip(layers, old):
                 layer.weight.copy_(W)
-            s = (mean ** (best[1] / points)).clamp(min=1e-4)
-            s = s / (s.max() * s.min()).sqrt()
             fold(block, names, maker, s)
             if clip:
                 for name, layer in zip(names, layers):
@@ -848,17 +844,15 @@ AXES = dict(method=METHODS, smooth=SMOOTH, cache=CACHES, kernels=kernels.MODES)
 
 
 @torch.no_grad()
-def evaluate(model, ids, c, batch=16):
-    """Mean nats per token over consecutive windows that do not overlap, the first token of each unscored."""
-    windows = ids[:len(ids) // c.context * c.context].view(-1, c.context)[:c.windows].to(c.device)
+def evaluate(model, windows, batch=16):
+    """Mean nats per token of windows [N, T], the first token of each unscored."""
     total = sum(-token_logprobs(model, part).sum().item() for part in windows.split(batch))
     return total / (windows.numel() - len(windows))
 
 
 @torch.no_grad()
-def compare(model, reference, ids, c, batch=8):
+def compare(model, reference, windows, batch=8):
     """Mean KL(reference || model) in nats a token, and how often both have the same likeliest token."""
-    windows = ids[:len(ids) // c.context * c.context].view(-1, c.context)[:min(c.windows, 128)].to(c.device)
     kl, same, count = 0.0, 0, 0
     for part in windows.split(batch):
         p, q = (torch.log_softmax(m.logits(m(part)[:, :-1]), -1) for m in (reference, model))
@@ -868,12 +862,12 @@ def compare(model, reference, ids, c, batch=8):
     return kl / count, same / count
 
 
-def speed(model, ids, seconds=0.5):
+def speed(model, prompt, seconds=0.5):
     """Tokens a second of one row, decoded greedily after a prompt of 4; more until that takes a while."""
     tokens, took = 2, 0.0
     while took < seconds and tokens < min(64, model.config.max_position_embeddings // 4):
         tokens, began = 2 * tokens, time.perf_counter()
-        generate(model, [ids[:4].tolist()], tokens, temperature=0, stop=())
+        generate(model, [prompt[:4].tolist()], tokens, temperature=0, stop=())
         took = time.perf_counter() - began
     return tokens / took
 
@@ -881,9 +875,8 @@ def speed(model, ids, seconds=0.5):
 def through_cache(model, tokens, held, c, f, run):
     """The second half of every window decoded token by token through --cache, and through the full one."""
     make = f.cache(**{k: dict(model=model, tokens=tokens)[k] for k in needs(f.cache)})
-    windows = held[:len(held) // c.context * c.context].view(-1, c.context)[:c.windows].to(c.device)
-    whole, bytes_whole = kv.cached_nll(model, windows, c.context // 2, Cache)
-    small, size = kv.cached_nll(model, windows, c.context // 2, make)
+    whole, bytes_whole = kv.cached_nll(model, held, c.context // 2, Cache)
+    small, size = kv.cached_nll(model, held, c.context // 2, make)
     run.say(f"  cache {c.cache}: {small:.4f} nats on the second half of each window, {whole:.4f} through the "
             f"full one; {size:.0f} bytes a token, {bytes_whole:.0f}")
     return dict(cache_loss=small, cache_increase=small - whole, cache_bytes=size,
@@ -915,7 +908,7 @@ def compress_layer(layer, have, f, where):
     return made, proxy(have["W"], weight, have["h"])
 
 
-def blocks(model, tokens, domain, c, f, run):
+def blocks(model, tokens, tok, c, f, run):
     """Compress block by block, in place: calibrate one, replace its layers, hand its outputs on.
 
     -> what the table says of the layers: bits a weight, mean proxy, ARMOR's largest rise and worst end."""
@@ -925,7 +918,7 @@ def blocks(model, tokens, domain, c, f, run):
         x = [model.embed_tokens(part) for part in tokens.split(8)]                       # [8, T, D] each
     where = lambda i: (cos, sin, None, i, None, None)
     f.smooth(model, x, where, f)
-    grads = gradients(model, domain) if "grad" in names else {}
+    grads = gradients(model, calibration(c, tok, c.domain or c.data).to(c.device)) if "grad" in names else {}
     losses, size, count, rise, end = [], 0, 0, 0.0, 0.0
     for i, block in enumerate(tqdm(model.layers, desc=c.method, disable=None, leave=False)):
         out, stats = watch(block, x, where(i), "H" in names)
@@ -965,12 +958,12 @@ def restructure(model, teacher, tokens, tok, held, c, f, run):
         at = [(done + step) * c.kd_batch + i for i in range(c.kd_batch)]
         return ids[order[[i % len(order) for i in at]]].to(c.device)
     for i, model in enumerate(f.method(model.requires_grad_(), teacher, [*tokens.split(8)], g)):
-        cut.append(evaluate(model, held, c))
+        cut.append(evaluate(model, held))
         steps = c.kd_steps * (i + 1) // stages - c.kd_steps * i // stages
         if steps:
             losses = structure.distil(model, teacher, batch_of, steps, lr=c.kd_lr, loss=c.kd_loss,
                                       name=c.method)
-            told.append(evaluate(model, held, c))
+            told.append(evaluate(model, held))
             run.log(i + 1, cut_nats=cut[-1], distilled_nats=told[-1], train=losses[-1])
         done += steps
     model.requires_grad_(False)
@@ -1032,22 +1025,23 @@ def train(c, f):
         if len(held) < c.context:
             raise UserError(f"--data {c.data}: {len(held)} tokens to evaluate on: more text, or a --context "
                             f"below {c.context}")
-        tokens, domain = (calibration(c, tok, d).to(c.device) for d in (c.data, c.domain or c.data))
-        before, fast = evaluate(model, held, c), speed(model, held)
-        whole, count = sum(p.numel() for p in model.parameters()), min(c.windows, len(held) // c.context)
+        held = held[:len(held) // c.context * c.context].view(-1, c.context)[:c.windows].to(c.device)
+        tokens = calibration(c, tok, c.data).to(c.device)
+        before, fast = evaluate(model, held), speed(model, held[0])
+        whole = sum(p.numel() for p in model.parameters())
         run.say(f"{run.folder}: {whole / 1e6:.2f} M parameters; calibration: {c.samples} x {c.context} "
-                f"tokens of {c.data}; evaluation: {c.data} val, {count} windows of {c.context}, stride "
+                f"tokens of {c.data}; evaluation: {c.data} val, {len(held)} windows of {c.context}, stride "
                 f"{c.context}, BOS at documents: {before:.4f} nats, perplexity {math.exp(before):.3f}")
         clock = time.perf_counter()
         if "teacher" in needs(f.method):
             model, told = restructure(model, open_model(c, f, folder)[0], tokens, tok, held, c, f, run)
         else:
-            told = blocks(model, tokens, domain, c, f, run)
+            told = blocks(model, tokens, tok, c, f, run)
         seconds, model = time.perf_counter() - clock, as_found(model, folder)
         run.save(len(model.layers), lambda path: save(model, tok, path))
-        after, rate = evaluate(model.float(), held, c), speed(model, held)
+        after, rate = evaluate(model.float(), held), speed(model, held[0])
         size = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
-        kl, same = compare(model, open_model(c, f, folder)[0], held, c)
+        kl, same = compare(model, open_model(c, f, folder)[0], held[:128])
         if c.cache != "full":
             told |= through_cache(model, tokens, held, c, f, run)
         peak, new = peak_bytes(c.device), sum(p.numel() for p in model.parameters())

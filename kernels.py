@@ -1030,6 +1030,11 @@ class PackedProduct(torch.autograd.Function):
         return g @ ctx.layer.stored().to(g.dtype), None
 
 
+def order_dtype(inputs):
+    """The smallest that counts so many inputs."""
+    return torch.int16 if inputs <= 32767 else torch.int32
+
+
 class PackedLinear(nn.Module):
     """y = x Ŵᵀ + bias, the weight packed in buffers as a row of FORMATS says. Ŵ is frozen, x has gradients.
 
@@ -1053,11 +1058,8 @@ class PackedLinear(nn.Module):
         self.kind, self.rotate, self.act = kind, rotate, tuple(act)
         before = dict(order=order, rotate=rotate, act=list(act))
         self.options = options | {k: v for k, v in before.items() if v}
-        self.order = None
-        if order:                                    # int16 while the inputs can be counted in it
-            del self.order
-            small = torch.int16 if in_features <= 32767 else torch.int32
-            self.register_buffer("order", torch.arange(in_features, dtype=small))
+        self.register_buffer("order", torch.arange(in_features, dtype=order_dtype(in_features))
+                             if order else None)
         for name, (shape, dtype) in FORMATS[kind][0](in_features, out_features, **options).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         for name, value in options.items():
@@ -1101,10 +1103,10 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to(dtype), .float() and their like recast the bias alone: a buffer's dtype is its format."""
-        held = dict(self._buffers)
+        held = {k: b for k, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
-        self._buffers = {k: b if b.dtype == held[k].dtype else held[k].to(b.device)
-                         for k, b in self._buffers.items()}
+        self._buffers |= {k: held[k].to(self._buffers[k].device) for k in held
+                          if self._buffers[k].dtype != held[k].dtype}
         return self
 
 

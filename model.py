@@ -759,9 +759,9 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def graphed(model):
-    """Whether decoding replays CUDA graphs: where our kernels run; experts' shapes depend on the tokens, and
-    formats without a kernel are unpacked with a look at the host."""
-    waits = any(m.kind not in kernels.PRODUCTS for m in model.modules() if isinstance(m, PackedLinear))
+    """Whether decoding replays CUDA graphs: where our kernels run and no layer asks the host (experts do)."""
+    waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
+                for m in model.modules())
     return model.head.is_cuda and kernels.route(model.head) == "triton" and not (model.config.moe or waits)
 
 
