@@ -41,7 +41,7 @@ from torch import nn
 
 import kernels
 from data.formats import sha256
-from data.run import UserError, checkpoint, cli, nearest
+from data.run import UserError, bandwidth, checkpoint, cli, nearest
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -735,6 +735,20 @@ class Rollout(NamedTuple):
         return [row[s:e].tolist() for row, s, e in zip(self.tokens, self.prompt_len, end)]
 
 
+def tempered(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits [..., V] / temperature, -inf where top-k or top-p truncates: softmax gives what is sampled."""
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), -1).values[..., -1:]              # [..., 1]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        value, index = logits.sort(-1, descending=True)                                  # [..., V]
+        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= max(top_p, 1e-9))
+        logits = logits.masked_fill(drop, -math.inf)
+    return logits
+
+
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B], logp [B].
 
@@ -743,15 +757,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         token = logits.argmax(-1)                                                        # [B]
         return token, torch.log_softmax(logits, -1).gather(1, token[:, None]).squeeze(1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1)), -1).values[:, -1:]                # [B, 1]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
-        value, index = logits.sort(-1, descending=True)                                  # [B, V]
-        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= max(top_p, 1e-9))
-        logits = logits.masked_fill(drop, -math.inf)
+    logits = tempered(logits, temperature, top_k, top_p)
     logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
     cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
@@ -1142,20 +1148,6 @@ def load(path, device="cpu", dtype=torch.float32):
 
 
 # --- command line -------------------------------------------------------------------------------------
-
-
-def bandwidth(device):
-    """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held to."""
-    x = torch.empty(64 << 20, device=device)
-    y = torch.empty_like(x)
-    best = math.inf
-    for _ in range(4):
-        t = time.perf_counter()
-        y.copy_(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - t)
-    return 2 * x.nbytes / best
 
 
 def main(argv=None):

@@ -15,6 +15,9 @@ Map      1 config   2 losses   3 claims   4 data, feedback   5 LoRAM, linear lay
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 pretrain_moe  stdlib, bytes                            ... of a small mixture of experts
+deep        stdlib, bytes                              ... of eight narrow layers: a target of specdec.py
+draft64     stdlib, bytes                              ... of one layer of width 64; draft32: of 32
+deep_signatures  signatures, bytes                     deep, fine-tuned: the target of one task
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
@@ -62,7 +65,6 @@ import hashlib
 import json
 import math
 import time
-from array import array
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,10 +137,14 @@ class Config:
 TUNED = dict(lr=3e-4, warmup=0, weight_decay=0.0)
 SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000, steps=375)
 PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
+DEEP = dict(data="stdlib", init="", tokenizer="bytes", model="8x128", context=160, steps=500, batch=16,
+            micro=16, lr=3e-3, warmup=60, eval_every=200)
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
     pretrain_moe=dict(data="stdlib", init="", family="qwen3_moe", model="2x64", tokenizer="bytes", context=64,
                       steps=900, batch=16, micro=16, lr=2e-3, warmup=60, eval_every=300),
+    deep=DEEP, draft64=DEEP | dict(model="1x64"), draft32=DEEP | dict(model="1x32"),
+    deep_signatures=dict(init="base:deep", data="signatures", context=320, epochs=1.0, batch=16, micro=16),
     sft=dict(),                                                                  # the defaults
     arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000,
                     steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),
@@ -476,46 +482,10 @@ CLAIMS = dict(
 # --- data ---------------------------------------------------------------------------------------------
 
 
-def packed(documents, tok, width):
-    """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
-    flat = array("i")                            # four bytes a token, and slices that collate reads fast
-    for d in documents:
-        flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
-    return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
-
-
-def demonstrations(task, problems, tok, width, chat=False):
-    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left out, aloud.
-
-    Raises UserError for a prompt that alone fills the context.
-    """
-    out, long = [], 0
-    for i, p in enumerate(problems):
-        prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
-        if len(prompt) >= width:
-            raise UserError(f"{task.name}, row {i + 1}: a prompt of {len(prompt)} tokens does not fit "
-                            f"--context {width}; raise it or shorten the prompt")
-        long += len(prompt) + len(completion) > width
-        out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
-    if long:
-        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and left out",
-              flush=True)
-    return out
-
-
-def rows(c, tok, split):
-    """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the completions."""
-    if text.is_corpus(c.data):
-        return packed(text.documents(c.data, split), tok, c.context)
-    task = tasks.task(c.data)
-    problems = task.problems(split, c.rows if split == "train" else 256, c.seed)
-    return demonstrations(task, problems, tok, c.context, c.chat)
-
-
 def held(c, tok, split):
     """rows() of a held-out split; of a file of pairs, the chosen sides of its own held-out pairs."""
     if c.feedback not in ("hindsight", "both", "chosen", "sampled") or c.data in ("toyif", "ring"):
-        return rows(c, tok, split)
+        return tasks.rows(c, tok, split)
     found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context, f"{split} pairs", c.chat)
     return [(r["prompt"], r["chosen"]) for r in found]
 
@@ -525,7 +495,7 @@ def held(c, tok, split):
 
 def demos(c, tok, model, generator):
     """Demonstrations, or windows of a corpus, as they are."""
-    data = rows(c, tok, "train")
+    data = tasks.rows(c, tok, "train")
     return data, [{} for _ in data]
 
 
@@ -1020,7 +990,7 @@ def train(c, f):
     kernels.use(c.kernels)
     if c.suggest:
         model, tok = start(c, origin)
-        return suggest(model, rows(c, tok, "train"), c)
+        return suggest(model, tasks.rows(c, tok, "train"), c)
     with Run(c, f, "sft", CURVES) as run:
         whole_in_checkpoint = (c.peft in ("full", "hft") and c.store == "float32" and c.linear == "plain")
         resumed = run.last if run.last and whole_in_checkpoint else None
@@ -1034,7 +1004,7 @@ def train(c, f):
         held_out = {s: [([*p, *tag], y) for p, y in held(c, tok, s)] for s in tasks.held_out(c.data)}
         visits = (run.state or {}).get("visits", {})             # GLOW: a row's loss when it was last seen
         if c.watch:
-            held_out["watch"] = rows(replace(c, data=c.watch), tok, "val")
+            held_out["watch"] = tasks.rows(replace(c, data=c.watch), tok, "val")
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size = sum(p.numel() for p in model.parameters())

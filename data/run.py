@@ -268,6 +268,20 @@ def peak_bytes(device):
     return used * (1 if sys.platform == "darwin" else 1024)
 
 
+def bandwidth(device):
+    """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held to."""
+    x = torch.empty(64 << 20, device=device)
+    y = torch.empty_like(x)
+    best = math.inf
+    for _ in range(4):
+        t = time.perf_counter()
+        y.copy_(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - t)
+    return 2 * x.nbytes / best
+
+
 def read_log(folder):
     """The rows of a run's log.jsonl; a last line cut short by a kill is dropped."""
     path, rows = Path(folder) / "log.jsonl", []

@@ -10,6 +10,8 @@ tasks.py - verifiable tasks, all with one interface.
     demo(problem, style)                  a worked response
     reward(problem, completion, finished) a float; finished: the response ended by itself, with EOS
 
+rows(c, tok, split) makes ids of a task's demonstrations, or of windows of a text: what training reads.
+
 Answers are written "#### 42", as GSM8K writes them, so that one verifier serves all. A completion is only
 read: nothing in it is evaluated, and reading takes time linear in its length.
 """
@@ -17,6 +19,7 @@ import importlib.util
 import inspect
 import random
 import re
+from array import array
 from difflib import SequenceMatcher
 from fractions import Fraction
 from functools import partial
@@ -26,7 +29,7 @@ from pathlib import Path
 from data.chains import KINDS, Chain
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import UserError, nearest
-from data.text import (NAMED, check_split, digest, examples, is_corpus, locate, read_jsonl, rouge_l,
+from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate, read_jsonl, rouge_l,
                        signatures, split_rows)
 
 # --- the verifier -------------------------------------------------------------------------------------
@@ -573,3 +576,42 @@ def room(c, tok, problems, task, context):
         raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
                         f"the context of {context}; shorten it or lower --max_new")
     return new
+
+
+# --- rows of ids ---------------------------------------------------------------------------------------
+
+
+def packed(documents, tok, width):
+    """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
+    flat = array("i")                            # four bytes a token, and slices that collate reads fast
+    for d in documents:
+        flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
+    return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
+
+
+def demonstrations(task, problems, tok, width, chat=False):
+    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left out, aloud.
+
+    Raises UserError for a prompt that alone fills the context.
+    """
+    out, long = [], 0
+    for i, p in enumerate(problems):
+        prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
+        if len(prompt) >= width:
+            raise UserError(f"{task.name}, row {i + 1}: a prompt of {len(prompt)} tokens does not fit "
+                            f"--context {width}; raise it or shorten the prompt")
+        long += len(prompt) + len(completion) > width
+        out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
+    if long:
+        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and left out",
+              flush=True)
+    return out
+
+
+def rows(c, tok, split):
+    """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the completions."""
+    if is_corpus(c.data):
+        return packed(documents(c.data, split), tok, c.context)
+    found = task(c.data)
+    problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
+    return demonstrations(found, problems, tok, c.context, c.chat)

@@ -31,9 +31,9 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 from data.chains import chain_tokenizer
 from data.formats import quantize
-from data.run import read_log
+from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
-from model import bandwidth, collate, generate, init, pick, preset, save, token_logprobs
+from model import collate, generate, init, pick, preset, save, token_logprobs
 from optim import Optimiser, adamw, muon, normuon, optimiser
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import sft
 from conftest import close
+from data import tasks
 from data.numerics import fake_quant, prune_at
 from data.run import UserError, checkpoint, configure, read_log
 from data.tokenizer import bytes_tokenizer
@@ -43,7 +44,7 @@ def run(*extra):
 
 def test_windows_cover_the_corpus_once_with_bos_and_eos():
     tok = bytes_tokenizer()
-    rows = sft.packed(["ab", "c"], tok, 4)
+    rows = tasks.packed(["ab", "c"], tok, 4)
     flat = [i for r in rows for part in r for i in part]
     assert (flat == [tok.bos, 97, 98, tok.eos, tok.bos, 99, tok.eos]
             and [len(a) + len(b) for a, b in rows] == [4, 3])
@@ -59,16 +60,16 @@ class Echo:
 
 def test_the_loss_falls_on_the_completion_and_its_eos_only():
     tok = bytes_tokenizer()
-    (prompt, completion), = sft.demonstrations(Echo(), [dict(prompt="ab")], tok, 10)
+    (prompt, completion), = tasks.demonstrations(Echo(), [dict(prompt="ab")], tok, 10)
     tokens, mask = collate([(prompt, completion)], tok.pad)
     assert tokens[0].tolist() == [tok.bos, 97, 98, 65, 66, tok.eos] and mask[0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_rows_that_do_not_fit_are_counted_and_prompts_that_do_not_are_errors(capsys):
-    rows = sft.demonstrations(Echo(), [dict(prompt="ab"), dict(prompt="abcde")], bytes_tokenizer(), 10)
+    rows = tasks.demonstrations(Echo(), [dict(prompt="ab"), dict(prompt="abcde")], bytes_tokenizer(), 10)
     assert len(rows) == 1 and "1 of 2 rows are longer than --context 10" in capsys.readouterr().out
     with pytest.raises(UserError, match="echo, row 1: a prompt of 11 tokens does not fit --context 10"):
-        sft.demonstrations(Echo(), [dict(prompt="x" * 10)], bytes_tokenizer(), 10)
+        tasks.demonstrations(Echo(), [dict(prompt="x" * 10)], bytes_tokenizer(), 10)
 
 
 @pytest.mark.curve
@@ -135,7 +136,7 @@ def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     net, tok = load("o")
     c, _ = sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, "--data", "toyif", "--context", "32"])
-    val = sft.rows(c, tok, "val")
+    val = tasks.rows(c, tok, "val")
     before = sft.evaluate(load("start")[0], tok, val, c)["loss"]
     assert sft.evaluate(net, tok, val, c)["loss"] < before - 0.004
 

@@ -1,0 +1,618 @@
+"""specdec.py: the rule is exact, the loop is lossless, drafts learn what AdaSPEC says, runs run."""
+import itertools
+import json
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import specdec
+from conftest import close, rand
+from data.run import UserError, configure
+from data.tokenizer import bytes_tokenizer
+from model import ModelConfig, generate, init, save
+
+TINY = ["--config", "tiny"]
+
+
+def tiny_model(vocab=8, layers=2, width=32, seed=0, context=64, eos=(), sharp=6.0):
+    """A random model, float64, whose next-token laws are far from uniform."""
+    model = init(ModelConfig(vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=layers,
+                             num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=eos,
+                             max_position_embeddings=context, tie_word_embeddings=False), seed).double()
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(25)
+        model.lm_head.weight.mul_(sharp * 5)
+    return model.requires_grad_(False)
+
+
+def rule(name, **kw):
+    """A row of LENGTHS with its arguments bound, as configure() hands it to the script."""
+    given = specdec.LENGTHS[name]
+    return partial(given, **{**specdec.hyper(given), **kw})
+
+
+COST = SimpleNamespace(c=0.1, v=[1 + 0.05 * i for i in range(40)])
+
+
+def drafters(target, draft, temperature=0.0, top_k=0, top_p=1.0):
+    vocab = target.config.vocab_size
+    return dict(small=specdec.Small(draft, vocab, vocab, (temperature, top_k, top_p)), lookup=specdec.Lookup())
+
+
+# --- the rule -----------------------------------------------------------------------------------------
+
+
+def law_of(p, q, verify=specdec.verify, n=40):
+    """The law of the first emitted token, by integrating over a fine grid of the three uniforms."""
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    u = torch.cartesian_prod(grid, grid, grid)                                           # [n³, 3]
+    x = specdec.draw(q.expand(len(u), -1), u[:, 0])
+    both = torch.stack([p, p]).expand(len(u), 2, -1)
+    kept, token = verify(both, q.expand(len(u), 1, -1), x[:, None], torch.ones(len(u), dtype=torch.long),
+                         u[:, None, 1:].expand(-1, 2, -1))
+    first = torch.where(kept > 0, x, token)
+    return torch.bincount(first, minlength=len(p)).double() / len(u), (kept > 0).double().mean()
+
+
+@pytest.mark.parametrize("p, q, alpha", [
+    ((.5, .3, .2, 0), (.25, .25, .4, .1), .7), ((.1, .6, .3), (.5, .3, .2), .6), ((.5, .3, .2), (.2, .5, .3), .7)])
+def test_the_emitted_token_has_the_target_s_law_and_is_kept_with_the_overlap(p, q, alpha):
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in (p, q))
+    law, kept = law_of(p, q)
+    assert close(law, p, 0.02) and abs(kept - alpha) < 0.02
+    assert close(torch.minimum(p, q).sum(), alpha)
+
+
+@pytest.mark.parametrize("p, q, residual", [
+    ((.5, .3, .2, 0), (.25, .25, .4, .1), (.833333, .166667, 0, 0)), ((.1, .6, .3), (.5, .3, .2), (0, .75, .25)),
+    ((.5, .3, .2), (.2, .5, .3), (1, 0, 0))])
+def test_after_a_rejection_the_residual_is_drawn(p, q, residual):
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in (p, q))
+    n = 3000
+    u = torch.full((n, 2, 2), 0.999999, dtype=torch.float64)             # every test fails where p < q
+    u[:, :, 1] = ((torch.arange(n) + 0.5) / n)[:, None]
+    worst = (p / q).argmin()                                             # the token most overdrawn
+    kept, token = specdec.verify(torch.stack([p, p]).expand(n, 2, -1), q.expand(n, 1, -1), worst.expand(n, 1),
+                                 torch.ones(n, dtype=torch.long), u)
+    assert (kept == 0).all()
+    assert close(torch.bincount(token, minlength=len(p)) / n, torch.tensor(residual), 1e-3)
+
+
+def test_a_point_mass_is_the_one_hot_law():
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(64, 4, 5, generator=g, dtype=torch.float64).softmax(-1)
+    x, count = torch.randint(5, (64, 3), generator=g), torch.randint(4, (64,), generator=g)
+    u = torch.rand(64, 4, 2, generator=g, dtype=torch.float64)
+    hot = torch.nn.functional.one_hot(x, 5).double()
+    for a, b in zip(specdec.verify(p, None, x, count, u), specdec.verify(p, hot, x, count, u)):
+        assert torch.equal(a, b)
+
+
+def test_equal_laws_keep_everything_and_disjoint_ones_nothing():
+    p = torch.tensor([.5, .5, 0, 0], dtype=torch.float64)
+    q = torch.tensor([0, 0, .5, .5], dtype=torch.float64)
+    u = torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    count = torch.full((50,), 3)
+    kept, _ = specdec.verify(p.expand(50, 4, -1), p.expand(50, 3, -1), torch.zeros(50, 3, dtype=torch.long), count, u)
+    assert (kept == 3).all()
+    kept, token = specdec.verify(p.expand(50, 4, -1), q.expand(50, 3, -1), torch.full((50, 3), 2), count, u)
+    assert (kept == 0).all() and (token < 2).all()
+
+
+def test_padding_behind_a_row_s_own_drafts_is_never_kept():
+    p = torch.tensor([1.0, 0], dtype=torch.float64).expand(2, 4, 2)
+    kept, token = specdec.verify(p, None, torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 0]),
+                                 torch.full((2, 4, 2), .5, dtype=torch.float64))
+    assert kept.tolist() == [1, 0] and token.tolist() == [0, 0]
+
+
+def test_lenience_keeps_more_and_bounds_a_token_s_probability_by_p_over_l():
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in ((.5, .3, .2, 0), (.25, .25, .4, .1)))
+    law, kept = law_of(p, q, partial(specdec.verify, lenience=0.6))
+    assert kept > 0.75 and (law <= p / 0.6 + 0.02).all() and not close(law, p, 0.02)
+
+
+@pytest.mark.parametrize("alpha, row", [
+    (.7, {2: (2.190, 1.825), 4: (2.773, 1.981), 8: (3.199, 1.777)}),
+    (.8, {2: (2.440, 2.033), 4: (3.362, 2.401), 8: (4.329, 2.405)}),
+    (.9, {2: (2.710, 2.258), 4: (4.095, 2.925), 8: (6.126, 3.403)})])
+def test_block_efficiency_and_speedup_by_the_formula(alpha, row):
+    for gamma, (E, times) in row.items():
+        assert abs(specdec.block_efficiency(alpha, gamma) - E) < 5e-4
+        assert abs(specdec.speedup(alpha, gamma, 0.1) - times) < 5e-4
+    assert specdec.block_efficiency(1.0, 4) == 5
+
+
+def test_adaspec_s_own_numbers_by_the_formula():
+    assert abs(specdec.block_efficiency(.5758, 4) - 2.208) < 1e-3
+    assert abs(specdec.block_efficiency(.6263, 4) - 2.418) < 1e-3
+    assert abs(specdec.speedup(.5758, 4, .05) - 1.840) < 1e-3
+    assert abs(specdec.speedup(.6263, 4, .05) - 2.015) < 1e-3
+
+
+BEST = {.5: (4, 3, 2, 1), .7: (8, 6, 4, 3), .8: (11, 8, 6, 4), .9: (19, 13, 10, 7)}
+
+
+@pytest.mark.parametrize("alpha, i", list(itertools.product(BEST, range(4))))
+def test_the_optimal_length_is_the_best_fixed_one_where_the_chance_is_constant(alpha, i):
+    c = (.02, .05, .1, .2)[i]
+    cost = SimpleNamespace(c=c, v=[1.0] * 50)
+    k = next(k for k in range(50) if not specdec.optimal(
+        k, torch.full((1, k + 1), alpha, dtype=torch.float64), cost, 1, gamma=40))
+    best = max(specdec.speedup(alpha, n, c) for n in range(40))
+    assert close(specdec.speedup(alpha, BEST[alpha][i], c), best, 1e-12)
+    assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(specdec.speedup(alpha, k, c), best, 1e-12)
+
+
+def test_the_optimal_length_is_shorter_where_verification_costs():
+    def length(v):
+        cost = SimpleNamespace(c=.05, v=v)
+        return next(k for k in range(50) if not specdec.optimal(
+            k, torch.full((1, k + 1), .8, dtype=torch.float64), cost, 1, gamma=40))
+    assert length([1 + .1 * k for k in range(50)]) < length([1.0] * 50)
+
+
+def test_the_optimal_length_explores_now_and_then():
+    hopeless, cost = torch.full((1, 1), .01), SimpleNamespace(c=1.0, v=[1.0] * 9)
+    assert specdec.optimal(0, hopeless, cost, 16) and not specdec.optimal(0, hopeless, cost, 17)
+
+
+def test_other_lengths_by_hand():
+    assert [specdec.fixed(k, gamma=2) for k in range(4)] == [True, True, False, False]
+    assert specdec.heuristic(3, torch.tensor([3, 5])).tolist() == [False, True]
+    sure = torch.tensor([[.9, .39], [.1, .41]])
+    assert specdec.confident(2, sure).tolist() == [False, True] and specdec.confident(0, sure[:, :0])
+
+
+# --- the loop -----------------------------------------------------------------------------------------
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2], [2, 2], [3, 1, 4, 1, 5, 2, 6]]
+
+
+@pytest.mark.parametrize("name, kw", [("fixed", dict(gamma=1)), ("fixed", dict(gamma=4)), ("fixed", dict(gamma=8)),
+                                      ("fixed", dict(gamma=0)), ("heuristic", {}), ("confident", {}), ("optimal", {})])
+@pytest.mark.parametrize("which", ["small", "lookup"])
+def test_greedy_output_is_the_target_s_own_token_for_token(name, kw, which):
+    """also with EOS inside a block, prompts of different lengths, one at a time and together"""
+    target, draft = tiny_model(eos=(0,)), tiny_model(layers=1, seed=5)
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:2]):
+        whole = generate(target, prompts, 30, temperature=0)
+        roll, tally = specdec.speculate(target, drafters(target, draft)[which], prompts, 30, rule(name, **kw),
+                                        cost=COST)
+        assert torch.equal(roll.tokens, whole.tokens) and torch.equal(roll.mask, whole.mask)
+        assert close(roll.logp, whole.logp, 1e-9) and torch.equal(roll.finished, whole.finished)
+
+
+def test_greedy_output_on_a_thousand_prompts():
+    target, draft = tiny_model(vocab=32, eos=(0,), layers=3), tiny_model(vocab=32, layers=1, seed=3)
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 32, (int(torch.randint(1, 12, (1,), generator=g)),), generator=g).tolist()
+               for _ in range(1000)]
+    whole = generate(target, prompts, 24, temperature=0)
+    for i in range(0, 1000, 250):
+        roll, tally = specdec.speculate(target, drafters(target, draft)["small"], prompts[i:i + 250], 24, rule("fixed"))
+        mine = [whole.completions()[i + j] for j in range(250)]
+        assert roll.completions() == mine
+    assert 0 < tally.acceptance < 1
+
+
+def test_a_draft_that_is_the_target_is_always_kept():
+    target = tiny_model()
+    for temperature in (0.0, 1.0):
+        drafter = drafters(target, target, temperature)["small"]
+        roll, tally = specdec.speculate(target, drafter, PROMPTS, 26, rule("fixed", gamma=4), temperature=temperature)
+        assert tally.acceptance == 1 and tally.efficiency == 5 and tally.independent() == 5
+
+
+def test_what_a_row_draws_does_not_depend_on_the_other_rows():
+    target, draft = tiny_model(eos=(0,)), tiny_model(layers=1, seed=5)
+    seed = torch.Generator().manual_seed(3)
+    together, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], PROMPTS, 20, rule("fixed"),
+                                    temperature=1.0, generator=seed)
+    u = torch.rand(len(PROMPTS), 25, 3, generator=torch.Generator().manual_seed(3))
+    for i, prompt in enumerate(PROMPTS):
+        original = torch.rand
+        try:
+            torch.rand = lambda *a, **k: u[i:i + 1]
+            alone, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [prompt], 20, rule("fixed"),
+                                         temperature=1.0)
+        finally:
+            torch.rand = original
+        assert alone.completions()[0] == together.completions()[i]
+
+
+def test_caches_hold_what_is_committed_and_equal_a_fresh_pass():
+    """after every round the target's cache has one token less than the text, and says what a new pass says"""
+    target, draft = tiny_model(), tiny_model(layers=1, seed=5)
+    seen = []
+
+    class Watching(specdec.Small):
+        def propose(self, text, length, u, more):
+            out = super().propose(text, length, u, more)
+            seen.append((text.clone(), length.clone(), self.cache.length.clone(), out[0].size(1)))
+            return out
+    drafter = Watching(draft, 8, 8, (0.0, 0, 1.0))
+    specdec.speculate(target, drafter, PROMPTS, 20, rule("fixed", gamma=3))
+    for text, length, held, G in seen:
+        assert torch.equal(held, length - 2 + (G + 1 if G else 0))
+    text, length, held, G = seen[-1]
+    fresh = draft(text[:1, :length[0]])
+    logits = draft.logits(fresh[:, -1])
+    assert G == 0 or logits.argmax(-1).item() in range(8)
+
+
+# --- sampling is exact ------------------------------------------------------------------------------------
+
+
+def chi_square(counts, law):
+    """(statistic, degrees of freedom, an upper bound of p by Wilson and Hilferty's normal approximation)."""
+    n, expected = counts.sum(), law * counts.sum()
+    big = expected >= 5
+    cells = torch.cat([counts[big], counts[~big].sum()[None]]), torch.cat([expected[big], expected[~big].sum()[None]])
+    keep = cells[1] > 0
+    stat = ((cells[0] - cells[1]) ** 2 / cells[1].clamp(min=1e-12))[keep].sum().item()
+    assert n > 0 and counts[law == 0].sum() == 0
+    df = int(keep.sum()) - 1
+    z = ((stat / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+    return stat, df, 0.5 * math.erfc(z / math.sqrt(2))
+
+
+def exact_law(target, prompt, steps, **sampling):
+    """The target's law over sequences of `steps` tokens after the prompt, flat [V^steps]."""
+    V = target.config.vocab_size
+    law, rows = torch.ones(1, dtype=torch.float64), torch.tensor([prompt])
+    for _ in range(steps):
+        p = specdec.law(target.logits(target(rows)[:, -1]).double(), **sampling)         # [n, V]
+        law = (law[:, None] * p).flatten()
+        rows = torch.cat([rows.repeat_interleave(V, 0), torch.arange(V).repeat(len(rows))[:, None]], 1)
+    return law
+
+
+def sample_counts(target, drafter, prompt, draws, length, at_once=2000, seed=0, **sampling):
+    """How often each sequence of three tokens came, in `draws` speculative generations."""
+    V, counts, g = target.config.vocab_size, 0, torch.Generator().manual_seed(seed)
+    for _ in range(draws // at_once):
+        roll, tally = specdec.speculate(target, drafter, [prompt] * at_once, 3, length, cost=COST, generator=g, **sampling)
+        y = roll.tokens[:, len(prompt):len(prompt) + 3]
+        counts = counts + torch.bincount((y[:, 0] * V + y[:, 1]) * V + y[:, 2], minlength=V ** 3)
+    return counts.double(), tally
+
+
+SETTINGS = [("small", "fixed", dict(gamma=2), dict(temperature=1.0)),
+            ("small", "fixed", dict(gamma=1), dict(temperature=0.7)),
+            ("small", "fixed", dict(gamma=4), dict(temperature=1.5)),
+            ("small", "optimal", {}, dict(temperature=1.0)),
+            ("small", "heuristic", {}, dict(temperature=1.0)),
+            ("small", "confident", {}, dict(temperature=1.0)),
+            ("small", "fixed", dict(gamma=2), dict(temperature=1.0, top_k=4)),
+            ("small", "fixed", dict(gamma=2), dict(temperature=1.0, top_p=0.8)),
+            ("lookup", "fixed", dict(gamma=2), dict(temperature=1.0))]
+
+
+@pytest.mark.parametrize("which, length, kw, sampling", SETTINGS)
+def test_samples_have_the_target_s_law(which, length, kw, sampling):
+    """chi-square of the first three tokens, 20,000 draws in batches, 180,000 over the settings"""
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+    counts, tally = sample_counts(target, drafters(target, draft, **sampling)[which], prompt, 20_000,
+                                  rule(length, **kw), **sampling)
+    _, df, p = chi_square(counts, exact_law(target, prompt, 3, **sampling))
+    assert df > 10 and p > 1e-4
+    assert 0.05 < tally.acceptance < 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which, length, kw, sampling", SETTINGS)
+def test_samples_have_the_target_s_law_in_a_hundred_thousand_draws(which, length, kw, sampling):
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+    counts, _ = sample_counts(target, drafters(target, draft, **sampling)[which], prompt, 100_000,
+                              rule(length, **kw), seed=1, **sampling)
+    assert chi_square(counts, exact_law(target, prompt, 3, **sampling))[2] > 1e-4
+
+
+def from_p(p, q, drafted, count, u, *, lenience=1.0):
+    """Broken: after a rejection a token of p, not of the residual."""
+    kept, _ = specdec_verify(p, q, drafted, count, u)
+    row = torch.arange(len(p))
+    return kept, specdec.draw(p[row, kept], u[row, kept, 1])
+
+
+def bonus_of_q(p, q, drafted, count, u, *, lenience=1.0):
+    """Broken: the token after a block kept whole is drawn from the draft's law."""
+    kept, token = specdec_verify(p, q, drafted, count, u)
+    row = torch.arange(len(p))
+    if q is None:
+        return kept, token
+    return kept, torch.where(kept == count, specdec.draw(q[row, (kept - 1).clamp(min=0)], u[row, kept, 1]), token)
+
+
+def always(p, q, drafted, count, u, *, lenience=1.0):
+    """Broken: everything is kept."""
+    return count, specdec.draw(p[torch.arange(len(p)), count], u[torch.arange(len(p)), count, 1])
+
+
+specdec_verify = specdec.verify
+
+
+@pytest.mark.parametrize("broken", [from_p, bonus_of_q, always])
+def test_a_broken_rule_fails_the_same_test(broken, monkeypatch):
+    monkeypatch.setattr(specdec, "verify", broken)
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+    counts, _ = sample_counts(target, drafters(target, draft, 1.0)["small"], prompt, 20_000, rule("fixed", gamma=2),
+                              temperature=1.0)
+    assert chi_square(counts, exact_law(target, prompt, 3, temperature=1.0))[2] < 1e-6
+
+
+def test_drafts_at_another_temperature_than_q_says_fail_the_same_test():
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+
+    class Lying(specdec.Small):
+        def propose(self, text, length, u, more):
+            drafted, q, count, sure = super().propose(text, length, u, more)
+            return drafted, None if q is None else q.pow(0.5) / q.pow(0.5).sum(-1, keepdim=True), count, sure
+    counts, _ = sample_counts(target, Lying(draft, 8, 8, (1.0, 0, 1.0)), prompt, 20_000, rule("fixed", gamma=2),
+                              temperature=1.0)
+    assert chi_square(counts, exact_law(target, prompt, 3, temperature=1.0))[2] < 1e-6
+
+
+# --- training drafts --------------------------------------------------------------------------------------
+
+P5 = [(.7, .2, .1), (.4, .4, .2), (.9, .05, .05), (.34, .33, .33), (.6, .3, .1)]
+Q5 = [(.4, .4, .2), (.3, .4, .3), (.5, .3, .2), (.6, .2, .2), (.55, .3, .15)]
+R5 = [(.65, .25, .1), (.3, .3, .4), (.85, .1, .05), (.5, .3, .2), (.6, .25, .15)]
+
+
+def logits(rows):
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def per_token(name, q, p, **kw):
+    """A row of LOSSES on given laws: the head is the identity."""
+    eye = torch.eye(q.size(-1), dtype=q.dtype)
+    return specdec.LOSSES[name](q, eye, p, eye, **kw)
+
+
+@pytest.mark.parametrize("name, value", [("forward_kl", .219488), ("reverse_kl", .242779), ("jsd", .056101), ("tvd", .3)])
+def test_divergences_by_hand(name, value):
+    p, q = logits([(.5, .3, .15, .05)]), logits([(.25, .25, .4, .1)])
+    assert abs(per_token(name, q, p).item() - value) < 1e-6
+    assert abs(per_token(name, p, p).item()) < 1e-12
+
+
+@pytest.mark.parametrize("name", specdec.LOSSES)
+def test_divergences_are_positive_and_their_gradients_right(name):
+    z, p = rand(6, 5, seed=1).requires_grad_(), rand(6, 5, seed=2)
+    assert (per_token(name, z, p) > 0).all()
+    assert torch.autograd.gradcheck(lambda z: per_token(name, z, p), z)
+    g, = torch.autograd.grad(per_token(name, z, p).sum(), z)
+    if name == "forward_kl":
+        assert close(g, z.softmax(-1) - p.softmax(-1), 1e-9)
+    if name == "tvd":
+        assert (g.abs().sum(-1) <= 0.5).all()
+
+
+def test_adaspec_s_selection_by_hand():
+    p, q, r = (logits(x) for x in (P5, Q5, R5))
+    loss, ref = per_token("forward_kl", q, p), per_token("forward_kl", r, p)
+    assert close(loss, [.1838, .0340, .3701, .1374, .0117], 5e-5)
+    assert close(ref, [.0072, .0915, .0168, .0656, .0141], 5e-5)
+    assert close(loss - ref, [.1765, -.0575, .3533, .0718, -.0025], 1.1e-4)
+    assert abs(torch.quantile(loss - ref, .6).item() - .1137) < 1e-4
+    chosen = specdec.adaspec(loss, ref)
+    assert chosen.tolist() == [True, False, True, False, False]
+    assert abs(loss[chosen].mean().item() - .27695) < 1e-5 and abs(loss.mean().item() - .14739) < 1e-5
+    assert abs(torch.minimum(p.exp(), q.exp()).sum(-1).mean().item() - .7780) < 1e-9
+    assert specdec.smallest(loss, ref).tolist() == [False, True, False, False, True]
+    assert specdec.easiest(loss, ref).tolist() == [True, False, False, False, True]
+
+
+def test_selections_in_their_limits():
+    loss, ref = rand(50, seed=1), rand(50, seed=2)
+    assert specdec.adaspec(loss, ref, k=1.0).all() and specdec.every(loss).all()
+    assert specdec.adaspec(loss, loss).all()                             # no gap anywhere: ties, all are taken
+    assert not (specdec.adaspec(loss, ref, k=.4) & specdec.smallest(loss, ref, k=.4)).any()
+    g = torch.Generator().manual_seed(0)
+    assert specdec.at_random(loss, g, k=.4).sum() == specdec.adaspec(loss, ref, k=.4).sum() == 20
+    with pytest.raises(UserError, match="--k 0"):
+        specdec.adaspec(loss, ref, k=0.0)
+
+
+def setting(select="every", **kw):
+    """(draft, target, reference, rows, c, f) of one step on random models."""
+    target, draft, ref = (tiny_model(vocab=16, seed=s, sharp=1.0, layers=n) for s, n in ((0, 2), (1, 1), (2, 1)))
+    g = torch.Generator().manual_seed(0)
+    rows = [(torch.randint(16, (3,), generator=g).tolist(), torch.randint(16, (n,), generator=g).tolist())
+            for n in (5, 8, 2)]
+    chosen = specdec.SELECT[select]
+    f = SimpleNamespace(loss=specdec.forward_kl, select=partial(chosen, **{**specdec.hyper(chosen), **kw}))
+    return draft.requires_grad_(), target, ref, rows, SimpleNamespace(micro=64, device="cpu"), f
+
+
+def gradient(draft, *rest):
+    draft.zero_grad()
+    told = specdec.learn(draft, *rest, torch.Generator().manual_seed(0), 16)
+    return torch.cat([p.grad.flatten() for p in draft.parameters()]), told
+
+
+def test_adaspec_of_all_tokens_is_distillspec():
+    draft, target, ref, rows, c, f = setting("adaspec", k=1.0)
+    a, told = gradient(draft, target, ref, rows, None, c, f)
+    b, plain = gradient(draft, target, ref, rows, None, c, setting()[-1])
+    assert close(a, b, 1e-12) and close(told, plain, 1e-12) and told[1] == 1
+
+
+def test_the_gradient_is_that_of_the_selected_tokens_alone():
+    draft, target, ref, rows, c, f = setting("adaspec")
+    a, told = gradient(draft, target, ref, rows, None, c, f)
+    tokens, mask = specdec.collate(rows, 0)
+    t, r, h = (specdec.states(m, tokens, mask) for m in (target, ref, draft))
+    loss, other = (specdec.forward_kl(x, m.head, t, target.head) for x, m in ((h, draft), (r, ref)))
+    chosen = specdec.adaspec(loss, other)
+    draft.zero_grad()
+    loss[chosen].mean().backward()
+    assert close(a, torch.cat([p.grad.flatten() for p in draft.parameters()]), 1e-10)
+    assert 0.35 < told[1] < 0.5 and len(loss) == 15
+
+
+def test_remembered_states_and_micro_batches_change_nothing():
+    draft, target, ref, rows, c, f = setting()
+    known = specdec.remember(target, rows, 6, c)
+    a, _ = gradient(draft, target, None, rows, known, c, f)
+    b, _ = gradient(draft, target, None, rows, None, c, f)
+    assert close(a, b, 1e-10) and specdec.remember(target, rows, 5, c) is None
+    small = SimpleNamespace(micro=2, device="cpu")
+    known = specdec.remember(target, rows, 6, small)
+    assert close(gradient(draft, target, None, rows, known, small, f)[0],
+                 gradient(draft, target, None, rows, None, small, f)[0], 1e-10)
+
+
+def test_agreement_by_hand_and_in_its_limit():
+    draft, target, ref, rows, c, f = setting()
+    told = specdec.agreement(target, target, rows, c, 16)
+    assert close([told["overlap"], told["kl"], told["same_top"]], [1, 0, 1], 1e-9)
+    told = specdec.agreement(target, draft, rows, c, 16)
+    tokens, mask = specdec.collate(rows, 0)
+    p, q = (m.logits(specdec.states(m, tokens, mask)).double().softmax(-1) for m in (target, draft))
+    assert abs(told["overlap"] - (1 - (p - q).abs().sum(-1).mean().item() / 2)) < 1e-5
+
+
+def test_acceptance_is_the_overlap_of_the_laws():
+    """what is measured by decoding at temperature 1 agrees with Σ min(p, q) at the tested places"""
+    target, draft = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0)
+    g = torch.Generator().manual_seed(0)
+    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000, 2,
+                                 rule("fixed", gamma=1), temperature=1.0, generator=g)
+    first = torch.softmax(target.logits(target(torch.tensor([[1, 2, 3]]))[:, -1]), -1)[0].double()   # the prefill's
+    rows = torch.tensor([[1, 2, 3, x] for x in range(8)])
+    p, q = (torch.softmax(m.logits(m(rows)[:, -1]).double(), -1) for m in (target, draft))
+    expected = (first * torch.minimum(p, q).sum(-1)).sum().item()
+    assert tally.rounds == 3000 and tally.proposed == 0                  # one token to go: nothing to draft
+    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000, 3,
+                                 rule("fixed", gamma=1), temperature=1.0, generator=g)
+    assert abs(tally.kept[0] / tally.tested[0] - expected) < 0.03
+
+
+# --- runs ---------------------------------------------------------------------------------------------
+
+
+def run(*argv):
+    return specdec.main(list(argv))
+
+
+def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
+    told = run(*TINY, "--steps", "40", "--batch", "8", "--eval_every", "20")
+    out = capsys.readouterr().out
+    assert told["overlap"] > told["start_overlap"] and told["kl"] < told["start_kl"]
+    assert told["draft_same"] == told["lookup_same"] == 1 and told["draft_speedup"] > 0
+    assert "predicted" in out and "greedy outputs equal to plain decoding's: lookup 4 of 4, draft 4 of 4" in out
+
+
+@pytest.mark.parametrize("name", [x for x in specdec.PRESETS if x != "tiny"])
+def test_every_preset_runs(name, shared_bases):
+    told = run("--config", f"{name},tiny")
+    assert told and all(math.isfinite(x) for x in told.values())
+
+
+@pytest.mark.parametrize("more", [["--source", "draft"], ["--source", "target"], ["--source", "mixed"],
+                                  ["--loss", "tvd"], ["--data", "signatures", "--context", "320"],
+                                  ["--temperature", "1.0", "--together", "3"], ["--draft", "1x32"],
+                                  ["--select", "at_random", "--length", "heuristic"]])
+def test_options_run(more, shared_bases):
+    told = run(*TINY, *more)
+    assert told["draft_efficiency"] >= 1
+
+
+def test_resume_ends_at_the_same_weights(shared_bases):
+    from safetensors.torch import load_file
+    same = [*TINY, "--select", "adaspec", "--source", "mixed", "--steps", "6", "--refresh", "4"]
+    run(*same, "--out", "out/whole")
+    run(*same, "--out", "out/parts", "--stop", "3")
+    run(*same, "--out", "out/parts", "--resume")
+    a, b = (load_file(shared_bases / f"out/{x}/step-000006/model.safetensors") for x in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_is_not_made_again(shared_bases, capsys):
+    told = run(*TINY, "--out", "out/once")
+    again = run(*TINY, "--out", "out/once", "--resume")
+    assert told == again and "finished already" in capsys.readouterr().out
+
+
+def test_a_real_pair_of_checkpoints(stories, shared_bases):
+    """a real Llama checkpoint as the target, a new draft of its tokenizer"""
+    told = run(*TINY, "--init", str(stories), "--draft", "1x32", "--data", "signatures", "--context", "256",
+               "--prompts", "2")
+    assert told["draft_same"] == 1
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(workdir):
+    """Folders of two random models: the same tokenizer, and another."""
+    tok = bytes_tokenizer()
+    for name, seed, layers in (("target", 0, 2), ("draft", 1, 1)):
+        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
+                              num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                              max_position_embeddings=64), seed), tok, workdir / name)
+    from data.chains import chain_tokenizer
+    other = chain_tokenizer()
+    save(init(ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                          max_position_embeddings=64), 0), other, workdir / "other")
+    return workdir
+
+
+GIVEN = [*TINY, "--init", "target", "--steps", "0"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--draft", "other"], "another vocabulary.*omnidraft"),
+    (["--draft", "draft", "--gamma", "99"], "--gamma 99: a draft longer than the target's context of 64"),
+    (["--draft", "draft", "--max_new", "60"], "exceed the context of 64"),
+    (["--draft", "nowhere"], "nowhere does not exist"),
+    (["--draft", "draft", "--length", "optimum"], "did you mean 'optimal'"),
+    (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"], "--k 2.0: a share"),
+    (["--draft", "draft", "--steps", "2", "--source", "draft", "--context", "8"], "leaves no room")])
+def test_what_cannot_be_is_told(argv, message, pair):
+    with pytest.raises(UserError, match=message):
+        run(*GIVEN, *argv)
+
+
+def test_a_draft_bigger_than_the_target_is_told(pair, capsys):
+    told = run(*TINY, "--init", "draft", "--draft", "target", "--steps", "0")
+    assert "cannot pay" in capsys.readouterr().out and told["draft_same"] == 1
+
+
+def test_costs_are_measured_and_interpolated():
+    target, draft = tiny_model(), tiny_model(layers=1)
+    cost = specdec.measure_costs(target, draft, 2, 20, 6, repeats=3)
+    assert len(cost.v) == 7 and cost.v[0] == 1 and 0 < cost.c < 2
+    assert close(cost.v[3], (cost.v[2] + cost.v[4]) / 2, 1e-9)
+    assert specdec.measure_costs(target, None, 1, 20, 0, repeats=2).v == [1.0]
+
+
+def test_predictions_by_hand():
+    tally = specdec.Tally()
+    for kept, count in (([2, 0], [2, 2]), ([1, 1], [2, 1])):
+        tally.note(torch.tensor(kept), torch.tensor(count), torch.full((2, 2), .55))
+    tally.tokens = 8
+    assert (tally.rounds, tally.proposed, tally.efficiency) == (4, 7, 2.0)
+    assert dict(tally.tested) == {0: 4, 1: 2} and dict(tally.kept) == {0: 3, 1: 1}
+    assert close(tally.acceptance, 4 / 6) and tally.passes == {2: 2}
+    assert close(tally.independent(), 1 + 2 / 3 + 4 / 9)
+    assert close(tally.predicted(SimpleNamespace(c=.1, v=[1, 1.1, 1.2])), 2 / 1.4)
+    chance = tally.chance(torch.full((1, 1), .55))
+    assert close(chance, [[(4 + 1.1) / (6 + 2), (4 + 1.4) / (6 + 2)]])
+
+
+def test_claims_name_arms_that_exist():
+    for claim in specdec.CLAIMS.values():
+        for arm in claim.arms.values():
+            configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", ["--config", arm])
+        labels = json.dumps(list(claim.tests))
+        assert all(key.partition("|")[0] in {*claim.arms, ""} for w in claim.tests.values() for key in w), labels
