@@ -15,9 +15,9 @@ Map      1 config   2 losses   3 claims   4 data, feedback   5 LoRAM, linear lay
 preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 pretrain_moe  stdlib, bytes                            ... of a small mixture of experts
-deep        stdlib, bytes                              ... of eight narrow layers: a target of specdec.py
+target      stdlib, bytes                              ... of eight narrow layers: a target of specdec.py
 draft64     stdlib, bytes                              ... of one layer of width 64; draft32: of 32
-deep_signatures  signatures, bytes                     deep, fine-tuned: the target of one task
+target_docs  signatures, bytes                         target, fine-tuned: the target of one task
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch
 toyif_base  the three behaviours of the world ToyIF    the base of the claims about rewards
@@ -137,14 +137,14 @@ class Config:
 TUNED = dict(lr=3e-4, warmup=0, weight_decay=0.0)
 SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000, steps=375)
 PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
-DEEP = dict(data="stdlib", init="", tokenizer="bytes", model="8x128", context=160, steps=500, batch=16,
-            micro=16, lr=3e-3, warmup=60, eval_every=200)
+TARGET = dict(data="stdlib", init="", tokenizer="bytes", model="8x128", context=160, steps=500, batch=16,
+              micro=16, lr=3e-3, warmup=60, eval_every=250)
 PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
     pretrain_moe=dict(data="stdlib", init="", family="qwen3_moe", model="2x64", tokenizer="bytes", context=64,
                       steps=900, batch=16, micro=16, lr=2e-3, warmup=60, eval_every=300),
-    deep=DEEP, draft64=DEEP | dict(model="1x64"), draft32=DEEP | dict(model="1x32"),
-    deep_signatures=dict(init="base:deep", data="signatures", context=320, epochs=1.0, batch=16, micro=16),
+    target=TARGET, draft64=TARGET | dict(model="1x64"), draft32=TARGET | dict(model="1x32"),
+    target_docs=dict(init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16),
     sft=dict(),                                                                  # the defaults
     arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000,
                     steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),

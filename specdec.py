@@ -25,7 +25,6 @@ import copy
 import math
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -38,8 +37,9 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import tasks
+from data.drafting import Lookup, Tally
 from data.text import is_corpus
-from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, hyper, in_parts, launch, needs
+from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, in_parts, launch, needs
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset, save,
                    tempered)
 from optim import linear, optimiser, set_lr
@@ -51,7 +51,7 @@ from optim import linear, optimiser, set_lr
 class Config:
     """What every run has; what belongs to a method is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    init: str = "base:deep"      # the target
+    init: str = "base:target"      # the target
     draft: str = "base:draft64"  # a checkpoint, or a new draft of LAYERSxWIDTH
     data: str = "stdlib"         # what a draft learns from and prompts come from: a text, or a task or file
     rows: int = 0                # learn from only so many demonstrations or windows (0: all)
@@ -95,8 +95,13 @@ PRESETS = dict(
     speculative=dict(), lookup=dict(drafter="lookup", length="fixed", gamma=8, steps=0),
     distillspec=dict(), on_policy=dict(source="draft"),
     adaspec=dict(select="adaspec", batch=40, ref_batch=16),
-    tiny=dict(draft="1x32", steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8, eval_rows=4,
-              refresh=2),
+    # what only the arms of claims need
+    arena=dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0, length="fixed", gamma=4),
+    wide=dict(batch=20), by_chance=dict(select="at_random"), smallest_gap=dict(select="smallest"),
+    docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
+    draft64=dict(draft="base:draft64"), draft32=dict(draft="base:draft32"),
+    tiny=dict(draft="1x32", steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
+              eval_rows=4, refresh=2),
 )
 CURVES = {"divergence": ["loss", "kl"], "acceptance Σ min(p, q)": ["overlap"]}
 
@@ -140,16 +145,6 @@ def verify(p, q, drafted, count, u, *, lenience=1.0):
         rest = (p - lenience * F.pad(q, (0, 0, 0, 1))[row, kept] * lost).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)      # p = q: then rejection was rounding
     return kept, draw(rest, u[row, kept, 1])
-
-
-def block_efficiency(alpha, gamma):
-    """Tokens a round where each of γ drafts is kept with probability α:  (1 - α^(γ+1)) / (1 - α)."""
-    return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
-
-
-def speedup(alpha, gamma, c, v=1.0):
-    """Over plain decoding:  E / (γ c + v).  The papers take v = 1."""
-    return block_efficiency(alpha, gamma) / (gamma * c + v)
 
 
 # --- 3 draft lengths: is one more token, the (k+1)-th, worth drafting? -> bool or bool [B] ---------------
@@ -227,105 +222,7 @@ class Small:
         return drafted, torch.stack(qs, 1) if qs else None, count, sure
 
 
-class Lookup:
-    """Prompt lookup: what followed the last n = 3, 2, 1 tokens where they stood last, in the row's own text.
-
-    A point mass, so sampling keeps x with probability p(x). ours: the latest place, not the first.
-    """
-    model, context = None, math.inf
-
-    def __init__(self, n=3):
-        self.n = n
-
-    def start(self, prompts, length, rows, new):
-        self.seen = [[] for _ in rows]           # the tokens that `last` knows of, of each row
-        self.last = [{} for _ in rows]           # (n tokens) -> where what followed them stands
-
-    def keep(self, order):
-        self.seen, self.last = ([x[i] for i in order.tolist()] for x in (self.seen, self.last))
-
-    def read(self, seen, last, tokens):
-        """Note where each n-gram was last followed by something."""
-        for token in tokens:
-            for n in range(1, min(self.n, len(seen)) + 1):
-                last[tuple(seen[-n:])] = len(seen)
-            seen.append(token)
-
-    def propose(self, text, length, u, more):
-        found = []
-        for b, (seen, last) in enumerate(zip(self.seen, self.last)):
-            self.read(seen, last, text[b, len(seen):length[b]].tolist())
-            at = next((last[k] for n in range(self.n, 0, -1) if (k := tuple(seen[-n:])) in last), len(seen))
-            found.append(seen[at:])
-        k, want = 0, torch.tensor([len(x) for x in found], device=text.device)           # [B]
-        count, sure = torch.zeros_like(want), torch.ones_like(u[:, :, 0])
-        while (alive := (want > k) & more(k, sure[:, :k])).any():
-            k, count = k + 1, count + alive
-        drafted = torch.zeros(len(text), k, dtype=torch.long, device=text.device)        # [B, G]
-        for b, x in enumerate(found):
-            drafted[b, :min(k, len(x))] = torch.tensor(x[:k], device=text.device)
-        return drafted, None, count, sure[:, :k]
-
-
 # --- 5 the loop ---------------------------------------------------------------------------------------
-
-BINS = 10                # of the draft's confidence, in Tally.chance
-
-
-class Tally:
-    """What was counted: the numbers of a speculative run, and what draft lengths are chosen by.
-
-    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed: drafted
-    ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft; tries, hits: by
-    the draft's confidence; drafting: seconds that drafters took.
-    """
-
-    def __init__(self):
-        self.rounds = self.tokens = self.proposed = self.drafting = 0
-        self.passes, self.tested, self.kept = Counter(), Counter(), Counter()
-        self.tries, self.hits = [0] * BINS, [0] * BINS
-
-    def note(self, kept, count, sure):
-        """One round: kept, count [B], sure [B, G]. Only tested tokens count: up to the first not kept."""
-        self.passes[sure.size(1)] += 1
-        for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
-            self.rounds, self.proposed = self.rounds + 1, self.proposed + n
-            for j in range(min(k + 1, n)):
-                place = min(BINS - 1, int(row[j] * BINS))
-                self.tested[j] += 1
-                self.kept[j] += j < k
-                self.tries[place] += 1
-                self.hits[place] += j < k
-
-    def chance(self, sure):
-        """How often tokens of this confidence [B, k] were kept, and at the end the mean.   -> [B, k+1]
-
-        Counts start as if two tokens of each confidence had been tested, and kept as often as it says."""
-        table = [(h + (2 * i + 1) / BINS) / (t + 2) for i, (h, t) in enumerate(zip(self.hits, self.tries))]
-        mean = (sum(self.hits) + 1.4) / (sum(self.tries) + 2)
-        known = [[table[min(BINS - 1, int(x * BINS))] for x in row] for row in sure.tolist()]
-        return torch.tensor([[*row, mean] for row in known], device=sure.device)
-
-    @property
-    def acceptance(self):
-        """Kept of tested tokens."""
-        return self.kept.total() / max(1, self.tested.total())
-
-    @property
-    def efficiency(self):
-        """E, tokens a target pass and row."""
-        return self.tokens / max(1, self.rounds)
-
-    def predicted(self, cost):
-        """The speedup that E and the measured costs of single passes give."""
-        spent = sum(n * (G * cost.c + cost.v[G]) for G, n in self.passes.items())
-        return self.efficiency * sum(self.passes.values()) / max(spent, 1e-9)
-
-    def independent(self):
-        """E if every drafted token were kept with the mean probability, whatever came before it."""
-        return sum(n * block_efficiency(self.acceptance, G) for G, n in self.passes.items()) / max(
-            1, sum(self.passes.values()))
-
 
 def fits(target, drafter, prompts, max_new, most):
     """The context that target and draft share; UserError where prompt, new tokens and draft do not fit it."""
@@ -334,11 +231,12 @@ def fits(target, drafter, prompts, max_new, most):
         raise UserError(f"speculative decoding needs at least one prompt and a token in each, --max_new "
                         f"{max_new} of at least 1 and --gamma {most} of at least 0")
     if most >= whole:
-        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} tokens; lower it")
+        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} tokens; lower "
+                        "it")
     context = min(whole, drafter.context)
     if longest + max_new > context:
-        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context of {context} "
-                        "of target and draft: shorten the prompt or lower --max_new")
+        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context of "
+                        f"{context} of target and draft: shorten the prompt or lower --max_new")
     return context
 
 
@@ -855,7 +753,36 @@ def train(c, f):
 
 # --- 10 claims ----------------------------------------------------------------------------------------
 
-CLAIMS = dict()
+CELLS = {f"{name} {size}": f"{preset}draft{size}" for name, preset in (("text", ""), ("docstrings", "docs,"))
+         for size in (64, 32)}
+DRAFTS = {"KD": "distillspec,arena", "AdaSPEC": "adaspec,arena", "KD, 2.5x": "distillspec,arena,wide",
+          "AdaSPEC, 2.5x": "adaspec,arena,wide"}
+CONTROLS = {"random, 2.5x": "adaspec,arena,wide,by_chance",
+            "smallest, 2.5x": "adaspec,arena,wide,smallest_gap"}
+TOLD = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup", "draft_predicted")
+
+
+def over(part, cells, ours, theirs):
+    """Tests 'ours above theirs' in each cell."""
+    return {f"{part}: {cell}": {f"{cell}, {ours}": 1, f"{cell}, {theirs}": -1} for cell in cells}
+
+
+CLAIMS = dict(
+    adaspec=Claim(
+        "A draft distilled on the tokens with most left to learn is accepted more often than one distilled "
+        "on all, at the paper's budgets and at equal data",
+        "2510.19779: acceptance of DistillSpec -> AdaSPEC: GSM8K 57.6 -> 62.6, CNN/DailyMail 73.1 -> 74.2, "
+        "XSum 47.2 -> 49.1 % (Pythia, 3 epochs); the code gives AdaSPEC 2.5 times the data",
+        {f"{cell}, {arm}": f"{presets},{config}" for cell, config in CELLS.items() for arm, presets in (
+            DRAFTS | (CONTROLS if cell == "docstrings 64" else {})).items()},
+        "overlap",
+        over("paper's budgets", CELLS, "AdaSPEC, 2.5x", "KD")
+        | over("equal data", CELLS, "AdaSPEC, 2.5x", "KD, 2.5x")
+        | over("same batch", CELLS, "AdaSPEC", "KD")
+        | over("selection", ["docstrings 64"], "AdaSPEC, 2.5x", "random, 2.5x")
+        | over("order", ["docstrings 64"], "AdaSPEC, 2.5x", "smallest, 2.5x"),
+        also=TOLD, conclude=in_parts("paper's budgets", "equal data", "same batch", "selection", "order")),
+)
 
 # --- main ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 
 import specdec
 from conftest import close, rand
-from data.run import UserError, configure
+from data.drafting import block_efficiency, speedup
+from data.run import UserError, configure, hyper
 from data.tokenizer import bytes_tokenizer
 from model import ModelConfig, generate, init, save
 
@@ -31,7 +32,7 @@ def tiny_model(vocab=8, layers=2, width=32, seed=0, context=64, eos=(), sharp=6.
 def rule(name, **kw):
     """A row of LENGTHS with its arguments bound, as configure() hands it to the script."""
     given = specdec.LENGTHS[name]
-    return partial(given, **{**specdec.hyper(given), **kw})
+    return partial(given, **{**hyper(given), **kw})
 
 
 COST = SimpleNamespace(c=0.1, v=[1 + 0.05 * i for i in range(40)])
@@ -121,16 +122,16 @@ def test_lenience_keeps_more_and_bounds_a_token_s_probability_by_p_over_l():
     (.9, {2: (2.710, 2.258), 4: (4.095, 2.925), 8: (6.126, 3.403)})])
 def test_block_efficiency_and_speedup_by_the_formula(alpha, row):
     for gamma, (E, times) in row.items():
-        assert abs(specdec.block_efficiency(alpha, gamma) - E) < 5e-4
-        assert abs(specdec.speedup(alpha, gamma, 0.1) - times) < 5e-4
-    assert specdec.block_efficiency(1.0, 4) == 5
+        assert abs(block_efficiency(alpha, gamma) - E) < 5e-4
+        assert abs(speedup(alpha, gamma, 0.1) - times) < 5e-4
+    assert block_efficiency(1.0, 4) == 5
 
 
 def test_adaspec_s_own_numbers_by_the_formula():
-    assert abs(specdec.block_efficiency(.5758, 4) - 2.208) < 1e-3
-    assert abs(specdec.block_efficiency(.6263, 4) - 2.418) < 1e-3
-    assert abs(specdec.speedup(.5758, 4, .05) - 1.840) < 1e-3
-    assert abs(specdec.speedup(.6263, 4, .05) - 2.015) < 1e-3
+    assert abs(block_efficiency(.5758, 4) - 2.208) < 1e-3
+    assert abs(block_efficiency(.6263, 4) - 2.418) < 1e-3
+    assert abs(speedup(.5758, 4, .05) - 1.840) < 1e-3
+    assert abs(speedup(.6263, 4, .05) - 2.015) < 1e-3
 
 
 BEST = {.5: (4, 3, 2, 1), .7: (8, 6, 4, 3), .8: (11, 8, 6, 4), .9: (19, 13, 10, 7)}
@@ -142,9 +143,9 @@ def test_the_optimal_length_is_the_best_fixed_one_where_the_chance_is_constant(a
     cost = SimpleNamespace(c=c, v=[1.0] * 50)
     k = next(k for k in range(50) if not specdec.optimal(
         k, torch.full((1, k + 1), alpha, dtype=torch.float64), cost, 1, gamma=40))
-    best = max(specdec.speedup(alpha, n, c) for n in range(40))
-    assert close(specdec.speedup(alpha, BEST[alpha][i], c), best, 1e-12)
-    assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(specdec.speedup(alpha, k, c), best, 1e-12)
+    best = max(speedup(alpha, n, c) for n in range(40))
+    assert close(speedup(alpha, BEST[alpha][i], c), best, 1e-12)
+    assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(speedup(alpha, k, c), best, 1e-12)
 
 
 def test_the_optimal_length_is_shorter_where_verification_costs():
@@ -427,7 +428,7 @@ def setting(select="every", **kw):
     rows = [(torch.randint(16, (3,), generator=g).tolist(), torch.randint(16, (n,), generator=g).tolist())
             for n in (5, 8, 2)]
     chosen = specdec.SELECT[select]
-    f = SimpleNamespace(loss=specdec.forward_kl, select=partial(chosen, **{**specdec.hyper(chosen), **kw}))
+    f = SimpleNamespace(loss=specdec.forward_kl, select=partial(chosen, **{**hyper(chosen), **kw}))
     return draft.requires_grad_(), target, ref, rows, SimpleNamespace(micro=64, device="cpu"), f
 
 
@@ -512,7 +513,8 @@ def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
 
 @pytest.mark.parametrize("name", [x for x in specdec.PRESETS if x != "tiny"])
 def test_every_preset_runs(name, shared_bases):
-    told = run("--config", f"{name},tiny")
+    """docs from another base: signatures in bytes do not fit the context in which tiny ones are trained"""
+    told = run("--config", f"{name},tiny", *["--init", "base:target", "--context", "320"] * (name == "docs"))
     assert told and all(math.isfinite(x) for x in told.values())
 
 
