@@ -13,6 +13,7 @@ Letters  p the target's distribution, q the draft's; G drafted tokens a round; B
 preset      paper          idea
 speculative 2211.17192     draft, verify in one pass, keep what the target would have said (the default)
 lookup      -              no model: what followed the last words when they stood there before
+omnidraft   2507.02659     a draft of another vocabulary, translated by a cache
 distillspec 2310.08461     the draft distilled from the target on all tokens
 on_policy   2310.08461     ... on its own samples
 adaspec     2510.19779     ... on the tokens where a reference draft shows most left to learn
@@ -37,6 +38,7 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import tasks
+from data.crossvocab import NgramCache, Translated
 from data.drafting import Lookup, Tally
 from data.text import is_corpus
 from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, in_parts, launch, needs
@@ -93,6 +95,7 @@ class Config:
 
 PRESETS = dict(
     speculative=dict(), lookup=dict(drafter="lookup", length="fixed", gamma=8, steps=0),
+    omnidraft=dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3, steps=0),
     distillspec=dict(), on_policy=dict(source="draft"),
     adaspec=dict(select="adaspec", batch=40, ref_batch=16),
     # what only the arms of claims need
@@ -100,7 +103,7 @@ PRESETS = dict(
     wide=dict(batch=20), by_chance=dict(select="at_random"), smallest_gap=dict(select="smallest"),
     docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
     draft64=dict(draft="base:draft64"), draft32=dict(draft="base:draft32"),
-    tiny=dict(draft="1x32", steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
+    tiny=dict(steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
               eval_rows=4, refresh=2),
 )
 CURVES = {"divergence": ["loss", "kl"], "acceptance Σ min(p, q)": ["overlap"]}
@@ -579,6 +582,7 @@ def race(target, drafters, prompts, c, f, run, lenience):
     device, most = target.head.device, f.length.keywords["gamma"]
     sampling = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
     room = min(fits(target, d, prompts, c.max_new, most) for d in drafters.values())
+    room = min([room, *(d.model.config.max_position_embeddings for d in drafters.values() if d.model)])
     held = max(1, min(max(map(len, prompts)) + c.max_new // 2, room - most - 1))
     costs = {x: measure_costs(target, d.model, c.together, held, most) for x, d in drafters.items()}
     tallies, spent, plain = {x: Tally() for x in drafters}, dict.fromkeys(drafters, 0.0), [0.0, 0]
@@ -607,6 +611,7 @@ def race(target, drafters, prompts, c, f, run, lenience):
             f"{'E':>7}{'E, i.i.d.':>10}{'drafts':>8}{'c':>7}{'v':>6}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
     told = dict(plain_tokens_per_second=rate)
     for x, t in tallies.items():
+        costs[x].c *= getattr(drafters[x], "per_token", 1.0)     # a translated token is several draft steps
         drafts = sum(G * n for G, n in t.passes.items()) / max(1, sum(t.passes.values()))
         row = dict(tokens_per_second=(t.tokens + len(prompts)) / spent[x], predicted=t.predicted(costs[x]),
                    acceptance=t.acceptance, kept_of_drafted=t.kept.total() / max(1, t.proposed),
@@ -641,44 +646,53 @@ def lookup(*, n=3):
     return Lookup(n)
 
 
-DRAFTERS = dict(small=small, lookup=lookup)
+def omnidraft(draft, tok, own, c, target, *, mode="point", longest=32):
+    """OmniDraft (2507.02659): a model of another tokenizer, `own`, whose tokens a cache translates. point: its
+    likeliest tokens as point masses, exact. ngram: samples and the paper's q', approximate where strings nest."""
+    sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
+    return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling, prefill=prefill, law=law,
+                      draw=draw, mode=mode, longest=longest)
 
 
-def open_draft(target, tok, c, run):
-    """--draft: a new model of that size, or a checkpoint; UserError if it does not share the vocabulary."""
+DRAFTERS = dict(small=small, lookup=lookup, omnidraft=omnidraft)
+
+
+def open_draft(target, tok, c, f, run):
+    """--draft: a new model of that size, or a checkpoint, and its tokenizer. UserError for another vocabulary,
+    unless the drafter translates."""
     if re.fullmatch(r"\d+x\d+", c.draft):
         family = "qwen3" if target.config.moe else target.config.model_type
-        draft = init(preset(c.draft, tok, target.config.max_position_embeddings, family), c.seed).to(c.device)
+        shape = preset(c.draft, tok, target.config.max_position_embeddings, family)
+        draft, own = init(shape, c.seed).to(c.device), tok
     else:
-        draft, words = load(checkpoint(sft.find(c.draft, c.config, device=c.device, seed=c.seed)), c.device)
-        if not isinstance(draft, Transformer):
-            raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
-        if words.tokens != tok.tokens:
-            raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a draft "
-                            "with the target's tokenizer, a new one (--draft 1x64), or --drafter omnidraft")
+        draft, own = load(checkpoint(sft.find(c.draft, c.config, device=c.device, seed=c.seed)), c.device)
+    if not isinstance(draft, Transformer):
+        raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
+    if "own" not in needs(f.drafter) and own.tokens != tok.tokens:
+        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a draft with the "
+                        "target's tokenizer, a new one (--draft 1x64), or --drafter omnidraft")
+    if "own" in needs(f.drafter) and c.steps:
+        run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across vocabularies")
     sizes = [sum(p.numel() for p in m.parameters()) for m in (draft, target)]
     if sizes[0] >= sizes[1]:
         run.say(f"warning: the draft has {sizes[0] / 1e6:.2f} M parameters, the target "
                 f"{sizes[1] / 1e6:.2f} M: drafting with it cannot pay")
-    return draft
+    return draft, own
 
 
 def speculative(target, tok, c, f, run, *, lenience=1.0):
     """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
-    corpus, words = is_corpus(c.data), tok.vocab_size
+    corpus, told, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
     held = tasks.rows(c, tok, "val")
-    held = held[:len(held) - 1] if corpus and len(held) > 1 else held        # the last window may be short
+    held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
     prompts = [head(row, c, corpus) for row in held][:c.prompts]
-    drafters = dict(lookup=lookup())
-    needed = [x for x in needs(f.drafter)]
-    if "draft" in needed:
-        draft = open_draft(target, tok, c, run)
-        g = torch.Generator().manual_seed(c.seed)
-        said = sampled(target, held[:c.eval_rows], c, g)
-        told = train_draft(draft, target, tok, said, words, c, f, run)
-        drafters["draft"] = f.drafter(draft, tok, c, target)
-    else:
-        told, drafters = {}, dict(lookup=f.drafter())
+    have = dict(target=target, tok=tok, c=c)
+    if "draft" in needs(f.drafter):
+        have["draft"], have["own"] = open_draft(target, tok, c, f, run)
+        if "own" not in needs(f.drafter):
+            said = sampled(target, held[:c.eval_rows], c, torch.Generator().manual_seed(c.seed))
+            told = train_draft(have["draft"], target, tok, said, tok.vocab_size, c, f, run)
+    drafters["draft" if "draft" in have else "lookup"] = f.drafter(**{x: have[x] for x in needs(f.drafter)})
     return told | race(target, drafters, prompts, c, f, run, lenience)
 
 
