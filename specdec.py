@@ -7,7 +7,7 @@ specdec.py - speculative decoding: train a draft, verify, measure; and other way
     python specdec.py --claim adaspec --seeds 5         # the paper's claim, and at equal data
 
 Map      1 config   2 the rule   3 draft lengths   4 drafters   5 the loop   6 training a draft   7 measure
-         8 decode   9 train   10 claims
+         8 decode   9 other decoders (data/decoding.py)   10 train   11 claims
 Letters  p the target's distribution, q the draft's; G drafted tokens a round; B rows, V vocabulary;
          c = a draft step / a target step, v = a target step over G + 1 tokens / over one
 preset      paper          idea
@@ -17,6 +17,11 @@ omnidraft   2507.02659     a draft of another vocabulary, translated by a cache
 distillspec 2310.08461     the draft distilled from the target on all tokens
 on_policy   2310.08461     ... on its own samples
 adaspec     2510.19779     ... on the tokens where a reference draft shows most left to learn
+ead         2502.06833     the large model writes only while predictions are uncertain
+deal        2402.06147     beams scored by where a greedy look ahead leads
+genarm      2410.08193     a reward model that scores every next token
+equilibrium 2310.09139     generator and discriminator agree on an answer
+self_eval   2410.02725     the policy says whether another try would be better
 tiny        size           seconds on any CPU
 Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted one,
          E / (G c + v): a gap between them is overhead. acceptance counts tested tokens alone, so it is above
@@ -24,9 +29,12 @@ Watch    E, tokens a target pass (block efficiency), and the measured speedup be
 """
 import copy
 import math
+import random
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,13 +45,15 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import tasks
+from data import decoding, prefs, tasks
 from data.crossvocab import NgramCache, Translated
+from data.decoding import at_cost, voted
 from data.drafting import Lookup, Tally
+from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
 from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, in_parts, launch, needs
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset, save,
-                   tempered)
+                   tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
 
 # --- 1 config -----------------------------------------------------------------------------------------
@@ -65,6 +75,8 @@ class Config:
     top_k: int = 0               # keep only the k likeliest tokens (0: all), of target and draft
     top_p: float = 1.0           # keep the likeliest tokens of this total mass, of target and draft
     prompts: int = 64            # held-out prompts to decode
+    split: str = "val"           # the split that they are of
+    samples: int = 8             # a prompt, where a decoder draws several
     prompt: int = 32             # their tokens, where --data is a text
     max_new: int = 64            # new tokens of each
     together: int = 1            # rows decoded at once
@@ -93,20 +105,29 @@ class Config:
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
+CHAIN = dict(data="chain", init="base:chain", prompts=256, steps=200, batch=64, lr=2e-3)
 PRESETS = dict(
     speculative=dict(), lookup=dict(drafter="lookup", length="fixed", gamma=8, steps=0),
     omnidraft=dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3, steps=0),
     distillspec=dict(), on_policy=dict(source="draft"),
     adaspec=dict(select="adaspec", batch=40, ref_batch=16),
+    # learning rates ours, not tuned; of genarm's two were tried
+    ead=dict(decode="ead", data="chain", init="base:chain_right", prompts=200),
+    deal=dict(decode="deal", data="toyif", init="base:toyif", prompts=256),
+    genarm=dict(decode="genarm", data="toyif", init="base:toyif_base", prompts=512, steps=200, batch=64,
+                lr=3e-4),
+    equilibrium=dict(decode="equilibrium", **CHAIN), self_eval=dict(decode="self_eval", **CHAIN),
     # what only the arms of claims need
+    at_once=dict(window=1, stay=1),
     arena=dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0, length="fixed", gamma=4),
     wide=dict(batch=20), by_chance=dict(select="at_random"), smallest_gap=dict(select="smallest"),
     docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
     draft64=dict(draft="base:draft64"), draft32=dict(draft="base:draft32"),
     tiny=dict(steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
-              eval_rows=4, refresh=2),
+              eval_rows=4, refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
+              middle_model="1x64", rounds=50),
 )
-CURVES = {"divergence": ["loss", "kl"], "acceptance Σ min(p, q)": ["overlap"]}
+CURVES = {"loss": ["loss", "kl", "asked"], "acceptance Σ min(p, q)": ["overlap"], "nats a token": ["nats"]}
 
 # --- 2 the rule: 2211.17192, 2302.01318 -------------------------------------------------------------------
 
@@ -647,18 +668,18 @@ def lookup(*, n=3):
 
 
 def omnidraft(draft, tok, own, c, target, *, mode="point", longest=32):
-    """OmniDraft (2507.02659): a model of another tokenizer, `own`, whose tokens a cache translates. point: its
-    likeliest tokens as point masses, exact. ngram: samples and the paper's q', approximate where strings nest."""
+    """OmniDraft (2507.02659): a model of another tokenizer, `own`, behind a cache. point: its likeliest
+    tokens, as point masses, exact;  ngram: samples and the paper's q', approximate where strings nest."""
     sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
-    return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling, prefill=prefill, law=law,
-                      draw=draw, mode=mode, longest=longest)
+    return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling, prefill=prefill,
+                      law=law, draw=draw, mode=mode, longest=longest)
 
 
 DRAFTERS = dict(small=small, lookup=lookup, omnidraft=omnidraft)
 
 
 def open_draft(target, tok, c, f, run):
-    """--draft: a new model of that size, or a checkpoint, and its tokenizer. UserError for another vocabulary,
+    """--draft, a new model of that size or a checkpoint, and its tokenizer. UserError for another vocabulary
     unless the drafter translates."""
     if re.fullmatch(r"\d+x\d+", c.draft):
         family = "qwen3" if target.config.moe else target.config.model_type
@@ -669,8 +690,8 @@ def open_draft(target, tok, c, f, run):
     if not isinstance(draft, Transformer):
         raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
     if "own" not in needs(f.drafter) and own.tokens != tok.tokens:
-        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a draft with the "
-                        "target's tokenizer, a new one (--draft 1x64), or --drafter omnidraft")
+        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a draft with "
+                        "the target's tokenizer, a new one (--draft 1x64), or --drafter omnidraft")
     if "own" in needs(f.drafter) and c.steps:
         run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across vocabularies")
     sizes = [sum(p.numel() for p in m.parameters()) for m in (draft, target)]
@@ -736,11 +757,370 @@ def train_draft(draft, target, tok, said, words, c, f, run):
     return told | {f"start_{k}": v for k, v in before.items()}
 
 
-DECODERS = dict(speculative=speculative)
+# --- 9 other decoders, each against honest controls; their algorithms are in data/decoding.py --------------
+
+
+def rng(c, salt):
+    """A generator of the run's seed for one purpose."""
+    return torch.Generator().manual_seed(1000 * c.seed + salt)
+
+
+def drawn(model, tok, world, problems, c, salt, samples=1, **kw):
+    """Samples of every problem -> (rollout, texts [P][N], ids with the stop token [P N], score [P, N])."""
+    roll = generate(model, [tok.prompt(p) for p in problems], world.max_new, samples=samples,
+                    generator=rng(c, salt), **kw)
+    ids, done = roll.completions(), roll.finished.tolist()
+    texts = [tok.decode(y) for y in ids]
+    score = torch.tensor([world.reward(problems[i // samples], t, d)
+                          for i, (t, d) in enumerate(zip(texts, done))]).view(len(problems), samples)
+    whole = [[*y, *[tok.eos] * d] for y, d in zip(ids, done)]
+    return roll, [texts[i:i + samples] for i in range(0, len(texts), samples)], whole, score
+
+
+def tabled(run, rows, note):
+    """Say a table {arm or "arm@x": {column: number}}, and return it as {"arm|column@x": number}."""
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    wide = max(map(len, rows)) + 2
+    run.say(f"\n  {note}\n  {'':<{wide}}" + "".join(f"{k:>{max(9, len(k) + 2)}}" for k in columns))
+    for name, row in rows.items():
+        run.say(f"  {name.replace('@', ' '):<{wide}}" + "".join(
+            f"{f'{row[k]:.3f}' if k in row else '':>{max(9, len(k) + 2)}}" for k in columns))
+    return {f"{name.partition('@')[0]}|{k}{''.join(name.partition('@')[1:])}": v
+            for name, row in rows.items() for k, v in row.items()}
+
+
+def fit(model, c, run, loss_of, n):
+    """The training loop: loss_of(rows of the step, step) -> (loss, numbers for the log). -> frozen"""
+    opt = optimiser(model.requires_grad_(), lr=c.lr)
+    for step in tqdm(range(c.steps), leave=False, disable=None):
+        loss, numbers = loss_of(batch_indices(n, c.batch, step, c.seed).tolist(), step)
+        loss.backward()
+        norm = clip_grad_norm_(model.parameters(), c.clip)
+        set_lr(opt, c.lr * linear(step, c.steps))
+        opt.step()
+        opt.zero_grad()
+        run.log(step + 1, loss=loss.item(), norm=norm.item(), **numbers)
+    run.at += c.steps
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def scored(model, rows, c, pad, score):
+    """score(model, tokens, mask) of (prompt, completion) rows, 256 at a time, on the CPU.   -> [.., B]"""
+    return torch.cat([score(model, *collate(rows[i:i + 256], pad, c.device)).cpu()
+                      for i in range(0, len(rows), 256)], -1)
+
+
+def logp_sum(model, tokens, mask):
+    """log π of each row's completion.   -> [B]"""
+    return token_logprobs(model, tokens, mask).sum(1)
+
+
+def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle_model="2x96",
+        thresholds="0.2,0.4,0.6,0.8,1.0", window=5, stay=5):
+    """EAD, 2502.06833, greedy: accuracy against cost, beside a coin of the same share and three models alone,
+    of which the presets `recipe` of sft.py make two.
+
+    cost: weights read for a token, 1 for the large model alone (what was missed rides along in one pass);
+    work: products, the reading of the prompt and of what was missed included; over coin: EAD's accuracy less
+    the coin's, the mean over thresholds."""
+    world, stop = tasks.task(c.data), {tok.eos}
+    problems = world.problems(c.split, c.prompts, c.seed)
+    small, middle = (load(sft.base(recipe, c.config, model=m, device=c.device, seed=c.seed), c.device)[0]
+                     for m in (small_model, middle_model))
+    size = {m: sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (small, middle, target)}
+
+    def empty(m):
+        return Cache(m.config, 1, m.config.max_position_embeddings, c.device, m.head.dtype)
+
+    def decoded(choose, models=(small, target)):
+        outs = [decoding.switching(models, tok.prompt(p), world.max_new, choose, lambda z: z.argmax(-1),
+                                   empty, stop) for p in problems]
+        right = [world.reward(p, tok.decode(o.ids), o.ids[-1] in stop) for p, o in zip(problems, outs)]
+        q = sum(sum(o.large) for o in outs) / sum(len(o.ids) for o in outs)
+        a, b = (size[m] / size[target] for m in models)
+        return dict(accuracy=fmean(right), share=q, cost=q * b + (1 - q) * a,
+                    work=sum(o.read[0] * a + o.read[1] * b for o in outs))
+    rows = dict(large=decoded(lambda *_: True), small=decoded(lambda *_: False),
+                middle=decoded(lambda *_: False, (middle, target)))
+    for t in thresholds.split(","):
+        rows[f"EAD@{t}"] = decoded(partial(decoding.ead, threshold=float(t), window=window, stay=stay))
+        rows[f"coin@{t}"] = decoded(partial(decoding.coin, share=rows[f"EAD@{t}"]["share"], stay=stay,
+                                            rng=random.Random(c.seed)))
+    whole = rows["large"]["work"]
+    for row in rows.values():
+        row["work"] /= whole
+    return tabled(run, rows, f"{len(problems)} {c.split} problems, greedy; weights of the three "
+                f"models: {', '.join(f'{n:,}' for n in size.values())}") | dict(over_coin=fmean(
+                    rows[f"EAD@{t}"]["accuracy"] - rows[f"coin@{t}"]["accuracy"]
+                    for t in thresholds.split(",")))
+
+
+def deal(target, tok, c, run, *, weight=4.0, look=10, beams=3, expansions=5):
+    """DeAL, 2402.06147: h is the share of hard rules obeyed, read off the prompt; gold also has a principle.
+
+    tokens: computed in all, a prompt; best of n by h (ties by log π) for n that compute as many."""
+    world = tasks.task(c.data)
+    if not hasattr(world, "judge"):
+        raise UserError(f"--decode deal --data {c.data}: its constraints must be read off the prompt; "
+                        "take toyif")
+    problems = world.problems(c.split, c.prompts, c.seed)
+    prompts, spent = [tok.prompt(p) for p in problems], 0
+
+    @torch.no_grad()
+    def expand(texts):
+        nonlocal spent
+        spent += len(texts)
+        tokens, _ = collate([(t, ()) for t in texts], tok.pad or 0, c.device)
+        last = torch.tensor([len(t) for t in texts], device=c.device) - 1
+        return target.logits(target(tokens)[torch.arange(len(texts)), last]).log_softmax(-1)
+
+    def complete(texts, new):
+        nonlocal spent
+        if not (new and texts):
+            return [((), False)] * len(texts)
+        roll = generate(target, texts, new, temperature=0)
+        spent += int(roll.mask.sum())
+        return list(zip(roll.completions(), roll.finished.tolist()))
+
+    def hard(i, ids, finished=True):
+        return world.judge(problems[i]["prompt"], tok.decode(ids))["hard"]
+
+    def row(ids, done, tokens):
+        judged = [world.judge(p["prompt"], tok.decode(y), d) for p, y, d in zip(problems, ids, done)]
+        return {k: fmean(x[k] for x in judged) for k in ("gold", "hard")} | dict(
+            tokens=tokens / len(problems))
+
+    def search(weight, look):
+        nonlocal spent
+        spent = 0
+        got = decoding.deal(prompts, expand, partial(complete, new=look), hard, {tok.eos}, new=world.max_new,
+                            weight=weight, beams=beams, expansions=expansions)
+        return row([b.ids for b in got], [b.finished for b in got], spent)
+
+    def best_of(n, **kw):
+        roll = generate(target, prompts, world.max_new, samples=n, generator=rng(c, 1), **kw)
+        ids, done = roll.completions(), roll.finished.tolist()
+        h = torch.tensor([hard(i // n, y) if d else -1.0 for i, (y, d) in enumerate(zip(ids, done))])
+        best = (1e3 * h + roll.logp.sum(1).cpu()).view(-1, n).argmax(1) + n * torch.arange(len(problems))
+        return row([ids[i] for i in best], [done[i] for i in best], roll.mask.sum().item())
+    rows = {"greedy": best_of(1, temperature=0), "sample": best_of(1), "beam search": search(0.0, 0),
+            "prefix": search(weight, 0), "DeAL": search(weight, look)}
+    for name in ("prefix", "DeAL"):
+        n = max(1, round(rows[name]["tokens"] / rows["sample"]["tokens"]))
+        rows[f"best of n as {name}"] = best_of(n) | dict(n=n)
+    return tabled(run, rows, f"{len(problems)} {c.split} prompts; λ {weight:g}, look ahead {look}, prefix 0")
+
+
+def genarm(target, tok, c, run, *, beta_r=0.05, pairs=4000, alphas="0.125,0.25,0.5,1,2"):
+    """GenARM, 2410.08193: gold against KL to the base, nats a response, as α grows.
+
+    Controls: the base cooled to temperature 1/(1+α), which is GenARM with an untrained reward model, and the
+    best of n samples by the trained one, log π_r, whose KL is at most log n - (n-1)/n. cost: forward passes
+    of a model for a token of the answer, scoring included."""
+    world, pad = tasks.task(c.data), tok.pad or 0
+    if not hasattr(world, "pairs"):
+        raise UserError(f"--decode genarm --data {c.data}: it needs preferences; take toyif or ring")
+
+    def encoded(n, seed, split):
+        return prefs.encode_pairs(world.pairs(n, seed, split), tok, target.config.max_position_embeddings)
+
+    def sides(rows):
+        return [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
+
+    def train(folder):
+        rows, arm = encoded(pairs, c.seed, "train"), copy.deepcopy(target)
+
+        def loss_of(ids, step):
+            logp = logp_sum(arm, *collate(sides([rows[i] for i in ids]), pad, c.device)).chunk(2)
+            return decoding.arm_loss(*logp, beta_r=beta_r).mean(), dict(accuracy=accuracy(*logp))
+        save(fit(arm, c, run, loss_of, len(rows)), tok, folder)
+    arm = load(run.stage("arm", train), c.device)[0].requires_grad_(False)
+    held = encoded(min(pairs, 1000), c.seed + 1, "val")
+    right = accuracy(*scored(arm, sides(held), c, pad, logp_sum).chunk(2))
+    problems = world.problems(c.split, c.prompts, c.seed)
+
+    def guided(alpha, other, cost):
+        T, a = decoding.guidance(alpha)
+        roll, *_, score = drawn(target, tok, world, problems, c, 1, temperature=T, contrast=(other, a))
+        with torch.no_grad():
+            base = token_logprobs(target, roll.tokens, roll.mask)
+        return dict(gold=score.mean().item(), kl=((roll.logp - base) * roll.mask).sum(1).mean().item(),
+                    cost=cost)
+    rows = {"base": guided(0.0, arm, 1)}
+    for x in alphas.split(","):
+        rows |= {f"GenARM@{x}": guided(float(x), arm, 2), f"cooled@{x}": guided(float(x), target, 1)}
+    roll, *_, score = drawn(target, tok, world, problems, c, 2, c.samples)
+    with torch.no_grad():
+        proxy = token_logprobs(arm, roll.tokens, roll.mask).sum(1).cpu().view(score.shape)
+    rows |= {f"best of@{n}": dict(gold=best_of_n(proxy, score, n).mean().item(), kl=bon_kl(n), cost=2 * n)
+             for n in (2, 4, 8, 16, 32) if n <= c.samples}
+    return tabled(run, rows, f"{len(problems)} {c.split} prompts; the ARM is right on {right:.3f} of "
+                f"{len(held)} held-out pairs") | dict(pair_accuracy=right)
+
+
+def asked(model, rows, ids, c, pad):
+    """P(NO: no restart is better) and P(correct) after every (prompt, part of a response).   -> [2, B]"""
+    return scored(model, [(p, [*y, ids.ask, ids.check]) for p, y in rows], c, pad,
+                  lambda *have: decoding.answered(ids, *have).softmax(-1)[..., 0])
+
+
+def taught(target, tok, world, c, run, train_prompts):
+    """The policy, once it has learned three things from its own samples; frozen, control tokens muted.
+
+    x y.. ASK CHECK: what it says anyhow, then the chance that no other try is better and that the whole is
+    correct, after a part of it (half the time: all);  x RIGHT y or x WRONG y: the same under its verdict.
+    -> it, the same with its control tokens muted, their ids"""
+    ids, pad = decoding.controls(target, tok), tok.pad or 0
+
+    def train(folder):
+        model, problems = copy.deepcopy(target), world.problems("train", train_prompts, c.seed)
+        *_, said, score = drawn(target, tok, world, problems, c, 3, c.samples)
+        rival, score = (x.flatten().to(c.device) for x in (decoding.rival_label(score), score))   # [P N]
+        prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
+        u = torch.rand(2, c.steps, c.batch, generator=rng(c, 4))
+
+        def loss_of(at, step):
+            length = torch.tensor([len(said[i]) for i in at])
+            cut = torch.where(u[0, step] < 0.5, decoding.cut_points(length, u[1, step]), length).tolist()
+            parts = [(prompts[i], [*said[i][:k], ids.ask, ids.check]) for i, k in zip(at, cut)]
+            given = [([*prompts[i], ids.right if score[i] > 0 else ids.wrong], said[i]) for i in at]
+            tokens, mask = collate(parts, pad, c.device)
+            logits = decoding.answered(ids, model, tokens, mask)
+            ask, check = (decoding.self_eval_loss(z, x[at]).mean() for z, x in zip(logits, (rival, score)))
+            mask = mask * (tokens < ids.right)                                           # asked is not said
+            logp = token_logprobs(model, tokens, mask), token_logprobs(model, *collate(given, pad, c.device))
+            nats = -sum(x.sum() for x in logp) / (mask.sum() + length.sum())
+            return nats + ask + check, dict(nats=nats.item(), asked=ask.item(), checked=check.item())
+        save(fit(model, c, run, loss_of, len(said)), tok, folder)
+    model = load(run.stage("policy", train), c.device)[0].requires_grad_(False)
+    return model, decoding.muted(model, list(vars(ids).values())), ids
+
+
+def tried(model, quiet, ids, tok, world, c, split, salt):
+    """N samples of each problem of a split, and what the model says of them: problems, rows [(prompt,
+    response)], stated [P][N];  score, length, logp, no, right [P, N]."""
+    problems = world.problems(split, c.prompts, c.seed + salt)
+    roll, texts, said, score = drawn(quiet, tok, world, problems, c, salt, c.samples)
+    rows = [(tok.prompt(problems[i // c.samples]), y) for i, y in enumerate(said)]
+    no, right = asked(model, rows, ids, c, tok.pad or 0).view(2, *score.shape)
+    stated = [[tasks.stated(world, t) if d else "" for t, d in zip(*row)]
+              for row in zip(texts, roll.finished.view(score.shape).tolist())]
+    return SimpleNamespace(problems=problems, rows=rows, stated=stated, score=score, no=no, right=right,
+                           length=roll.mask.sum(1).long().cpu().view(score.shape),
+                           logp=roll.logp.sum(1).cpu().view(score.shape))
+
+
+def self_eval(target, tok, c, run, *, train_prompts=1024, cut=0.5, share=0.5, gain=0.9):
+    """Self-evaluation, 2410.02725: does P(NO) know, when may sampling stop, and which half may be dropped?
+
+    A threshold is the lowest that reaches `gain` of best-of-N's gain on fresh problems of train; the cut is
+    at that share of their mean length. Pruning is played on finished samples, which it does not change. fixed
+    and vote: the best of n by P(NO), and the majority, for as many samples (pruning: tokens)."""
+    world, pad, N = tasks.task(c.data), tok.pad or 0, c.samples
+    has = model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
+    tune, s = tried(*has, tok, world, c, "train", 5), tried(*has, tok, world, c, c.split, 6)
+    place, mean = max(1, round(cut * tune.length.float().mean().item())), s.length.float().mean().item()
+    half = asked(model, [(p, y[:place]) for p, y in s.rows], ids, c, pad)[0].view(s.score.shape)
+    good, going, counts = s.score > 0, s.length > place, list(range(1, N + 1))
+    fixed = [best_of_n(s.no, s.score, n).mean().item() for n in counts]
+    votes = [voted(s.stated, s.score, n) for n in counts]
+
+    def by(x):
+        return dict(accuracy=best_of_n(x, s.score, N).mean().item(), auroc=auroc(x.flatten(), good.flatten()))
+    before = drawn(target, tok, world, s.problems, c, 7, N)[-1].mean().item()
+    out = tabled(run, {
+        "one sample": dict(accuracy=fixed[0]), "before training": dict(accuracy=before),
+        "P(NO)": by(s.no), "P(correct)": by(s.right), "mean log-prob": by(s.logp / s.length),
+        "P(NO) at the cut": by(half), "... if unfinished": dict(auroc=auroc(half[going], good[going])),
+        "vote": dict(accuracy=votes[-1]),
+        "weighted vote": dict(accuracy=voted(s.stated, s.score, N, s.right)),
+        "some right": dict(accuracy=good.any(1).float().mean().item())},
+        f"{len(s.problems)} {c.split} problems, {N} samples of {mean:.1f} tokens; the cut is after {place}")
+    # adaptive best of N, by P(NO) and by what sampling tells for nothing
+    def lowest(p):
+        one, top = tune.score.mean().item(), best_of_n(p, tune.score, N).mean().item()
+        grid = p.flatten().quantile(torch.linspace(0, 1, 51)).tolist()
+        return next((t for t in grid if decoding.adaptive_value(p, tune.score, threshold=t)[0]
+                     >= one + gain * (top - one)), grid[-1])
+
+    def adaptive(p, t):
+        right, used = decoding.adaptive_value(p, s.score, threshold=t)
+        top = best_of_n(p, s.score, N).mean().item()
+        return dict(accuracy=right, samples=used, gain_kept=kept(right, top),
+                    fixed=at_cost(counts, fixed, used), vote=at_cost(counts, votes, used))
+
+    def kept(right, top):                                      # of best of N's gain over one sample, if any
+        return (right - fixed[0]) / (top - fixed[0]) if top > fixed[0] else 0.0
+    chosen, rival = lowest(tune.no), lowest(tune.logp / tune.length)
+    rows = {f"adaptive@{t:g}": adaptive(s.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)} | {
+        "P(NO), chosen": adaptive(s.no, chosen), "log-prob, chosen": adaptive(s.logp / s.length, rival)}
+    out |= tabled(run, rows, f"adaptive best of {N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
+                f"{rival:.2f} for mean log-prob")
+
+    # pruning, by P(NO) and by lot
+    def pruned(p):
+        alive = decoding.survivors(p, keep=share)
+        pick = s.no.masked_fill(~alive, -1.0).argmax(1, keepdim=True)
+        cost = decoding.pruned_tokens(s.length, place, alive).float().mean().item()
+        right = s.score.gather(1, pick).mean().item()
+        return dict(accuracy=right, tokens=cost / (N * mean), gain_kept=kept(right, fixed[-1]),
+                    fixed=at_cost([n * mean for n in counts], fixed, cost),
+                    vote=at_cost([n * mean for n in counts], votes, cost))
+    lots = [pruned(torch.rand(half.shape, generator=rng(c, 10 + i))) for i in range(20)]
+    by_lot = {k: fmean(x[k] for x in lots) for k in lots[0]}
+    out |= tabled(run, {"pruned": pruned(half), "pruned by lot": by_lot},
+                f"after {place} tokens {share:g} of {N} go on; tokens: 1 is all {N} whole")
+    # annealing
+    tries = [drawn(quiet, tok, world, s.problems, c, 40 + k, temperature=decoding.annealed(k))
+             for k in counts]
+    no = torch.stack([asked(model, [(p, y) for (p, _), y in zip(s.rows[::N], said)], ids, c, pad)[0]
+                      for *_, said, _ in tries], 1)                                      # [P, N]
+    score = torch.cat([x[-1] for x in tries], 1)                                         # [P, N]
+    return out | dict(threshold=chosen) | tabled(run, {f"annealed@{n}": dict(
+        accuracy=score[:, :n].gather(1, no[:, :n].argmax(1, keepdim=True)).mean().item(), fixed=fixed[n - 1])
+        for n in counts}, "best of n by P(NO), the k-th at temperature 1 - 2^(1-k); fixed: at 1")
+
+
+def equilibrium(target, tok, c, run, *, train_prompts=1024, rounds=5000, eta=0.1, lam=0.1):
+    """Equilibrium-ranking, 2310.09139, of the distinct answers of N samples: accuracy by who ranks them."""
+    world, pad, N = tasks.task(c.data), tok.pad or 0, c.samples
+    model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
+    s = tried(model, quiet, ids, tok, world, c, c.split, 6)
+    P, sampler = len(s.problems), s.logp.double()
+    given = torch.stack([scored(model, [([*p, v], y) for p, y in s.rows], c, pad, logp_sum)
+                         for v in (ids.right, ids.wrong)]).view(2, P, N).double()
+    names, gen, dis = [], torch.zeros(P, 2, N).double(), torch.full((P, 2, N), 0.5).double()
+    for i in range(P):
+        found, g, d = decoding.answer_views(s.stated[i], sampler[i], given[:, i], s.right[i].double())
+        keep = [j for j, a in enumerate(found) if a] or [0]                # no answer is no candidate
+        names.append([found[j] for j in keep])
+        gen[i, :, :len(keep)], dis[i, :, :len(keep)] = g[:, keep], d[:, keep]
+    first_g, first_d = decoding.equilibrium(gen, dis, rounds=0)
+    last_g, last_d = decoding.equilibrium(gen, dis, rounds=rounds, eta=eta, lam=lam)
+    truth = [dict(zip(a, r)) for a, r in zip(s.stated, s.score.tolist())]
+
+    def ranked(by):
+        best = by[:, 0].masked_fill(gen.sum(1) == 0, -1.0).argmax(1).tolist()
+        return fmean(t[a[j]] for t, a, j in zip(truth, names, best))
+    return tabled(run, {k: dict(accuracy=v) for k, v in {
+        "one sample": s.score.mean().item(), "vote": voted(s.stated, s.score, N),
+        "weighted vote": voted(s.stated, s.score, N, s.right),
+        "best sample by P(correct)": best_of_n(s.right, s.score, N).mean().item(),
+        "best sample by mean log-prob": best_of_n(s.logp / s.length, s.score, N).mean().item(),
+        "generator P(a|correct)": ranked(gen), "generator, first": ranked(first_g),
+        "discriminator P(correct|a)": ranked(dis), "discriminator, first": ranked(first_d),
+        "equilibrium": ranked(last_d), "equilibrium, generator": ranked(last_g),
+        "some right": (s.score > 0).any(1).float().mean().item()}.items()},
+        f"{P} {c.split} problems, {fmean(map(len, names)):.1f} distinct answers of {N} samples")
+
+
+DECODERS = dict(speculative=speculative, ead=ead, deal=deal, genarm=genarm, equilibrium=equilibrium,
+                self_eval=self_eval)
 AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT, source=SOURCES,
             kernels=kernels.MODES)
 
-# --- 9 train ------------------------------------------------------------------------------------------
+# --- 10 train -----------------------------------------------------------------------------------------
 
 
 def train(c, f):
@@ -765,7 +1145,7 @@ def train(c, f):
         return run.finish(**told)
 
 
-# --- 10 claims ----------------------------------------------------------------------------------------
+# --- 11 claims ----------------------------------------------------------------------------------------
 
 CELLS = {f"{name} {size}": f"{preset}draft{size}" for name, preset in (("text", ""), ("docstrings", "docs,"))
          for size in (64, 32)}

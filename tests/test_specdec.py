@@ -618,3 +618,12 @@ def test_claims_name_arms_that_exist():
             configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", ["--config", arm])
         labels = json.dumps(list(claim.tests))
         assert all(key.partition("|")[0] in {*claim.arms, ""} for w in claim.tests.values() for key in w), labels
+
+
+def test_no_option_hides_behind_a_field_of_the_same_name():
+    """a Config field wins over a method's argument of its name, which could then never be set"""
+    import dataclasses
+    fields = {x.name for x in dataclasses.fields(specdec.Config)}
+    taken = [(axis, row, k) for axis, rows in specdec.AXES.items() for row, fn in rows.items() for k in hyper(fn)
+             if k in fields]
+    assert not taken
