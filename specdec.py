@@ -101,6 +101,7 @@ class Config:
     out: str = ""                # run folder (default out/specdec/<presets>)
     seed: int = 0                # of a new draft, the data order, sampling, and of a base:… model
     device: str = "auto"         # cpu or cuda
+    dtype: str = "auto"          # of the target's weights and of a draft that is not trained: bfloat16 on CUDA
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
@@ -686,7 +687,8 @@ def open_draft(target, tok, c, f, run):
         shape = preset(c.draft, tok, target.config.max_position_embeddings, family)
         draft, own = init(shape, c.seed).to(c.device), tok
     else:
-        draft, own = load(checkpoint(sft.find(c.draft, c.config, device=c.device, seed=c.seed)), c.device)
+        folder = checkpoint(sft.find(c.draft, c.config, device=c.device, seed=c.seed))
+        draft, own = load(folder, c.device, torch.float32 if c.steps else getattr(torch, c.dtype))
     if not isinstance(draft, Transformer):
         raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
     if "own" not in needs(f.drafter) and own.tokens != tok.tokens:
@@ -929,7 +931,7 @@ def genarm(target, tok, c, run, *, beta_r=0.05, pairs=4000, alphas="0.125,0.25,0
         return [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
 
     def train(folder):
-        rows, arm = encoded(pairs, c.seed, "train"), copy.deepcopy(target)
+        rows, arm = encoded(pairs, c.seed, "train"), copy.deepcopy(target).float()
 
         def loss_of(ids, step):
             logp = logp_sum(arm, *collate(sides([rows[i] for i in ids]), pad, c.device)).chunk(2)
@@ -974,7 +976,7 @@ def taught(target, tok, world, c, run, train_prompts):
     ids, pad = decoding.controls(target, tok), tok.pad or 0
 
     def train(folder):
-        model, problems = copy.deepcopy(target), world.problems("train", train_prompts, c.seed)
+        model, problems = copy.deepcopy(target).float(), world.problems("train", train_prompts, c.seed)
         *_, said, score = drawn(target, tok, world, problems, c, 3, c.samples)
         rival, score = (x.flatten().to(c.device) for x in (decoding.rival_label(score), score))   # [P N]
         prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
@@ -1131,7 +1133,7 @@ def train(c, f):
         if "result" in run.info:
             run.say(f"  finished already: {run.last or run.folder}")
             return run.info["result"]
-        target, tok = load(folder, c.device)
+        target, tok = load(folder, c.device, getattr(torch, c.dtype))
         if not isinstance(target, Transformer):
             raise UserError(f"--init {c.init} is a reward model; specdec.py decodes with a language model")
         target.requires_grad_(False)
