@@ -54,6 +54,7 @@ from tqdm import trange
 import kernels
 import sft
 from data import judging, prefs, tasks
+from data.decoding import autoregressive
 from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, auroc, best_of_n,
                           expected_score, group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve,
                           routing_table, spearman, verbosity_penalties, verdict_rates)
@@ -175,10 +176,6 @@ def goal(chosen, rejected, early, late, wrong, *, weight=0.5):
     early, late, wrong = (F.normalize(h, dim=-1) for h in (early, late, wrong))
     plus, minus = (torch.sigmoid(early @ x.transpose(1, 2)).mean() for x in (late, wrong))
     return bt(chosen, rejected) + weight * (-plus.log() - (1 - minus).log())
-
-def autoregressive(chosen_logp, rejected_logp, *, beta_r=0.05):
-    """GenARM, 2410.08193:  -log σ(b (log π_r(y_c) - log π_r(y_r))), sums over tokens, no reference model."""
-    return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
 
 def preference(logit, label, strength):
     """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l = 1: the first is better."""

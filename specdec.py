@@ -3,7 +3,7 @@ specdec.py - speculative decoding: train a draft, verify, measure; and other way
 
     python specdec.py                                   # a draft for a small base model, made first
     python specdec.py --config adaspec --init base:sft --data signatures
-    python specdec.py --init Qwen2.5-7B --draft Qwen2.5-0.5B --data gsm8k.jsonl --steps 0 --max_new 256
+    python specdec.py --init Qwen2.5-7B --draft Qwen2.5-0.5B --data gsm8k.jsonl --steps 0 --context 512
     python specdec.py --claim adaspec --seeds 5         # the paper's claim, and at equal data
 
 Map      1 config   2 the rule   3 draft lengths   4 drafters   5 the loop   6 training a draft   7 measure
@@ -24,14 +24,14 @@ equilibrium 2310.09139     generator and discriminator agree on an answer
 self_eval   2410.02725     the policy says whether another try would be better
 tiny        size           seconds on any CPU
 Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted one,
-         E / (G c + v): a gap between them is overhead. acceptance counts tested tokens alone, so it is above
+         E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding replays graphs,
+         and drafting not). acceptance counts tested tokens alone, so it is above
          accepted / proposed, where what follows a rejection counts as proposed.
 """
 import copy
 import math
 import random
 import re
-import time
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -47,11 +47,11 @@ import kernels
 import sft
 from data import decoding, prefs, tasks
 from data.crossvocab import NgramCache, Translated
-from data.decoding import at_cost, voted
+from data.decoding import at_cost, tabled, voted
 from data.drafting import Lookup, Tally
 from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, in_parts, launch, needs
+from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, clock, in_parts, launch, needs
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset, save,
                    tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
@@ -101,7 +101,7 @@ class Config:
     out: str = ""                # run folder (default out/specdec/<presets>)
     seed: int = 0                # of a new draft, the data order, sampling, and of a base:… model
     device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"          # of the target's weights and of a draft that is not trained: bfloat16 on CUDA
+    dtype: str = "auto"          # of the weights that decode: float32, or bfloat16 (default on CUDA)
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
@@ -128,7 +128,7 @@ PRESETS = dict(
               eval_rows=4, refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
               middle_model="1x64", rounds=50),
 )
-CURVES = {"loss": ["loss", "kl", "asked"], "acceptance Σ min(p, q)": ["overlap"], "nats a token": ["nats"]}
+CURVES = {"loss": ["loss", "kl", "asked"], "acceptance Σ min(p, q)": ["overlap"]}
 
 # --- 2 the rule: 2211.17192, 2302.01318 -------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def heuristic(k, reach, *, gamma=16):
 
 
 def confident(k, sure, *, gamma=8, least=0.4):
-    """While the draft's own probability of its last token is at least `least` (Hugging Face's default)."""
+    """While the draft's own probability of its last token is at least `least` (0.4 unverified)."""
     return sure[:, -1] >= least if 0 < k < gamma else k < gamma
 
 
@@ -221,15 +221,17 @@ class Small:
         self.words, self.context = min(words, model.config.vocab_size), model.config.max_position_embeddings
 
     def start(self, prompts, length, rows, new):
-        self.cache = prefill(self.model, prompts, length, rows, new)[1]
+        self.cache, self.lacks = prefill(self.model, prompts, length, rows, new)[1], 2
 
     def keep(self, order):
         self.cache.keep(order)
 
     def propose(self, text, length, u, more):
-        """Feeds the last two tokens first: after a block kept whole the cache lacks the last drafted one."""
-        self.cache.length, self.cache.used = length - 2, int(length.max()) - 2
-        feed = text.gather(1, torch.stack([length - 2, length - 1], 1))                  # [B, 2]
+        """Feeds first what the cache lacks: two tokens, as a block kept whole leaves the last drafted one
+        unread, and one more after every round without a draft."""
+        begin = length - self.lacks
+        self.cache.length, self.cache.used = begin, int(begin.max())
+        feed = text.gather(1, begin[:, None] + torch.arange(self.lacks, device=text.device))
         count, drafted, qs, sure = torch.zeros_like(length), text[:, :0], [], u[:, :0, 0]
         alive = more(0, sure)                                                            # [B]
         while alive.any():
@@ -244,6 +246,7 @@ class Small:
             sure = torch.cat([sure, logits.softmax(-1).gather(1, feed)], 1)              # [B, k]
             count += alive
             alive = alive & more(drafted.size(1), sure)
+        self.lacks = 2 if drafted.size(1) else self.lacks + 1
         return drafted, torch.stack(qs, 1) if qs else None, count, sure
 
 
@@ -274,7 +277,8 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     commit. The target's cache holds all committed tokens but the last, the draft's all but two; rolling back
     is setting their length. Rows commit different numbers; finished ones leave the batch. Row b's i-th new
     token has three uniform numbers fixed beforehand (draft, test, draw), so that the other rows change
-    nothing. length_rule: a row of LENGTHS with its arguments bound; cost: of measure_costs, if it reads one.
+    nothing (but through optimal's counts, which all share). length_rule: a row of LENGTHS with its arguments
+    bound; cost: of measure_costs, if it reads one.
     Raises UserError where they do not fit the context.
     """
     device, config = target.head.device, target.config
@@ -286,6 +290,7 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     distinct, _ = collate([(p, ()) for p in index], max(config.pad_token_id, 0), device)
     length = torch.tensor([len(p) for p in index], device=device)                        # [U]
     tally = tally or Tally()
+    before = tally.rounds
 
     B, start = len(rows), length[rows]
     u = torch.rand(B, max_new + most + 1, 3, generator=generator).to(device)
@@ -324,13 +329,11 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
         mine = u[row[:, None], here]                                                     # [n, most+1, 3]
 
         def more(k, sure):
-            have = dict(k=k, reach=reach, sure=sure, cost=cost, turn=tally.rounds)
+            have = dict(k=k, reach=reach, sure=sure, cost=cost, turn=tally.passes.total())
             if "chance" in reads:
                 have["chance"] = tally.chance(sure)
             return (k < room) & length_rule(**{x: have[x] for x in reads})
-        clock = time.perf_counter()
         drafted, q, count, sure = drafter.propose(text[row], length, mine, more)
-        tally.drafting += time.perf_counter() - clock
         # 2. verify
         last = text[row].gather(1, length[:, None] - 1)                                  # [n, 1]
         cache.length, cache.used = length - 1, int(length.max()) - 1
@@ -346,11 +349,12 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
         length = length + fresh
         done = ends.any(1) | (length == end[row])
         reach = torch.where(kept == count, reach + 2, (reach - 1).clamp(min=1))
-        tally.note(kept, count, sure)
+        early = ends.any(1) & (fresh <= kept)                # what is drafted behind a stop does not count
+        tally.note(*(torch.where(early, fresh, x) for x in (kept, count)), sure)
         tally.tokens += int(fresh.sum())
     place = start[:, None] + torch.arange(max_new, device=device)                        # [B, new]
     roll = collect(distinct[rows], start, text.gather(1, place), logp.gather(1, place), stop,
-                   max(config.pad_token_id, 0), tally.rounds)
+                   max(config.pad_token_id, 0), tally.rounds - before)
     return roll, tally
 
 
@@ -375,7 +379,9 @@ def jsd(h, W, t, U, *, beta=0.5):
 
 def tvd(h, W, t, U):
     """½ Σ |p - q|: what acceptance loses itself."""
-    return ((h @ W.T).softmax(-1) - (t @ U.T).softmax(-1).detach()).abs().sum(-1) / 2
+    q, p = ((x @ w.to(x.dtype).T).float().softmax(-1) if x.dtype == torch.bfloat16 else (x @ w.T).softmax(-1)
+            for x, w in ((h, W), (t, U)))                                                # [N, V]
+    return (q - p.detach()).abs().sum(-1) / 2
 
 
 LOSSES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd, tvd=tvd)
@@ -426,7 +432,10 @@ def head(row, c, corpus):
 
 
 def sampled(model, rows, c, generator, temperature=1.0):
-    """The rows with completions that the model samples, as long as --context allows."""
+    """The rows with completions that the model samples, as long as --context allows. ours: at temperature 1,
+    not at that of the decoding."""
+    if not rows:
+        return []
     out, prompts = [], [head(row, c, is_corpus(c.data)) for row in rows]
     new = min(c.context, model.config.max_position_embeddings) - max(map(len, prompts))
     if new < 1:
@@ -484,7 +493,8 @@ def learn(draft, target, reference, rows, known, c, f, generator, words):
     """Accumulate the gradient of one step over its rows. -> loss of the selected tokens, share selected
 
     With a selection the losses of all tokens are made without a graph first; head and backward then see the
-    selected ones alone. A micro-batch weighs by its rows.
+    selected ones alone. ours: the mean over these, the authors' code divides by all; a micro-batch weighs by
+    its tokens, and a selection compares those of one micro-batch, as theirs does.
     """
     U, W, told, names = target.head[:words], draft.head[:words], [0.0, 0.0], needs(f.select)
     for i in range(0, len(rows), c.micro):
@@ -501,7 +511,7 @@ def learn(draft, target, reference, rows, known, c, f, generator, words):
                     have["ref"] = f.loss(states(reference, tokens, mask), reference.head[:words], t, U)
                 chosen = f.select(**{x: have[x] for x in names})                         # [N]
         loss = f.loss(h[chosen], W, t[chosen], U)
-        weight = len(part) / len(rows)
+        weight = len(h) / sum(len(y) for _, y in rows)
         (loss.mean() * weight).backward()
         told[0] += loss.mean().item() * weight
         told[1] += len(loss) / len(h) * weight
@@ -556,13 +566,6 @@ def agreement(target, draft, rows, c, words):
     return dict(zip(("overlap", "kl", "same_top"), (told / max(1, count)).tolist()))
 
 
-def synchronised(device):
-    """The clock, after all work on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @torch.no_grad()
 def measure_costs(target, draft, rows, held, most, repeats=30):
     """What passes cost beside a target pass over one token: c, the draft's step (0 without a draft), and v[G]
@@ -577,9 +580,9 @@ def measure_costs(target, draft, rows, held, most, repeats=30):
     for _ in range(repeats):
         for model, w in jobs:
             cache, tokens = caches[model], torch.zeros(rows, w, dtype=torch.long, device=device)
-            began = synchronised(device)
+            began = clock(device)
             model.logits(model(tokens, cache)).argmax(-1)
-            best[model, w] = min(best.get((model, w), math.inf), synchronised(device) - began)
+            best[model, w] = min(best.get((model, w), math.inf), clock(device) - began)
             cache.length -= w
             cache.used -= w
     one = best[target, 1]
@@ -612,14 +615,14 @@ def race(target, drafters, prompts, c, f, run, lenience):
     parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
     for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
         seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
-        began = synchronised(device)
+        began = clock(device)
         whole = generate(target, part, c.max_new, generator=seed, **sampling)
-        took = synchronised(device) - began
+        took = clock(device) - began
         for x, drafter in drafters.items():
-            began = synchronised(device)
+            began = clock(device)
             roll, _ = speculate(target, drafter, part, c.max_new, f.length, cost=costs[x], generator=seed,
                                 lenience=lenience, tally=tallies[x], **sampling)
-            spent[x] += synchronised(device) - began
+            spent[x] += clock(device) - began
             if i:
                 pairs = list(zip(whole.completions(), roll.completions(), part))
                 same[x] += sum(a == b for a, b, _ in pairs)
@@ -638,21 +641,27 @@ def race(target, drafters, prompts, c, f, run, lenience):
         row = dict(tokens_per_second=(t.tokens + len(prompts)) / spent[x], predicted=t.predicted(costs[x]),
                    acceptance=t.acceptance, kept_of_drafted=t.kept.total() / max(1, t.proposed),
                    efficiency=t.efficiency, independent=t.independent(), drafts=drafts, cost=costs[x].c,
-                   verify_cost=float(np.interp(drafts, range(most + 1), costs[x].v)),
-                   same=same[x] / len(prompts))
+                   verify_cost=float(np.interp(drafts, range(most + 1), costs[x].v)))
         row["speedup"] = row["tokens_per_second"] / rate
         told |= {f"{x}_{k}": v for k, v in row.items()}
         run.say(f"  {x:<12}{row['tokens_per_second']:>9.1f}{row['speedup']:>9.2f}{row['predicted']:>10.2f}"
                 f"{row['acceptance']:>11.3f}{row['kept_of_drafted']:>13.3f}{t.efficiency:>7.2f}"
                 f"{row['independent']:>10.2f}{drafts:>8.2f}{costs[x].c:>7.3f}{row['verify_cost']:>6.2f}")
+        if hasattr(drafters[x], "passes"):
+            told |= {f"{x}_per_token": drafters[x].per_token}
+            run.say(f"  {'':<12}{drafters[x].per_token:.2f} draft steps a token; the cache knew "
+                    f"{drafters[x].cache.hits / max(1, drafters[x].cache.read):.1%} of the tokens read")
         survival = [f"{k / n:.2f}" for k, n in ((t.kept[j], t.tested[j]) for j in range(len(t.tested)))]
         run.say(f"  {'':<12}kept by place in the draft: {' '.join(survival)}")
-    if c.temperature == 0:
-        run.say("  greedy outputs equal to plain decoding's: "
-                + ", ".join(f"{x} {n} of {len(prompts)}" for x, n in same.items())
-                + (f"; where they part the target's two likeliest tokens are at most {max(gaps):.1e} nats "
-                   "apart: rounding" if gaps else ""))
-    return told | dict(widest_gap=max(gaps, default=0.0))
+    if c.temperature:
+        return told
+    close = max(gaps, default=0.0) < (1e-3 if target.head.dtype == torch.float32 else 0.1)
+    run.say("  greedy outputs equal to plain decoding's: "
+            + ", ".join(f"{x} {n} of {len(prompts)}" for x, n in same.items())
+            + (f"; where they part the target's two likeliest tokens are at most {max(gaps):.1e} nats apart: "
+               + ("rounding" if close else "WRONG, the outputs differ") if gaps else ""))
+    return told | dict(widest_gap=max(gaps, default=0.0)) | {f"{x}_same": n / len(prompts)
+                                                             for x, n in same.items()}
 
 
 # --- 8 decode -----------------------------------------------------------------------------------------
@@ -665,6 +674,8 @@ def small(draft, tok, c, target):
 
 def lookup(*, n=3):
     """No model: what followed the last n tokens, or fewer, where they stood last."""
+    if n < 1:
+        raise UserError(f"--n {n}: at least one token to look up")
     return Lookup(n)
 
 
@@ -706,7 +717,9 @@ def open_draft(target, tok, c, f, run):
 def speculative(target, tok, c, f, run, *, lenience=1.0):
     """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
     corpus, told, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
-    held = tasks.rows(c, tok, "val")
+    if not 0 < lenience <= 1:
+        raise UserError(f"--lenience {lenience}: above 0 and at most 1, which is exact")
+    held = tasks.rows(c, tok, c.split)
     held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
     prompts = [head(row, c, corpus) for row in held][:c.prompts]
     have = dict(target=target, tok=tok, c=c)
@@ -715,7 +728,10 @@ def speculative(target, tok, c, f, run, *, lenience=1.0):
         if "own" not in needs(f.drafter):
             said = sampled(target, held[:c.eval_rows], c, torch.Generator().manual_seed(c.seed))
             told = train_draft(have["draft"], target, tok, said, tok.vocab_size, c, f, run)
+        have["draft"].to(target.head.dtype)
     drafters["draft" if "draft" in have else "lookup"] = f.drafter(**{x: have[x] for x in needs(f.drafter)})
+    if c.temperature and (lenience < 1 or getattr(drafters.get("draft"), "mode", "") == "ngram"):
+        run.say("  lossy: these samples do not have the target's law")
     return told | race(target, drafters, prompts, c, f, run, lenience)
 
 
@@ -737,6 +753,8 @@ def train_draft(draft, target, tok, said, words, c, f, run):
             teach(ref, target, None, rows, known, c, plain, run, steps, c.ref_batch, ticks, words)
             save(ref, tok, path)
         reference = load(run.stage("reference", write), c.device)[0].requires_grad_(False)
+        run.at = run.start
+        run.cut()                                # what a resumed run had logged beyond its checkpoint
         told = agreement(target, reference, said, c, words)
         run.say(f"  reference: overlap {told['overlap']:.3f}, kl {told['kl']:.3f}")
     if run.last:
@@ -779,18 +797,6 @@ def drawn(model, tok, world, problems, c, salt, samples=1, **kw):
     return roll, [texts[i:i + samples] for i in range(0, len(texts), samples)], whole, score
 
 
-def tabled(run, rows, note):
-    """Say a table {arm or "arm@x": {column: number}}, and return it as {"arm|column@x": number}."""
-    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-    wide = max(map(len, rows)) + 2
-    run.say(f"\n  {note}\n  {'':<{wide}}" + "".join(f"{k:>{max(9, len(k) + 2)}}" for k in columns))
-    for name, row in rows.items():
-        run.say(f"  {name.replace('@', ' '):<{wide}}" + "".join(
-            f"{f'{row[k]:.3f}' if k in row else '':>{max(9, len(k) + 2)}}" for k in columns))
-    return {f"{name.partition('@')[0]}|{k}{''.join(name.partition('@')[1:])}": v
-            for name, row in rows.items() for k, v in row.items()}
-
-
 def fit(model, c, run, loss_of, n):
     """The training loop: loss_of(rows of the step, step) -> (loss, numbers for the log). -> frozen"""
     opt = optimiser(model.requires_grad_(), lr=c.lr)
@@ -798,7 +804,7 @@ def fit(model, c, run, loss_of, n):
         loss, numbers = loss_of(batch_indices(n, c.batch, step, c.seed).tolist(), step)
         loss.backward()
         norm = clip_grad_norm_(model.parameters(), c.clip)
-        set_lr(opt, c.lr * linear(step, c.steps))
+        set_lr(opt, c.lr * linear(step, c.steps, c.warmup))
         opt.step()
         opt.zero_grad()
         run.log(step + 1, loss=loss.item(), norm=norm.item(), **numbers)
@@ -809,8 +815,8 @@ def fit(model, c, run, loss_of, n):
 @torch.no_grad()
 def scored(model, rows, c, pad, score):
     """score(model, tokens, mask) of (prompt, completion) rows, 256 at a time, on the CPU.   -> [.., B]"""
-    return torch.cat([score(model, *collate(rows[i:i + 256], pad, c.device)).cpu()
-                      for i in range(0, len(rows), 256)], -1)
+    parts = (rows[i:i + 256] for i in range(0, len(rows), 256))
+    return torch.cat([score(model, *collate(part, pad, c.device)).cpu() for part in parts], -1)
 
 
 def logp_sum(model, tokens, mask):
@@ -935,7 +941,7 @@ def genarm(target, tok, c, run, *, beta_r=0.05, pairs=4000, alphas="0.125,0.25,0
 
         def loss_of(ids, step):
             logp = logp_sum(arm, *collate(sides([rows[i] for i in ids]), pad, c.device)).chunk(2)
-            return decoding.arm_loss(*logp, beta_r=beta_r).mean(), dict(accuracy=accuracy(*logp))
+            return decoding.autoregressive(*logp, beta_r=beta_r).mean(), dict(accuracy=accuracy(*logp))
         save(fit(arm, c, run, loss_of, len(rows)), tok, folder)
     arm = load(run.stage("arm", train), c.device)[0].requires_grad_(False)
     held = encoded(min(pairs, 1000), c.seed + 1, "val")
@@ -1127,6 +1133,9 @@ AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, sele
 
 def train(c, f):
     """One run: load the target, train what helps it, decode, measure. -> the numbers of the table."""
+    for key in ("prompts", "prompt", "max_new", "together", "refresh", "eval_rows"):
+        if getattr(c, key) < 1:
+            raise UserError(f"--{key} {getattr(c, key)}: at least 1")
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
     kernels.use(c.kernels)
     with Run(c, f, "specdec", CURVES) as run:
@@ -1141,7 +1150,7 @@ def train(c, f):
                 f"{c.device}")
         have = dict(target=target, tok=tok, c=c, f=f, run=run)
         told = f.decode(**{x: have[x] for x in needs(f.decode)})
-        if c.stop and c.stop < c.steps:
+        if c.stop and c.stop < c.steps and f.decode.func is speculative:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return told
         return run.finish(**told)
@@ -1158,8 +1167,7 @@ CONTROLS = {"random, 2.5x": "adaspec,arena,wide,by_chance",
 TOLD = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup", "draft_predicted")
 
 
-def over(part, cells, ours, theirs):
-    """Tests 'ours above theirs' in each cell."""
+def over(part, cells, ours, theirs):        # tests: ours above theirs in each cell
     return {f"{part}: {cell}": {f"{cell}, {ours}": 1, f"{cell}, {theirs}": -1} for cell in cells}
 
 

@@ -1,8 +1,6 @@
 """
 crossvocab.py - a draft model whose tokenizer is not the target's: OmniDraft, 2507.02659.
 
-A drafter for specdec.py's speculate, and the loss that trains its model.
-
 Map      1 the cache   2 translation   3 the drafter.   Its distillation (L_DM + λ L_ngram) is not here
 Letters  t a target token, d a draft token; V, W the rows of their vocabularies; B rows, G tokens a block
 Watch    cache.hits / cache.read, the share of target tokens read that could have been drafted, bounds what is
@@ -44,8 +42,8 @@ class NgramCache:
     """Target token <-> the strings of draft tokens that have its bytes.
 
     Strings of one token come from the vocabularies. A longer one is added where, in text that is read, both
-    ends of a target token are ends of draft tokens; a draft without merges (bytes, characters) spells a token
-    in one way, so that all are there from the beginning. The rows share it: what one has read may change what
+    ends of a target token are ends of draft tokens (ours: each round's commit is spelled by itself); a draft
+    without merges (bytes, characters) spells a token in one way, so that all are there from the beginning. The rows share it: what one has read may change what
     another drafts, not the law of what it says.
 
     strings {(d, …): t};  starts: what longer strings begin with;  known: the t of strings;  direct {t: d};

@@ -35,6 +35,18 @@ def muted(model, ids):
     return out
 
 
+def tabled(run, rows, note):
+    """Say a table {arm or "arm@x": {column: number}}, and return it as {"arm|column@x": number}."""
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    wide = max(map(len, rows)) + 2
+    run.say(f"\n  {note}\n  {'':<{wide}}" + "".join(f"{k:>{max(9, len(k) + 2)}}" for k in columns))
+    for name, row in rows.items():
+        run.say(f"  {name.replace('@', ' '):<{wide}}" + "".join(
+            f"{f'{row[k]:.3f}' if k in row else '':>{max(9, len(k) + 2)}}" for k in columns))
+    return {f"{name.partition('@')[0]}|{k}{''.join(name.partition('@')[1:])}": v
+            for name, row in rows.items() for k, v in row.items()}
+
+
 # --- 1 EAD: entropy adaptive decoding (2502.06833) --------------------------------------------------------
 
 
@@ -135,9 +147,9 @@ def deal(prompts, expand, complete, score, stop, *, new=12, weight=1.0, beams=3,
 # --- 3 GenARM: a reward model that scores the next token (2410.08193) -------------------------------------
 
 
-def arm_loss(chosen, rejected, *, beta_r=0.05):
+def autoregressive(chosen_logp, rejected_logp, *, beta_r=0.05):
     """GenARM, 2410.08193:  -log σ(β_r (log π_r(y+) - log π_r(y-))), sums, no reference.   [B] -> [B]"""
-    return -F.logsigmoid(beta_r * (chosen - rejected))
+    return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
 
 
 def guided(base, arms, alphas):
@@ -179,6 +191,8 @@ def equilibrium(generator, discriminator, *, rounds=5000, eta=0.1, lam=0.1):
     if generator.shape != discriminator.shape or generator.size(-2) != 2:
         raise UserError(f"equilibrium: P(y|v) {list(generator.shape)} and P(v|y) {list(discriminator.shape)} "
                         "must both be [..., 2, Y], correct first")
+    if eta <= 0 or lam <= 0:
+        raise UserError(f"--eta {eta} --lam {lam}: both above 0")
     real = generator.sum(-2, keepdim=True) > 0                                           # [..., 1, Y]
     d = torch.where(real, discriminator, 0.0)
     G1 = normalised((generator / generator.sum(-2, keepdim=True)).nan_to_num().log(), -1)
@@ -254,7 +268,7 @@ def annealed(k):
 def survivors(p, *, keep=0.5):
     """Pruning amid generation: the ⌈keep N⌉ samples of highest p go on; ties by order.   [P, N] -> bool"""
     if not 0 < keep <= 1:
-        raise UserError(f"--keep {keep}: a share of the samples, above 0 and up to 1")
+        raise UserError(f"--share {keep}: a share of the samples, above 0 and up to 1")
     best = p.argsort(dim=1, descending=True, stable=True)[:, :math.ceil(keep * p.size(1) - 1e-9)]
     return torch.zeros_like(p, dtype=torch.bool).scatter(1, best, True)
 

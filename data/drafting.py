@@ -35,11 +35,11 @@ class Tally:
 
     rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed: drafted
     ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft; tries, hits: by
-    the draft's confidence; drafting: seconds that drafters took.
+    the draft's confidence.
     """
 
     def __init__(self):
-        self.rounds = self.tokens = self.proposed = self.drafting = 0
+        self.rounds = self.tokens = self.proposed = 0
         self.passes, self.tested, self.kept = Counter(), Counter(), Counter()
         self.tries, self.hits = [0] * BINS, [0] * BINS
 

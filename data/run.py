@@ -268,6 +268,13 @@ def peak_bytes(device):
     return used * (1 if sys.platform == "darwin" else 1024)
 
 
+def clock(device):
+    """Seconds now, after all work on the device (a torch.device) is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def bandwidth(device):
     """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held to."""
     x = torch.empty(64 << 20, device=device)

@@ -364,7 +364,7 @@ def draws(target, d, prompt, n, temperature=1.0, gamma=2, at_once=2500, seed=0):
     """How often each three tokens were sampled [V^3]; the tally of the last batch."""
     V, g, counts = target.config.vocab_size, torch.Generator().manual_seed(seed), 0
     for _ in range(n // at_once):
-        roll, tally = specdec.speculate(target, d, [prompt] * at_once, 3, rule(gamma=gamma), stop=(),
+        roll, tally = specdec.speculate(target, d, [prompt] * at_once, 7, rule(gamma=gamma), stop=(),
                                         generator=g, temperature=temperature)
         x = roll.tokens[:, len(prompt):]
         counts = counts + torch.bincount(x[:, 0] * V * V + x[:, 1] * V + x[:, 2], minlength=V ** 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import close, rand
 
-from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, arm_loss,
+from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, autoregressive,
                            at_cost, coin, controls, cut_points, deal, ead, entropy_bits, equilibrium,
                            guidance, guided, muted, pruned_tokens, rival_label, self_eval_loss, survivors,
                            switching, vote, voted)
@@ -297,11 +297,11 @@ def test_guidance_refuses_a_negative_weight():
 
 
 def test_arm_loss_by_hand():
-    assert close(arm_loss(D([-10.]), D([-18.])), [0.513015])        # a gap of 8 nats
-    assert close(arm_loss(D([-3.]), D([-3.])), [math.log(2)])
+    assert close(autoregressive(D([-10.]), D([-18.])), [0.513015])        # a gap of 8 nats
+    assert close(autoregressive(D([-3.]), D([-3.])), [math.log(2)])
     x, y = rand(4).requires_grad_(), rand(4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(arm_loss, (x, y))
-    assert hyper(arm_loss) == dict(beta_r=0.05)
+    assert torch.autograd.gradcheck(autoregressive, (x, y))
+    assert hyper(autoregressive) == dict(beta_r=0.05)
 
 
 # --- equilibrium-ranking --------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_pruning_keeps_the_best_half():
     assert survivors(p).tolist() == [[False, True, False, True], [True, True, False, False]]
     assert survivors(p, keep=0.25).sum(1).tolist() == [1, 1] and survivors(p, keep=1.0).all()
     assert survivors(rand(3, 5), keep=0.5).sum(1).tolist() == [3, 3, 3]
-    with pytest.raises(UserError, match="--keep"):
+    with pytest.raises(UserError, match="--share"):
         survivors(p, keep=0.0)
 
 
