@@ -2,7 +2,7 @@
 specdec.py - speculative decoding: train a draft, verify, measure; and other ways to decode.
 
     python specdec.py                                   # a draft for a small base model, made first
-    python specdec.py --config adaspec --init base:sft --data signatures
+    python specdec.py --config adaspec,docs             # of a task: docstrings from signatures
     python specdec.py --init Qwen2.5-7B --draft Qwen2.5-0.5B --data gsm8k.jsonl --steps 0 --context 512
     python specdec.py --claim adaspec --seeds 5         # the paper's claim, and at equal data
 
@@ -22,11 +22,11 @@ deal        2402.06147     beams scored by where a greedy look ahead leads
 genarm      2410.08193     a reward model that scores every next token
 equilibrium 2310.09139     generator and discriminator agree on an answer
 self_eval   2410.02725     the policy says whether another try would be better
+docs        task           before or after the first six: a target that writes docstrings
 tiny        size           seconds on any CPU
 Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted one,
          E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding replays graphs,
-         and drafting not). acceptance counts tested tokens alone, so it is above
-         accepted / proposed, where what follows a rejection counts as proposed.
+         and drafting not). acceptance counts tested tokens alone: kept / drafted is lower.
 """
 import copy
 import math
@@ -63,7 +63,7 @@ from optim import linear, optimiser, set_lr
 class Config:
     """What every run has; what belongs to a method is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    init: str = "base:target"      # the target
+    init: str = "base:target"    # the target
     draft: str = "base:draft64"  # a checkpoint, or a new draft of LAYERSxWIDTH
     data: str = "stdlib"         # what a draft learns from and prompts come from: a text, or a task or file
     rows: int = 0                # learn from only so many demonstrations or windows (0: all)
@@ -112,6 +112,7 @@ PRESETS = dict(
     omnidraft=dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3, steps=0),
     distillspec=dict(), on_policy=dict(source="draft"),
     adaspec=dict(select="adaspec", batch=40, ref_batch=16),
+    docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
     # learning rates ours, not tuned; of genarm's two were tried
     ead=dict(decode="ead", data="chain", init="base:chain_right", prompts=200),
     deal=dict(decode="deal", data="toyif", init="base:toyif", prompts=256),
@@ -122,10 +123,9 @@ PRESETS = dict(
     at_once=dict(window=1, stay=1),
     arena=dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0, length="fixed", gamma=4),
     wide=dict(batch=20), by_chance=dict(select="at_random"), smallest_gap=dict(select="smallest"),
-    docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
     draft64=dict(draft="base:draft64"), draft32=dict(draft="base:draft32"),
-    tiny=dict(steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
-              eval_rows=4, refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
+    tiny=dict(steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8, eval_rows=4,
+              refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
               middle_model="1x64", rounds=50),
 )
 CURVES = {"loss": ["loss", "kl", "asked"], "acceptance Σ min(p, q)": ["overlap"]}

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
+import specdec
 from data.chains import chain_tokenizer
 from data.formats import quantize
 from data.run import bandwidth, read_log
@@ -343,6 +344,25 @@ def generation(device, samples=64, new=64, prompt=32):
                samples * new)
 
 
+def speculation(device, new=64, prompt=32, gamma=4):
+    """Greedy decoding of one row by drafts that are all kept, against plain decoding: what rounds cost.
+
+    New models repeat their last token, so a 1x64 drafts what an 8x128 says. Floor: a round reads the target's
+    weights once and the draft's gamma times.
+    """
+    target, draft = (model_of(size, 320, 256, device) for size in ("8x128", "1x64"))
+    prompts = torch.randint(0, 256, (1, prompt)).tolist()
+    size = [sum(p.nbytes for p in m.parameters()) for m in (target, draft)]
+    rule = partial(specdec.fixed, gamma=gamma)
+
+    def ours():
+        drafter = specdec.Small(draft, 320, 320, (0, 0, 1.0))
+        tally = specdec.speculate(target, drafter, prompts, new, rule, stop=())[1]
+        assert tally.acceptance == 1
+    return Row(ours, lambda: generate(target, prompts, new, temperature=0, stop=[]),
+               bytes=new / (gamma + 1) * (size[0] + gamma * size[1]), tokens=new)
+
+
 def update_row(device, rule, theirs, matrices=False):
     """A Row of one optimiser step on a model 4x128 (its block matrices alone, if `matrices`) against another
     optimiser, theirs(parameters) -> Optimizer. The floor: read W, g and state, write W and state; Newton-
@@ -381,7 +401,8 @@ UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
                update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
              sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo,
-             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation)
+             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation,
+             speculation=speculation)
 ROWS = KERNELS | UPDATES | STEPS
 
 # --- the table ----------------------------------------------------------------------------------------
