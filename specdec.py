@@ -3,7 +3,7 @@ specdec.py - speculative decoding: train a draft, verify, measure; and other way
 
     python specdec.py                                   # a draft for a small base model, made first
     python specdec.py --config adaspec,docs             # of a task: docstrings from signatures
-    python specdec.py --init Qwen2.5-7B --draft Qwen2.5-0.5B --data gsm8k.jsonl --steps 0 --context 512
+    python specdec.py --init path/to/7B --draft path/to/0.5B --data gsm8k.jsonl --steps 0 --context 512
     python specdec.py --claim adaspec --seeds 5         # the paper's claim, and at equal data
 
 Map      1 config   2 the rule   3 draft lengths   4 drafters   5 the loop   6 training a draft   7 measure
@@ -23,10 +23,12 @@ genarm      2410.08193     a reward model that scores every next token
 equilibrium 2310.09139     generator and discriminator agree on an answer
 self_eval   2410.02725     the policy says whether another try would be better
 docs        task           before or after the first six: a target that writes docstrings
-tiny        size           seconds on any CPU
+tiny        size           half a minute on any CPU; draft and target are then alike: it shows nothing
 Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted one,
-         E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding replays graphs,
-         and drafting not). acceptance counts tested tokens alone: kept / drafted is lower.
+         E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding replays graphs).
+         acceptance: of the tokens tested, up to the first refused; kept/drafted: of all; E, i.i.d.: if each
+         were kept with the mean acceptance; drafts: mean G. Other decoders read no option from draft to
+         length, temperature to top_p, prompt to source: a task gives their prompts and lengths.
 """
 import copy
 import math
@@ -47,8 +49,8 @@ import kernels
 import sft
 from data import decoding, prefs, tasks
 from data.crossvocab import NgramCache, Translated
-from data.decoding import at_cost, tabled, voted
-from data.drafting import Lookup, Tally
+from data.decoding import at_cost, numbers, tabled, voted
+from data.drafting import COLUMNS, Lookup, Tally, first_difference, line
 from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
 from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, clock, in_parts, launch, needs
@@ -75,10 +77,10 @@ class Config:
     top_k: int = 0               # keep only the k likeliest tokens (0: all), of target and draft
     top_p: float = 1.0           # keep the likeliest tokens of this total mass, of target and draft
     prompts: int = 64            # held-out prompts to decode
-    split: str = "val"           # the split that they are of
-    samples: int = 8             # a prompt, where a decoder draws several
-    prompt: int = 32             # their tokens, where --data is a text
-    max_new: int = 64            # new tokens of each
+    split: str = "val"           # split of the prompts: val, or ood where the data has one
+    samples: int = 8             # samples a prompt, of decoders that draw several
+    prompt: int = 32             # tokens of a prompt where --data is a text, at most --context
+    max_new: int = 64            # new tokens a prompt
     together: int = 1            # rows decoded at once
     loss: str = "forward_kl"     # which row of LOSSES draws the draft to the target
     select: str = "every"        # which row of SELECT says which tokens of a batch count
@@ -87,7 +89,7 @@ class Config:
     batch: int = 16              # rows a step
     micro: int = 64              # rows per forward pass; select compares tokens within one
     context: int = 96            # tokens of a training row
-    lr: float = 3e-3             # peak learning rate
+    lr: float = 3e-3             # peak learning rate, of the draft or of what a decoder trains
     warmup: int = 30             # steps of linear warm-up
     clip: float = 1.0            # largest gradient norm
     ref_batch: int = 16          # rows a step of the reference draft, where --select reads one
@@ -590,15 +592,6 @@ def measure_costs(target, draft, rows, held, most, repeats=30):
     return SimpleNamespace(c=best[draft, 1] / one if draft else 0.0, v=v.tolist())
 
 
-def first_difference(target, a, b, prompt):
-    """The target's gap between its two likeliest tokens, in nats, where two greedy completions part."""
-    i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
-    with torch.no_grad():
-        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]], device=target.head.device))[:, -1])
-    best = logits[0].topk(2).values
-    return (best[0] - best[1]).item()
-
-
 def race(target, drafters, prompts, c, f, run, lenience):
     """Decode the prompts plainly and with each drafter, in turns, so that a busy machine slows all alike.
 
@@ -632,27 +625,19 @@ def race(target, drafters, prompts, c, f, run, lenience):
                 tallies[x], spent[x] = Tally(), 0.0
         plain = [plain[0] + took, plain[1] + whole.mask.sum().item()] if i else plain
     rate = plain[1] / plain[0]
-    run.say(f"  {'':<12}{'tokens/s':>9}{'speedup':>9}{'predicted':>10}{'acceptance':>11}{'kept/drafted':>13}"
-            f"{'E':>7}{'E, i.i.d.':>10}{'drafts':>8}{'c':>7}{'v':>6}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
+    run.say(f"{COLUMNS}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
     told = dict(plain_tokens_per_second=rate)
     for x, t in tallies.items():
         costs[x].c *= getattr(drafters[x], "per_token", 1.0)     # a translated token is several draft steps
-        drafts = sum(G * n for G, n in t.passes.items()) / max(1, sum(t.passes.values()))
-        row = dict(tokens_per_second=(t.tokens + len(prompts)) / spent[x], predicted=t.predicted(costs[x]),
-                   acceptance=t.acceptance, kept_of_drafted=t.kept.total() / max(1, t.proposed),
-                   efficiency=t.efficiency, independent=t.independent(), drafts=drafts, cost=costs[x].c,
-                   verify_cost=float(np.interp(drafts, range(most + 1), costs[x].v)))
-        row["speedup"] = row["tokens_per_second"] / rate
+        row = t.numbers(costs[x], spent[x], len(prompts), rate)
         told |= {f"{x}_{k}": v for k, v in row.items()}
-        run.say(f"  {x:<12}{row['tokens_per_second']:>9.1f}{row['speedup']:>9.2f}{row['predicted']:>10.2f}"
-                f"{row['acceptance']:>11.3f}{row['kept_of_drafted']:>13.3f}{t.efficiency:>7.2f}"
-                f"{row['independent']:>10.2f}{drafts:>8.2f}{costs[x].c:>7.3f}{row['verify_cost']:>6.2f}")
+        run.say(line(x, row))
         if hasattr(drafters[x], "passes"):
             told |= {f"{x}_per_token": drafters[x].per_token}
             run.say(f"  {'':<12}{drafters[x].per_token:.2f} draft steps a token; the cache knew "
                     f"{drafters[x].cache.hits / max(1, drafters[x].cache.read):.1%} of the tokens read")
-        survival = [f"{k / n:.2f}" for k, n in ((t.kept[j], t.tested[j]) for j in range(len(t.tested)))]
-        run.say(f"  {'':<12}kept by place in the draft: {' '.join(survival)}")
+        kept = [f"{t.kept[j] / t.tested[j]:.2f}" for j in range(len(t.tested))]
+        run.say(f"  {'':<12}of the tokens tested at place 1, 2, … were kept: {' '.join(kept)}")
     if c.temperature:
         return told
     close = max(gaps, default=0.0) < (1e-3 if target.head.dtype == torch.float32 else 0.1)
@@ -717,11 +702,16 @@ def open_draft(target, tok, c, f, run):
 def speculative(target, tok, c, f, run, *, lenience=1.0):
     """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
     corpus, told, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
-    if not 0 < lenience <= 1:
-        raise UserError(f"--lenience {lenience}: above 0 and at most 1, which is exact")
+    if not 0 < lenience <= 1 or lenience < 1 and not c.temperature:
+        raise UserError(f"--lenience {lenience}: above 0, at most 1 (exact), below 1 with --temperature")
     held = tasks.rows(c, tok, c.split)
     held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
     prompts = [head(row, c, corpus) for row in held][:c.prompts]
+    if not prompts:
+        raise UserError(f"no row of the split {c.split} fits --context {c.context}, prompt and completion "
+                        "together: raise it")
+    if len(prompts) < c.prompts:
+        run.say(f"  {len(prompts)} held-out prompts, fewer than --prompts {c.prompts}")
     have = dict(target=target, tok=tok, c=c)
     if "draft" in needs(f.drafter):
         have["draft"], have["own"] = open_draft(target, tok, c, f, run)
@@ -768,8 +758,9 @@ def train_draft(draft, target, tok, said, words, c, f, run):
         if step % c.save_every == 0 or last:
             run.save(step, lambda path: save(draft, tok, path), opt=opt.state_dict(), rng=g.get_state(),
                      pool=pool)
-    ticks = run.steps(c.steps)
-    teach(draft, target, reference, rows, known, c, f, run, c.steps, c.batch, ticks, words, after)
+    if c.steps:
+        ticks = run.steps(c.steps)
+        teach(draft, target, reference, rows, known, c, f, run, c.steps, c.batch, ticks, words, after)
     told = agreement(target, draft, said, c, words)
     run.say(f"  agreement on the target's samples: overlap {before['overlap']:.3f} -> {told['overlap']:.3f}, "
             f"kl {before['kl']:.3f} -> {told['kl']:.3f}, same top token {before['same_top']:.1%} -> "
@@ -834,9 +825,12 @@ def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle
     the coin's, the mean over thresholds."""
     world, stop = tasks.task(c.data), {tok.eos}
     problems = world.problems(c.split, c.prompts, c.seed)
-    small, middle = (load(sft.base(recipe, c.config, model=m, device=c.device, seed=c.seed), c.device)[0]
-                     for m in (small_model, middle_model))
+    (small, words), (middle, _) = (load(sft.base(recipe, c.config, model=m, device=c.device, seed=c.seed),
+                                        c.device) for m in (small_model, middle_model))
     size = {m: sum(p.numel() for p in m.parameters() if p.dim() > 1) for m in (small, middle, target)}
+    if words.tokens != tok.tokens:
+        raise UserError(f"--init {c.init} has another vocabulary than what --recipe {recipe} makes: EAD "
+                        "switches between models of one tokenizer")
 
     def empty(m):
         return Cache(m.config, 1, m.config.max_position_embeddings, c.device, m.head.dtype)
@@ -851,17 +845,17 @@ def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle
                     work=sum(o.read[0] * a + o.read[1] * b for o in outs))
     rows = dict(large=decoded(lambda *_: True), small=decoded(lambda *_: False),
                 middle=decoded(lambda *_: False, (middle, target)))
-    for t in thresholds.split(","):
+    for t in numbers(thresholds, "thresholds"):
         rows[f"EAD@{t}"] = decoded(partial(decoding.ead, threshold=float(t), window=window, stay=stay))
         rows[f"coin@{t}"] = decoded(partial(decoding.coin, share=rows[f"EAD@{t}"]["share"], stay=stay,
                                             rng=random.Random(c.seed)))
     whole = rows["large"]["work"]
     for row in rows.values():
         row["work"] /= whole
-    return tabled(run, rows, f"{len(problems)} {c.split} problems, greedy; weights of the three "
-                f"models: {', '.join(f'{n:,}' for n in size.values())}") | dict(over_coin=fmean(
+    return tabled(run, rows, f"{len(problems)} {c.split} problems, greedy; weights of small, middle, large"
+                f": {', '.join(f'{n:,}' for n in size.values())}") | dict(over_coin=fmean(
                     rows[f"EAD@{t}"]["accuracy"] - rows[f"coin@{t}"]["accuracy"]
-                    for t in thresholds.split(",")))
+                    for t in numbers(thresholds, "thresholds")))
 
 
 def deal(target, tok, c, run, *, weight=4.0, look=10, beams=3, expansions=5):
@@ -956,7 +950,7 @@ def genarm(target, tok, c, run, *, beta_r=0.05, pairs=4000, alphas="0.125,0.25,0
         return dict(gold=score.mean().item(), kl=((roll.logp - base) * roll.mask).sum(1).mean().item(),
                     cost=cost)
     rows = {"base": guided(0.0, arm, 1)}
-    for x in alphas.split(","):
+    for x in numbers(alphas, "alphas"):
         rows |= {f"GenARM@{x}": guided(float(x), arm, 2), f"cooled@{x}": guided(float(x), target, 1)}
     roll, *_, score = drawn(target, tok, world, problems, c, 2, c.samples)
     with torch.no_grad():
@@ -1136,6 +1130,12 @@ def train(c, f):
     for key in ("prompts", "prompt", "max_new", "together", "refresh", "eval_rows"):
         if getattr(c, key) < 1:
             raise UserError(f"--{key} {getattr(c, key)}: at least 1")
+    if c.temperature < 0 or c.top_k < 0 or not 0 < c.top_p <= 1:
+        raise UserError(f"--temperature {c.temperature} --top_k {c.top_k} --top_p {c.top_p}: none below 0, "
+                        "top_p in (0, 1]")
+    if f.decode.func is not speculative and is_corpus(c.data):
+        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take --config "
+                        f"{c.decode}, or a task as --data")
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
     kernels.use(c.kernels)
     with Run(c, f, "specdec", CURVES) as run:

@@ -35,6 +35,16 @@ def muted(model, ids):
     return out
 
 
+def numbers(text, key):
+    """"0.2,0.4" -> ["0.2", "0.4"], as they will be written; UserError naming the option."""
+    found = text.split(",")
+    try:
+        [float(x) for x in found]
+    except ValueError:
+        raise UserError(f"--{key} {text}: numbers with commas between them, like 0.2,0.4") from None
+    return found
+
+
 def tabled(run, rows, note):
     """Say a table {arm or "arm@x": {column: number}}, and return it as {"arm|column@x": number}."""
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
@@ -42,7 +52,7 @@ def tabled(run, rows, note):
     run.say(f"\n  {note}\n  {'':<{wide}}" + "".join(f"{k:>{max(9, len(k) + 2)}}" for k in columns))
     for name, row in rows.items():
         run.say(f"  {name.replace('@', ' '):<{wide}}" + "".join(
-            f"{f'{row[k]:.3f}' if k in row else '':>{max(9, len(k) + 2)}}" for k in columns))
+            f"{f'{round(row[k], 3) + 0.0:.3f}' if k in row else '':>{max(9, len(k) + 2)}}" for k in columns))
     return {f"{name.partition('@')[0]}|{k}{''.join(name.partition('@')[1:])}": v
             for name, row in rows.items() for k, v in row.items()}
 

@@ -10,6 +10,7 @@ Letters  α the chance that a drafted token is kept, γ drafted tokens, G those 
 import math
 from collections import Counter
 
+import numpy as np
 import torch
 
 # --- 1 predictions: 2211.17192 -----------------------------------------------------------------------------
@@ -83,6 +84,37 @@ class Tally:
         """E if every drafted token were kept with the mean probability, whatever came before it."""
         return sum(n * block_efficiency(self.acceptance, G) for G, n in self.passes.items()) / max(
             1, sum(self.passes.values()))
+
+    def numbers(self, cost, seconds, rows, plain):
+        """A row of the table: `rows` prompts took `seconds`; plain: tokens a second without drafts."""
+        drafts = sum(G * n for G, n in self.passes.items()) / max(1, self.passes.total())
+        rate = (self.tokens + rows) / seconds                    # the prefill gives each row its first token
+        return dict(tokens_per_second=rate, speedup=rate / plain, predicted=self.predicted(cost),
+                    acceptance=self.acceptance, kept_of_drafted=self.kept.total() / max(1, self.proposed),
+                    efficiency=self.efficiency, independent=self.independent(), drafts=drafts, cost=cost.c,
+                    verify_cost=float(np.interp(drafts, range(len(cost.v)), cost.v)))
+
+
+COLUMNS = (f"  {'':<12}{'tokens/s':>9}{'speedup':>9}{'predicted':>10}{'acceptance':>11}{'kept/drafted':>13}"
+           f"{'E':>7}{'E, i.i.d.':>10}{'drafts':>8}{'c':>7}{'v':>6}")
+
+
+def line(name, row):
+    """One line under COLUMNS."""
+    shown = "".join(f"{row[k]:>{w}.{n}f}" for k, w, n in (
+        ("tokens_per_second", 9, 1), ("speedup", 9, 2), ("predicted", 10, 2), ("acceptance", 11, 3),
+        ("kept_of_drafted", 13, 3), ("efficiency", 7, 2), ("independent", 10, 2), ("drafts", 8, 2),
+        ("cost", 7, 3), ("verify_cost", 6, 2)))
+    return f"  {name:<12}{shown}"
+
+
+def first_difference(target, a, b, prompt):
+    """The target's gap between its two likeliest tokens, in nats, where two greedy completions part."""
+    i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
+    with torch.no_grad():
+        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]], device=target.head.device))[:, -1])
+    best = logits[0].topk(2).values
+    return (best[0] - best[1]).item()
 
 
 # --- 3 prompt lookup ----------------------------------------------------------------------------------

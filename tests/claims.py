@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.run import UserError, cli, interval, pyplot, table, write_text
+from data.run import UserError, cli, interval, nearest, pyplot, table, write_text
 
 RESULTS, README = ROOT / "data" / "results", ROOT / "README.md"
 
@@ -338,6 +338,8 @@ def main(argv=None):
             print("\n".join(changed) or "README.md is up to date: nothing changed")
         case ["--table", name] if name in found:
             print(table(found[name]), f"\n\n{found[name]['verdict']}")
+        case ["--table", name]:
+            raise UserError(f"no claim {name!r} in {RESULTS}{nearest(name, found)}")
         case ["--figure", script]:
             print(figure(script, found))
         case _:

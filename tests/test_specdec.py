@@ -675,3 +675,17 @@ def test_no_option_hides_behind_a_field_of_the_same_name():
     taken = [(axis, row, k) for axis, rows in specdec.AXES.items() for row, fn in rows.items() for k in hyper(fn)
              if k in fields]
     assert not taken
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--config", "ead,tiny", "--init", "draft"], "another vocabulary than what --recipe chain_right makes"),
+    (["--config", "tiny", "--init", "draft", "--decode", "genarm"], "needs answers to score"),
+    (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5.0: none below 0"),
+    (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
+def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
+    if "draft" in argv:
+        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64),
+                  0), bytes_tokenizer(), shared_bases / "draft")
+    with pytest.raises(UserError, match=message):
+        run(*argv)
