@@ -1,6 +1,7 @@
 """Tests run from anywhere: the repository's root goes on the path, a test's out/ is a temporary folder."""
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,35 @@ def close(a, b, tol=1e-6):
 def rand(*shape, seed=0):
     """Normal float64 numbers, fixed by the seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tiny_model(vocab=8, layers=2, seed=0, context=64, eos=(), sharp=6.0):
+    """A random model of width 32, float64, whose next-token laws are far from uniform."""
+    from model import ModelConfig, init
+    model = init(ModelConfig(vocab_size=vocab, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
+                             num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=eos,
+                             max_position_embeddings=context, tie_word_embeddings=False), seed).double()
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(25)
+        model.lm_head.weight.mul_(sharp * 5)
+    return model.requires_grad_(False)
+
+
+def rule(name="fixed", **kw):
+    """A row of specdec.LENGTHS with its arguments bound, as configure() hands it to the script."""
+    from specdec import LENGTHS
+    return partial(LENGTHS[name], **{**data.run.hyper(LENGTHS[name]), **kw})
+
+
+def chi_square(counts, law):
+    """Pearson's test: (degrees of freedom, p); cells that expect fewer than five are one."""
+    assert counts.sum() > 0 and counts[law == 0].sum() == 0
+    expected = law * counts.sum()
+    big = expected >= 5
+    a, b = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts.double(), expected))
+    a, b = a[b > 1e-9], b[b > 1e-9]
+    half = torch.tensor((len(b) - 1) / 2, dtype=torch.float64)
+    return len(b) - 1, torch.special.gammaincc(half, ((a - b) ** 2 / b).sum() / 2).item()
 
 
 @pytest.fixture

@@ -3,15 +3,16 @@ import itertools
 import math
 from functools import partial
 
+import conftest
 import pytest
 import torch
-from conftest import close
+from conftest import chi_square, close, rule
 
 import specdec
 from data.crossvocab import NgramCache, Translated, carried, matches, spell, translate
-from data.run import UserError, hyper
+from data.run import UserError
 from data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer, train_bpe
-from model import ModelConfig, generate, init, prefill
+from model import ModelConfig, generate, prefill
 
 TEXT = ("the cat sat on the mat and the other cat sat there; then they thought of theories. "
         "caf\u00e9 na\u00efve \u20ac5 \u20ac6 \u20ac7 ") * 3
@@ -31,20 +32,8 @@ def words(*tokens):
 WORDS, LETTERS = words("a", "b", "c", "ab", "bc", "abc", "cc"), words("a", "b", "c")
 
 
-def tiny_model(vocab, seed=0, layers=1, context=256, sharp=6.0, eos=()):
-    """A random model, float64, whose next-token laws are far from uniform."""
-    model = init(ModelConfig(vocab_size=vocab, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
-                             num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=eos,
-                             max_position_embeddings=context, tie_word_embeddings=False), seed).double()
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(25)
-        model.lm_head.weight.mul_(sharp * 5)
-    return model.requires_grad_(False)
-
-
-def rule(name="fixed", **kw):
-    given = specdec.LENGTHS[name]
-    return partial(given, **{**hyper(given), **kw})
+def tiny_model(vocab, seed=0, layers=1, context=256, **kw):
+    return conftest.tiny_model(vocab, layers, seed, context, **kw)
 
 
 def drafter(target, draft, target_tok, draft_tok, sampling=GREEDY, cls=Translated, **kw):
@@ -342,16 +331,6 @@ def test_an_unknown_mode_is_named():
 # --- sampling -------------------------------------------------------------------------------------------
 
 
-def chi_square_p(counts, law):
-    """The p-value of Pearson's test; cells expected to hold fewer than five are one."""
-    expected = law * counts.sum()
-    big = expected >= 5
-    a, b = (torch.cat([x[big], x[~big].sum()[None]]) for x in (counts.double(), expected))
-    a, b = a[b > 1e-9], b[b > 1e-9]
-    stat = ((a - b) ** 2 / b).sum()
-    return torch.special.gammaincc(torch.tensor((len(b) - 1) / 2).double(), stat / 2).item()
-
-
 def law_of_three(target, prompt):
     """The target's law of the first three tokens, flat [V^3]."""
     V = target.config.vocab_size
@@ -388,24 +367,24 @@ def arena(sampling, cls=Translated, target_tok=WORDS, **kw):
 def test_samples_of_point_masses_have_the_target_s_law(sampling):
     target, d = arena(sampling)
     counts, tally = draws(target, d, [1, 5, 4], 20_000)
-    assert chi_square_p(counts, law_of_three(target, [1, 5, 4])) > 1e-3
+    assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] > 1e-3
     assert 0.02 < tally.acceptance < 0.9 and tally.proposed > 2000
 
 
 def test_drafting_with_the_numbers_of_the_test_fails_the_same_test():
     target, d = arena((1.0, 0, 1.0), Peeking)
     counts, _ = draws(target, d, [1, 5, 4], 5_000)
-    assert chi_square_p(counts, law_of_three(target, [1, 5, 4])) < 1e-6
+    assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] < 1e-6
 
 
 def test_q_of_strings_is_approximate_and_of_single_tokens_exact():
     target, d = arena((1.0, 0, 1.0), mode="ngram")
     counts, _ = draws(target, d, [1, 5, 4], 5_000)
-    assert chi_square_p(counts, law_of_three(target, [1, 5, 4])) < 1e-6   # what its docstring says
+    assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] < 1e-6   # what its docstring says
     target, d = arena((1.0, 0, 1.0), target_tok=words("a", "x", "b", "yz", "c", "w", "v"), mode="ngram")
     assert [*d.cache.strings] == [(1,), (2,), (3,)]
     counts, tally = draws(target, d, [1, 5, 4], 20_000)
-    assert chi_square_p(counts, law_of_three(target, [1, 5, 4])) > 1e-3
+    assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] > 1e-3
     assert 0.1 < tally.acceptance < 0.9
 
 
