@@ -16,7 +16,8 @@ preset      data                                       idea
 pretrain    stdlib: sources and prose, packed          next-token loss on every token
 pretrain_moe  stdlib, bytes                            ... of a small mixture of experts
 target      stdlib, bytes                              ... of eight narrow layers: a target of specdec.py
-draft64     stdlib, bytes                              ... of one layer of width 64; draft32: of 32
+draft64     stdlib, bytes                              ... of one layer of width 64
+draft32     stdlib, bytes                              ... of width 32
 target_docs  signatures, bytes                         target, fine-tuned: the target of one task
 sft         signatures: (signature, docstring) pairs   loss on the completion only, its EOS included
 arithmetic  column-wise addition, bytes                a verifiable task, from scratch

@@ -514,7 +514,7 @@ def run(*argv):
 
 
 def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
-    told = run(*TINY, "--steps", "40", "--batch", "8", "--eval_every", "20")
+    told = run(*TINY, "--draft", "1x32", "--steps", "40", "--batch", "8", "--eval_every", "20")
     out = capsys.readouterr().out
     assert told["overlap"] > told["start_overlap"] and told["kl"] < told["start_kl"]
     assert told["draft_same"] == told["lookup_same"] == 1 and told["draft_speedup"] > 0
