@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import specdec
 from conftest import chi_square, close, rand, rule, tiny_model
+from data import text
 from data.drafting import block_efficiency, speedup
 from data.run import UserError, configure, hyper
 from data.tokenizer import bytes_tokenizer
@@ -509,7 +511,19 @@ def test_acceptance_is_the_overlap_of_the_laws():
 # --- runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def few_repetitions(monkeypatch):
+    """Costs are measured twice, not thirty times: nothing here judges a speed."""
+    monkeypatch.setattr(specdec, "measure_costs", partial(specdec.measure_costs, repeats=2))
+
+
 def run(*argv):
+    """specdec.main, on thirty documents where the default is the whole standard library."""
+    names = dict(zip(argv, argv[1:])).get("--config", "").split(",")
+    if "--data" not in argv and not any("data" in specdec.PRESETS[x] for x in names):
+        if not Path("few.txt").exists():
+            Path("few.txt").write_text("<|endoftext|>".join(text.documents("stdlib", "train")[:60:2]))
+        argv = [*argv, "--data", "few.txt"]
     return specdec.main(list(argv))
 
 
@@ -649,7 +663,7 @@ def test_no_option_hides_behind_a_field_of_the_same_name():
 
 @pytest.mark.parametrize("argv, message", [
     (["--config", "ead,tiny", "--init", "draft"], "another vocabulary than what --recipe chain_right makes"),
-    (["--config", "tiny", "--init", "draft", "--decode", "genarm"], "needs answers to score"),
+    (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"], "needs answers to score"),
     (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5.0: none below 0"),
     (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
 def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
