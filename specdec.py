@@ -93,7 +93,6 @@ class Config:
     warmup: int = 30             # steps of linear warm-up
     clip: float = 1.0            # largest gradient norm
     ref_batch: int = 16          # rows a step of the reference draft, where --select reads one
-    ref_steps: int = 0           # its steps (0: as many as the draft's)
     refresh: int = 50            # steps between new samples, where --source samples
     eval_rows: int = 64          # held-out rows on which agreement is measured
     eval_every: int = 100        # steps between such measurements
@@ -254,6 +253,7 @@ class Small:
 
 # --- 5 the loop ---------------------------------------------------------------------------------------
 
+
 def fits(target, drafter, prompts, max_new, most):
     """The context that target and draft share; UserError where prompt, new tokens and draft do not fit it."""
     whole, longest = target.config.max_position_embeddings, max((len(p) for p in prompts), default=0)
@@ -381,8 +381,7 @@ def jsd(h, W, t, U, *, beta=0.5):
 
 def tvd(h, W, t, U):
     """½ Σ |p - q|: what acceptance loses itself."""
-    q, p = ((x @ w.to(x.dtype).T).float().softmax(-1) if x.dtype == torch.bfloat16 else (x @ w.T).softmax(-1)
-            for x, w in ((h, W), (t, U)))                                                # [N, V]
+    q, p = (kernels.wide(x @ w.to(x.dtype).T).softmax(-1) for x, w in ((h, W), (t, U)))  # [N, V] each
     return (q - p.detach()).abs().sum(-1) / 2
 
 
@@ -433,7 +432,7 @@ def head(row, c, corpus):
     return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
 
 
-def sampled(model, rows, c, generator, temperature=1.0):
+def sampled(model, rows, c, generator):
     """The rows with completions that the model samples, as long as --context allows. ours: at temperature 1,
     not at that of the decoding."""
     if not rows:
@@ -444,7 +443,7 @@ def sampled(model, rows, c, generator, temperature=1.0):
         raise UserError(f"--context {c.context}: a prompt of {max(map(len, prompts))} tokens leaves no room "
                         "for a completion; raise it")
     for i in range(0, len(prompts), 64):
-        roll = generate(model, prompts[i:i + 64], new, temperature=temperature, generator=generator)
+        roll = generate(model, prompts[i:i + 64], new, generator=generator)
         out += [(p, t[m > 0].tolist()) for p, t, m in zip(prompts[i:i + 64], roll.tokens, roll.mask)]
     return out
 
@@ -734,13 +733,12 @@ def train_draft(draft, target, tok, said, words, c, f, run):
     known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
     before, reference = agreement(target, draft, said, c, words), None
     if c.steps and "ref" in needs(f.select):
-        steps = c.ref_steps or c.steps
         plain = SimpleNamespace(**vars(f) | dict(select=every))
 
         def write(path):
             ref = copy.deepcopy(draft)
-            ticks = tqdm(range(steps), desc="reference", disable=None, leave=False)
-            teach(ref, target, None, rows, known, c, plain, run, steps, c.ref_batch, ticks, words)
+            ticks = tqdm(range(c.steps), desc="reference", disable=None, leave=False)
+            teach(ref, target, None, rows, known, c, plain, run, c.steps, c.ref_batch, ticks, words)
             save(ref, tok, path)
         reference = load(run.stage("reference", write), c.device)[0].requires_grad_(False)
         run.at = run.start

@@ -43,8 +43,8 @@ class NgramCache:
 
     Strings of one token come from the vocabularies. A longer one is added where, in text that is read, both
     ends of a target token are ends of draft tokens (ours: each round's commit is spelled by itself); a draft
-    without merges (bytes, characters) spells a token in one way, so that all are there from the beginning. The rows share it: what one has read may change what
-    another drafts, not the law of what it says.
+    without merges (bytes, characters) spells a token in one way, so that all are there from the beginning.
+    The rows share it: what one has read may change what another drafts, not the law of what it says.
 
     strings {(d, …): t};  starts: what longer strings begin with;  known: the t of strings;  direct {t: d};
     usable [W]: the d of strings;  read, hits: target tokens read, and those of them that were known by then
