@@ -50,6 +50,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,8 @@ import sft
 from data import kv, numerics, structure, text
 from data.formats import (bitmap_state, check_bits, column_scale, columns_state, mixed_state, mxfp4_state,
                           nm24_state, quantize)
-from data.run import (Claim, Run, UserError, checkpoint, cli, hyper, in_parts, launch, nearest, needs,
-                      peak_bytes)
+from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, checkpoint, cli, hyper,
+                      in_parts, launch, nearest, needs, peak_bytes)
 from kernels import PackedLinear, order_dtype, pack_armor, pack_int, pack_nm24, pack_vq, packed
 from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
                    token_logprobs)
@@ -80,16 +81,16 @@ class Config:
     smooth: str = "none"         # which row of SMOOTH goes before rtn or gptq
     cache: str = "full"          # which row of CACHES holds keys and values while the result is evaluated
     kd_steps: int = 300          # of distillation, over all stages of a method that cuts structure
-    kd_batch: int = 16           # its windows a step
-    kd_lr: float = 1e-3          # its peak learning rate
-    kd_loss: str = "kd_topk"     # its loss: a row of structure.LOSSES
-    samples: int = 64            # calibration windows
-    context: int = 128           # their tokens, and those of an evaluation window
-    windows: int = 256           # evaluation windows: consecutive, none overlaps, BOS at each document
+    kd_batch: Count = 16         # its windows a step
+    kd_lr: Positive = 1e-3       # its peak learning rate
+    kd_loss: Literal[*structure.LOSSES] = "kd_topk"  # its loss: a row of structure.LOSSES
+    samples: Count = 64          # calibration windows
+    context: Range("[2, inf)") = 128  # their tokens, and those of an evaluation window
+    windows: Count = 256         # evaluation windows: consecutive, none overlaps, BOS at each document
     sequential: bool = False     # statistics of a block from the compressed blocks before it
     outliers: float = 0.0        # first scale two channels of every norm up by this, the next layers down
     out: str = ""                # run folder (default out/compress/<presets>)
-    keep: int = 1                # checkpoints to keep
+    keep: Count = 1              # checkpoints to keep
     seed: int = 0                # of the calibration windows, a method's draws, and of a base:… model
     device: str = "auto"         # cpu or cuda
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
@@ -178,7 +179,7 @@ def dense(W):
     return W
 
 
-def magnitude(W, *, pattern="2:4", scope="matrix"):
+def magnitude(W, *, pattern="2:4", scope: Literal["matrix", "row"] = "matrix"):
     """|W|: no data."""
     return pruned(W * kept(W.abs(), pattern, scope), pattern)
 
@@ -213,7 +214,7 @@ def nowag_p(W, h, *, pattern="2:4"):
     return pruned(W * kept(normalise(W)[0] ** 2 * mend(h), pattern), pattern)
 
 
-def lowrank24(W, h, *, block=8):
+def lowrank24(W, h, *, block: Count = 8):
     """2:4 by NoWag-P, and the best B A of the rest weighted by √h, of as many numbers as ARMOR's wrappers.
 
     ours: the control that ARMOR's paper lacks."""
@@ -226,7 +227,7 @@ def lowrank24(W, h, *, block=8):
     return stored(W, (options, buffers))
 
 
-def dprune(W, H, grad, fisher, *, pattern="50%", lam=0.1, lr=1e-4):
+def dprune(W, H, grad, fisher, *, pattern="50%", lam=0.1, lr: Positive = 1e-4):
     """D-Pruner (2405.06275): what a domain needs and what the general model needs, in one score.
 
     G = W² / [H⁻¹]_mm of general text;  g' = g + 2 λ lr² G g F,  F the mean g²;  I = |g' W + (g' W)² / 2| of
@@ -258,7 +259,7 @@ def alive(W, H):
     return W * (H.diagonal() != 0)
 
 
-def sparsegpt(W, H, *, pattern="2:4", block=128, damp=0.01):
+def sparsegpt(W, H, *, pattern="2:4", block: Count = 128, damp: Positive = 0.01):
     """SparseGPT (2301.00774): columns in order; e = w_j/U_jj of what is cut goes to the columns behind.
 
     The mask is chosen by w²/U_jj², of updated weights: at every group of n:m, or once a block."""
@@ -337,7 +338,7 @@ def block_of(size, block):
     return fits[-1]
 
 
-def armor(W, h, generator, trace, *, block=8, iterations=300, lr=1e-3):
+def armor(W, h, generator, trace, *, block: Count = 8, iterations: Count = 300, lr: Positive = 1e-3):
     """ARMOR, 2510.05528: Adam on A, B, S, then core_step on one group a tile, drawn by the gradient's size.
 
     Starts at NoWag-P and never gets worse: an Adam step that raises the loss is taken back and lr halved
@@ -392,14 +393,15 @@ def armor(W, h, generator, trace, *, block=8, iterations=300, lr=1e-3):
 # --- 4 codes ------------------------------------------------------------------------------------------
 
 
-def rtn(W, *, bits=4, group=32, symmetric=False):
+def rtn(W, *, bits: Literal[2, 3, 4, 8] = 4, group: Range("[-1, inf)") = 32, symmetric=False):
     """Round to nearest, a scale and a zero for every `group` inputs of a row (formats.quantize)."""
     check_bits(bits, group)
     codes, scale, zero = quantize(W, bits, group, symmetric)
     return pack_int(codes, scale, zero, bits=bits, group=group)
 
 
-def gptq(W, H, *, bits=4, group=32, damp=0.01, act_order=False):
+def gptq(W, H, *, bits: Literal[2, 3, 4, 8] = 4,
+         group: Range("[-1, inf)") = 32, damp: Positive = 0.01, act_order=False):
     """GPTQ (2210.17323): columns in order; each one's rounding error goes to the columns behind it.
 
     Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN.
@@ -469,7 +471,7 @@ def widths_of(losses, bits, most=8):
     return width.clamp(max=most).int()
 
 
-def baq(W, H, *, bits=3, allocate=True, damp=0.01):
+def baq(W, H, *, bits: Range("[1, 8]") = 3, allocate=True, damp: Positive = 0.01):
     """BAQ (2506.05664): bits for each input column, so that all lose alike; one range a row, no groups.
 
     The losses are those of GPTQ at `bits` for all, whose widths become R_j. ours: whole bits (the paper
@@ -487,7 +489,8 @@ def baq(W, H, *, bits=3, allocate=True, damp=0.01):
     return stored(W, columns_state(codes, width, lo, hi))
 
 
-def mixed(W, h, generator, *, share=0.25, group=16, by="sensitivity"):
+def mixed(W, h, generator, *, share: Share = 0.25, group: Count = 16,
+          by: Literal["sensitivity", "range", "random"] = "sensitivity"):
     """2-bit groups, and 4 bits for the `share` of column groups that need them (after 2311.16442).
 
     sensitivity: mean h of the group times the mean squared range of its rows;  range: the latter alone;
@@ -513,7 +516,8 @@ def largest_power(n, most):
     return min(n & -n, 1 << most.bit_length() - 1)
 
 
-def w4a4(W, absmax, *, bits=4, act=4, group=32, block=0, wide=False, order=False, tau=5.0, rotate=0):
+def w4a4(W, absmax, *, bits: Literal[2, 3, 4, 8] = 4, act: Range("[2, 8]") = 4,
+         group: Range("[-1, inf)") = 32, block=0, wide=False, order=False, tau=5.0, rotate=0):
     """Weights and activations in few bits, both rounded; activations a token at a time (simulated).
 
     block: activations have a scale for every so many inputs, not for all. wide, COMET (2410.12168): blocks
@@ -595,7 +599,8 @@ def code_size(W, bits, dim):
     return dim
 
 
-def nowag_vq(W, h, generator, *, bits=2, dim=0, rounds=100, norms=True, weights=True):
+def nowag_vq(W, h, generator, *,
+             bits: Range("[1, 16]") = 2, dim=0, rounds: Count = 100, norms=True, weights=True):
     """NoWag-VQ (2504.14569): `dim` neighbours of the normalised weight as one of 2^(bits dim), weighted by h.
 
     norms False: of the weight itself;  weights False: unweighted;  both: plain k-means.
@@ -608,7 +613,8 @@ def nowag_vq(W, h, generator, *, bits=2, dim=0, rounds=100, norms=True, weights=
     return pack_vq(code.view(len(W), -1), C, r1, r2, inputs=W.size(1))
 
 
-def gptvq(W, H, generator, *, bits=2, dim=0, rounds=100, damp=0.01):
+def gptvq(W, H, generator, *,
+          bits: Range("[1, 16]") = 2, dim=0, rounds: Count = 100, damp: Positive = 0.01):
     """GPTVQ (2402.15319), one codebook a matrix: `dim` columns at a time, their error to the columns behind.
 
     k-means and assignment weigh an entry by 1/U_jj²; error E = (w - q) U_BB⁻¹. ours: no codebook update
@@ -735,7 +741,7 @@ def smooth_none(model, inputs, where, f):
 
 
 @torch.no_grad()
-def awq(model, inputs, where, f, *, points=20, clip=True):
+def awq(model, inputs, where, f, *, points: Count = 20, clip=True):
     """AWQ (2306.00978):  s = mean|x|^r / √(max min), the r of 0, 1/20 … whose rounded part errs least.
 
     The part is attention, the MLP or the layer itself, on the first calibration batch. Then (clip) each
@@ -792,7 +798,7 @@ def clip_groups(W, H, f):
 
 
 @torch.no_grad()
-def smoothquant(model, inputs, where, f, *, points=20):
+def smoothquant(model, inputs, where, f, *, points: Count = 20):
     """SmoothQuant+ (2312.03788):  s = max|x|^α / max|W|^(1-α),  one α for the whole model.
 
     α of 0, 1/20 … 1, or no smoothing, by the summed squared error of the blocks' outputs when the blocks
@@ -982,17 +988,22 @@ def open_model(c, f, folder):
                         "--outliers")
     if any(isinstance(m, PackedLinear) for m in model.modules()) or model.config.shaped:
         raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
-    if c.context > model.config.max_position_embeddings:
-        raise UserError(f"--context {c.context}: {c.init} takes "
-                        f"{model.config.max_position_embeddings} tokens at most; lower it")
     model.requires_grad_(False)
     if c.outliers:
         structure.spread_outliers(model, c.outliers)
     return model, tok
 
 
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    structural = "teacher" in needs(f.method)
+    fields = dict.fromkeys(("kd_steps", "kd_batch", "kd_lr", "kd_loss"), (structural, "methods that distil"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+
 def check_used(c, f):
-    """UserError for an option that this run would not read."""
+    """UserError for an option that this run would not read, and for all else that can be known before anything is
+    made: files and folders."""
     structural, pattern = "teacher" in needs(f.method), f.method.keywords.get("pattern", "2:4")
     m = pattern.partition(":")[2]
     kept(torch.zeros(1, max(1, int(m)) if m.isdigit() else 8), pattern)                  # written rightly?
@@ -1007,12 +1018,16 @@ def check_used(c, f):
                       ("domain", c.domain and "grad" not in needs(f.method))):
         if idle:
             raise UserError(f"--{key} {getattr(c, key)}: --method {c.method} does not read it; leave it out")
+    for name in filter(None, (c.data, c.domain)):
+        if name != "stdlib":
+            text.documents(name)
+    most = sft.find(c.init, c.config, make=False)
+    if c.context > most:
+        raise UserError(f"--context {c.context}: {c.init} takes {most} tokens at most; lower it")
 
 
 def train(c, f):
     """One run: load, calibrate and compress block by block, evaluate, save. -> the numbers of the table."""
-    if min(c.samples, c.context - 1, c.windows) < 1:
-        raise UserError("--samples and --windows must be positive, --context at least 2")
     check_used(c, f)
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
     kernels.use(c.kernels)
@@ -1184,7 +1199,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python compress.py …: see the docstring above, or --help."""
-    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the d
 Data     a world, or a JSONL of {"prompt", "chosen", "rejected"}, or for kto, bco of {"prompt", "completion",
          "label"}; one prompt in sixteen is held out. --init: a checkpoint's folder, or base:PRESET of sft.py
 """
+import contextlib
 import copy
 import hashlib
 import math
@@ -70,9 +71,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
@@ -80,10 +83,11 @@ import kernels
 import sft
 from data import prefs, tasks
 from data.judging import JUDGES, auroc
-from data.run import Claim, Run, UserError, batch_indices, cli, in_parts, launch, needs, read_log, report
+from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices, cli,
+                      in_parts, launch, needs, read_log, report)
 from data.sources import SOURCES, STATIC, demo, forget, per_prompt, row
 from data.text import CACHE
-from model import (ScalarModel, Transformer, autocast, collate, generate, load, save, sequence_score,
+from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save, sequence_score,
                    token_logprobs)
 from optim import COMBINE, cosine, optimiser, set_lr, shares
 
@@ -96,7 +100,7 @@ class Config:
     config: str = ""             # presets and TOML files, left to right
     data: str = "ring"           # a world (ring, toyif), or a JSONL of pairs or labelled completions
     rows: int = 0                # training pairs (0: 4000 of a world, or the whole file)
-    noise: float = 0.0           # share of a world's training labels that is flipped
+    noise: Share = 0.0           # share of a world's training labels that is flipped
     length_bias: float = 0.0     # what a token is worth to a world's annotators
     init: str = "base:ring"      # the SFT model: where the policy starts, and the reference
     context: int = 0             # longest pair in tokens (0: the model's)
@@ -107,22 +111,22 @@ class Config:
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
     combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
     credit: str = "gold"         # which row of CREDITS: T-REG's token rewards
-    anchor: str = "start"        # the reference: the start, or previous, the policy when its rows were made
+    anchor: Literal["start", "previous"] = "start"  # the reference: the start, or previous, the policy when its rows were made
     sft: float = 0.0             # weight of the chosen response's mean negative log-prob, beside any loss
-    refresh: int = 1             # steps between fresh rows of the sources that sample (4000 prompts at most)
+    refresh: Count = 1           # steps between fresh rows of the sources that sample (4000 prompts at most)
     steps: int = 200             # optimizer steps
-    batch: int = 64              # rows per optimizer step
-    micro: int = 64              # rows per forward pass: lower it if memory runs out, results do not change
-    optimiser: str = "adamw"     # adamw, or sgd where the size of a gradient is the point
-    lr: float = 5e-5             # peak learning rate, falling by a cosine
+    batch: Count = 64            # rows per optimizer step
+    micro: Count = 64            # rows per forward pass: lower it if memory runs out, results do not change
+    optimiser: Literal["adamw", "sgd"] = "adamw"  # adamw, or sgd where the size of a gradient is the point
+    lr: Positive = 5e-5          # peak learning rate, falling by a cosine
     warmup: int = 10             # steps of linear warm-up
-    clip: float = 1.0            # largest gradient norm
+    clip: Positive = 1.0         # largest gradient norm
     max_new: int = 0             # longest sample in tokens (0: the task says)
     kl: bool = False             # measure the KL to the start even if the loss reads no reference
-    eval_every: int = 50         # steps between evaluations on held-out prompts
-    eval_prompts: int = 512      # how many of each held-out split
-    save_every: int = 100        # steps between checkpoints
-    keep: int = 2                # checkpoints to keep
+    eval_every: Count = 50       # steps between evaluations on held-out prompts
+    eval_prompts: Count = 512    # how many of each held-out split
+    save_every: Count = 100      # steps between checkpoints
+    keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
     out: str = ""                # run folder (default out/dpo/<presets>)
     seed: int = 0                # of data, order and sampling
@@ -185,16 +189,16 @@ CURVES = {"loss": ["loss"], "log-ratios to the reference": ["chosen_ratio", "rej
 
 logs = F.logsigmoid
 
-def dpo(chosen_ratio, rejected_ratio, *, beta=0.1):
+def dpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """DPO, 2305.18290 eq. 7:  -log σ(β h),  h = chosen_ratio - rejected_ratio.   [B], [B] -> [B]"""
     return -logs(beta * (chosen_ratio - rejected_ratio))
 
-def cdpo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=0.1):
+def cdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
     """Conservative DPO:  -(1-e) log σ(βh) - e log σ(-βh);  stationary at βh = log((1-e)/e)."""
     z = beta * (chosen_ratio - rejected_ratio)
     return -(1 - flip) * logs(z) - flip * logs(-z)
 
-def rdpo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=0.1):
+def rdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
     """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e): DPO in expectation over flips.
 
     Unbounded below: it never stops pushing, and its own value means nothing. UserError unless e < 1/2."""
@@ -203,15 +207,15 @@ def rdpo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=0.1):
     z = beta * (chosen_ratio - rejected_ratio)
     return (-(1 - flip) * logs(z) + flip * logs(-z)) / (1 - 2 * flip)
 
-def ipo(chosen_ratio, rejected_ratio, *, tau=0.1):
+def ipo(chosen_ratio, rejected_ratio, *, tau: Positive = 0.1):
     """IPO, 2310.12036 eq. 17:  (h - 1/(2τ))²  of sums over tokens."""
     return (chosen_ratio - rejected_ratio - 1 / (2 * tau)) ** 2
 
-def ipo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, tau=0.1):
+def ipo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, tau: Positive = 0.1):
     """IPO on log-ratios per token: what its authors confirm that they ran."""
     return ipo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, tau=tau)
 
-def dpo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, beta=1.0):
+def dpo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, beta: Positive = 1.0):
     """Length-normalised DPO (Tülu 3, 2411.15124):  -log σ(β (d_w/n_w - d_l/n_l));  β some ten times DPO's."""
     return dpo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, beta=beta)
 
@@ -219,20 +223,21 @@ def hinge(chosen_ratio, rejected_ratio, *, gamma=0.05):
     """RSO's hinge-norm, 2309.06657:  max(0, 1 - γ h)."""
     return F.relu(1 - gamma * (chosen_ratio - rejected_ratio))
 
-def exo(chosen_ratio, rejected_ratio, *, beta=0.1, flip=1e-3):
+def exo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 1e-3):
     """EXO, 2402.00856:  KL((q, 1-q) || (1-e, e)),  q = σ(βh)."""
     z = beta * (chosen_ratio - rejected_ratio)
     q = torch.sigmoid(z)
     return q * (logs(z) - math.log(1 - flip)) + (1 - q) * (logs(-z) - math.log(flip))
 
-def flex(chosen_ratio, rejected_ratio, *, beta=0.1, beta_minus=0.02):
+def flex(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, beta_minus=0.02):
     """Flex-DPO (3D-properties, 2406.07327):  -log σ(β⁺ d_w - β⁻ d_l)."""
     return -logs(beta * chosen_ratio - beta_minus * rejected_ratio)
 
 F_PRIME = dict(forward_kl=lambda d, a: -torch.exp((-d).clamp(max=80)), js=lambda d, a: logs(d),
                alpha=lambda d, a: -torch.expm1((-a * d).clamp(max=80)) / a, reverse_kl=lambda d, a: d)
 
-def fdpo(chosen_ratio, rejected_ratio, *, beta=0.1, divergence="js", alpha=0.5):
+def fdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1,
+         divergence: Literal[*F_PRIME] = "js", alpha=0.5):
     """f-DPO, 2309.16240:  -log σ(β [f'(u_w) - f'(u_l)]),  u = e^d.
 
     f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1. Exponents stop at 80.
@@ -254,7 +259,8 @@ def margin_weight(margin, strongest=2.0, tau=2.0, sharpness=1.0):
     c = low + (strongest - low) / (1 + k * torch.exp(sharpness * (margin.abs() - tau)))
     return c, torch.where(margin > -tau, torch.exp(logs(c * margin) - logs(margin)), 1.0)
 
-def madpo(chosen_ratio, rejected_ratio, margin, *, beta=0.1, strongest=2.0, tau=6.906755, sharpness=1.0):
+def madpo(chosen_ratio, rejected_ratio, margin, *, beta: Positive = 0.1, strongest=2.0,
+          tau: Positive = 6.906755, sharpness=1.0):
     """MADPO, 2510.05342:  -w(m) log σ(βh): margin m = r_w - r_l of a judge; its target βh is c(m) m."""
     return margin_weight(margin, strongest, tau, sharpness)[1] * dpo(chosen_ratio, rejected_ratio, beta=beta)
 
@@ -262,8 +268,8 @@ def beta_dpo(chosen_ratio, rejected_ratio, beta_now, kept):
     """β-DPO, 2407.08639:  -log σ(β_batch h) on the kept pairs; `pace` sets both."""
     return -logs(beta_now * (chosen_ratio - rejected_ratio)) * kept
 
-def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos, rejected_eos, *, beta=0.1,
-           alpha=0.5, with_eos=True):
+def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos, rejected_eos, *,
+           beta: Positive = 0.1, alpha: Share = 0.5, with_eos=True):
     """LD-DPO, 2409.06411: DPO with weight α on the tokens beyond the shorter response's length.   [B, T]
 
     with_eos False leaves EOS out of both (ours): else the shorter side's EOS counts, the longer one's hardly.
@@ -276,8 +282,8 @@ def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos,
     return dpo(total(chosen_delta, chosen_mask, chosen_eos),
                total(rejected_delta, rejected_mask, rejected_eos), beta=beta)
 
-def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, rejected_credit, *, beta=0.1,
-         alpha=0.25):
+def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, rejected_credit, *,
+         beta: Positive = 0.1, alpha=0.25):
     """T-REG, 2412.02685:  DPO + α ω Σ_sides Σ_t -β r_t log π_t,  ω = σ(-βh) detached,  r_t in (-½, ½).
 
     credit [B, T]: r_t = σ(log π_ref(y_t|better prompt) - log π_ref(y_t|worse prompt)) - ½ (see `credits`)."""
@@ -286,7 +292,7 @@ def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, 
     return -logs(z) - alpha * torch.sigmoid(-z).detach() * beta * push
 
 def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight,
-             chosen_mask, rejected_mask, *, beta=0.1, reward_mask="map", kl_mask="map", l1=0.0):
+             chosen_mask, rejected_mask, *, beta: Positive = 0.1, reward_mask="map", kl_mask="map", l1=0.0):
     """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d KL(π_ref||π)_t.
 
     Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros): ones and
@@ -303,24 +309,24 @@ def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight
         size = size + (m_u.abs() + m_d.abs()).sum(1)
     return -logs(beta * out) + l1 * size
 
-def bco_pair(chosen_ratio, rejected_ratio, *, beta=0.1):
+def bco_pair(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """BCO without its shift, 2404.04656:  -log σ(β d_w) - log σ(-β d_l) >= DPO."""
     return -logs(beta * chosen_ratio) - logs(-beta * rejected_ratio)
 
-def nca(chosen_ratio, rejected_ratio, *, beta=0.1):
+def nca(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """NCA, 2402.05369:  -log σ(β d_w) - ½ log σ(-β d_w) - ½ log σ(-β d_l)."""
     return (-logs(beta * chosen_ratio) - 0.5 * logs(-beta * chosen_ratio)
             - 0.5 * logs(-beta * rejected_ratio))
 
-def apo_zero(chosen_ratio, rejected_ratio, *, beta=0.1):
+def apo_zero(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """APO-zero, 2408.06266:  1 - σ(β d_w) + σ(β d_l): for chosen responses better than the model."""
     return 1 - torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
-def apo_down(chosen_ratio, rejected_ratio, *, beta=0.1):
+def apo_down(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """APO-down, 2408.06266:  σ(β d_w) + 1 - σ(β h): for chosen responses worse than the model."""
     return torch.sigmoid(beta * chosen_ratio) + 1 - torch.sigmoid(beta * (chosen_ratio - rejected_ratio))
 
-def simpo(chosen_mean, rejected_mean, *, beta=2.0, gamma=1.0):
+def simpo(chosen_mean, rejected_mean, *, beta: Positive = 2.0, gamma=1.0):
     """SimPO, 2405.14734 eq. 6:  -log σ(β (a_w - a_l) - γ),  a = mean log-prob."""
     return -logs(beta * (chosen_mean - rejected_mean) - gamma)
 
@@ -338,19 +344,19 @@ def slic_hf(chosen_logp, rejected_logp, *, delta=1.0, lam=0.5):
     """SLiC-HF, 2305.10425:  max(0, δ - log π_w + log π_l) - λ log π_w; the SFT target is the chosen one."""
     return F.relu(delta - chosen_logp + rejected_logp) - lam * chosen_logp
 
-def kto(ratio, good, z0, *, beta=0.1, desirable=1.0, undesirable=1.0):
+def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
     """KTO, 2402.01306:  λ_D (1 - σ(β(d - z0))) if good, else λ_U (1 - σ(β(z0 - d))).   [B]
 
     z0: the batch's KL on mismatched pairs, see `mismatch`."""
     return torch.where(good > 0, desirable * (1 - torch.sigmoid(beta * (ratio - z0))),
                        undesirable * (1 - torch.sigmoid(beta * (z0 - ratio))))
 
-def bco(ratio, good, reward_shift, *, beta=0.1):
+def bco(ratio, good, reward_shift, *, beta: Positive = 0.1):
     """BCO, 2404.04656:  -log σ(βd - δ) if good, else -log σ(δ - βd);  δ from `shift`."""
     z = beta * ratio - reward_shift
     return -logs(torch.where(good > 0, z, -z))
 
-def npo(ratio, good, mean, *, beta=0.1, retain=1.0):
+def npo(ratio, good, mean, *, beta: Positive = 0.1, retain=1.0):
     """NPO, 2404.05868:  (2/β) softplus(β d) on what to forget (not good), -retain mean log π on the rest."""
     return torch.where(good > 0, -retain * mean, 2 / beta * F.softplus(beta * ratio))
 
@@ -358,7 +364,7 @@ def ga(logp, good, mean, *, retain=1.0):
     """Gradient ascent, NPO's limit β -> 0:  log π on what to forget, -retain mean log π on the rest."""
     return torch.where(good > 0, -retain * mean, logp)
 
-def lipo(list_ratio, labels, *, beta=0.1):
+def lipo(list_ratio, labels, *, beta: Positive = 0.1):
     """LiPO-λ, 2402.01878:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] -> [B]
 
     Δ_ij = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|, τ the rank by s now, from 1; no gradient through Δ.
@@ -370,7 +376,7 @@ def lipo(list_ratio, labels, *, beta=0.1):
     wins = (labels[:, :, None] > labels[:, None]).float()                                # [B, K, K]
     return (wins * delta * F.softplus(-(s[:, :, None] - s[:, None]))).sum((1, 2))
 
-def list_mle(list_ratio, labels, *, beta=0.1):
+def list_mle(list_ratio, labels, *, beta: Positive = 0.1):
     """Plackett-Luce on the ranking by label:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] -> [B]"""
     s = (beta * list_ratio).gather(1, labels.argsort(1, descending=True))                # [B, K], best first
     return (s.flip(1).logcumsumexp(1).flip(1) - s).sum(1)
@@ -389,29 +395,30 @@ def pro(list_mean, list_logp, labels, *, weight=0.05):
         out = out + torch.logsumexp(torch.cat([own, a[:, k + 1:] * gap], 1), 1) - own[:, 0]
     return out - weight * (n - 1) ** 2 * logp[:, 0]
 
-def logo(list_mean, *, beta=2.5, gamma=0.25, lam=0.1):
+def logo(list_mean, *, beta: Positive = 2.5, gamma=0.25, lam=0.1):
     """LOGO, 2410.18533:  -log σ(β (a_w - mean_j a_j) - γ) - λ a_w; the first of the list is the winner."""
     a = list_mean[:, 0]
     return -logs(beta * (a - list_mean[:, 1:].mean(1)) - gamma) - lam * a
 
-def objectives(chosen_ratio, rejected_ratio, signs, *, beta=0.1):
+def objectives(chosen_ratio, rejected_ratio, signs, *, beta: Positive = 0.1):
     """One DPO loss an objective: -log σ(β s h), 0 where it has no opinion.   signs [B, M] -> [B, M]
 
     s = 1: it prefers the chosen response, -1: the rejected one (RACO, 2602.02495)."""
     return -logs(beta * signs * (chosen_ratio - rejected_ratio)[:, None]) * (signs != 0)
 
-def sppo(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta=0.1):
+def sppo(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
     """SPPO, 2405.00675:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]
 
     β: ours; the paper's 0.001 asks for log-ratios of hundreds of nats."""
     return 0.5 * ((chosen_ratio - (chosen_win - 0.5) / beta) ** 2
                   + (rejected_ratio - (rejected_win - 0.5) / beta) ** 2)
 
-def sppo_hard(chosen_ratio, rejected_ratio, *, beta=0.1):
+def sppo_hard(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """SPPO with P = 1 and 0."""
     return sppo(chosen_ratio, rejected_ratio, 1.0, 0.0, beta=beta)
 
-def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *, eta=0.3, tau=0.1):
+def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *, eta: Positive = 0.3,
+         tau: Positive = 0.1):
     """INPO, 2407.00617:  (h_t - 1/(2η))²,  h_t = (τ/η) h + (1 - τ/η) h against π_t.   0 < τ <= η
 
     That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are ours in
@@ -421,31 +428,31 @@ def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *
     h, before = chosen_ratio - rejected_ratio, chosen_prev_ratio - rejected_prev_ratio
     return (tau / eta * h + (1 - tau / eta) * before - 1 / (2 * eta)) ** 2
 
-def dno(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta=0.1):
+def dno(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
     """DNO's exact step, 2404.03715:  DPO with the soft label σ(r_w - r_l),  r = win rate against π_t."""
     q, z = torch.sigmoid(chosen_win - rejected_win), beta * (chosen_ratio - rejected_ratio)
     return -q * logs(z) - (1 - q) * logs(-z)
 
-def nash_md(logp, ratio, win, *, tau=0.1):
+def nash_md(logp, ratio, win, *, tau: Positive = 0.1):
     """Nash-MD-PG, 2312.00886:  -[P(y > y') - ½ - τ d] log π(y), bracket detached; sums over tokens.   [B]"""
     return -(win - 0.5 - tau * ratio).detach() * logp
 
-def nash_mp(logp, ratio, prev_ratio, win, *, tau=0.1, eta=0.2):
+def nash_mp(logp, ratio, prev_ratio, win, *, tau: Positive = 0.1, eta: Positive = 0.2):
     """Nash-MP, 2505.19731: policy gradient of the proximal step.   [B]
 
     -[(P(y > opponent) - ½)/τ - d - d_prev/η] log π(y), bracket detached, times τ to keep nash_md's scale;
     d against the reference, d_prev against π_k."""
     return -(win - 0.5 - tau * (ratio + prev_ratio / eta)).detach() * logp
 
-def xpo(chosen_ratio, rejected_ratio, other_logp, *, beta=0.1, alpha=1e-5):
+def xpo(chosen_ratio, rejected_ratio, other_logp, *, beta: Positive = 0.1, alpha=1e-5):
     """XPO, 2405.21046:  DPO + α log π(ỹ),  ỹ ~ π_ref: optimism lowers what is covered already."""
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + alpha * other_logp
 
-def selm(chosen_ratio, rejected_ratio, other_ratio, *, beta=0.1, alpha=0.001):
+def selm(chosen_ratio, rejected_ratio, other_ratio, *, beta: Positive = 0.1, alpha=0.001):
     """SELM, 2405.19332:  DPO + α β d(ỹ),  ỹ the last iterate's greedy response."""
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + alpha * beta * other_ratio
 
-def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta=0.1, lam=1e-3):
+def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta: Positive = 0.1, lam=1e-3):
     """HyPO, 2406.01462:  DPO + λ Σ_i c_i log π(y_i) / k: KL(π||π_ref) on the policy's own samples.   [B]
 
     The list's first two sides are the pair; c_i = d_i - mean of the others (RLOO), detached."""
@@ -454,7 +461,8 @@ def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta=0.1, lam=1
     c = (d - d.mean(1, keepdim=True)) * k / (k - 1)
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + lam * (c * logp).mean(1)
 
-def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *, beta=0.1, tau=0.1):
+def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *, beta: Positive = 0.1,
+        tau: Positive = 0.1):
     """MPO, 2403.19443: DPO on easy rows; on hard ones the policy gradient of two samples.   [B]
 
     With k = 2 RLOO's advantages are ±A, A = gain - τ (d_1 - d_2): -½ A (log π_1 - log π_2). ours: the paper
@@ -476,7 +484,8 @@ def none():
     """Nothing: the loss reads its own row only."""
     return {}
 
-def pace(gap, memory, generator, *, beta=0.1, a=0.6, drop=0.2, momentum=0.9):
+def pace(gap, memory, generator, *, beta: Positive = 0.1, a=0.6, drop: Fraction = 0.2,
+         momentum: Fraction = 0.9):
     """β-DPO's β_batch and the pairs kept, 2407.08639.   gap [B] = h, not times β -> beta_now [B], kept [B]
 
     β_batch = max(1e-3, β (1 + a (mean kept gap - M0))); (1 - drop) B pairs are kept, drawn with weights
@@ -493,7 +502,7 @@ def pace(gap, memory, generator, *, beta=0.1, a=0.6, drop=0.2, momentum=0.9):
     beta_now = max(1e-3, beta * (1 + a * ((gap * pick).sum().item() / n - mean)))
     return dict(beta_now=torch.full_like(gap, beta_now), kept=pick * len(gap) / n)
 
-def shift(ratio, good, memory, *, beta=0.1, decay=0.99):
+def shift(ratio, good, memory, *, beta: Positive = 0.1, decay: Fraction = 0.99):
     """BCO's δ = ½ (mean β d of the good + of the others), a moving average from the first batch on."""
     sides = [beta * ratio[which].mean().item() for which in (good > 0, good <= 0) if which.any()]
     now = sum(sides) / len(sides)
@@ -618,11 +627,39 @@ def needs_reference(c, f):
     return (c.kl or bool(reads(f) & {"ratio", "delta", "kl", "weight"}) or c.source in ("mixture", "explore")
             or "credit" in reads(f) and c.credit == "prompts" or c.judge == "duel")
 
-def check(c, f, world):
-    """UserError for rows of the config that do not go together, before anything is made."""
+def judges(c, f):
+    """{"judge": folder} or {"strong", "weak"} of the models that this run's judge reads; {} for one that needs none,
+    or that no row of this run is shown to."""
+    names = needs(f.judge)
+    if "judged" in names:
+        return dict(judge=c.judge)
+    shown = c.source not in STATIC or "margin" in needs(f.loss)
+    return {k: f.judge.keywords[k] or c.init for k in ("strong", "weak")} if "density" in names and shown else {}
+
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
     names, static = needs(f.loss), c.source in STATIC
-    if c.anchor not in ("start", "previous"):
-        raise UserError(f"--anchor {c.anchor}: choose start or previous")
+    fields = dict(
+        noise=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
+        length_bias=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
+        judge=(not static or "margin" in names, "sources that sample, and losses that read a margin"),
+        combine=("signs" in names, "--loss objectives"), credit=("credit" in reads(f), "--loss treg"),
+        refresh=(not static, "sources that sample"),
+        anchor=(needs_reference(c, f), "losses that read a reference"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+def check(c, f, world):
+    """UserError for rows of the config that do not go together, and for all else that can be known before
+    anything is made: files and folders."""
+    names, static = needs(f.loss), c.source in STATIC
+    if world is None and not (c.source == "labels" and prefs.load_labels(c.data)):
+        prefs.check_pairs(c.data)
+    sft.find(c.init, c.config, make=False)
+    for key, path in judges(c, f).items():
+        if key == "judge":
+            peek(path, scalar=True, option="--judge")
+        else:
+            sft.find(path, c.config, make=False)
     if static and (c.anchor == "previous" or "prev_ratio" in reads(f)):
         raise UserError(f"--source {c.source}: its rows are made once, so there is no previous policy; "
                         f"use --anchor start, and a loss without one")
@@ -708,14 +745,16 @@ def fingerprint(rows, model, dtype):
 def cached_logprobs(s, rows, model):
     """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once, ever."""
     path = CACHE / f"reference-{fingerprint(rows, model, s.c.dtype)}.safetensors"
-    if path.exists():
+    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):          # absent, or broken
+        out = list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
         s.say(f"  reference log-probs: {path}")
-        return list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
+        return out
     out = response_logprobs(s, rows, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-    save_file(dict(logp=torch.cat(out)), tmp)
-    tmp.replace(path)
+    with contextlib.suppress(OSError, SafetensorError):                                  # it costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+        save_file(dict(logp=torch.cat(out)), tmp)
+        tmp.replace(path)
     return out
 
 def reference(s):
@@ -868,14 +907,10 @@ def open_models(c, f, folder, last):
     if not isinstance(policy, Transformer):
         raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
     models = {"start": load(folder, c.device)[0].requires_grad_(False)} if needs_reference(c, f) else {}
-    paths = {}
-    if "judged" in needs(f.judge):
-        paths["judge"] = c.judge
-    if "density" in needs(f.judge) and (c.source not in STATIC or "margin" in needs(f.loss)):
-        paths = {k: sft.find(f.judge.keywords[k] or c.init, c.config, device=c.device)
-                 for k in ("strong", "weak")}
-        if paths["strong"] == paths["weak"]:
-            raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a tie")
+    paths = {k: path if k == "judge" else sft.find(path, c.config, device=c.device)
+             for k, path in judges(c, f).items()}
+    if paths and paths.get("strong") == paths.get("weak") and "judge" not in paths:
+        raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a tie")
     for name, path in paths.items():
         models[name], other = load(path, c.device)
         models[name].requires_grad_(False)
@@ -977,6 +1012,8 @@ def tell(x, rows):
 
 def train(c, f):
     """One run: load, make rows, score, update, tell. -> the last evaluation and the start's (start_…)."""
+    world = tasks.task(c.data) if c.data in prefs.WORLDS else None
+    check(c, f, world)
     folder = sft.find(c.init, c.config, seed=c.seed, device=c.device)    # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
@@ -989,8 +1026,7 @@ def train(c, f):
                             stage=0, taken=0, seen=seen)
         s.sample, s.compare, s.extend = (partial(fn, s) for fn in (sample, compare, extend))
         s.copy = partial(frozen, policy)
-        s.world = tasks.task(c.data) if c.data in ("ring", "toyif") else None
-        check(c, f, s.world)
+        s.world = world
         s.data, s.labels, held, prompts = open_data(s, c)
         if s.world:
             problems = s.world.problems("train", 4096, 1000 + c.seed)
@@ -1004,9 +1040,7 @@ def train(c, f):
             raise UserError(f"the longest prompt has {width} tokens: no room for a response in the context "
                             f"of {context}; shorten it, or raise --context")
         opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
-               else torch.optim.SGD(policy.parameters(), c.lr) if c.optimiser == "sgd" else None)
-        if opt is None:
-            raise UserError(f"--optimiser {c.optimiser}: choose adamw or sgd")
+               else torch.optim.SGD(policy.parameters(), c.lr))
         if "start" in models:
             for rows in held.values():
                 for r, x in zip(rows, response_logprobs(s, rows, models["start"])):
@@ -1053,6 +1087,7 @@ def train(c, f):
             run.log(step + 1, **told, norm=norm, **{k: v for k, v in s.seen.items() if v},
                     t_rows=t_rows, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                run.check(step + 1, policy)
                 scores, look = evaluate(s, sets, held)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
@@ -1185,7 +1220,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python dpo.py …: see the docstring above, or --help."""
-    return launch("dpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("dpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

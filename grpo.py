@@ -62,6 +62,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +71,8 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import curricula, tasks
-from data.run import (Claim, Run, UserError, batch_indices, check_first_ratio, cli, in_parts, launch, needs,
-                      read_log, report)
+from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices, check_first_ratio, cli,
+                      in_parts, launch, needs, read_log, report)
 from data.shaping import SHAPERS, TRIMS, among_correct, flipped
 from model import Rollout, Transformer, autocast, collate, generate, load, save, token_logprobs
 from optim import optimiser, set_lr
@@ -89,8 +90,8 @@ class Config:
     teacher: str = ""            # a better model with the same tokenizer, for the methods that learn from one
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     reward: str = "task"         # task, similarity, pattern, or PATH.py:FUNCTION (problem, text, finished)
-    noise: float = 0.0           # rewards flipped with this probability …
-    noise_level: str = "group"   # … drawn once per group, or per response
+    noise: Share = 0.0           # rewards flipped with this probability …
+    noise_level: Literal["group", "response"] = "group"  # … drawn once per group, or per response
     twins: bool = False          # the second half of a batch is the first in other words
     trim: str = "whole"          # which row of TRIMS
     shaper: str = "plain"        # which row of SHAPERS
@@ -102,29 +103,29 @@ class Config:
     weight: str = "sequence_mean"  # which row of WEIGHTS
     filter: str = "every"        # which row of FILTERS
     steps: int = 60              # rollout-and-update iterations
-    prompts: int = 16            # groups per iteration
-    samples: int = 8             # responses per group
-    minibatches: int = 4         # optimizer steps per rollout, of whole groups
-    micro: int = 64              # responses per forward pass, at least a group: lower it if memory runs out
-    rounds: int = 10             # how often a filter may ask for more groups
-    pool: int = 400              # training prompts, visited again and again
+    prompts: Count = 16          # groups per iteration
+    samples: Count = 8           # responses per group
+    minibatches: Count = 4       # optimizer steps per rollout, of whole groups
+    micro: Count = 64            # responses per forward pass, at least a group: lower it if memory runs out
+    rounds: Count = 10           # how often a filter may ask for more groups
+    pool: Count = 400            # training prompts, visited again and again
     screen: int = 0              # drop prompts that so many first samples never solve (0: keep all)
     hints: int = 0               # samples to measure each set of hints with (0: no hints)
     reweigh: float = 0.0         # RECAP's temperature for the weights of a mixture's tasks (0: all alike)
     seek: int = 0                # LatentSeek on so many held-out prompts after training
-    lr: float = 1e-4             # AdamW's, constant after the warm-up
+    lr: Positive = 1e-4          # AdamW's, constant after the warm-up
     warmup: int = 0              # iterations of linear warm-up
     entropy: float = 0.0         # coefficient of an entropy bonus
     kl_reward: float = 0.0       # KL in the reward: β k1 to the reference, nats per response
     lag: int = 0                 # rollouts come from the policy of so many iterations ago
-    temperature: float = 1.0     # of sampling and, the same, of every log-prob
+    temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
     at_entropy: float = 0.0      # choose the temperature at which the first entropy is this (0: as given)
     max_new: int = 0             # longest response in tokens (0: the task says)
-    eval_every: int = 20         # iterations between evaluations on held-out prompts
-    eval_prompts: int = 256      # how many of each held-out split
-    eval_samples: int = 4        # samples of each: pass@k and maj@k
-    save_every: int = 20         # iterations between checkpoints
-    keep: int = 2                # checkpoints to keep
+    eval_every: Count = 20       # iterations between evaluations on held-out prompts
+    eval_prompts: Count = 256    # how many of each held-out split
+    eval_samples: Count = 4      # samples of each: pass@k and maj@k
+    save_every: Count = 20       # iterations between checkpoints
+    keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this iteration (0: no); --resume goes on
     out: str = ""                # run folder (default out/grpo/<presets>)
     seed: int = 0                # of SFT, prompts and sampling
@@ -250,7 +251,7 @@ def whitened(shaped, mask):
     return whiten(centred(shaped, mask), mask)
 
 
-def distilled(old_logp, teach_logp, base_logp, mask, *, lam=1.0, most=10.0):
+def distilled(old_logp, teach_logp, base_logp, mask, *, lam=1.0, most: Positive = 10.0):
     """G-OPD (2602.12125): the token reward λ log π_T/π_base with a KL of weight 1; λ 1: log π_T/π_old."""
     return (lam * (teach_logp - base_logp).clamp(-most, most) - (old_logp - base_logp)) * mask
 
@@ -265,7 +266,7 @@ def potential(acc, conf):
     return 1.5 * acc * conf + 0.5 * acc - conf
 
 
-def stepwise(shaped, mask, step, acc, conf, probed, *, alpha=0.5, xi=0.5, full=0.9, white=True):
+def stepwise(shaped, mask, step, acc, conf, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9, white=True):
     """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch's tokens.
 
     f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over the batch)
@@ -297,7 +298,9 @@ def step_returns(p, probed, rule="clip_delta", eta=0.9):
     return r.flip(1).cumsum(1).flip(1) * probed
 
 
-def process_returns(shaped, mask, step, process, probed, *, rule="clip_delta", eta=0.9, scale=1.0, bug=0.0):
+def process_returns(shaped, mask, step, process, probed, *,
+                    rule: Literal["sum", "clip", "delta", "clip_delta"] = "clip_delta", eta=0.9,
+                    scale=1.0, bug=0.0):
     """Process rewards (2410.15115): the outcome and the return of the token's step, whitened over the batch.
 
     process [N, K]: a score of each step; bug: what a faulty scorer adds to each, which a plain sum invites to
@@ -324,7 +327,7 @@ def overconfident(adv, old_logp, ref_logp, mask, *, alpha=1.0):
     return torch.where(adv < 0, adv * (1 + alpha * F.softplus(shift)[:, None]), adv)
 
 
-def too_long(adv, correct, length, *, base=1.1):
+def too_long(adv, correct, length, *, base: Positive = 1.1):
     """APO's STCR (2506.21655): A (2 - b^-(L - μ)) for wrong responses longer than the correct mean μ."""
     mean, _ = among_correct(length, correct)                                             # [P, 1]
     over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
@@ -346,7 +349,7 @@ def ratio_of(logp, old_logp, most=20.0):
     return (logp - old_logp).clamp(-most, most).exp()
 
 
-def clip(logp, old_logp, adv, *, eps=0.2, eps_high=0.0, dual=0.0):
+def clip(logp, old_logp, adv, *, eps: Positive = 0.2, eps_high=0.0, dual=0.0):
     """PPO's (1707.06347 eq. 7): max(-A ρ, -A clip(ρ, 1-ε, 1+ε)); eps_high: an upper ε of its own (DAPO).
 
     dual > 1: where A < 0 the loss is at most -A dual (dual clip, 1912.09729).
@@ -361,17 +364,17 @@ def reinforce(logp, adv):
     return -adv * logp
 
 
-def stale(logp, behaviour_logp, adv, *, most=4.0):
+def stale(logp, behaviour_logp, adv, *, most: Positive = 4.0):
     """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
     return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
 
 
-def clip_stale(logp, behaviour_logp, adv, *, eps=0.2, eps_high=0.0):
+def clip_stale(logp, behaviour_logp, adv, *, eps: Positive = 0.2, eps_high=0.0):
     """PPO's clip around the policy μ that generated, however old: a control for AIPO."""
     return clip(logp, behaviour_logp, adv, eps=eps, eps_high=eps_high)
 
 
-def anchored(logp, old_logp, teach_logp, adv, *, alpha=0.5, eps=0.2):
+def anchored(logp, old_logp, teach_logp, adv, *, alpha: Share = 0.5, eps: Positive = 0.2):
     """RLAD (2602.22495): PPO's clip around π_old^α π_T^(1-α).   log r = α log π/π_old + (1-α) log π/π_T"""
     return clip(logp, alpha * old_logp + (1 - alpha) * teach_logp, adv, eps=eps)
 
@@ -391,7 +394,7 @@ def kl_cov(logp, old_logp, adv, chosen, *, coef=1.0):
     return -adv * ratio_of(logp, old_logp) + coef * chosen * size
 
 
-def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau=10.0):
+def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau: Positive = 10.0):
     """DRPO (2510.04474): -J = -(Σ w s - τ log mean exp(s/τ)) of a group, s a response's mean log-prob.
 
     w over the correct ones ∝ exp((1 - L/C) / λ), the soft maximum over the wrong; 0 without either. chosen:
@@ -434,7 +437,7 @@ def nothing(mask):
     return torch.zeros_like(mask)
 
 
-def band(now, old_logp, adv, mask, generator, *, ratio=2e-3, low=0.5, high=5.0, eps=1.0):
+def band(now, old_logp, adv, mask, generator, *, ratio: Share = 2e-3, low=0.5, high=5.0, eps=1.0):
     """Clip-Cov's: max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not clip."""
     rho, cov = ratio_of(now, old_logp), covariance(now, adv, mask)
     clipped = -adv * rho.clamp(1 - eps, 1 + eps) > -adv * rho
@@ -444,14 +447,14 @@ def band(now, old_logp, adv, mask, generator, *, ratio=2e-3, low=0.5, high=5.0, 
     return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
 
 
-def top(now, adv, mask, *, ratio=2e-3):
+def top(now, adv, mask, *, ratio: Share = 2e-3):
     """KL-Cov's: the max(1, ratio n) tokens of the highest covariance."""
     cov = covariance(now, adv, mask).masked_fill(mask < 1, -torch.inf).flatten()
     picked = cov.topk(max(1, int(ratio * mask.sum()))).indices
     return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
 
 
-def hinge(now, old_logp, mask, groups, *, beta=10.0, delta=1e-4):
+def hinge(now, old_logp, mask, groups, *, beta: Positive = 10.0, delta: Positive = 1e-4):
     """DRPO's trust region: max(β (KL - δ), 0) KL, KL the tokens' mean of log π_old/π; the factor without
     gradient, spread so that the sum over tokens, divided by the groups, is the penalty."""
     n = mask.sum()
@@ -494,7 +497,7 @@ def by_difficulty(logp, ref_logp, adv, correct, *, beta=1e-3):
     return k3(logp, ref_logp, beta=beta) * torch.where(adv > 0, w, torch.ones_like(w))
 
 
-def flattened(logp, flat_logp, *, beta=0.01, most=5.0):
+def flattened(logp, flat_logp, *, beta=0.01, most: Positive = 5.0):
     """RAPO (2510.03865): forward KL to π_ref^φ, w log w - w + 1, w = π_ref^φ/π.   β ours (unknown)
 
     flat_logp [n, T]: log-probs under the reference at temperature 1/φ, φ = (1 + R) / 2 of the response.
@@ -560,7 +563,7 @@ def mixed_shaped(shaped):
     return shaped.std(1) > 1e-6
 
 
-def steady(shaped, usual, *, ratio=0.5):
+def steady(shaped, usual, *, ratio: Share = 0.5):
     """RLPR's (2506.18254): groups whose std is at least ratio times the usual one; never none."""
     std = shaped.std(1)
     return (std >= ratio * usual) | (std == std.max())
@@ -854,8 +857,18 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     return told
 
 
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
+    fields = dict(teacher=("teach_logp" in asked, "methods that learn from one: kdrl, rlad, opd"),
+                  noise_level=(c.noise, "--noise above 0"), rounds=(c.filter != "every", "a --filter"),
+                  chooser=("chosen" in asked, "--surrogate clip_cov, kl_cov or drpo"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+
 def check(c, f, task):
-    """The names of everything that the functions ask for; UserError where parts do not fit together."""
+    """The names of everything that the functions ask for; UserError where parts do not fit together, and for
+    all else that can be known before anything is made: files, folders, the user's reward."""
     asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
     asked |= {name for name, want in dict(stated=c.noise, objective=c.reweigh).items() if want}
     parts = getattr(task, "parts", [task])
@@ -865,29 +878,31 @@ def check(c, f, task):
     compares = c.advantage in ("group", "centred", "rloo", "whitened") or c.filter != "every"
     for wrong, words in (
             ("teach_logp" in asked and not c.teacher, "it learns from a teacher: give --teacher CHECKPOINT"),
-            (c.temperature <= 0, f"--temperature {c.temperature}: the policy samples: it must be positive"),
-            (min(c.prompts, c.minibatches, c.eval_samples, c.lag + 1) < 1,
-             "--prompts, --minibatches and --eval_samples must be at least 1, --lag at least 0"),
             (c.samples < 2 and compares, f"--samples {c.samples}: a group needs two responses to compare"),
             (c.prompts % max(1, c.minibatches),
              f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole groups"),
-            (c.noise_level not in ("group", "response") or not 0 <= c.noise <= 1,
-             "--noise is a probability, and --noise_level group or response"),
             (c.twins and (c.prompts % 2 or c.filter != "every"), "--twins: even --prompts, --filter every"),
             (c.reweigh and c.surrogate == "drpo", "--reweigh weighs tokens, and --surrogate drpo has groups"),
             (lacks, f"this method needs a task with {lacks}, see data/chains.py; {task.name} has none"),
             (answers and task.metric != "accuracy", f"this method asks for answers: {task.name} has none")):
         if wrong:
             raise UserError(words)
+    tasks.scorer(c.reward, task)
+    for name in filter(None, c.watch.split(",")):
+        tasks.check_data(name, is_text=False)
+    sft.find(c.init, c.config, make=False)
+    if "teach_logp" in asked:
+        sft.find(c.teacher, c.config, make=False)
     return asked
 
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
+    tasks.check_data(c.data, is_text=False)
     task = tasks.task(c.data)
     asked = check(c, f, task)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
-    teacher = sft.find(c.teacher, c.config, device=c.device) if c.teacher else ""
+    teacher = sft.find(c.teacher, c.config, device=c.device) if "teach_logp" in asked else ""
     kernels.use(c.kernels)
     with Run(c, f, "grpo", CURVES) as run:
         ref, tok = load(init, c.device)
@@ -1038,6 +1053,7 @@ def train(c, f):
                 history += [1 - mine.mean().item()] if len(mine) else []
             run.log(step + 1, **row, t_gen=t_gen, t_score=t_score, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                run.check(step + 1, policy)
                 scores, look = evaluate(policy, sets, tok, c, max_new)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
@@ -1193,7 +1209,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python grpo.py …: see the docstring above, or --help."""
-    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
-from data.formats import sha256
-from data.run import UserError, bandwidth, checkpoint, cli, nearest
+from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli, device_of,
+                      expect, nearest, not_finite, older_than, read_json, sha256)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -100,8 +100,9 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
     """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that share keys in pairs."""
     try:
         layers, width = map(int, size.split("x"))
-        assert layers > 0 and width >= 32 and width % 32 == 0
-    except (ValueError, AssertionError):
+        if not (0 < layers <= 1024 and 32 <= width <= 65536 and width % 32 == 0):
+            raise ValueError
+    except ValueError:
         raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, "
                         "for example 4x192") from None
     heads = width // 32
@@ -552,7 +553,7 @@ def full(model, generator):
     return model
 
 
-def lora(model, generator, *, rank=8, alpha=0.0):
+def lora(model, generator, *, rank: Count = 8, alpha=0.0):
     """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all layers to
     matter). alpha 0 means 2 * rank. In place; returns the model."""
     check_rank(rank)
@@ -560,14 +561,14 @@ def lora(model, generator, *, rank=8, alpha=0.0):
     return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
 
 
-def bone(model, generator, *, rank=64):
+def bone(model, generator, *, rank: Count = 64):
     """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
     check_rank(rank)
     model.requires_grad_(False)
     return replace_linears(model, lambda name, layer: Bone(layer, rank))
 
 
-def bat(model, generator, *, rank=32):
+def bat(model, generator, *, rank: Count = 32):
     """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full rank."""
     check_rank(rank)
     model.requires_grad_(False)
@@ -761,6 +762,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
     cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
+    token = token.clamp(max=logits.size(-1) - 1)                             # NaN finds no place: see generate
     return token.squeeze(1), (logits.gather(1, token) - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
 
 
@@ -903,6 +905,9 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         else:
             go()
         row_steps += len(row)
+    if not logp.isfinite().all():
+        raise UserError("the model's predictions are not finite: its weights have diverged, or overflow in this "
+                        "--dtype; go back to an older checkpoint and a lower --lr")
     return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
 
 
@@ -933,17 +938,73 @@ PACKED_TYPE = "packed-"                  # before its model_type: transformers w
 SHAPED_TYPE = "shaped-"                  # before that of a model with layer_widths, swift_layer, routed_heads
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+ROPES = dict(default=(), linear=("factor",), llama3=(
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+
+
+def check_config(d, kind, where):
+    """UserError for a config.json that lacks a key, has one of another type, or whose sizes do not fit."""
+    inner = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
+    sizes = dict.fromkeys((*SIZES, inner, "num_key_value_heads", "head_dim", "num_experts_per_tok",
+                           "num_local_experts"), "size")
+    expect(d, where, (*SIZES, inner, "architectures"), **sizes, num_experts="whole", rms_norm_eps="positive",
+           rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag", mlp_bias="flag",
+           norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size", hidden_act="text",
+           rope_scaling="object", rope_parameters="object", quantization_config="object", architectures="list",
+           router_aux_loss_coef="number", layer_widths="list", swift_layer="whole", shared_heads="whole",
+           routed_heads="whole", head_router="text", mlp_only_layers="list", decoder_sparse_step="size")
+    heads = d["num_attention_heads"]
+    groups, width = d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] / heads
+    experts = d.get("num_local_experts", d.get("num_experts", 0))
+    names = [f"{ARCHITECTURES[kind]}For{x}" for x in ("CausalLM", "SequenceClassification")]
+    widths = d.get("layer_widths") or []
+    for wrong, words in (
+            (d["architectures"][:1] not in [[x] for x in names],
+             f"architectures is {d['architectures']}: expected [{names[0]!r}], or {names[1]!r} of a reward model"),
+            (heads % groups, f"{heads} attention heads do not share {groups} key heads evenly"),
+            (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
+            (kind in ("mixtral", "qwen3_moe") and not d.get("num_experts_per_tok", 2) <= experts,
+             f"{d.get('num_experts_per_tok', 2)} of {experts} experts a token"),
+            (not all(type(x) is int and x >= 0 for x in widths), f"layer_widths {widths}: whole numbers from 0"),
+            (d.get("swift_layer", 0) >= d["num_hidden_layers"], "swift_layer is beyond the last layer"),
+            (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads, "more routed heads than heads"),
+            (d.get("head_router", "learned") not in ("learned", "norm"), f"head_router {d.get('head_router')!r}")):
+        if wrong:
+            raise UserError(f"{where}: {words}")
+
+
+def check_rope(rope, where):
+    """UserError for rotary options that rope_table does not know, or that lack a number."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPES:
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose {', '.join(ROPES)}")
+    expect(rope, f"{where}, rope options", ROPES[kind], rope_theta="positive", **dict.fromkeys(ROPES[kind], "positive"))
+
+
+def ends(d, where, key="eos_token_id"):
+    """The ids under a key of a config: one, a list, or none. UserError for anything else; -1 means none."""
+    value = d.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(x) is int for x in ids):
+        raise UserError(f"{where}: {key} is {value!r}: expected a token's id, a list of ids, or null")
+    return tuple(x for x in ids if x >= 0)
+
+
 def from_hf(d, where="config.json"):
     """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
     kind = d.get("model_type")
     shaped = str(kind).startswith(SHAPED_TYPE)
     kind = kind.removeprefix(SHAPED_TYPE) if shaped else kind
+    expect(d, where, ("model_type",), model_type="text")
     if kind not in ARCHITECTURES:
         why = ("; LOST with a non-linearity: only sft.py --resume reads it" if str(kind).startswith("lost-")
                else nearest(str(kind), ARCHITECTURES))
         raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
+    check_config(d, kind, where)
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
+    expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
     refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),
                   attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
                   decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
@@ -953,6 +1014,7 @@ def from_hf(d, where="config.json"):
         if wrong:
             raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
     rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    check_rope(rope, where)
     known = {f.name for f in fields(ModelConfig)}
     out = {k: v for k, v in d.items() if k in known and v is not None} | dict(model_type=kind)
     if "layer_widths" in out:
@@ -960,8 +1022,7 @@ def from_hf(d, where="config.json"):
     out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
     kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
     out["rope_scaling"] = () if kind_of_rope == "default" else tuple(sorted(rope.items()))
-    eos = out.get("eos_token_id", ())
-    out["eos_token_id"] = tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
+    out["eos_token_id"] = ends(d, where)
     out.setdefault("num_key_value_heads", d["num_attention_heads"])
     out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
     if kind in ("mixtral", "qwen3_moe"):         # transformers 5 renames Qwen's key to Mixtral's
@@ -1057,21 +1118,36 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
 
 
 def tensors(path):
-    """{name: open file} of a folder's safetensors, single or sharded; UserError if missing or broken."""
-    index = path / "model.safetensors.index.json"
-    names = (sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists()
-             else ["model.safetensors"])
+    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing or broken, or
+    if the index names files outside the folder or does not say what its files hold."""
+    index, where, names = path / "model.safetensors.index.json", {}, ["model.safetensors"]
+    if index.exists():
+        where = read_json(index, "copy the checkpoint again").get("weight_map")
+        if not where or not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
+            raise UserError(f"{index}: weight_map is no table of tensors and their files: copy it again")
+        names = sorted(set(where.values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{index} names {name!r}: expected a .safetensors file of the same folder")
+        if (path / "model.safetensors").exists() and "model.safetensors" not in names:
+            raise UserError(f"{path} holds model.safetensors and an index of other files: remove the older of the two")
     out = {}
     for name in names:
         try:
             file = safe_open(path / name, "pt")
-            out |= {k: file for k in file.keys()}
         except FileNotFoundError:
             raise UserError(f"{path / name} is missing: "
                             "the checkpoint is incomplete, copy it again") from None
-        except SafetensorError as e:
+        except (SafetensorError, OSError) as e:
             raise UserError(f"{path / name} is not a readable safetensors file ({e}): "
                             "copy it again") from None
+        for key in file.keys():
+            if where and where.get(key) != name:
+                raise UserError(f"{path / name} holds the tensor {key}, which the index puts into "
+                                f"{where.get(key, 'no file')}: the shards are not of one checkpoint, copy it again")
+            out[key] = file
+    if lost := sorted(where.keys() - out.keys()):
+        raise UserError(f"{path / where[lost[0]]} lacks the tensor {lost[0]}, which the index puts there: copy it again")
     return out
 
 
@@ -1094,56 +1170,103 @@ def repack(model, layers, where):
         model.set_submodule(ours[key], new)
 
 
-def load(path, device="cpu", dtype=torch.float32):
-    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
+FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
 
-    Raises UserError that names an unknown architecture, a missing or misshapen tensor, a packed layer that is
-    not stored as config.json says, or a tokenizer with more ids than the model has rows.
+
+def frame(path):
+    """All of a checkpoint but its numbers: (model on the meta device, {our name: open file}, tokenizer, config.json).
+
+    Raises UserError that names an unknown architecture, a missing, misshapen or unread tensor, one that holds
+    no floats, a packed layer that is not stored as config.json says, or a tokenizer with more ids than the
+    model has rows.
     """
-    path = checkpoint(path)
-    raw = json.loads((path / "config.json").read_text())
+    where = path / "config.json"
+    raw = read_json(where, "copy the checkpoint again")
     raw["model_type"] = str(raw.get("model_type")).removeprefix(PACKED_TYPE)
-    config = from_hf(raw, path / "config.json")
+    config = from_hf(raw, where)
     extra = path / "generation_config.json"      # Llama-3's chat models name all eos ids here
-    eos = json.loads(extra.read_text()).get("eos_token_id") if extra.exists() else None
-    if eos is not None:
-        config = replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,))
-    scalar = "SequenceClassification" in raw["architectures"][0]
+    eos = ends(read_json(extra), extra) if extra.exists() else ()
+    config = replace(config, eos_token_id=eos) if eos else config
     with torch.device("meta"):
-        model = (ScalarModel if scalar else Transformer)(config)
-        quant = raw.get("quantization_config") or {}
-        repack(model, quant.get("layers", {}), path / "config.json")
+        model = (ScalarModel if "SequenceClassification" in raw["architectures"][0] else Transformer)(config)
+        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
     held = {name for name, _ in model.named_buffers()}       # packed weights: their dtype is their format
-    stored, state = tensors(path), {}
+    stored, files = tensors(path), {}
     for name, p in model.state_dict().items():
         key = hf_name(name, config)
         if key not in stored:
             raise UserError(f"{path}: tensor {key} is missing (config.json asks for "
                             f"{config.num_hidden_layers} layers of {config.model_type}): "
                             "the checkpoint is incomplete or its config is wrong")
-        value = stored[key].get_tensor(key)
-        if value.shape != p.shape:
-            raise UserError(f"{path}: tensor {key} has shape {list(value.shape)}, "
+        found = files[name] = stored.pop(key)
+        shape, kind = found.get_slice(key).get_shape(), found.get_slice(key).get_dtype()
+        if list(p.shape) != shape:
+            raise UserError(f"{path}: tensor {key} has shape {shape}, "
                             f"config.json asks for {list(p.shape)}")
-        if name in held and value.dtype != p.dtype:
-            raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
-                            f"its format is {p.dtype}: pack the model again")
-        # a copy, because a mapped file's tensors lie anywhere and a CPU's matmul rounds by their alignment
-        state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
-    packed, used = ({hf_name(n, config) for n in names} for names in (held, state))
-    layers = {k.rpartition(".")[0] for k in packed}
-    odd = [k for k in stored if k.rpartition(".")[0] in layers and k not in used]
-    if odd:
-        raise UserError(f"{path}: tensor {odd[0]} does not belong to a layer packed as quantization_config "
-                        "says: the two do not match, pack the model again")
-    for name, expected in quant.get("sha256", {}).items():
-        if sha256(path / name) != expected:
-            raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
-    model.load_state_dict(state, assign=True)
+        if name not in held and kind not in FLOATS:
+            raise UserError(f"{path}: tensor {key} is stored as {kind}: weights are floats, one of "
+                            f"{', '.join(FLOATS)}; use a checkpoint that is not quantised")
+    packed = {hf_name(n, config).rpartition(".")[0] for n in held}
+    spare = [k for k in stored if not k.endswith(".rotary_emb.inv_freq")           # old exports: made anew here
+             and not (k == "lm_head.weight" and config.tie_word_embeddings and isinstance(model, Transformer))]
+    for key in sorted(spare, key=lambda k: k.rpartition(".")[0] not in packed):
+        if key.rpartition(".")[0] in packed:
+            raise UserError(f"{path}: tensor {key} does not belong to a layer packed as quantization_config "
+                            "says: the two do not match, pack the model again")
+        raise UserError(f"{path}: nothing reads the tensor {key} ({len(spare)} such): config.json, "
+                        f"{config.num_hidden_layers} layers of {config.model_type}, is of another model")
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
                         f"{config.vocab_size} rows: this tokenizer.json belongs to another model")
+    for end in ("bos", "eos", "pad"):
+        for i in (*ends(raw, where, f"{end}_token_id"), getattr(tokenizer, end) or 0, *config.eos_token_id):
+            if i >= config.vocab_size:
+                raise UserError(f"{path}: {end}_token_id {i} is beyond the model's {config.vocab_size} rows")
+    if tokenizer.eos is None:
+        raise UserError(f"{path}: the tokenizer has no end of text: name its eos_token in tokenizer_config.json")
+    return model, files, stored, tokenizer, raw
+
+
+def peek(path, scalar=False, option="--init"):
+    """A checkpoint's ModelConfig, read without its weights: what can be told before a run. UserError for what
+    frame() refuses, and unless it is a language model (scalar: a reward model)."""
+    model = frame(checkpoint(path))[0]
+    if isinstance(model, ScalarModel) != scalar:
+        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
+        raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
+    return model.config
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
+
+    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding it should
+    be tied to, and packed files that were changed. Of a run's checkpoint it names the next older one.
+    """
+    path = checkpoint(path)
+    try:
+        model, files, spare, tokenizer, raw = frame(path)
+        state, held = {}, {name for name, _ in model.named_buffers()}
+        for name, p in model.state_dict().items():
+            value = files[name].get_tensor(hf_name(name, model.config))
+            if name in held and value.dtype != p.dtype:
+                raise UserError(f"{path}: packed tensor {hf_name(name, model.config)} is stored as {value.dtype}, "
+                                f"its format is {p.dtype}: pack the model again")
+            if not_finite(value):
+                raise UserError(f"{path}: tensor {hf_name(name, model.config)} holds NaN or infinity: copy it again")
+            # a copy, because a mapped file's tensors lie anywhere and a CPU's matmul rounds by their alignment
+            state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
+        for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
+            if sha256(path / name) != expected:
+                raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
+        if "lm_head.weight" in spare and not torch.equal(
+                spare["lm_head.weight"].get_tensor("lm_head.weight").to(device, dtype), state["embed_tokens.weight"]):
+            raise UserError(f"{path}: lm_head.weight is not the embedding, and config.json ties the two: set "
+                            "tie_word_embeddings to false if the head is meant")
+    except UserError as e:
+        raise UserError(f"{e}{older_than(path)}") from None
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(), tokenizer
 
 
@@ -1162,10 +1285,16 @@ def main(argv=None):
     p.add_argument("--top-k", type=int, default=0, help="keep only the k likeliest tokens (0: all)")
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument("--device", default="auto", help="cpu or cuda")
     a = p.parse_args(argv)
+    for key, kind in dict(tokens=Count, temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
+                          seed=NonNegative).items():
+        cast(key, getattr(a, key), p.get_default(key), kind)
+    a.device = device_of(a.device)
     model, tokenizer = load(a.path, a.device,
                             torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
+    if not isinstance(model, Transformer):
+        raise UserError(f"{a.path} is a reward model: it scores texts and writes none; give a language model")
     ids = tokenizer.render([dict(role="user", content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
     if not a.chat and tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]

@@ -39,6 +39,7 @@ import math
 import time
 from functools import partial
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ from torch import nn
 from torch.optim.adamw import adamw as torch_adamw
 
 from data.formats import pack_bits, unpack_bits
-from data.run import UserError, hyper, nearest, needs
+from data.run import Count, Fraction, Positive, Share, UserError, hyper, nearest, needs
 from kernels import PackedLinear, newton_schulz
 
 # --- 1 shared pieces ----------------------------------------------------------------------------------
@@ -141,16 +142,19 @@ def limit_growth(S, s, growth):
     return S / over
 
 
+SCALES = dict(rms=lambda m, n: 0.2 * max(m, n) ** 0.5, original=lambda m, n: max(1, m / n) ** 0.5,
+              spectral=lambda m, n: (m / n) ** 0.5)
+
+
 def scale_of(name, m, n):
     """The factor that gives orthogonalised m x n updates one learning-rate dial (m outputs).
 
     rms       0.2 √max(m, n): RMS 0.2 as AdamW's, whose learning rate and decay then transfer (2502.16982)
     original  √max(1, m/n): learning rates near 0.02 (Jordan et al.)     spectral  √(m/n) (Dion's code)
     """
-    scales = dict(rms=0.2 * max(m, n) ** 0.5, original=max(1, m / n) ** 0.5, spectral=(m / n) ** 0.5)
-    if name not in scales:
-        raise UserError(f"--scale {name}{nearest(name, scales)}")
-    return scales[name]
+    if name not in SCALES:
+        raise UserError(f"--scale {name}{nearest(name, SCALES)}")
+    return SCALES[name](m, n)
 
 
 # 8-bit states (2110.02861): blocks of 256 values, each over its largest, as indices into a table whose steps
@@ -229,7 +233,7 @@ def round_bf16(x, generators=None):
 #   head), place (the matrices' numbers among all, their count, the run's seed). All state has a leading K.
 
 
-def adamw(g, s, *, b1=0.9, b2=0.95, eps=1e-8):
+def adamw(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, eps=1e-8):
     """AdamW, 1711.05101 alg. 2.   m̂ / (√v̂ + eps).   b2 0.95 is the language modeller's custom."""
     return adam(g, s, s["t"], b1, b2, eps)
 
@@ -239,7 +243,7 @@ def signsgd(g, s):
     return g.sign()
 
 
-def lion(g, s, *, b1=0.9, b2=0.99):
+def lion(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.99):
     """Lion, 2302.06675 alg. 2.   sign(b1 m + (1 - b1) g);  then  m <- b2 m + (1 - b2) g.
 
     With decay λ it minimises the loss subject to |W|_inf <= 1/λ (2310.05898).
@@ -260,7 +264,8 @@ KAPPAS = {"l1": torch.sign, "l1.5": partial(power_norm, p=1.5), "l2": partial(po
           "nuclear": newton_schulz}
 
 
-def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
+def lionk(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.99,
+          kappa: Literal[*KAPPAS] = "l2", rms_match=True):
     """Lion-κ, 2310.05898.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
     nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has, for every κ (ours); the
     radii grow along, of l2 to √(mn)/λ, of nuclear to √max(m, n)/λ."""
@@ -273,7 +278,8 @@ def lionk(g, s, *, b1=0.9, b2=0.99, kappa="l2", rms_match=True):
     return d * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) if match else d
 
 
-def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
+def muon(g, s, ranks, *, momentum: Fraction = 0.95, nesterov=True, ns_steps=5,
+         scale: Literal[*SCALES] = "rms"):
     """Muon, Jordan et al. 2024; 2502.16982.   scale · NS(M),  M the momentum, looking ahead.
 
     Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the control.
@@ -285,8 +291,9 @@ def muon(g, s, ranks, *, momentum=0.95, nesterov=True, ns_steps=5, scale="rms"):
     return scale_of(scale, m, n) * same_rms * ranks.orthogonalise(U, ns_steps)
 
 
-def normuon(g, s, ranks, *, b1=0.95, b2=0.95, eps=1e-8, nesterov=True, ns_steps=5, scale="rms", axis="row",
-            local_norm=False):
+def normuon(g, s, ranks, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, nesterov=True,
+            ns_steps=5, scale: Literal[*SCALES] = "rms",
+            axis: Literal["row", "short"] = "row", local_norm=False):
     """NorMuon, 2510.05491.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v + eps),
     direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F = |O|_F, times it).
 
@@ -323,7 +330,7 @@ def inverse_root(S, eps):
     return Q * (w.clamp(min=0) + floor).clamp(min=1e-30).pow(-0.25)[:, None] @ Q.mT
 
 
-def shampoo(g, s, *, b1=0.9, b2=0.95, every=10, eps=1e-6, graft=True):
+def shampoo(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, every: Count = 10, eps=1e-6, graft=True):
     """Shampoo, 1802.09568 alg. 1 (averages for sums).   L^(-1/4) M R^(-1/4),  L of G Gᵀ, R of Gᵀ G, roots
     renewed every `every` steps. graft: to RMS 0.2, the usual size of Adam's step (ours: without its state).
 
@@ -338,7 +345,7 @@ def shampoo(g, s, *, b1=0.9, b2=0.95, every=10, eps=1e-6, graft=True):
     return 0.2 * math.sqrt(g[0].numel()) / norm(d).clamp(min=1e-30) * d if graft else d
 
 
-def soap(g, s, *, b1=0.95, b2=0.95, eps=1e-8, every=10):
+def soap(g, s, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, every: Count = 10):
     """SOAP, 2409.11321 alg. 3.   Q_L N Q_Rᵀ,  N Adam's direction of Q_Lᵀ G Q_R,  Q the eigenvectors of the
     averages of G Gᵀ and Gᵀ G, refreshed every `every` steps by one power iteration and a QR.
 
@@ -368,7 +375,7 @@ def soap(g, s, *, b1=0.95, b2=0.95, eps=1e-8, every=10):
     return d
 
 
-def adam_mini(g, s, block, *, b1=0.9, b2=0.95, eps=1e-8):
+def adam_mini(g, s, block, *, b1: Fraction = 0.9, b2: Fraction = 0.95, eps=1e-8):
     """Adam-mini, 2406.16793 alg. 1.   AdamW with one second moment a row, of q and k one a head (`block`
     rows):  v_b <- b2 v_b + (1 - b2) mean_b(g²)."""
     square = need_matrix(g).square().mean(-1, keepdim=True)                              # [K, m, 1]
@@ -378,7 +385,8 @@ def adam_mini(g, s, block, *, b1=0.9, b2=0.95, eps=1e-8):
     return m / (1 - b1 ** s["t"]) / root
 
 
-def dion(g, s, seeds, *, rank=0, momentum=0.95, eps=1e-8, scale="spectral"):
+def dion(g, s, seeds, *, rank=0, momentum: Fraction = 0.95, eps=1e-8,
+         scale: Literal[*SCALES] = "spectral"):
     """Dion, 2504.05295.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns over
     their norms;  direction scale · P Qᵀ. What P missed stays in M: error feedback."""
     m, n = need_matrix(g).shape[-2:]
@@ -393,7 +401,8 @@ def dion(g, s, seeds, *, rank=0, momentum=0.95, eps=1e-8, scale="spectral"):
     return scale_of(scale, m, n) * P @ s["Q"].mT
 
 
-def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, basis="svd"):
+def galore(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fraction = 0.9,
+           b2: Fraction = 0.999, eps=1e-6, basis: Literal["svd", "random"] = "svd"):
     """GaLore, 2403.03507 alg. 2.   scale · Adam(G Pᵀ) P,  P the top r right singular vectors of tall G (left
     ones of wide), renewed every `every` steps while Adam's moments stay. basis random: the control. A matrix
     whose gradient is 0 when P is renewed (LoRA's A at first) has an arbitrary P until the next time."""
@@ -408,7 +417,8 @@ def galore(g, s, seeds, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=
     return turn_back(scale * correction(s["t"], b1, b2) * N @ s["P"], g)
 
 
-def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, threshold=0.4, lazy=5):
+def qgalore(g, s, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fraction = 0.9,
+            b2: Fraction = 0.999, eps=1e-6, threshold=0.4, lazy: Count = 5):
     """Q-GaLore, 2407.08296.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
     refresh every T steps: T doubles when the top singular vector's |cos| to its (4-bit) predecessor, averaged
     over the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
@@ -449,8 +459,8 @@ def qgalore(g, s, *, rank=0, every=200, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, 
     return turn_back(scale * correction(s["t"], b1, b2) * (m / (v.sqrt() + eps)) @ P, g)
 
 
-def apollo(g, s, seeds, *, rank=0, every=200, scale=1.0, growth=1.01, front=False, tensor=False, b1=0.9,
-           b2=0.999, eps=1e-6):
+def apollo(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 1.0, growth=1.01, front=False,
+           tensor=False, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-6):
     """APOLLO, 2412.05270 alg. 1.   √scale · φ_i G_i,  φ_i = |N_i| / |R_i|,  N Adam's direction of the sketch
     R = G Pᵀ,  P normal / √r from the matrix's seed, redrawn every `every` steps and never stored.
 
@@ -469,14 +479,15 @@ def apollo(g, s, seeds, *, rank=0, every=200, scale=1.0, growth=1.01, front=Fals
     return turn_back(correction(s["t"], b1, b2) * S, g)
 
 
-def apollo_mini(g, s, seeds, *, rank=1, every=200, scale=128.0, growth=1.01, front=False, b1=0.9, b2=0.999,
-                eps=1e-6):
+def apollo_mini(g, s, seeds, *, rank: Count = 1, every: Count = 200, scale: Positive = 128.0, growth=1.01,
+                front=False, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-6):
     """APOLLO-Mini, 2412.05270.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n 128."""
     return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front, tensor=True,
                   b1=b1, b2=b2, eps=eps)
 
 
-def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
+def frugal(g, s, place, *, density: Share = 0.25, every: Count = 200, kappa=1.0, b1: Fraction = 0.9,
+           b2: Fraction = 0.999, eps=1e-8):
     """FRUGAL, 2411.07837, blocks.   Adam on round(density · count) whole matrices drawn anew every
     `every` steps, their moments from 0;  kappa · sign(g) on the others. kappa 0.1 for fine-tuning."""
     number, count, seed = place
@@ -490,7 +501,8 @@ def frugal(g, s, place, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999,
     return d
 
 
-def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b2=0.999, eps=1e-8):
+def frugal_columns(g, s, seeds, *, density: Share = 0.25, every: Count = 200, kappa=1.0,
+                   b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-8):
     """FRUGAL, 2411.07837, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by its
     seed, not stored) every `every` steps, moments from 0;  kappa · sign(g) elsewhere."""
     n, period = need_matrix(g).size(-1), (s["t"] - 1) // every
@@ -503,7 +515,8 @@ def frugal_columns(g, s, seeds, *, density=0.25, every=200, kappa=1.0, b1=0.9, b
     return (kappa * g.sign()).scatter(-1, J, step)
 
 
-def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, eps=1e-6):
+def fira(g, s, *, rank=0, every: Count = 200, alpha=0.25, growth=1.01, b1: Fraction = 0.9,
+         b2: Fraction = 0.999, eps=1e-6):
     """Fira, 2410.01623.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:
     GaLore, and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
 
@@ -518,7 +531,8 @@ def fira(g, s, *, rank=0, every=200, alpha=0.25, growth=1.01, b1=0.9, b2=0.999, 
     return turn_back(correction(s["t"], b1, b2) * (alpha * N @ s["P"] + limit_growth(rest, s, growth)), g)
 
 
-def gradnormlorp(g, s, W, lr, *, rank=0, every=250, scale=0.25, b1=0.9, b2=0.999, eps=1e-6, exact=False):
+def gradnormlorp(g, s, W, lr, *, rank=0, every: Count = 250, scale: Positive = 0.25, b1: Fraction = 0.9,
+                 b2: Fraction = 0.999, eps=1e-6, exact=False):
     """GradNormLoRP, 2412.19616.   W = ρ V with unit rows V;  g_ρ = Σ_j V G  goes to Adam,
     g_V = G - V g_ρ  to GaLore;  W <- ρ' V'/|V'|.
 
@@ -538,7 +552,7 @@ def gradnormlorp(g, s, W, lr, *, rank=0, every=250, scale=0.25, b1=0.9, b2=0.999
     return (W - rho * V / (norm(V, -1) + 1e-12)) / max(lr, 1e-12)
 
 
-def eco(g, s, *, b1=0.9, b2=0.999, eps=1e-8):
+def eco(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-8):
     """ECO on Adam, 2601.22101.   AdamW's direction; after the weights are rounded to their grid (--store),
     `feed_adam` gives the error to m, which pays it back: no float master copy is kept."""
     return adam(g, s, s["t"], b1, b2, eps)
@@ -551,7 +565,7 @@ def feed_adam(e, s, lr, shrink, *, b1, b2, eps):
     s["m"] += shrink * (1 - b1 ** t) / lr * (1 - 1 / b1) * root * e
 
 
-def eco_sgd(g, s, *, momentum=0.9):
+def eco_sgd(g, s, *, momentum: Fraction = 0.9):
     """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   W - lr μ/(1-μ) m moves exactly by -lr g."""
     return ema(s, "m", g, momentum)
 
@@ -561,7 +575,7 @@ def feed_sgd(e, s, lr, shrink, *, momentum):
     s["m"] += shrink * (1 - 1 / momentum) / lr * e
 
 
-def classp(g, s, *, threshold=0.5, eps=1e-5, p=1.0, suppress=True):
+def classp(g, s, *, threshold=0.5, eps=1e-5, p: Positive = 1.0, suppress=True):
     """CLASSP, 2405.09637.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
 
     suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2 and
@@ -627,8 +641,14 @@ def name_of(rule):
     return getattr(rule, "func", rule).__name__
 
 
+DECAYS = dict(                    # (lr, λ, peak lr) -> factors on W before and after the step
+    decoupled=lambda lr, wd, peak: (1 - lr * wd, 1.0),                    # PyTorch's AdamW
+    last=lambda lr, wd, peak: (1.0, 1 - lr * wd),                         # GaLore's, APOLLO's and SOAP's code
+    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning as lr is tuned
+
+
 def optimiser(model, rule=adamw, lr=1e-3, weight_decay=0.0, seed=0, *, aux_lr=0.0, aux_decay=-1.0,
-              decay="decoupled", decay_embed=True):
+              decay: Literal[*DECAYS] = "decoupled", decay_embed=True):
     """The Optimiser of a model's trainable parameters, in param_groups' groups; build it after sharding.
 
     aux_lr, aux_decay: of AdamW for what is no block matrix (0, -1: as the others'). decay: a row of DECAYS.
@@ -708,10 +728,6 @@ class Ranks:
 
 # --- 5 the walker -------------------------------------------------------------------------------------
 
-DECAYS = dict(                    # (lr, λ, peak lr) -> factors on W before and after the step
-    decoupled=lambda lr, wd, peak: (1 - lr * wd, 1.0),                    # PyTorch's AdamW
-    last=lambda lr, wd, peak: (1.0, 1 - lr * wd),                         # GaLore's, APOLLO's and SOAP's code
-    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning as lr is tuned
 STACK = 1 << 26                   # elements in a stack at most: gradients are copied once to batch a rule
 
 
@@ -994,7 +1010,7 @@ def linear(step, steps, warmup=0):
     return warm(step, warmup) * min(1.0, (steps - step) / max(1, steps - warmup))
 
 
-def cosine(step, steps, warmup=0, *, floor=0.05):
+def cosine(step, steps, warmup=0, *, floor: Share = 0.05):
     """Half a cosine (1608.03983) from 1 to `floor`."""
     done = max(0, step - warmup) / max(1, steps - warmup)
     return warm(step, warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
@@ -1003,7 +1019,7 @@ def cosine(step, steps, warmup=0, *, floor=0.05):
 COOLDOWNS = dict(linear=lambda x: 1 - x, exp=lambda x: 0.5 ** (5 * x), sqrt=lambda x: 1 - math.sqrt(x))
 
 
-def wsd(step, steps, warmup=0, *, cooldown=0.2, shape="linear"):
+def wsd(step, steps, warmup=0, *, cooldown: Share = 0.2, shape: Literal[*COOLDOWNS] = "linear"):
     """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then down over the last `cooldown` of the steps:
     linear to 0, exp (MiniCPM's, five half-lives: to 1/32), or sqrt (1 - √)."""
     if shape not in COOLDOWNS:
@@ -1013,7 +1029,7 @@ def wsd(step, steps, warmup=0, *, cooldown=0.2, shape="linear"):
     return warm(step, warmup) * (COOLDOWNS[shape](min(1.0, done)) if done > 0 else 1.0)
 
 
-def power(step, steps, warmup, lr, batch, tokens, *, a=4.0, b=-0.51, cooldown=0.1):
+def power(step, steps, warmup, lr, batch, tokens, *, a: Positive = 4.0, b=-0.51, cooldown: Share = 0.1):
     """Power scheduler, 2408.13359.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
     there): it does not depend on `steps`, but for a linear end over the last `cooldown` of them."""
     n = (step + 1) * tokens
@@ -1103,17 +1119,19 @@ def store_float32(model):
     return model
 
 
-def store_bfloat16(model, *, rounding="stochastic"):
+def store_bfloat16(model, *, rounding: Literal["stochastic", "nearest"] = "stochastic"):
     """Block matrices in bfloat16 only, without a float32 master copy."""
     return store(model, "bfloat16", 0, rounding)
 
 
-def store_int8(model, *, group=256, rounding="stochastic"):
+def store_int8(model, *, group: Count = 256,
+               rounding: Literal["stochastic", "nearest"] = "stochastic"):
     """Block matrices in 8-bit codes only (Q-GaLore, 2407.08296): 1.03 bytes a weight."""
     return store(model, "int8", group, rounding)
 
 
-def store_int4(model, *, group=32, rounding="stochastic"):
+def store_int4(model, *, group: Count = 32,
+               rounding: Literal["stochastic", "nearest"] = "stochastic"):
     """Block matrices in 4-bit codes only (ECO's hard case, 2601.22101): 0.75 bytes a weight."""
     return store(model, "int4", group, rounding)
 

@@ -35,6 +35,7 @@ import copy
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -43,8 +44,9 @@ import kernels
 import sft
 from data import tasks
 from data.judging import spearman
-from data.run import Claim, Run, UserError, batch_indices, check_first_ratio, cli, launch, needs, report
-from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, save,
+from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices, check_first_ratio, cli,
+                      launch, needs, report)
+from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, peek, save,
                    sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
 
@@ -65,19 +67,19 @@ class Config:
     eos: str = "replace"         # which row of EOS: what a completion that never ends is worth
     decode: str = "sample"       # which row of DECODERS: how evaluation samples
     steps: int = 40              # rollout-and-update iterations
-    rollouts: int = 32           # prompts per iteration
-    samples: int = 4             # completions per prompt
-    epochs: int = 2              # passes over each rollout
-    batch: int = 64              # completions per optimizer step
-    micro: int = 64              # completions per forward pass: lower it if memory runs out
-    lr: float = 2e-4             # policy's learning rate, falling linearly to 0
-    critic_lr: float = 5e-4      # critic's
-    temperature: float = 1.0     # of sampling and, the same, of every log-prob
+    rollouts: Count = 32         # prompts per iteration
+    samples: Count = 4           # completions per prompt
+    epochs: Count = 2            # passes over each rollout
+    batch: Count = 64            # completions per optimizer step
+    micro: Count = 64            # completions per forward pass: lower it if memory runs out
+    lr: Positive = 2e-4          # policy's learning rate, falling linearly to 0
+    critic_lr: Positive = 5e-4   # critic's
+    temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
-    eval_every: int = 10         # iterations between evaluations on held-out prompts
+    eval_every: Count = 10       # iterations between evaluations on held-out prompts
     eval_prompts: int = 0        # how many of each held-out split (0: 512 in a world, 256 otherwise)
-    save_every: int = 20         # iterations between checkpoints
-    keep: int = 2                # checkpoints to keep
+    save_every: Count = 20       # iterations between checkpoints
+    keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this iteration (0: no); --resume goes on
     out: str = ""                # run folder (default out/ppo/<presets>)
     seed: int = 0                # of SFT, prompts and sampling
@@ -183,7 +185,7 @@ def k3(logp, ref_logp):
     return torch.expm1(ref_logp - logp) + logp - ref_logp
 
 
-def next_beta(beta, kl, n, *, target=0.0, horizon=10000):
+def next_beta(beta, kl, n, *, target=0.0, horizon: Count = 10000):
     """Adaptive KL coefficient (1909.08593 §2.2):  β (1 + clip(KL/target - 1, ±0.2) n/horizon).
 
     kl in nats per response, n responses in this batch; target 0 keeps β as it is.
@@ -217,7 +219,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return adv, (adv + values) * mask
 
 
-def whitened_gae(rewards, values, mask, *, gamma=1.0, lam=0.95, whiten_rewards=False):
+def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95, whiten_rewards=False):
     """GAE; advantages whitened over the whole rollout, returns never (2403.17031).   -> [B, T], [B, T]"""
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift=False)
@@ -237,7 +239,7 @@ ADVANTAGES = dict(gae=whitened_gae, best=best_of_group)
 # --- losses: per token, [B, T]; the loop divides by the tokens of the whole minibatch -------------------
 
 
-def ppo_clip(logp, old_logp, adv, *, eps=0.2, cap=20.0):
+def ppo_clip(logp, old_logp, adv, *, eps: Positive = 0.2, cap: Positive = 20.0):
     """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old;  |log ρ| capped against overflow."""
     ratio = (logp - old_logp).clamp(-cap, cap).exp()                                     # [B, T]
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
@@ -259,7 +261,8 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
     return 0.5 * loss
 
 
-def regulariser(logp, ref_logp, entropy, *, kl_coef=0.0, kl_loss="k2", ent_coef=0.0):
+def regulariser(logp, ref_logp, entropy, *, kl_coef=0.0,
+                kl_loss: Literal["k2", "k3"] = "k2", ent_coef=0.0):
     """KL in the loss (k2 or k3; k1's gradient is 0 in expectation), an entropy bonus; both default off."""
     estimators = dict(k2=k2, k3=k3)
     if kl_loss not in estimators:
@@ -282,7 +285,7 @@ def sample(model, base, prompts, max_new, generator, score, *, eval_temperature=
     return generate(model, prompts, max_new, temperature=eval_temperature, generator=generator)
 
 
-def best_of_n(model, base, prompts, max_new, generator, score, *, n=16):
+def best_of_n(model, base, prompts, max_new, generator, score, *, n: Count = 16):
     """The best of n samples by the run's own reward; one that does not end only if none does."""
     roll = generate(model, prompts, max_new, samples=n, generator=generator)
     value = torch.where(roll.finished, score(roll), -torch.inf).view(-1, n)              # [P, n]
@@ -468,11 +471,28 @@ def backward(policy, critic, batch, rows, c, f):
     return told
 
 
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    fields = dict(base=(needs_base(c, f), "--reward coherent or --decode contrast"),
+                  critic_lr=("values" in needs(f.advantage), "--advantage gae"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+
+def check(c, f):
+    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    tasks.check_data(c.data, is_text=False)
+    if "samples" in needs(f.advantage) and c.samples < 2:
+        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of a group: at least 2")
+    sft.find(c.init, c.config, make=False)
+    if needs_base(c, f):
+        sft.find(c.base, c.config, make=False)
+    if "judged" in needs(f.reward):
+        peek(c.reward, scalar=True, option="--reward")
+
+
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
-    if c.temperature <= 0:
-        raise UserError(f"--temperature {c.temperature}: PPO samples, so it must be positive; to evaluate "
-                        f"greedily use --eval_temperature 0")
+    check(c, f)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
     base = sft.find(c.base, c.config, device=c.device) if needs_base(c, f) else ""
     kernels.use(c.kernels)
@@ -566,6 +586,7 @@ def train(c, f):
             run.log(step + 1, **row, beta_factor=factor, t_gen=t_gen, t_score=t_score,
                     t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                run.check(step + 1, policy, critic)
                 scores, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
@@ -632,7 +653,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
-    return launch("ppo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("ppo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

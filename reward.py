@@ -43,6 +43,7 @@ import statistics
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,9 @@ from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, au
                           expected_score, group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve,
                           routing_table, spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
-from data.run import Claim, Run, UserError, batch_indices, cli, gated, in_parts, launch, needs
-from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, preset,
+from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, cli, gated,
+                      in_parts, launch, needs)
+from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, peek, preset,
                    save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
@@ -73,7 +75,7 @@ class Config:
     config: str = ""             # presets and TOML files, left to right
     data: str = "ring"           # a world (ring, toyif), or a JSONL of {"prompt", "chosen", "rejected"}
     rows: int = 0                # training pairs (0: the recipe's number, or the whole file)
-    noise: float = 0.0           # share of a world's training labels that is flipped
+    noise: Share = 0.0           # share of a world's training labels that is flipped
     init: str = "base:ring"      # language model to start from; base:PRESETS makes it first
     eval: str = ""               # evaluate this reward model instead of training one
     context: int = 0             # longest pair in tokens (0: the model's)
@@ -83,17 +85,17 @@ class Config:
     aggregate: str = "mean"      # which row of AGGREGATES
     attack: str = "disagreement"  # which row of ATTACKS: Adv-RM's reward
     steps: int = 0               # optimizer steps of each model (0: epochs decides)
-    epochs: float = 3.0          # passes over the pairs
-    batch: int = 64              # pairs per optimizer step
-    micro: int = 64              # pairs per forward pass: lower it when memory runs out
+    epochs: Positive = 3.0       # passes over the pairs
+    batch: Count = 64            # pairs per optimizer step
+    micro: Count = 64            # pairs per forward pass: lower it when memory runs out
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
-    lr: float = 1e-3             # peak learning rate, falling linearly to 0
+    lr: Positive = 1e-3          # peak learning rate, falling linearly to 0
     aux_lr: float = 0.0          # of AdamW for what is no block matrix, beside another optimiser (0: lr)
     warmup: int = 0              # steps of linear warm-up
     weight_decay: float = 0.0    # on matrices
-    clip: float = 1.0            # largest gradient norm
-    save_every: int = 200        # steps between checkpoints
-    keep: int = 2                # checkpoints to keep
+    clip: Positive = 1.0         # largest gradient norm
+    save_every: Count = 200      # steps between checkpoints
+    keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
     out: str = ""                # run folder (default out/reward/<presets>)
     seed: int = 0                # of data, heads and sampling
@@ -103,7 +105,7 @@ class Config:
     resume: bool = False         # go on: from the newest checkpoint, or after the last finished stage
 
 
-WORLDS = ("ring", "toyif")
+WORLDS = prefs.WORLDS
 TOYIF, CHECKS = (dict(data="toyif", init=f"base:toyif_{x}") for x in ("base", "judge"))
 MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
 PRESETS = dict(                  # learning rates and sizes: ours, the papers' are for billions of weights
@@ -140,7 +142,7 @@ def bt(chosen, rejected, *, center=0.0):
     center: + c (r_chosen + r_rejected)² keeps scores near 0 (2312.09244 eq. 2; TRL uses 0.01)."""
     return -F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2
 
-def bt_margin(chosen, rejected, strength, *, unit=1.0):
+def bt_margin(chosen, rejected, strength, *, unit: Positive = 1.0):
     """-log σ(d - m): stronger preferences must be further apart (Llama 2, 2307.09288).   m = unit strength"""
     return -F.logsigmoid(chosen - rejected - unit * strength)
 
@@ -148,7 +150,7 @@ def bt_scaled(chosen, rejected, strength):
     """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (HelpSteer2-Preference, 2410.01257)."""
     return -strength * F.logsigmoid(chosen - rejected)
 
-def bt_smooth(chosen, rejected, *, flip=0.1):
+def bt_smooth(chosen, rejected, *, flip: Range("[0, 0.5)") = 0.1):
     """-(1-e) log σ(d) - e log σ(-d): e is the share of labels believed wrong; d* = log((1-e)/e) is finite."""
     d = chosen - rejected
     return -(1 - flip) * F.logsigmoid(d) - flip * F.logsigmoid(-d)
@@ -238,7 +240,7 @@ def density_ratio(strong_logp, weak_logp, mask):
 
 # --- Adv-RM (2504.06141) --------------------------------------------------------------------------------
 
-def disagreement(r1, r2, bar=0.0, *, lam=1.5, C=3.0):
+def disagreement(r1, r2, bar=0.0, *, lam=1.5, C: Positive = 3.0):
     """R1 - λ R2 where R1 > T(x), else R1 - C: please the target, displease its twin.   [B] -> [B]
 
     Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0 and neither
@@ -505,20 +507,15 @@ def evaluate(reward, policy, sets, tok, c, run):
 
 # --- recipes: one system each, from data to numbers -----------------------------------------------------
 
-def start(c, world=""):
+def start(c):
     """What a recipe starts from: policy (frozen), tok, pad, context, world (None for a file).
 
-    Raises UserError where --init is no language model, or the recipe needs another world's gold reward."""
+    Raises UserError where --init is no language model."""
     policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device)
     if not isinstance(policy, Transformer):
         raise UserError(f"--init {c.init} is a reward model already: give a language model, or use --eval")
-    if world and c.data != world:
-        raise UserError(f"--recipe {c.recipe} needs --data {world}, whose gold reward it uses; not {c.data}")
-    longest = policy.config.max_position_embeddings
-    if c.context > longest:
-        raise UserError(f"--context {c.context} exceeds the {longest} tokens of {c.init}: lower it")
     return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
-                           context=c.context or longest,
+                           context=c.context or policy.config.max_position_embeddings,
                            world=tasks.task(c.data) if c.data in WORLDS else None)
 
 def pair_sets(c, tok, context):
@@ -560,7 +557,7 @@ def folded(model):
 
 def scalar(c, f, run):
     """One reward model on pairs by --loss: a …ForSequenceClassification folder (arm: a language model)."""
-    s = start(c, "ring" if c.loss == "regression" else "")
+    s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     if run.last:
         model = load(run.last, c.device)[0]
@@ -589,9 +586,9 @@ def scalar(c, f, run):
         run.say(f"  decoding guided by it: gold {out['guided_gold']:.2f}, unguided {out['val_sft_gold']:.2f}")
     return out
 
-def ensemble(c, f, run, *, members=5):
+def ensemble(c, f, run, *, members: Count = 5):
     """Reward models of different heads and data orders, standardised on SFT samples, then --aggregate."""
-    s = start(c, c.data if c.data in WORLDS else "ring")
+    s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     rewards = [scalar_reward(trained(run, f"member-{i}", new_scalar(s.policy, k), rows, f.loss, c, s.tok,
                                      seed=k), c) for i in range(members) for k in [100 * c.seed + i]]
@@ -601,7 +598,7 @@ def ensemble(c, f, run, *, members=5):
 
 def hs2pref(c, f, run, *, expo=1.52):
     """HelpSteer2-Preference (2410.01257): regression, scaled BT from it, then θ1 + a (θ2 - θ1) (ExPO)."""
-    s = start(c, "ring")
+    s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     one = trained(run, "regression", new_rater(s.policy, c.seed), rated(rows, s.world), regression, c, s.tok,
                   folded)
@@ -612,11 +609,11 @@ def hs2pref(c, f, run, *, expo=1.52):
     run.stage("final", lambda folder: save(far, s.tok, folder))
     return evaluate(scalar_reward(far, c), s.policy, sets, s.tok, c, run)
 
-def armo(c, f, run, *, gate_steps=500, gate_lr=1e-3, hidden=256, train_raw=False):
+def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256, train_raw=False):
     """ArmoRM (2406.12845): ridge heads for ratings on frozen features, less verbosity; a prompt-only gate.
 
     train_raw: the gate is trained on ratings with verbosity still in them, as in the released script."""
-    s = start(c, "ring")
+    s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     both = rated(rows, s.world)
     body = trained(run, "body", new_rater(s.policy, c.seed), both, regression, c, s.tok, folded)
@@ -652,10 +649,10 @@ def armo(c, f, run, *, gate_steps=500, gate_lr=1e-3, hidden=256, train_raw=False
         return (gate(at_start) * (h @ clean.T)).sum(1)
     return evaluate(chunked(reward, c), s.policy, sets, s.tok, c, run)
 
-def maxmin(c, f, run, *, groups=2, rounds=4, minority=0.3):
+def maxmin(c, f, run, *, groups: Count = 2, rounds: Count = 4, minority: Share = 0.3):
     """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has named, by
     hard EM. min_accuracy is that of the worse-served group; pooled_min_accuracy a single model's."""
-    s = start(c, "ring")
+    s = start(c)
     encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
     rows = encoded(s.world.pairs(c.rows or 4000, seed=1000 + c.seed, noise=c.noise, minority=minority))
     who = torch.tensor([r["annotator"] for r in rows])                                   # [N]
@@ -682,11 +679,11 @@ def maxmin(c, f, run, *, groups=2, rounds=4, minority=0.3):
         single.append(pair_accuracy(scalar_reward(pooled, c), test, c, s.pad))
     return dict(assignment=max(agree, 1 - agree), min_accuracy=min(mine), pooled_min_accuracy=min(single))
 
-def polar(c, f, run, *, pretrain=4000, labels=200, pretrain_epochs=2.0):
+def polar(c, f, run, *, pretrain: Count = 4000, labels: Count = 200, pretrain_epochs: Positive = 2.0):
     """POLAR (2507.05197): first learn, without labels, which policy wrote a response; then few labels.
 
     A row is prompt, reference, EOS, prompt, candidate, EOS; scratch_accuracy: plain BT, the same labels."""
-    s, rng = start(c, c.data if c.data in WORLDS else "ring"), random.Random(f"polar/{c.seed}")
+    s, rng = start(c), random.Random(f"polar/{c.seed}")
     early = [load(sft.base(c.init.removeprefix("base:"), c.config, steps=n, device=c.device), c.device)[0]
              for n in (50, 150)]
     pool, rows = [(m, t) for m in (*early, s.policy) for t in (0.7, 1.0, 1.3)][:-1], []  # eight policies
@@ -722,12 +719,13 @@ def cdr(c, f, run, *, strong="", weak=""):
     worse = load(weak, c.device)[0] if weak else s.policy
     return evaluate(likelihood_reward(better, c, worse), s.policy, sets, s.tok, c, run)
 
-def overopt(c, f, run, *, members=5, rl_steps=100, rl_beta=0.0, samples=512, prompts=48, body="1x32"):
+def overopt(c, f, run, *, members: Count = 5, rl_steps=100, rl_beta=0.0,
+            samples: Range("[2, inf)") = 512, prompts: Count = 48, body="1x32"):
     """Over-optimisation (2210.10760) and ensembles against it (2310.02743): gold under best-of-n and RL.
 
     Gold is standardised on SFT samples. Members are small models from random weights, so that their bodies
     differ; --noise flips labels. single: under best-of-n the average over the members, under RL member 0."""
-    s, tail = start(c, "ring"), f", {c.noise:.0%} noise" if c.noise else ""
+    s, tail = start(c), f", {c.noise:.0%} noise" if c.noise else ""
     rows, test = (prefs.encode_pairs(sampled_pairs(s.policy, s.tok, s.world, n, c, seed + c.seed, split,
                                                    noise=q), s.tok, s.context)
                   for n, seed, split, q in ((c.rows or 3000, 1000, "train", c.noise), (600, 2000, "val", 0)))
@@ -769,12 +767,13 @@ def both_orders(pm, tok, triples, c, **options):
     g, u = torch.cat(out, 1).view(2, -1, 2)                                              # [N, 2]
     return (g[:, 0] - g[:, 1]) / 2, u.mean(1)
 
-def router(c, f, run, *, features=1024, ridge=30.0, lam=10.0, sn=True, judge_error=0.1, rivals=3):
+def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Positive = 10.0, sn=True,
+           judge_error: Share = 0.1, rivals=3):
     """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen in kind.
 
     Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five (mix). rivals:
     plain classifiers whose spread is another uncertainty. ridge, the kernel's width: ours, for this size."""
-    s, kind = start(c, "toyif"), dict(mixture=prefs.ROUTING, min_gap=0.05)
+    s, kind = start(c), dict(mixture=prefs.ROUTING, min_gap=0.05)
     raw = s.world.pairs(c.rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH", **kind)
     tests = dict(id=s.world.pairs(600, seed=c.seed, split="val", heads="FLH", **kind),
                  ood=s.world.pairs(600, seed=c.seed, split="base", heads="N#", rules=(1,), **kind),
@@ -798,9 +797,12 @@ def router(c, f, run, *, features=1024, ridge=30.0, lam=10.0, sn=True, judge_err
                 pm.add(tokens, mask.sum(1).long())
         return pm
     pm = classifier(features, c.seed, "pm")
-    save(pm.body, s.tok, run.folder / "pm")
-    save_file({k: x.contiguous() for k, x in pm.state_dict().items() if not k.startswith("body.")},
-              run.folder / "pm" / "pair.safetensors")
+
+    def write(folder):
+        save(pm.body, s.tok, folder)
+        save_file({k: x.contiguous() for k, x in pm.state_dict().items() if not k.startswith("body.")},
+                  folder / "pair.safetensors")
+    run.put("pm", write)
     triples = [(r["prompt"], r["chosen"], r["rejected"]) for some in tests.values() for r in some]
     where = torch.tensor([i for i, some in enumerate(tests.values()) for _ in some])
     score, u = both_orders(pm, s.tok, triples, c, ridge=ridge, lam=lam)
@@ -832,8 +834,8 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
         out += [tok.decode(y) if done else "" for y, done in zip(roll.completions(), roll.finished.tolist())]
     return [out[i:i + samples] for i in range(0, len(out), samples)]
 
-def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, verbose=0.2, votes=5,
-                most=5600):
+def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", contrast=True,
+                consistent=True, verbose: Share = 0.2, votes: Count = 5, most: Count = 5600):
     """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the label, then
     distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B -> criteria, winner).
 
@@ -841,7 +843,7 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, ve
     examples, of 8000 pairs before the filter. verbose: the share of training labels that prefer the longer
     response, whatever gold says; tests are gold's."""
     prefs.one_of(judge, ("rubric", "direct"), "--judge")
-    s, pairs = start(c, "toyif"), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
+    s, pairs = start(c), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
     made = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
     texts, rubrics = (x[:most] for x in made)
@@ -871,8 +873,11 @@ def openrubrics(c, f, run, *, judge="rubric", contrast=True, consistent=True, ve
                 for x in ("", "_vote")}
     return out | dict(kept=len(made[0]) / len(pairs))
 
-def thinkrm(c, f, run, *, style="long", error=0.05, bits=7, rl_steps=60, rl_pairs=2000, rl_lr=3e-5,
-            rule="graded", votes=16):
+def thinkrm(c, f, run, *,
+            style: Literal["long", "short", "random", "last", "direct", "filler", "bt"] = "long",
+            error: Range("[0, 0.5]") = 0.05, bits: Range("[2, 10]") = 7, rl_steps=60,
+            rl_pairs: Count = 2000, rl_lr: Positive = 3e-5,
+            rule: Literal[*RULE_REWARDS] = "graded", votes: Count = 16):
     """Think-RM (2505.16265): a judge that reasons before its verdict, taught by the longest correct traces,
     then by RL with a rule reward (RULE_REWARDS; sign is RM-R1's, 2505.02387, up to its scale) on ParityJudge.
 
@@ -917,15 +922,15 @@ def thinkrm(c, f, run, *, style="long", error=0.05, bits=7, rl_steps=60, rl_pair
         told = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed), reward, c, run, name="rl",
                   steps=rl_steps, max_new=task.max_new, samples=8, lr=rl_lr, kl_loss=1e-3,
                   advantages=group_norm)
-        save(judge, tok, run.folder / "rl")
+        run.put("rl", lambda folder: save(judge, tok, folder))
         out |= {f"{style}+RL|{k}": v for k, v in (measured(judge) | dict(flat_end=told[-1]["flat"])).items()}
     return out
 
-def judge_lora(c, f, run, *, rank=16, levels=7):
+def judge_lora(c, f, run, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
     """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the verdict
     token, score = E[digit]. _off: the model without the adapter."""
     prefs.within(levels, 2, 7, "--levels")
-    s = start(c, "toyif")
+    s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     letters = list(prefs.SCORES.values())[:levels]
     ids = torch.tensor([s.tok.encode(x)[0] for x in letters])
@@ -947,13 +952,13 @@ def judge_lora(c, f, run, *, rank=16, levels=7):
     off = measure(model)
     fit(model, [dict(prompt=question(r, side), answer=verdict(r, side)) for r in rows
                 for side in ("chosen", "rejected")], nll, c, run, s.tok, seed=c.seed, name="judge")
-    save(merge(model), s.tok, run.folder / "judge")
+    run.put("judge", lambda folder: save(merge(model), s.tok, folder))
     return {f"{k}_accuracy": v for k, v in measure(model).items()} | {f"{k}_off": v for k, v in off.items()}
 
-def first(c, f, run, *, candidates=4):
+def first(c, f, run, *, candidates: Range("[2, 9]") = 4):
     """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first logits."""
     prefs.within(candidates, 2, 9, "--candidates")
-    s, digits = start(c, "toyif"), "1234567890"[:candidates]
+    s, digits = start(c), "1234567890"[:candidates]
     ids = [s.tok.encode(d)[0] for d in digits]
 
     def lists(n, split, seed):
@@ -1014,15 +1019,16 @@ def pairs_against(s, field, roll, rows, rng, each=4):
         seen.add((x, texts[i]))
     return [r for r in out if r["rejected"].strip() and r["chosen"].strip() and r["rejected"] != r["chosen"]]
 
-def advrm(c, f, run, *, rounds=2, attack_steps=160, attack_lr=1e-3, attack_beta=0.05, lam=1.5, rl_steps=120,
-          rl_beta=0.0, most=1500, prompts=1536):
+def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive = 1e-3,
+          attack_beta=0.05, lam=1.5, rl_steps=120, rl_beta=0.0, most: Count = 1500,
+          prompts: Range("[8, inf)") = 1536):
     """Adv-RM (2504.06141): a policy learns to please the reward model while its twin objects; what it finds
     joins the data as rejected, the models are trained anew; then: how far can RLHF push before gold falls?
 
     Against it: plain, the twins' mean and lcb, and as many pairs more of another kind (more_random: samples
     of a policy that only over-optimises; more_gold: pairs labelled by gold). strict: the share of attacks
     that the model likes and gold finds far below the SFT samples, on prompts the attacker has not seen."""
-    s, rng = start(c, "toyif"), random.Random(f"advrm/{c.seed}")
+    s, rng = start(c), random.Random(f"advrm/{c.seed}")
     encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
     sampled = partial(sampled_pairs, s.policy, s.tok, s.world, c=c, min_gap=0.02)
     rows, test = (encoded(sampled(n, seed=k + c.seed, split=split))
@@ -1083,22 +1089,64 @@ RECIPES = dict(scalar=scalar, ensemble=ensemble, hs2pref=hs2pref, armo=armo, max
 PAIR_LOSSES = ("bt", "margin", "scaled", "smooth", "win_tie", "goal")
 LOSSES_OF = dict(scalar=(*PAIR_LOSSES, "regression", "arm"), first=("listwise",)) | dict.fromkeys(
     ("ensemble", "maxmin", "polar", "overopt", "advrm"), PAIR_LOSSES)                    # others: their own
-AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, attack=ATTACKS, optimiser=RULES)
+AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, attack=ATTACKS, optimiser=RULES,
+            kernels=kernels.MODES)
 
 
 # --- train ----------------------------------------------------------------------------------------------
 
+WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | dict.fromkeys(
+    ("router", "openrubrics", "judge_lora", "first", "advrm"), ("toyif",)) | dict.fromkeys(
+    ("ensemble", "polar"), WORLDS)               # the worlds whose gold reward a recipe reads
+
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    noisy = c.recipe in ("scalar", "ensemble", "hs2pref", "armo", "maxmin", "polar", "overopt", "judge_lora", "cdr")
+    fields = dict(noise=(c.data in WORLDS and noisy and not c.eval, "a world's training labels"),
+                  init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS), "other recipes"),
+                  attack=(c.recipe == "advrm", "--recipe advrm"),
+                  aggregate=(c.recipe == "ensemble", "--recipe ensemble"),
+                  stop=(c.recipe == "scalar" and not c.eval, "--recipe scalar: others resume by stages"),
+                  epochs=(not c.steps, "runs without --steps"))
+    if c.eval:
+        fields |= dict.fromkeys(("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr", "warmup",
+                                 "weight_decay", "clip", "save_every", "keep"), (False, "training, without --eval"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+def check(c, f):
+    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    prefs.one_of(c.loss, LOSSES_OF.get(c.recipe, ("bt",)), f"--recipe {c.recipe}: loss")
+    if c.recipe == "thinkrm" and not c.eval:
+        return
+    prefs.check_pairs(c.data, whole=bool(c.eval))
+    if c.eval:
+        peek(c.eval, scalar=True, option="--eval")
+    worlds = ("ring",) if c.loss == "regression" else WORLD_OF.get(c.recipe)
+    if worlds and not c.eval and c.data not in worlds:
+        raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold reward it uses; not "
+                        f"{c.data}")
+    if c.eval and c.data not in WORLDS:
+        return
+    most = sft.find(c.init, c.config, make=False)
+    if c.context > most:
+        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if c.recipe == "polar" and not c.init.startswith("base:"):
+        raise UserError("--recipe polar trains its early policies anew: give --init base:PRESETS")
+    for path in filter(None, (f.recipe.keywords.get(k) for k in ("strong", "weak"))):
+        peek(path, option="--strong or --weak")
+    if c.recipe == "overopt":
+        preset(f.recipe.keywords["body"], prefs.tokenizer())
+
 def train(c, f):
     """One run of a recipe, or with --eval only the table of a reward model.   -> the result's numbers"""
     kernels.use(c.kernels)
-    prefs.one_of(c.loss, LOSSES_OF.get(c.recipe, ("bt",)), f"--recipe {c.recipe}: loss")
+    check(c, f)
     if c.recipe != "thinkrm" and (c.data in WORLDS or not c.eval):
         sft.find(c.init, c.config, device=c.device)              # made before this run's clock starts
     with Run(c, f, "reward", CURVES) as run:
         if c.eval:
+            run.begin()                                          # pictures are made before there is a result
             model, tok = load(c.eval, c.device)
-            if not isinstance(model, ScalarModel):
-                raise UserError(f"--eval {c.eval} is a language model: give a …ForSequenceClassification one")
             context = c.context or model.config.max_position_embeddings
             sets = pair_sets(c, tok, context)[1]
             policy = start(c).policy if c.data in WORLDS else None                       # gives the samples
@@ -1190,7 +1238,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python reward.py …: see the docstring above, or --help."""
-    return launch("reward", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("reward", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -78,11 +79,13 @@ from torch.nn.utils import clip_grad_norm_
 
 import kernels
 from data import chains, numerics, prefs, tasks, text, tokenizer
-from data.run import (Claim, Run, UserError, batch_indices, checkpoint, cli, configure, launch, lock, needs,
-                      rank, read_log, result, settings, share, start_ranks)
+from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices,
+                      checkpoint, cli, configure, launch, lock, needs, rank, read_json, read_log, result,
+                      settings, share, start_ranks)
 from kernels import PackedLinear
-from model import (PEFT, LoRA, Transformer, adapter_state, autocast, check_rank, collate, generate, init,
-                   load, load_balance_loss, lora, merge, preset, replace_linears, save, shard, token_logprobs)
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank, collate,
+                   generate, init, load, load_balance_loss, lora, merge, peek, preset, replace_linears, save,
+                   shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
 # --- config -------------------------------------------------------------------------------------------
@@ -96,10 +99,10 @@ class Config:
     rows: int = 0                # use only so many demonstrations (0: all)
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
-    family: str = "qwen3"        # its architecture: llama, qwen2, qwen3, mixtral, qwen3_moe
+    family: Literal[*ARCHITECTURES] = "qwen3"  # its architecture: llama, qwen2, qwen3, mixtral, qwen3_moe
     tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, chain, a folder, gpt2 …
-    vocab: int = 2048            # size of a trained bpe
-    context: int = 256           # longest row in tokens; a new model's context is twice that
+    vocab: Range("[261, 1000000]") = 2048  # size of a trained bpe
+    context: Range("[2, inf)") = 256  # longest row in tokens; a new model's context is twice that
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     loss: str = "nll"            # which row of LOSSES
     feedback: str = "none"       # which row of FEEDBACK: how scores, tags and pairs become rows
@@ -108,23 +111,23 @@ class Config:
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     schedule: str = "cosine"     # which row of SCHEDULES
     steps: int = 0               # optimizer steps (0: epochs decides)
-    epochs: float = 3.0          # passes over the data, where steps is 0
-    batch: int = 32              # rows per optimizer step
-    micro: int = 32              # rows per forward pass: lower it when memory runs out, results do not change
-    lr: float = 1e-3             # peak learning rate
+    epochs: Positive = 3.0       # passes over the data, where steps is 0
+    batch: Count = 32            # rows per optimizer step
+    micro: Count = 32            # rows per forward pass: lower it when memory runs out, results do not change
+    lr: Positive = 1e-3          # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
-    clip: float = 1.0            # largest gradient norm
+    clip: Positive = 1.0         # largest gradient norm
     peft: str = "full"           # what is trained: a row of PEFT
     linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
     prune: str = "none"          # which row of numerics.PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
-    eval_every: int = 100        # steps between evaluations
+    eval_every: Count = 100      # steps between evaluations
     watch: str = ""              # a further data set to evaluate on, e.g. what the checkpoint knew before
     target: float = 0.0          # validation loss to reach: the result says after how many steps and seconds
     suggest: bool = False        # print Step Law's learning rate and batch for this model and data, and stop
-    save_every: int = 200        # steps between checkpoints
-    keep: int = 2                # checkpoints to keep
+    save_every: Count = 200      # steps between checkpoints
+    keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
     out: str = ""                # run folder (default out/sft/<presets>)
     seed: int = 0                # of initialisation, data order and sampling
@@ -266,7 +269,7 @@ PHI = dict(tv=lambda z: z, chi2=lambda z: z - z * z / 4, hellinger=lambda z: (z 
 FLOOR = dict(tv=-math.inf, chi2=-math.inf, hellinger=-0.9, js=-0.69)
 
 
-def implicit(logp, ref_logp, *, phi="chi2", beta=0.1):
+def implicit(logp, ref_logp, *, phi: Literal[*PHI] = "chi2", beta: Positive = 0.1):
     """SFT as implicit reward (2507.00018), a concave φ of inverse-Q learning:  -φ(ζ),  ζ = β Σ log π/π_ref.
 
     φ: tv ζ (SFT, rows weighing alike);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ > -.9;
@@ -283,14 +286,14 @@ def unlikelihood(logp, good, *, alpha=1.0):
     return torch.where(good[:, None] > 0, -logp, -alpha * torch.log((-torch.expm1(logp)).clamp(min=1e-20)))
 
 
-def rwr(logp, score, *, temperature=0.5):
+def rwr(logp, score, *, temperature: Positive = 0.5):
     """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the data
 
     ours: the standardised score, and β (10 in the paper, which on [0, 1] is nearly likelihood)."""
     return -logp * (score / temperature).exp()[:, None]
 
 
-def glow(logp, mask, before, *, alpha=2.0, beta=10.0):
+def glow(logp, mask, before, *, alpha: Positive = 2.0, beta=10.0):
     """GLOW (2601.04992): weight clamp(α (1 - σ(β Δ)), .5, 5),  Δ = a row's mean loss at its last visit - now.
 
     before [B]: that loss, NaN at the first visit (weight 1). α = 2: Δ = 0 has weight 1. No gradient to it.
@@ -300,7 +303,8 @@ def glow(logp, mask, before, *, alpha=2.0, beta=10.0):
     return -logp * torch.where(before.isnan(), 1.0, w)[:, None]
 
 
-def reweighted(logp, mask, weight, *, rule="linupper", spread=1.0):
+def reweighted(logp, mask, weight, *,
+               rule: Literal["linupper", "quadratic", "extremes"] = "linupper", spread: Positive = 1.0):
     """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w of batch_weights(rule, spread), mean 1.   -> [B]
 
     ours: no burn-in (1,000 unweighted steps in the paper)."""
@@ -338,7 +342,7 @@ def adpa(logp, mask, good, logits, teacher, other, *, gamma=1.0):
     return torch.where(good[:, None] > 0, -logp, -gamma * value)
 
 
-def aligndistil(mask, logits, teacher, other, *, beta=0.1, beta2=10.0):
+def aligndistil(mask, logits, teacher, other, *, beta: Positive = 0.1, beta2=10.0):
     """AlignDistil (2503.02832):  (β/w) KL(π||softmax(z_dpo + w (z_dpo - z_rev))).
 
     w = β₂ ‖p_dpo - p_rev‖₁ + .001;  other: a model trained by DPO on the reversed pairs. Both are frozen;
@@ -485,7 +489,7 @@ CLAIMS = dict(
 
 def held(c, tok, split):
     """rows() of a held-out split; of a file of pairs, the chosen sides of its own held-out pairs."""
-    if c.feedback not in ("hindsight", "both", "chosen", "sampled") or c.data in ("toyif", "ring"):
+    if c.feedback not in PAIRS or c.data in ("toyif", "ring"):
         return tasks.rows(c, tok, split)
     found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context, f"{split} pairs", c.chat)
     return [(r["prompt"], r["chosen"]) for r in found]
@@ -500,7 +504,7 @@ def demos(c, tok, model, generator):
     return data, [{} for _ in data]
 
 
-def scored(c, tok, model, generator, *, share=0.5):
+def scored(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
     """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best `share`, of
     equal ones the first."""
     if text.is_corpus(c.data):
@@ -532,7 +536,7 @@ def fitting(found, c):
     return [row for row, _ in kept], [fields for _, fields in kept]
 
 
-def filtered(c, tok, model, generator, *, share=0.5):
+def filtered(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
     """Only the best `share` of the demonstrations."""
     kept = [(row, info) for row, info in zip(*scored(c, tok, model, generator, share=share)) if info["good"]]
     if not kept:
@@ -540,7 +544,8 @@ def filtered(c, tok, model, generator, *, share=0.5):
     return [row for row, _ in kept], [info for _, info in kept]
 
 
-def conditional(c, tok, model, generator, *, share=0.5, good_tag=".", bad_tag=",", untagged=0.01):
+def conditional(c, tok, model, generator, *,
+                share: Range("(0, 1]") = 0.5, good_tag=".", bad_tag=",", untagged: Share = 0.01):
     """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none. The tags are
     for ToyIF's alphabet: give others elsewhere. ours: a tag a row, not a segment; sampling bans none."""
     data, infos = scored(c, tok, model, generator, share=share)
@@ -556,15 +561,21 @@ def pair_ids(c, tok):
     return prefs.encode_pairs(found, tok, c.context, "training pairs", c.chat)
 
 
+def modes_of(mix):
+    """"p,pn" -> ["p", "pn"]; UserError for others than p, n, pn, np."""
+    modes = mix.split(",")
+    if not set(modes) <= {"p", "n", "pn", "np"}:
+        raise UserError(f"--mix {mix}: give some of p, n, pn, np, with commas")
+    return modes
+
+
 def hindsight(c, tok, model, generator, *, good_tag=".", bad_tag=",", mix="p,n,pn,np"):
     """Chain of Hindsight (2302.02676): p good tag and better answer, n bad tag and worse one, pn, np both.
 
     Both answers are scored, their EOS too; tags are not: hole is where the second one stands. ours: one mode
     a pair, tags of one symbol (ToyIF's), and no pre-training loss beside it (0.01 in the paper)."""
     tags, out = dict(p=tok.encode(good_tag), n=tok.encode(bad_tag)), []
-    modes = mix.split(",")
-    if not set(modes) <= {"p", "n", "pn", "np"}:
-        raise UserError(f"--mix {mix}: give some of p, n, pn, np, with commas")
+    modes = modes_of(mix)
     for r in pair_ids(c, tok):
         first, *second = modes[torch.randint(len(modes), (1,), generator=generator).item()]
         side = dict(p=r["chosen"], n=r["rejected"])
@@ -630,7 +641,7 @@ def new_tokenizer(c):
 # --- LoRAM: LoRA trained on a pruned model -----------------------------------------------------------------
 
 
-def loram(model, generator, *, rank=8, alpha=0.0, ratio=0.5, first=0, last=0):
+def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5, first=0, last=0):
     """LoRAM (2502.13533): LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
     share keys; by their weights' norm), then used on the whole one. first, last: layers left whole (4 and 2
     for the paper's 70B). recover() brings the adapters back."""
@@ -710,7 +721,8 @@ def as_they_are(model, generator):
     return model
 
 
-def qat(model, generator, *, bits=4, fraction=0.0, fuse=True):
+def qat(model, generator, *, bits: Range("[1, 8]") = 4,
+        fraction: Range("[-1, 1]") = 0.0, fuse=True):
     """Quantisation-aware training (2509.22935): weights rounded to `bits` (1-8), a scale an output, in the
     last `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved rounded.
 
@@ -721,7 +733,8 @@ def qat(model, generator, *, bits=4, fraction=0.0, fuse=True):
     return in_blocks(model, lambda layer: numerics.QATLinear(layer, bits))
 
 
-def halo(model, generator, *, level=2, format="int8"):
+def halo(model, generator, *, level: Literal[0, 1, 2] = 2,
+         format: Literal[*numerics.FORMATS] = "int8"):
     """HALO (2501.02625): the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated: level 0
     not, 1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
     numerics.one_of("level", level, (0, 1, 2))
@@ -729,7 +742,8 @@ def halo(model, generator, *, level=2, format="int8"):
     return in_blocks(model, lambda layer: numerics.HaloLinear(layer, level, format))
 
 
-def quartet(model, generator, *, exponent="quest", backward="stochastic"):
+def quartet(model, generator, *, exponent: Literal[*numerics.EXPONENTS] = "quest",
+            backward: Literal["stochastic", "nearest"] = "stochastic"):
     """Quartet (2505.14669): the three products in MXFP4. exponent: of a group, a row of numerics.EXPONENTS;
     backward: stochastic, or nearest. Saved: the float32 weights."""
     numerics.one_of("exponent", exponent, numerics.EXPONENTS)
@@ -738,7 +752,9 @@ def quartet(model, generator, *, exponent="quest", backward="stochastic"):
         layer, torch.randint(2 ** 31, (), generator=generator).item(), exponent, backward))
 
 
-def lost(model, generator, *, size=0.55, columns=0.05, gamma=0.7, phi="silu", start="svd"):
+def lost(model, generator, *, size: Range("(0, 1]") = 0.55, columns: Share = 0.05,
+         gamma: Share = 0.7, phi: Literal[*numerics.PHI] = "silu",
+         start: Literal["svd", "random"] = "svd"):
     """LOST (2508.02668): `size` of the parameters, a share `columns` of inputs dense, the rest low rank.
 
     ours: size, at which a square layer has the rank n/4 and 5 % of the columns. With --phi identity a plain
@@ -764,6 +780,8 @@ AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimis
 
 def configured(presets, like="", **changes):
     """What base() asks for: the presets' names, the command line, (c, f)."""
+    if not presets.strip(","):
+        raise UserError("base: names no preset: write base:PRESETS, for example base:pretrain")
     names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
     return names, argv, configure(Config, PRESETS, AXES, __doc__, argv)
@@ -795,9 +813,21 @@ def base(presets, like="", **changes):
     return checkpoint(folder)
 
 
-def find(path, like, **changes):
-    """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself."""
-    return base(path.removeprefix("base:"), like, **changes) if path.startswith("base:") else path
+def find(path, like, make=True, **changes):
+    """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself.
+
+    make False: only look, so that what is missing is told before anything is made. -> the longest context that
+    it will have. Raises UserError for an unknown preset, and for a folder that is no language model.
+    """
+    if path.startswith("base:"):
+        presets = path.removeprefix("base:")
+        return base(presets, like, **changes) if make else longest(configured(presets, like, **changes)[2][0])
+    return path if make else peek(path).max_position_embeddings
+
+
+def longest(c):
+    """The context of the model that a run of these settings leaves: twice --context, or its own base's."""
+    return find(c.init, c.config, make=False) if c.init else 2 * c.context
 
 
 def start(c, origin):
@@ -808,9 +838,6 @@ def start(c, origin):
     model, tok = load(origin, c.device)
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
-    if c.context > model.config.max_position_embeddings:
-        longest = model.config.max_position_embeddings
-        raise UserError(f"--context {c.context} exceeds the {longest} tokens of {c.init}: lower it")
     return model, tok
 
 
@@ -822,8 +849,6 @@ def open_frozen(c, f, origin, tok):
     for key in ("teacher", "other"):
         if key in names or key == "teacher" and "kl" in names:
             path = getattr(c, key)
-            if not path:
-                raise UserError(f"--loss {c.loss} needs --{key} CHECKPOINT (dpo.py makes such ones)")
             out[key], words = load(checkpoint(find(path, c.config, device=c.device)), c.device)
             if words.tokens != tok.tokens or not isinstance(out[key], Transformer):
                 raise UserError(f"--{key} {path}: need a language model with the tokenizer of {c.init}")
@@ -963,30 +988,77 @@ def check_layers(c, ranks):
         raise UserError(f"--prune {c.prune} cuts matrices, which --linear lost does not have: choose one")
 
 
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    names, new, corpus = needs(f.loss), not c.init, text.is_corpus(c.data)
+    fields = dict(
+        model=(new, "a new model (--init '')"), family=(new, "a new model (--init '')"),
+        tokenizer=(new, "a new model (--init '')"),
+        vocab=(new and c.tokenizer == "bpe", "a new tokenizer (--init '' --tokenizer bpe)"),
+        rows=(not corpus, "demonstrations, and --data is a text"),
+        chat=(not corpus, "demonstrations, and --data is a text"),
+        epochs=(not c.steps, "runs without --steps"),
+        warmup=("warmup" in needs(f.schedule), "other schedules"),
+        teacher=({"teacher", "kl"} & {*names}, "--loss dckd, adpa or aligndistil"),
+        other=("other" in names, "--loss adpa or aligndistil"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+
+PAIRS = ("hindsight", "both", "chosen", "sampled")     # feedback that is made of pairs
+
+
+def check(c, f, ranks):
+    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    names = needs(f.loss)
+    for wrong, words in (
+            (c.batch % ranks, f"--batch {c.batch} is not a multiple of the {ranks} ranks"),
+            (c.store != "float32" and c.peft in ("lora", "bone", "bat", "loram"),
+             f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one"),
+            (ranks > 1 and (names != ["logp"] or c.feedback != "none"),
+             f"--loss {c.loss} --feedback {c.feedback} run on one rank: start without torchrun"),
+            (ranks > 1 and c.store != "float32", f"--store {c.store} runs on one rank: start it without torchrun"),
+            (c.suggest and c.init.startswith("base:"), "--suggest is about pre-training: add --config pretrain")):
+        if wrong:
+            raise UserError(words)
+    check_layers(c, ranks)
+    f.prune(0, 1)
+    if c.feedback in PAIRS:
+        prefs.check_pairs(c.data)
+    else:
+        tasks.check_data(c.data, is_text=c.feedback == "none")
+    if c.feedback == "hindsight":
+        modes_of(f.feedback.keywords["mix"])
+    if c.watch:
+        tasks.check_data(c.watch)
+    for key in ("teacher", "other"):
+        if key in names or key == "teacher" and "kl" in names:
+            if not getattr(c, key):
+                raise UserError(f"--loss {c.loss} needs --{key} CHECKPOINT (dpo.py makes such ones)")
+            find(getattr(c, key), c.config, make=False)
+    if c.init:
+        most = find(c.init, c.config, make=False)
+        if c.context > most:
+            raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    elif c.tokenizer != "bpe":
+        preset(c.model, new_tokenizer(c), 2 * c.context, c.family)
+    else:
+        preset(c.model, tokenizer.bytes_tokenizer(), 2 * c.context, c.family)            # is --model well written?
+
+
 def write(net, tok, folder):
     """save(); a folder of LOST layers with φ gets a model_type that nothing opens: they are no matrices."""
     save(net, tok, folder)
     if any(isinstance(m, numerics.LostLinear) for m in net.modules()):
         path = Path(folder, "config.json")
-        said = json.loads(path.read_text())
+        said = read_json(path)
         path.write_text(json.dumps(said | dict(model_type=f"lost-{said['model_type']}"), indent=2))
 
 
 def train(c, f):
     """One run: load, loop, log, save. Returns the last evaluation's numbers."""
     me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
-    if c.batch % ranks:
-        raise UserError(f"--batch {c.batch} is not a multiple of the {ranks} ranks")
-    if c.store != "float32" and c.peft in ("lora", "bone", "bat", "loram"):
-        raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one")
     names = needs(f.loss)
-    if ranks > 1 and (names != ["logp"] or c.feedback != "none"):
-        raise UserError(f"--loss {c.loss} --feedback {c.feedback} run on one rank: start without torchrun")
-    if ranks > 1 and c.store != "float32":
-        raise UserError(f"--store {c.store} runs on one rank: start it without torchrun")
-    check_layers(c, ranks)
-    if c.suggest and c.init.startswith("base:"):
-        raise UserError("--suggest is about pre-training: add --config pretrain")
+    check(c, f, ranks)
     origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
     kernels.use(c.kernels)
     if c.suggest:
@@ -1115,6 +1187,7 @@ def train(c, f):
             row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n, seconds=clock["all"])
             row |= (dict(aux=aux) if aux else {}) | pruned_to
             if (step + 1) % c.eval_every == 0 or step + 1 == total:
+                run.check(step + 1, model)
                 scores = measure()
                 row |= scores
             run.log(step + 1, **row)
@@ -1164,7 +1237,7 @@ def train(c, f):
 
 def main(argv=None):
     """python sft.py …: see the docstring above, or --help."""
-    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread, ranks=True)
 
 
 if __name__ == "__main__":

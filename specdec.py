@@ -40,6 +40,8 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -53,7 +55,8 @@ from data.decoding import at_cost, numbers, tabled, voted
 from data.drafting import COLUMNS, Lookup, Tally, first_difference, line
 from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from data.run import Claim, Run, UserError, batch_indices, checkpoint, cli, clock, in_parts, launch, needs
+from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, checkpoint, cli,
+                      clock, in_parts, launch, needs)
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset, save,
                    tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
@@ -75,29 +78,29 @@ class Config:
     length: str = "optimal"      # which row of LENGTHS says when a draft is long enough
     temperature: float = 0.0     # of the decoding that is measured; 0 is greedy
     top_k: int = 0               # keep only the k likeliest tokens (0: all), of target and draft
-    top_p: float = 1.0           # keep the likeliest tokens of this total mass, of target and draft
-    prompts: int = 64            # held-out prompts to decode
-    split: str = "val"           # split of the prompts: val, or ood where the data has one
-    samples: int = 8             # samples a prompt, of decoders that draw several
-    prompt: int = 32             # tokens of a prompt where --data is a text, at most --context
-    max_new: int = 64            # new tokens a prompt
-    together: int = 1            # rows decoded at once
+    top_p: Range("(0, 1]") = 1.0 # keep the likeliest tokens of this total mass, of target and draft
+    prompts: Count = 64          # held-out prompts to decode
+    split: Literal["val", "ood"] = "val"  # split of the prompts: val, or ood where the data has one
+    samples: Count = 8           # samples a prompt, of decoders that draw several
+    prompt: Count = 32           # tokens of a prompt where --data is a text, at most --context
+    max_new: Count = 64          # new tokens a prompt
+    together: Count = 1          # rows decoded at once
     loss: str = "forward_kl"     # which row of LOSSES draws the draft to the target
     select: str = "every"        # which row of SELECT says which tokens of a batch count
     source: str = "data"         # which row of SOURCES: whose completions the draft learns on
     steps: int = 300             # of the draft's training; 0: it is used as it is
-    batch: int = 16              # rows a step
-    micro: int = 64              # rows per forward pass; select compares tokens within one
-    context: int = 96            # tokens of a training row
-    lr: float = 3e-3             # peak learning rate, of the draft or of what a decoder trains
+    batch: Count = 16            # rows a step
+    micro: Count = 64            # rows per forward pass; select compares tokens within one
+    context: Range("[2, inf)") = 96  # tokens of a training row
+    lr: Positive = 3e-3          # peak learning rate, of the draft or of what a decoder trains
     warmup: int = 30             # steps of linear warm-up
-    clip: float = 1.0            # largest gradient norm
-    ref_batch: int = 16          # rows a step of the reference draft, where --select reads one
-    refresh: int = 50            # steps between new samples, where --source samples
-    eval_rows: int = 64          # held-out rows on which agreement is measured
-    eval_every: int = 100        # steps between such measurements
-    save_every: int = 200        # steps between checkpoints
-    keep: int = 1                # checkpoints to keep
+    clip: Positive = 1.0         # largest gradient norm
+    ref_batch: Count = 16        # rows a step of the reference draft, where --select reads one
+    refresh: Count = 50          # steps between new samples, where --source samples
+    eval_rows: Count = 64        # held-out rows on which agreement is measured
+    eval_every: Count = 100      # steps between such measurements
+    save_every: Count = 200      # steps between checkpoints
+    keep: Count = 1              # checkpoints to keep
     stop: int = 0                # pause after this step (0: no); --resume goes on
     out: str = ""                # run folder (default out/specdec/<presets>)
     seed: int = 0                # of a new draft, the data order, sampling, and of a base:… model
@@ -177,22 +180,22 @@ def verify(p, q, drafted, count, u, *, lenience=1.0):
 # They see the draft and what is committed, never the verdict on the draft at hand: the rule stays lossless.
 
 
-def fixed(k, *, gamma=4):
+def fixed(k, *, gamma: Count = 4):
     """As many every time."""
     return k < gamma
 
 
-def heuristic(k, reach, *, gamma=16):
+def heuristic(k, reach, *, gamma: Count = 16):
     """Two more after a block kept whole, else one fewer (Hugging Face's assisted generation); starts at 5."""
     return (k < reach) & (k < gamma)
 
 
-def confident(k, sure, *, gamma=8, least=0.4):
+def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
     """While the draft's own probability of its last token is at least `least` (0.4 unverified)."""
     return sure[:, -1] >= least if 0 < k < gamma else k < gamma
 
 
-def optimal(k, chance, cost, turn, *, gamma=8, explore=16):
+def optimal(k, chance, cost, turn, *, gamma: Count = 8, explore=16):
     """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a the chances to be kept.
 
     chance [B, k+1]: of the k tokens, from how often tokens of that confidence were kept, and for the next the
@@ -374,7 +377,7 @@ def reverse_kl(h, W, t, U):
     return kernels.linear_distill(h, W, t, U, "reverse_kl")
 
 
-def jsd(h, W, t, U, *, beta=0.5):
+def jsd(h, W, t, U, *, beta: Range("(0, 1)") = 0.5):
     """β KL(p‖m) + (1-β) KL(q‖m),  m = β p + (1-β) q."""
     return kernels.linear_distill(h, W, t, U, "jsd", beta=beta)
 
@@ -402,22 +405,22 @@ def top(x, k):
     return x >= torch.quantile(x, 1 - k) if x.numel() else x > 0
 
 
-def adaspec(loss, ref, *, k=0.4):
+def adaspec(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """AdaSPEC (2510.19779): the largest  Δ = loss - ref,  what a draft of this size can still learn."""
     return top(loss - ref, k)
 
 
-def smallest(loss, ref, *, k=0.4):
+def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """A control: the smallest Δ."""
     return top(ref - loss, k)
 
 
-def easiest(loss, ref, *, k=0.4):
+def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """A control: the tokens on which the reference is nearest to the target."""
     return top(-ref, k)
 
 
-def at_random(loss, generator, *, k=0.4):
+def at_random(loss, generator, *, k: Range("(0, 1]") = 0.4):
     """A control: as many at random."""
     return top(torch.rand(len(loss), generator=generator).to(loss), k)
 
@@ -656,14 +659,15 @@ def small(draft, tok, c, target):
     return Small(draft, target.config.vocab_size, tok.vocab_size, (c.temperature, c.top_k, c.top_p))
 
 
-def lookup(*, n=3):
+def lookup(*, n: Count = 3):
     """No model: what followed the last n tokens, or fewer, where they stood last."""
     if n < 1:
         raise UserError(f"--n {n}: at least one token to look up")
     return Lookup(n)
 
 
-def omnidraft(draft, tok, own, c, target, *, mode="point", longest=32):
+def omnidraft(draft, tok, own, c, target, *,
+              mode: Literal["point", "ngram"] = "point", longest: Count = 32):
     """OmniDraft (2507.02659): a model of another tokenizer, `own`, behind a cache. point: its likeliest
     tokens, as point masses, exact;  ngram: samples and the paper's q', approximate where strings nest."""
     sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
@@ -698,7 +702,7 @@ def open_draft(target, tok, c, f, run):
     return draft, own
 
 
-def speculative(target, tok, c, f, run, *, lenience=1.0):
+def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
     """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
     corpus, told, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
     if not 0 < lenience <= 1 or lenience < 1 and not c.temperature:
@@ -750,6 +754,8 @@ def train_draft(draft, target, tok, said, words, c, f, run):
 
     def after(step, opt, g, pool, told):
         last = step in (c.steps, c.stop)
+        if step % c.eval_every == 0 or last:
+            run.check(step, draft)
         if step % c.eval_every == 0 or last:
             told |= agreement(target, draft, said, c, words)
         run.log(step, **told, show=last)
@@ -814,7 +820,7 @@ def logp_sum(model, tokens, mask):
 
 
 def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle_model="2x96",
-        thresholds="0.2,0.4,0.6,0.8,1.0", window=5, stay=5):
+        thresholds="0.2,0.4,0.6,0.8,1.0", window: Count = 5, stay: Count = 5):
     """EAD, 2502.06833, greedy: accuracy against cost, beside a coin of the same share and three models alone,
     of which the presets `recipe` of sft.py make two.
 
@@ -856,7 +862,7 @@ def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle
                     for t in numbers(thresholds, "thresholds")))
 
 
-def deal(target, tok, c, run, *, weight=4.0, look=10, beams=3, expansions=5):
+def deal(target, tok, c, run, *, weight=4.0, look: Count = 10, beams: Count = 3, expansions: Count = 5):
     """DeAL, 2402.06147: h is the share of hard rules obeyed, read off the prompt; gold also has a principle.
 
     tokens: computed in all, a prompt; best of n by h (ties by log π) for n that compute as many."""
@@ -912,7 +918,7 @@ def deal(target, tok, c, run, *, weight=4.0, look=10, beams=3, expansions=5):
     return tabled(run, rows, f"{len(problems)} {c.split} prompts; λ {weight:g}, look ahead {look}, prefix 0")
 
 
-def genarm(target, tok, c, run, *, beta_r=0.05, pairs=4000, alphas="0.125,0.25,0.5,1,2"):
+def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000, alphas="0.125,0.25,0.5,1,2"):
     """GenARM, 2410.08193: gold against KL to the base, nats a response, as α grows.
 
     Controls: the base cooled to temperature 1/(1+α), which is GenARM with an untrained reward model, and the
@@ -1011,7 +1017,8 @@ def tried(model, quiet, ids, tok, world, c, split, salt):
                            logp=roll.logp.sum(1).cpu().view(score.shape))
 
 
-def self_eval(target, tok, c, run, *, train_prompts=1024, cut=0.5, share=0.5, gain=0.9):
+def self_eval(target, tok, c, run, *, train_prompts: Count = 1024, cut: Share = 0.5, share: Share = 0.5,
+              gain=0.9):
     """Self-evaluation, 2410.02725: does P(NO) know, when may sampling stop, and which half may be dropped?
 
     A threshold is the lowest that reaches `gain` of best-of-N's gain on fresh problems of train; the cut is
@@ -1082,7 +1089,8 @@ def self_eval(target, tok, c, run, *, train_prompts=1024, cut=0.5, share=0.5, ga
         for n in counts}, "best of n by P(NO), the k-th at temperature 1 - 2^(1-k); fixed: at 1")
 
 
-def equilibrium(target, tok, c, run, *, train_prompts=1024, rounds=5000, eta=0.1, lam=0.1):
+def equilibrium(target, tok, c, run, *, train_prompts: Count = 1024, rounds: Count = 5000,
+                eta: Positive = 0.1, lam=0.1):
     """Equilibrium-ranking, 2310.09139, of the distinct answers of N samples: accuracy by who ranks them."""
     world, pad, N = tasks.task(c.data), tok.pad or 0, c.samples
     model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
@@ -1123,17 +1131,49 @@ AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, sele
 # --- 10 train -----------------------------------------------------------------------------------------
 
 
-def train(c, f):
-    """One run: load the target, train what helps it, decode, measure. -> the numbers of the table."""
-    for key in ("prompts", "prompt", "max_new", "together", "refresh", "eval_rows"):
-        if getattr(c, key) < 1:
-            raise UserError(f"--{key} {getattr(c, key)}: at least 1")
-    if c.temperature < 0 or c.top_k < 0 or not 0 < c.top_p <= 1:
-        raise UserError(f"--temperature {c.temperature} --top_k {c.top_k} --top_p {c.top_p}: none below 0, "
-                        "top_p in (0, 1]")
+def unread(c, f):
+    """{field: what reads it} of the fields that this run does not read."""
+    drafts, corpus = f.decode.func is speculative, is_corpus(c.data)
+    reader = "--decode speculative"
+    fields = dict.fromkeys(("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
+                            "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt",
+                            "stop"), (drafts, reader))
+    fields |= dict(samples=(not drafts, "decoders that draw several samples a prompt"))
+    if drafts:
+        fields |= dict(draft=("draft" in needs(f.drafter), "drafters that are models"),
+                       ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
+                       refresh=(c.source != "data", "--source that samples"),
+                       prompt=(corpus, "a text as --data"), chat=(not corpus, "demonstrations, not a text"))
+    return {key: reader for key, (read, reader) in fields.items() if not read}
+
+
+def check(c, f):
+    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
     if f.decode.func is not speculative and is_corpus(c.data):
         raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take --config "
                         f"{c.decode}, or a task as --data")
+    tasks.check_data(c.data)
+    if c.split not in tasks.held_out(c.data):
+        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
+    most = sft.find(c.init, c.config, make=False)
+    if f.decode.func is speculative and c.context > most:
+        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if f.decode.func is speculative and "draft" in needs(f.drafter):
+        if re.fullmatch(r"\d+x\d+", c.draft):
+            preset(c.draft, prefs.tokenizer())
+        else:
+            sft.find(c.draft, c.config, make=False)
+    for key in {"thresholds", "alphas"} & f.decode.keywords.keys():
+        numbers(f.decode.keywords[key], key)
+    for key in {"small_model", "middle_model"} & f.decode.keywords.keys():
+        preset(f.decode.keywords[key], prefs.tokenizer())
+    if "recipe" in f.decode.keywords:
+        sft.find(f"base:{f.decode.keywords['recipe']}", c.config, make=False)
+
+
+def train(c, f):
+    """One run: load the target, train what helps it, decode, measure. -> the numbers of the table."""
+    check(c, f)
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
     kernels.use(c.kernels)
     with Run(c, f, "specdec", CURVES) as run:
@@ -1191,7 +1231,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv)
+    return launch("specdec", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from data.judging import self_label
-from data.run import UserError
+from data.run import Positive, UserError
 
 
 def muted(model, ids):
@@ -157,7 +157,7 @@ def deal(prompts, expand, complete, score, stop, *, new=12, weight=1.0, beams=3,
 # --- 3 GenARM: a reward model that scores the next token (2410.08193) -------------------------------------
 
 
-def autoregressive(chosen_logp, rejected_logp, *, beta_r=0.05):
+def autoregressive(chosen_logp, rejected_logp, *, beta_r: Positive = 0.05):
     """GenARM, 2410.08193:  -log σ(β_r (log π_r(y+) - log π_r(y-))), sums, no reference.   [B] -> [B]"""
     return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
 

@@ -32,12 +32,6 @@ from data.run import UserError
 # --- 1 bit streams ------------------------------------------------------------------------------------
 
 
-def sha256(path):
-    """A file's SHA-256: codes that were changed would still decode, to another model."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def pack_bits(codes, bits):
     """Codes [..., n] below 2^bits <= 2^16 -> little-endian bit stream, uint8 [..., ceil(n bits / 8)]."""
     if codes.numel() and (codes.min() < 0 or codes.max() >= 1 << bits):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.prefs import subsets
-from data.run import UserError, pyplot
+from data.run import Positive, UserError, pyplot
 
 # --- pairs of responses: whom to ask, and what the answers are worth (2510.20369, 2505.16265) -------------
 
@@ -137,7 +137,7 @@ def assign(margins, annotator):
 # --- judges of preference: P[i, j], the probability that response i is preferred to j ---------------------
 
 
-def gold(score, *, sharp=1.0):
+def gold(score, *, sharp: Positive = 1.0):
     """Bradley-Terry on a world's gold reward:  P = σ(sharp (s_i - s_j)).   [K] -> [K, K]"""
     return torch.sigmoid(sharp * (score[:, None] - score[None]))
 
@@ -150,12 +150,12 @@ def duel(world, prompt, texts, *, cycle=2.0):
                           for j, b in enumerate(texts)] for i, a in enumerate(texts)], dtype=torch.float64)
 
 
-def learned(judged, *, sharp=1.0):
+def learned(judged, *, sharp: Positive = 1.0):
     """A reward model's scores as Bradley-Terry.   [K] -> [K, K]"""
     return gold(judged, sharp=sharp)
 
 
-def cdr(density, *, strong="", weak="", sharp=1.0):
+def cdr(density, *, strong="", weak="", sharp: Positive = 1.0):
     """CDR, 2411.02481: scores are mean log π_strong/π_weak; nothing is trained. Both are checkpoints."""
     return gold(density, sharp=sharp)
 

@@ -17,13 +17,14 @@ Watch    bytes a token beside every loss: with small heads, scales and lows outw
 """
 import math
 import weakref
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.run import UserError, nearest
+from data.run import Count, UserError, nearest
 
 # --- 1 codes ------------------------------------------------------------------------------------------
 
@@ -540,13 +541,16 @@ def train_heads(model, windows, *, steps=300, lr=5e-4, width=256, answer=32, bat
     return heads.requires_grad_(False)
 
 
-def coded(*, cache_bits=2, cache_group=16, cache_window=16, keys="channel", values="token"):
+def coded(*, cache_bits: Literal[1, 2, 4, 8] = 2, cache_group: Count = 16, cache_window=16,
+          keys: Literal["channel", "token"] = "channel",
+          values: Literal["channel", "token"] = "token"):
     """KIVI (2402.02750): codes of cache_bits, keys in groups of a channel, values of a token, and the newest
     cache_window tokens as they are. Groups and windows of 16 are ours, for contexts of a few hundred."""
     return kivi(bits=cache_bits, group=cache_group, window=cache_window, keys=keys, values=values)
 
 
-def evicting(model, tokens, *, score="locret", budget=24, stabilizers=8, local=8, head_steps=300):
+def evicting(model, tokens, *, score: Literal[*SCORES] = "locret", budget: Count = 24, stabilizers=8,
+             local=8, head_steps: Count = 300):
     """Locret (2410.01805): of a prompt the `budget` tokens stay that small heads, trained here on the
     calibration windows, rate highest; or by score recency, random, attention. All keep budget + local."""
     heads = train_heads(model, tokens, steps=head_steps) if score == "locret" else None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.run import UserError
+from data.run import Fraction, Share, UserError
 
 
 def one_of(key, value, rows):
@@ -526,7 +526,7 @@ def none(step, steps):
     return 0.0
 
 
-def journey(step, steps, *, sparsity=0.5, begin=0.25, end=0.75):
+def journey(step, steps, *, sparsity: Fraction = 0.5, begin: Share = 0.25, end: Share = 0.75):
     """The Journey Matters (2501.12486): the smallest weights of each matrix go, between these shares of the
     run's compute, a step costing in proportion to its density; then the mask stays. 0, 0: from the first
     step; 1, 1: after the last. ours: one sparsity for every matrix; only linear layers count as compute."""

@@ -849,6 +849,22 @@ def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
 # --- by name ----------------------------------------------------------------------------------------------
 
 
+WORLDS = ("ring", "toyif")             # with a gold reward
+
+
+def check_pairs(name, whole=False):
+    """UserError, before anything is made, unless pair_sets knows the name or finds pairs to train on in a file;
+    whole: or held-out ones."""
+    if name in (*WORLDS, "rubrics"):
+        return
+    if not Path(name).suffix:
+        raise UserError(f"no preference data {name!r}{nearest(name, [*WORLDS, 'rubrics'])}, or a .jsonl file")
+    rows, dropped = load_pairs(name)
+    if not rows and not (whole and load_pairs(name, "val")[0]):
+        why = ", ".join(f"{k} {reason}" for reason, k in dropped.items())
+        raise UserError(f"{name}: no pair is left to train on ({why or 'all are of one prompt, which is held out'})")
+
+
 def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
     """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or a file.
 
@@ -863,8 +879,7 @@ def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
         world = worlds[name]()
         return (world.pairs(n or 4000, 1000 + seed, noise=noise, keep_ties=ties),
                 {split: world.pairs(600, seed, split) for split in ("val", "ood")})
-    if not Path(name).suffix:
-        raise UserError(f"no preference data {name!r}{nearest(name, [*worlds, 'rubrics'])}, or a .jsonl file")
+    check_pairs(name, whole)
     rows, dropped = load_pairs(name)
     if dropped:
         print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()), flush=True)

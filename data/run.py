@@ -5,13 +5,17 @@ run.py - what goes into a run (configuration) and what comes out of it (log, cur
     with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl, curve.png, step-*
         for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
 
-Map      1 errors   2 configure   3 several ranks   4 the run's folder   5 the curve   6 claims
+Map      1 errors   2 what a value may be   3 configure   4 several ranks   5 files   6 the run's folder
+         7 the curve   8 claims
+Promise  Only files that this run made, by exact name, are ever removed or replaced; a folder that holds
+         anything else is refused. What is saved is finite. One run has one process.
 """
 import contextlib
 import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,13 +30,16 @@ import tempfile
 import textwrap
 import time
 import tomllib
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 try:
@@ -54,23 +61,111 @@ def nearest(word, known):
     return f"; did you mean {hit[0]!r}?" if hit else f"; choose from {', '.join(sorted(known)) or 'nothing'}"
 
 
+ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
+
+
 def cli(main):
-    """Run main() as a command: a UserError becomes one line and exit code 2, running out of memory too."""
+    """Run main() as a command. What the user can mend (UserError, a file or a device that says no, memory
+    that runs out) becomes one line and exit code 2; Ctrl-C exits with 130; only a bug has a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):                     # a terminal without UTF-8 still gets π
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except UserError as e:
-        first = os.environ.get("RANK", "0") == "0"             # torchrun: one rank says it for all
-        sys.exit((print(f"error: {e}", file=sys.stderr) if first else None) or 2)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as e:
-        if os.environ.get("RANK", "0") != "0" and "onnection" in str(e):
-            sys.exit(2)                                        # rank 0 is gone, and has said why
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+    except BrokenPipeError:                                    # … | head: its reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except UserError as e:
+        fail(e)
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and not ALLOCATION.search(str(e)):
             raise
-        sys.exit(print("error: out of memory: try a smaller --micro (results do not change)",
-                       file=sys.stderr) or 2)
+        first = (str(e) or type(e).__name__).splitlines()[0]
+        fail(f"out of memory: try a smaller --micro, where there is one (results do not change); {first}")
+
+
+def fail(why):
+    """Say why in one line on stderr, and exit with 2. Of torchrun's ranks 0 speaks first: the others wait, so
+    that torchrun ends them if they would only say the same, and then name themselves."""
+    me = int(os.environ.get("RANK", "0") or 0)
+    if me:
+        time.sleep(3)
+    print(f"rank {me}: " * (me > 0) + f"error: {' '.join(str(why).split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+# --- what a value may be --------------------------------------------------------------------------------
+
+
+class Range:
+    """The numbers that an option takes, as its annotation: k: Range("(0, 1]") = 0.4. NaN is in no range."""
+
+    def __init__(self, text):
+        self.text, (low, high) = text, text[1:-1].split(",")
+        self.low, self.high = float(low), float(high)
+
+    def __contains__(self, x):
+        return ((x > self.low or x == self.low and self.text[0] == "[")
+                and (x < self.high or x == self.high and self.text[-1] == "]"))
+
+    def __str__(self):
+        low = f"{'at least' if self.text[0] == '[' else 'above'} {self.low:g}" * math.isfinite(self.low)
+        high = f"{'at most' if self.text[-1] == ']' else 'below'} {self.high:g}" * math.isfinite(self.high)
+        return " and ".join(filter(None, (low, high))) or "finite"
+
+
+Positive, Share, Fraction = Range("(0, inf)"), Range("[0, 1]"), Range("[0, 1)")
+Count, Signed = Range("[1, inf)"), Range("(-inf, inf)")
+NonNegative = Range("[0, inf)")          # of every number that is not annotated, unless its default is below
+LARGEST = 2 ** 31 - 1                    # of every whole number, seeds included: sums of them stay exact
+
+
+def cast(key, value, like, kind=None):
+    """Turn `value` (command-line text, or a TOML or preset value) into the type of the default `like`.
+
+    kind: the option's annotation, a Range or Literal["a", "b"]; any other means a finite number, not below 0
+    unless the default is. Raises UserError that says what was expected.
+    """
+    want, number = type(like), type(like) in (int, float)
+    try:
+        if want is bool and not isinstance(value, (int, float)) or type(value) is bool is want:
+            made = {"true": True, "false": False}[str(value).lower()]
+        elif isinstance(value, str) or type(value) is want or (want, type(value)) == (float, int):
+            made = want(value)
+        else:
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"--{key} {value}: expected {want.__name__}, for example {like!r}") from None
+    if get_origin(kind) is Literal and made not in get_args(kind):
+        raise UserError(f"--{key} {made}: choose from {', '.join(map(str, get_args(kind)))}")
+    if number:
+        allowed = kind if isinstance(kind, Range) else Signed if like < 0 else NonNegative
+        if made not in allowed:
+            raise UserError(f"--{key} {value}: must be {allowed}")
+        if want is int and made > LARGEST:
+            raise UserError(f"--{key} {value}: must be at most {LARGEST}")
+    if want is str and "\0" in made:
+        raise UserError(f"--{key} {made!r}: a text without a zero byte is expected")
+    return made
+
+
+def device_of(name):
+    """--device as a torch device's name, auto resolved; UserError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"--device {name}: choose auto, cpu, cuda, or cuda:N")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    number = int(name.partition(":")[2] or 0)
+    if name != "cpu" and number >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+    return name
 
 
 # --- configure ----------------------------------------------------------------------------------------
@@ -81,22 +176,15 @@ def hyper(fn):
     return {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
+def kinds(fn):
+    """{hyper-parameter: its annotation} of those that have one: see cast."""
+    return {k: p.annotation for k, p in inspect.signature(fn).parameters.items()
+            if p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty}
+
+
 def needs(fn):
     """The names of a function's positional arguments, in order: what the caller must provide."""
     return [k for k, p in inspect.signature(fn).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def cast(key, value, like):
-    """Turn `value` (command-line text, or a TOML/preset value) into the type of the default `like`."""
-    kind = type(like)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, str) or kind is float or type(value) is kind:
-            return kind(value)
-    except (ValueError, KeyError):
-        pass
-    raise UserError(f"--{key} {value}: expected {kind.__name__}, for example {like!r}")
 
 
 def parse(argv, fields):
@@ -116,6 +204,9 @@ def parse(argv, fields):
                 value = "true"
             else:
                 raise UserError(f"--{key} needs a value")
+        if key in dict(pairs):
+            raise UserError(f"--{key} is given twice: give it once"
+                            + " (presets: --config a,b)" * (key == "config"))
         pairs.append((key, value))
     return pairs
 
@@ -124,37 +215,50 @@ def layer(name, presets):
     """One --config entry, a preset's name or a TOML file's path, as a dict of keys."""
     if name.endswith(".toml"):
         try:
-            return tomllib.loads(Path(name).read_text())
+            row = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"no config file {name}: check the path") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{name} cannot be read as a TOML file ({e}): give a text file in UTF-8") from None
         except tomllib.TOMLDecodeError as e:
             raise UserError(f"{name} is not valid TOML: {e}") from None
+        for key, value in row.items():
+            if not isinstance(value, (bool, int, float, str)):
+                raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, false or "
+                                "a text")
+        for key in row.keys() & {"config", "resume"}:
+            raise UserError(f"{name}: {key} belongs on the command line, not in a file")
+        return row
     if name not in presets:
         raise UserError(f"no preset {name!r}{nearest(name, presets)}")
     return presets[name]
 
 
-def configure(Config, presets, axes, doc="", argv=None):
+def configure(Config, presets, axes, doc="", argv=None, unread=None):
     """Resolve a command line into (c, f): the frozen Config, and one bound function per axis.
 
     axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis
     with a single row needs no field); its keyword-only arguments are keys like any other (`--beta 0.1`, or
     `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values that are existing paths.
-    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a key nobody reads.
+    An annotation says which values a field or an argument takes: see cast. unread(c, f): {field: what would
+    read it} of the fields that this run does not read.
+    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a value out of its
+    range, a key nobody reads.
     """
-    fields = {x.name: x.default for x in dataclasses.fields(Config)}
-    given = parse(sys.argv[1:] if argv is None else argv, fields)
+    fields = {x.name: x for x in dataclasses.fields(Config)}
+    given = parse(sys.argv[1:] if argv is None else argv, {k: x.default for k, x in fields.items()})
     if any(k == "help" for k, _ in given):
         print(help_text(Config, presets, axes, doc))
         raise SystemExit(0)
     names = [n for k, v in given if k == "config" for n in v.split(",") if n]
     values, typed = {}, {k for k, _ in given}            # typed: keys that the user wrote, which must be read
     for name in names:
-        values |= layer(name, presets)
-        typed |= set(layer(name, presets)) if name.endswith(".toml") else set()
+        row = layer(name, presets)
+        values |= row
+        typed |= set(row) if name.endswith(".toml") else set()
     values |= dict(given) | dict(config=",".join(names))
 
-    resolved = {k: cast(k, values.pop(k, d), d) for k, d in fields.items()}
+    resolved = {k: cast(k, values.pop(k, x.default), x.default, x.type) for k, x in fields.items()}
     bound, known = {}, {}
     chosen = {}
     for axis, rows in axes.items():
@@ -167,7 +271,7 @@ def configure(Config, presets, axes, doc="", argv=None):
         for key, default in hyper(fn).items():
             known |= {key: True, f"{axis}.{key}": True}
             value = values.get(f"{axis}.{key}", values.get(key, default))
-            bound[axis][key] = cast(key, value, default)
+            bound[axis][key] = cast(key, value, default, kinds(fn).get(key))
     for key in values:
         owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
         if key not in known and (key in typed or not owners):     # a preset's key is idle under another row
@@ -175,24 +279,19 @@ def configure(Config, presets, axes, doc="", argv=None):
             hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields, *known])
             raise UserError(f"unknown key --{key}{hint}")
 
-    cuda = torch.cuda.is_available()
-    if resolved.get("device", "cpu").startswith("cuda") and not cuda:
-        raise UserError(f"--device {resolved['device']}: this torch sees no CUDA device; use --device cpu")
-    if resolved.get("device") == "auto":
-        resolved["device"] = "cuda" if cuda else "cpu"
-    if resolved.get("device", "").startswith("cuda:"):       # cuda:1 is then the device of every launch, too
-        torch.cuda.set_device(resolved["device"])
+    if "device" in resolved:
+        resolved["device"] = device_of(resolved["device"])
+        if resolved["device"].startswith("cuda:"):          # cuda:1 is then the device of every launch, too
+            torch.cuda.set_device(resolved["device"])
     if resolved.get("dtype") == "auto":
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
-    numbers = {k: v for row in bound.values() for k, v in row.items()} | resolved
-    for key in ("batch", "micro", "rollouts", "samples", "eval_every", "save_every", "keep", "steps",
-                "members", "rounds", "votes"):
-        if numbers.get(key, 1) < (0 if key == "steps" else 1):
-            raise UserError(f"--{key} {numbers[key]}: must be positive")
-    f = SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
-    return Config(**resolved), f
+    c, f = Config(**resolved), SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
+    for key, reader in (unread(c, f) if unread else {}).items():
+        if key in typed:
+            raise UserError(f"--{key} {getattr(c, key)}: this run does not read it; it is for {reader}")
+    return c, f
 
 
 def help_text(Config, presets, axes, doc):
@@ -210,16 +309,29 @@ def help_text(Config, presets, axes, doc):
         for row, fn in rows.items():
             first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
             shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v for k, v in hyper(fn).items()}
-            lines.append(f"  {row:<12} {first}  " + " ".join(f"--{k} {v}" for k, v in shown.items()))
+            takes = {k: f" ({'|'.join(map(str, get_args(x))) or getattr(x, 'text', x)})" for k, x in kinds(fn).items()}
+            lines.append(f"  {row:<12} {first}  " + " ".join(
+                f"--{k} {v}{takes.get(k, '')}" for k, v in shown.items()))
     return "\n".join(lines)
 
 
 # --- several ranks ------------------------------------------------------------------------------------
 
 
+def refuse_ranks(name):
+    """UserError under torchrun, of a script that would do the same work on every rank."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise UserError(f"{name}.py runs on one rank, and would do the same {ranks} times here: start it without "
+                        "torchrun (sft.py is the script that runs on several)")
+
+
 def start_ranks(device):
     """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, how many), (0, 1) alone."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one without "
+                            "RANK in the environment")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -239,14 +351,23 @@ def share(x):
     return box[0]
 
 
-# --- the run's folder ---------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------
 
 
 def write_text(path, text):
     """Write a file so that a reader, or a kill at any moment, sees the old or the new content, never half."""
-    tmp = Path(f"{path}.tmp")
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
+
+
+def set_aside(path):
+    """Rename what stands at `path` to PATH.old-1, or the first number that is free: it is in nobody's way, and
+    not lost."""
+    k = next(k for k in itertools.count(1) if not Path(f"{path}.old-{k}").exists())
+    os.rename(path, f"{path}.old-{k}")
+    print(f"  {path} was in the way: it is now {path}.old-{k}", flush=True)
 
 
 @contextlib.contextmanager
@@ -256,8 +377,79 @@ def lock(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process, which makes {path.with_suffix('')}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def without_repeats(pairs):
+    """An object of JSON, as json's object_pairs_hook; ValueError if a key stands twice in it."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object")
+    return row
+
+
+def read_json(path, what="copy it again"):
+    """The object that a JSON file holds; what: the remedy if it is missing, broken or no object. UserError."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_bytes().decode(), object_pairs_hook=without_repeats)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {what}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): {what}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON in UTF-8 ({e}): {what}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected an object {{…}}, found a {type(found).__name__}: {what}")
+    return found
+
+
+def is_number(x):
+    """Whether a JSON value is a finite number; true is none."""
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+KINDS = dict(                            # what a key of a JSON file may be: in words, and as a test
+    size=("a whole number from 1", lambda x: type(x) is int and 0 < x <= LARGEST),
+    whole=("a whole number from 0", lambda x: type(x) is int and 0 <= x <= LARGEST),
+    number=("a finite number", is_number),
+    positive=("a number above 0", lambda x: is_number(x) and x > 0),
+    flag=("true or false", lambda x: type(x) is bool),
+    text=("a text", lambda x: type(x) is str),
+    list=("a list", lambda x: type(x) is list),
+    object=("an object", lambda x: type(x) is dict),
+)
+
+
+def expect(found, where, required=(), **kinds):
+    """UserError unless every key of `found` that kinds names is null, absent or of that row of KINDS, and the
+    required ones are there. where: the file's name."""
+    for key, kind in kinds.items():
+        words, test = KINDS[kind]
+        value = found.get(key)
+        if value is None and key in required:
+            raise UserError(f"{where}: {key} is missing: expected {words}")
+        if value is not None and not test(value):
+            raise UserError(f"{where}: {key} is {str(value)[:60]!r}: expected {words}")
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(c):
+    """{field: SHA-256} of every field that names a file (data, a reward's source): a resumed run must find them
+    as they were."""
+    paths = {key: re.sub(r"\.py:\w+$", ".py", x) for key, x in dataclasses.asdict(c).items() if isinstance(x, str)}
+    return {key: sha256(path) for key, path in paths.items() if key != "config" and path and Path(path).is_file()}
 
 
 def peak_bytes(device):
@@ -290,30 +482,88 @@ def bandwidth(device):
 
 
 def read_log(folder):
-    """The rows of a run's log.jsonl; a last line cut short by a kill is dropped."""
+    """The rows of a run's log.jsonl. A last line cut short by a kill is dropped; any other is a UserError."""
     path, rows = Path(folder) / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    for i, line in enumerate(lines, 1):
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict) and type(row.get("step")) is int and is_number(row.get("time")):
+            rows.append(row)
+        elif i < len(lines):
+            raise UserError(f'{path}:{i}: no row of a log, {{"step", "time", …}}: {line[:60]!r}; mend or drop it')
     return rows
+
+
+STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number step-1000000 comes after step-999999
+
+
+def steps_of(folder):
+    """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among them."""
+    found = [(int(m[1]), p) for p in Path(folder).glob("step-*")
+             if (m := STEP.fullmatch(p.name)) and (p / "config.json").is_file()]
+    return [p for _, p in sorted(found)]
 
 
 def checkpoint(path):
     """The Hugging Face folder `path` means: itself, or the newest step of a run folder. Raises UserError."""
     path = Path(path)
-    if (path / "config.json").exists():
+    if (path / "config.json").is_file():
         return path
-    steps = sorted(p for p in path.glob("step-*") if (p / "config.json").exists() and p.suffix != ".tmp")
-    if steps:
+    if steps := steps_of(path):
         return steps[-1]
-    what = "has neither config.json nor step-* folders" if path.is_dir() else "does not exist"
+    what = ("has neither config.json nor step-* folders" if path.is_dir() else
+            "is a file" if path.exists() else "does not exist")
     raise UserError(f"{path} {what}: give a Hugging Face checkpoint folder or a run folder under out/")
+
+
+def older_than(path):
+    """The tail of an error about a broken checkpoint of a run: the good one to go on from, "" outside a run."""
+    path = Path(path)
+    if not STEP.fullmatch(path.name):
+        return ""
+    before = [p for p in steps_of(path.parent) if int(p.name[5:]) < int(path.name[5:])]
+    return (f"; the next older checkpoint is {before[-1]}: move {path} away, and --resume goes on from there"
+            if before else f"; {path.parent} has no older checkpoint: start the run anew, in another folder")
+
+
+def read_state(path):
+    """What a run kept beside a checkpoint's weights, {"step": …}. UserError, naming the next older checkpoint."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if type(state["step"]) is not int:
+            raise ValueError("no state of a run")
+    except Exception as e:                                     # pickle, zip, disk: all mean the same here
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} cannot be read ({why}){older_than(Path(path).parent)}") from None
+    return state
+
+
+def not_finite(x, name=""):
+    """The name of the first tensor with NaN or infinity in a nest of dicts and lists, "" if there is none."""
+    if isinstance(x, torch.Tensor):
+        x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
+        small = x.is_floating_point() and x.element_size() == 1
+        return "" if not x.is_floating_point() or (x.float() if small else x).isfinite().all() else name or "it"
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+    return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
+
+
+def not_finite_in(folder):
+    """not_finite of all safetensors under a folder, read back as they lie on the disk."""
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if bad := not_finite(file.get_tensor(name), name):
+                    return bad
+    return ""
 
 
 def result(folder):
     """What a finished run returned (a dict), or None for a run that is unfinished or absent."""
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text()).get("result") if path.exists() else None
+    return read_json(path, "it is a run's record").get("result") if path.exists() else None
 
 
 def commit():
@@ -334,6 +584,9 @@ def source():
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
+# --- the run's folder ---------------------------------------------------------------------------------
+
+
 FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro",
         "compile"}               # may change on --resume
 
@@ -349,77 +602,150 @@ class Run:
     """A run's folder out/<script>/<name>/ and its traces; a context manager that draws the curve on exit.
 
     Without --out a second run of the same name gets a new folder (name-2), so nothing is overwritten; with
-    --resume the newest of them is continued, and `state` holds what its last save() was given.
+    --resume the newest of them is continued, and `state` holds what its last save() was given. The folder is
+    locked while the run lives. Nothing is written before the first row, checkpoint or result: a run that
+    fails before leaves an existing folder as it was, and no new one. run.json lists under "made" what the run
+    wrote, {folder: [files]}: only these are ever removed or replaced.
     """
 
     def __init__(self, c, f, script, curves=None):
         self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
-        self.quiet, self.settings = rank() > 0, settings(c, f)
+        self.quiet, self.began, self.created = rank() > 0, False, []
         self.state, self.start, self.last = None, 0, None
         self.at = 0                                            # steps of a run's earlier stages
-        self.folder = None if self.quiet else self.choose_folder(script)
-        home = Path(share(str(self.folder)))                   # of rank 0; the others write to nowhere
-        self.folder = Path(tempfile.mkdtemp()) if self.quiet else home
-        if c.resume:
-            self.check_settings(home)
-            with contextlib.suppress(UserError):
-                self.last = checkpoint(home)
-            if self.last:
-                self.state = torch.load(self.last / "state.pt", map_location="cpu", weights_only=True)
-                self.start = self.state["step"]
-            self.say(f"resuming {home} at step {self.start}")
-        stages = c.resume and any(self.folder.glob("*/stage.pt"))      # then stage() cuts the log
-        rows = [r for r in read_log(self.folder) if stages or self.start and r["step"] <= self.start]
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-        self.t0 = time.time() - (rows[-1]["time"] if rows else 0.0)
-        done = {"result": result(self.folder)} if result(self.folder) else {}
-        self.info = dict(config=self.settings, command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                         commit=commit(), source=source(),
-                         versions=dict(python=platform.python_version(), torch=torch.__version__)) | done
-        write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
+        self.release, rows = (lambda: None), []
+        self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={},
+                         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
+                         source=source(), process=f"{os.getpid()} on {platform.node()}",
+                         versions=dict(python=platform.python_version(), torch=torch.__version__))
+        try:
+            self.folder = None if self.quiet else self.open_folder(script)
+            home = Path(share(str(self.folder)))               # of rank 0; the others write to nowhere
+            self.folder = Path(tempfile.mkdtemp()) if self.quiet else home
+            if c.resume:
+                self.resume(home)
+                rows = read_log(self.folder)
+                if not any(self.folder.glob("*/stage.pt")):    # else stage() cuts the log
+                    rows = [r for r in rows if self.start and r["step"] <= self.start]
+        except BaseException:
+            self.leave()
+            raise
+        self.rows, self.t0 = rows, time.time() - (rows[-1]["time"] if rows else 0.0)
 
-    def choose_folder(self, script):
-        """The run's folder, made, and cleared of what a kill left half written."""
-        c = self.c
-        names = [Path(n).stem for n in c.config.split(",") if n]
+    def open_folder(self, script):
+        """The folder of a new run, or with --resume the one that holds the run; locked."""
+        c, names = self.c, [Path(n).stem for n in self.c.config.split(",") if n]
         base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
-        taken = [p for p in [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
-                 if p.exists()]
+        numbered = [base] if c.out else [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
         if c.resume:
-            if not taken:
+            runs = [p for p in numbered if (p / "run.json").exists()]
+            if not runs:
                 raise UserError(f"--resume: no run in {base}; start it without --resume")
-            folder = base if c.out else taken[-1]
-        elif c.out and (base / "run.json").exists():
+            self.claim_folder(runs[-1])
+            return runs[-1]
+        if not c.out:
+            for folder in numbered:
+                with contextlib.suppress(FileExistsError):     # an older run, or one that starts beside us
+                    self.make(folder, exist_ok=False)
+                    self.claim_folder(folder)
+                    return folder
+        if base.exists() and not base.is_dir():
+            raise UserError(f"--out {base} is a file: give a folder")
+        self.make(base)
+        self.claim_folder(base)
+        if (base / "run.json").exists():
             raise UserError(f"--out {base} already holds a run: "
                             "add --resume to go on, or choose another folder")
-        else:
-            folder = base if c.out or not taken else base.with_name(f"{base.name}-{len(taken) + 1}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        return folder
+        if found := sorted(p.name for p in base.iterdir()):
+            raise UserError(f"--out {base} holds no run, but other files ({', '.join(found[:3])} …): nothing is "
+                            "touched; choose a new or an empty folder")
+        return base
 
-    def check_settings(self, home):
-        """--resume must not change what is computed. Raises UserError naming the first setting that did."""
-        path, new = home / "run.json", self.settings
-        old = json.loads(path.read_text())["config"] if path.exists() else new
-        for key in sorted(new.keys() | old.keys()):
-            if key not in FREE and old.get(key) != new.get(key):
-                raise UserError(f"--resume: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+    def make(self, folder, exist_ok=True):
+        """Make a folder and those above it; remember which of them are new."""
+        new = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+        self.created = new
+
+    def claim_folder(self, folder):
+        """Lock the folder for this process; the system frees it when the process ends, however it ends."""
+        if not fcntl:
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+            raise UserError(f"{folder}: another process is at work on this run ({who.get('process', 'just begun')}): "
+                            "wait for it, or choose another --out") from None
+        except OSError:
+            pass                                               # a file system without locks
+
+    def resume(self, home):
+        """Read what the run left: its settings, which must be the same, and its newest checkpoint's state."""
+        old = read_json(home / "run.json", "it is the run's record: start the run anew, in another folder")
+        expect(old, home / "run.json", ("config",), config="object", made="object", files="object", script="text",
+               writing="text", result="object")
+        self.check_settings(old)
+        self.info |= {k: old[k] for k in ("made", "writing", "result") if k in old}
+        self.last = (steps_of(home) or [None])[-1]
+        if self.last:
+            self.state = read_state(self.last / "state.pt")
+            self.start = self.state["step"]
+        self.say(f"resuming {home} at step {self.start}")
+
+    def check_settings(self, old):
+        """--resume must not change what is computed. Raises UserError naming the first thing that did."""
+        if old.get("script", self.info["script"]) != self.info["script"]:
+            raise UserError(f"--resume: that run is one of {old['script']}.py")
+        was, new = old["config"], self.info["config"]
+        for key in sorted(new.keys() | was.keys()):
+            if key not in FREE and was.get(key) != new.get(key):
+                raise UserError(f"--resume: {key} was {was.get(key)!r} and is now {new.get(key)!r}; "
                                 f"resume with the run's own settings, or start a new run")
+        for key, before in old.get("files", {}).items():
+            if self.info["files"].get(key) != before:
+                raise UserError(f"--resume: the file --{key} {new.get(key)} is not what it was when the run began: "
+                                "put it back, or start a new run")
+
+    def begin(self):
+        """Write run.json and the log: from here on the run is kept, whatever happens."""
+        if self.began:
+            return
+        self.remove(self.info.pop("writing", ""))              # what a kill left half written
+        self.write_info()
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.file, self.began = open(self.folder / "log.jsonl", "a"), True
+
+    def write_info(self):
+        """run.json as it now is."""
+        write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
 
     def __enter__(self):
-        self.file = open(self.folder / "log.jsonl", "a")
         return self
 
-    def __exit__(self, *failure):
-        self.file.close()
+    def __exit__(self, kind, failure, trace):
         if self.quiet:
-            shutil.rmtree(self.folder)
-        elif failure[0] and not self.last and not read_log(self.folder):
-            shutil.rmtree(self.folder)                     # it never began: a typo leaves no run behind
-        elif self.curves:
-            draw(self.folder, self.curves)
+            shutil.rmtree(self.folder)                         # a rank's own, under the system's /tmp
+        elif not self.began:                                   # a typo leaves no run behind
+            return self.leave()
+        else:
+            try:
+                self.file.close()
+                if self.curves:
+                    draw(self.folder, self.curves)
+            except Exception as e:
+                if not failure:                                # never in the place of what ended the run
+                    print(f"{self.folder / 'curve.png'} could not be drawn: {e}", file=sys.stderr)
+        self.release()
+
+    def leave(self):
+        """Of a run that never began: give the folder back, as it was."""
+        for folder in self.created:
+            with contextlib.suppress(OSError):                 # somebody has put something there
+                folder.rmdir()
+        self.release()
 
     def steps(self, total):
         """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after step N."""
@@ -434,14 +760,14 @@ class Run:
     def log(self, step, show=False, **metrics):
         """What is true after `step` steps: one row to log.jsonl, at most one aligned line in two seconds to
         the terminal (always with show). Stops the run when the loss or the gradient norm is not finite."""
+        self.begin()
         row = ({"step": step, "time": round(time.time() - self.t0, 2)}
                | {k: float(v) for k, v in metrics.items()})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        bad = [k for k in row if k.split()[-1] in ("loss", "norm") and not math.isfinite(row[k])]
+        bad = [k for k in row if re.search(r"(^|[ _])(loss|norm)$", k) and not math.isfinite(row[k])]
         if bad:
-            good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
-            raise UserError(f"{bad[0]} became {row[bad[0]]} at step {step}; {good}; try a lower --lr")
+            self.stop_for(bad[0], f"became {row[bad[0]]}", step)
         now = time.time()
         if self.quiet:
             return
@@ -451,6 +777,17 @@ class Run:
             tqdm.write(f"step {step:>5}  {row['time']:>6.0f}s  {text}")
             sys.stdout.flush()
 
+    def stop_for(self, what, how, step):
+        """UserError: something is not finite any more, and where the last good weights are."""
+        good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
+        raise UserError(f"{what} {how} at step {step}; {good}; try a lower --lr")
+
+    def check(self, step, *models):
+        """UserError unless all weights are finite: before they are evaluated or saved."""
+        for model in models:
+            if bad := not_finite(dict(model.named_parameters())):
+                self.stop_for(f"the weight {bad}", "is not finite", step)
+
     def say(self, text):
         """A line of prose (samples, evaluations) that does not tear the progress bar."""
         if not self.quiet:
@@ -459,41 +796,87 @@ class Run:
 
     def save(self, step, write, **state):
         """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes to
-        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when complete. Of
-        several ranks only the first writes."""
-        if self.quiet:
+        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when it is complete and
+        all of it finite; only then older ones go, down to --keep. Of several ranks only the first writes."""
+        name = f"step-{step:06d}"
+        if self.quiet or self.last == self.folder / name:
             return
-        final = self.folder / f"step-{step:06d}"
-        if not final.exists():
-            tmp = final.with_suffix(".tmp")
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
+        self.put(name, write, step, {"state.pt": dict(state, step=step)})
+        self.last = self.folder / name
+        mine = sorted((int(m[1]), k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
+        for _, old in mine[:-self.c.keep]:
+            self.remove(old)
+        self.write_info()
+
+    def put(self, name, write, step=0, states=()):
+        """Make the folder `name` of this run: write(folder), and torch.save of {file: state}. It gets its name
+        when it is complete and all of it finite; what stood there goes if this run made it, else it is set
+        aside. UserError, without a trace of the folder, if it cannot be written or is not finite."""
+        self.begin()
+        tmp = self.folder / f".{name}-{os.getpid()}.tmp"
+        self.info |= dict(writing=tmp.name)
+        self.write_info()
+        try:
+            tmp.mkdir()
             write(tmp)
-            torch.save(dict(state, step=step), tmp / "state.pt")
-            os.replace(tmp, final)
-        self.last = final
-        for old in sorted(p for p in self.folder.glob("step-*") if p.suffix != ".tmp")[:-self.c.keep]:
-            doomed = old.with_suffix(".tmp")               # renamed first: a kill never leaves half a folder
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+            for file, state in dict(states).items():
+                torch.save(state, tmp / file)
+            bad = not_finite_in(tmp) or not_finite(dict(states))
+        except (OSError, SafetensorError, RuntimeError) as e:
+            shutil.rmtree(tmp, ignore_errors=True)
+            if type(e) is RuntimeError and not re.search(r"writing file|file write|iostream|enforce fail", str(e)):
+                raise
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            raise UserError(f"{self.folder / name} cannot be written ({why}): free some space or choose another "
+                            f"--out; {self.last or 'no checkpoint'} is the newest") from None
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        if bad:
+            shutil.rmtree(tmp)
+            self.stop_for(f"the weight {bad}", "is not finite", step)
+        files = sorted(str(p.relative_to(tmp)) for p in tmp.rglob("*") if p.is_file())
+        self.remove(name)
+        if (self.folder / name).exists():
+            set_aside(self.folder / name)
+        os.replace(tmp, self.folder / name)
+        self.info["made"][name] = files
+        del self.info["writing"]
+        self.write_info()
+
+    def remove(self, name):
+        """Remove a folder that this run made: the files that it wrote there, then what is empty. config.json
+        goes first: what a kill leaves of it is no checkpoint."""
+        folder = self.folder / name
+        if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
+            shutil.rmtree(folder, ignore_errors=True)
+        files = [Path(x) for x in self.info["made"].pop(name, [])]
+        files = [x for x in files if Path(name).name == name and not x.is_absolute() and ".." not in x.parts]
+        for file in sorted(files, key=lambda x: str(x) != "config.json"):
+            (folder / file).unlink(missing_ok=True)
+        inside = {folder / parent for file in files for parent in file.parents}
+        for path in sorted(inside, key=lambda x: -len(x.parts)):
+            with contextlib.suppress(OSError):                 # the user keeps something there
+                path.rmdir()
 
     def stage(self, name, write):
         """The folder of one stage of a run with several: write(folder) makes it, or a resumed run has it."""
         final = self.folder / name
-        if final.exists():
-            self.at = torch.load(final / "stage.pt", weights_only=True)["step"]
+        if (final / "stage.pt").exists():
+            self.at = read_state(final / "stage.pt")["step"]
             return final
         self.cut()
-        tmp = final.with_suffix(".tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        write(tmp)
-        torch.save(dict(step=self.at), tmp / "stage.pt")
-        os.replace(tmp, final)
+
+        def whole(folder):
+            write(folder)
+            torch.save(dict(step=self.at), folder / "stage.pt")
+        self.put(name, whole, self.at)
         return final
 
     def cut(self):
         """Drop from a resumed run's log what comes after the finished stages: it is made again."""
         if self.c.resume:
+            self.begin()
             self.file.close()
             rows = [r for r in read_log(self.folder) if r["step"] <= self.at]
             write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
@@ -501,8 +884,9 @@ class Run:
 
     def finish(self, **metrics):
         """Record the run's result in run.json (which marks it finished), and return it."""
+        self.begin()
         self.info["result"] = {k: float(v) for k, v in metrics.items()}
-        write_text(self.folder / "run.json", json.dumps(self.info, indent=2))
+        self.write_info()
         return self.info["result"]
 
 
@@ -551,8 +935,9 @@ def draw(folder, curves):
         ax.set(title=title, xlabel="step")
         ax.legend()
     fig.tight_layout()
-    fig.savefig(Path(folder) / "curve.tmp.png")
-    os.replace(Path(folder) / "curve.tmp.png", Path(folder) / "curve.png")
+    tmp = Path(folder) / f".curve-{os.getpid()}.png"
+    fig.savefig(tmp)
+    os.replace(tmp, Path(folder) / "curve.png")
     plt.close(fig)
 
 
@@ -569,15 +954,17 @@ def report(run, before, after, look):
     run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
 
 
-def launch(script, Config, presets, axes, claims, doc, train, argv=None):
+def launch(script, Config, presets, axes, claims, doc, train, argv=None, unread=None, ranks=False):
     """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
 
     jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every
-    arm; those that an arm or the seeds set are refused.
+    arm; those that an arm or the seeds set are refused. unread: see configure; ranks: torchrun may start it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    setup = partial(configure, Config, presets, axes, doc)
+    setup = partial(configure, Config, presets, axes, doc, unread=unread)
     options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
+    if not ranks or "claim" in options:
+        refuse_ranks(script)
     if "claim" not in options:
         if "help" in options and claims:
             print(f"claims (--claim NAME): {', '.join(claims)}\n")
@@ -594,8 +981,10 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None):
     for key in {k for row in layers for k in row} & fixed:
         raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
                         "an arm would not be what its name says")
+    more = options.pop("config", "")
     extra = [f"--{k}={v}" for k, v in options.items()]
-    return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra)
+    return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra,
+                     config=more)
 
 
 def check_first_ratio(told, dtype):
@@ -677,12 +1066,13 @@ def run_arm(job):
     configure_arm, train, argv, folder, threads = job
     c, f = configure_arm([*argv, "--out", folder])
     path = Path(folder, "run.json")
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = read_json(path) if path.exists() else {}
     if "result" in old and old["config"] == settings(c, f) and old["source"] == source():
         return old["result"]
-    shutil.rmtree(folder, ignore_errors=True)
     torch.set_num_threads(threads)
     with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
+        if Path(folder).exists():                              # by other code or settings, or unfinished
+            set_aside(folder)
         return train(c, f)
 
 
@@ -731,17 +1121,19 @@ def tune_arms(claim, configure_arm, job, pool, widest=6):
             for arm, grid in grids.items()}
 
 
-def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(),
+def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
               results="data/results"):
     """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and picture.
 
-    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line. Returns the JSON's dict.
+    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its presets.
+    Returns the JSON's dict.
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
 
     def job(arm, seed, changes, tag=""):
-        return (configure_arm, train, ["--config", claim.arms[arm], "--seed", str(seed), *changes, *extra],
+        presets = ",".join(filter(None, (claim.arms[arm], config)))
+        return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
                 f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
                 1 if jobs > 1 else torch.get_num_threads())
 
@@ -775,7 +1167,7 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
         report["sweep"] = sweep(claim, seeds, got)
         draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
     report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
-                           + "".join(f" {x}" for x in extra),
+                           + f" --config {config}" * bool(config) + "".join(f" {x}" for x in extra),
                    commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
     write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
     draw_claim(report, Path(results) / f"{name}.png")

@@ -16,6 +16,8 @@ Map      1 noise   2 trims   3 length   4 other rewards
 """
 import torch
 
+from data.run import Count, Positive, Share
+
 # --- noise ----------------------------------------------------------------------------------------------
 
 
@@ -38,7 +40,7 @@ def ended(length, truncated):
     return length * ~truncated
 
 
-def outliers(correct, length, *, spread=1.5, least=2):
+def outliers(correct, length, *, spread: Positive = 1.5, least=2):
     """DOT (2601.03969): in a group all correct, ⌊mean + α std⌋ of what is `least` tokens longer than that.
 
     The paper's α = 3 can never be reached in a group of ten or fewer: z <= (G - 1) / √G.
@@ -54,7 +56,7 @@ def targets(correct, length, target, easy):
     return torch.where(solved, float(easy or target), float(target))
 
 
-def to_target(correct, length, *, target=22, easy=0):
+def to_target(correct, length, *, target: Count = 22, easy=0):
     """DLER (2510.15110): as if generation had stopped at the target."""
     return torch.minimum(length, targets(correct, length, target, easy))
 
@@ -74,7 +76,7 @@ def overlong(score, length, cap, *, buffer=16):
     return 2 * score - 1 + ((cap - buffer - length) / buffer).clamp(-1, 0)
 
 
-def truncate(score, correct, length, *, target=22, easy=0):
+def truncate(score, correct, length, *, target: Count = 22, easy=0):
     """DLER (2510.15110): nothing for a response longer than the target (see targets)."""
     return score * (length <= targets(correct, length, target, easy))
 
@@ -97,7 +99,7 @@ def among_correct(x, correct, unbiased=False):
     return mean, torch.where(n > 1, var.sqrt(), torch.ones_like(var))
 
 
-def easiest(correct, length, *, share=0.2, alpha=0.6):
+def easiest(correct, length, *, share: Share = 0.2, alpha=0.6):
     """GRPO-λ (2505.18086): in the ⌈λP⌉ groups with most correct responses, c (1 - α σ((L - μ) / s)).
 
     μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt first.
@@ -138,7 +140,7 @@ def verified(correct, truncated, *, scale=10.0):
     return torch.where(truncated, -scale * torch.ones_like(correct), scale * correct)
 
 
-def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap=0.95):
+def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap: Share = 0.95):
     """GRPO-CARE (2506.16141): a bonus for what makes the answer as likely as the group's good ones do.
 
     answer_prob [P, G]: exp of the answer tokens' mean log-prob under a slow copy of the policy.
@@ -149,7 +151,7 @@ def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap=0.95):
     return score + bonus * score * good * (q >= usual - margin)
 
 
-def probable(truth_prob, base_prob, stated, *, share=0.9):
+def probable(truth_prob, base_prob, stated, *, share: Share = 0.9):
     """RLPR (2506.18254): share max(0, PR - PR_base) + (1 - share) · has an answer.
 
     truth_prob [P, G]: the mean probability of the true answer's tokens after the response's own reasoning;

@@ -14,7 +14,7 @@ import torch
 
 from data.judging import rewards_of
 from data.prefs import Ring
-from data.run import UserError, batch_indices, needs
+from data.run import Count, Positive, Range, Share, UserError, batch_indices, needs
 from data.search import grow_trees, step_pairs
 
 
@@ -111,7 +111,7 @@ def coin(s, *further):
     return choose
 
 
-def lists(s, problems, *, k=4):
+def lists(s, problems, *, k: Range("[2, inf)") = 4):
     """k samples a prompt, best first, with their mean win rates as labels: for the losses over lists."""
     def choose(P):
         order = P.mean(1).argsort(descending=True, stable=True)
@@ -124,12 +124,12 @@ def duels(s, problems):
     return judged(s, problems, s.sample(problems, 2), coin(s))
 
 
-def ranked(s, problems, *, k=5):
+def ranked(s, problems, *, k: Range("[2, inf)") = 5):
     """SPPO: the best and the worst of k samples, with their win rates."""
     return judged(s, problems, s.sample(problems, k), extremes)
 
 
-def dno_pairs(s, problems, *, k=5, least=0.2):
+def dno_pairs(s, problems, *, k: Range("[2, inf)") = 5, least=0.2):
     """DNO-Prct: best against worst of k samples and the demonstration, if win rates differ by `least`.
 
     ours: the threshold, and that earlier iterations' pairs are not mixed in."""
@@ -156,7 +156,8 @@ def accepted(reward, k, beta, generator, passes=0):
     return out[:k]
 
 
-def rso(s, problems, *, n=16, k=4, beta_rso=0.5):
+def rso(s, problems, *, n: Range("[2, inf)") = 16,
+        k: Range("[2, inf)") = 4, beta_rso: Positive = 0.5):
     """RSO: k of the start's n samples accepted in proportion to e^(r/β), paired at random, then judged."""
     groups, out = s.sample(problems, n, model=s.models.get("start")), []
     for p, ys, P in zip(problems, groups, s.compare(problems, groups)):
@@ -180,13 +181,13 @@ def wins(s, problems, ours, theirs):
     return judged(s, problems, groups, lambda P: ((0,), dict(win=P[0, 1].item())))
 
 
-def mixture(s, problems, *, kappa=0.5):
+def mixture(s, problems, *, kappa: Share = 0.5):
     """Nash-MD: y of the policy against y' of its token-wise mixture π^(1-κ) π_ref^κ; κ = 0 is self-play."""
     theirs = s.sample(problems, contrast=(s.models["start"], -kappa))
     return wins(s, problems, s.sample(problems), theirs)
 
 
-def prox(s, problems, *, inner=4):
+def prox(s, problems, *, inner: Count = 4):
     """Nash-MP: `inner` policy-gradient steps against π_k, then as many against π_(k+½), both near π_k."""
     phase = s.stage % (2 * inner)
     if phase == 0:
@@ -209,7 +210,7 @@ def selm_pairs(s, problems):
     return judged(s, where, groups, lambda P: ((*extremes(P)[0], 2), {}))
 
 
-def hybrid(s, problems, *, k=2):
+def hybrid(s, problems, *, k: Range("[2, inf)") = 2):
     """HyPO: the data's pairs, and k samples of the policy for the online KL."""
     if k < 2:
         raise UserError(f"--k {k}: HyPO's leave-one-out needs 2 samples a prompt")
@@ -217,7 +218,7 @@ def hybrid(s, problems, *, k=2):
     return [row(s, p, [*ys, *more]) for p, ys, more in zip(where, groups, s.sample(where, k))]
 
 
-def mpo_rows(s, problems, *, easy=0.5):
+def mpo_rows(s, problems, *, easy: Share = 0.5):
     """MPO: half of the run, the share `easy` of the pairs, those of the largest margin; then two samples each
     of the other pairs' prompts and the judge's log-odds, near the model that DPO has made."""
     if not s.margins:
@@ -236,7 +237,8 @@ def mpo_rows(s, problems, *, easy=0.5):
         hard=float(hard), gain=torch.logit(P[0, 1], eps=1e-9).item() if hard else 0.0)))
 
 
-def tree(s, problems, *, iterations=8, children=3, chunk=4, depth=4):
+def tree(s, problems, *, iterations: Count = 8,
+         children: Range("[2, inf)") = 3, chunk: Count = 4, depth: Count = 4):
     """MCTS-DPO: pairs of steps from a search tree a prompt (data/search.py); a shared prefix cancels in h."""
     if s.world is None:
         raise UserError(f"--source tree: {s.c.data} has no verifier; take a world, --data ring or toyif")

@@ -21,12 +21,13 @@ Watch    before distillation ways to choose differ by tenths of a nat, after it 
 import dataclasses
 import itertools
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.run import UserError, needs
+from data.run import Count, Positive, Range, Share, UserError, needs
 
 # --- 1 slicing ----------------------------------------------------------------------------------------
 # Models come in as they are: `config`, `layers` with `self_attn` and `mlp` (or None), Hugging Face's names.
@@ -300,8 +301,9 @@ def path(size, share, stages, multiple):
     return [rounded(size * share ** (s / stages), multiple, size) for s in range(1, stages + 1)]
 
 
-def slimmoe(model, teacher, batches, generator, *, share=0.125, stages=2, importance="kd_topk",
-            share_groups=1.0, multiple=8, at_once=False):
+def slimmoe(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.125,
+            stages: Count = 2, importance="kd_topk",
+            share_groups: Range("(0, 1]") = 1.0, multiple: Count = 8, at_once=False):
     """SlimMoE (2506.18349): all experts and the router stay, each expert keeps its most important neurons.
 
     Stages s = 1…S score the current student, cut to share^(s/S) of the width (and share_groups^(s/S) of the
@@ -330,7 +332,8 @@ def renewed(model, generator):
     return model
 
 
-def fresh(model, teacher, batches, generator, *, share=0.125, share_groups=1.0, multiple=8):
+def fresh(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.125,
+          share_groups: Range("(0, 1]") = 1.0, multiple: Count = 8):
     """The baseline of slimmoe's last sizes and new weights."""
     width = path(model.config.intermediate_size, share, 1, multiple)[0]
     count = path(model.config.num_key_value_heads, share_groups, 1, 1)[0]
@@ -339,7 +342,8 @@ def fresh(model, teacher, batches, generator, *, share=0.125, share_groups=1.0, 
     yield renewed(model, generator)
 
 
-def dense_active(model, teacher, batches, generator, *, share=0.125, multiple=8):
+def dense_active(model, teacher, batches, generator, *,
+                 share: Range("(0, 1]") = 0.125, multiple: Count = 8):
     """A dense model with new weights, as wide as the experts that a token of slimmoe's model passes."""
     c = model.config
     if not c.moe:
@@ -366,7 +370,7 @@ def usage(model, batches):
     return counts
 
 
-def drop_experts(model, teacher, batches, generator, *, share=0.125):
+def drop_experts(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.125):
     """Expert dropping, as in SEER-MoE (2404.05089) but by layer (ours): the most used experts stay, and their
     router rows. Fewer experts than a token's choices: it gets all of them."""
     c = model.config
@@ -408,7 +412,8 @@ def activity(model, batches):
     return mend_scores(model, {name: s.sqrt() for name, s in scores.items()})
 
 
-def minitron(model, teacher, batches, generator, *, share=0.5, multiple=8):
+def minitron(model, teacher, batches, generator, *,
+             share: Range("(0, 1]") = 0.5, multiple: Count = 8):
     """Minitron (2407.14679), its width part for MLPs: one cut by activity, then forward_kl alone."""
     width = path(model.config.intermediate_size, share, 1, multiple)[0]
     yield slice_neurons(model, {name: top(s, width) for name, s in activity(model, batches).items()})
@@ -463,7 +468,8 @@ def learn_policy(weights, width, generator, *, episodes=20, lr=1e-3, discount=0.
     return lambda W: alpha(W, *best)
 
 
-def prunenet(model, teacher, batches, generator, *, share=0.7, multiple=8, episodes=20, sampled=True):
+def prunenet(model, teacher, batches, generator, *,
+             share: Range("(0, 1]") = 0.7, multiple: Count = 8, episodes: Count = 20, sampled=True):
     """PruneNet (2501.15296), without data: the policy samples rows once, as released, or takes its top α."""
     width = path(model.config.intermediate_size, share, 1, multiple)[0]
     weights = {name: m.gate_proj.weight.detach() for name, m in mlps(model).items()}
@@ -589,8 +595,8 @@ def assemble(model, library, widths):
                                   else dict(layer_widths=tuple(widths))))
 
 
-def puzzle(model, teacher, batches, generator, *, share=0.5, shares="100,75,50,25,0", choice="dp",
-           local_steps=100, local_lr=1e-3, multiple=8):
+def puzzle(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5, shares="100,75,50,25,0",
+           choice="dp", local_steps=100, local_lr: Positive = 1e-3, multiple: Count = 8):
     """Puzzle (2411.19146), its FFN half: a library of widths a layer, each distilled alone, then scored alone
     in the teacher; the best choice whose widths sum to share * L * f at most. Then cosine_kl.
 
@@ -634,7 +640,8 @@ def swiftkv(model, teacher, batches, generator, *, layer=0):
     yield student
 
 
-def moh(model, teacher, batches, generator, *, shared=0.5, active=0.75, router="norm"):
+def moh(model, teacher, batches, generator, *, shared: Share = 0.5, active: Range("(0, 1]") = 0.75,
+        router: Literal["norm", "learned"] = "norm"):
     """MoH (2410.11842): of H heads the first `shared` H always count, of the others a token's likeliest,
     `active` H in all. router norm: by the queries' norms, no parameter, for a trained model (one with a norm
     on every query head has none to tell them apart: there take learned); learned: new ones (std 0.02)."""

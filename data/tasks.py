@@ -17,8 +17,10 @@ read: nothing in it is evaluated, and reading takes time linear in its length.
 """
 import importlib.util
 import inspect
+import math
 import random
 import re
+import traceback
 from array import array
 from difflib import SequenceMatcher
 from fractions import Fraction
@@ -512,20 +514,50 @@ REWARDS = dict(task=lambda problem, text, finished, task: task.reward(problem, t
 def scorer(spec, task):
     """The reward as a function (problem, text, finished) -> float: one of REWARDS, or PATH.py:FUNCTION.
 
-    UserError if the file or the function is not there.
+    UserError if the file or the function is not there, does not run, takes other arguments, or, when it is
+    called, returns anything but a finite number.
     """
     if spec in REWARDS:
         return lambda problem, text, finished: REWARDS[spec](problem, text, finished, task)
     path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
+    if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a file "
                         f"that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    try:
+        found.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
+    fn = getattr(module, name, None)
+    if not callable(fn):
         raise UserError(f"--reward {spec}: {path} has no function {name!r}")
-    return getattr(module, name)
+    try:
+        inspect.signature(fn).bind("problem", "text", True)
+    except TypeError as e:
+        raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): {e}") from None
+
+    def checked(problem, text, finished):
+        try:
+            value = fn(problem, text, finished)
+        except (Exception, SystemExit) as e:
+            raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: {blame(e)}") from None
+        try:
+            number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response {text[:60]!r}: expected a "
+                            "finite number")
+        return number
+    return checked
+
+
+def blame(error):
+    """An exception of the user's code in one line: what, and where."""
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    line = error.lineno if isinstance(error, SyntaxError) else where[0].lineno if where else 0
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (line {line})"
 
 
 REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think again|but|however|"
@@ -566,6 +598,18 @@ def task(name_or_path, **options):
     if unknown := [key for key in options if key not in known]:
         raise UserError(f"task {name_or_path} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
     return make(*path, **options)
+
+
+def check_data(name, is_text=True):
+    """UserError, before anything is made, if the task is unknown, or its file, or a text's, is missing or broken.
+
+    is_text: whether a text without prompts will do."""
+    if not is_corpus(name):
+        task(name)
+    elif not is_text:
+        raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl file of them")
+    elif name != "stdlib":
+        documents(name)
 
 
 def room(c, tok, problems, task, context):

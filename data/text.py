@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.run import UserError, nearest
+from data.run import UserError, nearest, without_repeats
 
 CACHE = Path(__file__).parent / "cache"
 VERSION = 1                       # of the parsing below: raise it and every cached parse is made anew
@@ -35,7 +35,7 @@ VERSION = 1                       # of the parsing below: raise it and every cac
 
 def digest(text):
     """SHA-256 of a string, in hex: the stable hash behind every split (Python's own changes per process)."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_atomic(path, data):
@@ -245,14 +245,22 @@ def read_text(path):
 
 
 def read_jsonl(path):
-    """[object of each line]; UserError "path:line: …" at the first line that is not a JSON object."""
+    """[object of each line]; UserError "path:line: …" at the first line that is not a JSON object, or that holds
+    a key twice or half a character (an escape like \\ud83d without its partner)."""
     rows = []
     for i, line in enumerate(read_text(path).rstrip().split("\n"), 1):   # splitlines would cut at U+2028
-        row = None
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
+        row, why = None, ""
+        try:
+            row = json.loads(line, object_pairs_hook=without_repeats)
+            if "\\ud" in line.lower():
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"{path}:{i}: {e.object[e.start]!r} is half of a character: write both halves, or take "
+                            "it out") from None
+        except (ValueError, RecursionError) as e:
+            why = f" ({e})"
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{i}: not a JSON object (one a line): {line[:60]!r}")
+            raise UserError(f"{path}:{i}: not a JSON object (one a line): {line[:60]!r}{why}")
         rows.append(row)
     return rows
 
@@ -280,7 +288,10 @@ def documents(name_or_path, split="train"):
         if bad := [i for i, doc in enumerate(docs, 1) if not isinstance(doc, str)]:
             raise UserError(f'{path}:{bad[0]}: no string under "text": a corpus is one {{"text": …}} a line')
     else:
-        docs = [doc for doc in read_text(path).split("<|endoftext|>") if doc.strip()]
+        docs = read_text(path).split("<|endoftext|>")
+    docs = [doc for doc in docs if doc.strip()]
+    if sum(map(len, docs)) < 2:
+        raise UserError(f"{path}: there is no text in it")
     if len(docs) == 1:
         cut = len(docs[0]) * 19 // 20
         cut = docs[0].rfind("\n", 0, cut) + 1 or cut                     # at a line's start if there is one
@@ -347,4 +358,6 @@ def examples(rows, path="rows"):
         i = out.index({})
         types = ", ".join(f"{k}: {type(v).__name__}" for k, v in rows[i].items())
         raise UserError(f"{path}:{i + 1}: no schema fits {{{types}}}; accepted are {SCHEMAS}")
+    if not any(row["completion"].strip() for row in out):
+        raise UserError(f"{path}: every completion is empty: there is nothing to learn")
     return out

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import tiktoken
 from tqdm import tqdm
 
-from data.run import UserError, nearest
+from data.run import UserError, expect, nearest, read_json
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")       # of what is made here
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -62,7 +62,7 @@ def spelled(text):
     try:
         return bytes([BYTE[c] for c in text])
     except KeyError:
-        return text.encode()
+        return text.encode("utf-8", "replace")
 
 
 # --- 2 chat templates ---------------------------------------------------------------------------------
@@ -197,13 +197,14 @@ class Tokenizer:
     def load(folder) -> "Tokenizer":
         """A checkpoint's byte-level BPE from its tokenizer.json; its configs name bos, eos and pad."""
         path = Path(folder) / "tokenizer.json"
-        spec = read_json(path)
-        pairs, vocab, added = *read_model(spec, path), spec.get("added_tokens", [])
+        spec = read_json(path, MISSING)
+        check_spec(spec, path)
+        pairs, vocab, added = *read_model(spec, path), spec.get("added_tokens") or []
         pattern, prefix_space = read_pattern(spec.get("pre_tokenizer"))
         specials = {a["content"]: a["id"] for a in added}
         tokens = [b""] * (1 + max([*vocab.values(), *specials.values()]))
         for text, i in [*vocab.items(), *specials.items()]:
-            tokens[i] = text.encode() if text in specials else spelled(text)
+            tokens[i] = text.encode("utf-8", "replace") if text in specials else spelled(text)
         ids = {spelled(text): i for text, i in vocab.items() if all(c in BYTE for c in text)}
         merged = reachable(pairs)
         if lost := [token for token in merged if token not in ids]:
@@ -221,8 +222,8 @@ class Tokenizer:
         return Tokenizer(
             tokens, order, specials, pattern=pattern, prefix_space=prefix_space, direct=direct,
             **{end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")},
-            visible=[a["id"] for a in added if not a["special"]], nfc=read_nfc(spec.get("normalizer")),
-            files={name: file.read_bytes().decode() for name, file in kept.items()})
+            visible=[a["id"] for a in added if not a.get("special")], nfc=read_nfc(spec.get("normalizer")),
+            files={name: read_utf8(file) for name, file in kept.items()})
 
 
 # --- 4 tokenizer.json ---------------------------------------------------------------------------------
@@ -232,15 +233,40 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_conf
 CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
 
 
-def read_json(path) -> dict:
-    """A JSON file, or one line that says why not."""
+MISSING = f"copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, {CHOOSE}"
+MOST_IDS = 1 << 23                       # no tokenizer has as many: a larger id is a slip, and would fill memory
+
+
+def read_utf8(path):
+    """The text of a checkpoint's file; UserError if it is not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist: copy it from the checkpoint's page; if that has only a "
-                        f"SentencePiece tokenizer.model, {CHOOSE}") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}): download it again") from e
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 ({e}): copy it again") from None
+
+
+def check_spec(spec, path):
+    """UserError for a tokenizer.json that lacks a part or has one of another kind."""
+    expect(spec, path, ("model",), model="object", added_tokens="list", pre_tokenizer="object", normalizer="object")
+    for part in ("pre_tokenizer", "normalizer"):
+        steps = spec.get(part) or {"type": ""}
+        steps = steps.get("pretokenizers", steps.get("normalizers", [steps]))
+        if not isinstance(steps, list) or not all(isinstance(x, dict) and type(x.get("type")) is str for x in steps):
+            raise UserError(f'{path}: {part} is no list of {{"type": …}}: download it again')
+    expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list", byte_fallback="flag",
+           ignore_merges="flag")
+    ids = [*(spec["model"].get("vocab") or {}).values()]
+    for token in spec.get("added_tokens") or []:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise UserError(f"{path}: an added token is {str(token)[:60]}: expected "
+                            '{"id": 0, "content": "<s>", "special": true}')
+        expect(token, f"{path}, added token {token['content']!r}", ("id",), id="whole", special="flag")
+        ids.append(token["id"])
+    if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
+        raise UserError(f"{path}: a token's id is {bad[0]!r}: expected a whole number from 0 to {MOST_IDS - 1}")
+    words = spec["model"].get("vocab") or {}
+    if len(set(words.values())) < len(words):
+        raise UserError(f"{path}: two entries of the vocabulary have one id: download it again")
 
 
 def read_model(spec, path):
@@ -251,7 +277,12 @@ def read_model(spec, path):
     if kind != "BPE" or affix or "merges" not in model:
         affix = f" with {affix!r} around words" if affix else ""
         raise UserError(f"{path} holds {kind}{affix}, not byte-level BPE: {CHOOSE}")
-    merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    for m in merges:
+        if not isinstance(m, list) or len(m) != 2 or not all(isinstance(x, str) for x in m):
+            raise UserError(f"{path}: a merge is {m!r}: expected two tokens; download it again")
+    if not model.get("vocab"):
+        raise UserError(f"{path} has no vocabulary: download it again")
     return [(spelled(left), spelled(right)) for left, right in merges], model["vocab"]
 
 
@@ -287,11 +318,14 @@ def read_id(end, settings, ids):
     """Id of "bos", "eos" or "pad": the first file that has the key decides, null included."""
     for setting in settings:
         for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id") if key in setting):
-            value = value["content"] if isinstance(value, dict) else value
-            value = value[0] if isinstance(value, list) else value          # several ends: the first counts
+            value = value.get("content") if isinstance(value, dict) else value
+            value = value[0] if isinstance(value, list) and value else value    # several ends: the first counts
             if isinstance(value, str) and value not in ids:
                 raise UserError(f"{end}_token {value!r} is not in tokenizer.json: add it to its added_tokens")
-            return ids.get(value, value)
+            if not isinstance(value, (str, type(None))) and type(value) is not int:
+                raise UserError(f"{end}_token is {str(value)[:60]!r}: expected a token's text or its id")
+            found = ids.get(value, value)
+            return found if isinstance(found, int) and found >= 0 else None             # -1: none
     return None
 
 

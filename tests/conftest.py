@@ -1,4 +1,5 @@
-"""Tests run from anywhere: the repository's root goes on the path, a test's out/ is a temporary folder."""
+"""Tests run from anywhere: the repository's root goes on the path; every test has another working directory,
+so that none reads or writes the checkout's own out/."""
 import os
 import sys
 from functools import partial
@@ -71,6 +72,30 @@ def chi_square(counts, law):
     a, b = a[b > 1e-9], b[b > 1e-9]
     half = torch.tensor((len(b) - 1) / 2, dtype=torch.float64)
     return len(b) - 1, torch.special.gammaincc(half, ((a - b) ** 2 / b).sum() / 2).item()
+
+
+def merged(*argv):
+    """A command line in which an option replaces an earlier one of its name: scripts refuse the second."""
+    options = {}
+    for word in argv:
+        if word.startswith("--"):
+            key = word[2:].partition("=")[0].replace("-", "_")
+            options[key] = [word]
+        else:
+            options[key].append(word)
+    return [word for words in options.values() for word in words]
+
+
+@pytest.fixture(scope="session")
+def nowhere(tmp_path_factory):
+    """A working directory with nothing in it."""
+    return tmp_path_factory.mktemp("nowhere")
+
+
+@pytest.fixture(autouse=True)
+def not_in_the_checkout(nowhere, monkeypatch):
+    """A test that asks for no folder of its own is in an empty one."""
+    monkeypatch.chdir(nowhere)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA_DIR, close, rand
+from conftest import DATA_DIR, close, merged, rand
 
 import compress
 from data import structure
@@ -465,7 +465,7 @@ PRESETS = list(compress.PRESETS)[:list(compress.PRESETS).index("tiny")]
 
 
 def tiny(config, out, *extra):
-    return compress.main(["--config", f"{config},tiny", "--out", out, *extra])
+    return compress.main(merged("--config", f"{config},tiny", "--out", out, *extra))
 
 
 @pytest.mark.parametrize("config", PRESETS)
@@ -557,21 +557,21 @@ def test_the_real_checkpoint_2_4(stories, workdir):
     """stories260k at 2:4, real text: SparseGPT and ARMOR lose less than NoWag-P, and that than magnitude."""
     shutil.copy(DATA_DIR / "tinystories-30k.txt", "stories.txt")
     args = ["--init", str(stories), "--data", "stories.txt", "--samples", "8", "--windows", "16"]
-    loss = {x: compress.main([*args, "--config", x, "--out", x, *more])["loss_increase"] for x, more in (
+    loss = {x: compress.main(merged(*args, "--config", x, "--out", x, *more))["loss_increase"] for x, more in (
         ("magnitude", []), ("nowag_p", []), ("sparsegpt", []), ("armor", ["--iterations=60", "--block=4"]))}
     assert max(loss["sparsegpt"], loss["armor"]) < loss["nowag_p"] < loss["magnitude"]
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "must be positive"),
-    (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "2, 3, 4 or 8"),
+    (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "--samples 0: must be at least 1"),
+    (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "choose from 2, 3, 4, 8"),
     (["--config=puzzle,tiny", "--shares=100,x"], "numbers with commas"),
-    (["--outliers=-3"], "factor above 0"),
+    (["--outliers=-3"], "--outliers -3: must be at least 0"),
     (["--config=nowag_vq,tiny", "--bits=2", "--dim=7"], "larger than the layer"),
-    (["--config=mixed,tiny", "--share=7"], "a share of 0 to 1"),
+    (["--config=mixed,tiny", "--share=7"], "--share 7: must be at least 0 and at most 1"),
     (["--config=awq,tiny", "--points=0"], "--points"),
-    (["--config=kivi,tiny", "--cache_bits=3"], "choose 1, 2, 4 or 8"),
-    (["--config=gptq,tiny", "--damp=-1"], "nothing below 0"),
+    (["--config=kivi,tiny", "--cache_bits=3"], "choose from 1, 2, 4, 8"),
+    (["--config=gptq,tiny", "--damp=-1"], "--damp -1: must be above 0"),
     (["--method=armour"], "did you mean 'armor'"), (["--context=1"], "at least 2"),
     (["--config=slimmoe,tiny", "--smooth=awq"], "does not read it"),
     (["--config=minitron,tiny", "--sequential=true"], "does not read it"),
@@ -583,4 +583,4 @@ def test_the_real_checkpoint_2_4(stories, workdir):
 def test_clear_errors(argv, words, shared_bases):
     base = [] if any("config" in x for x in argv) else ["--config=nowag_p,tiny"]
     with pytest.raises(UserError, match=words):
-        compress.main([*base, *argv])
+        compress.main(merged(*base, *argv))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import close, rand
+from conftest import close, merged, rand
 
 import dpo
 import optim
@@ -670,7 +670,7 @@ METHODS = list(dpo.PRESETS)[:list(dpo.PRESETS).index("tiny")]
 
 def tiny(config, out, *extra):
     """One run in seconds -> its result."""
-    return dpo.main(["--config", f"{config},tiny" if config else "tiny", "--out", str(out), *extra])
+    return dpo.main(merged("--config", f"{config},tiny" if config else "tiny", "--out", str(out), *extra))
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -724,7 +724,7 @@ def test_resume_gives_the_same_weights(config, shared_bases):
     extra = ["--save_every=2", "--keep=9"]
     whole = tiny(config, "whole", *extra)
     tiny(config, "part", *extra, "--stop=2")
-    part = dpo.main(["--config", f"{config},tiny", "--out", "part", *extra, "--resume"])
+    part = dpo.main(merged("--config", f"{config},tiny", "--out", "part", *extra, "--resume"))
     one, two = (load(f"{x}/step-000004")[0] for x in ("whole", "part"))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
     assert part == whole
@@ -810,11 +810,11 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--judge=duel", "--data=toyif", "--init=base:toyif", "--config=online,tiny"], "only Ring"),
     (["--config=raco,tiny", "--data=toyif", "--init=base:toyif"], "only Ring"),
     (["--config=npo,tiny", "--key=="], "all prompts or in none"),
-    (["--config=tiny", "--optimiser=adam"], "adamw or sgd"),
-    (["--config=hypo,tiny", "--source.k=1"], "leave-one-out"),
+    (["--config=tiny", "--optimiser=adam"], "choose from adamw, sgd"),
+    (["--config=hypo,tiny", "--source.k=1"], "--k 1: must be at least 2"),
     (["--config=online,tiny", "--judge=out/reward/none"], "no such folder"),
     (["--config=raco,tiny", "--weights=0.5"], "2 numbers"),
-    (["--config=tiny", "--anchor=prev"], "start or previous"),
+    (["--config=tiny", "--anchor=prev"], "choose from start, previous"),
     (["--config=tiny", "--anchor=previous"], "made once"),
     (["--config=tiny", "--loss=inpo"], "made once"),
     (["--config=kto,tiny", "--sft=0.1"], "no chosen response"),
@@ -823,7 +823,7 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--config=tiny", "--loss=beta_dpo"], "reads beta_now"),
     (["--config=tiny", "--loss=xpo"], "reads other_logp"),
     (["--config=treg,tiny", "--source=duels"], "token credits"),
-    (["--config=rdpo,tiny", "--flip=0.5"], "half of the time"),
+    (["--config=rdpo,tiny", "--flip=0.5"], "--flip 0.5: must be at least 0 and below 0.5"),
     (["--config=kto,tiny", "--batch=1"], "raise --batch"),
     (["--config=madpo,tiny", "--judge=cdr", "--strong=base:ring", "--weak=base:ring"], "the same model"),
     (["--config=tiny", "--noise=0.1", "--data=nowhere.jsonl"], "--noise"),
@@ -879,7 +879,7 @@ def test_a_reward_model_judges(shared_bases):
     for config in ("online", "madpo"):
         out = tiny(config, config, "--judge=rm", "--steps=2")
         assert math.isfinite(out["val_gold"])
-    with pytest.raises(UserError, match="must be a reward model"):
+    with pytest.raises(UserError, match="need a reward model"):
         tiny("online", "wrong", f"--judge={dpo.sft.base('ring', 'tiny')}")
     model, tok = load("rm")
     rows = [dict(prompt=".abcd="), dict(prompt=".bcde=")]

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import close, rand
+from conftest import close, merged, rand
 
 import grpo
 from data import curricula, shaping, tasks
@@ -680,8 +680,8 @@ def tiny(config, out, *extra):
     small = dict(opd=["--prompts", "8", "--samples", "1"], exopd=["--prompts", "8", "--samples", "1"],
                  acereason=["--at_entropy", "1.0"], latentseek=["--steps", "0", "--seek", "2"],
                  knowrl=["--pool", "4"], rif=["--screen", "64", "--pool", "8"])
-    return grpo.main(["--config", f"{config},tiny", "--steps", "2", *small.get(config, []), *teacher, "--out",
-                      out, *extra])
+    return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", *small.get(config, []), *teacher, "--out",
+                      out, *extra))
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -792,14 +792,14 @@ def test_a_reward_of_ones_own(shared_bases):
 
 @pytest.mark.parametrize("argv, words", [
     (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "exceeds the context of"),
-    (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be positive"),
+    (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be above 0"),
     (("--samples", "1"), "a group needs two responses"),
-    (("--minibatches", "0"), "must be at least 1"), (("--lag", "-1"), "--lag at least 0"),
+    (("--minibatches", "0"), "must be at least 1"), (("--lag", "-1"), "--lag -1: must be at least 0"),
     (("--minibatches", "3"), "does not part into"),
     (("--eps_hihg", "2"), "did you mean 'eps_high'"), (("--config", "kdrl"), "give --teacher")])
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
-        grpo.main(["--config", "tiny", "--out", "bad", *argv])
+        grpo.main(merged("--config", "tiny", "--out", "bad", *argv))
 
 
 def test_pass_at_k_by_hand():

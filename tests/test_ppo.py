@@ -4,6 +4,7 @@ import math
 import os
 
 import pytest
+from conftest import merged
 import torch
 
 import ppo
@@ -276,7 +277,7 @@ TINY = ["--steps", "2", "--rollouts", "8", "--batch", "8", "--micro", "8", "--ev
 
 
 def toy(config, out, *extra):
-    return ppo.main(["--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra])
+    return ppo.main(merged("--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra))
 
 
 VARIANTS = {"n64", "more", "more64", "alpha05", "alpha2", "cold"}                     # of the claim's arms
@@ -386,16 +387,16 @@ def test_a_reward_model_by_its_path(shared_bases):
     (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
     (["--claim", "srpo"], "no claim 'srpo'; did you mean 'srppo'"),
     (["--claim", "srppo", "--seeds", "many"], "--seeds many: expected int"),
-    (["--temperature", "0"], "it must be positive"),
-    (["--samples", "0"], "--samples 0: must be positive"),
+    (["--temperature", "0"], "--temperature 0: must be above 0"),
+    (["--samples", "0"], "--samples 0: must be at least 1"),
 ])
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
         toy("srppo", f"bad-{len(words)}-{argv[-1]}", *argv)
 
 
-@pytest.mark.parametrize("option, words", [("--reward", "need a ScalarModel, found a Transformer"),
-                                           ("--init", "need a Transformer, found a ScalarModel")])
+@pytest.mark.parametrize("option, words", [("--reward", "need a reward model .*, found a Transformer"),
+                                           ("--init", "need a language model, found a ScalarModel")])
 def test_the_wrong_kind_of_model_is_named(option, words, shared_bases):
     policy, tok = load(sft.base("toyif_base", like="tiny"))
     save(policy if option == "--reward" else ScalarModel.from_lm(policy), tok, f"kind{option}")
@@ -428,7 +429,7 @@ def test_the_claim_compares_every_arm():
 def test_a_claim_refuses_what_its_arms_set(extra, workdir):
     """--steps would train the arm that is called sft, --seed would make all seeds one"""
     with pytest.raises(UserError, match="the claim sets it itself"):
-        ppo.main(["--claim", "srppo", *extra])
+        ppo.main(merged("--claim", "srppo", *extra))
 
 
 def test_the_map_names_every_preset():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATA_DIR, close, rand
+from conftest import DATA_DIR, close, merged, rand
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
@@ -744,7 +744,7 @@ def quick(shared_bases, monkeypatch):
 
 def tiny(config, out, *extra):
     sizes = "" if "bt_rubrics" in config else SIZES.get(config.split(",")[0], "")
-    return reward.main(["--config", f"{config},tiny", "--rows", "64", "--out", out, *sizes.split(), *extra])
+    return reward.main(merged("--config", f"{config},tiny", "--rows", "64", "--out", out, *sizes.split(), *extra))
 
 
 def weights(folder):
@@ -1023,25 +1023,25 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--recipe advrm --attack overopd", "no attack 'overopd'; did you mean 'overopt'"),
     ("--config advrn", "no preset 'advrn'; did you mean 'advrm'"),
     ("--claim ensemble", "no claim 'ensemble'; did you mean 'ensembles'"),
-    ("--recipe thinkrm --rule grade", "--rule 'grade'; did you mean 'graded'"),
-    ("--config first --candidates 12", "--candidates 12: choose 2 to 9"),
-    ("--config judge_lora --levels 9", "--levels 9: choose 2 to 7"),
-    ("--recipe thinkrm --style lnog", "did you mean 'parity_long'"),
+    ("--recipe thinkrm --rule grade", "--rule grade: choose from graded, sign"),
+    ("--config first --candidates 12", "--candidates 12: must be at least 2 and at most 9"),
+    ("--config judge_lora --levels 9", "--levels 9: must be at least 2 and at most 7"),
+    ("--recipe thinkrm --style lnog", "--style lnog: choose from long"),
     ("--config rubrics --judge rubrik", "rubrik"),
     ("--data rign", "did you mean 'ring'"),
     ("--data absent.jsonl", "no file"),
     ("--flip 0.2", "unknown key --flip; it belongs to loss 'smooth'"),
     ("--step 3", "unknown key --step; did you mean 'steps'"),
-    ("--noise 2", "noise 2.0"),
+    ("--noise 2", "--noise 2: must be at least 0 and at most 1"),
     ("--context 5000", "--context 5000 exceeds the"),
     ("--init nowhere", "nowhere does not exist"),
     ("--eval nowhere", "nowhere does not exist"),
     ("--recipe armo --data toyif --init base:toyif_base", "--recipe armo needs --data ring"),
     ("--loss regression --data toyif --init base:toyif_base", "--data ring"),
-    ("--config ensemble,tiny --data pairs.jsonl", "needs --data ring"),
-    ("--batch 0", "--batch 0: must be positive"),
-    ("--config ensemble --members 0", "--members 0: must be positive"),
-    ("--config maxmin --rounds 0", "--rounds 0: must be positive"),
+    ("--config ensemble,tiny --data rubrics", "needs --data ring"),
+    ("--batch 0", "--batch 0: must be at least 1"),
+    ("--config ensemble --members 0", "--members 0: must be at least 1"),
+    ("--config maxmin --rounds 0", "--rounds 0: must be at least 1"),
     *((f"--loss {x}", x) for x in ("nll", "listwise", "preference")),            # those of other recipes
     ("--config ensemble --loss regression", "regression")])
 def test_bad_input_is_named(argv, words, quick):
@@ -1051,7 +1051,7 @@ def test_bad_input_is_named(argv, words, quick):
     else:
         argv = ["--config", "tiny", *argv]
     with pytest.raises(UserError, match=words):
-        reward.main([*argv, "--rows", "16", "--out", out])
+        reward.main(merged(*argv, "--rows", "16", "--out", out))
     assert not os.path.exists(out)                               # and no run is left behind
 
 
@@ -1059,8 +1059,8 @@ def test_the_wrong_kind_of_model_is_named(quick):
     lm, tok = load(sft.base("ring", like="tiny"))
     save(lm, tok, "kind-lm")
     save(new_scalar(lm, 0), tok, "kind-rm")
-    for option, path, words in (("--init", "kind-rm", "is a reward model already"),
-                                ("--eval", "kind-lm", "is a language model")):
+    for option, path, words in (("--init", "kind-rm", "need a language model"),
+                                ("--eval", "kind-lm", "need a reward model")):
         with pytest.raises(UserError, match=words):
             reward.main(["--config", "tiny", option, path, "--out", f"kind{option}"])
 

@@ -93,7 +93,7 @@ def test_switches(text, value):
     (["--loss", "c"], "no loss 'c'"),
     (["--lr"], "--lr needs a value"),
     (["lr=1"], "unexpected argument 'lr=1'"),
-    (["--steps=-1"], "--steps -1: must be positive"),
+    (["--steps=-1"], "--steps -1: must be at least 0"),
 ])
 def test_bad_command_lines_name_the_thing_and_the_cure(argv, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
@@ -163,11 +163,17 @@ def test_a_run_leaves_its_traces_and_keeps_the_newest(workdir):
     assert run.checkpoint(folder).name == "step-000005" and run.result(folder) == {"loss": 0.2}
 
 
+def began(c, f):
+    """A run that has logged one row."""
+    with Run(c, f, "t") as r:
+        r.log(1, loss=1.0)
+
+
 def test_a_second_run_never_overwrites_the_first(workdir):
     c, f = conf()
     assert [Run(c, f, "t").folder.name for _ in range(3)] == ["default", "default-2", "default-3"]
     c, f = conf("--out", "here")
-    Run(c, f, "t")
+    began(c, f)
     with pytest.raises(UserError, match="already holds a run: add --resume"):
         Run(c, f, "t")
 
@@ -179,7 +185,11 @@ def test_resume_takes_the_state_and_drops_rows_and_folders_that_came_later(workd
             r.log(step + 1, loss=1.0)
             if step == 1:
                 r.save(2, fake, x=torch.tensor(7))
-    (workdir / "here/step-000003.tmp").mkdir()                       # as if killed while writing
+    half = workdir / "here/.step-000003-1.tmp"                       # as if killed while writing
+    half.mkdir()
+    info = json.loads((workdir / "here/run.json").read_text())
+    (workdir / "here/run.json").write_text(json.dumps(info | dict(writing=half.name)))
+    (workdir / "here/mine.tmp").mkdir()
     with open("here/log.jsonl", "a") as file:
         file.write('{"step": 5, "los')
     c, f = conf("--out", "here", "--resume")
@@ -187,11 +197,11 @@ def test_resume_takes_the_state_and_drops_rows_and_folders_that_came_later(workd
         assert r.start == 2 and int(r.state["x"]) == 7 and list(r.steps(4)) == [2, 3]
         r.log(3, loss=2.0)
     assert [(x["step"], x["loss"]) for x in read_log("here")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-    assert not list((workdir / "here").glob("*.tmp"))
+    assert not half.exists() and (workdir / "here/mine.tmp").exists()
 
 
 def test_resume_with_other_settings_is_refused(workdir):
-    Run(*conf("--out", "here"), "t")
+    began(*conf("--out", "here"))
     with pytest.raises(UserError, match="lr was 0.001 and is now 0.5"):
         Run(*conf("--out", "here", "--resume", "--lr", "0.5"), "t")
     with pytest.raises(UserError, match="no run in nowhere"):
@@ -376,7 +386,6 @@ def test_a_finished_stage_is_made_once(workdir):
 
     def write(name):
         def make(folder):
-            folder.mkdir()
             (folder / "it").write_text(name)
             made.append(name)
         return make

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import specdec
-from conftest import chi_square, close, rand, rule, tiny_model
+from conftest import chi_square, close, merged, rand, rule, tiny_model
 from data import text
 from data.drafting import block_efficiency, speedup
 from data.run import UserError, configure, hyper
@@ -524,7 +524,7 @@ def run(*argv):
         if not Path("few.txt").exists():
             Path("few.txt").write_text("<|endoftext|>".join(text.documents("stdlib", "train")[:60:2]))
         argv = [*argv, "--data", "few.txt"]
-    return specdec.main(list(argv))
+    return specdec.main(merged(*argv))
 
 
 def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
@@ -604,14 +604,14 @@ GIVEN = [*TINY, "--init", "target", "--steps", "0"]
     (["--draft", "draft", "--max_new", "60"], "exceed the context of 64"),
     (["--draft", "nowhere"], "nowhere does not exist"),
     (["--draft", "draft", "--length", "optimum"], "did you mean 'optimal'"),
-    (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"], "--k 2.0: a share"),
+    (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"], "--k 2.0: must be above 0 and at most 1"),
     (["--draft", "draft", "--steps", "2", "--source", "draft", "--context", "8"], "leaves no room"),
-    (["--draft", "draft", "--together", "0"], "--together 0: at least 1"),
-    (["--draft", "draft", "--prompt", "0"], "--prompt 0: at least 1"),
-    (["--draft", "draft", "--refresh", "0"], "--refresh 0: at least 1"),
-    (["--draft", "draft", "--lenience", "2"], "--lenience 2.0: above 0"),
+    (["--draft", "draft", "--together", "0"], "--together 0: must be at least 1"),
+    (["--draft", "draft", "--prompt", "0"], "--prompt 0: must be at least 1"),
+    (["--draft", "draft", "--refresh", "0"], "--refresh 0: must be at least 1"),
+    (["--draft", "draft", "--lenience", "2"], "--lenience 2: must be above 0"),
     (["--draft", "draft", "--split", "nonsense"], "nonsense"),
-    (["--drafter", "lookup", "--n", "0"], "--n 0: at least one")])
+    (["--drafter", "lookup", "--n", "0"], "--n 0: must be at least 1")])
 def test_what_cannot_be_is_told(argv, message, pair):
     with pytest.raises(UserError, match=message):
         run(*GIVEN, *argv)
@@ -664,7 +664,7 @@ def test_no_option_hides_behind_a_field_of_the_same_name():
 @pytest.mark.parametrize("argv, message", [
     (["--config", "ead,tiny", "--init", "draft"], "another vocabulary than what --recipe chain_right makes"),
     (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"], "needs answers to score"),
-    (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5.0: none below 0"),
+    (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5: must be above 0"),
     (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
 def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
     if "draft" in argv:
