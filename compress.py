@@ -1002,8 +1002,8 @@ def unread(c, f):
 
 
 def check_used(c, f):
-    """UserError for an option that this run would not read, and for all else that can be known before anything is
-    made: files and folders."""
+    """UserError for an option that this run would not read, and for all else that can be known before
+    anything is made: files and folders."""
     structural, pattern = "teacher" in needs(f.method), f.method.keywords.get("pattern", "2:4")
     m = pattern.partition(":")[2]
     kept(torch.zeros(1, max(1, int(m)) if m.isdigit() else 8), pattern)                  # written rightly?

@@ -111,7 +111,7 @@ class Config:
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
     combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
     credit: str = "gold"         # which row of CREDITS: T-REG's token rewards
-    anchor: Literal["start", "previous"] = "start"  # the reference: the start, or previous, the policy when its rows were made
+    anchor: Literal["start", "previous"] = "start"  # the reference: previous, the policy that made the rows
     sft: float = 0.0             # weight of the chosen response's mean negative log-prob, beside any loss
     refresh: Count = 1           # steps between fresh rows of the sources that sample (4000 prompts at most)
     steps: int = 200             # optimizer steps
@@ -628,13 +628,14 @@ def needs_reference(c, f):
             or "credit" in reads(f) and c.credit == "prompts" or c.judge == "duel")
 
 def judges(c, f):
-    """{"judge": folder} or {"strong", "weak"} of the models that this run's judge reads; {} for one that needs none,
-    or that no row of this run is shown to."""
+    """The folders of the models that this run's judge reads, {"judge"} or {"strong", "weak"}; {} for one that
+    needs none, or that no row of this run is shown to."""
     names = needs(f.judge)
     if "judged" in names:
         return dict(judge=c.judge)
     shown = c.source not in STATIC or "margin" in needs(f.loss)
-    return {k: f.judge.keywords[k] or c.init for k in ("strong", "weak")} if "density" in names and shown else {}
+    pair = ("strong", "weak") if "density" in names and shown else ()
+    return {key: f.judge.keywords[key] or c.init for key in pair}
 
 def unread(c, f):
     """{field: what reads it} of the fields that this run does not read."""

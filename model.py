@@ -762,7 +762,7 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
     cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
-    token = token.clamp(max=logits.size(-1) - 1)                             # NaN finds no place: see generate
+    token = token.clamp(max=logits.size(-1) - 1)                     # NaN finds no place: see generate
     return token.squeeze(1), (logits.gather(1, token) - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
 
 
@@ -906,8 +906,8 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
             go()
         row_steps += len(row)
     if not logp.isfinite().all():
-        raise UserError("the model's predictions are not finite: its weights have diverged, or overflow in this "
-                        "--dtype; go back to an older checkpoint and a lower --lr")
+        raise UserError("the model's predictions are not finite: its weights have diverged, or overflow in "
+                        "this --dtype; go back to an older checkpoint and a lower --lr")
     return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
 
 
@@ -951,25 +951,27 @@ def check_config(d, kind, where):
     expect(d, where, (*SIZES, inner, "architectures"), **sizes, num_experts="whole", rms_norm_eps="positive",
            rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag", mlp_bias="flag",
            norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size", hidden_act="text",
-           rope_scaling="object", rope_parameters="object", quantization_config="object", architectures="list",
-           router_aux_loss_coef="number", layer_widths="list", swift_layer="whole", shared_heads="whole",
-           routed_heads="whole", head_router="text", mlp_only_layers="list", decoder_sparse_step="size")
+           rope_scaling="object", rope_parameters="object", quantization_config="object",
+           architectures="list", router_aux_loss_coef="number", layer_widths="list", swift_layer="whole",
+           shared_heads="whole", routed_heads="whole", head_router="text", mlp_only_layers="list",
+           decoder_sparse_step="size")
     heads = d["num_attention_heads"]
     groups, width = d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] / heads
     experts = d.get("num_local_experts", d.get("num_experts", 0))
     names = [f"{ARCHITECTURES[kind]}For{x}" for x in ("CausalLM", "SequenceClassification")]
-    widths = d.get("layer_widths") or []
+    widths, router = d.get("layer_widths") or [], d.get("head_router", "learned")
     for wrong, words in (
             (d["architectures"][:1] not in [[x] for x in names],
-             f"architectures is {d['architectures']}: expected [{names[0]!r}], or {names[1]!r} of a reward model"),
+             f"architectures is {d['architectures']}: expected [{names[0]!r}], or for a reward model "
+             f"[{names[1]!r}]"),
             (heads % groups, f"{heads} attention heads do not share {groups} key heads evenly"),
             (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
             (kind in ("mixtral", "qwen3_moe") and not d.get("num_experts_per_tok", 2) <= experts,
              f"{d.get('num_experts_per_tok', 2)} of {experts} experts a token"),
-            (not all(type(x) is int and x >= 0 for x in widths), f"layer_widths {widths}: whole numbers from 0"),
+            (not all(type(x) is int and x >= 0 for x in widths), f"layer_widths {widths}: whole numbers"),
             (d.get("swift_layer", 0) >= d["num_hidden_layers"], "swift_layer is beyond the last layer"),
             (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads, "more routed heads than heads"),
-            (d.get("head_router", "learned") not in ("learned", "norm"), f"head_router {d.get('head_router')!r}")):
+            (router not in ("learned", "norm"), f"head_router is {router!r}: expected learned or norm")):
         if wrong:
             raise UserError(f"{where}: {words}")
 
@@ -979,7 +981,8 @@ def check_rope(rope, where):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPES:
         raise UserError(f"{where}: rope_type {kind!r} is not supported; choose {', '.join(ROPES)}")
-    expect(rope, f"{where}, rope options", ROPES[kind], rope_theta="positive", **dict.fromkeys(ROPES[kind], "positive"))
+    numbers = dict.fromkeys((*ROPES[kind], "rope_theta"), "positive")
+    expect(rope, f"{where}, rope options", ROPES[kind], **numbers)
 
 
 def ends(d, where, key="eos_token_id"):
@@ -1118,8 +1121,8 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
 
 
 def tensors(path):
-    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing or broken, or
-    if the index names files outside the folder or does not say what its files hold."""
+    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing or broken,
+    or if the index names files outside the folder or does not say what its files hold."""
     index, where, names = path / "model.safetensors.index.json", {}, ["model.safetensors"]
     if index.exists():
         where = read_json(index, "copy the checkpoint again").get("weight_map")
@@ -1130,7 +1133,7 @@ def tensors(path):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index} names {name!r}: expected a .safetensors file of the same folder")
         if (path / "model.safetensors").exists() and "model.safetensors" not in names:
-            raise UserError(f"{path} holds model.safetensors and an index of other files: remove the older of the two")
+            raise UserError(f"{path} holds model.safetensors and an index of other files: remove the older")
     out = {}
     for name in names:
         try:
@@ -1144,10 +1147,11 @@ def tensors(path):
         for key in file.keys():
             if where and where.get(key) != name:
                 raise UserError(f"{path / name} holds the tensor {key}, which the index puts into "
-                                f"{where.get(key, 'no file')}: the shards are not of one checkpoint, copy it again")
+                                f"{where.get(key, 'no file')}: they do not belong together, copy them again")
             out[key] = file
     if lost := sorted(where.keys() - out.keys()):
-        raise UserError(f"{path / where[lost[0]]} lacks the tensor {lost[0]}, which the index puts there: copy it again")
+        raise UserError(f"{path / where[lost[0]]} lacks the tensor {lost[0]}, which the index puts there: "
+                        "copy it again")
     return out
 
 
@@ -1170,11 +1174,27 @@ def repack(model, layers, where):
         model.set_submodule(ours[key], new)
 
 
+def check_spare(path, model, stored, packed):
+    """UserError for a stored tensor that the model does not read. packed: the names of its packed layers.
+
+    A tied head is one that load() compares; old exports hold rotary frequencies, which are made anew here."""
+    config = model.config
+    tied = "lm_head.weight" if config.tie_word_embeddings and isinstance(model, Transformer) else ""
+    spare = [k for k in stored if k != tied and not k.endswith(".rotary_emb.inv_freq")]
+    for key in sorted(spare, key=lambda k: k.rpartition(".")[0] not in packed):
+        if key.rpartition(".")[0] in packed:
+            raise UserError(f"{path}: tensor {key} does not belong to a layer packed as quantization_config "
+                            "says: the two do not match, pack the model again")
+        raise UserError(f"{path}: nothing reads the tensor {key} ({len(spare)} such): config.json, "
+                        f"{config.num_hidden_layers} layers of {config.model_type}, is of another model")
+
+
 FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
 
 
 def frame(path):
-    """All of a checkpoint but its numbers: (model on the meta device, {our name: open file}, tokenizer, config.json).
+    """All of a checkpoint but its numbers: the model on the meta device, {our name: open file}, {stored name:
+    open file} of the spare tensors, the tokenizer, and config.json's object.
 
     Raises UserError that names an unknown architecture, a missing, misshapen or unread tensor, one that holds
     no floats, a packed layer that is not stored as config.json says, or a tokenizer with more ids than the
@@ -1206,15 +1226,7 @@ def frame(path):
         if name not in held and kind not in FLOATS:
             raise UserError(f"{path}: tensor {key} is stored as {kind}: weights are floats, one of "
                             f"{', '.join(FLOATS)}; use a checkpoint that is not quantised")
-    packed = {hf_name(n, config).rpartition(".")[0] for n in held}
-    spare = [k for k in stored if not k.endswith(".rotary_emb.inv_freq")           # old exports: made anew here
-             and not (k == "lm_head.weight" and config.tie_word_embeddings and isinstance(model, Transformer))]
-    for key in sorted(spare, key=lambda k: k.rpartition(".")[0] not in packed):
-        if key.rpartition(".")[0] in packed:
-            raise UserError(f"{path}: tensor {key} does not belong to a layer packed as quantization_config "
-                            "says: the two do not match, pack the model again")
-        raise UserError(f"{path}: nothing reads the tensor {key} ({len(spare)} such): config.json, "
-                        f"{config.num_hidden_layers} layers of {config.model_type}, is of another model")
+    check_spare(path, model, stored, {hf_name(n, config).rpartition(".")[0] for n in held})
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
@@ -1224,7 +1236,7 @@ def frame(path):
             if i >= config.vocab_size:
                 raise UserError(f"{path}: {end}_token_id {i} is beyond the model's {config.vocab_size} rows")
     if tokenizer.eos is None:
-        raise UserError(f"{path}: the tokenizer has no end of text: name its eos_token in tokenizer_config.json")
+        raise UserError(f"{path}: the tokenizer has no end of text: name an eos_token in its config")
     return model, files, stored, tokenizer, raw
 
 
@@ -1249,21 +1261,23 @@ def load(path, device="cpu", dtype=torch.float32):
         model, files, spare, tokenizer, raw = frame(path)
         state, held = {}, {name for name, _ in model.named_buffers()}
         for name, p in model.state_dict().items():
-            value = files[name].get_tensor(hf_name(name, model.config))
+            key = hf_name(name, model.config)
+            value = files[name].get_tensor(key)
             if name in held and value.dtype != p.dtype:
-                raise UserError(f"{path}: packed tensor {hf_name(name, model.config)} is stored as {value.dtype}, "
+                raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
                                 f"its format is {p.dtype}: pack the model again")
             if not_finite(value):
-                raise UserError(f"{path}: tensor {hf_name(name, model.config)} holds NaN or infinity: copy it again")
-            # a copy, because a mapped file's tensors lie anywhere and a CPU's matmul rounds by their alignment
+                raise UserError(f"{path}: tensor {key} holds NaN or infinity: copy it again")
+            # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
             state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
         for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
             if sha256(path / name) != expected:
                 raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
-        if "lm_head.weight" in spare and not torch.equal(
-                spare["lm_head.weight"].get_tensor("lm_head.weight").to(device, dtype), state["embed_tokens.weight"]):
-            raise UserError(f"{path}: lm_head.weight is not the embedding, and config.json ties the two: set "
-                            "tie_word_embeddings to false if the head is meant")
+        if head := spare.get("lm_head.weight"):
+            head = head.get_tensor("lm_head.weight").to(device, dtype)
+            if not torch.equal(head, state["embed_tokens.weight"]):
+                raise UserError(f"{path}: lm_head.weight is not the embedding, and config.json ties the two: "
+                                "set tie_word_embeddings to false if the head is meant")
     except UserError as e:
         raise UserError(f"{e}{older_than(path)}") from None
     model.load_state_dict(state, assign=True)

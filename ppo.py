@@ -479,10 +479,10 @@ def unread(c, f):
 
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
     tasks.check_data(c.data, is_text=False)
     if "samples" in needs(f.advantage) and c.samples < 2:
-        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of a group: at least 2")
+        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at least two")
     sft.find(c.init, c.config, make=False)
     if needs_base(c, f):
         sft.find(c.base, c.config, make=False)

@@ -62,8 +62,8 @@ from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, au
 from data.prefs import StrongJudge
 from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, cli, gated,
                       in_parts, launch, needs)
-from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, peek, preset,
-                   save, sequence_score, token_logprobs)
+from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, peek,
+                   preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
 
@@ -1101,20 +1101,21 @@ WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | 
 
 def unread(c, f):
     """{field: what reads it} of the fields that this run does not read."""
-    noisy = c.recipe in ("scalar", "ensemble", "hs2pref", "armo", "maxmin", "polar", "overopt", "judge_lora", "cdr")
-    fields = dict(noise=(c.data in WORLDS and noisy and not c.eval, "a world's training labels"),
+    fixed = c.recipe in ("router", "openrubrics", "thinkrm", "first", "advrm")           # they make labels
+    fields = dict(noise=(c.data in WORLDS and not fixed and not c.eval, "a world's training labels"),
                   init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS), "other recipes"),
                   attack=(c.recipe == "advrm", "--recipe advrm"),
                   aggregate=(c.recipe == "ensemble", "--recipe ensemble"),
                   stop=(c.recipe == "scalar" and not c.eval, "--recipe scalar: others resume by stages"),
                   epochs=(not c.steps, "runs without --steps"))
     if c.eval:
-        fields |= dict.fromkeys(("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr", "warmup",
-                                 "weight_decay", "clip", "save_every", "keep"), (False, "training, without --eval"))
+        trains = ("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr", "warmup",
+                  "weight_decay", "clip", "save_every", "keep")
+        fields |= dict.fromkeys(trains, (False, "training, without --eval"))
     return {key: reader for key, (read, reader) in fields.items() if not read}
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
     prefs.one_of(c.loss, LOSSES_OF.get(c.recipe, ("bt",)), f"--recipe {c.recipe}: loss")
     if c.recipe == "thinkrm" and not c.eval:
         return
@@ -1123,8 +1124,8 @@ def check(c, f):
         peek(c.eval, scalar=True, option="--eval")
     worlds = ("ring",) if c.loss == "regression" else WORLD_OF.get(c.recipe)
     if worlds and not c.eval and c.data not in worlds:
-        raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold reward it uses; not "
-                        f"{c.data}")
+        raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold reward it uses; "
+                        f"not {c.data}")
     if c.eval and c.data not in WORLDS:
         return
     most = sft.find(c.init, c.config, make=False)

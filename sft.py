@@ -816,8 +816,8 @@ def base(presets, like="", **changes):
 def find(path, like, make=True, **changes):
     """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself.
 
-    make False: only look, so that what is missing is told before anything is made. -> the longest context that
-    it will have. Raises UserError for an unknown preset, and for a folder that is no language model.
+    make False: only look, so that what is missing is told before anything is made; -> the longest context
+    that it will have. Raises UserError for an unknown preset, and a folder that is no language model.
     """
     if path.startswith("base:"):
         presets = path.removeprefix("base:")
@@ -1008,7 +1008,7 @@ PAIRS = ("hindsight", "both", "chosen", "sampled")     # feedback that is made o
 
 
 def check(c, f, ranks):
-    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
     names = needs(f.loss)
     for wrong, words in (
             (c.batch % ranks, f"--batch {c.batch} is not a multiple of the {ranks} ranks"),
@@ -1016,8 +1016,10 @@ def check(c, f, ranks):
              f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose one"),
             (ranks > 1 and (names != ["logp"] or c.feedback != "none"),
              f"--loss {c.loss} --feedback {c.feedback} run on one rank: start without torchrun"),
-            (ranks > 1 and c.store != "float32", f"--store {c.store} runs on one rank: start it without torchrun"),
-            (c.suggest and c.init.startswith("base:"), "--suggest is about pre-training: add --config pretrain")):
+            (ranks > 1 and c.store != "float32",
+             f"--store {c.store} runs on one rank: start it without torchrun"),
+            (c.suggest and c.init.startswith("base:"),
+             "--suggest is about pre-training: add --config pretrain")):
         if wrong:
             raise UserError(words)
     check_layers(c, ranks)
@@ -1039,10 +1041,9 @@ def check(c, f, ranks):
         most = find(c.init, c.config, make=False)
         if c.context > most:
             raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
-    elif c.tokenizer != "bpe":
-        preset(c.model, new_tokenizer(c), 2 * c.context, c.family)
-    else:
-        preset(c.model, tokenizer.bytes_tokenizer(), 2 * c.context, c.family)            # is --model well written?
+    else:                                                        # is --model well written?
+        tok = tokenizer.bytes_tokenizer() if c.tokenizer == "bpe" else new_tokenizer(c)
+        preset(c.model, tok, 2 * c.context, c.family)
 
 
 def write(net, tok, folder):

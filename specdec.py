@@ -1134,10 +1134,9 @@ AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, sele
 def unread(c, f):
     """{field: what reads it} of the fields that this run does not read."""
     drafts, corpus = f.decode.func is speculative, is_corpus(c.data)
-    reader = "--decode speculative"
-    fields = dict.fromkeys(("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
-                            "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt",
-                            "stop"), (drafts, reader))
+    names = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together", "loss",
+             "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt", "stop")
+    fields = dict.fromkeys(names, (drafts, "--decode speculative"))
     fields |= dict(samples=(not drafts, "decoders that draw several samples a prompt"))
     if drafts:
         fields |= dict(draft=("draft" in needs(f.drafter), "drafters that are models"),
@@ -1148,7 +1147,7 @@ def unread(c, f):
 
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not go together."""
+    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
     if f.decode.func is not speculative and is_corpus(c.data):
         raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take --config "
                         f"{c.decode}, or a task as --data")

@@ -853,8 +853,8 @@ WORLDS = ("ring", "toyif")             # with a gold reward
 
 
 def check_pairs(name, whole=False):
-    """UserError, before anything is made, unless pair_sets knows the name or finds pairs to train on in a file;
-    whole: or held-out ones."""
+    """UserError, before anything is made, unless pair_sets knows the name, or finds pairs to train on in a
+    file; whole: or held-out ones."""
     if name in (*WORLDS, "rubrics"):
         return
     if not Path(name).suffix:
@@ -862,7 +862,8 @@ def check_pairs(name, whole=False):
     rows, dropped = load_pairs(name)
     if not rows and not (whole and load_pairs(name, "val")[0]):
         why = ", ".join(f"{k} {reason}" for reason, k in dropped.items())
-        raise UserError(f"{name}: no pair is left to train on ({why or 'all are of one prompt, which is held out'})")
+        why = why or "all are of one prompt, which is held out"
+        raise UserError(f"{name}: no pair is left to train on ({why})")
 
 
 def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):

@@ -219,19 +219,31 @@ def layer(name, presets):
         except FileNotFoundError:
             raise UserError(f"no config file {name}: check the path") from None
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{name} cannot be read as a TOML file ({e}): give a text file in UTF-8") from None
+            raise UserError(f"{name} is no TOML file ({e}): give a text file in UTF-8") from None
         except tomllib.TOMLDecodeError as e:
             raise UserError(f"{name} is not valid TOML: {e}") from None
         for key, value in row.items():
             if not isinstance(value, (bool, int, float, str)):
-                raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, false or "
-                                "a text")
+                raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, false "
+                                "or a text")
         for key in row.keys() & {"config", "resume"}:
             raise UserError(f"{name}: {key} belongs on the command line, not in a file")
         return row
     if name not in presets:
         raise UserError(f"no preset {name!r}{nearest(name, presets)}")
     return presets[name]
+
+
+def bind(axis, rows, row, values):
+    """The function of an axis's row, its keyword-only arguments bound to the values that are meant for them."""
+    if row not in rows and not ("PATH" in rows and Path(row).exists()):
+        missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
+        raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
+    fn, numbers = rows.get(row) or rows["PATH"], {}
+    for key, default in hyper(fn).items():
+        value = values.get(f"{axis}.{key}", values.get(key, default))
+        numbers[key] = cast(key, value, default, kinds(fn).get(key))
+    return partial(fn, **numbers)
 
 
 def configure(Config, presets, axes, doc="", argv=None, unread=None):
@@ -259,19 +271,10 @@ def configure(Config, presets, axes, doc="", argv=None, unread=None):
     values |= dict(given) | dict(config=",".join(names))
 
     resolved = {k: cast(k, values.pop(k, x.default), x.default, x.type) for k, x in fields.items()}
-    bound, known = {}, {}
-    chosen = {}
-    for axis, rows in axes.items():
-        row = resolved.get(axis, next(iter(rows)))
-        if row not in rows and not ("PATH" in rows and Path(row).exists()):
-            missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
-            raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
-        fn = chosen[axis] = rows.get(row) or rows["PATH"]
-        bound[axis] = {}
-        for key, default in hyper(fn).items():
-            known |= {key: True, f"{axis}.{key}": True}
-            value = values.get(f"{axis}.{key}", values.get(key, default))
-            bound[axis][key] = cast(key, value, default, kinds(fn).get(key))
+    bound = {axis: bind(axis, rows, resolved.get(axis, next(iter(rows))), values)
+             for axis, rows in axes.items()}
+    known = {f"{a}.{k}" for a, fn in bound.items() for k in fn.keywords} | {
+        k for fn in bound.values() for k in fn.keywords}
     for key in values:
         owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
         if key not in known and (key in typed or not owners):     # a preset's key is idle under another row
@@ -287,7 +290,7 @@ def configure(Config, presets, axes, doc="", argv=None, unread=None):
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
-    c, f = Config(**resolved), SimpleNamespace(**{a: partial(chosen[a], **kw) for a, kw in bound.items()})
+    c, f = Config(**resolved), SimpleNamespace(**bound)
     for key, reader in (unread(c, f) if unread else {}).items():
         if key in typed:
             raise UserError(f"--{key} {getattr(c, key)}: this run does not read it; it is for {reader}")
@@ -309,7 +312,7 @@ def help_text(Config, presets, axes, doc):
         for row, fn in rows.items():
             first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
             shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v for k, v in hyper(fn).items()}
-            takes = {k: f" ({'|'.join(map(str, get_args(x))) or getattr(x, 'text', x)})" for k, x in kinds(fn).items()}
+            takes = {k: f" ({'|'.join(map(str, get_args(x))) or x.text})" for k, x in kinds(fn).items()}
             lines.append(f"  {row:<12} {first}  " + " ".join(
                 f"--{k} {v}{takes.get(k, '')}" for k, v in shown.items()))
     return "\n".join(lines)
@@ -322,16 +325,16 @@ def refuse_ranks(name):
     """UserError under torchrun, of a script that would do the same work on every rank."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        raise UserError(f"{name}.py runs on one rank, and would do the same {ranks} times here: start it without "
-                        "torchrun (sft.py is the script that runs on several)")
+        raise UserError(f"{name}.py runs on one rank, and would do the same {ranks} times here: start it "
+                        "without torchrun (sft.py is the script that runs on several)")
 
 
 def start_ranks(device):
     """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, how many), (0, 1) alone."""
     if "RANK" in os.environ and not dist.is_initialized():
         if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-            raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one without "
-                            "RANK in the environment")
+            raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one "
+                            "without RANK in the environment")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -363,8 +366,7 @@ def write_text(path, text):
 
 
 def set_aside(path):
-    """Rename what stands at `path` to PATH.old-1, or the first number that is free: it is in nobody's way, and
-    not lost."""
+    """Rename what stands at `path` to PATH.old-1, or the first free number: out of the way, not lost."""
     k = next(k for k in itertools.count(1) if not Path(f"{path}.old-{k}").exists())
     os.rename(path, f"{path}.old-{k}")
     print(f"  {path} was in the way: it is now {path}.old-{k}", flush=True)
@@ -395,7 +397,7 @@ def without_repeats(pairs):
 
 
 def read_json(path, what="copy it again"):
-    """The object that a JSON file holds; what: the remedy if it is missing, broken or no object. UserError."""
+    """The object that a JSON file holds. UserError, with `what` as the remedy, if it is missing or broken."""
     path = Path(path)
     try:
         found = json.loads(path.read_bytes().decode(), object_pairs_hook=without_repeats)
@@ -446,10 +448,11 @@ def sha256(path):
 
 
 def files_of(c):
-    """{field: SHA-256} of every field that names a file (data, a reward's source): a resumed run must find them
-    as they were."""
-    paths = {key: re.sub(r"\.py:\w+$", ".py", x) for key, x in dataclasses.asdict(c).items() if isinstance(x, str)}
-    return {key: sha256(path) for key, path in paths.items() if key != "config" and path and Path(path).is_file()}
+    """{field: SHA-256} of every field that names a file (data, a reward's source): a resumed run must find
+    them as they were."""
+    texts = {key: x for key, x in dataclasses.asdict(c).items() if isinstance(x, str) and x}
+    paths = {key: Path(re.sub(r"\.py:\w+$", ".py", x)) for key, x in texts.items() if key != "config"}
+    return {key: sha256(path) for key, path in paths.items() if path.is_file()}
 
 
 def peak_bytes(device):
@@ -492,7 +495,7 @@ def read_log(folder):
         if isinstance(row, dict) and type(row.get("step")) is int and is_number(row.get("time")):
             rows.append(row)
         elif i < len(lines):
-            raise UserError(f'{path}:{i}: no row of a log, {{"step", "time", …}}: {line[:60]!r}; mend or drop it')
+            raise UserError(f'{path}:{i}: no row of a log, {{"step", "time", …}}: {line[:60]!r}; take it out')
     return rows
 
 
@@ -519,7 +522,7 @@ def checkpoint(path):
 
 
 def older_than(path):
-    """The tail of an error about a broken checkpoint of a run: the good one to go on from, "" outside a run."""
+    """The tail of an error about a run's broken checkpoint: the older one to go on from. "" outside a run."""
     path = Path(path)
     if not STEP.fullmatch(path.name):
         return ""
@@ -529,7 +532,7 @@ def older_than(path):
 
 
 def read_state(path):
-    """What a run kept beside a checkpoint's weights, {"step": …}. UserError, naming the next older checkpoint."""
+    """What a run kept beside a checkpoint's weights, {"step": …}. UserError that names the next older one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if type(state["step"]) is not int:
@@ -543,9 +546,11 @@ def read_state(path):
 def not_finite(x, name=""):
     """The name of the first tensor with NaN or infinity in a nest of dicts and lists, "" if there is none."""
     if isinstance(x, torch.Tensor):
+        if not x.is_floating_point():
+            return ""
         x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
-        small = x.is_floating_point() and x.element_size() == 1
-        return "" if not x.is_floating_point() or (x.float() if small else x).isfinite().all() else name or "it"
+        x = x.float() if x.element_size() == 1 else x          # float8 knows no isfinite
+        return "" if x.isfinite().all() else name or "it"
     items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
 
@@ -587,6 +592,7 @@ def source():
 # --- the run's folder ---------------------------------------------------------------------------------
 
 
+FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")                  # torch.save's words
 FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro",
         "compile"}               # may change on --resume
 
@@ -636,7 +642,8 @@ class Run:
         """The folder of a new run, or with --resume the one that holds the run; locked."""
         c, names = self.c, [Path(n).stem for n in self.c.config.split(",") if n]
         base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
-        numbered = [base] if c.out else [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))]
+        others = () if c.out else (base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))
+        numbered = [base, *others]
         if c.resume:
             runs = [p for p in numbered if (p / "run.json").exists()]
             if not runs:
@@ -657,8 +664,8 @@ class Run:
             raise UserError(f"--out {base} already holds a run: "
                             "add --resume to go on, or choose another folder")
         if found := sorted(p.name for p in base.iterdir()):
-            raise UserError(f"--out {base} holds no run, but other files ({', '.join(found[:3])} …): nothing is "
-                            "touched; choose a new or an empty folder")
+            raise UserError(f"--out {base} holds no run, but other files ({', '.join(found[:3])} …): nothing "
+                            "is touched; choose a new or an empty folder")
         return base
 
     def make(self, folder, exist_ok=True):
@@ -677,16 +684,17 @@ class Run:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-            raise UserError(f"{folder}: another process is at work on this run ({who.get('process', 'just begun')}): "
-                            "wait for it, or choose another --out") from None
+            who = who.get("process", "just begun")
+            raise UserError(f"{folder}: another process is at work on this run ({who}): wait for it, or "
+                            "choose another --out") from None
         except OSError:
             pass                                               # a file system without locks
 
     def resume(self, home):
         """Read what the run left: its settings, which must be the same, and its newest checkpoint's state."""
         old = read_json(home / "run.json", "it is the run's record: start the run anew, in another folder")
-        expect(old, home / "run.json", ("config",), config="object", made="object", files="object", script="text",
-               writing="text", result="object")
+        expect(old, home / "run.json", ("config",), config="object", made="object", files="object",
+               script="text", writing="text", result="object")
         self.check_settings(old)
         self.info |= {k: old[k] for k in ("made", "writing", "result") if k in old}
         self.last = (steps_of(home) or [None])[-1]
@@ -706,8 +714,8 @@ class Run:
                                 f"resume with the run's own settings, or start a new run")
         for key, before in old.get("files", {}).items():
             if self.info["files"].get(key) != before:
-                raise UserError(f"--resume: the file --{key} {new.get(key)} is not what it was when the run began: "
-                                "put it back, or start a new run")
+                raise UserError(f"--resume: the file --{key} {new.get(key)} is not what it was when the run "
+                                "began: put it back, or start a new run")
 
     def begin(self):
         """Write run.json and the log: from here on the run is kept, whatever happens."""
@@ -809,9 +817,9 @@ class Run:
         self.write_info()
 
     def put(self, name, write, step=0, states=()):
-        """Make the folder `name` of this run: write(folder), and torch.save of {file: state}. It gets its name
-        when it is complete and all of it finite; what stood there goes if this run made it, else it is set
-        aside. UserError, without a trace of the folder, if it cannot be written or is not finite."""
+        """Make the folder `name` of this run: write(folder), and torch.save of {file: state}. It gets its
+        name when it is complete and all of it finite; what stood there goes if this run made it, else it is
+        set aside. UserError, without a trace of the folder, if it cannot be written or is not finite."""
         self.begin()
         tmp = self.folder / f".{name}-{os.getpid()}.tmp"
         self.info |= dict(writing=tmp.name)
@@ -824,11 +832,11 @@ class Run:
             bad = not_finite_in(tmp) or not_finite(dict(states))
         except (OSError, SafetensorError, RuntimeError) as e:
             shutil.rmtree(tmp, ignore_errors=True)
-            if type(e) is RuntimeError and not re.search(r"writing file|file write|iostream|enforce fail", str(e)):
+            if type(e) is RuntimeError and not FULL_DISK.search(str(e)):
                 raise
             why = (str(e) or type(e).__name__).splitlines()[0]
-            raise UserError(f"{self.folder / name} cannot be written ({why}): free some space or choose another "
-                            f"--out; {self.last or 'no checkpoint'} is the newest") from None
+            raise UserError(f"{self.folder / name} cannot be written ({why}): free some space or choose "
+                            f"another --out; {self.last or 'no checkpoint'} is the newest") from None
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

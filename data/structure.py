@@ -603,8 +603,8 @@ def puzzle(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5, 
     choice dp, uniform or random; local_steps and local_lr are ours. Attention variants are left out.
     """
     if choice not in CHOICES or not 0 < share <= 1:
-        raise UserError(f"--choice {choice} --share {share}: choose from {', '.join(CHOICES)}, and a share of "
-                        "(0, 1]")
+        raise UserError(f"--choice {choice} --share {share}: choose from {', '.join(CHOICES)}, and a share "
+                        "of (0, 1]")
     try:
         percent = [float(x) / 100 for x in shares.split(",")]
     except ValueError:

@@ -31,8 +31,8 @@ from pathlib import Path
 from data.chains import KINDS, Chain
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import UserError, nearest
-from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate, read_jsonl, rouge_l,
-                       signatures, split_rows)
+from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate, read_jsonl,
+                       rouge_l, signatures, split_rows)
 
 # --- the verifier -------------------------------------------------------------------------------------
 
@@ -547,8 +547,8 @@ def scorer(spec, task):
         except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response {text[:60]!r}: expected a "
-                            "finite number")
+            raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response {text[:60]!r}: "
+                            "expected a finite number")
         return number
     return checked
 
@@ -601,13 +601,12 @@ def task(name_or_path, **options):
 
 
 def check_data(name, is_text=True):
-    """UserError, before anything is made, if the task is unknown, or its file, or a text's, is missing or broken.
-
-    is_text: whether a text without prompts will do."""
+    """UserError, before anything is made, if the task is unknown, or its file, or a text's, is missing or
+    broken. is_text: whether a text without prompts will do."""
     if not is_corpus(name):
         task(name)
     elif not is_text:
-        raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl file of them")
+        raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl of them")
     elif name != "stdlib":
         documents(name)
 

@@ -245,8 +245,8 @@ def read_text(path):
 
 
 def read_jsonl(path):
-    """[object of each line]; UserError "path:line: …" at the first line that is not a JSON object, or that holds
-    a key twice or half a character (an escape like \\ud83d without its partner)."""
+    """[object of each line]; UserError "path:line: …" at the first line that is not a JSON object, or that
+    holds a key twice or half a character (an escape like \\ud83d without its partner)."""
     rows = []
     for i, line in enumerate(read_text(path).rstrip().split("\n"), 1):   # splitlines would cut at U+2028
         row, why = None, ""
@@ -255,7 +255,7 @@ def read_jsonl(path):
             if "\\ud" in line.lower():
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
-            raise UserError(f"{path}:{i}: {e.object[e.start]!r} is half of a character: write both halves, or take "
+            raise UserError(f"{path}:{i}: {e.object[e.start]!r} is half of a character: write both, or take "
                             "it out") from None
         except (ValueError, RecursionError) as e:
             why = f" ({e})"

@@ -234,7 +234,7 @@ CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one wi
 
 
 MISSING = f"copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, {CHOOSE}"
-MOST_IDS = 1 << 23                       # no tokenizer has as many: a larger id is a slip, and would fill memory
+MOST_IDS = 1 << 23                       # no tokenizer has more: a larger id is a slip, and fills memory
 
 
 def read_utf8(path):
@@ -247,11 +247,13 @@ def read_utf8(path):
 
 def check_spec(spec, path):
     """UserError for a tokenizer.json that lacks a part or has one of another kind."""
-    expect(spec, path, ("model",), model="object", added_tokens="list", pre_tokenizer="object", normalizer="object")
+    expect(spec, path, ("model",), model="object", added_tokens="list", pre_tokenizer="object",
+           normalizer="object")
     for part in ("pre_tokenizer", "normalizer"):
         steps = spec.get(part) or {"type": ""}
         steps = steps.get("pretokenizers", steps.get("normalizers", [steps]))
-        if not isinstance(steps, list) or not all(isinstance(x, dict) and type(x.get("type")) is str for x in steps):
+        right = isinstance(steps, list) and all(isinstance(x, dict) for x in steps)
+        if not right or not all(type(x.get("type")) is str for x in steps):
             raise UserError(f'{path}: {part} is no list of {{"type": …}}: download it again')
     expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list", byte_fallback="flag",
            ignore_merges="flag")
@@ -263,7 +265,7 @@ def check_spec(spec, path):
         expect(token, f"{path}, added token {token['content']!r}", ("id",), id="whole", special="flag")
         ids.append(token["id"])
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
-        raise UserError(f"{path}: a token's id is {bad[0]!r}: expected a whole number from 0 to {MOST_IDS - 1}")
+        raise UserError(f"{path}: a token's id is {bad[0]!r}: expected a whole number below {MOST_IDS}")
     words = spec["model"].get("vocab") or {}
     if len(set(words.values())) < len(words):
         raise UserError(f"{path}: two entries of the vocabulary have one id: download it again")
@@ -319,7 +321,7 @@ def read_id(end, settings, ids):
     for setting in settings:
         for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id") if key in setting):
             value = value.get("content") if isinstance(value, dict) else value
-            value = value[0] if isinstance(value, list) and value else value    # several ends: the first counts
+            value = value[0] if isinstance(value, list) and value else value    # several: the first counts
             if isinstance(value, str) and value not in ids:
                 raise UserError(f"{end}_token {value!r} is not in tokenizer.json: add it to its added_tokens")
             if not isinstance(value, (str, type(None))) and type(value) is not int:

@@ -3,7 +3,8 @@ fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost
 
     python tests/fuzz.py                        # every case, two at a time: some minutes
     python tests/fuzz.py --sample 40 --seed 3   # as many, drawn by a seed: what the suite does
-    python tests/fuzz.py --only toml,resume     # some kinds, each with what was said
+    python tests/fuzz.py --only toml,resume     # some kinds; --show: what every case said
+    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: are the last weights the same?
 
 A case is a command in a folder of its own with some files in it, run in a forked child of this process, which has
 imported everything. Afterwards it is one of
@@ -587,8 +588,11 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", default="", help=f"kinds with commas between: {', '.join(BUILDERS)}")
     p.add_argument("--show", action="store_true", help="print what every case said")
+    p.add_argument("--kills", type=int, default=0, help="instead: so many runs killed at a random moment and resumed")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
+    if a.kills:
+        return kills(a.kills, random.Random(a.seed))
     cases = [c for kind, build in BUILDERS.items() if not a.only or kind in a.only.split(",") for c in build()]
     if a.sample:
         cases = random.Random(a.seed).sample(cases, min(a.sample, len(cases)))
@@ -630,6 +634,64 @@ def make_run(script, fixtures, home):
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
         raise SystemExit(f"the run to break cannot be made: {(home / 'stderr').read_text()}")
     MADE[script] = folder / "run"
+
+
+def finished(case, folder, after=None):
+    """Run a case in a fork of its own, killed after so many seconds. -> its exit code, None if it was killed."""
+    pid, began = os.fork(), time.monotonic()
+    if not pid:
+        child(case, folder)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if after is not None and time.monotonic() - began > after:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.005)
+
+
+def last_weights(run):
+    """The bytes of all weights of a run's newest checkpoint, and its log without the times."""
+    newest = sorted(run.glob("step-*"))[-1]
+    rows = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    return ({str(p.relative_to(newest)): p.read_bytes() for p in sorted(newest.rglob("*.safetensors"))},
+            [(r["step"], r.get("loss")) for r in rows])
+
+
+def kills(n, rng):
+    """Kill n runs at random moments, some of them twice, and resume them; 1 if any ends elsewhere than the whole run."""
+    scripts, bad = ("sft", "grpo", "dpo", "ppo", "reward", "specdec"), 0
+    with tempfile.TemporaryDirectory() as home:
+        fixtures = Path(home, "fixtures")
+        fixtures.mkdir()
+        prepare(fixtures)
+        whole = {}
+        for i in range(n):
+            script, folder = scripts[i % len(scripts)], Path(home, f"{i}", "work")
+            case = Case("kills", script, [*command(script, "--steps", "8", "--save_every", "2"), "--out", "run"])
+            if script not in whole:
+                reference = Path(home, script, "work")
+                shutil.copytree(fixtures, reference)
+                began = time.monotonic()
+                assert finished(case, reference) == 0, (reference.parent / "stderr").read_text()
+                whole[script] = time.monotonic() - began, last_weights(reference / "run")
+            shutil.copytree(fixtures, folder)
+            seconds, told = whole[script][0], []
+            for turn in range(3):                        # killed, perhaps killed again, then left alone
+                after = rng.uniform(0, seconds) if turn == 0 or turn == 1 and rng.random() < 0.3 else None
+                again = (folder / "run/run.json").exists()
+                code = finished(case._replace(argv=[*case.argv, *["--resume"] * again]), folder, after)
+                told.append(f"{after:.2f} s" if code is None else f"exit {code}")
+                if code is not None:
+                    break
+            same = code == 0 and last_weights(folder / "run") == whole[script][1]
+            bad += not same
+            print(f"{'same' if same else 'OTHER':<6} {script:<8} {', '.join(told)}"
+                  + ("" if same else f"\n{(folder.parent / 'stderr').read_text()[-500:]}"), flush=True)
+    print(f"{n} killed runs, {bad} ended elsewhere")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -563,7 +563,8 @@ def test_the_real_checkpoint_2_4(stories, workdir):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"), (["--samples=0"], "--samples 0: must be at least 1"),
+    (["--pattern=3:7"], "take a share"), (["--pattern=x"], "n:m"),
+    (["--samples=0"], "--samples 0: must be at least 1"),
     (["--context=4000"], "at most"), (["--config=rtn,tiny", "--bits=5"], "choose from 2, 3, 4, 8"),
     (["--config=puzzle,tiny", "--shares=100,x"], "numbers with commas"),
     (["--outliers=-3"], "--outliers -3: must be at least 0"),

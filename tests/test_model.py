@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import kernels
 import model as M
@@ -431,6 +432,129 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
     with pytest.raises(UserError, match=words):
         net, _ = load(tmp_path)
         net(ids(1, 3))
+
+
+@pytest.mark.parametrize("key, value, words", [
+    *((k, None, f"{k} is missing") for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                            "intermediate_size", "max_position_embeddings", "architectures")),
+    *((k, 0, f"{k} is '0': expected a whole number from 1") for k in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")),
+    ("vocab_size", "512", "expected a whole number"), ("vocab_size", True, "expected a whole number"),
+    ("hidden_size", 64.0, "expected a whole number"), ("rms_norm_eps", 0, "expected a number above 0"),
+    ("rope_theta", -1, "expected a number above 0"), ("tie_word_embeddings", "yes", "expected true or false"),
+    ("architectures", [], "architectures is"), ("architectures", ["GPT2LMHeadModel"], "LlamaForCausalLM"),
+    ("architectures", "LlamaForCausalLM", "expected a list"), ("model_type", 5, "model_type '5' is not supported"),
+    ("rope_parameters", [], "expected an object"), ("rope_parameters", dict(rope_type="linear"), "factor is missing"),
+    ("rope_parameters", dict(rope_type="llama3", factor=8.0), "low_freq_factor is missing"),
+    ("eos_token_id", "x", "expected a token's id"), ("eos_token_id", [[]], "expected a token's id"),
+    ("eos_token_id", 10 ** 6, "beyond the model's"), ("pad_token_id", 10 ** 6, "beyond the model's"),
+    ("num_key_value_heads", 3, "do not share 3 key heads"), ("head_dim", 7, "even whole number"),
+    ("quantization_config", 5, "expected an object"), ("layer_widths", [-1], "layer_widths"), ("swift_layer", 9, "last layer")])
+def test_a_config_is_read_with_care(key, value, words, tmp_path):
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    d = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(d | {key: value}))
+    for read in (load, M.peek):
+        with pytest.raises(UserError, match=words):
+            read(tmp_path)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+TENSORS = {                              # what a file may hold, and what is said of it
+    "bias": (lambda t: t | {Q.replace("weight", "bias"): torch.zeros(64)}, f"nothing reads the tensor .*q_proj.bias"),
+    "99th layer": (lambda t: t | {Q.replace(".0.", ".99."): t[Q].clone()}, "nothing reads the tensor model.layers.99"),
+    "more layers": (lambda t: t | {Q.replace(".0.", ".2."): t[Q].clone()}, "nothing reads .*is of another model"),
+    "another head": (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, "lm_head.weight is not the emb"),
+    "integers": (lambda t: t | {Q: t[Q].long()}, "is stored as I64: weights are floats"),
+    "complex": (lambda t: t | {Q: t[Q].to(torch.complex64)}, "is stored as C64: weights are floats"),
+    "float8": (lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)}, "is stored as F8_E4M3: weights are floats"),
+    "NaN": (lambda t: t | {Q: t[Q].index_fill(0, torch.tensor([3]), math.nan)}, "holds NaN or infinity"),
+    "infinity": (lambda t: t | {Q: t[Q] + math.inf}, "holds NaN or infinity")}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_stored_tensors_are_looked_at(name, tmp_path):
+    change, words = TENSORS[name]
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    stored = change(load_file(tmp_path / "model.safetensors"))
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        load(tmp_path)
+
+
+def test_what_is_stored_twice_or_computed_is_no_mistake(tmp_path):
+    """a tied head that is the embedding, the rotary frequencies of old exports, weights in half precision"""
+    model = small("llama")
+    save(model, bytes_tokenizer(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone(),
+               "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file({k: v.bfloat16() for k, v in stored.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load(tmp_path)[0].head, model.head.bfloat16().float())
+
+
+INDEX = {
+    "outside": (lambda m: m | {Q: "../model-1.safetensors"}, "expected a .safetensors file of the same folder"),
+    "absolute": (lambda m: m | {Q: "/etc/passwd"}, "expected a .safetensors file of the same folder"),
+    "another shard": (lambda m: {k: "model-2.safetensors" if v[6] == "1" else v for k, v in m.items()},
+                      "which the index puts into|is missing|lacks the tensor"),
+    "unlisted": (lambda m: {k: v for k, v in m.items() if k != Q}, "which the index puts into no file"),
+    "not there": (lambda m: m | {"foo": "model-1.safetensors"}, "lacks the tensor foo"),
+    "a number": (lambda m: m | {Q: 5}, "weight_map is no table"), "a list": (lambda m: [], "weight_map is no table")}
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_an_index_says_what_its_files_hold(name, tmp_path):
+    change, words = INDEX[name]
+    save(small("llama"), bytes_tokenizer(), tmp_path, shard_bytes=20_000)
+    path = tmp_path / "model.safetensors.index.json"
+    where = json.loads(path.read_text())["weight_map"]
+    assert len(set(where.values())) > 1
+    short = {k: f"model-{v.split('-')[1].lstrip('0')}.safetensors" for k, v in where.items()}
+    for k in set(where):
+        if (tmp_path / where[k]).exists():
+            (tmp_path / where[k]).rename(tmp_path / short[k])
+    path.write_text(json.dumps(dict(weight_map=short)))
+    load(tmp_path)
+    path.write_text(json.dumps(dict(weight_map=change(short))))
+    with pytest.raises(UserError, match=words):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [b"", b"[]", b"5", b'{"a": ', b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}'])
+def test_every_json_of_a_checkpoint_goes_through_one_reader(name, text, tmp_path):
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(UserError, match=f"{name}.*(is not JSON|expected an object)"):
+        load(tmp_path)
+
+
+def test_broken_weights_of_a_run_name_the_older_good_ones(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(small("llama"), bytes_tokenizer(), tmp_path / f"step-{step}")
+    (tmp_path / "step-1000000/model.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(UserError, match="step-1000000/model.safetensors is not .*older checkpoint is .*step-999999"):
+        load(tmp_path)
+    load(tmp_path / "step-999999")
+
+
+def test_predictions_that_are_not_finite_stop_the_sampling():
+    model = small("llama")
+    model.norm.weight.data[0] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="predictions are not finite"):
+            M.generate(model, [[1, 2]], 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tokens", "0"], "--tokens 0: must be at least 1"), (["--temperature", "nan"], "--temperature nan"),
+    (["--top-p", "2"], "--top_p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"), (["--device", "x"], "--device x")])
+def test_the_command_line_of_model_py(argv, words, tmp_path):
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    with pytest.raises(UserError, match=words):
+        M.main([str(tmp_path), "--prompt", "a", *argv])
+
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 """What is written is checked: the README's commands, tables, numbers and links; the shape of the tree."""
+import ast
 import importlib
 import json
 import re
@@ -49,10 +50,21 @@ def test_no_placeholder_is_left():
     assert not re.search(r"\b(TODO|MINUTES|TABLE|UNEVEN)\b|[A-Z]+TABLE", README)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_files_stay_within_their_budget(name):
-    lines = (ROOT / name).read_text().splitlines()
-    assert len(lines) <= 1200 and max(map(len, lines)) <= 110
+# functions longer than the limit: each may only shrink
+LONG = {"dpo.py train": 96, "grpo.py train": 175, "sft.py train": 176, "ppo.py train": 109,
+        "model.py generate": 80, "specdec.py speculate": 87, "specdec.py race": 55, "specdec.py deal": 54,
+        "specdec.py self_eval": 70, "reward.py router": 58, "reward.py thinkrm": 52, "reward.py advrm": 63,
+        "data/run.py run_claim": 53}
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *(f"data/{p.name}" for p in ROOT.glob("data/*.py"))])
+def test_lines_and_functions_stay_within_their_limits(name):
+    """how much must be understood at once is limited, not how long a file is"""
+    text = (ROOT / name).read_text()
+    assert max(map(len, text.splitlines()), default=0) <= 110
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < LONG.get(f"{name} {node.name}", 50), node.name
 
 
 def test_the_top_level_is_fixed():
@@ -86,7 +98,9 @@ COMMANDS = sorted({x for x in [*BASH.splitlines(), *INLINE] if re.match(r"python
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(command):
+def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(command, workdir):
+    for name in ("demos.jsonl", "pairs.jsonl", "gsm8k.jsonl", "text.txt"):                # what a reader has
+        (workdir / name).write_text('{"prompt": "a", "completion": "b"}\n')
     words = shlex.split(command, comments=True)
     while not words[0].endswith(".py"):
         words.pop(0)

@@ -1,10 +1,16 @@
 """data/run.py: configuration, the run's folder, resume, intervals and verdicts."""
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import save_file
 
 from data import run
 from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep, gated,
@@ -81,6 +87,78 @@ def test_switches(text, value):
     assert conf(*text.split())[0].flag is value
 
 
+@pytest.mark.parametrize("text, inside, outside, words", [
+    ("(0, 1]", (1e-9, 0.5, 1), (0, -1, 1.1, math.nan, math.inf), "above 0 and at most 1"),
+    ("[1, inf)", (1, 1e300), (0.99, math.inf, math.nan, -math.inf), "at least 1"),
+    ("(-inf, inf)", (-1e300, 0), (math.inf, -math.inf, math.nan), "finite")])
+def test_a_range_knows_what_is_in_it(text, inside, outside, words):
+    kind = run.Range(text)
+    assert all(x in kind for x in inside) and not any(x in kind for x in outside) and str(kind) == words
+
+
+@pytest.mark.parametrize("value, like, kind, words", [
+    ("nan", 1.0, None, "must be at least 0"), ("-1", 1.0, None, "must be at least 0"), ("-1", -5.0, None, ""),
+    ("inf", -5.0, None, "must be finite"), ("0", 1.0, run.Positive, "must be above 0"), ("0", 3, run.Count, "at least 1"),
+    ("1", 0.5, run.Fraction, "below 1"), ("1", 0.5, run.Share, ""), ("1e400", 1.0, None, "must be at least 0"),
+    ("3000000000", 1, None, "at most 2147483647"), ("9" * 5000, 1, None, "expected int"), ("c", "a", Literal["a", "b"],
+     "choose from a, b"), (3, 0, Literal[0, 1], "choose from 0, 1"), (True, 1.0, None, "expected float"),
+    (True, 1, None, "expected int"), (1, True, None, "expected bool"), ([1], 1.0, None, "expected float"),
+    (2, 1.0, None, ""), (1.5, 1, None, "expected int"), (5, "x", None, "expected str"), ("a\0b", "x", None, "zero byte")])
+def test_what_a_value_may_be(value, like, kind, words):
+    if not words:
+        assert type(run.cast("key", value, like, kind)) is type(like)
+        return
+    with pytest.raises(UserError, match=f"^--key .*{words}"):
+        run.cast("key", value, like, kind)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("lr = [1]", "lr is a list"), ("lr = 2020-01-01", "lr is a date"), ("[lr]\na = 1", "lr is a dict"),
+    ("lr = true", "--lr True: expected float"), ("lr = nan", "--lr nan: must be at least 0"), ("config = 'fast'", "config belongs"),
+    ("resume = true", "resume belongs"), ("steps = 1.5", "--steps 1.5: expected int"), ("lrr = 1", "did you mean 'lr'"),
+    ("name = 5", "expected str")])
+def test_a_toml_file_may_hold_numbers_switches_and_texts(text, words, workdir):
+    (workdir / "x.toml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        conf("--config", "x.toml")
+
+
+def test_a_toml_that_is_none(workdir):
+    (workdir / "x.toml").mkdir()
+    (workdir / "y.toml").write_bytes(b"\xff\xfe")
+    for name in "xy":
+        with pytest.raises(UserError, match=f"{name}.toml is no TOML file"):
+            conf("--config", f"{name}.toml")
+
+
+def test_a_key_is_given_once():
+    for argv in (["--lr", "1", "--lr", "2"], ["--lr=1", "--lr=1"], ["--config", "fast", "--config", "second"]):
+        with pytest.raises(UserError, match="given twice"):
+            conf(*argv)
+
+
+def test_a_field_that_the_run_does_not_read_may_not_be_typed(workdir):
+    """but a preset may set it, as it may an argument of another row"""
+    def unread(c, f):
+        return {} if c.flag else dict(lr="runs with --flag")
+
+    def resolve(*argv):
+        return configure(Config, PRESETS, AXES, "", argv, unread)
+    with pytest.raises(UserError, match="--lr 0.5: this run does not read it; it is for runs with --flag"):
+        resolve("--lr", "0.5")
+    (workdir / "x.toml").write_text("lr = 0.5")
+    with pytest.raises(UserError, match="does not read it"):
+        resolve("--config", "x.toml")
+    assert resolve("--config", "fast")[0].lr == 0.1 and resolve("--lr", "0.5", "--flag")[0].lr == 0.5
+
+
+@pytest.mark.parametrize("name, words", [("tpu", "choose auto, cpu"), ("cuda:x", "choose auto"), ("", "choose auto"),
+                                         ("cpu:0", "choose auto"), ("cuda:99", "CUDA device")])
+def test_a_device_that_is_not_there(name, words):
+    with pytest.raises(UserError, match=words):
+        run.device_of(name)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--lrr", "1"], "unknown key --lrr; did you mean 'lr'"),
     (["--lr", "fast"], "--lr fast: expected float"),
@@ -123,19 +201,53 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "error: the thing: do that\n"
 
 
-def test_other_errors_keep_their_traceback():
+@pytest.mark.parametrize("bug", [RuntimeError("a bug"), RuntimeError("unsupported memory format"), KeyError("x")])
+def test_other_errors_keep_their_traceback(bug):
     def main():
-        raise RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
+        raise bug
+    with pytest.raises(type(bug)):
         run.cli(main)
 
 
-def test_out_of_memory_names_micro(capsys):
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: tried 9 bytes"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"), MemoryError()])
+def test_out_of_memory_names_micro_and_shows_what_was_said(error, capsys):
     def main():
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "--micro" in err and (str(error) or "MemoryError") in err and err.count("\n") == 1
+
+
+def test_an_error_of_the_system_is_one_line(capsys, workdir):
+    def main():
+        open(workdir / "no" / "such")
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err == f"error: {workdir}/no/such: No such file or directory\n"
+
+
+def test_a_reader_that_leaves_is_no_error(workdir):
+    """python … | head"""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.run import cli; cli(lambda: print('x' * 10 ** 6))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+        p.stdout.read(10)
+        p.stdout.close()
+        assert p.stderr.read() == b"" and p.wait() == 141
+
+
+def test_torchrun_is_refused_where_ranks_would_do_the_same(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="t.py runs on one rank, and would do the same 2 times"):
+        run.launch("t", Config, PRESETS, AXES, {}, "", lambda c, f: 1, [])
+    assert run.launch("t", Config, PRESETS, AXES, {}, "", lambda c, f: 1, [], ranks=True) == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit):
-        run.cli(main)
-    assert "--micro" in capsys.readouterr().err
+        run.fail("of this rank alone")
+    assert capsys.readouterr().err == "rank 1: error: of this rank alone\n"
 
 
 # --- the folder ---------------------------------------------------------------------------------------
@@ -224,6 +336,214 @@ def test_a_run_that_never_began_leaves_no_folder(workdir):
                 r.log(1, loss=1.0)
             raise UserError("no such data")
         assert (workdir / f"o{rows}").exists() == left
+
+
+def content(folder):
+    """{path: bytes} of all files under a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("files", [["thesis.txt"], ["config.json", "model.safetensors"], ["log.jsonl"], ["x.tmp"],
+                                   ["step-000001/config.json"], [".hidden"]])
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_folder_that_holds_anything_but_a_run_is_refused_untouched(files, resume, workdir):
+    for name in files:
+        (workdir / "D" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / "D" / name).write_text("years of work")
+    before = content(workdir)
+    with pytest.raises(UserError, match="no run"):
+        Run(*conf("--out", "D", *resume), "t")
+    assert content(workdir) == before
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "."])
+def test_what_is_no_folder_is_refused(out, workdir):
+    (workdir / "file").write_text("x")
+    with pytest.raises((UserError, OSError)):
+        Run(*conf("--out", out), "t")
+    assert content(workdir) == dict(file=b"x")
+
+
+def test_an_empty_folder_will_do_and_outlives_a_run_that_never_began(workdir):
+    (workdir / "D").mkdir()
+    with pytest.raises(UserError), Run(*conf("--out", "D"), "t"):
+        raise UserError("no such data")
+    assert not any((workdir / "D").iterdir())
+    with pytest.raises(UserError), Run(*conf("--out", "E/F/G"), "t"):
+        raise UserError("no such data")
+    assert [p.name for p in workdir.iterdir()] == ["D"]              # what it made, it took away
+    began(*conf("--out", "D"))
+
+
+def test_only_what_the_run_made_is_removed(workdir):
+    """--keep 1 takes its older checkpoints, by name: not a copy, nor what the user keeps inside of one"""
+    c, f = conf("--out", "o", "--steps", "4", "--keep", "1")
+    with Run(c, f, "t") as r:
+        for step in r.steps(3):
+            r.save(step + 1, fake, x=torch.tensor(step))
+            if step == 0:
+                for name in ("step-000001-copy", "step-1", "step-000001.old"):
+                    (workdir / "o" / name).mkdir()
+                    (workdir / "o" / name / "config.json").write_text("mine")
+                (workdir / "o/step-000001/eval").mkdir()
+                (workdir / "o/step-000001/eval/notes.txt").write_text("mine")
+    left = content(workdir / "o")
+    assert {k for k in left if k.startswith("step-")} == {
+        "step-000001-copy/config.json", "step-1/config.json", "step-000001.old/config.json",
+        "step-000001/eval/notes.txt", "step-000003/config.json", "step-000003/state.pt"}
+    assert run.checkpoint("o").name == "step-000003"
+
+
+def test_what_stands_where_a_checkpoint_goes_is_set_aside(workdir):
+    with Run(*conf("--out", "o"), "t") as r:
+        r.log(1, loss=1.0)
+        (workdir / "o/step-000001").mkdir()
+        (workdir / "o/step-000001/notes.txt").write_text("mine")
+        (workdir / "o/step-000002").mkdir()
+        r.save(1, fake)
+        r.save(2, fake)
+    assert (workdir / "o/step-000001.old-1/notes.txt").read_text() == "mine"
+    assert [p.name for p in run.steps_of("o")] == ["step-000001", "step-000002"]
+
+
+def test_a_made_up_record_removes_nothing_outside(workdir):
+    """run.json may have been edited: names that lead out of the run's folder are not followed"""
+    began(*conf("--out", "o"))
+    (workdir / "precious").mkdir()
+    (workdir / "precious/x").write_text("mine")
+    info = json.loads((workdir / "o/run.json").read_text())
+    made = {"../precious": ["x"], "step-000001": ["../../precious/x", "/etc/nosuch"], "step-000002": []}
+    (workdir / "o/run.json").write_text(json.dumps(info | dict(made=made, writing="../precious")))
+    with Run(*conf("--out", "o", "--resume", "--keep", "1"), "t") as r:
+        r.save(3, fake)
+        for name in made:
+            r.remove(name)
+    assert (workdir / "precious/x").read_text() == "mine"
+
+
+def test_steps_are_ordered_by_number(workdir):
+    c, f = conf("--out", "o", "--keep", "1")
+    with Run(c, f, "t") as r:
+        for step in (999_998, 999_999, 1_000_000, 1_000_001):
+            r.save(step, fake)
+    assert [p.name for p in run.steps_of("o")] == ["step-1000001"]
+    assert run.checkpoint("o").name == "step-1000001"
+    with Run(*conf("--out", "o", "--resume"), "t") as r:
+        assert r.start == 1_000_001
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weights", "critic", "state"])
+def test_what_is_not_finite_is_not_saved_and_the_good_one_stays(bad, where, workdir):
+    def write(value):
+        def make(folder):
+            fake(folder)
+            save_file({"w": torch.tensor([1.0, value])}, folder / "model.safetensors")
+            if where == "critic":
+                (folder / "critic").mkdir()
+                save_file({"v": torch.tensor([value])}, folder / "critic/model.safetensors")
+        return make
+    with pytest.raises(UserError, match=r"not finite at step 2; the last good checkpoint is .*step-000001"):
+        with Run(*conf("--out", "o", "--keep", "1"), "t") as r:
+            r.save(1, write(1.0), opt=dict(m=[torch.ones(2)]))
+            r.save(2, write(1.0 if where == "state" else bad), opt=dict(m=[torch.tensor([bad])]))
+    assert [p.name for p in run.steps_of("o")] == ["step-000001"]
+    assert not [p for p in (workdir / "o").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_weights_are_looked_at_before_they_are_evaluated(workdir):
+    model = torch.nn.Linear(2, 2)
+    with Run(*conf("--out", "o"), "t") as r:
+        r.check(1, model)
+        model.bias.data[1] = math.inf
+        with pytest.raises(UserError, match="the weight bias is not finite at step 2"):
+            r.check(2, model)
+    assert run.not_finite(dict(a=[dict(b=torch.tensor(math.nan))])) == "a.0.b"
+    assert run.not_finite(torch.ones(2, dtype=torch.float8_e4m3fn)) == ""
+
+
+@pytest.mark.parametrize("argv", [["--out", "o"], ["--out", "o", "--resume"]])
+def test_one_run_has_one_process(argv, workdir):
+    """the second is refused, the log of the first goes on; when the first has ended, --resume works"""
+    with Run(*conf("--out", "o"), "t") as r:
+        r.log(1, loss=1.0)
+        with pytest.raises(UserError, match=f"another process is at work on this run .{os.getpid()} on"):
+            Run(*conf(*argv), "t")
+        r.log(2, loss=1.0)
+        r.save(2, fake)
+    assert [row["step"] for row in read_log("o")] == [1, 2]
+    with Run(*conf("--out", "o", "--resume"), "t") as r:
+        assert r.start == 2
+
+
+def test_two_that_start_at_once_get_two_folders(workdir):
+    with Run(*conf(), "t") as a, Run(*conf(), "t") as b:
+        assert {a.folder.name, b.folder.name} == {"default", "default-2"}
+
+
+FAULTS = dict(
+    cut=lambda p: (p / "state.pt").write_bytes((p / "state.pt").read_bytes()[:50]),
+    gone=lambda p: (p / "state.pt").unlink(), text=lambda p: (p / "state.pt").write_text("x"),
+    other=lambda p: torch.save([1], p / "state.pt"), code=lambda p: torch.save(dict(step=math.sin), p / "state.pt"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_state_names_the_next_older_checkpoint(fault, workdir):
+    with Run(*conf("--out", "o"), "t") as r:
+        r.save(1, fake)
+        r.save(2, fake)
+    FAULTS[fault](workdir / "o/step-000002")
+    before = content(workdir)
+    with pytest.raises(UserError, match=r"step-000002/state.pt cannot be read .* older checkpoint is o/step-000001"):
+        Run(*conf("--out", "o", "--resume"), "t")
+    assert content(workdir) == before
+    (workdir / "o/step-000002").rename(workdir / "away")              # what the message says
+    with Run(*conf("--out", "o", "--resume"), "t") as r:
+        assert r.start == 1
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("run.json", "{", "is not JSON"), ("run.json", "[]", "expected an object"), ("run.json", "{}", "config is missing"),
+    ("run.json", '{"config": 5}', "config is '5': expected an object"),
+    ("run.json", '{"config": {}, "config": {}}', "stands twice"),
+    ("log.jsonl", "[]\n{}\n", "log.jsonl:1: no row"), ("log.jsonl", '{"step": "x"}\n{}\n', "log.jsonl:1: no row"),
+    ("data.txt", "other text", "the file --name data.txt is not what it was")])
+def test_a_run_s_own_files_are_read_with_care(name, text, words, workdir):
+    (workdir / "data.txt").write_text("text")
+    with Run(*conf("--out", "o", "--name", "data.txt"), "t") as r:
+        r.log(1, loss=1.0)
+        r.save(1, fake)
+    (workdir / (name if name == "data.txt" else f"o/{name}")).write_text(text)
+    with pytest.raises(UserError, match=words):
+        Run(*conf("--out", "o", "--resume", "--name", "data.txt"), "t")
+
+
+def test_a_run_of_another_script_is_not_resumed(workdir):
+    began(*conf("--out", "o"))
+    with pytest.raises(UserError, match="that run is one of t.py"):
+        Run(*conf("--out", "o", "--resume"), "u")
+
+
+def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(workdir):
+    def full(folder):
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device", "x")
+    with pytest.raises(UserError, match="step-000002 cannot be .*No space left.*step-000001 is the newest"):
+        with Run(*conf("--out", "o", "--keep", "1"), "t") as r:
+            r.save(1, fake)
+            r.save(2, full)
+    assert [p.name for p in run.steps_of("o")] == ["step-000001"]
+    assert not [p for p in (workdir / "o").iterdir() if p.name.endswith(".tmp")]
+
+
+def test_a_curve_that_fails_hides_nothing(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(run, "draw", lambda *a: 1 / 0)
+    with pytest.raises(UserError, match="the first error"), Run(*conf("--out", "o"), "t", {"loss": ["loss"]}) as r:
+        r.log(1, loss=1.0)
+        raise UserError("the first error")
+    with Run(*conf("--out", "p"), "t", {"loss": ["loss"]}) as r:
+        r.log(1, loss=1.0)
+    assert "p/curve.png could not be drawn: division by zero" in capsys.readouterr().err
 
 
 def test_checkpoint_names_what_is_wrong(tmp_path):
@@ -377,6 +697,13 @@ def test_a_sweep_collects_an_arm_s_own_points(tmp_path):
 def test_a_metric_that_no_run_has_is_named():
     with pytest.raises(UserError, match="the run of arm 'a' has no 'gould'"):
         of({"a|gold": 1.0}, "a", "gould")
+
+
+def test_an_arm_of_other_settings_is_set_aside_not_deleted(workdir):
+    for lr in (0.1, 0.2):
+        run.run_arm((claim_setup, claim_train, ["--config", "fast", f"--lr={lr}"], "arm", 1))
+        (workdir / "arm/notes.txt").write_text("mine")
+    assert (workdir / "arm.old-1/notes.txt").exists() and run.result("arm")["score"] == 0.2
 
 
 def test_a_finished_stage_is_made_once(workdir):

@@ -38,7 +38,7 @@ def same(a, b):
 
 
 def run(*extra):
-    """The result of a small run with these arguments added; one that starts from a checkpoint makes no model."""
+    """The result of a small run with these arguments; one that starts from a checkpoint makes no model."""
     old = "--init" in extra and extra[extra.index("--init") + 1]
     return sft.main(merged(*(FAST[4:] if old else FAST), *extra))
 
@@ -136,7 +136,8 @@ def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
     a, b = weights("start"), weights("o")
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     net, tok = load("o")
-    c, _ = sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", merged(*FAST, "--data", "toyif", "--context", "32"))
+    argv = merged(*FAST, "--data", "toyif", "--context", "32")
+    c, _ = sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
     val = tasks.rows(c, tok, "val")
     before = sft.evaluate(load("start")[0], tok, val, c)["loss"]
     assert sft.evaluate(net, tok, val, c)["loss"] < before - 0.004
