@@ -1,25 +1,27 @@
 """
-fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost, silent, or answered by a traceback?
+fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost, silent, or a traceback?
 
     python tests/fuzz.py                        # every case, two at a time: some minutes
     python tests/fuzz.py --sample 40 --seed 3   # as many, drawn by a seed: what the suite does
     python tests/fuzz.py --only toml,resume     # some kinds; --show: what every case said
-    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: are the last weights the same?
+    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: the same last weights?
 
-A case is a command in a folder of its own with some files in it, run in a forked child of this process, which has
-imported everything. Afterwards it is one of
+A case is a command in a folder of its own with some files in it, run in a forked child of this process,
+which has imported everything. Afterwards it is one of
 
     good        refused: exit code 2, one line "error: …", and the folder as it was before, to the byte;
                 or, where the command is right, exit code 0
     traceback   whatever the exit code             code     another exit code than 2
     silent      a wrong command that ran           refused  a right one that did not
     lines       more than one line of error        hang     no answer in a minute
-    lost        a file that was there is gone or has changed        left     a refusal that left something behind
+    lost        a file that was there is gone, or has changed
+    left        a refusal that left something behind
 
 `silent` is judged on commands that would be right but for one thing: see RIGHT.
 """
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import importlib
 import json
@@ -33,7 +35,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +51,10 @@ from model import init, preset, save
 
 SCRIPTS = ("sft", "ppo", "grpo", "dpo", "reward", "compress", "specdec")
 MODULES = {name: importlib.import_module(name) for name in (*SCRIPTS, "model")}
+RESUMABLE = ("sft", "ppo", "grpo", "dpo", "reward", "specdec")
 SECONDS = 60                             # a case that takes longer hangs
 
-# --- what is right ----------------------------------------------------------------------------------------
+# --- what is right -----------------------------------------------------------------------------------
 
 
 def lines(rows):
@@ -63,9 +65,11 @@ def lines(rows):
 DEMOS = [dict(prompt=f"say {i}: ", completion=f"{i} it is #### {i}") for i in range(24)]
 PAIRS = [dict(prompt=f"say {i}: ", chosen=f"{i} yes", rejected=f"no {i}") for i in range(24)]
 LABELS = [dict(prompt=f"say {i}: ", completion=f"{i} yes", label=i % 2 == 0) for i in range(24)]
-CORPUS = "<|endoftext|>".join(f"Story {i}. Once there was a {i}, and it was good to be {i}. " * 4 for i in range(40))
+STORY = "Story {0}. Once there was a {0}, and it was good to be {0}. "
+CORPUS = "<|endoftext|>".join(STORY.format(i) * 4 for i in range(40))
+SCORE = "def score(problem, text, finished):\n    return float(len(text))\n"
 FILES = {"demos.jsonl": lines(DEMOS), "pairs.jsonl": lines(PAIRS), "labels.jsonl": lines(LABELS),
-         "corpus.txt": CORPUS, "reward.py": "def score(problem, text, finished):\n    return float(len(text))\n"}
+         "corpus.txt": CORPUS, "reward.py": SCORE}
 RIGHT = dict(
     sft="--config tiny --steps 1 --context 64 --init base --data demos.jsonl",
     ppo="--config tiny --steps 1 --init base --base base --data demos.jsonl",
@@ -78,8 +82,8 @@ RIGHT = dict(
 
 
 class Case(NamedTuple):
-    """script and argv run where FILES, the checkpoints base and small, and `files` lie; setup(folder) does the rest.
-    right: the command must run; free: the names that may change; env: further environment variables."""
+    """script and argv run where FILES, the checkpoints base and small, and `files` lie; setup(folder) does
+    the rest. right: it must run; free: the names that may change; env: more environment variables."""
     kind: str
     script: str
     argv: list
@@ -101,7 +105,7 @@ def command(script, *changes):
     return [x for pair in options.items() for x in pair]
 
 
-# --- 1 values ---------------------------------------------------------------------------------------------
+# --- 1 values ----------------------------------------------------------------------------------------
 
 NUMBERS = ("nan", "inf", "-inf", "1e999", "-1", "abc", "", "99999999999999999999999", "1.5", "0")
 
@@ -125,7 +129,8 @@ def values():
             if isinstance(x.default, bool):
                 texts = ("maybe", "2", "")
             elif isinstance(x.default, str):
-                texts = ("nosuch", "no/such", "x" * 300, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"))
+                texts = ("nosuch", "no/such", "x" * 300,
+                         "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"))
             else:
                 texts = [t for t in NUMBERS if wrong(x.type, x.default, t)]
             for text in texts:
@@ -144,89 +149,90 @@ def arguments():
                     elif isinstance(default, str):
                         texts = ("nosuch",) * (key in kinds(fn))
                     else:
-                        texts = [t for t in ("nan", "abc", "-3", "1e999") if wrong(kinds(fn).get(key), default, t)]
-                    for text in texts:
-                        if row != "PATH":
-                            yield Case("arguments", script, command(script, *chosen, f"--{axis}.{key}", text))
+                        kind = kinds(fn).get(key)
+                        texts = [t for t in ("nan", "abc", "-3", "1e999") if wrong(kind, default, t)]
+                    for text in texts if row != "PATH" else ():
+                        yield Case("arguments", script, command(script, *chosen, f"--{axis}.{key}", text))
 
 
-# --- 2 command lines ----------------------------------------------------------------------------------------
+# --- 2 command lines ---------------------------------------------------------------------------------
+
+WORDS = (["--lrr", "1"], ["lr=1"], ["--"], [""], ["-h"], ["--lr"], ["--=1"], ["--é", "1"], ["--seeds", "3"],
+         ["--seed", "1", "--seed", "2"], ["--seed=1", "--seed", "2"], ["--config", "tiny"], ["--keep", "0"],
+         ["--claim", "nosuch"], ["--claim", "x", "--seeds", "0"], ["--stop", "-3"], ["--resume"],
+         ["--resume", "--out", "nosuch"], ["--device", "cuda:99"], ["--device", "cpu:0"], ["--kernels", "x"],
+         ["--seed", str(2 ** 64)])
+INITS = ("base:", "base:nosuch", "base:,", "nosuch", "demos.jsonl", "", "/dev/null")
+CONFIGS = ("nosuch", "tiny,nosuch", "tiny,,,tinyy", "nosuch.toml", "base", "demos.jsonl", "tiny, tiny")
+MODEL = ("--tokens -1", "--tokens 0", "--temperature nan", "--temperature -1", "--top-p 2", "--top-p 0",
+         "--top-k -1", "--seed 9999999999999", "--device tpu", "--nosuch")
+IDLE = dict(                             # what does nothing, or does not go together, by script
+    sft=("--clip -1", "--clip 0", "--teacher base", "--other base", "--vocab 600", "--model 1x64",
+         "--epochs 1", "--family llama", "--context 100000", "--feedback hindsight --mix q",
+         "--feedback scored --data corpus.txt", "--data corpus.txt --chat true",
+         "--data corpus.txt --rows 3", "--loss dckd", "--peft lora --store int8",
+         "--prune journey --begin 0.9", "--suggest true --init base:pretrain"),
+    ppo=("--samples 1 --advantage best", "--gamma 2", "--lam -1", "--base base --reward gold",
+         "--data corpus.txt", "--reward base", "--advantage best --critic_lr 1"),
+    grpo=("--samples 1", "--teacher base", "--chooser top", "--rounds 3", "--prompts 3",
+          "--data corpus.txt", "--reward nosuch.py:f", "--watch corpus.txt", "--noise_level group"),
+    dpo=("--beta -1", "--beta 0", "--sft -1", "--judge base", "--combine cagrad", "--noise 0.1",
+         "--refresh 3", "--credit gold", "--data corpus.txt", "--data demos.jsonl",
+         "--data labels.jsonl"),
+    reward=("--noise 0.1", "--attack overoptimise", "--aggregate uwo", "--loss listwise", "--recipe armo",
+            "--recipe polar", "--eval base", "--data corpus.txt", "--data demos.jsonl",
+            "--context 100000", "--recipe ensemble --stop 1"),
+    compress=("--kd_lr 1", "--domain corpus.txt", "--context 100000", "--data demos.jsonl", "--bits 5",
+              "--method gptq --bits 5", "--pattern 9:2", "--pattern no", "--smooth awq"),
+    specdec=("--context 100000", "--samples 4", "--decode deal", "--refresh 3", "--split ood",
+             "--ref_batch 3", "--chat true", "--drafter lookup"))
 
 
 def forms():
-    """Words that are no options, options twice, presets that are not there."""
+    """Words that are no options, options twice, presets that are not there, options that nothing reads."""
     for script in SCRIPTS:
         right = command(script)
-        for more in (["--lrr", "1"], ["lr=1"], ["--"], [""], ["-h"], ["--lr"], ["--=1"], ["--seed", "1", "--seed", "2"],
-                     ["--seed=1", "--seed", "2"], ["--config", "tiny"], ["--claim", "nosuch"], ["--é", "1"],
-                     ["--claim", "x", "--seeds", "0"], ["--seeds", "3"], ["--stop", "-3"], ["--resume"],
-                     ["--resume", "--out", "nosuch"], ["--device", "cuda:99"], ["--device", "cpu:0"], ["--kernels", "x"],
-                     ["--seed", str(2 ** 64)], ["--keep", "0"]):
-            yield Case("forms", script, [*right, *more])
-        for presets in ("nosuch", "tiny,nosuch", "tiny,,,tinyy", "nosuch.toml", "base", "demos.jsonl", "tiny, tiny"):
+        for words in WORDS:
+            yield Case("forms", script, [*right, *words])
+        for presets in CONFIGS:
             yield Case("forms", script, command(script, "--config", presets))
+        for path in INITS[:-2] if script == "sft" else INITS:        # sft.py --init '': a new model
+            yield Case("forms", script, command(script, "--init", path))
+        for words in IDLE[script]:
+            yield Case("forms", script, command(script, *words.split()))
         yield Case("forms", script, ["--help"], right=True)
         yield Case("forms", script, [*right, "--out", "new"], right=True, free=("new",))
-        for path in ("base:", "base:nosuch", "base:,", "nosuch", "demos.jsonl", "", "/dev/null"):
-            if not (script == "sft" and path == ""):               # a new model
-                yield Case("forms", script, command(script, "--init", path))
-    for more in (["--tokens", "-1"], ["--tokens", "0"], ["--temperature", "nan"], ["--temperature", "-1"],
-                 ["--top-p", "2"], ["--top-p", "0"], ["--top-k", "-1"], ["--seed", str(2 ** 70)], ["--device", "tpu"],
-                 ["--nosuch"]):
-        yield Case("forms", "model", command("model", *more))
+    for words in MODEL:
+        yield Case("forms", "model", command("model", *words.split()))
     for path in ("nosuch", "demos.jsonl", ".", "", "/dev/null"):
         yield Case("forms", "model", [path, "--prompt", "a"])
-    for argv, script in (("--clip -1", "sft"), ("--clip 0", "sft"), ("--beta -1", "dpo"), ("--beta 0", "dpo"),
-                         ("--sft -1", "dpo"), ("--samples 1 --advantage best", "ppo"), ("--samples 1", "grpo"),
-                         ("--gamma 2", "ppo"), ("--lam -1", "ppo"), ("--teacher base", "sft"), ("--kd_lr 1", "compress"),
-                         ("--other base", "sft"), ("--vocab 600", "sft"), ("--model 1x64", "sft"), ("--epochs 1", "sft"),
-                         ("--family llama", "sft"), ("--teacher base", "grpo"), ("--chooser top", "grpo"),
-                         ("--rounds 3", "grpo"), ("--base base --reward gold", "ppo"), ("--judge base", "dpo"),
-                         ("--combine cagrad", "dpo"), ("--noise 0.1", "dpo"), ("--refresh 3", "dpo"),
-                         ("--noise 0.1", "reward"), ("--attack overoptimise", "reward"), ("--aggregate uwo", "reward"),
-                         ("--loss listwise", "reward"), ("--recipe armo", "reward"), ("--recipe polar", "reward"),
-                         ("--eval base", "reward"), ("--domain corpus.txt", "compress"), ("--context 100000", "sft"),
-                         ("--context 100000", "compress"), ("--context 100000", "specdec"), ("--samples 4", "specdec"),
-                         ("--decode deal", "specdec"), ("--refresh 3", "specdec"), ("--prompts 3", "grpo"),
-                         ("--feedback hindsight --mix q", "sft"), ("--feedback scored --data corpus.txt", "sft"),
-                         ("--data corpus.txt --chat", "sft"), ("--data corpus.txt --rows 3", "sft"),
-                         ("--data corpus.txt", "ppo"), ("--data corpus.txt", "grpo"), ("--data corpus.txt", "dpo"),
-                         ("--data corpus.txt", "reward"), ("--data demos.jsonl", "compress"), ("--data demos.jsonl", "dpo"),
-                         ("--data demos.jsonl", "reward"), ("--data labels.jsonl", "dpo"), ("--split ood", "specdec"),
-                         ("--reward base", "ppo"), ("--reward nosuch.py:f", "grpo"), ("--watch corpus.txt", "grpo"),
-                         ("--bits 5", "compress"), ("--method gptq --bits 5", "compress"), ("--pattern 9:2", "compress"),
-                         ("--pattern no", "compress"), ("--loss dckd", "sft"), ("--peft lora --store int8", "sft"),
-                         ("--prune journey --begin 0.9", "sft"), ("--suggest --init base:pretrain", "sft")):
-        words, bare = argv.split(), []
-        if words[-1].startswith("--") or "--suggest" in words or "--chat" in words:
-            flag = next(w for w in words if w in ("--suggest", "--chat"))
-            words.remove(flag)
-            bare = [flag]
-        yield Case("forms", script, [*command(script, *words), *bare])
 
 
-# --- 3 TOML -------------------------------------------------------------------------------------------------
+# --- 3 TOML ------------------------------------------------------------------------------------------
+
+TOML = ("seed = [1, 2]", "seed = 2020-01-01", "[seed]\nx = 1", "seed = true", "seed = nan", "seed = 1.5",
+        "seed = -1", 'seed = "fast"', "seed = 99999999999999999999", "seed = 1\nseed = 2", "seed = ",
+        "seedd = 1", '"" = 1', 'config = "tiny"', "resume = true", 'out = "a\\u0000b"', "out = 5",
+        "a.b = 1", "x = {a = 1}", "device = 0", b"\xff\xfe\x00")
 
 
 def tomls():
     """Config files of all sorts."""
-    texts = dict(list="lr = [1, 2]", date="lr = 2020-01-01", table="[lr]\nx = 1", true="lr = true", nan="lr = nan",
-                 inf="lr = inf", unknown="lrr = 1", config='config = "tiny"', resume="resume = true", half="lr = ",
-                 text='lr = "fast"', twice="seed = 1\nseed = 2", float="seed = 1.5", zero='out = "a\\u0000b"',
-                 number="out = 5", negative="seed = -1", huge="seed = 99999999999999999999", empty_key='"" = 1',
-                 dotted="a.b = 1", nested="x = {a = 1}", loss='loss = "nosuch"')
-    for script, (name, text) in product(SCRIPTS, texts.items()):
-        if (name, script) not in {("loss", "ppo"), ("loss", "grpo"), ("loss", "compress"), ("list", "x")} and not (
-                script == "compress" and text.startswith("lr")):
-            yield Case("toml", script, command(script, "--config", f"tiny,{name}.toml"), {f"{name}.toml": text})
     for script in SCRIPTS:
-        yield Case("toml", script, command(script, "--config", "bytes.toml"), {"bytes.toml": b"\xff\xfe\x00"})
-        yield Case("toml", script, command(script, "--config", "folder.toml"), setup=lambda f: (f / "folder.toml").mkdir())
-        yield Case("toml", script, [*command(script, "--config", f"{RIGHT[script].split()[1]},fine.toml"), "--out", "new"],
-                   {"fine.toml": "seed = 3\n"}, right=True, free=("new",))
+        presets = RIGHT[script].split()[1]
+        for i, text in enumerate(TOML):
+            argv = command(script, "--config", f"{presets},{i}.toml")
+            yield Case("toml", script, argv, {f"{i}.toml": text})
+        argv = command(script, "--config", "folder.toml")
+        yield Case("toml", script, argv, setup=new_folder("folder.toml"))
+        argv = [*command(script, "--config", f"{presets},fine.toml"), "--out", "new"]
+        yield Case("toml", script, argv, {"fine.toml": "seed = 3\n"}, right=True, free=("new",))
 
 
-# --- 4 folders ----------------------------------------------------------------------------------------------
+# --- 4 folders ---------------------------------------------------------------------------------------
+
+PLACES = ("D", "D/step-000001", "base", ".", "..", "demos.jsonl", "demos.jsonl/x", "/proc/nosuch",
+          "/dev/null", "/dev/null/x", "x" * 300)
 
 
 def thesis(folder):
@@ -238,9 +244,13 @@ def thesis(folder):
     (folder / "D/notes.tmp").write_text("mine too\n")
 
 
+def new_folder(name):
+    """A setup that makes a folder."""
+    return lambda folder: (folder / name).mkdir()
+
+
 def occupied(folder):
     """An empty folder that another process has locked, as a run would."""
-    import fcntl
     (folder / "busy").mkdir()
     fcntl.flock(os.open(folder / "busy", os.O_RDONLY), fcntl.LOCK_EX)
 
@@ -248,97 +258,218 @@ def occupied(folder):
 def folders():
     """--out on what is there already, and on what cannot be a folder."""
     for script in SCRIPTS:
-        for out in ("D", "base", ".", "..", "demos.jsonl", "demos.jsonl/x", "/proc/nosuch", "/dev/null", "/dev/null/x",
-                    "x" * 300, "D/step-000001", "busy"):
-            setup = occupied if out == "busy" else thesis
-            yield Case("folders", script, [*command(script), "--out", out], setup=setup)
-            yield Case("folders", script, [*command(script), "--out", out, "--resume"], setup=setup)
+        right = command(script)
+        for out in PLACES:
+            yield Case("folders", script, [*right, "--out", out], setup=thesis)
+            yield Case("folders", script, [*right, "--out", out, "--resume"], setup=thesis)
         yield Case("folders", script, [*command(script, "--init", "nosuch"), "--out", "D"], setup=thesis)
-        yield Case("folders", script, [*command(script), "--out", "empty"], setup=lambda f: (f / "empty").mkdir(),
-                   right=True, free=("empty",))
-        yield Case("folders", script, [*command(script), "--out", "full"], limit=20_000, free=("full",))
-        yield Case("folders", script, [*command(script), "--out", "ranks"], env=dict(WORLD_SIZE="2", RANK="0"))
+        yield Case("folders", script, [*right, "--out", "busy"], setup=occupied)
+        yield Case("folders", script, [*right, "--out", "empty"], setup=new_folder("empty"), right=True,
+                   free=("empty",))
+        yield Case("folders", script, [*right, "--out", "full"], limit=20_000, free=("full",))
+        yield Case("folders", script, [*right, "--out", "ranks"], env=dict(WORLD_SIZE="2", RANK="0"))
 
 
-# --- 5 data ---------------------------------------------------------------------------------------------------
+# --- 5 data ------------------------------------------------------------------------------------------
 
 
 def broken(rows):
     """{what is wrong: the file} of a right JSONL file of rows."""
     first, *rest = rows
-    texts = {k: "" if isinstance(v, str) else v for k, v in first.items()}
     bare = {k: v for k, v in first.items() if k != "prompt"}
+    tail = json.dumps(bare)[1:] + "\n"
+    silent = [{k: "" if k != "prompt" and isinstance(v, str) else v for k, v in r.items()} for r in rows]
     return dict(
-        empty="", blank="\n\n", bytes=b"\xff\xfe\x00\x01", list=lines([[1]]), number="1\n", half=lines(rest) + '{"prompt": ',
-        other=lines([dict(foo=1)]), types=lines([{k: 1 for k in first}]), null=lines([{k: None for k in first}]),
-        missing=lines([bare]), late=lines(rest) + lines([bare]), surrogate=lines(rest) + '{"prompt": "\\ud83d", ' + (
-            json.dumps({k: v for k, v in first.items() if k != "prompt"})[1:] + "\n"),
-        twice='{"prompt": "a", ' + json.dumps(first)[1:] + "\n" + lines(rest), one=lines([first]),
-        empties=lines([dict(r, **{k: "" for k in texts if k != "prompt" and isinstance(r[k], str)}) for r in rows]),
-        deep="[" * 100_000 + "\n", nul=b"\x00" * 40)
+        empty="",
+        blank="\n\n",
+        bytes=b"\xff\xfe\x00\x01",
+        nul=b"\x00" * 40,
+        deep="[" * 100_000 + "\n",
+        list=lines([[1]]),
+        number="1\n",
+        half=lines(rest) + '{"prompt": ',
+        other=lines([dict(foo=1)]),
+        types=lines([dict.fromkeys(first, 1)]),
+        null=lines([dict.fromkeys(first)]),
+        missing=lines([bare]),
+        late=lines(rest) + lines([bare]),
+        surrogate=lines(rest) + '{"prompt": "\\ud83d", ' + tail,
+        twice='{"prompt": "a", "prompt": "b", ' + tail + lines(rest),
+        one=lines([first]),
+        empties=lines(silent))
+
+
+TEXTS = dict(empty="", blank=" \n ", bytes=b"\xff\xfe\xff", short="a", separators="<|endoftext|>" * 9)
+NO_TEXTS = dict(empty=[dict(text="")], blank=[dict(text=" \n ")] * 3, number=[dict(text=5)],
+                none=[dict(text=None)])
+REWARDS = ("return None", "return 'good'", "return float('nan')", "return float('inf')", "return 1 / 0",
+           "return [1]", "import sys; sys.exit(0)", "return 10 ** 400", "raise NameError")
+SOURCES = ("def f(x): return 1", "def f(a, b, c, d): return 1", "f = 5", "def f(: return", "import nosuch",
+           "1 / 0", "\x00", "raise SystemExit(0)", "def g(a, b, c): return 1")
 
 
 def data():
-    """Broken data files, for every script that reads such ones."""
-    for script, rows, key in (("sft", DEMOS, "--data"), ("ppo", DEMOS, "--data"), ("grpo", DEMOS, "--data"),
-                              ("sft", DEMOS, "--watch"), ("dpo", PAIRS, "--data"), ("reward", PAIRS, "--data"),
-                              ("specdec", DEMOS, "--data"), ("grpo", DEMOS, "--watch")):
+    """Broken data files, for every script that reads such ones, and broken rewards."""
+    readers = [("sft", DEMOS, "--data"), ("sft", DEMOS, "--watch"), ("ppo", DEMOS, "--data"),
+               ("grpo", DEMOS, "--data"), ("grpo", DEMOS, "--watch"), ("specdec", DEMOS, "--data"),
+               ("dpo", PAIRS, "--data"), ("reward", PAIRS, "--data")]
+    for script, rows, key in readers:
         for name, text in broken(rows).items():
             yield Case("data", script, command(script, key, f"{name}.jsonl"), {f"{name}.jsonl": text})
-        yield Case("data", script, command(script, key, "folder.jsonl"), setup=lambda f: (f / "folder.jsonl").mkdir())
+        yield Case("data", script, command(script, key, "folder.jsonl"), setup=new_folder("folder.jsonl"))
         yield Case("data", script, command(script, key, "none.jsonl"))
         yield Case("data", script, command(script, key, "none.jsonl", "--init", "base:pretrain"))
     for name, text in broken(LABELS).items():
-        yield Case("data", "dpo", command("dpo", "--config", "kto,tiny", "--data", f"{name}.jsonl"), {f"{name}.jsonl": text})
-    for script, (name, text) in product(("sft", "compress", "specdec"), dict(
-            empty="", blank=" \n ", bytes=b"\xff\xfe\xff", nul=b"", short="a", separators="<|endoftext|>" * 9).items()):
-        yield Case("data", script, command(script, "--data", f"{name}.txt"), {f"{name}.txt": text})
-        yield Case("data", script, command(script, "--data", f"{name}.jsonl"),
-                   {f"{name}.jsonl": lines([dict(text=text.decode("latin-1") if isinstance(text, bytes) else text)])
-                    if name in ("empty", "blank", "nul") else lines([dict(text=5)])})
-    for name, code in dict(
-            none="return None", text="return 'good'", nan="return float('nan')", inf="return float('inf')",
-            fails="return 1 / 0", list="return [1]", leaves="import sys; sys.exit(0)", big="return 10 ** 400").items():
-        yield Case("data", "grpo", [*command("grpo", "--reward", "mine.py:f"), "--out", "new"], {
-            "mine.py": f"def f(problem, text, finished):\n    {code}\n"}, free=("new",))
-    for code in ("def f(x): return 1", "def f(a, b, c, d): return 1", "f = 5", "def f(: return", "import nosuch", "1 / 0",
-                 "\x00", "raise SystemExit(0)", "def g(a, b, c): return 1"):
+        argv = command("dpo", "--config", "kto,tiny", "--data", f"{name}.jsonl")
+        yield Case("data", "dpo", argv, {f"{name}.jsonl": text})
+    for script in ("sft", "compress", "specdec"):
+        for name, text in TEXTS.items():
+            yield Case("data", script, command(script, "--data", f"{name}.txt"), {f"{name}.txt": text})
+        for name, rows in NO_TEXTS.items():
+            argv = command(script, "--data", f"{name}.jsonl")
+            yield Case("data", script, argv, {f"{name}.jsonl": lines(rows)})
+    for line in REWARDS:
+        code = f"def f(problem, text, finished):\n    {line}\n"
+        argv = [*command("grpo", "--reward", "mine.py:f"), "--out", "new"]
+        yield Case("data", "grpo", argv, {"mine.py": code}, free=("new",))
+    for code in SOURCES:
         yield Case("data", "grpo", command("grpo", "--reward", "mine.py:f"), {"mine.py": code})
 
 
-# --- 6 checkpoints ----------------------------------------------------------------------------------------------
+# --- 6 checkpoints -----------------------------------------------------------------------------------
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+LINEAR, LLAMA3 = dict(rope_type="linear"), dict(rope_type="llama3", factor=8.0)
+QUANT = dict(quant_method="minimal-post-training", layers=5)
+CONFIG = dict(                           # values that a key of config.json must not have; base has two layers
+    model_type=("nosuch", None, 5, [], "gpt2"),
+    architectures=([], None, ["GPT2LMHeadModel"], "x", [5]),
+    vocab_size=(0, -1, 1.5, "x", None, True, 10 ** 12, 100),
+    hidden_size=(0, None, 48, "32", 31),
+    intermediate_size=(0, None, 33),
+    num_hidden_layers=(0, 1, 3, -1, None, 99),
+    num_attention_heads=(0, 3, None, 1.0),
+    num_key_value_heads=(0, 3, "x"),
+    head_dim=(0, 7, 64, -2),
+    max_position_embeddings=(0, None, "x"),
+    rms_norm_eps=("x", -1, 0),
+    rope_theta=("x", 0, -5),
+    rope_parameters=([], "x", dict(rope_type="nosuch"), LINEAR, LINEAR | dict(factor=0), LLAMA3),
+    tie_word_embeddings=(5, "yes", []),
+    attention_bias=(True, "x"),
+    mlp_bias=(True,),
+    hidden_act=("gelu", 5),
+    quantization_config=(5, dict(quant_method="gptq"), QUANT),
+    eos_token_id=("x", 1.5, [[]], 10 ** 9, {}),
+    bos_token_id=("x", 10 ** 9),
+    pad_token_id=([[1]], 10 ** 9),
+    layer_widths=([-1], "x", [1, 2, 3]),
+    swift_layer=(9, -1),
+    routed_heads=(9,),
+    head_router=("x", 5))
+NEEDED = ("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers",
+          "num_attention_heads", "intermediate_size", "max_position_embeddings")
+TENSORS = dict(                          # {name: tensor} -> what must be refused
+    bias=lambda t: t | {Q.replace("weight", "bias"): torch.zeros(32)},
+    layer99=lambda t: t | {Q.replace(".0.", ".99."): t[Q].clone()},
+    unknown=lambda t: t | {"foo": torch.zeros(2)},
+    gone=lambda t: {k: v for k, v in t.items() if k != Q},
+    head=lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1},
+    shape=lambda t: t | {Q: t[Q][:, :16]},
+    empty=lambda t: t | {Q: torch.zeros(0, 32)},
+    none=lambda t: {},
+    integer=lambda t: t | {Q: t[Q].long()},
+    bool=lambda t: t | {Q: t[Q] > 0},
+    complex=lambda t: t | {Q: t[Q].to(torch.complex64)},
+    float8=lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)},
+    nan=lambda t: t | {Q: t[Q] * torch.nan},
+    inf=lambda t: t | {Q: t[Q] + torch.inf},
+    one_nan=lambda t: t | {Q: t[Q].index_fill(0, torch.tensor([3]), torch.nan)})
+INDEX = dict(                            # weight_map of two shards -> what must be refused
+    outside=lambda m: m | {Q: "../x.safetensors"},
+    absolute=lambda m: m | {Q: "/etc/passwd"},
+    below=lambda m: m | {Q: "sub/model-1.safetensors"},
+    missing_file=lambda m: m | {Q: "model-9.safetensors"},
+    wrong_file=lambda m: m | {min(m): "model-2.safetensors"},
+    number=lambda m: m | {Q: 5},
+    list=lambda m: [1],
+    unlisted=lambda m: {k: v for k, v in m.items() if k != Q},
+    extra=lambda m: m | {"foo": "model-1.safetensors"})
+NO_JSON = (b"", b"[]", b'{"a": ', b"\xff\xfe", b"5", b"[" * 100_000, b'{"a": 1, "a": 2}')
+REGEX = dict(type="Split", pattern=dict(Regex="("), behavior="Isolated", invert=False)
+LEVEL = dict(type="ByteLevel", add_prefix_space=False, use_regex=False)
+TOKENIZER = dict(                        # the object of tokenizer.json, to be changed in place
+    no_model=lambda d: d.pop("model"),
+    model_list=lambda d: d.update(model=[]),
+    unigram=lambda d: d["model"].update(type="Unigram"),
+    vocab_list=lambda d: d["model"].update(vocab=[]),
+    vocab_empty=lambda d: d["model"].update(vocab={}),
+    vocab_text=lambda d: d["model"].update(vocab={"a": "b"}),
+    vocab_half=lambda d: d["model"].update(vocab=dict([*d["model"]["vocab"].items()][:40])),
+    vocab_negative=lambda d: d["model"]["vocab"].update(a=-1),
+    vocab_huge=lambda d: d["model"]["vocab"].update(zz=10 ** 12),
+    vocab_twice=lambda d: d["model"]["vocab"].update(zz=5),
+    vocab_beyond=lambda d: d["model"]["vocab"].update(zz=5000),
+    merges_text=lambda d: d["model"].update(merges="x"),
+    merges_numbers=lambda d: d["model"].update(merges=[1]),
+    merges_one=lambda d: d["model"].update(merges=["ab"]),
+    merges_three=lambda d: d["model"].update(merges=[["a", "b", "c"]]),
+    merges_unknown=lambda d: d["model"].update(merges=["q q"]),
+    added_text=lambda d: d.update(added_tokens="x"),
+    added_number=lambda d: d.update(added_tokens=[5]),
+    added_no_id=lambda d: d.update(added_tokens=[dict(content="<s>")]),
+    added_no_text=lambda d: d.update(added_tokens=[dict(id=1)]),
+    added_huge=lambda d: d.update(added_tokens=[dict(id=10 ** 10, content="<s>")]),
+    pre_list=lambda d: d.update(pre_tokenizer=[1]),
+    pre_type=lambda d: d.update(pre_tokenizer=dict(type="Whitespace")),
+    pre_odd=lambda d: d.update(pre_tokenizer=dict(type="Sequence", pretokenizers=5)),
+    pre_regex=lambda d: d.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[REGEX, LEVEL])),
+    normaliser=lambda d: d.update(normalizer=dict(type="Lowercase")),
+    normaliser_text=lambda d: d.update(normalizer="x"))
+ENDS = ("<nosuch>", 1.5, None, dict(x=1))          # eos_token of tokenizer_config.json
 
 
-def edited(name, change):
-    """A setup that changes the JSON file base/<name> by change(object)."""
+def changed(name, change):
+    """A setup that changes the object of the JSON file base/<name> in place."""
     def setup(folder):
         path = folder / "base" / name
         found = json.loads(path.read_text())
-        path.write_text(json.dumps(change(found) or found))
+        change(found)
+        path.write_text(json.dumps(found))
     return setup
 
 
+def with_key(name, key, value):
+    """A setup that sets one key of the JSON file base/<name>."""
+    return changed(name, lambda d: d.update({key: value}))
+
+
+def without_key(name, key):
+    """A setup that takes one key out of the JSON file base/<name>."""
+    return changed(name, lambda d: d.pop(key))
+
+
 def rewritten(change):
-    """A setup that changes base's tensors by change({name: tensor})."""
+    """A setup that changes base's tensors by change({name: tensor}) -> {name: tensor}."""
     def setup(folder):
         path = folder / "base" / "model.safetensors"
-        found = load_file(path)
-        save_file({k: v.contiguous() for k, v in change(found).items()}, path, metadata={"format": "pt"})
+        found = {k: v.contiguous() for k, v in change(load_file(path)).items()}
+        save_file(found, path, metadata={"format": "pt"})
     return setup
 
 
 def sharded(change):
-    """A setup that splits base into two shards, and changes the index by change(weight_map)."""
+    """A setup that splits base into two shards, and changes the index by change(weight_map) -> weight_map."""
     def setup(folder):
         path = folder / "base"
         found = load_file(path / "model.safetensors")
-        names = sorted(found)
-        parts = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
-        for file, some in parts.items():
-            save_file({k: found[k] for k in some}, path / file, metadata={"format": "pt"})
         (path / "model.safetensors").unlink()
-        where = {k: file for file, some in parts.items() for k in some}
-        (path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=change(where) or where)))
+        where = {k: f"model-{1 + (i > 2)}.safetensors" for i, k in enumerate(sorted(found))}
+        for file in set(where.values()):
+            some = {k: found[k] for k in found if where[k] == file}
+            save_file(some, path / file, metadata={"format": "pt"})
+        index = dict(weight_map=change(where))
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return setup
 
 
@@ -353,131 +484,97 @@ def replaced(name, content):
 
 def checkpoints():
     """Checkpoints that are broken, or say other things than they hold."""
-    first = "model.layers.0.self_attn.q_proj.weight"
-    setups = {f"{k}={v!r}"[:60]: edited("config.json", lambda d, k=k, v=v: d | {k: v}) for k, values in dict(
-        model_type=("nosuch", None, 5, [], "gpt2"), architectures=([], None, ["GPT2LMHeadModel"], "x", [5]),
-        vocab_size=(0, -1, 1.5, "x", None, True, 10 ** 12, 100), hidden_size=(0, None, 48, "32", 31),
-        intermediate_size=(0, None, 33), num_hidden_layers=(0, 1, 3, -1, None, 99), num_attention_heads=(0, 3, None, 1.0),
-        num_key_value_heads=(0, 3, "x"), head_dim=(0, 7, 64, -2), max_position_embeddings=(0, None, "x"),
-        rms_norm_eps=("x", -1, 0), rope_theta=("x", 0, -5), tie_word_embeddings=(5, "yes", []),
-        rope_parameters=([], "x", dict(rope_type="nosuch"), dict(rope_type="linear"), dict(
-            rope_type="linear", factor=0), dict(rope_type="llama3", factor=8.0)), attention_bias=(True, "x"),
-        mlp_bias=(True,), hidden_act=("gelu", 5), quantization_config=(5, dict(quant_method="gptq"), dict(
-            quant_method="minimal-post-training", layers=5)), eos_token_id=("x", 1.5, [[]], 10 ** 9, {}),
-        bos_token_id=("x", 10 ** 9), pad_token_id=([[1]], 10 ** 9), layer_widths=([-1], "x", [1, 2, 3]),
-        swift_layer=(9, -1), routed_heads=(9,), head_router=("x", 5)).items() for v in values}
-    setups |= {f"no {k}": edited("config.json", lambda d, k=k: {x: y for x, y in d.items() if x != k}) for k in (
-        "model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-        "intermediate_size", "max_position_embeddings")}
-    setups |= {f"tensor {k}": rewritten(v) for k, v in {
-        "bias": lambda t: t | {first.replace("weight", "bias"): torch.zeros(32)},
-        "99th layer": lambda t: t | {first.replace(".0.", ".99."): t[first].clone()},
-        "unknown": lambda t: t | {"foo": torch.zeros(2)}, "gone": lambda t: {k: v for k, v in t.items() if k != first},
-        "head": lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1},
-        "shape": lambda t: t | {first: t[first][:, :16]}, "integer": lambda t: t | {first: t[first].long()},
-        "complex": lambda t: t | {first: t[first].to(torch.complex64)}, "bool": lambda t: t | {first: t[first] > 0},
-        "nan": lambda t: t | {first: t[first] * torch.nan}, "inf": lambda t: t | {first: t[first] + torch.inf},
-        "float8": lambda t: t | {first: t[first].to(torch.float8_e4m3fn)},
-        "one nan": lambda t: t | {first: t[first].index_fill(0, torch.tensor([3]), torch.nan)},
-        "none": lambda t: {}, "empty": lambda t: t | {first: torch.zeros(0, 32)}}.items()}
-    setups |= {f"index {k}": sharded(v) for k, v in {
-        "outside": lambda m: m | {first: "../x.safetensors"}, "absolute": lambda m: m | {first: "/etc/passwd"},
-        "missing file": lambda m: m | {first: "model-9.safetensors"}, "wrong file": lambda m: m | {
-            min(m): "model-2.safetensors"}, "list": lambda m: [1], "number": lambda m: m | {first: 5},
-        "unlisted": lambda m: {k: v for k, v in m.items() if k != first}, "extra": lambda m: m | {
-            "foo": "model-1.safetensors"}, "folder": lambda m: m | {first: "sub/model-1.safetensors"}}.items()}
+    setups = {f"no {key}": without_key("config.json", key) for key in NEEDED}
+    for key, some in CONFIG.items():
+        setups |= {f"{key} {value!r:.50}": with_key("config.json", key, value) for value in some}
+    setups |= {f"tensor {k}": rewritten(change) for k, change in TENSORS.items()}
+    setups |= {f"index {k}": sharded(change) for k, change in INDEX.items()}
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        setups |= {f"{name} {k}": replaced(name, v) for k, v in dict(
-            empty=b"", list=b"[]", half=b'{"a": ', bytes=b"\xff\xfe", number=b"5", deep=b"[" * 100_000,
-            twice=b'{"vocab_size": 1, "vocab_size": 2}').items() if (name, k) != ("tokenizer_config.json", "twice")
-            and (name, k) != ("generation_config.json", "twice") or k == "twice"}
-    setups |= {"no config.json": replaced("config.json", None), "no weights": replaced("model.safetensors", None),
-               "no tokenizer": replaced("tokenizer.json", None), "cut weights": replaced("model.safetensors", b"x" * 99),
-               "empty weights": replaced("model.safetensors", b"")}
-    setups |= {f"generation eos {v!r}": edited("generation_config.json", lambda d, v=v: d | dict(eos_token_id=v))
-               for v in ("x", 1.5, [None], 10 ** 9)}
-
-    def bpe(change):
-        return edited("tokenizer.json", lambda d: d | dict(model=d["model"] | change(d["model"])))
-    setups |= {f"tokenizer {k}": v for k, v in {
-        "no model": edited("tokenizer.json", lambda d: {k: v for k, v in d.items() if k != "model"}),
-        "model list": edited("tokenizer.json", lambda d: d | dict(model=[])),
-        "type": bpe(lambda m: dict(type="Unigram")), "vocab list": bpe(lambda m: dict(vocab=[])),
-        "vocab empty": bpe(lambda m: dict(vocab={})), "vocab text": bpe(lambda m: dict(vocab={"a": "b"})),
-        "vocab half": bpe(lambda m: dict(vocab=dict(list(m["vocab"].items())[:40] + [("zz", 10 ** 12)]))),
-        "vocab negative": bpe(lambda m: dict(vocab=m["vocab"] | {"a": -1})),
-        "vocab huge": bpe(lambda m: dict(vocab=m["vocab"] | {"zz": 10 ** 12})),
-        "vocab twice": bpe(lambda m: dict(vocab=m["vocab"] | {"zz": 5})),
-        "vocab beyond": bpe(lambda m: dict(vocab=m["vocab"] | {"zz": 5000})),
-        "merges text": bpe(lambda m: dict(merges="x")), "merges numbers": bpe(lambda m: dict(merges=[1])),
-        "merges one": bpe(lambda m: dict(merges=["ab"])), "merges unknown": bpe(lambda m: dict(merges=["q q"])),
-        "merges three": bpe(lambda m: dict(merges=[["a", "b", "c"]])), "added text": edited(
-            "tokenizer.json", lambda d: d | dict(added_tokens="x")),
-        "added number": edited("tokenizer.json", lambda d: d | dict(added_tokens=[5])),
-        "added no id": edited("tokenizer.json", lambda d: d | dict(added_tokens=[dict(content="<s>", special=True)])),
-        "added no text": edited("tokenizer.json", lambda d: d | dict(added_tokens=[dict(id=1, special=True)])),
-        "added huge": edited("tokenizer.json", lambda d: d | dict(added_tokens=[dict(id=10 ** 10, content="<s>")])),
-        "pre list": edited("tokenizer.json", lambda d: d | dict(pre_tokenizer=[1])),
-        "pre type": edited("tokenizer.json", lambda d: d | dict(pre_tokenizer=dict(type="Whitespace"))),
-        "pre odd": edited("tokenizer.json", lambda d: d | dict(pre_tokenizer=dict(type="Sequence", pretokenizers=5))),
-        "pre regex": edited("tokenizer.json", lambda d: d | dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[
-            dict(type="Split", pattern=dict(Regex="("), behavior="Isolated", invert=False),
-            dict(type="ByteLevel", add_prefix_space=False, use_regex=False)]))),
-        "normaliser": edited("tokenizer.json", lambda d: d | dict(normalizer=dict(type="Lowercase"))),
-        "normaliser text": edited("tokenizer.json", lambda d: d | dict(normalizer="x")),
-        "eos unknown": edited("tokenizer_config.json", lambda d: d | dict(eos_token="<nosuch>")),
-        "eos number": edited("tokenizer_config.json", lambda d: d | dict(eos_token=1.5)),
-        "eos none": edited("tokenizer_config.json", lambda d: d | dict(eos_token=None)),
-        "eos object": edited("tokenizer_config.json", lambda d: d | dict(eos_token=dict(x=1)))}.items()}
+        setups |= {f"{name} {text[:20]}": replaced(name, text) for text in NO_JSON}
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        setups |= {f"no {name}": replaced(name, None)}
+    setups |= {f"weights of {n}": replaced("model.safetensors", b"x" * n) for n in (0, 8, 99)}
+    setups |= {f"ends {x!r}": with_key("generation_config.json", "eos_token_id", x)
+               for x in ("x", 1.5, [None], 10 ** 9)}
+    setups |= {f"tokenizer {k}": changed("tokenizer.json", change) for k, change in TOKENIZER.items()}
+    setups |= {f"eos {x!r}": with_key("tokenizer_config.json", "eos_token", x) for x in ENDS}
     for i, (name, setup) in enumerate(setups.items()):
-        yield Case("checkpoints", "model", command("model"), setup=setup, env=dict(CASE=name))
-        yield Case("checkpoints", SCRIPTS[i % 7], command(SCRIPTS[i % 7]), setup=setup, env=dict(CASE=name))
+        for script in ("model", SCRIPTS[i % 7]):
+            yield Case("checkpoints", script, command(script), setup=setup, env=dict(CASE=name))
 
 
-# --- 7 runs that are resumed --------------------------------------------------------------------------------------
+# --- 7 runs that are resumed -------------------------------------------------------------------------
+
+
+def newest(folder, name):
+    """A file of the run's newest checkpoint."""
+    return sorted(folder.glob("run/step-*"))[-1] / name
+
+
+def cut(path):
+    """Keep the first 30 bytes."""
+    path.write_bytes(path.read_bytes()[:30])
+
+
+def info(folder, **keys):
+    """Set keys of the run's run.json."""
+    path = folder / "run/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def not_finite(folder):
+    """NaN in the newest checkpoint's weights."""
+    found = load_file(newest(folder, "model.safetensors"))
+    found[min(found)] = found[min(found)] * torch.nan
+    save_file(found, newest(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+LOG = '{"step": "x", "time": 1}\n{"step": 2, "time": 1}\n'
+FAULTS = dict(
+    state=lambda f: cut(newest(f, "state.pt")),
+    no_state=lambda f: newest(f, "state.pt").unlink(),
+    text_state=lambda f: newest(f, "state.pt").write_text("state"),
+    list_state=lambda f: torch.save([], newest(f, "state.pt")),
+    weights=lambda f: cut(newest(f, "model.safetensors")),
+    no_weights=lambda f: newest(f, "model.safetensors").unlink(),
+    nan=not_finite,
+    config=lambda f: cut(newest(f, "config.json")),
+    tokenizer=lambda f: cut(newest(f, "tokenizer.json")),
+    info=lambda f: cut(f / "run/run.json"),
+    info_list=lambda f: (f / "run/run.json").write_text("[]"),
+    info_bare=lambda f: (f / "run/run.json").write_text("{}"),
+    info_config=lambda f: info(f, config=5),
+    info_made=lambda f: info(f, made=5),
+    script=lambda f: info(f, script="other"),
+    no_info=lambda f: (f / "run/run.json").unlink(),
+    log=lambda f: (f / "run/log.jsonl").write_text("[1]\n{}\n"),
+    log_bytes=lambda f: (f / "run/log.jsonl").write_bytes(b"\xff\xff\n\xff\n"),
+    log_steps=lambda f: (f / "run/log.jsonl").write_text(LOG),
+    data=lambda f: [p.write_text(p.read_text() * 2) for p in (*f.glob("*.jsonl"), f / "corpus.txt")])
+
+
+def paused(script, fault=None):
+    """A setup that puts a paused run of a script into the folder, and breaks it."""
+    def setup(folder):
+        shutil.copytree(MADE[script], folder / "run")
+        if fault:
+            fault(folder)
+    return setup
 
 
 def resumes():
     """Runs whose traces were broken, or whose data changed, before --resume."""
-    def cut(path, n=30):
-        path.write_bytes(path.read_bytes()[:n])
-
-    def change(path, **keys):
-        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-
-    def weights(run, value):
-        path = sorted(run.glob("step-*"))[-1] / "model.safetensors"
-        found = load_file(path)
-        found[min(found)] = found[min(found)] * value
-        save_file(found, path, metadata={"format": "pt"})
-    faults = dict(
-        state=lambda f: cut(sorted(f.glob("run/step-*/state.pt"))[-1]), no_state=lambda f: sorted(
-            f.glob("run/step-*/state.pt"))[-1].unlink(), text_state=lambda f: sorted(f.glob("run/step-*/state.pt"))[
-            -1].write_text("state"), empty_state=lambda f: torch.save([], sorted(f.glob("run/step-*/state.pt"))[-1]),
-        weights=lambda f: cut(sorted(f.glob("run/step-*/model.safetensors"))[-1]),
-        nan=lambda f: weights(f / "run", torch.nan), config=lambda f: cut(sorted(f.glob("run/step-*/config.json"))[-1]),
-        info=lambda f: cut(f / "run/run.json"), info_list=lambda f: (f / "run/run.json").write_text("[]"),
-        info_bare=lambda f: (f / "run/run.json").write_text("{}"),
-        info_config=lambda f: change(f / "run/run.json", config=5), info_made=lambda f: change(f / "run/run.json", made=5),
-        script=lambda f: change(f / "run/run.json", script="other"), no_info=lambda f: (f / "run/run.json").unlink(),
-        log=lambda f: (f / "run/log.jsonl").write_text("[1]\n{}\n"), log_bytes=lambda f: (
-            f / "run/log.jsonl").write_bytes(b"\xff\xff\n\xff\n"), log_steps=lambda f: (f / "run/log.jsonl").write_text(
-            '{"step": "x", "time": 1}\n{"step": 2, "time": 1}\n'))
-    for script in ("sft", "ppo", "grpo", "dpo", "reward", "specdec"):
-        data = dict(zip(RIGHT[script].split()[::2], RIGHT[script].split()[1::2]))["--data"]
-        for name, fault in (faults | dict(data=lambda f, d=data: (f / d).write_text((f / d).read_text() * 2))).items():
-            yield Case("resume", script, [*command(script, "--steps", "4"), "--out", "run", "--resume"],
-                       setup=lambda f, script=script, fault=fault: (shutil.copytree(MADE[script], f / "run"), fault(f)),
-                       env=dict(CASE=name))
-        yield Case("resume", script, [*command(script, "--steps", "4"), "--out", "run", "--resume"],
-                   setup=lambda f, script=script: shutil.copytree(MADE[script], f / "run"), right=True, free=("run",))
-        yield Case("resume", script, [*command(script, "--steps", "4", "--lr", "0.5"), "--out", "run", "--resume"],
-                   setup=lambda f, script=script: shutil.copytree(MADE[script], f / "run"))
-        yield Case("resume", script, [*command(script, "--steps", "4"), "--out", "run"],
-                   setup=lambda f, script=script: shutil.copytree(MADE[script], f / "run"))
+    for script in RESUMABLE:
+        argv = [*command(script, "--steps", "4"), "--out", "run"]
+        for name, fault in FAULTS.items():
+            again = paused(script, fault)
+            yield Case("resume", script, [*argv, "--resume"], setup=again, env=dict(CASE=name))
+        yield Case("resume", script, [*argv, "--resume"], setup=paused(script), right=True, free=("run",))
+        yield Case("resume", script, [*argv, "--resume", "--lr", "0.5"], setup=paused(script))
+        yield Case("resume", script, argv, setup=paused(script))
 
 
-# --- running ------------------------------------------------------------------------------------------------------
+# --- running -----------------------------------------------------------------------------------------
 
 BUILDERS = dict(values=values, arguments=arguments, forms=forms, toml=tomls, folders=folders, data=data,
                 checkpoints=checkpoints, resume=resumes)
@@ -487,8 +584,9 @@ STATE = {}                               # what the workers inherit: cases, fixt
 
 def tree(folder):
     """{path: its content's hash} of everything under a folder."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
-            for p in folder.rglob("*")}
+    def mark(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return {str(p.relative_to(folder)): mark(p) for p in folder.rglob("*")}
 
 
 def prepare(folder):
@@ -536,7 +634,8 @@ def run(case, fixtures):
         folder = Path(home, "work")
         shutil.copytree(fixtures, folder)
         for name, text in case.files.items():
-            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8",
+                                                                                         "surrogatepass"))
         if case.setup:
             case.setup(folder)
         before = tree(folder)
@@ -588,12 +687,14 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", default="", help=f"kinds with commas between: {', '.join(BUILDERS)}")
     p.add_argument("--show", action="store_true", help="print what every case said")
-    p.add_argument("--kills", type=int, default=0, help="instead: so many runs killed at a random moment and resumed")
+    p.add_argument("--kills", type=int, default=0,
+                   help="instead: so many runs killed at a random moment and resumed")
     a = p.parse_args(argv)
     torch.set_num_threads(1)
     if a.kills:
         return kills(a.kills, random.Random(a.seed))
-    cases = [c for kind, build in BUILDERS.items() if not a.only or kind in a.only.split(",") for c in build()]
+    wanted = a.only.split(",") if a.only else BUILDERS
+    cases = [case for kind in wanted for case in BUILDERS[kind]()]
     if a.sample:
         cases = random.Random(a.seed).sample(cases, min(a.sample, len(cases)))
     began, table, bad = time.time(), {kind: Counter() for kind in BUILDERS}, []
@@ -602,10 +703,10 @@ def main(argv=None):
         fixtures.mkdir()
         prepare(fixtures)
         if any(c.kind == "resume" for c in cases):
-            for script in ("sft", "ppo", "grpo", "dpo", "reward", "specdec"):
+            for script in RESUMABLE:
                 make_run(script, fixtures, Path(home))
         STATE.update(cases=cases, fixtures=fixtures)
-        with multiprocessing.get_context("fork").Pool(2) as pool:                        # workers without threads
+        with multiprocessing.get_context("fork").Pool(2) as pool:        # workers without threads
             for case, (word, said) in zip(cases, pool.imap(numbered, range(len(cases)))):
                 table[case.kind][word] += 1
                 if word != "good":
@@ -626,7 +727,8 @@ def make_run(script, fixtures, home):
     """A run of four steps, checkpoints at 1 and 2, paused after two: what the cases of `resume` break."""
     folder = home / f"make-{script}"
     shutil.copytree(fixtures, folder)
-    case = Case("resume", script, [*command(script, "--steps", "4"), "--save_every", "1", "--keep", "2", "--stop", "2",
+    case = Case("resume", script, [*command(script, "--steps", "4"), "--save_every", "1", "--keep", "2",
+                                   "--stop", "2",
                                    "--out", "run"], right=True)
     pid = os.fork()
     if not pid:
@@ -637,7 +739,7 @@ def make_run(script, fixtures, home):
 
 
 def finished(case, folder, after=None):
-    """Run a case in a fork of its own, killed after so many seconds. -> its exit code, None if it was killed."""
+    """Run a case in a fork, killed after so many seconds. -> its exit code, None if it was killed."""
     pid, began = os.fork(), time.monotonic()
     if not pid:
         child(case, folder)
@@ -661,37 +763,51 @@ def last_weights(run):
 
 
 def kills(n, rng):
-    """Kill n runs at random moments, some of them twice, and resume them; 1 if any ends elsewhere than the whole run."""
-    scripts, bad = ("sft", "grpo", "dpo", "ppo", "reward", "specdec"), 0
+    """Kill n runs at random moments, some twice, and resume; 1 if any ends elsewhere than a whole run."""
+    whole, bad = {}, 0
     with tempfile.TemporaryDirectory() as home:
         fixtures = Path(home, "fixtures")
         fixtures.mkdir()
         prepare(fixtures)
-        whole = {}
         for i in range(n):
-            script, folder = scripts[i % len(scripts)], Path(home, f"{i}", "work")
-            case = Case("kills", script, [*command(script, "--steps", "8", "--save_every", "2"), "--out", "run"])
+            script, folder = RESUMABLE[i % len(RESUMABLE)], Path(home, f"{i}", "work")
+            argv = [*command(script, "--steps", "8", "--save_every", "2"), "--out", "run"]
+            case = Case("kills", script, argv)
             if script not in whole:
-                reference = Path(home, script, "work")
+                reference, began = Path(home, script, "work"), time.monotonic()
                 shutil.copytree(fixtures, reference)
-                began = time.monotonic()
-                assert finished(case, reference) == 0, (reference.parent / "stderr").read_text()
+                if finished(case, reference):
+                    raise SystemExit((reference.parent / "stderr").read_text())
                 whole[script] = time.monotonic() - began, last_weights(reference / "run")
-            shutil.copytree(fixtures, folder)
-            seconds, told = whole[script][0], []
-            for turn in range(3):                        # killed, perhaps killed again, then left alone
-                after = rng.uniform(0, seconds) if turn == 0 or turn == 1 and rng.random() < 0.3 else None
-                again = (folder / "run/run.json").exists()
-                code = finished(case._replace(argv=[*case.argv, *["--resume"] * again]), folder, after)
-                told.append(f"{after:.2f} s" if code is None else f"exit {code}")
-                if code is not None:
-                    break
+            killed = killed_once(case, fixtures, folder, whole[script][0], rng)
+            if rng.random() < 0.3:
+                again = case._replace(argv=resumed(argv, folder))
+                killed += [after for after in [rng.uniform(0, whole[script][0])]
+                           if finished(again, folder, after) is None]
+            code = finished(case._replace(argv=resumed(argv, folder)), folder)
             same = code == 0 and last_weights(folder / "run") == whole[script][1]
             bad += not same
-            print(f"{'same' if same else 'OTHER':<6} {script:<8} {', '.join(told)}"
-                  + ("" if same else f"\n{(folder.parent / 'stderr').read_text()[-500:]}"), flush=True)
+            print(f"{'same' if same else 'OTHER':<6} {script:<8} killed after "
+                  + ", ".join(f"{x:.2f} s" for x in killed), flush=True)
+            if not same:
+                print((folder.parent / "stderr").read_text()[-500:], flush=True)
     print(f"{n} killed runs, {bad} ended elsewhere")
     return 1 if bad else 0
+
+
+def killed_once(case, fixtures, folder, seconds, rng):
+    """Start the case and kill it within `seconds`; again, in a fresh folder, if it had ended. -> [after]"""
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(fixtures, folder)
+        after = rng.uniform(0, seconds)
+        if finished(case, folder, after) is None:
+            return [after]
+
+
+def resumed(argv, folder):
+    """The command that goes on: --resume if the run had begun."""
+    return [*argv, *["--resume"] * (folder / "run/run.json").exists()]
 
 
 if __name__ == "__main__":

@@ -44,12 +44,13 @@ def ids(n, length, seed=0):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_past_never_sees_the_future(family):
-    """In float64: the future changes an expert's number of rows, and with it the order of a product's float32 sums."""
+    """in float64: the future changes an expert's rows, and with them the order of a product's float32 sums"""
     net, x = small(family).double(), ids(2, 12)
     y = x.clone()
     y[:, 8:] = 7
     a, b = net(x), net(y)
-    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-10) and not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-10) and not torch.allclose(a[:, 8:], b[:, 8:],
+                                                                                 atol=1e-2)
 
 
 def test_rope_depends_on_distance_only():
@@ -164,7 +165,8 @@ def test_values_are_read_before_the_token_and_scores_after_it():
     assert torch.equal(values[:, 1:], raw[:, :-1]) and values[:, 0].abs().sum() == 0
     y = x.clone()
     y[:, 5:] = 3
-    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6], atol=1e-6)    # V(5) precedes token 5
+    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6],
+                          atol=1e-6)    # V(5) precedes token 5
     assert torch.equal(sequence_score(critic, x, torch.tensor([9, 4])), torch.stack([raw[0, 8], raw[1, 3]]))
     assert ScalarModel.from_lm(small("llama"))(x).abs().sum() == 0
 
@@ -236,7 +238,8 @@ def test_pick_samples_the_distribution():
             and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625])))
     assert torch.bincount(pick(logits, u, top_p=0.8)[0], minlength=4).tolist() == [625, 375, 0, 0]
     assert torch.bincount(pick(logits, u, top_p=0.81)[0], minlength=4).argmin() == 3
-    hot = torch.bincount(pick(logits, u, temperature=0.5)[0], minlength=4)     # squares: .25 .09 .0225 .0025
+    hot = torch.bincount(pick(logits, u, temperature=0.5)[0],
+                         minlength=4)     # squares: .25 .09 .0225 .0025
     assert abs(hot[0].item() - 1000 * .25 / .365) <= 1
     assert pick(logits, u, temperature=0)[0].unique().tolist() == [0]
     edge = pick(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2 ** -24]))
@@ -248,7 +251,8 @@ def test_contrast_samples_the_product_of_powers():
     net, other = small(), small("llama")
     roll = generate(net, PROMPTS, 8, stop=[], contrast=(other, 0.7),
                     generator=torch.Generator().manual_seed(0))
-    mixed = torch.log_softmax(1.7 * net.logits(net(roll.tokens)) - 0.7 * other.logits(other(roll.tokens)), -1)
+    mixed = torch.log_softmax(1.7 * net.logits(net(roll.tokens)) - 0.7 * other.logits(other(roll.tokens)),
+                              -1)
     want = F.pad(mixed[:, :-1].gather(2, roll.tokens[:, 1:, None]).squeeze(2), (1, 0)) * roll.mask
     assert torch.allclose(roll.logp, want, atol=1e-4)
     plain, zero = (generate(net, PROMPTS, 8, generator=torch.Generator().manual_seed(0), **kw)
@@ -435,21 +439,27 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, words", [
-    *((k, None, f"{k} is missing") for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                            "intermediate_size", "max_position_embeddings", "architectures")),
+    *((k, None, f"{k} is missing") for k in ("vocab_size", "hidden_size", "num_hidden_layers",
+                                             "num_attention_heads",
+                                            "intermediate_size", "max_position_embeddings",
+                                             "architectures")),
     *((k, 0, f"{k} is '0': expected a whole number from 1") for k in (
         "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")),
     ("vocab_size", "512", "expected a whole number"), ("vocab_size", True, "expected a whole number"),
     ("hidden_size", 64.0, "expected a whole number"), ("rms_norm_eps", 0, "expected a number above 0"),
-    ("rope_theta", -1, "expected a number above 0"), ("tie_word_embeddings", "yes", "expected true or false"),
+    ("rope_theta", -1, "expected a number above 0"),
+                                               ("tie_word_embeddings", "yes", "expected true or false"),
     ("architectures", [], "architectures is"), ("architectures", ["GPT2LMHeadModel"], "LlamaForCausalLM"),
-    ("architectures", "LlamaForCausalLM", "expected a list"), ("model_type", 5, "model_type '5' is not supported"),
-    ("rope_parameters", [], "expected an object"), ("rope_parameters", dict(rope_type="linear"), "factor is missing"),
+    ("architectures", "LlamaForCausalLM", "expected a list"),
+                                               ("model_type", 5, "model_type '5' is not supported"),
+    ("rope_parameters", [], "expected an object"), ("rope_parameters", dict(rope_type="linear"),
+                                                    "factor is missing"),
     ("rope_parameters", dict(rope_type="llama3", factor=8.0), "low_freq_factor is missing"),
     ("eos_token_id", "x", "expected a token's id"), ("eos_token_id", [[]], "expected a token's id"),
     ("eos_token_id", 10 ** 6, "beyond the model's"), ("pad_token_id", 10 ** 6, "beyond the model's"),
     ("num_key_value_heads", 3, "do not share 3 key heads"), ("head_dim", 7, "even whole number"),
-    ("quantization_config", 5, "expected an object"), ("layer_widths", [-1], "layer_widths"), ("swift_layer", 9, "last layer")])
+    ("quantization_config", 5, "expected an object"), ("layer_widths", [-1], "layer_widths"),
+                                               ("swift_layer", 9, "last layer")])
 def test_a_config_is_read_with_care(key, value, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
     d = json.loads((tmp_path / "config.json").read_text())
@@ -461,10 +471,14 @@ def test_a_config_is_read_with_care(key, value, words, tmp_path):
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 TENSORS = {                              # what a file may hold, and what is said of it
-    "bias": (lambda t: t | {Q.replace("weight", "bias"): torch.zeros(64)}, f"nothing reads the tensor .*q_proj.bias"),
-    "99th layer": (lambda t: t | {Q.replace(".0.", ".99."): t[Q].clone()}, "nothing reads the tensor model.layers.99"),
-    "more layers": (lambda t: t | {Q.replace(".0.", ".2."): t[Q].clone()}, "nothing reads .*is of another model"),
-    "another head": (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, "lm_head.weight is not the emb"),
+    "bias": (lambda t: t | {Q.replace("weight", "bias"): torch.zeros(64)},
+             f"nothing reads the tensor .*q_proj.bias"),
+    "99th layer": (lambda t: t | {Q.replace(".0.", ".99."): t[Q].clone()},
+                   "nothing reads the tensor model.layers.99"),
+    "more layers": (lambda t: t | {Q.replace(".0.", ".2."): t[Q].clone()},
+                    "nothing reads .*is of another model"),
+    "another head": (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1},
+                     "lm_head.weight is not the emb"),
     "integers": (lambda t: t | {Q: t[Q].long()}, "is stored as I64: weights are floats"),
     "complex": (lambda t: t | {Q: t[Q].to(torch.complex64)}, "is stored as C64: weights are floats"),
     "float8": (lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)}, "is stored as F8_E4M3: weights are floats"),
@@ -489,18 +503,21 @@ def test_what_is_stored_twice_or_computed_is_no_mistake(tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     stored |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone(),
                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
-    save_file({k: v.bfloat16() for k, v in stored.items()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: v.bfloat16() for k, v in stored.items()}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})
     assert torch.equal(load(tmp_path)[0].head, model.head.bfloat16().float())
 
 
 INDEX = {
-    "outside": (lambda m: m | {Q: "../model-1.safetensors"}, "expected a .safetensors file of the same folder"),
+    "outside": (lambda m: m | {Q: "../model-1.safetensors"},
+                "expected a .safetensors file of the same folder"),
     "absolute": (lambda m: m | {Q: "/etc/passwd"}, "expected a .safetensors file of the same folder"),
     "another shard": (lambda m: {k: "model-2.safetensors" if v[6] == "1" else v for k, v in m.items()},
                       "which the index puts into|is missing|lacks the tensor"),
     "unlisted": (lambda m: {k: v for k, v in m.items() if k != Q}, "which the index puts into no file"),
     "not there": (lambda m: m | {"foo": "model-1.safetensors"}, "lacks the tensor foo"),
-    "a number": (lambda m: m | {Q: 5}, "weight_map is no table"), "a list": (lambda m: [], "weight_map is no table")}
+    "a number": (lambda m: m | {Q: 5}, "weight_map is no table"),
+         "a list": (lambda m: [], "weight_map is no table")}
 
 
 @pytest.mark.parametrize("name", INDEX)
@@ -521,8 +538,10 @@ def test_an_index_says_what_its_files_hold(name, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("text", [b"", b"[]", b"5", b'{"a": ', b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json",
+                                  "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [b"", b"[]", b"5", b'{"a": ', b"\xff\xfe", b"[" * 100_000,
+                                  b'{"a": 1, "a": 2}'])
 def test_every_json_of_a_checkpoint_goes_through_one_reader(name, text, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
     (tmp_path / name).write_bytes(text)
@@ -534,7 +553,7 @@ def test_broken_weights_of_a_run_name_the_older_good_ones(tmp_path):
     for step in (999_999, 1_000_000):
         save(small("llama"), bytes_tokenizer(), tmp_path / f"step-{step}")
     (tmp_path / "step-1000000/model.safetensors").write_bytes(b"x" * 50)
-    with pytest.raises(UserError, match="step-1000000/model.safetensors is not .*older checkpoint is .*step-999999"):
+    with pytest.raises(UserError, match="step-1000000/model.safetensors is not .*older .* is .*step-999999"):
         load(tmp_path)
     load(tmp_path / "step-999999")
 
@@ -549,7 +568,8 @@ def test_predictions_that_are_not_finite_stop_the_sampling():
 
 @pytest.mark.parametrize("argv, words", [
     (["--tokens", "0"], "--tokens 0: must be at least 1"), (["--temperature", "nan"], "--temperature nan"),
-    (["--top-p", "2"], "--top_p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"), (["--device", "x"], "--device x")])
+    (["--top-p", "2"], "--top_p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"),
+                                         (["--device", "x"], "--device x")])
 def test_the_command_line_of_model_py(argv, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
     with pytest.raises(UserError, match=words):
@@ -591,7 +611,8 @@ def test_stories260k(stories):
     net, tok = load(stories)
     text = " Once upon a time, there was a little girl named Lily. She loved to play outside."
     x = torch.tensor([[tok.bos, *tok.encode(text)]])
-    assert x.size(1) == 27 and -token_logprobs(net, x)[0, 1:].mean().item() == pytest.approx(0.2803, abs=5e-4)
+    assert x.size(1) == 27 and -token_logprobs(net, x)[0, 1:].mean().item() == pytest.approx(0.2803,
+                                                                                             abs=5e-4)
 
 
 def test_stories260k_round_trip(stories, tmp_path):

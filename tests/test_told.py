@@ -32,22 +32,36 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     *((name, ["--device", "cuda:99"], "CUDA device") for name in SCRIPTS),
     *((name, ["--kernels", "none"], "no kernels 'none'") for name in SCRIPTS),
     *((name, ["--seed", str(2 ** 70)], "must be at most") for name in SCRIPTS),
-    *((name, ["--data", "broken.jsonl"], "broken.jsonl:2: not a JSON object") for name in ("sft", "grpo", "dpo", "reward")),
-    ("sft", ["--watch", "none.jsonl"], "none.jsonl"), ("sft", ["--context", "9999"], "--context 9999 exceeds the 512"),
+    *((name, ["--data", "broken.jsonl"], "broken.jsonl:2: not a JSON object") for name in ("sft", "grpo",
+                                                                                           "dpo",
+                                                                                           "reward")),
+    ("sft", ["--watch", "none.jsonl"], "none.jsonl"),
+                                                 ("sft", ["--context", "9999"],
+                                                  "--context 9999 exceeds the 512"),
     ("sft", ["--model", "1x64"], "it is for a new model"), ("sft", ["--config", "dckd"], "needs --teacher"),
     ("sft", ["--config", "dckd", "--teacher", "none"], "none does not exist"),
     ("sft", ["--config", "adpa", "--teacher", "base:toyif", "--other", "none"], "none does not exist"),
-    ("sft", ["--config", "pretrain", "--model", "big"], "--model big"), ("sft", ["--feedback", "both"], "signatures"),
-    ("ppo", ["--base", "none"], "none does not exist"), ("ppo", ["--reward", "empty"], "neither config.json"),
-    ("ppo", ["--advantage", "best", "--samples", "1"], "at least two"), ("ppo", ["--data", "stdlib"], "is a text"),
+    ("sft", ["--config", "pretrain", "--model", "big"], "--model big"),
+                                                 ("sft", ["--feedback", "both"], "signatures"),
+    ("ppo", ["--base", "none"], "none does not exist"),
+                                                 ("ppo", ["--reward", "empty"], "neither config.json"),
+    ("ppo", ["--advantage", "best", "--samples", "1"], "at least two"),
+                                                 ("ppo", ["--data", "stdlib"], "is a text"),
     ("grpo", ["--config", "kdrl", "--teacher", "none"], "none does not exist"),
-    ("grpo", ["--reward", "none.py:f"], "of a file that exists"), ("grpo", ["--watch", "nothing"], "no task 'nothing'"),
+    ("grpo", ["--reward", "none.py:f"], "of a file that exists"),
+                                                 ("grpo", ["--watch", "nothing"], "no task 'nothing'"),
     ("dpo", ["--config", "online", "--judge", "empty"], "neither config.json"),
     ("dpo", ["--config", "madpo", "--judge", "cdr", "--strong", "none"], "none does not exist"),
-    ("reward", ["--eval", "none"], "none does not exist"), ("reward", ["--recipe", "armo", "--data", "toyif"], "needs --data ring"),
-    ("reward", ["--context", "9999"], "--context 9999 exceeds the"), ("compress", ["--domain", "none.txt", "--method", "dprune"],
-     "none.txt"), ("compress", ["--context", "9999"], "at most"), ("specdec", ["--draft", "none"], "none does not exist"),
-    ("specdec", ["--draft", "base:non"], "no preset 'non'"), ("specdec", ["--config", "ead", "--thresholds", "x"], "numbers with"),
+    ("reward", ["--eval", "none"], "none does not exist"),
+                                                 ("reward", ["--recipe", "armo", "--data", "toyif"],
+                                                  "needs --data ring"),
+    ("reward", ["--context", "9999"], "--context 9999 exceeds the"),
+                                                 ("compress",
+                                                  ["--domain", "none.txt", "--method", "dprune"],
+     "none.txt"), ("compress", ["--context", "9999"], "at most"),
+                                                 ("specdec", ["--draft", "none"], "none does not exist"),
+    ("specdec", ["--draft", "base:non"], "no preset 'non'"), ("specdec", ["--config", "ead", "--thresholds",
+                                                                          "x"], "numbers with"),
     ("specdec", ["--context", "9999"], "--context 9999 exceeds")])
 def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, workdir):
     (workdir / "empty").mkdir()
@@ -59,7 +73,8 @@ def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, wor
 
 
 @pytest.mark.parametrize("script, field", [(name, field) for name, module in SCRIPTS.items()
-                                           for field in ("lr", "clip", "temperature", "batch", "epochs", "noise", "keep")
+                                           for field in ("lr", "clip", "temperature", "batch", "epochs",
+                                                         "noise", "keep")
                                            if field in {x.name for x in dataclasses.fields(module.Config)}])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_ranges_hold_in_every_script(script, field, value, workdir):
@@ -83,10 +98,13 @@ def test_every_default_and_preset_is_within_its_ranges(script):
 
 
 @pytest.mark.parametrize("text, words", [
-    (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "b", "completion": "c"}\n', ":2: .*'prompt' stands twice"),
+    (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "b", "completion": "c"}\n',
+     ":2: .*'prompt' stands twice"),
     (b'{"prompt": "a", "completion": "\\ud83d"}\n', ":1: .* is half of a character"),
-    (b'{"prompt": "a", "completion": ""}\n{"prompt": "b", "completion": " "}\n', "every completion is empty"),
-    (b"[" * 100_000, ":1: not a JSON object"), (b"\xff\xfe", "cannot be read as UTF-8"), (b"\n \n", "the file is empty")])
+    (b'{"prompt": "a", "completion": ""}\n{"prompt": "b", "completion": " "}\n',
+     "every completion is empty"),
+    (b"[" * 100_000, ":1: not a JSON object"), (b"\xff\xfe", "cannot be read as UTF-8"),
+                                         (b"\n \n", "the file is empty")])
 def test_a_data_file_is_read_with_care(text, words, workdir):
     (workdir / "d.jsonl").write_bytes(text)
     with pytest.raises(UserError, match=words):
@@ -94,11 +112,13 @@ def test_a_data_file_is_read_with_care(text, words, workdir):
 
 
 def test_whole_characters_pass(workdir):
-    (workdir / "d.jsonl").write_text('{"prompt": "\\\\ud83d\\\\ude00 and \\\\ud", "completion": "\\ud83d\\ude00"}\n')
+    text = '{"prompt": "\\\\ud83d\\\\ude00 and \\\\ud", "completion": "\\ud83d\\ude00"}\n'
+    (workdir / "d.jsonl").write_text(text)
     assert read_jsonl("d.jsonl")[0]["completion"] == "\N{GRINNING FACE}"
 
 
-@pytest.mark.parametrize("name, text", [("c.txt", "<|endoftext|>" * 9), ("c.txt", "a"), ("c.jsonl", '{"text": ""}\n' * 3)])
+@pytest.mark.parametrize("name, text", [("c.txt", "<|endoftext|>" * 9), ("c.txt", "a"),
+                                        ("c.jsonl", '{"text": ""}\n' * 3)])
 def test_a_corpus_without_text(name, text, workdir):
     (workdir / name).write_text(text)
     with pytest.raises(UserError, match="there is no text in it"):
@@ -109,7 +129,8 @@ def test_the_case_of_a_lone_surrogate():
     case = DATA_DIR.parent / "cases/lone-surrogate/rows.jsonl"
     if not case.exists():
         pytest.skip(f"no cases beside {DATA_DIR}: set DATA_DIR to the folder of real data sets")
-    with pytest.raises(UserError, match=f"rows.jsonl:{len(case.read_text().splitlines())}: .*half of a character"):
+    last = len(case.read_text().splitlines())
+    with pytest.raises(UserError, match=f"rows.jsonl:{last}: .*half of a character"):
         read_jsonl(case)
 
 
@@ -121,11 +142,14 @@ def test_the_case_of_a_lone_surrogate():
     ("def f(problem, text, finished): return float('nan')", "returned nan .*expected a finite number"),
     ("def f(problem, text, finished): return '1.0'", "returned 1.0 .*expected a finite number"),
     ("def f(problem, text, finished): return [1.0]", "expected a finite number"),
-    ("def f(problem, text, finished):\n    return 1 / 0", r"failed on the response 'hi': ZeroDivisionError.*\(line 2\)"),
+    ("def f(problem, text, finished):\n    return 1 / 0",
+     r"failed on the response 'hi': ZeroDivisionError.*\(line 2\)"),
     ("import sys\ndef f(problem, text, finished): sys.exit(0)", "failed on the response"),
     ("def f(text): return 1.0", r"it is called as f\(problem, text, finished\)"),
-    ("def f(a, b, c, d): return 1.0", "it is called as"), ("f = 5", "has no function 'f'"), ("def g(a, b, c): return 1", "has no"),
-    ("def f(:", r"does not run: SyntaxError.*\(line 1\)"), ("x = 1\nimport nosuch", r"does not run: .*nosuch.*\(line 2\)"),
+    ("def f(a, b, c, d): return 1.0", "it is called as"), ("f = 5", "has no function 'f'"),
+                                         ("def g(a, b, c): return 1", "has no"),
+    ("def f(:", r"does not run: SyntaxError.*\(line 1\)"),
+                                         ("x = 1\nimport nosuch", r"does not run: .*nosuch.*\(line 2\)"),
     ("raise SystemExit(0)", "does not run")])
 def test_a_reward_is_called_with_care(code, words, workdir):
     (workdir / "mine.py").write_text(code)
@@ -135,8 +159,7 @@ def test_a_reward_is_called_with_care(code, words, workdir):
 
 @pytest.mark.parametrize("value", ["1", "True", "0.5", "torch.tensor(0.5)"])
 def test_a_reward_may_be_any_number(value, workdir):
-    (workdir / "mine.py").write_text(f"import torch\ndef f(problem, text, *, finished=None, **rest): return {value}"
-                                     .replace("*, finished=None", "finished"))
+    (workdir / "mine.py").write_text(f"import torch\ndef f(problem, text, finished, *more): return {value}")
     assert 0 < scorer("mine.py:f", task("arithmetic"))({}, "hi", True) <= 1
 
 
@@ -145,15 +168,21 @@ def test_a_reward_may_be_any_number(value, workdir):
 
 @pytest.mark.parametrize("change, words", [
     (lambda d: d.pop("model"), "model is missing"), (lambda d: d["model"].pop("vocab"), "no vocabulary"),
-    (lambda d: d["model"].pop("merges"), "not byte-level BPE"), (lambda d: d["model"].update(vocab=[]), "expected an object"),
+    (lambda d: d["model"].pop("merges"), "not byte-level BPE"),
+                                           (lambda d: d["model"].update(vocab=[]), "expected an object"),
     (lambda d: d["model"].update(vocab={"a": "b"}), "a token's id is 'b'"),
     (lambda d: d["model"]["vocab"].update(a=-1), "a token's id is -1"),
     (lambda d: d["model"]["vocab"].update(zz=10 ** 12), "a token's id is 1000000000000"),
     (lambda d: d["model"]["vocab"].update(zz=5), "two entries of the vocabulary have one id"),
-    (lambda d: d["model"].update(merges=[1]), "a merge is 1"), (lambda d: d["model"].update(merges=["ab"]), "a merge is"),
-    (lambda d: d.update(added_tokens="x"), "expected a list"), (lambda d: d.update(added_tokens=[5]), "an added token is 5"),
-    (lambda d: d["added_tokens"][0].pop("id"), "id is missing"), (lambda d: d["added_tokens"][0].pop("content"), "an added token is"),
-    (lambda d: d.update(pre_tokenizer=[1]), "expected an object"), (lambda d: d.update(normalizer="x"), "expected an object"),
+    (lambda d: d["model"].update(merges=[1]), "a merge is 1"),
+                                           (lambda d: d["model"].update(merges=["ab"]), "a merge is"),
+    (lambda d: d.update(added_tokens="x"), "expected a list"),
+                                           (lambda d: d.update(added_tokens=[5]), "an added token is 5"),
+    (lambda d: d["added_tokens"][0].pop("id"), "id is missing"),
+                                           (lambda d: d["added_tokens"][0].pop("content"),
+                                            "an added token is"),
+    (lambda d: d.update(pre_tokenizer=[1]), "expected an object"),
+                                           (lambda d: d.update(normalizer="x"), "expected an object"),
     (lambda d: d["pre_tokenizer"].update(pretokenizers=5), "is no list")])
 def test_half_a_tokenizer(change, words, workdir):
     bytes_tokenizer().save(workdir)
@@ -171,7 +200,7 @@ def test_a_sample_of_hostile_commands():
     """forty of tests/fuzz.py's thousands; python tests/fuzz.py runs them all"""
     told = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), "--sample", "40", "--seed", "0"],
                           capture_output=True, text=True)
-    assert told.returncode == 0 and "40 cases, 0 not good" in told.stdout, told.stdout[-3000:] + told.stderr[-2000:]
+    assert told.returncode == 0 and "40 cases, 0 not good" in told.stdout, told.stdout + told.stderr
 
 
 def test_there_are_enough_of_them():
