@@ -641,9 +641,11 @@ def unread(c, f):
     """{field: what reads it} of the fields that this run does not read."""
     names, static = needs(f.loss), c.source in STATIC
     fields = dict(
+        statistic=(set(GIVES[c.statistic]) & set(names), "losses that read it: beta_dpo, bco, kto"),
         noise=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
         length_bias=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
-        judge=(not static or "margin" in names, "sources that sample, and losses that read a margin"),
+        judge=(not static or "margin" in names or c.judge == "duel",
+               "sources that sample, and losses that read a margin"),
         combine=("signs" in names, "--loss objectives"), credit=("credit" in reads(f), "--loss treg"),
         refresh=(not static, "sources that sample"),
         anchor=(needs_reference(c, f), "losses that read a reference"))
@@ -653,6 +655,13 @@ def check(c, f, world):
     """UserError for rows of the config that do not go together, and for all else that can be known before
     anything is made: files and folders."""
     names, static = needs(f.loss), c.source in STATIC
+    for name in {x for given in GIVES.values() for x in given if x in names} - set(GIVES[c.statistic]):
+        raise UserError(f"--loss {c.loss} reads {name}: --statistic {c.statistic} does not give it; see the "
+                        "presets (--help)")
+    if "good" in needs(f.statistic) and c.source not in ("labels", "forget"):
+        raise UserError(f"--statistic {c.statistic} reads labels, which --source {c.source} does not give")
+    if "gap" in needs(f.statistic) and c.source in ("labels", "forget"):
+        raise UserError(f"--statistic {c.statistic} reads pairs, which --source {c.source} does not give")
     if world is None and not (c.source == "labels" and prefs.load_labels(c.data)):
         prefs.check_pairs(c.data)
     sft.find(c.init, c.config, make=False)
@@ -890,10 +899,13 @@ def open_data(s, c):
     elif c.source == "labels" and (found := prefs.load_labels(c.data)):
         both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
         both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat) for k, x in both.items()}
-        for k, rows in both.items():
-            if len({r["good"] for r in rows}) < 2:
-                raise UserError(f"{c.data}, {k}: all labels are alike; {c.loss} needs good and bad ones")
-        return [], both["train"], {"val": both["val"]}, [r["text"]["prompt"] for r in both["val"]]
+        mixed = {k: len({r["good"] for r in rows}) > 1 for k, rows in both.items()}
+        if not mixed["train"]:
+            raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad ones")
+        if not mixed["val"]:
+            s.say("  all held-out labels are alike: there is no val_accuracy")
+        held = {"val": both["val"]} if mixed["val"] else {}
+        return [], both["train"], held, [r["text"]["prompt"] for r in both["val"]]
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
         held = {"val": sets["val"]}

@@ -986,9 +986,9 @@ def check_rope(rope, where):
 
 
 def ends(d, where, key="eos_token_id"):
-    """The ids under a key of a config: one, a list, or none. UserError for anything else; -1 means none."""
+    """The ids under a key of a config: one, none, or of eos a list. UserError for anything else; -1: none."""
     value = d.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids = [] if value is None else value if isinstance(value, list) and key == "eos_token_id" else [value]
     if not all(type(x) is int for x in ids):
         raise UserError(f"{where}: {key} is {value!r}: expected a token's id, a list of ids, or null")
     return tuple(x for x in ids if x >= 0)
@@ -1008,7 +1008,7 @@ def from_hf(d, where="config.json"):
     window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
     expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
-    refuse = dict(hidden_act=d.get("hidden_act", "silu") != "silu", mlp_bias=d.get("mlp_bias", False),
+    refuse = dict(hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"), mlp_bias=d.get("mlp_bias", False),
                   attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
                   decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
                   quantization_config=quant and quant.get("quant_method") != QUANT,
@@ -1136,6 +1136,8 @@ def tensors(path):
             raise UserError(f"{path} holds model.safetensors and an index of other files: remove the older")
     out = {}
     for name in names:
+        if (path / name).exists() and not (path / name).is_file():
+            raise UserError(f"{path / name} is no file: copy the checkpoint again")
         try:
             file = safe_open(path / name, "pt")
         except FileNotFoundError:
@@ -1266,10 +1268,10 @@ def load(path, device="cpu", dtype=torch.float32):
             if name in held and value.dtype != p.dtype:
                 raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
                                 f"its format is {p.dtype}: pack the model again")
-            if not_finite(value):
-                raise UserError(f"{path}: tensor {key} holds NaN or infinity: copy it again")
             # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
             state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
+            if not_finite(state[name]):
+                raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: copy it again")
         for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
             if sha256(path / name) != expected:
                 raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")

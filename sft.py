@@ -996,7 +996,7 @@ def unread(c, f):
         tokenizer=(new, "a new model (--init '')"),
         vocab=(new and c.tokenizer == "bpe", "a new tokenizer (--init '' --tokenizer bpe)"),
         rows=(not corpus, "demonstrations, and --data is a text"),
-        chat=(not corpus, "demonstrations, and --data is a text"),
+        chat=(not corpus or c.watch, "demonstrations, and --data is a text"),
         epochs=(not c.steps, "runs without --steps"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=({"teacher", "kl"} & {*names}, "--loss dckd, adpa or aligndistil"),

@@ -123,6 +123,7 @@ Positive, Share, Fraction = Range("(0, inf)"), Range("[0, 1]"), Range("[0, 1)")
 Count, Signed = Range("[1, inf)"), Range("(-inf, inf)")
 NonNegative = Range("[0, inf)")          # of every number that is not annotated, unless its default is below
 LARGEST = 2 ** 31 - 1                    # of every whole number, seeds included: sums of them stay exact
+HUGE = 1e30                              # of every other number: float32 ends at 3.4e38
 
 
 def cast(key, value, like, kind=None):
@@ -147,8 +148,8 @@ def cast(key, value, like, kind=None):
         allowed = kind if isinstance(kind, Range) else Signed if like < 0 else NonNegative
         if made not in allowed:
             raise UserError(f"--{key} {value}: must be {allowed}")
-        if want is int and made > LARGEST:
-            raise UserError(f"--{key} {value}: must be at most {LARGEST}")
+        if abs(made) > (most := LARGEST if want is int else HUGE):
+            raise UserError(f"--{key} {value}: must be at most {most:g}".replace("2.14748e+09", str(LARGEST)))
     if want is str and "\0" in made:
         raise UserError(f"--{key} {made!r}: a text without a zero byte is expected")
     return made
@@ -399,6 +400,8 @@ def without_repeats(pairs):
 def read_json(path, what="copy it again"):
     """The object that a JSON file holds. UserError, with `what` as the remedy, if it is missing or broken."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: {what}")
     try:
         found = json.loads(path.read_bytes().decode(), object_pairs_hook=without_repeats)
     except FileNotFoundError:
@@ -447,12 +450,29 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def mark_of(folder):
+    """A hash of a checkpoint: its config.json, and of each weights file the size, the first and the last MB."""
+    mark = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            mark.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            mark.update(file.read())
+    return mark.hexdigest()
+
+
 def files_of(c):
-    """{field: SHA-256} of every field that names a file (data, a reward's source): a resumed run must find
-    them as they were."""
+    """{field: hash} of every field that names a file (data, a reward's source) or a checkpoint: a resumed run
+    must find them as they were."""
     texts = {key: x for key, x in dataclasses.asdict(c).items() if isinstance(x, str) and x}
-    paths = {key: Path(re.sub(r"\.py:\w+$", ".py", x)) for key, x in texts.items() if key != "config"}
-    return {key: sha256(path) for key, path in paths.items() if path.is_file()}
+    paths = {key: Path(re.sub(r"\.py:\w+$", ".py", x)) for key, x in texts.items()
+             if key not in ("config", "out")}
+    out = {key: sha256(path) for key, path in paths.items() if path.is_file()}
+    for key, path in paths.items():
+        if path.is_dir():
+            with contextlib.suppress(UserError):
+                out[key] = mark_of(checkpoint(path))
+    return out
 
 
 def peak_bytes(device):
@@ -620,7 +640,7 @@ class Run:
         self.state, self.start, self.last = None, 0, None
         self.at = 0                                            # steps of a run's earlier stages
         self.release, rows = (lambda: None), []
-        self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={},
+        self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, states={},
                          command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
                          source=source(), process=f"{os.getpid()} on {platform.node()}",
                          versions=dict(python=platform.python_version(), torch=torch.__version__))
@@ -694,13 +714,16 @@ class Run:
         """Read what the run left: its settings, which must be the same, and its newest checkpoint's state."""
         old = read_json(home / "run.json", "it is the run's record: start the run anew, in another folder")
         expect(old, home / "run.json", ("config",), config="object", made="object", files="object",
-               script="text", writing="text", result="object")
+               states="object", script="text", writing="text", result="object")
         self.check_settings(old)
-        self.info |= {k: old[k] for k in ("made", "writing", "result") if k in old}
+        self.info |= {k: old[k] for k in ("made", "states", "writing", "result") if k in old}
         self.last = (steps_of(home) or [None])[-1]
         if self.last:
             self.state = read_state(self.last / "state.pt")
             self.start = self.state["step"]
+            written = self.info["states"].get(self.last.name)
+            if written and written != sha256(self.last / "state.pt"):
+                raise UserError(f"{self.last / 'state.pt'} is not as this run wrote it{older_than(self.last)}")
         self.say(f"resuming {home} at step {self.start}")
 
     def check_settings(self, old):
@@ -714,7 +737,7 @@ class Run:
                                 f"resume with the run's own settings, or start a new run")
         for key, before in old.get("files", {}).items():
             if self.info["files"].get(key) != before:
-                raise UserError(f"--resume: the file --{key} {new.get(key)} is not what it was when the run "
+                raise UserError(f"--resume: --{key} {new.get(key)} does not hold what it did when the run "
                                 "began: put it back, or start a new run")
 
     def begin(self):
@@ -849,6 +872,7 @@ class Run:
             set_aside(self.folder / name)
         os.replace(tmp, self.folder / name)
         self.info["made"][name] = files
+        self.info["states"] |= {name: sha256(self.folder / name / file) for file in dict(states)}
         del self.info["writing"]
         self.write_info()
 
@@ -858,6 +882,7 @@ class Run:
         folder = self.folder / name
         if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
             shutil.rmtree(folder, ignore_errors=True)
+        self.info["states"].pop(name, None)
         files = [Path(x) for x in self.info["made"].pop(name, [])]
         files = [x for x in files if Path(name).name == name and not x.is_absolute() and ".." not in x.parts]
         for file in sorted(files, key=lambda x: str(x) != "config.json"):

@@ -15,11 +15,14 @@ rows(c, tok, split) makes ids of a task's demonstrations, or of windows of a tex
 Answers are written "#### 42", as GSM8K writes them, so that one verifier serves all. A completion is only
 read: nothing in it is evaluated, and reading takes time linear in its length.
 """
+import contextlib
+import copy
 import importlib.util
 import inspect
 import math
 import random
 import re
+import sys
 import traceback
 from array import array
 from difflib import SequenceMatcher
@@ -524,22 +527,23 @@ def scorer(spec, task):
         raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a file "
                         f"that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
-    module = importlib.util.module_from_spec(found)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)            # dataclasses look there
     try:
         found.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
     fn = getattr(module, name, None)
-    if not callable(fn):
-        raise UserError(f"--reward {spec}: {path} has no function {name!r}")
+    if not callable(fn) or inspect.iscoroutinefunction(fn):
+        raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and returns")
     try:
-        inspect.signature(fn).bind("problem", "text", True)
+        with contextlib.suppress(ValueError):                  # a built-in function tells no signature
+            inspect.signature(fn).bind("problem", "text", True)
     except TypeError as e:
         raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): {e}") from None
 
     def checked(problem, text, finished):
         try:
-            value = fn(problem, text, finished)
+            value = fn(copy.deepcopy(problem), text, finished)               # which it may change
         except (Exception, SystemExit) as e:
             raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: {blame(e)}") from None
         try:

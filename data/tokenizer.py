@@ -276,7 +276,7 @@ def read_model(spec, path):
     model = spec.get("model") or {}
     kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else model.get("type", "BPE")
     affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if kind != "BPE" or affix or "merges" not in model:
+    if kind != "BPE" or affix or model.get("merges") is None:
         affix = f" with {affix!r} around words" if affix else ""
         raise UserError(f"{path} holds {kind}{affix}, not byte-level BPE: {CHOOSE}")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]

@@ -103,7 +103,8 @@ def test_a_range_knows_what_is_in_it(text, inside, outside, words):
                                                       ("0", 3, run.Count, "at least 1"),
     ("1", 0.5, run.Fraction, "below 1"), ("1", 0.5, run.Share, ""),
                                                       ("1e400", 1.0, None, "must be at least 0"),
-    ("3000000000", 1, None, "at most 2147483647"), ("9" * 5000, 1, None, "expected int"),
+    ("3000000000", 1, None, "at most 2147483647"),
+    ("1e31", 1.0, None, "at most 1e"), ("-1e300", -5.0, None, "at most 1e"), ("9" * 5000, 1, None, "expected int"),
                                                       ("c", "a", Literal["a", "b"],
      "choose from a, b"), (3, 0, Literal[0, 1], "choose from 0, 1"), (True, 1.0, None, "expected float"),
     (True, 1, None, "expected int"), (1, True, None, "expected bool"), ([1], 1.0, None, "expected float"),
@@ -525,7 +526,7 @@ def test_a_broken_state_names_the_next_older_checkpoint(fault, workdir):
     ("run.json", '{"config": {}, "config": {}}', "stands twice"),
     ("log.jsonl", "[]\n{}\n", "log.jsonl:1: no row"),
                                                ("log.jsonl", '{"step": "x"}\n{}\n', "log.jsonl:1: no row"),
-    ("data.txt", "other text", "the file --name data.txt is not what it was")])
+    ("data.txt", "other text", "--name data.txt does not hold what it did")])
 def test_a_run_s_own_files_are_read_with_care(name, text, words, workdir):
     (workdir / "data.txt").write_text("text")
     with Run(*conf("--out", "o", "--name", "data.txt"), "t") as r:
@@ -534,6 +535,27 @@ def test_a_run_s_own_files_are_read_with_care(name, text, words, workdir):
     (workdir / (name if name == "data.txt" else f"o/{name}")).write_text(text)
     with pytest.raises(UserError, match=words):
         Run(*conf("--out", "o", "--resume", "--name", "data.txt"), "t")
+
+
+def test_a_checkpoint_that_changed_is_not_the_one_the_run_began_with(workdir):
+    """the folder that a field names: its config, and its weights' size, first and last megabyte"""
+    (workdir / "m").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (workdir / "m" / name).write_bytes(b"x" * (5 << 20))
+    began(*conf("--out", "o", "--name", "m"))
+    Run(*conf("--out", "o", "--name", "m", "--resume"), "t").release()
+    (workdir / "m/model.safetensors").write_bytes(b"x" * (5 << 20) + b"y")
+    with pytest.raises(UserError, match="--name m does not hold what it did"):
+        Run(*conf("--out", "o", "--name", "m", "--resume"), "t")
+
+
+def test_a_state_of_another_run_is_refused(workdir):
+    for out in "ab":
+        with Run(*conf("--out", out), "t") as r:
+            r.save(1, fake, x=torch.tensor(ord(out)))
+    (workdir / "a/step-000001/state.pt").write_bytes((workdir / "b/step-000001/state.pt").read_bytes())
+    with pytest.raises(UserError, match="a/step-000001/state.pt is not as this run wrote it"):
+        Run(*conf("--out", "a", "--resume"), "t")
 
 
 def test_a_run_of_another_script_is_not_resumed(workdir):

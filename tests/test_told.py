@@ -145,6 +145,7 @@ def test_the_case_of_a_lone_surrogate():
     ("def f(problem, text, finished):\n    return 1 / 0",
      r"failed on the response 'hi': ZeroDivisionError.*\(line 2\)"),
     ("import sys\ndef f(problem, text, finished): sys.exit(0)", "failed on the response"),
+    ("async def f(problem, text, finished): return 1.0", "has no function 'f' that is called and returns"),
     ("def f(text): return 1.0", r"it is called as f\(problem, text, finished\)"),
     ("def f(a, b, c, d): return 1.0", "it is called as"), ("f = 5", "has no function 'f'"),
                                          ("def g(a, b, c): return 1", "has no"),
@@ -155,6 +156,24 @@ def test_a_reward_is_called_with_care(code, words, workdir):
     (workdir / "mine.py").write_text(code)
     with pytest.raises(UserError, match=words):
         scorer("mine.py:f", task("arithmetic"))({}, "hi", True)
+
+
+def test_a_reward_may_be_an_object_and_careless(workdir):
+    (workdir / "mine.py").write_text("""
+from dataclasses import dataclass
+
+@dataclass
+class Score:
+    unit: float = 0.5
+
+    def __call__(self, problem, text, finished):
+        problem.clear()
+        return self.unit
+
+f = Score()
+""")
+    problem = dict(prompt="a")
+    assert scorer("mine.py:f", task("arithmetic"))(problem, "hi", True) == 0.5 and problem
 
 
 @pytest.mark.parametrize("value", ["1", "True", "0.5", "torch.tensor(0.5)"])
