@@ -669,7 +669,7 @@ def check(c, f, world):
         if key == "judge":
             peek(path, scalar=True, option="--judge")
         else:
-            sft.find(path, c.config, make=False)
+            sft.find(path, c.config, make=False, option=f"--{key}")
     if static and (c.anchor == "previous" or "prev_ratio" in reads(f)):
         raise UserError(f"--source {c.source}: its rows are made once, so there is no previous policy; "
                         f"use --anchor start, and a loss without one")

@@ -892,7 +892,7 @@ def check(c, f, task):
         tasks.check_data(name, is_text=False)
     sft.find(c.init, c.config, make=False)
     if "teach_logp" in asked:
-        sft.find(c.teacher, c.config, make=False)
+        sft.find(c.teacher, c.config, make=False, option="--teacher")
     return asked
 
 

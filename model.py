@@ -948,21 +948,22 @@ def check_config(d, kind, where):
     inner = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
     sizes = dict.fromkeys((*SIZES, inner, "num_key_value_heads", "head_dim", "num_experts_per_tok",
                            "num_local_experts"), "size")
-    expect(d, where, (*SIZES, inner, "architectures"), **sizes, num_experts="whole", rms_norm_eps="positive",
+    expect(d, where, (*SIZES, inner), **sizes, num_experts="whole", rms_norm_eps="positive",
            rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag", mlp_bias="flag",
            norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size", hidden_act="text",
            rope_scaling="object", rope_parameters="object", quantization_config="object",
            architectures="list", router_aux_loss_coef="number", layer_widths="list", swift_layer="whole",
            shared_heads="whole", routed_heads="whole", head_router="text", mlp_only_layers="list",
-           decoder_sparse_step="size")
+           decoder_sparse_step="size", num_labels="size", id2label="object", max_window_layers="whole")
     heads = d["num_attention_heads"]
     groups, width = d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] / heads
     experts = d.get("num_local_experts", d.get("num_experts", 0))
     names = [f"{ARCHITECTURES[kind]}For{x}" for x in ("CausalLM", "SequenceClassification")]
     widths, router = d.get("layer_widths") or [], d.get("head_router", "learned")
+    kinds = d.get("architectures") if d.get("architectures") is not None else names
+    labels = d.get("num_labels") or len(d.get("id2label") or [0])
     for wrong, words in (
-            (d["architectures"][:1] not in [[x] for x in names],
-             f"architectures is {d['architectures']}: expected [{names[0]!r}], or for a reward model "
+            (kinds[:1] not in [[x] for x in names], f"architectures is {kinds}: expected [{names[0]!r}], or for a reward model "
              f"[{names[1]!r}]"),
             (heads % groups, f"{heads} attention heads do not share {groups} key heads evenly"),
             (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
@@ -971,6 +972,7 @@ def check_config(d, kind, where):
             (not all(type(x) is int and x >= 0 for x in widths), f"layer_widths {widths}: whole numbers"),
             (d.get("swift_layer", 0) >= d["num_hidden_layers"], "swift_layer is beyond the last layer"),
             (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads, "more routed heads than heads"),
+            (kinds[:1] == names[1:] and labels != 1, f"{labels} labels: a reward model has one score"),
             (router not in ("learned", "norm"), f"head_router is {router!r}: expected learned or norm")):
         if wrong:
             raise UserError(f"{where}: {words}")
@@ -1005,7 +1007,8 @@ def from_hf(d, where="config.json"):
                else nearest(str(kind), ARCHITECTURES))
         raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
     check_config(d, kind, where)
-    window = d.get("sliding_window") if d.get("use_sliding_window", kind == "mixtral") else None
+    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
+    window = d.get("sliding_window") if slides and d.get("use_sliding_window", kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
     expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
     refuse = dict(hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"), mlp_bias=d.get("mlp_bias", False),
@@ -1210,7 +1213,8 @@ def frame(path):
     eos = ends(read_json(extra), extra) if extra.exists() else ()
     config = replace(config, eos_token_id=eos) if eos else config
     with torch.device("meta"):
-        model = (ScalarModel if "SequenceClassification" in raw["architectures"][0] else Transformer)(config)
+        scalar = "SequenceClassification" in (raw.get("architectures") or [""])[0]
+        model = (ScalarModel if scalar else Transformer)(config)
         repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
     held = {name for name, _ in model.named_buffers()}       # packed weights: their dtype is their format
     stored, files = tensors(path), {}

@@ -485,7 +485,7 @@ def check(c, f):
         raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at least two")
     sft.find(c.init, c.config, make=False)
     if needs_base(c, f):
-        sft.find(c.base, c.config, make=False)
+        sft.find(c.base, c.config, make=False, option="--base")
     if "judged" in needs(f.reward):
         peek(c.reward, scalar=True, option="--reward")
 

@@ -813,16 +813,17 @@ def base(presets, like="", **changes):
     return checkpoint(folder)
 
 
-def find(path, like, make=True, **changes):
+def find(path, like, make=True, option="--init", **changes):
     """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself.
 
     make False: only look, so that what is missing is told before anything is made; -> the longest context
-    that it will have. Raises UserError for an unknown preset, and a folder that is no language model.
+    that it will have. Raises UserError, which names `option`, for an unknown preset, and for a folder that is
+    no language model.
     """
     if path.startswith("base:"):
         presets = path.removeprefix("base:")
         return base(presets, like, **changes) if make else longest(configured(presets, like, **changes)[2][0])
-    return path if make else peek(path).max_position_embeddings
+    return path if make else peek(path, option=option).max_position_embeddings
 
 
 def longest(c):
@@ -1036,7 +1037,7 @@ def check(c, f, ranks):
         if key in names or key == "teacher" and "kl" in names:
             if not getattr(c, key):
                 raise UserError(f"--loss {c.loss} needs --{key} CHECKPOINT (dpo.py makes such ones)")
-            find(getattr(c, key), c.config, make=False)
+            find(getattr(c, key), c.config, make=False, option=f"--{key}")
     if c.init:
         most = find(c.init, c.config, make=False)
         if c.context > most:

@@ -1161,7 +1161,7 @@ def check(c, f):
         if re.fullmatch(r"\d+x\d+", c.draft):
             preset(c.draft, prefs.tokenizer())
         else:
-            sft.find(c.draft, c.config, make=False)
+            sft.find(c.draft, c.config, make=False, option="--draft")
     for key in {"thresholds", "alphas"} & f.decode.keywords.keys():
         numbers(f.decode.keywords[key], key)
     for key in {"small_model", "middle_model"} & f.decode.keywords.keys():

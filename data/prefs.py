@@ -717,11 +717,11 @@ def load_labels(path, split="train"):
     repeated rows are left out.
     """
     rows = {}
-    for row in read_jsonl(locate(path)):
+    for i, row in enumerate(read_jsonl(locate(path)), 1):
         match row:
             case {"prompt": str(prompt), "completion": str(text), "label": label}:
                 if label not in (0, 1):
-                    raise UserError(f"{path}: the label {label!r} is neither true nor false: write either")
+                    raise UserError(f"{path}:{i}: the label {str(label)[:60]!r} is neither true nor false")
                 found = [(prompt, text, bool(label))]
             case {"question": str(prompt), "ground_truth": str(), **models}:
                 found = [(prompt, m["solution"], m.get("is_correct") is True) for m in models.values()

@@ -450,13 +450,16 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def mark_of(folder):
-    """A hash of a checkpoint: its config.json, and of each weights file the size, the first and the last MB."""
-    mark = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            mark.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
+def mark_of(folder, files=()):
+    """A hash of a checkpoint's files (by default config.json and the weights): of each the name, the size, and
+    the first and the last 32 MB."""
+    mark, most = hashlib.sha256(), 1 << 25
+    for name in files or sorted(["config.json", *(p.name for p in folder.glob("*.safetensors"))]):
+        size = (folder / name).stat().st_size
+        mark.update(f"{name} {size}".encode())
+        with open(folder / name, "rb") as file:
+            mark.update(file.read(most))
+            file.seek(max(file.tell(), size - most))
             mark.update(file.read())
     return mark.hexdigest()
 
@@ -640,7 +643,7 @@ class Run:
         self.state, self.start, self.last = None, 0, None
         self.at = 0                                            # steps of a run's earlier stages
         self.release, rows = (lambda: None), []
-        self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, states={},
+        self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, marks={},
                          command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
                          source=source(), process=f"{os.getpid()} on {platform.node()}",
                          versions=dict(python=platform.python_version(), torch=torch.__version__))
@@ -714,28 +717,33 @@ class Run:
         """Read what the run left: its settings, which must be the same, and its newest checkpoint's state."""
         old = read_json(home / "run.json", "it is the run's record: start the run anew, in another folder")
         expect(old, home / "run.json", ("config",), config="object", made="object", files="object",
-               states="object", script="text", writing="text", result="object")
+               marks="object", script="text", writing="text", result="object")
         self.check_settings(old)
-        self.info |= {k: old[k] for k in ("made", "states", "writing", "result") if k in old}
+        self.info |= {k: old[k] for k in ("made", "marks", "writing", "result") if old.get(k) is not None}
         self.last = (steps_of(home) or [None])[-1]
+        made = sorted((int(m[1]), home / k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
+        if made and made[-1][1].exists() and made[-1][1] not in steps_of(home):
+            raise UserError(f"{made[-1][1]} has no config.json any more{older_than(made[-1][1])}")
         if self.last:
             self.state = read_state(self.last / "state.pt")
             self.start = self.state["step"]
-            written = self.info["states"].get(self.last.name)
-            if written and written != sha256(self.last / "state.pt"):
-                raise UserError(f"{self.last / 'state.pt'} is not as this run wrote it{older_than(self.last)}")
+            files, written = (self.info[x].get(self.last.name) for x in ("made", "marks"))
+            changed = written and any(not (self.last / x).is_file() for x in files) or (
+                written and written != mark_of(self.last, files))
+            if changed or self.start != int(self.last.name[5:]):
+                raise UserError(f"{self.last} is not as this run wrote it{older_than(self.last)}")
         self.say(f"resuming {home} at step {self.start}")
 
     def check_settings(self, old):
         """--resume must not change what is computed. Raises UserError naming the first thing that did."""
-        if old.get("script", self.info["script"]) != self.info["script"]:
+        if (old.get("script") or self.info["script"]) != self.info["script"]:
             raise UserError(f"--resume: that run is one of {old['script']}.py")
         was, new = old["config"], self.info["config"]
         for key in sorted(new.keys() | was.keys()):
             if key not in FREE and was.get(key) != new.get(key):
                 raise UserError(f"--resume: {key} was {was.get(key)!r} and is now {new.get(key)!r}; "
                                 f"resume with the run's own settings, or start a new run")
-        for key, before in old.get("files", {}).items():
+        for key, before in (old.get("files") or {}).items():
             if self.info["files"].get(key) != before:
                 raise UserError(f"--resume: --{key} {new.get(key)} does not hold what it did when the run "
                                 "began: put it back, or start a new run")
@@ -872,7 +880,7 @@ class Run:
             set_aside(self.folder / name)
         os.replace(tmp, self.folder / name)
         self.info["made"][name] = files
-        self.info["states"] |= {name: sha256(self.folder / name / file) for file in dict(states)}
+        self.info["marks"][name] = mark_of(self.folder / name, files)
         del self.info["writing"]
         self.write_info()
 
@@ -882,7 +890,7 @@ class Run:
         folder = self.folder / name
         if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
             shutil.rmtree(folder, ignore_errors=True)
-        self.info["states"].pop(name, None)
+        self.info["marks"].pop(name, None)
         files = [Path(x) for x in self.info["made"].pop(name, [])]
         files = [x for x in files if Path(name).name == name and not x.is_absolute() and ".." not in x.parts]
         for file in sorted(files, key=lambda x: str(x) != "config.json"):

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from data.chains import KINDS, Chain
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
-from data.run import UserError, nearest
+from data.run import HUGE, UserError, nearest
 from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate, read_jsonl,
                        rouge_l, signatures, split_rows)
 
@@ -120,7 +120,8 @@ class Jsonl:
     def __init__(self, path="gsm8k", strip=True, last=False, max_new=320):
         self.name, self.last, self.max_new, file = Path(path).stem, last, max_new, locate(path)
         rows = examples(read_jsonl(file), file)
-        for row in rows:
+        for i, row in enumerate(rows, 1):
+            row["source"] = f"{file}:{i}"
             if "messages" in row:                                        # chat templates belong to models
                 turns = [f"{turn['role']}: {turn['content']}" for turn in row["messages"]]
                 row["prompt"] = "\n".join([*turns, "assistant: "])
@@ -530,7 +531,9 @@ def scorer(spec, task):
     module = sys.modules[found.name] = importlib.util.module_from_spec(found)            # dataclasses look there
     try:
         found.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
         raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
     fn = getattr(module, name, None)
     if not callable(fn) or inspect.iscoroutinefunction(fn):
@@ -544,15 +547,18 @@ def scorer(spec, task):
     def checked(problem, text, finished):
         try:
             value = fn(copy.deepcopy(problem), text, finished)               # which it may change
-        except (Exception, SystemExit) as e:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:
             raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: {blame(e)}") from None
         try:
+            value = value.item() if hasattr(value, "item") else value                    # of torch, numpy
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= HUGE:
             raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response {text[:60]!r}: "
-                            "expected a finite number")
+                            f"expected a finite number, up to {HUGE:g}")
         return number
     return checked
 
@@ -617,10 +623,11 @@ def check_data(name, is_text=True):
 
 def room(c, tok, problems, task, context):
     """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none fit."""
-    longest = max(len(tok.prompt(p, c.chat)) for p in problems)
+    longest, at = max((len(tok.prompt(p, c.chat)), i) for i, p in enumerate(problems))
     new = c.max_new or min(task.max_new, context - longest)
     if new < 1 or longest + new > context:
-        raise UserError(f"the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
+        where = problems[at].get("source", task.name)
+        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
                         f"the context of {context}; shorten it or lower --max_new")
     return new
 
@@ -645,8 +652,9 @@ def demonstrations(task, problems, tok, width, chat=False):
     for i, p in enumerate(problems):
         prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
         if len(prompt) >= width:
-            raise UserError(f"{task.name}, row {i + 1}: a prompt of {len(prompt)} tokens does not fit "
-                            f"--context {width}; raise it or shorten the prompt")
+            where = p.get("source", f"{task.name}, row {i + 1}")
+            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context {width}; raise "
+                            "it or shorten the prompt")
         long += len(prompt) + len(completion) > width
         out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
     if long:
@@ -661,4 +669,7 @@ def rows(c, tok, split):
         return packed(documents(c.data, split), tok, c.context)
     found = task(c.data)
     problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
-    return demonstrations(found, problems, tok, c.context, c.chat)
+    fitting = demonstrations(found, problems, tok, c.context, c.chat)
+    if split == "train" and not fitting:
+        raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion together; raise it")
+    return fitting

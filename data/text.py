@@ -226,7 +226,9 @@ def locate(name_or_path):
     """Path of a named download or of a file; UserError with the nearest known name where there is neither."""
     path = Path(name_or_path)
     if name_or_path not in NAMED and not path.is_file():
-        known = ["stdlib", *NAMED, *(str(p) for p in path.parent.glob(f"*{path.suffix}"))]
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give a file")
+        known = ["stdlib", *NAMED, *(str(p) for p in path.parent.glob(f"*{path.suffix}") if p.is_file())]
         raise UserError(f"no file and no named data {str(path)!r}{nearest(str(path), known)}")
     return download(name_or_path) if name_or_path in NAMED else path
 

@@ -319,16 +319,27 @@ def read_nfc(normalizer) -> bool:
 def read_id(end, settings, ids):
     """Id of "bos", "eos" or "pad": the first file that has the key decides, null included."""
     for setting in settings:
+        if not isinstance(setting.get(f"{end}_token"), (str, dict, type(None))):
+            raise UserError(f"{end}_token is {str(setting[f'{end}_token'])[:60]!r}: expected a token's text")
         for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id") if key in setting):
-            value = value.get("content") if isinstance(value, dict) else value
-            value = value[0] if isinstance(value, list) and value else value    # several: the first counts
-            if isinstance(value, str) and value not in ids:
-                raise UserError(f"{end}_token {value!r} is not in tokenizer.json: add it to its added_tokens")
-            if not isinstance(value, (str, type(None))) and type(value) is not int:
-                raise UserError(f"{end}_token is {str(value)[:60]!r}: expected a token's text or its id")
-            found = ids.get(value, value)
-            return found if isinstance(found, int) and found >= 0 else None             # -1: none
+            return one_end(end, value, ids)
     return None
+
+
+def one_end(end, value, ids):
+    """The id that a key's value means: a token's text, {"content": text}, its id, a list of ids (the first
+    counts), null or -1 for none. UserError for anything else."""
+    text = value.get("content", 0) if isinstance(value, dict) else value
+    number = value[0] if isinstance(value, list) and value else value
+    if value is None:
+        return None
+    if isinstance(text, str):
+        if text not in ids:
+            raise UserError(f"{end}_token {text!r} is not in tokenizer.json: add it to its added_tokens")
+        return ids[text]
+    if type(number) is not int:
+        raise UserError(f"{end}_token is {str(value)[:60]!r}: expected a token's text or its id")
+    return number if number >= 0 else None
 
 
 def reachable(pairs) -> list[bytes]:

@@ -303,7 +303,7 @@ TEXTS = dict(empty="", blank=" \n ", bytes=b"\xff\xfe\xff", short="a", separator
 NO_TEXTS = dict(empty=[dict(text="")], blank=[dict(text=" \n ")] * 3, number=[dict(text=5)],
                 none=[dict(text=None)])
 REWARDS = ("return None", "return 'good'", "return float('nan')", "return float('inf')", "return 1 / 0",
-           "return [1]", "import sys; sys.exit(0)", "return 10 ** 400", "raise NameError")
+           "return [1]", "import sys; sys.exit(0)", "return 10 ** 400", "raise BaseException", "return 1e39")
 SOURCES = ("def f(x): return 1", "def f(a, b, c, d): return 1", "f = 5", "def f(: return", "import nosuch",
            "1 / 0", "\x00", "raise SystemExit(0)", "def g(a, b, c): return 1")
 
@@ -343,7 +343,7 @@ LINEAR, LLAMA3 = dict(rope_type="linear"), dict(rope_type="llama3", factor=8.0)
 QUANT = dict(quant_method="minimal-post-training", layers=5)
 CONFIG = dict(                           # values that a key of config.json must not have; base has two layers
     model_type=("nosuch", None, 5, [], "gpt2"),
-    architectures=([], None, ["GPT2LMHeadModel"], "x", [5]),
+    architectures=([], ["GPT2LMHeadModel"], "x", [5]),
     vocab_size=(0, -1, 1.5, "x", None, True, 10 ** 12, 100),
     hidden_size=(0, None, 48, "32", 31),
     intermediate_size=(0, None, 33),
@@ -361,13 +361,13 @@ CONFIG = dict(                           # values that a key of config.json must
     hidden_act=("gelu", 5),
     quantization_config=(5, dict(quant_method="gptq"), QUANT),
     eos_token_id=("x", 1.5, [[]], 10 ** 9, {}),
-    bos_token_id=("x", 10 ** 9),
-    pad_token_id=([[1]], 10 ** 9),
+    bos_token_id=("x", [], [1], 10 ** 9),
+    pad_token_id=([[1]], [1], 10 ** 9),
     layer_widths=([-1], "x", [1, 2, 3]),
     swift_layer=(9, -1),
     routed_heads=(9,),
     head_router=("x", 5))
-NEEDED = ("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers",
+NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers",
           "num_attention_heads", "intermediate_size", "max_position_embeddings")
 TENSORS = dict(                          # {name: tensor} -> what must be refused
     bias=lambda t: t | {Q.replace("weight", "bias"): torch.zeros(32)},
@@ -384,6 +384,7 @@ TENSORS = dict(                          # {name: tensor} -> what must be refuse
     float8=lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)},
     nan=lambda t: t | {Q: t[Q] * torch.nan},
     inf=lambda t: t | {Q: t[Q] + torch.inf},
+    overflow=lambda t: t | {Q: t[Q].double() * 1e300},
     one_nan=lambda t: t | {Q: t[Q].index_fill(0, torch.tensor([3]), torch.nan)})
 INDEX = dict(                            # weight_map of two shards -> what must be refused
     outside=lambda m: m | {Q: "../x.safetensors"},
@@ -410,6 +411,7 @@ TOKENIZER = dict(                        # the object of tokenizer.json, to be c
     vocab_huge=lambda d: d["model"]["vocab"].update(zz=10 ** 12),
     vocab_twice=lambda d: d["model"]["vocab"].update(zz=5),
     vocab_beyond=lambda d: d["model"]["vocab"].update(zz=5000),
+    merges_none=lambda d: d["model"].update(merges=None),
     merges_text=lambda d: d["model"].update(merges="x"),
     merges_numbers=lambda d: d["model"].update(merges=[1]),
     merges_one=lambda d: d["model"].update(merges=["ab"]),
@@ -426,7 +428,7 @@ TOKENIZER = dict(                        # the object of tokenizer.json, to be c
     pre_regex=lambda d: d.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[REGEX, LEVEL])),
     normaliser=lambda d: d.update(normalizer=dict(type="Lowercase")),
     normaliser_text=lambda d: d.update(normalizer="x"))
-ENDS = ("<nosuch>", 1.5, None, dict(x=1))          # eos_token of tokenizer_config.json
+ENDS = ("<nosuch>", 1.5, 5, [5], None, dict(x=1), dict(content=5))          # eos_token of tokenizer_config.json
 
 
 def changed(name, change):
@@ -522,10 +524,10 @@ def info(folder, **keys):
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
-def not_finite(folder):
-    """NaN in the newest checkpoint's weights."""
+def scaled(folder, factor):
+    """One tensor of the newest checkpoint's weights times a factor."""
     found = load_file(newest(folder, "model.safetensors"))
-    found[min(found)] = found[min(found)] * torch.nan
+    found[min(found)] = found[min(found)] * factor
     save_file(found, newest(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -535,9 +537,14 @@ FAULTS = dict(
     no_state=lambda f: newest(f, "state.pt").unlink(),
     text_state=lambda f: newest(f, "state.pt").write_text("state"),
     list_state=lambda f: torch.save([], newest(f, "state.pt")),
+    other_state=lambda f: torch.save(dict(step=2), newest(f, "state.pt")),
+    older_state=lambda f: shutil.copy(f / "run/step-000001/state.pt", f / "run/step-000002"),
+    other_weights=lambda f: scaled(f, 1.5),
+    no_config=lambda f: newest(f, "config.json").unlink(),
+    init=lambda f: shutil.copy(f / "small/config.json", f / "base"),
     weights=lambda f: cut(newest(f, "model.safetensors")),
     no_weights=lambda f: newest(f, "model.safetensors").unlink(),
-    nan=not_finite,
+    nan=lambda f: scaled(f, torch.nan),
     config=lambda f: cut(newest(f, "config.json")),
     tokenizer=lambda f: cut(newest(f, "tokenizer.json")),
     info=lambda f: cut(f / "run/run.json"),

@@ -441,8 +441,7 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
 @pytest.mark.parametrize("key, value, words", [
     *((k, None, f"{k} is missing") for k in ("vocab_size", "hidden_size", "num_hidden_layers",
                                              "num_attention_heads",
-                                            "intermediate_size", "max_position_embeddings",
-                                             "architectures")),
+                                            "intermediate_size", "max_position_embeddings")),
     *((k, 0, f"{k} is '0': expected a whole number from 1") for k in (
         "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")),
     ("vocab_size", "512", "expected a whole number"), ("vocab_size", True, "expected a whole number"),

@@ -549,12 +549,23 @@ def test_a_checkpoint_that_changed_is_not_the_one_the_run_began_with(workdir):
         Run(*conf("--out", "o", "--name", "m", "--resume"), "t")
 
 
+def test_a_newest_checkpoint_without_its_config_is_not_passed_over(workdir):
+    with Run(*conf("--out", "o"), "t") as r:
+        r.save(1, fake)
+        r.save(2, fake)
+    (workdir / "o/step-000002/notes.txt").write_text("mine")         # what the user adds is no change
+    Run(*conf("--out", "o", "--resume"), "t").release()
+    (workdir / "o/step-000002/config.json").unlink()
+    with pytest.raises(UserError, match="step-000002 has no config.json any more; the next older .*step-000001"):
+        Run(*conf("--out", "o", "--resume"), "t")
+
+
 def test_a_state_of_another_run_is_refused(workdir):
     for out in "ab":
         with Run(*conf("--out", out), "t") as r:
             r.save(1, fake, x=torch.tensor(ord(out)))
     (workdir / "a/step-000001/state.pt").write_bytes((workdir / "b/step-000001/state.pt").read_bytes())
-    with pytest.raises(UserError, match="a/step-000001/state.pt is not as this run wrote it"):
+    with pytest.raises(UserError, match="a/step-000001 is not as this run wrote it"):
         Run(*conf("--out", "a", "--resume"), "t")
 
 
