@@ -223,7 +223,7 @@ def hinge(chosen_ratio, rejected_ratio, *, gamma=0.05):
     """RSO's hinge-norm, 2309.06657:  max(0, 1 - γ h)."""
     return F.relu(1 - gamma * (chosen_ratio - rejected_ratio))
 
-def exo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 1e-3):
+def exo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("(0, 0.5)") = 1e-3):
     """EXO, 2402.00856:  KL((q, 1-q) || (1-e, e)),  q = σ(βh)."""
     z = beta * (chosen_ratio - rejected_ratio)
     q = torch.sigmoid(z)
