@@ -85,7 +85,7 @@ from data import prefs, tasks
 from data.judging import JUDGES, auroc
 from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices, cli,
                       in_parts, launch, needs, read_log, report)
-from data.sources import SOURCES, STATIC, demo, forget, per_prompt, row
+from data.sources import SHOWN, SOURCES, STATIC, demo, forget, per_prompt, row
 from data.text import CACHE
 from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save, sequence_score,
                    token_logprobs)
@@ -237,7 +237,7 @@ F_PRIME = dict(forward_kl=lambda d, a: -torch.exp((-d).clamp(max=80)), js=lambda
                alpha=lambda d, a: -torch.expm1((-a * d).clamp(max=80)) / a, reverse_kl=lambda d, a: d)
 
 def fdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1,
-         divergence: Literal[*F_PRIME] = "js", alpha=0.5):
+         divergence: Literal[*F_PRIME] = "js", alpha: Range("(0, 1)") = 0.5):
     """f-DPO, 2309.16240:  -log σ(β [f'(u_w) - f'(u_l)]),  u = e^d.
 
     f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1. Exponents stop at 80.
@@ -292,7 +292,9 @@ def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, 
     return -logs(z) - alpha * torch.sigmoid(-z).detach() * beta * push
 
 def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight,
-             chosen_mask, rejected_mask, *, beta: Positive = 0.1, reward_mask="map", kl_mask="map", l1=0.0):
+             chosen_mask, rejected_mask, *, beta: Positive = 0.1, l1=0.0,
+             reward_mask: Literal["map", "ones", "zeros"] = "map",
+             kl_mask: Literal["map", "ones", "zeros"] = "map"):
     """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d KL(π_ref||π)_t.
 
     Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros): ones and
@@ -655,16 +657,28 @@ def check(c, f, world):
     """UserError for rows of the config that do not go together, and for all else that can be known before
     anything is made: files and folders."""
     names, static = needs(f.loss), c.source in STATIC
-    for name in {x for given in GIVES.values() for x in given if x in names} - set(GIVES[c.statistic]):
+    given = {name for some in GIVES.values() for name in some}
+    for name in sorted(given & set(names) - set(GIVES[c.statistic])):
         raise UserError(f"--loss {c.loss} reads {name}: --statistic {c.statistic} does not give it; see the "
                         "presets (--help)")
+    if c.loss == "inpo" and not f.loss.keywords["tau"] <= f.loss.keywords["eta"]:
+        raise UserError("--loss inpo: --tau is at most --eta")
+    if c.source in SHOWN and world is None:
+        raise UserError(f"--source {c.source} reads demonstrations: take a world, --data ring or toyif")
+    if (c.source == "signs" or c.judge == "duel") and c.data != "ring":
+        raise UserError(f"--source {c.source} --judge {c.judge}: only Ring has groups of annotators, and "
+                        "intransitive ones; take --data ring")
+    if "mismatched" in needs(f.statistic) and c.batch < 2:
+        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
     if "good" in needs(f.statistic) and c.source not in ("labels", "forget"):
         raise UserError(f"--statistic {c.statistic} reads labels, which --source {c.source} does not give")
     if "gap" in needs(f.statistic) and c.source in ("labels", "forget"):
         raise UserError(f"--statistic {c.statistic} reads pairs, which --source {c.source} does not give")
     if world is None and not (c.source == "labels" and prefs.load_labels(c.data)):
         prefs.check_pairs(c.data)
-    sft.find(c.init, c.config, make=False)
+    most = sft.find(c.init, c.config, make=False)
+    if c.max_new >= most:
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     for key, path in judges(c, f).items():
         if key == "judge":
             peek(path, scalar=True, option="--judge")

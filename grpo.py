@@ -890,7 +890,9 @@ def check(c, f, task):
     tasks.scorer(c.reward, task)
     for name in filter(None, c.watch.split(",")):
         tasks.check_data(name, is_text=False)
-    sft.find(c.init, c.config, make=False)
+    most = sft.find(c.init, c.config, make=False)
+    if c.max_new >= most:
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     if "teach_logp" in asked:
         sft.find(c.teacher, c.config, make=False, option="--teacher")
     return asked

@@ -41,7 +41,7 @@ from torch import nn
 
 import kernels
 from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli, device_of,
-                      expect, nearest, not_finite, older_than, read_json, sha256)
+                      expect, nearest, not_finite, older_than, read_json, refuse_ranks, sha256)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -963,8 +963,8 @@ def check_config(d, kind, where):
     kinds = d.get("architectures") if d.get("architectures") is not None else names
     labels = d.get("num_labels") or len(d.get("id2label") or [0])
     for wrong, words in (
-            (kinds[:1] not in [[x] for x in names], f"architectures is {kinds}: expected [{names[0]!r}], or for a reward model "
-             f"[{names[1]!r}]"),
+            (kinds[:1] not in [[x] for x in names],
+             f"architectures is {kinds}: expected [{names[0]!r}], or of a reward model [{names[1]!r}]"),
             (heads % groups, f"{heads} attention heads do not share {groups} key heads evenly"),
             (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
             (kind in ("mixtral", "qwen3_moe") and not d.get("num_experts_per_tok", 2) <= experts,
@@ -1011,7 +1011,8 @@ def from_hf(d, where="config.json"):
     window = d.get("sliding_window") if slides and d.get("use_sliding_window", kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
     expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
-    refuse = dict(hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"), mlp_bias=d.get("mlp_bias", False),
+    refuse = dict(hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
+                  mlp_bias=d.get("mlp_bias", False),
                   attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
                   decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
                   quantization_config=quant and quant.get("quant_method") != QUANT,
@@ -1275,7 +1276,8 @@ def load(path, device="cpu", dtype=torch.float32):
             # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
             state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
             if not_finite(state[name]):
-                raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: copy it again")
+                raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: copy it "
+                                "again")
         for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
             if sha256(path / name) != expected:
                 raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
@@ -1293,10 +1295,17 @@ def load(path, device="cpu", dtype=torch.float32):
 # --- command line -------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as ours are."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help shows what there is")
+
+
 def main(argv=None):
     """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the floor."""
-    p = argparse.ArgumentParser(description="sample from a checkpoint",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description="sample from a checkpoint", allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
     p.add_argument("--prompt", default="", help="text to continue, or what the user says if --chat")
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
@@ -1309,7 +1318,8 @@ def main(argv=None):
     a = p.parse_args(argv)
     for key, kind in dict(tokens=Count, temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
                           seed=NonNegative).items():
-        cast(key, getattr(a, key), p.get_default(key), kind)
+        cast(key.replace("_", "-"), getattr(a, key), p.get_default(key), kind)
+    refuse_ranks("model.py")
     a.device = device_of(a.device)
     model, tokenizer = load(a.path, a.device,
                             torch.bfloat16 if a.device.startswith("cuda") else torch.float32)

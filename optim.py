@@ -48,7 +48,7 @@ from torch import nn
 from torch.optim.adamw import adamw as torch_adamw
 
 from data.formats import pack_bits, unpack_bits
-from data.run import Count, Fraction, Positive, Share, UserError, hyper, nearest, needs
+from data.run import Count, Fraction, Positive, Range, Share, UserError, hyper, nearest, needs
 from kernels import PackedLinear, newton_schulz
 
 # --- 1 shared pieces ----------------------------------------------------------------------------------
@@ -1029,7 +1029,8 @@ def wsd(step, steps, warmup=0, *, cooldown: Share = 0.2, shape: Literal[*COOLDOW
     return warm(step, warmup) * (COOLDOWNS[shape](min(1.0, done)) if done > 0 else 1.0)
 
 
-def power(step, steps, warmup, lr, batch, tokens, *, a: Positive = 4.0, b=-0.51, cooldown: Share = 0.1):
+def power(step, steps, warmup, lr, batch, tokens, *, a: Positive = 4.0, b: Range("[-9, 9]") = -0.51,
+          cooldown: Share = 0.1):
     """Power scheduler, 2408.13359.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
     there): it does not depend on `steps`, but for a linear end over the last `cooldown` of them."""
     n = (step + 1) * tokens

@@ -483,7 +483,9 @@ def check(c, f):
     tasks.check_data(c.data, is_text=False)
     if "samples" in needs(f.advantage) and c.samples < 2:
         raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at least two")
-    sft.find(c.init, c.config, make=False)
+    most = sft.find(c.init, c.config, make=False)
+    if c.max_new >= most:
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     if needs_base(c, f):
         sft.find(c.base, c.config, make=False, option="--base")
     if "judged" in needs(f.reward):

@@ -1138,10 +1138,16 @@ def unread(c, f):
              "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt", "stop")
     fields = dict.fromkeys(names, (drafts, "--decode speculative"))
     fields |= dict(samples=(not drafts, "decoders that draw several samples a prompt"))
+    if drafts and not (c.steps and "draft" in needs(f.drafter)):
+        trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh")
+        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
+    elif drafts:
+        fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
+                       refresh=(c.source != "data", "--source that samples"))
     if drafts:
-        fields |= dict(draft=("draft" in needs(f.drafter), "drafters that are models"),
-                       ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
-                       refresh=(c.source != "data", "--source that samples"),
+        sampled = bool(c.temperature)
+        fields |= dict(top_k=(sampled, "--temperature above 0"), top_p=(sampled, "--temperature above 0"),
+                       draft=("draft" in needs(f.drafter), "drafters that are models"),
                        prompt=(corpus, "a text as --data"), chat=(not corpus, "demonstrations, not a text"))
     return {key: reader for key, (read, reader) in fields.items() if not read}
 
@@ -1157,6 +1163,15 @@ def check(c, f):
     most = sft.find(c.init, c.config, make=False)
     if f.decode.func is speculative and c.context > most:
         raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if f.decode.keywords.get("lenience", 1) < 1 and not c.temperature:
+        raise UserError("--lenience below 1 is for sampling: give a --temperature")
+    if c.decode in ("equilibrium", "self_eval") and c.samples < 2:
+        raise UserError(f"--samples {c.samples}: --decode {c.decode} compares samples: at least 2")
+    if f.decode.func is speculative and f.length.keywords.get("gamma", 0) >= most:
+        raise UserError(f"--gamma {f.length.keywords['gamma']}: a draft longer than the target's context of "
+                        f"{most}")
+    if f.decode.func is speculative and is_corpus(c.data) and c.prompt + c.max_new > most:
+        raise UserError(f"--prompt {c.prompt} and --max_new {c.max_new} exceed the {most} tokens of {c.init}")
     if f.decode.func is speculative and "draft" in needs(f.drafter):
         if re.fullmatch(r"\d+x\d+", c.draft):
             preset(c.draft, prefs.tokenizer())

@@ -67,6 +67,8 @@ ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_
 def cli(main):
     """Run main() as a command. What the user can mend (UserError, a file or a device that says no, memory
     that runs out) becomes one line and exit code 2; Ctrl-C exits with 130; only a bug has a traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")           # closed by the shell, >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):                     # a terminal without UTF-8 still gets π
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -83,16 +85,24 @@ def cli(main):
     except OSError as e:
         fail(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if number_of("RANK") and re.search("[Cc]onnection|closed by peer", str(e)):
+            sys.exit(2)                                        # rank 0 is gone, and has said why
         if type(e) is RuntimeError and not ALLOCATION.search(str(e)):
             raise
         first = (str(e) or type(e).__name__).splitlines()[0]
         fail(f"out of memory: try a smaller --micro, where there is one (results do not change); {first}")
 
 
+def number_of(name):
+    """The whole number that an environment variable of torchrun holds, 0 if it is not set or no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else 0
+
+
 def fail(why):
     """Say why in one line on stderr, and exit with 2. Of torchrun's ranks 0 speaks first: the others wait, so
     that torchrun ends them if they would only say the same, and then name themselves."""
-    me = int(os.environ.get("RANK", "0") or 0)
+    me = number_of("RANK")
     if me:
         time.sleep(3)
     print(f"rank {me}: " * (me > 0) + f"error: {' '.join(str(why).split())}", file=sys.stderr, flush=True)
@@ -215,6 +225,8 @@ def parse(argv, fields):
 def layer(name, presets):
     """One --config entry, a preset's name or a TOML file's path, as a dict of keys."""
     if name.endswith(".toml"):
+        if Path(name).exists() and not Path(name).is_file():
+            raise UserError(f"{name} is no TOML file: give a text file in UTF-8")
         try:
             row = tomllib.loads(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -236,7 +248,7 @@ def layer(name, presets):
 
 
 def bind(axis, rows, row, values):
-    """The function of an axis's row, its keyword-only arguments bound to the values that are meant for them."""
+    """The function of an axis's row, its keyword-only arguments bound to the values that are meant for it."""
     if row not in rows and not ("PATH" in rows and Path(row).exists()):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
@@ -293,8 +305,9 @@ def configure(Config, presets, axes, doc="", argv=None, unread=None):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
     c, f = Config(**resolved), SimpleNamespace(**bound)
     for key, reader in (unread(c, f) if unread else {}).items():
-        if key in typed:
-            raise UserError(f"--{key} {getattr(c, key)}: this run does not read it; it is for {reader}")
+        given = [key, *(bound[key].keywords if key in bound else ())]            # and an axis's arguments
+        if idle := [x for x in given if {x, f"{key}.{x}"} & typed]:
+            raise UserError(f"--{idle[0]}: this run does not read it; --{key} is for {reader}")
     return c, f
 
 
@@ -326,8 +339,8 @@ def refuse_ranks(name):
     """UserError under torchrun, of a script that would do the same work on every rank."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        raise UserError(f"{name}.py runs on one rank, and would do the same {ranks} times here: start it "
-                        "without torchrun (sft.py is the script that runs on several)")
+        raise UserError(f"{name} runs on one rank, and would do the same {ranks} times here: start it "
+                        "without torchrun (sft.py is what runs on several)")
 
 
 def start_ranks(device):
@@ -336,6 +349,9 @@ def start_ranks(device):
         if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
             raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one "
                             "without RANK in the environment")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            if not os.environ[name].isdigit():
+                raise UserError(f"{name} is {os.environ[name]!r} in the environment: expected a number")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -362,8 +378,14 @@ def write_text(path, text):
     """Write a file so that a reader, or a kill at any moment, sees the old or the new content, never half."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text)
+        os.replace(tmp, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({e.strerror}): free some space or choose another "
+                        "--out") from None
 
 
 def set_aside(path):
@@ -451,8 +473,8 @@ def sha256(path):
 
 
 def mark_of(folder, files=()):
-    """A hash of a checkpoint's files (by default config.json and the weights): of each the name, the size, and
-    the first and the last 32 MB."""
+    """A hash of a checkpoint's files (by default config.json and the weights): of each the name, the size,
+    and the first and the last 32 MB."""
     mark, most = hashlib.sha256(), 1 << 25
     for name in files or sorted(["config.json", *(p.name for p in folder.glob("*.safetensors"))]):
         size = (folder / name).stat().st_size
@@ -753,8 +775,13 @@ class Run:
         if self.began:
             return
         self.remove(self.info.pop("writing", ""))              # what a kill left half written
-        self.write_info()
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+        try:
+            self.write_info()
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+        except UserError:
+            if not self.c.resume:                              # a full disk: nothing had been there
+                (self.folder / "run.json").unlink(missing_ok=True)
+            raise
         self.file, self.began = open(self.folder / "log.jsonl", "a"), True
 
     def write_info(self):
@@ -1005,8 +1032,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None, unread=
     setup = partial(configure, Config, presets, axes, doc, unread=unread)
     options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
     if not ranks or "claim" in options:
-        refuse_ranks(script)
-    if "claim" not in options:
+        refuse_ranks(f"{script}.py" + " --claim" * ("claim" in options))
+    if "claim" not in options or "help" in options:
         if "help" in options and claims:
             print(f"claims (--claim NAME): {', '.join(claims)}\n")
         return train(*setup(argv))
@@ -1024,6 +1051,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None, unread=
                         "an arm would not be what its name says")
     more = options.pop("config", "")
     extra = [f"--{k}={v}" for k, v in options.items()]
+    for arm in claims[name].arms.values():                       # all options, before any arm runs
+        setup(["--config", ",".join(filter(None, (arm, more))), *extra])
     return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra,
                      config=more)
 

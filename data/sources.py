@@ -9,6 +9,7 @@ A response is {"ids": EOS where it ended by itself, "text", "finished"}.
 """
 import math
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -59,7 +60,7 @@ def pairs(s, problems, *, shuffled=False):
     return rows
 
 
-def signs(s, problems, *, groups="AB"):
+def signs(s, problems, *, groups: Literal["A", "B", "AB", "BA"] = "AB"):
     """Ring's pairs with what each group of annotators prefers: 1 the chosen, -1 the rejected one, 0 none."""
     if not isinstance(s.world, Ring):
         raise UserError("--source signs: only Ring has groups of annotators; take --data ring")
@@ -261,3 +262,4 @@ SOURCES = dict(pairs=pairs, signs=signs, labels=labels, forget=forget, lists=lis
                ranked=ranked, rso=rso, spin=spin, dno=dno_pairs, mixture=mixture, prox=prox,
                explore=explore, selm=selm_pairs, hybrid=hybrid, mpo=mpo_rows, tree=tree)
 STATIC = ("pairs", "signs", "labels", "forget")            # their rows are made once, before the first step
+SHOWN = ("forget", "dno", "spin", "tree")                  # they read a world's demonstrations or verifier

@@ -302,7 +302,7 @@ def path(size, share, stages, multiple):
 
 
 def slimmoe(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.125,
-            stages: Count = 2, importance="kd_topk",
+            stages: Count = 2, importance: Literal["random", "fisher", *LOSSES] = "kd_topk",
             share_groups: Range("(0, 1]") = 1.0, multiple: Count = 8, at_once=False):
     """SlimMoE (2506.18349): all experts and the router stay, each expert keeps its most important neurons.
 
@@ -596,7 +596,8 @@ def assemble(model, library, widths):
 
 
 def puzzle(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5, shares="100,75,50,25,0",
-           choice="dp", local_steps=100, local_lr: Positive = 1e-3, multiple: Count = 8):
+           choice: Literal["dp", "uniform", "random"] = "dp", local_steps=100, local_lr: Positive = 1e-3,
+           multiple: Count = 8):
     """Puzzle (2411.19146), its FFN half: a library of widths a layer, each distilled alone, then scored alone
     in the teacher; the best choice whose widths sum to share * L * f at most. Then cosine_kl.
 

@@ -528,7 +528,7 @@ def scorer(spec, task):
         raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a file "
                         f"that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)            # dataclasses look there
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)    # dataclasses look there
     try:
         found.loader.exec_module(module)
     except KeyboardInterrupt:
@@ -627,8 +627,8 @@ def room(c, tok, problems, task, context):
     new = c.max_new or min(task.max_new, context - longest)
     if new < 1 or longest + new > context:
         where = problems[at].get("source", task.name)
-        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new ones it exceeds "
-                        f"the context of {context}; shorten it or lower --max_new")
+        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new ones it "
+                        f"exceeds the context of {context}; shorten it or lower --max_new")
     return new
 
 
@@ -653,8 +653,8 @@ def demonstrations(task, problems, tok, width, chat=False):
         prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
         if len(prompt) >= width:
             where = p.get("source", f"{task.name}, row {i + 1}")
-            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context {width}; raise "
-                            "it or shorten the prompt")
+            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context {width}; "
+                            "raise it or shorten the prompt")
         long += len(prompt) + len(completion) > width
         out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
     if long:
@@ -671,5 +671,6 @@ def rows(c, tok, split):
     problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
     fitting = demonstrations(found, problems, tok, c.context, c.chat)
     if split == "train" and not fitting:
-        raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion together; raise it")
+        raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion together; raise "
+                        "it")
     return fitting

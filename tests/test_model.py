@@ -567,7 +567,7 @@ def test_predictions_that_are_not_finite_stop_the_sampling():
 
 @pytest.mark.parametrize("argv, words", [
     (["--tokens", "0"], "--tokens 0: must be at least 1"), (["--temperature", "nan"], "--temperature nan"),
-    (["--top-p", "2"], "--top_p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"),
+    (["--top-p", "2"], "--top-p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"),
                                          (["--device", "x"], "--device x")])
 def test_the_command_line_of_model_py(argv, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)

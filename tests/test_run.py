@@ -153,7 +153,7 @@ def test_a_field_that_the_run_does_not_read_may_not_be_typed(workdir):
 
     def resolve(*argv):
         return configure(Config, PRESETS, AXES, "", argv, unread)
-    with pytest.raises(UserError, match="--lr 0.5: this run does not read it; it is for runs with --flag"):
+    with pytest.raises(UserError, match="--lr: this run does not read it; --lr is for runs with --flag"):
         resolve("--lr", "0.5")
     (workdir / "x.toml").write_text("lr = 0.5")
     with pytest.raises(UserError, match="does not read it"):

@@ -129,9 +129,8 @@ def test_half_fine_tuning_leaves_the_other_half_alone(workdir):
 
 def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
     """pruned by half, trained, recovered: the whole model gets better too"""
-    world = ["--steps", "150", "--lr", "3e-3", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
-             "--rows", "512"]
-    run(*world, "--out", "start")
+    world = ["--steps", "150", "--lr", "3e-3", "--data", "toyif", "--context", "32", "--rows", "512"]
+    run(*world, "--tokenizer", "toyif", "--out", "start")
     run(*world, "--config", "loram", "--init", "start", "--out", "o")
     a, b = weights("start"), weights("o")
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
@@ -333,7 +332,7 @@ def bad(workdir):
     (["--data", "empty.jsonl"], "empty.jsonl: the file is empty"),
     (["--data", "broken.jsonl"], "broken.jsonl:2: not a JSON object"),
     (["--data", "odd.jsonl"], "odd.jsonl:1: no schema fits"),
-    (["--data", "long.jsonl"], "row 1: a prompt of 501 tokens does not fit --context 96"),
+    (["--data", "long.jsonl"], ": a prompt of 501 tokens does not fit --context 96"),
     (["--init", "nowhere"], "nowhere does not exist"),
     (["--init", "base:nothing"], "no preset 'nothing'"),
     (["--model", "big"], "--model big: expected LAYERSxWIDTH"),

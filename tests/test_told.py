@@ -38,7 +38,7 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     ("sft", ["--watch", "none.jsonl"], "none.jsonl"),
                                                  ("sft", ["--context", "9999"],
                                                   "--context 9999 exceeds the 512"),
-    ("sft", ["--model", "1x64"], "it is for a new model"), ("sft", ["--config", "dckd"], "needs --teacher"),
+    ("sft", ["--model", "1x64"], "--model is for a new model"), ("sft", ["--config", "dckd"], "needs --teacher"),
     ("sft", ["--config", "dckd", "--teacher", "none"], "none does not exist"),
     ("sft", ["--config", "adpa", "--teacher", "base:toyif", "--other", "none"], "none does not exist"),
     ("sft", ["--config", "pretrain", "--model", "big"], "--model big"),
