@@ -791,7 +791,7 @@ def test_a_reward_of_ones_own(shared_bases):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "exceeds the context of"),
+    (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "does not fit the"),
     (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be above 0"),
     (("--samples", "1"), "a group needs two responses"),
     (("--minibatches", "0"), "must be at least 1"), (("--lag", "-1"), "--lag -1: must be at least 0"),

@@ -383,7 +383,7 @@ def test_a_reward_model_by_its_path(shared_bases):
 @pytest.mark.parametrize("argv, words", [
     (["--reward", "cohrent"], "no reward 'cohrent'; did you mean 'coherent'"),
     (["--init", "nowhere"], "nowhere does not exist"),
-    (["--max_new", "5000"], "it exceeds the context of"),
+    (["--max_new", "5000"], "does not fit the"),
     (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
     (["--claim", "srpo"], "no claim 'srpo'; did you mean 'srppo'"),
     (["--claim", "srppo", "--seeds", "many"], "--seeds many: expected int"),

@@ -601,7 +601,7 @@ GIVEN = [*TINY, "--init", "target", "--steps", "0"]
 @pytest.mark.parametrize("argv, message", [
     (["--draft", "other"], "another vocabulary.*omnidraft"),
     (["--draft", "draft", "--gamma", "99"], "--gamma 99: a draft longer than the target's context of 64"),
-    (["--draft", "draft", "--max_new", "60"], "exceed the context of 64"),
+    (["--draft", "draft", "--max_new", "60"], "--max_new 60 exceed the 64 tokens of target"),
     (["--draft", "nowhere"], "nowhere does not exist"),
     (["--draft", "draft", "--length", "optimum"], "did you mean 'optimal'"),
     (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"], "--k 2.0: must be above 0 and at most 1"),
