@@ -978,6 +978,23 @@ def check_config(d, kind, where):
             raise UserError(f"{where}: {words}")
 
 
+def check_supported(d, kind, where):
+    """UserError for an option that is written rightly and that we do not compute."""
+    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
+    window = d.get("sliding_window") if slides and d.get("use_sliding_window", kind == "mixtral") else None
+    quant = d.get("quantization_config") or {}
+    expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
+    refuse = dict(
+        hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
+        mlp_bias=d.get("mlp_bias", False), attention_bias=d.get("attention_bias", False),
+        mlp_only_layers=d.get("mlp_only_layers"), decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
+        quantization_config=quant and quant.get("quant_method") != QUANT,
+        sliding_window=window is not None and window < d["max_position_embeddings"])
+    for key, wrong in refuse.items():
+        if wrong:
+            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
+
+
 def check_rope(rope, where):
     """UserError for rotary options that rope_table does not know, or that lack a number."""
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -998,28 +1015,15 @@ def ends(d, where, key="eos_token_id"):
 
 def from_hf(d, where="config.json"):
     """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
-    kind = d.get("model_type")
-    shaped = str(kind).startswith(SHAPED_TYPE)
-    kind = kind.removeprefix(SHAPED_TYPE) if shaped else kind
+    d = {k: v for k, v in d.items() if v is not None}            # null is what is not there
     expect(d, where, ("model_type",), model_type="text")
+    shaped, kind = d["model_type"].startswith(SHAPED_TYPE), d["model_type"].removeprefix(SHAPED_TYPE)
     if kind not in ARCHITECTURES:
         why = ("; LOST with a non-linearity: only sft.py --resume reads it" if str(kind).startswith("lost-")
                else nearest(str(kind), ARCHITECTURES))
         raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
     check_config(d, kind, where)
-    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
-    window = d.get("sliding_window") if slides and d.get("use_sliding_window", kind == "mixtral") else None
-    quant = d.get("quantization_config") or {}
-    expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
-    refuse = dict(hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
-                  mlp_bias=d.get("mlp_bias", False),
-                  attention_bias=d.get("attention_bias", False), mlp_only_layers=d.get("mlp_only_layers"),
-                  decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
-                  quantization_config=quant and quant.get("quant_method") != QUANT,
-                  sliding_window=window is not None and window < d["max_position_embeddings"])
-    for key, wrong in refuse.items():
-        if wrong:
-            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
+    check_supported(d, kind, where)
     rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
     check_rope(rope, where)
     known = {f.name for f in fields(ModelConfig)}

@@ -468,6 +468,19 @@ def test_a_config_is_read_with_care(key, value, words, tmp_path):
             read(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "rope_scaling", "num_experts", "num_experts_per_tok",
+                                 "swift_layer",
+                                 "shared_heads", "routed_heads", "head_router", "layer_widths",
+                                 "max_window_layers", "sliding_window", "pad_token_id", "architectures",
+                                 "id2label",
+                                 "tie_word_embeddings", "rms_norm_eps", "head_dim"])
+def test_null_in_a_config_is_what_is_not_there(key, tmp_path):
+    save(small("qwen2", tie_word_embeddings=False), bytes_tokenizer(), tmp_path)
+    d = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(d | {key: None}))
+    assert isinstance(load(tmp_path)[0], Transformer)
+
+
 Q = "model.layers.0.self_attn.q_proj.weight"
 TENSORS = {                              # what a file may hold, and what is said of it
     "bias": (lambda t: t | {Q.replace("weight", "bias"): torch.zeros(64)},
