@@ -994,11 +994,11 @@ def open_model(c, f, folder):
     return model, tok
 
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     structural = "teacher" in needs(f.method)
     fields = dict.fromkeys(("kd_steps", "kd_batch", "kd_lr", "kd_loss"), (structural, "methods that distil"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 
 def check_used(c, f):
@@ -1199,7 +1199,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python compress.py …: see the docstring above, or --help."""
-    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("compress", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -639,8 +639,8 @@ def judges(c, f):
     pair = ("strong", "weak") if "density" in names and shown else ()
     return {key: f.judge.keywords[key] or c.init for key in pair}
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     names, static = needs(f.loss), c.source in STATIC
     fields = dict(
         statistic=(set(GIVES[c.statistic]) & set(names), "losses that read it: beta_dpo, bco, kto"),
@@ -651,7 +651,7 @@ def unread(c, f):
         combine=("signs" in names, "--loss objectives"), credit=("credit" in reads(f), "--loss treg"),
         refresh=(not static, "sources that sample"),
         anchor=(needs_reference(c, f), "losses that read a reference"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 def check(c, f, world):
     """UserError for rows of the config that do not go together, and for all else that can be known before
@@ -1247,7 +1247,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python dpo.py …: see the docstring above, or --help."""
-    return launch("dpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("dpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -857,13 +857,13 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     return told
 
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
     fields = dict(teacher=("teach_logp" in asked, "methods that learn from one: kdrl, rlad, opd"),
                   noise_level=(c.noise, "--noise above 0"), rounds=(c.filter != "every", "a --filter"),
                   chooser=("chosen" in asked, "--surrogate clip_cov, kl_cov or drpo"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 
 def check(c, f, task):
@@ -1211,7 +1211,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python grpo.py …: see the docstring above, or --help."""
-    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

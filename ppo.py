@@ -471,11 +471,11 @@ def backward(policy, critic, batch, rows, c, f):
     return told
 
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     fields = dict(base=(needs_base(c, f), "--reward coherent or --decode contrast"),
                   critic_lr=("values" in needs(f.advantage), "--advantage gae"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 
 def check(c, f):
@@ -655,7 +655,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
-    return launch("ppo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("ppo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -1099,8 +1099,8 @@ WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | 
     ("router", "openrubrics", "judge_lora", "first", "advrm"), ("toyif",)) | dict.fromkeys(
     ("ensemble", "polar"), WORLDS)               # the worlds whose gold reward a recipe reads
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     fixed = c.recipe in ("router", "openrubrics", "thinkrm", "first", "advrm")           # they make labels
     fields = dict(noise=(c.data in WORLDS and not fixed and not c.eval, "a world's training labels"),
                   init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS), "other recipes"),
@@ -1112,7 +1112,7 @@ def unread(c, f):
         trains = ("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr", "warmup",
                   "weight_decay", "clip", "save_every", "keep")
         fields |= dict.fromkeys(trains, (False, "training, without --eval"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 def check(c, f):
     """UserError for all that can be known before anything is made: files, folders, what does not combine."""
@@ -1239,7 +1239,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python reward.py …: see the docstring above, or --help."""
-    return launch("reward", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("reward", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -727,7 +727,6 @@ def qat(model, generator, *, bits: Range("[1, 8]") = 4,
     last `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved rounded.
 
     fuse: the cooldown of --schedule wsd lasts as long."""
-    numerics.within("bits", bits, 1, 8)
     if fraction != -1:
         numerics.within("fraction", fraction, 0, 1)
     return in_blocks(model, lambda layer: numerics.QATLinear(layer, bits))
@@ -737,8 +736,6 @@ def halo(model, generator, *, level: Literal[0, 1, 2] = 2,
          format: Literal[*numerics.FORMATS] = "int8"):
     """HALO (2501.02625): the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated: level 0
     not, 1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
-    numerics.one_of("level", level, (0, 1, 2))
-    numerics.one_of("format", format, numerics.FORMATS)
     return in_blocks(model, lambda layer: numerics.HaloLinear(layer, level, format))
 
 
@@ -746,8 +743,6 @@ def quartet(model, generator, *, exponent: Literal[*numerics.EXPONENTS] = "quest
             backward: Literal["stochastic", "nearest"] = "stochastic"):
     """Quartet (2505.14669): the three products in MXFP4. exponent: of a group, a row of numerics.EXPONENTS;
     backward: stochastic, or nearest. Saved: the float32 weights."""
-    numerics.one_of("exponent", exponent, numerics.EXPONENTS)
-    numerics.one_of("backward", backward, ("stochastic", "nearest"))
     return in_blocks(model, lambda layer: numerics.QuartetLinear(
         layer, torch.randint(2 ** 31, (), generator=generator).item(), exponent, backward))
 
@@ -759,11 +754,6 @@ def lost(model, generator, *, size: Range("(0, 1]") = 0.55, columns: Share = 0.0
 
     ours: size, at which a square layer has the rank n/4 and 5 % of the columns. With --phi identity a plain
     checkpoint is saved; with silu, folders that only this run's --resume reads."""
-    numerics.one_of("phi", phi, numerics.PHI)
-    numerics.one_of("start", start, ("svd", "random"))
-    for key, value in (("size", size), ("columns", columns), ("gamma", gamma)):
-        numerics.within(key, value, 0, 1)
-
     def make(layer):
         rank, k = numerics.lost_sizes(layer.in_features, layer.out_features, size, columns)
         return numerics.LostLinear(layer, rank, k, generator, gamma, phi, start)
@@ -989,8 +979,8 @@ def check_layers(c, ranks):
         raise UserError(f"--prune {c.prune} cuts matrices, which --linear lost does not have: choose one")
 
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     names, new, corpus = needs(f.loss), not c.init, text.is_corpus(c.data)
     fields = dict(
         model=(new, "a new model (--init '')"), family=(new, "a new model (--init '')"),
@@ -1002,7 +992,7 @@ def unread(c, f):
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=({"teacher", "kl"} & {*names}, "--loss dckd, adpa or aligndistil"),
         other=("other" in names, "--loss adpa or aligndistil"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 
 PAIRS = ("hindsight", "both", "chosen", "sampled")     # feedback that is made of pairs
@@ -1239,7 +1229,7 @@ def train(c, f):
 
 def main(argv=None):
     """python sft.py …: see the docstring above, or --help."""
-    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread, ranks=True)
+    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers, ranks=True)
 
 
 if __name__ == "__main__":

@@ -1131,8 +1131,8 @@ AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, sele
 # --- 10 train -----------------------------------------------------------------------------------------
 
 
-def unread(c, f):
-    """{field: what reads it} of the fields that this run does not read."""
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     drafts, corpus = f.decode.func is speculative, is_corpus(c.data)
     names = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together", "loss",
              "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt", "stop")
@@ -1149,7 +1149,7 @@ def unread(c, f):
         fields |= dict(top_k=(sampled, "--temperature above 0"), top_p=(sampled, "--temperature above 0"),
                        draft=("draft" in needs(f.drafter), "drafters that are models"),
                        prompt=(corpus, "a text as --data"), chat=(not corpus, "demonstrations, not a text"))
-    return {key: reader for key, (read, reader) in fields.items() if not read}
+    return fields
 
 
 def check(c, f):
@@ -1245,7 +1245,7 @@ CLAIMS = dict(
 
 def main(argv=None):
     """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, unread)
+    return launch("specdec", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

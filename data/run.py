@@ -144,7 +144,7 @@ def cast(key, value, like, kind=None):
     """
     want, number = type(like), type(like) in (int, float)
     try:
-        if want is bool and not isinstance(value, (int, float)) or type(value) is bool is want:
+        if want is bool:
             made = {"true": True, "false": False}[str(value).lower()]
         elif isinstance(value, str) or type(value) is want or (want, type(value)) == (float, int):
             made = want(value)
@@ -159,7 +159,7 @@ def cast(key, value, like, kind=None):
         if made not in allowed:
             raise UserError(f"--{key} {value}: must be {allowed}")
         if abs(made) > (most := LARGEST if want is int else HUGE):
-            raise UserError(f"--{key} {value}: must be at most {most:g}".replace("2.14748e+09", str(LARGEST)))
+            raise UserError(f"--{key} {value}: must be at most {most}")
     if want is str and "\0" in made:
         raise UserError(f"--{key} {made!r}: a text without a zero byte is expected")
     return made
@@ -259,14 +259,14 @@ def bind(axis, rows, row, values):
     return partial(fn, **numbers)
 
 
-def configure(Config, presets, axes, doc="", argv=None, unread=None):
+def configure(Config, presets, axes, doc="", argv=None, readers=None):
     """Resolve a command line into (c, f): the frozen Config, and one bound function per axis.
 
     axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis
     with a single row needs no field); its keyword-only arguments are keys like any other (`--beta 0.1`, or
     `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values that are existing paths.
-    An annotation says which values a field or an argument takes: see cast. unread(c, f): {field: what would
-    read it} of the fields that this run does not read.
+    An annotation says which values a field or an argument takes: see cast. readers(c, f): {field: (whether
+    this run reads it, what does)} of the fields that not every run reads.
     Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a value out of its
     range, a key nobody reads.
     """
@@ -304,9 +304,9 @@ def configure(Config, presets, axes, doc="", argv=None, unread=None):
     if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
     c, f = Config(**resolved), SimpleNamespace(**bound)
-    for key, reader in (unread(c, f) if unread else {}).items():
+    for key, (read, reader) in (readers(c, f) if readers else {}).items():
         given = [key, *(bound[key].keywords if key in bound else ())]            # and an axis's arguments
-        if idle := [x for x in given if {x, f"{key}.{x}"} & typed]:
+        if idle := [x for x in given if not read and {x, f"{key}.{x}"} & typed]:
             raise UserError(f"--{idle[0]}: this run does not read it; --{key} is for {reader}")
     return c, f
 
@@ -1022,14 +1022,14 @@ def report(run, before, after, look):
     run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
 
 
-def launch(script, Config, presets, axes, claims, doc, train, argv=None, unread=None, ranks=False):
+def launch(script, Config, presets, axes, claims, doc, train, argv=None, readers=None, ranks=False):
     """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
 
     jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every
-    arm; those that an arm or the seeds set are refused. unread: see configure; ranks: torchrun may start it.
+    arm; those that an arm or the seeds set are refused. readers: see configure; ranks: torchrun may start it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    setup = partial(configure, Config, presets, axes, doc, unread=unread)
+    setup = partial(configure, Config, presets, axes, doc, readers=readers)
     options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
     if not ranks or "claim" in options:
         refuse_ranks(f"{script}.py" + " --claim" * ("claim" in options))

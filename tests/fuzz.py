@@ -267,6 +267,7 @@ def folders():
         yield Case("folders", script, [*right, "--out", "empty"], setup=new_folder("empty"), right=True,
                    free=("empty",))
         yield Case("folders", script, [*right, "--out", "full"], limit=20_000, free=("full",))
+        yield Case("folders", script, [*right, "--out", "fuller"], limit=1_000)
         yield Case("folders", script, [*right, "--out", "ranks"], env=dict(WORLD_SIZE="2", RANK="0"))
 
 
@@ -428,7 +429,7 @@ TOKENIZER = dict(                        # the object of tokenizer.json, to be c
     pre_regex=lambda d: d.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[REGEX, LEVEL])),
     normaliser=lambda d: d.update(normalizer=dict(type="Lowercase")),
     normaliser_text=lambda d: d.update(normalizer="x"))
-ENDS = ("<nosuch>", 1.5, 5, [5], None, dict(x=1), dict(content=5))          # eos_token of tokenizer_config.json
+ENDS = ("<nosuch>", 1.5, 5, [5], None, dict(x=1), dict(content=5))     # eos_token of tokenizer_config.json
 
 
 def changed(name, change):

@@ -123,7 +123,7 @@ def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(
             if "PATH" in rows and "/" in options.get(axis, ""):
                 options[axis] = str(ROOT)                                   # a folder that the reader has
         argv = [f"--{k}={v}" for k, v in options.items()]
-        configure(script.Config, script.PRESETS, script.AXES, argv=argv, unread=script.unread)
+        configure(script.Config, script.PRESETS, script.AXES, argv=argv, readers=script.readers)
 
 
 def test_the_commands_are_found():

@@ -104,7 +104,8 @@ def test_a_range_knows_what_is_in_it(text, inside, outside, words):
     ("1", 0.5, run.Fraction, "below 1"), ("1", 0.5, run.Share, ""),
                                                       ("1e400", 1.0, None, "must be at least 0"),
     ("3000000000", 1, None, "at most 2147483647"),
-    ("1e31", 1.0, None, "at most 1e"), ("-1e300", -5.0, None, "at most 1e"), ("9" * 5000, 1, None, "expected int"),
+    ("1e31", 1.0, None, "at most 1e"),
+    ("-1e300", -5.0, None, "at most 1e"), ("9" * 5000, 1, None, "expected int"),
                                                       ("c", "a", Literal["a", "b"],
      "choose from a, b"), (3, 0, Literal[0, 1], "choose from 0, 1"), (True, 1.0, None, "expected float"),
     (True, 1, None, "expected int"), (1, True, None, "expected bool"), ([1], 1.0, None, "expected float"),
@@ -148,11 +149,11 @@ def test_a_key_is_given_once():
 
 def test_a_field_that_the_run_does_not_read_may_not_be_typed(workdir):
     """but a preset may set it, as it may an argument of another row"""
-    def unread(c, f):
-        return {} if c.flag else dict(lr="runs with --flag")
+    def readers(c, f):
+        return dict(lr=(c.flag, "runs with --flag"))
 
     def resolve(*argv):
-        return configure(Config, PRESETS, AXES, "", argv, unread)
+        return configure(Config, PRESETS, AXES, "", argv, readers)
     with pytest.raises(UserError, match="--lr: this run does not read it; --lr is for runs with --flag"):
         resolve("--lr", "0.5")
     (workdir / "x.toml").write_text("lr = 0.5")
@@ -251,6 +252,13 @@ def test_a_reader_that_leaves_is_no_error(workdir):
         p.stdout.read(10)
         p.stdout.close()
         assert p.stderr.read() == b"" and p.wait() == 141
+
+
+def test_a_closed_stdout_is_no_error():
+    """python … >&-"""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.run import cli; cli(lambda: print(1))"
+    told = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], stderr=subprocess.PIPE)
+    assert told.returncode == 0 and told.stderr == b""
 
 
 def test_torchrun_is_refused_where_ranks_would_do_the_same(monkeypatch, capsys):
@@ -556,7 +564,7 @@ def test_a_newest_checkpoint_without_its_config_is_not_passed_over(workdir):
     (workdir / "o/step-000002/notes.txt").write_text("mine")         # what the user adds is no change
     Run(*conf("--out", "o", "--resume"), "t").release()
     (workdir / "o/step-000002/config.json").unlink()
-    with pytest.raises(UserError, match="step-000002 has no config.json any more; the next older .*step-000001"):
+    with pytest.raises(UserError, match="step-000002 has no config.json any more; .* is .*step-000001"):
         Run(*conf("--out", "o", "--resume"), "t")
 
 
@@ -694,6 +702,15 @@ class Serial:
     def map(self, fn, jobs):
         values = [float(changes[0].split("=")[1]) for _, changes in jobs]
         return [{} if x > 0.3 else dict(tune=abs(math.log(x / 0.05))) for x in values]
+
+
+def test_a_claim_s_options_are_checked_before_any_arm_runs(workdir):
+    claim = Claim("none", "none", arms=dict(low="second"), metric="score", tests={})
+    for argv, words in ((["--foo", "1"], "unknown key --foo"), (["--steps", "-1"], "must be at least 0"),
+                        (["--config", "fsat"], "did you mean 'fast'")):
+        with pytest.raises(UserError, match=words):
+            run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train, ["--claim", "c", *argv])
+    assert not any(workdir.iterdir())
 
 
 def test_a_claim_s_tuned_key_cannot_be_set(workdir):

@@ -134,6 +134,22 @@ def test_the_case_of_a_lone_surrogate():
         read_jsonl(case)
 
 
+def test_the_case_of_a_row_s_number(workdir):
+    """positions of a shuffled list are not positions in the file"""
+    case = DATA_DIR.parent / "cases/row-number/rows.jsonl"
+    if not case.exists():
+        pytest.skip(f"no cases beside {DATA_DIR}: set DATA_DIR to the folder of real data sets")
+    fuzz.prepare(workdir)
+    with pytest.raises(UserError, match="rows.jsonl:61: a prompt of"):
+        SCRIPTS["sft"].main(fuzz.command("sft", "--context", "128", "--data", str(case)))
+
+
+def test_few_labels_that_are_alike_where_they_are_held_out_still_train(workdir):
+    fuzz.prepare(workdir)
+    out = SCRIPTS["dpo"].main(fuzz.command("dpo", "--config", "kto,tiny", "--data", "labels.jsonl"))
+    assert "val_accuracy" not in out and "val_kl" in out
+
+
 # --- a reward of the user's -----------------------------------------------------------------------------
 
 
