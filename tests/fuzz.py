@@ -267,7 +267,7 @@ def folders():
         yield Case("folders", script, [*right, "--out", "empty"], setup=new_folder("empty"), right=True,
                    free=("empty",))
         yield Case("folders", script, [*right, "--out", "full"], limit=20_000, free=("full",))
-        yield Case("folders", script, [*right, "--out", "fuller"], limit=1_000)
+        yield Case("folders", script, [*right, "--out", "fuller"], limit=400)
         yield Case("folders", script, [*right, "--out", "ranks"], env=dict(WORLD_SIZE="2", RANK="0"))
 
 
