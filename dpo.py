@@ -83,22 +83,23 @@ import kernels
 import sft
 from data import prefs, tasks
 from data.judging import JUDGES, auroc
-from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices, cli,
-                      in_parts, launch, needs, read_log, report)
+from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError,
+                      batch_indices, cli, in_parts, launch, needs, read_log, report)
 from data.sources import SHOWN, SOURCES, STATIC, demo, forget, per_prompt, row
 from data.text import CACHE
-from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save, sequence_score,
-                   token_logprobs)
+from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save,
+                   sequence_score, token_logprobs)
 from optim import COMBINE, cosine, optimiser, set_lr, shares
 
-# --- 1 config -----------------------------------------------------------------------------------------
+# --- 1 config -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every run has; what belongs to a loss, a source or a judge is an argument of its function."""
+    """What every run has; what belongs to a loss, a source or a judge is an argument of its
+    function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "ring"           # a world (ring, toyif), or a JSONL of pairs or labelled completions
+    data: str = "ring"  # a world (ring, toyif), or a JSONL of pairs or labelled completions
     rows: int = 0                # training pairs (0: 4000 of a world, or the whole file)
     noise: Share = 0.0           # share of a world's training labels that is flipped
     length_bias: float = 0.0     # what a token is worth to a world's annotators
@@ -106,18 +107,20 @@ class Config:
     context: int = 0             # longest pair in tokens (0: the model's)
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     loss: str = "dpo"            # which row of LOSSES
-    statistic: str = "none"      # which row of STATISTICS: what a loss wants to know of the whole batch
+    statistic: str = "none"  # which row of STATISTICS: what a loss wants to know of the whole batch
     source: str = "pairs"        # which row of SOURCES: where the rows come from
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
     combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
     credit: str = "gold"         # which row of CREDITS: T-REG's token rewards
-    anchor: Literal["start", "previous"] = "start"  # the reference: previous, the policy that made the rows
-    sft: float = 0.0             # weight of the chosen response's mean negative log-prob, beside any loss
-    refresh: Count = 1           # steps between fresh rows of the sources that sample (4000 prompts at most)
+    anchor: Literal["start",
+                    "previous"] = "start"  # the reference: previous, the policy that made the rows
+    sft: float = 0.0  # weight of the chosen response's mean negative log-prob, beside any loss
+    refresh: Count = 1  # steps between fresh rows of the sources that sample (4000 prompts at most)
     steps: int = 200             # optimizer steps
     batch: Count = 64            # rows per optimizer step
-    micro: Count = 64            # rows per forward pass: lower it if memory runs out, results do not change
-    optimiser: Literal["adamw", "sgd"] = "adamw"  # adamw, or sgd where the size of a gradient is the point
+    micro: Count = 64  # rows per forward pass: lower it if memory runs out, results do not change
+    optimiser: Literal["adamw",
+                       "sgd"] = "adamw"  # adamw, or sgd where the size of a gradient is the point
     lr: Positive = 5e-5          # peak learning rate, falling by a cosine
     warmup: int = 10             # steps of linear warm-up
     clip: Positive = 1.0         # largest gradient norm
@@ -131,27 +134,31 @@ class Config:
     out: str = ""                # run folder (default out/dpo/<presets>)
     seed: int = 0                # of data, order and sampling
     device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
+    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
 LABELS, PREVIOUS = dict(source="labels", batch=128, micro=128), dict(anchor="previous", refresh=50)
-PRESETS = dict(                  # learning rates and steps: ours, the papers' are for billions of weights
+PRESETS = dict(  # learning rates and steps: ours, the papers' are for billions of weights
     dpo=dict(), cdpo=dict(loss="cdpo"), rdpo=dict(loss="rdpo"), ipo=dict(loss="ipo"),
     ipo_norm=dict(loss="ipo_norm"), dpo_norm=dict(loss="dpo_norm", beta=1.0),
     hinge=dict(loss="hinge"), exo=dict(loss="exo"), flex=dict(loss="flex"), fdpo=dict(loss="fdpo"),
-    rpo=dict(loss="dpo", sft=0.005),                       # 2405.16436: eta 0.005 (there with beta 0.01)
-    madpo=dict(loss="madpo"), beta_dpo=dict(loss="beta_dpo", statistic="pace"), ld_dpo=dict(loss="ld_dpo"),
+    rpo=dict(loss="dpo", sft=0.005),  # 2405.16436: eta 0.005 (there with beta 0.01)
+    madpo=dict(loss="madpo"), beta_dpo=dict(loss="beta_dpo", statistic="pace"),
+    ld_dpo=dict(loss="ld_dpo"),
     treg=dict(loss="treg"), sparsepo=dict(loss="sparsepo"), bco_pair=dict(loss="bco_pair"),
     nca=dict(loss="nca"), apo_zero=dict(loss="apo_zero"), apo_down=dict(loss="apo_down"),
     simpo=dict(loss="simpo"), orpo=dict(loss="orpo"), slic_hf=dict(loss="slic_hf"),
-    kto=dict(loss="kto", statistic="mismatch", **LABELS), bco=dict(loss="bco", statistic="shift", **LABELS),
+    kto=dict(loss="kto", statistic="mismatch", **LABELS),
+    bco=dict(loss="bco", statistic="shift", **LABELS),
     npo=dict(loss="npo", source="forget"), ga=dict(loss="ga", source="forget"),
-    lipo=dict(loss="lipo", source="lists", refresh=200, beta=0.05),                   # 2402.01878: beta 0.05
+    lipo=dict(loss="lipo", source="lists", refresh=200, beta=0.05),          # 2402.01878: beta 0.05
     list_mle=dict(loss="list_mle", source="lists", refresh=200),
-    pro=dict(loss="pro", source="lists", refresh=200), logo=dict(loss="logo", source="lists", refresh=200),
-    raco=dict(loss="objectives", source="signs", combine="cagrad", beta=0.2),         # 2602.02495: beta 0.2
+    pro=dict(loss="pro", source="lists", refresh=200),
+    logo=dict(loss="logo", source="lists", refresh=200),
+    raco=dict(loss="objectives", source="signs", combine="cagrad",
+              beta=0.2),                                                      # 2602.02495: beta 0.2
     online=dict(source="duels"), rso=dict(loss="hinge", source="rso", refresh=200),
     spin=dict(source="spin", **PREVIOUS), sppo=dict(loss="sppo", source="ranked", **PREVIOUS),
     inpo=dict(loss="inpo", source="duels", refresh=50), dno=dict(source="dno", **PREVIOUS),
@@ -160,7 +167,8 @@ PRESETS = dict(                  # learning rates and steps: ours, the papers' a
     hypo=dict(loss="hypo", source="hybrid"), mpo=dict(loss="mpo", source="mpo"),
     mcts=dict(source="tree"),
     ring=dict(), toyif=dict(data="toyif", init="base:toyif"),
-    tiny=dict(rows=64, steps=4, batch=8, micro=8, lr=3e-4, eval_every=2, eval_prompts=16, save_every=2,
+    tiny=dict(rows=64, steps=4, batch=8, micro=8, lr=3e-4, eval_every=2, eval_prompts=16,
+              save_every=2,
               refresh=2, max_new=12),
     # the claims' own
     clean=dict(kl=True), flips20=dict(noise=0.2, flip=0.2), flips40=dict(noise=0.4, flip=0.4),
@@ -168,24 +176,26 @@ PRESETS = dict(                  # learning rates and steps: ours, the papers' a
     biased=dict(length_bias=0.15), no_eos=dict(alpha=0.0, with_eos=False),
     strong=dict(strongest=4.0), shuffled=dict(shuffled=True),
     few=dict(rows=300, steps=500, eval_every=25), sft10=dict(sft=0.1),
-    plain_sgd=dict(optimiser="sgd", lr=3e-3, clip=1e9, warmup=0), short=dict(steps=120, eval_every=120),
+    plain_sgd=dict(optimiser="sgd", lr=3e-3, clip=1e9, warmup=0),
+    short=dict(steps=120, eval_every=120),
     adam=dict(lr=3e-4), alone=dict(retain=0.0), npo1=dict(loss="npo", source="forget", beta=1.0),
     cyclic=dict(judge="duel"), bold=dict(alpha=0.01),
     linear=dict(combine="weighted"), unclipped=dict(clipped=False), w82=dict(weights="0.8,0.2"),
     w28=dict(weights="0.2,0.8"), w55=dict(weights="0.5,0.5"),
 )
-CURVES = {"loss": ["loss"], "log-ratios to the reference": ["chosen_ratio", "rejected_ratio", "margin"],
+CURVES = {"loss": ["loss"],
+          "log-ratios to the reference": ["chosen_ratio", "rejected_ratio", "margin"],
           "log-probs": ["chosen_logp", "rejected_logp"], "accuracy": ["accuracy", "val_accuracy"],
           "gold win rate over the start": ["val_win", "ood_win"],
           "KL, nats per response": ["val_kl", "ood_kl"],
           "length, tokens": ["val_length", "ood_length"]}
 
-# --- 2 losses: one number a row, [B] (several objectives: [B, M]); the loop takes the step's mean -------
-# Positional arguments name what a loss reads, and only that is computed: chosen_, rejected_, other_ one side
-# of a row, list_ all of them [B, S], no prefix the only one; then
-#   ratio  Σ log π - log π_ref   logp  Σ log π   len  tokens   mean  logp / len   tok  log π, [B, T]
-#   delta  log π - log π_ref, [B, T]   mask, eos  [B, T]   prev_ratio  Σ log π - log π_prev
-# EOS is a token of a response like any other. Everything else is a field of the row, or a batch's statistic.
+# --- 2 losses: one number a row, [B] (several objectives: [B, M]); the loop takes the step's mean -
+# Positional arguments name what a loss reads, and only that is computed: chosen_, rejected_, other_
+# one side of a row, list_ all of them [B, S], no prefix the only one; then   ratio  Σ log π - log
+# π_ref   logp  Σ log π   len  tokens   mean  logp / len   tok  log π, [B, T]   delta  log π - log
+# π_ref, [B, T]   mask, eos  [B, T]   prev_ratio  Σ log π - log π_prev EOS is a token of a response
+# like any other. Everything else is a field of the row, or a batch's statistic.
 
 logs = F.logsigmoid
 
@@ -199,9 +209,11 @@ def cdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0,
     return -(1 - flip) * logs(z) - flip * logs(-z)
 
 def rdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
-    """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e): DPO in expectation over flips.
+    """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e): DPO in expectation over
+    flips.
 
-    Unbounded below: it never stops pushing, and its own value means nothing. UserError unless e < 1/2."""
+    Unbounded below: it never stops pushing, and its own value means nothing. UserError unless e <
+    1/2."""
     if flip >= 0.5:
         raise UserError(f"--flip {flip}: labels wrong half of the time teach nothing; choose below 0.5")
     z = beta * (chosen_ratio - rejected_ratio)
@@ -216,7 +228,8 @@ def ipo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, tau: Pos
     return ipo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, tau=tau)
 
 def dpo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, beta: Positive = 1.0):
-    """Length-normalised DPO (Tülu 3, 2411.15124):  -log σ(β (d_w/n_w - d_l/n_l));  β some ten times DPO's."""
+    """Length-normalised DPO (Tülu 3, 2411.15124):  -log σ(β (d_w/n_w - d_l/n_l));  β some ten times
+    DPO's."""
     return dpo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, beta=beta)
 
 def hinge(chosen_ratio, rejected_ratio, *, gamma=0.05):
@@ -234,13 +247,15 @@ def flex(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, beta_minus=0.02)
     return -logs(beta * chosen_ratio - beta_minus * rejected_ratio)
 
 F_PRIME = dict(forward_kl=lambda d, a: -torch.exp((-d).clamp(max=80)), js=lambda d, a: logs(d),
-               alpha=lambda d, a: -torch.expm1((-a * d).clamp(max=80)) / a, reverse_kl=lambda d, a: d)
+               alpha=lambda d, a: -torch.expm1((-a * d).clamp(max=80))
+               / a, reverse_kl=lambda d, a: d)
 
 def fdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1,
          divergence: Literal[*F_PRIME] = "js", alpha: Range("(0, 1)") = 0.5):
     """f-DPO, 2309.16240:  -log σ(β [f'(u_w) - f'(u_l)]),  u = e^d.
 
-    f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1. Exponents stop at 80.
+    f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1. Exponents
+    stop at 80.
     """
     if divergence not in F_PRIME:
         raise UserError(f"--divergence {divergence}: choose from {', '.join(F_PRIME)}")
@@ -248,9 +263,11 @@ def fdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1,
     return -logs(beta * (prime(chosen_ratio, alpha) - prime(rejected_ratio, alpha)))
 
 def margin_weight(margin, strongest=2.0, tau=2.0, sharpness=1.0):
-    """MADPO's (c, w):  c = c_min + (c_max - c_min) / (1 + k e^(λ(|m|-τ))),  w = σ(c m)/σ(m), 1 for m <= -τ.
+    """MADPO's (c, w):  c = c_min + (c_max - c_min) / (1 + k e^(λ(|m|-τ))),  w = σ(c m)/σ(m), 1 for
+    m <= -τ.
 
-    c_min = 1/c_max, k = (c_max - 1)/(1 - c_min), so that c(τ) = 1; above 1 for |m| < τ. 1 for c_max = 1.
+    c_min = 1/c_max, k = (c_max - 1)/(1 - c_min), so that c(τ) = 1; above 1 for |m| < τ. 1 for c_max
+    = 1.
     """
     if strongest == 1:
         return torch.ones_like(margin), torch.ones_like(margin)
@@ -261,8 +278,10 @@ def margin_weight(margin, strongest=2.0, tau=2.0, sharpness=1.0):
 
 def madpo(chosen_ratio, rejected_ratio, margin, *, beta: Positive = 0.1, strongest=2.0,
           tau: Positive = 6.906755, sharpness=1.0):
-    """MADPO, 2510.05342:  -w(m) log σ(βh): margin m = r_w - r_l of a judge; its target βh is c(m) m."""
-    return margin_weight(margin, strongest, tau, sharpness)[1] * dpo(chosen_ratio, rejected_ratio, beta=beta)
+    """MADPO, 2510.05342:  -w(m) log σ(βh): margin m = r_w - r_l of a judge; its target βh is c(m)
+    m."""
+    return margin_weight(margin, strongest, tau, sharpness)[1] * dpo(chosen_ratio, rejected_ratio,
+                                                                     beta=beta)
 
 def beta_dpo(chosen_ratio, rejected_ratio, beta_now, kept):
     """β-DPO, 2407.08639:  -log σ(β_batch h) on the kept pairs; `pace` sets both."""
@@ -270,9 +289,11 @@ def beta_dpo(chosen_ratio, rejected_ratio, beta_now, kept):
 
 def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos, rejected_eos, *,
            beta: Positive = 0.1, alpha: Share = 0.5, with_eos=True):
-    """LD-DPO, 2409.06411: DPO with weight α on the tokens beyond the shorter response's length.   [B, T]
+    """LD-DPO, 2409.06411: DPO with weight α on the tokens beyond the shorter response's
+    length.   [B, T]
 
-    with_eos False leaves EOS out of both (ours): else the shorter side's EOS counts, the longer one's hardly.
+    with_eos False leaves EOS out of both (ours): else the shorter side's EOS counts, the longer
+    one's hardly.
     """
     short = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1))[:, None]             # [B, 1]
 
@@ -284,28 +305,33 @@ def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos,
 
 def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, rejected_credit, *,
          beta: Positive = 0.1, alpha=0.25):
-    """T-REG, 2412.02685:  DPO + α ω Σ_sides Σ_t -β r_t log π_t,  ω = σ(-βh) detached,  r_t in (-½, ½).
+    """T-REG, 2412.02685:  DPO + α ω Σ_sides Σ_t -β r_t log π_t,  ω = σ(-βh) detached,  r_t in (-½,
+    ½).
 
-    credit [B, T]: r_t = σ(log π_ref(y_t|better prompt) - log π_ref(y_t|worse prompt)) - ½ (see `credits`)."""
+    credit [B, T]: r_t = σ(log π_ref(y_t|better prompt) - log π_ref(y_t|worse prompt)) - ½ (see
+    `credits`)."""
     z = beta * (chosen_ratio - rejected_ratio)
-    push = (chosen_credit * chosen_tok).sum(1) + (rejected_credit * rejected_tok).sum(1)             # [B]
+    push = (chosen_credit * chosen_tok).sum(1) + (rejected_credit * rejected_tok).sum(1)       # [B]
     return -logs(z) - alpha * torch.sigmoid(-z).detach() * beta * push
 
 def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight,
              chosen_mask, rejected_mask, *, beta: Positive = 0.1, l1=0.0,
              reward_mask: Literal["map", "ones", "zeros"] = "map",
              kl_mask: Literal["map", "ones", "zeros"] = "map"):
-    """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d KL(π_ref||π)_t.
+    """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d
+    KL(π_ref||π)_t.
 
-    Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros): ones and
-    zeros is DPO, ones twice TDPO. l1: the penalty on the masks, a constant as ours are not learned."""
+    Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros):
+    ones and zeros is DPO, ones twice TDPO. l1: the penalty on the masks, a constant as ours are not
+    learned."""
     masks = dict(map=lambda w, m: w, ones=lambda w, m: m, zeros=lambda w, m: 0 * m)
     for name in (reward_mask, kl_mask):
         if name not in masks:
             raise UserError(f"--reward_mask, --kl_mask {name}: choose from {', '.join(masks)}")
     out, size = 0.0, 0.0
     for sign, delta, kl, w, m in ((1, chosen_delta, chosen_kl, chosen_weight, chosen_mask),
-                                  (-1, rejected_delta, rejected_kl, rejected_weight, rejected_mask)):
+                                  (-1, rejected_delta, rejected_kl, rejected_weight,
+                                   rejected_mask)):
         m_u, m_d = masks[reward_mask](w, m), masks[kl_mask](w, m)                        # [B, T]
         out = out + sign * (m_u * delta + m_d * kl).sum(1)
         size = size + (m_u.abs() + m_d.abs()).sum(1)
@@ -321,12 +347,14 @@ def nca(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
             - 0.5 * logs(-beta * rejected_ratio))
 
 def apo_zero(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
-    """APO-zero, 2408.06266:  1 - σ(β d_w) + σ(β d_l): for chosen responses better than the model."""
+    """APO-zero, 2408.06266:  1 - σ(β d_w) + σ(β d_l): for chosen responses better than the
+    model."""
     return 1 - torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
 def apo_down(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """APO-down, 2408.06266:  σ(β d_w) + 1 - σ(β h): for chosen responses worse than the model."""
-    return torch.sigmoid(beta * chosen_ratio) + 1 - torch.sigmoid(beta * (chosen_ratio - rejected_ratio))
+    return torch.sigmoid(beta * chosen_ratio) + 1 - torch.sigmoid(beta
+                                                                  * (chosen_ratio - rejected_ratio))
 
 def simpo(chosen_mean, rejected_mean, *, beta: Positive = 2.0, gamma=1.0):
     """SimPO, 2405.14734 eq. 6:  -log σ(β (a_w - a_l) - γ),  a = mean log-prob."""
@@ -343,7 +371,8 @@ def orpo(chosen_mean, rejected_mean, *, lam=0.1):
     return -chosen_mean - lam * logs(o)
 
 def slic_hf(chosen_logp, rejected_logp, *, delta=1.0, lam=0.5):
-    """SLiC-HF, 2305.10425:  max(0, δ - log π_w + log π_l) - λ log π_w; the SFT target is the chosen one."""
+    """SLiC-HF, 2305.10425:  max(0, δ - log π_w + log π_l) - λ log π_w; the SFT target is the chosen
+    one."""
     return F.relu(delta - chosen_logp + rejected_logp) - lam * chosen_logp
 
 def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
@@ -359,46 +388,54 @@ def bco(ratio, good, reward_shift, *, beta: Positive = 0.1):
     return -logs(torch.where(good > 0, z, -z))
 
 def npo(ratio, good, mean, *, beta: Positive = 0.1, retain=1.0):
-    """NPO, 2404.05868:  (2/β) softplus(β d) on what to forget (not good), -retain mean log π on the rest."""
+    """NPO, 2404.05868:  (2/β) softplus(β d) on what to forget (not good), -retain mean log π on the
+    rest."""
     return torch.where(good > 0, -retain * mean, 2 / beta * F.softplus(beta * ratio))
 
 def ga(logp, good, mean, *, retain=1.0):
-    """Gradient ascent, NPO's limit β -> 0:  log π on what to forget, -retain mean log π on the rest."""
+    """Gradient ascent, NPO's limit β -> 0:  log π on what to forget, -retain mean log π on the
+    rest."""
     return torch.where(good > 0, -retain * mean, logp)
 
 def lipo(list_ratio, labels, *, beta: Positive = 0.1):
-    """LiPO-λ, 2402.01878:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] -> [B]
+    """LiPO-λ, 2402.01878:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] ->
+    [B]
 
-    Δ_ij = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|, τ the rank by s now, from 1; no gradient through Δ.
+    Δ_ij = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|, τ the rank by s now, from 1; no gradient
+    through Δ.
     """
     s = beta * list_ratio
     rank = s.detach().argsort(1, descending=True).argsort(1) + 1                         # [B, K]
     gain, discount = 2 ** labels, 1 / torch.log1p(rank)                                  # [B, K]
-    delta = (gain[:, :, None] - gain[:, None]).abs() * (discount[:, :, None] - discount[:, None]).abs()
+    delta = (gain[:, :, None] - gain[:, None]).abs() * (discount[:, :, None]
+                                                        - discount[:, None]).abs()
     wins = (labels[:, :, None] > labels[:, None]).float()                                # [B, K, K]
     return (wins * delta * F.softplus(-(s[:, :, None] - s[:, None]))).sum((1, 2))
 
 def list_mle(list_ratio, labels, *, beta: Positive = 0.1):
-    """Plackett-Luce on the ranking by label:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] -> [B]"""
-    s = (beta * list_ratio).gather(1, labels.argsort(1, descending=True))                # [B, K], best first
+    """Plackett-Luce on the ranking by label:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] ->
+    [B]"""
+    s = (beta * list_ratio).gather(1, labels.argsort(1, descending=True))       # [B, K], best first
     return (s.flip(1).logcumsumexp(1).flip(1) - s).sum(1)
 
 def pro(list_mean, list_logp, labels, *, weight=0.05):
-    """PRO, 2306.17492: down the ranking, the best left against the rest; + w (n-1)² NLL of the best.   [B]
+    """PRO, 2306.17492: down the ranking, the best left against the rest; + w (n-1)² NLL of the
+    best.   [B]
 
     Σ_k logsumexp(a_k T_k, a_i (r_k - r_i)) - a_k T_k over the i behind k,  T_k = max_i (r_k - r_i).
     """
     order = labels.argsort(1, descending=True)
-    a, r, logp = (x.gather(1, order) for x in (list_mean, labels, list_logp))            # best first
+    a, r, logp = (x.gather(1, order) for x in (list_mean, labels, list_logp))           # best first
     n, out = a.size(1), 0.0
     for k in range(n - 1):
-        gap = r[:, k:k + 1] - r[:, k + 1:]                                               # [B, n-k-1]
+        gap = r[:, k:k + 1] - r[:, k + 1:]                                              # [B, n-k-1]
         own = a[:, k:k + 1] * gap.max(1, keepdim=True).values                            # [B, 1]
         out = out + torch.logsumexp(torch.cat([own, a[:, k + 1:] * gap], 1), 1) - own[:, 0]
     return out - weight * (n - 1) ** 2 * logp[:, 0]
 
 def logo(list_mean, *, beta: Positive = 2.5, gamma=0.25, lam=0.1):
-    """LOGO, 2410.18533:  -log σ(β (a_w - mean_j a_j) - γ) - λ a_w; the first of the list is the winner."""
+    """LOGO, 2410.18533:  -log σ(β (a_w - mean_j a_j) - γ) - λ a_w; the first of the list is the
+    winner."""
     a = list_mean[:, 0]
     return -logs(beta * (a - list_mean[:, 1:].mean(1)) - gamma) - lam * a
 
@@ -419,31 +456,33 @@ def sppo_hard(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """SPPO with P = 1 and 0."""
     return sppo(chosen_ratio, rejected_ratio, 1.0, 0.0, beta=beta)
 
-def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *, eta: Positive = 0.3,
-         tau: Positive = 0.1):
+def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *,
+         eta: Positive = 0.3, tau: Positive = 0.1):
     """INPO, 2407.00617:  (h_t - 1/(2η))²,  h_t = (τ/η) h + (1 - τ/η) h against π_t.   0 < τ <= η
 
-    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are ours in
-    size (0.0075 and 0.0025 in the paper), its ratio."""
+    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are
+    ours in size (0.0075 and 0.0025 in the paper), its ratio."""
     if not 0 < tau <= eta:
         raise UserError(f"--tau {tau} --eta {eta}: INPO needs 0 < tau <= eta")
     h, before = chosen_ratio - rejected_ratio, chosen_prev_ratio - rejected_prev_ratio
     return (tau / eta * h + (1 - tau / eta) * before - 1 / (2 * eta)) ** 2
 
 def dno(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
-    """DNO's exact step, 2404.03715:  DPO with the soft label σ(r_w - r_l),  r = win rate against π_t."""
+    """DNO's exact step, 2404.03715:  DPO with the soft label σ(r_w - r_l),  r = win rate against
+    π_t."""
     q, z = torch.sigmoid(chosen_win - rejected_win), beta * (chosen_ratio - rejected_ratio)
     return -q * logs(z) - (1 - q) * logs(-z)
 
 def nash_md(logp, ratio, win, *, tau: Positive = 0.1):
-    """Nash-MD-PG, 2312.00886:  -[P(y > y') - ½ - τ d] log π(y), bracket detached; sums over tokens.   [B]"""
+    """Nash-MD-PG, 2312.00886:  -[P(y > y') - ½ - τ d] log π(y), bracket detached; sums over
+    tokens.   [B]"""
     return -(win - 0.5 - tau * ratio).detach() * logp
 
 def nash_mp(logp, ratio, prev_ratio, win, *, tau: Positive = 0.1, eta: Positive = 0.2):
     """Nash-MP, 2505.19731: policy gradient of the proximal step.   [B]
 
-    -[(P(y > opponent) - ½)/τ - d - d_prev/η] log π(y), bracket detached, times τ to keep nash_md's scale;
-    d against the reference, d_prev against π_k."""
+    -[(P(y > opponent) - ½)/τ - d - d_prev/η] log π(y), bracket detached, times τ to keep nash_md's
+    scale; d against the reference, d_prev against π_k."""
     return -(win - 0.5 - tau * (ratio + prev_ratio / eta)).detach() * logp
 
 def xpo(chosen_ratio, rejected_ratio, other_logp, *, beta: Positive = 0.1, alpha=1e-5):
@@ -455,7 +494,8 @@ def selm(chosen_ratio, rejected_ratio, other_ratio, *, beta: Positive = 0.1, alp
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + alpha * beta * other_ratio
 
 def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta: Positive = 0.1, lam=1e-3):
-    """HyPO, 2406.01462:  DPO + λ Σ_i c_i log π(y_i) / k: KL(π||π_ref) on the policy's own samples.   [B]
+    """HyPO, 2406.01462:  DPO + λ Σ_i c_i log π(y_i) / k: KL(π||π_ref) on the policy's own
+    samples.   [B]
 
     The list's first two sides are the pair; c_i = d_i - mean of the others (RLOO), detached."""
     d, logp = list_ratio[:, 2:].detach(), list_logp[:, 2:]                               # [B, k]
@@ -463,24 +503,28 @@ def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta: Positive 
     c = (d - d.mean(1, keepdim=True)) * k / (k - 1)
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + lam * (c * logp).mean(1)
 
-def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *, beta: Positive = 0.1,
-        tau: Positive = 0.1):
+def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
+        beta: Positive = 0.1, tau: Positive = 0.1):
     """MPO, 2403.19443: DPO on easy rows; on hard ones the policy gradient of two samples.   [B]
 
-    With k = 2 RLOO's advantages are ±A, A = gain - τ (d_1 - d_2): -½ A (log π_1 - log π_2). ours: the paper
-    runs PPO there; ratios are to the DPO model by then."""
+    With k = 2 RLOO's advantages are ±A, A = gain - τ (d_1 - d_2): -½ A (log π_1 - log π_2). ours:
+    the paper runs PPO there; ratios are to the DPO model by then."""
     advantage = (gain - tau * (chosen_ratio - rejected_ratio)).detach()
     return torch.where(hard > 0, -0.5 * advantage * (chosen_logp - rejected_logp),
                        dpo(chosen_ratio, rejected_ratio, beta=beta))
 
-LOSSES = dict(dpo=dpo, cdpo=cdpo, rdpo=rdpo, ipo=ipo, ipo_norm=ipo_norm, dpo_norm=dpo_norm, hinge=hinge,
-              exo=exo, flex=flex, fdpo=fdpo, madpo=madpo, beta_dpo=beta_dpo, ld_dpo=ld_dpo, treg=treg,
+LOSSES = dict(dpo=dpo, cdpo=cdpo, rdpo=rdpo, ipo=ipo, ipo_norm=ipo_norm, dpo_norm=dpo_norm,
+              hinge=hinge,
+              exo=exo, flex=flex, fdpo=fdpo, madpo=madpo, beta_dpo=beta_dpo, ld_dpo=ld_dpo,
+              treg=treg,
               sparsepo=sparsepo, bco_pair=bco_pair, nca=nca, apo_zero=apo_zero, apo_down=apo_down,
               simpo=simpo, orpo=orpo, slic_hf=slic_hf, kto=kto, bco=bco, npo=npo, ga=ga, lipo=lipo,
-              list_mle=list_mle, pro=pro, logo=logo, objectives=objectives, sppo=sppo, sppo_hard=sppo_hard,
-              inpo=inpo, dno=dno, nash_md=nash_md, nash_mp=nash_mp, xpo=xpo, selm=selm, hypo=hypo, mpo=mpo)
+              list_mle=list_mle, pro=pro, logo=logo, objectives=objectives, sppo=sppo,
+              sppo_hard=sppo_hard,
+              inpo=inpo, dno=dno, nash_md=nash_md, nash_mp=nash_mp, xpo=xpo, selm=selm, hypo=hypo,
+              mpo=mpo)
 
-# --- 3 statistics of the whole batch, before the step, without gradient ---------------------------------
+# --- 3 statistics of the whole batch, before the step, without gradient ---------------------------
 
 def none():
     """Nothing: the loss reads its own row only."""
@@ -488,31 +532,36 @@ def none():
 
 def pace(gap, memory, generator, *, beta: Positive = 0.1, a=0.6, drop: Fraction = 0.2,
          momentum: Fraction = 0.9):
-    """β-DPO's β_batch and the pairs kept, 2407.08639.   gap [B] = h, not times β -> beta_now [B], kept [B]
+    """β-DPO's β_batch and the pairs kept, 2407.08639.   gap [B] = h, not times β -> beta_now [B],
+    kept [B]
 
-    β_batch = max(1e-3, β (1 + a (mean kept gap - M0))); (1 - drop) B pairs are kept, drawn with weights
-    exp(-½ ((gap - M0)/s0)²). M0, s0: running mean and std, momentum 0.9, this batch included; ours: they
-    start from the first batch (public code from 0). kept is scaled: the step's mean is over kept pairs.
+    β_batch = max(1e-3, β (1 + a (mean kept gap - M0))); (1 - drop) B pairs are kept, drawn with
+    weights exp(-½ ((gap - M0)/s0)²). M0, s0: running mean and std, momentum 0.9, this batch
+    included; ours: they start from the first batch (public code from 0). kept is scaled: the step's
+    mean is over kept pairs.
     """
     now = gap.mean().item(), gap.std().item() if len(gap) > 1 else 0.0
     old = memory.get("gap", now)
     mean, std = memory["gap"] = [momentum * x + (1 - momentum) * y for x, y in zip(old, now)]
     n = max(1, int((1 - drop) * len(gap) + 1e-9))
-    weight = torch.exp(-0.5 * ((gap - mean) / max(std, 1e-6)) ** 2).clamp(min=1e-30).cpu()           # [B]
-    kept = torch.zeros_like(weight).scatter(0, torch.multinomial(weight, n, generator=generator), 1.0)
+    weight = torch.exp(-0.5 * ((gap - mean) / max(std, 1e-6)) ** 2).clamp(min=1e-30).cpu()     # [B]
+    kept = torch.zeros_like(weight).scatter(0, torch.multinomial(weight, n, generator=generator),
+                                            1.0)
     pick = kept.to(gap.device)
     beta_now = max(1e-3, beta * (1 + a * ((gap * pick).sum().item() / n - mean)))
     return dict(beta_now=torch.full_like(gap, beta_now), kept=pick * len(gap) / n)
 
 def shift(ratio, good, memory, *, beta: Positive = 0.1, decay: Fraction = 0.99):
-    """BCO's δ = ½ (mean β d of the good + of the others), a moving average from the first batch on."""
+    """BCO's δ = ½ (mean β d of the good + of the others), a moving average from the first batch
+    on."""
     sides = [beta * ratio[which].mean().item() for which in (good > 0, good <= 0) if which.any()]
     now = sum(sides) / len(sides)
     memory["shift"] = decay * memory.get("shift", now) + (1 - decay) * now
     return dict(reward_shift=torch.full_like(ratio, memory["shift"]))
 
 def mismatch(mismatched):
-    """KTO's z0 = max(0, mean log-ratio of prompts with another row's response), a KL.   [B] -> [B]"""
+    """KTO's z0 = max(0, mean log-ratio of prompts with another row's response), a KL.   [B] ->
+    [B]"""
     if len(mismatched) < 2:
         raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
     return dict(z0=mismatched.mean().clamp(min=0).expand(len(mismatched)))
@@ -520,33 +569,38 @@ def mismatch(mismatched):
 STATISTICS = dict(none=none, pace=pace, shift=shift, mismatch=mismatch)
 GIVES = dict(none=(), pace=("beta_now", "kept"), shift=("reward_shift",), mismatch=("z0",))
 
-# --- 4 samples and verdicts; s is the run's state -------------------------------------------------------
+# --- 4 samples and verdicts; s is the run's state -------------------------------------------------
 
 def sequences(s, problems, groups):
     """Problems and their responses -> tokens, mask [N, T] of all of them."""
-    rows = [(s.tok.prompt(p["prompt"], s.c.chat), y["ids"]) for p, ys in zip(problems, groups) for y in ys]
+    rows = [(s.tok.prompt(p["prompt"], s.c.chat), y["ids"]) for p, ys in zip(problems, groups)
+            for y in ys]
     return collate(rows, s.tok.pad or 0, s.c.device)
 
 @torch.no_grad()
 def compare(s, problems, groups):
-    """The judge's P for each problem's responses: [[{"ids", "text", "finished"}]] -> [[K, K]] in float64."""
+    """The judge's P for each problem's responses: [[{"ids", "text", "finished"}]] -> [[K, K]] in
+    float64."""
     names, flat = needs(s.f.judge), None
     if "score" in names:
-        flat = [s.world.reward(p, y["text"], y["finished"]) for p, ys in zip(problems, groups) for y in ys]
+        flat = [s.world.reward(p, y["text"], y["finished"]) for p, ys in zip(problems, groups)
+                for y in ys]
     if "judged" in names or "density" in names:
         tokens, mask = sequences(s, problems, groups)
         parts = list(zip(tokens.split(s.c.micro), mask.split(s.c.micro)))
         with autocast(s.c.device, s.c.dtype):
             if "judged" in names:
                 score = [sequence_score(s.models["judge"], t, m.size(1) - m.flip(1).argmax(1))
-                         for t, m in parts]                                              # at the last token
+                         for t, m in parts]                                      # at the last token
             else:
-                score = [(token_logprobs(s.models["strong"], t, m) - token_logprobs(s.models["weak"], t, m)
+                score = [(token_logprobs(s.models["strong"], t, m)
+                          - token_logprobs(s.models["weak"], t, m)
                           ).sum(1) / m.sum(1) for t, m in parts]
         flat = torch.cat(score).tolist()
     out, at = [], 0
     for p, ys in zip(problems, groups):
-        have = dict(world=s.world, prompt=p["prompt"], texts=[(y["text"], y["finished"]) for y in ys])
+        have = dict(world=s.world, prompt=p["prompt"],
+                    texts=[(y["text"], y["finished"]) for y in ys])
         if flat is not None:
             have |= dict.fromkeys(("score", "judged", "density"),
                                   torch.tensor(flat[at:at + len(ys)], dtype=torch.float64))
@@ -557,29 +611,34 @@ def compare(s, problems, groups):
 def sample(s, problems, k=1, model=None, **how):
     """k responses a problem of the policy, or of another model -> [[{"ids", "text", "finished"}]].
 
-    ids end in EOS where the response did; one that was cut off has none. At most 4,096 at a time."""
+    ids end in EOS where the response did; one that was cut off has none. At most 4,096 at a
+    time."""
     prompts, out = [s.tok.prompt(p["prompt"], s.c.chat) for p in problems], []
     for i in range(0, len(prompts), max(1, 4096 // k)):
         with autocast(s.c.device, s.c.dtype):
-            roll = generate(model or s.policy, prompts[i:i + max(1, 4096 // k)], s.max_new, samples=k,
+            roll = generate(model or s.policy, prompts[i:i + max(1, 4096 // k)], s.max_new,
+                            samples=k,
                             generator=s.g, **how)
-        out += [dict(ids=t[m > 0].tolist(), text=s.tok.decode(text), finished=done) for t, m, text, done
+        out += [dict(ids=t[m > 0].tolist(), text=s.tok.decode(text), finished=done)
+                for t, m, text, done
                 in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
     s.seen["sampled"] += len(out)
     s.seen["truncated"] += sum(not y["finished"] for y in out)
     return [out[i:i + k] for i in range(0, len(out), k)]
 
 def extend(s, starts, new, k):
-    """k continuations of each start, at most `new` tokens -> [(ids, e^(Σ log π / n^1.25), finished)]."""
+    """k continuations of each start, at most `new` tokens -> [(ids, e^(Σ log π / n^1.25),
+    finished)]."""
     with autocast(s.c.device, s.c.dtype):
         roll = generate(s.policy, starts, new, samples=k, generator=s.g)
     made = [(t[m > 0].tolist(), (x.sum() / m.sum() ** 1.25).exp().item(), done) for t, m, x, done
             in zip(roll.tokens, roll.mask, roll.logp, roll.finished.tolist())]
     return [made[i:i + k] for i in range(0, len(made), k)]
 
-# --- 5 log-probs --------------------------------------------------------------------------------------
+# --- 5 log-probs ----------------------------------------------------------------------------------
 
-COPIES = ("prev", "opponent", "after_dpo")       # of the policy, made by a source on its way: saved with it
+COPIES = ("prev", "opponent",
+          "after_dpo")  # of the policy, made by a source on its way: saved with it
 
 def frozen(model):
     """A copy that nothing trains."""
@@ -594,7 +653,8 @@ def gold_credit(s, r, side, *, scale=1.0):
     return torch.sigmoid(scale * torch.tensor(gold).diff()) - 0.5
 
 def prompted_credit(s, r, side, *, better="A good answer.\n", worse="A bad answer.\n"):
-    """T-REG's own: σ(log π_ref(y_t|better, x) - log π_ref(y_t|worse, x)) - ½, texts put before the prompt."""
+    """T-REG's own: σ(log π_ref(y_t|better, x) - log π_ref(y_t|worse, x)) - ½, texts put before the
+    prompt."""
     ids = r["sides"][side]
     prompts = [s.tok.prompt(text + r["text"]["prompt"], s.c.chat) for text in (better, worse)]
     tokens, mask = collate([(prompt, ids) for prompt in prompts], s.tok.pad or 0, s.c.device)
@@ -607,12 +667,14 @@ CREDITS = dict(gold=gold_credit, prompts=prompted_credit)
 SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
 READS = dict(                    # of x: logp, mask, ref, … [B, S, T]
     logp=lambda x: x["logp"].sum(-1), len=lambda x: x["mask"].sum(-1), tok=lambda x: x["logp"],
-    mean=lambda x: x["logp"].sum(-1) / x["mask"].sum(-1), ratio=lambda x: (x["logp"] - x["ref"]).sum(-1),
+    mean=lambda x: x["logp"].sum(-1)
+    / x["mask"].sum(-1), ratio=lambda x: (x["logp"] - x["ref"]).sum(-1),
     delta=lambda x: x["logp"] - x["ref"], prev_ratio=lambda x: (x["logp"] - x["prev"]).sum(-1),
     **{key: lambda x, key=key: x[key] for key in ("mask", "eos", "credit", "kl", "weight")})
 
 def part_of(name):
-    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"), of rows with one side; "margin" -> None."""
+    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"), of rows with one side; "margin" ->
+    None."""
     head, _, tail = name.partition("_")
     if head in SIDES and tail in READS:
         return SIDES[head], tail
@@ -621,17 +683,20 @@ def part_of(name):
 def reads(f):
     """All that a run's loss and statistic read of log-probs: {"ratio", "len", …}."""
     names = needs(f.loss) + needs(f.statistic)
-    names += {"gap": ["chosen_ratio"], "mismatched": ["ratio"]}.get(next(iter(needs(f.statistic)), ""), [])
+    names += {"gap": ["chosen_ratio"],
+              "mismatched": ["ratio"]}.get(next(iter(needs(f.statistic)), ""), [])
     return {part_of(name)[1] for name in names if part_of(name)}
 
 def needs_reference(c, f):
-    """Whether the run reads a reference at all: in its loss, in its source, or to measure the KL."""
-    return (c.kl or bool(reads(f) & {"ratio", "delta", "kl", "weight"}) or c.source in ("mixture", "explore")
+    """Whether the run reads a reference at all: in its loss, in its source, or to measure the
+    KL."""
+    return (c.kl or bool(reads(f) & {"ratio", "delta", "kl", "weight"})
+            or c.source in ("mixture", "explore")
             or "credit" in reads(f) and c.credit == "prompts" or c.judge == "duel")
 
 def judges(c, f):
-    """The folders of the models that this run's judge reads, {"judge"} or {"strong", "weak"}; {} for one that
-    needs none, or that no row of this run is shown to."""
+    """The folders of the models that this run's judge reads, {"judge"} or {"strong", "weak"}; {}
+    for one that needs none, or that no row of this run is shown to."""
     names = needs(f.judge)
     if "judged" in names:
         return dict(judge=c.judge)
@@ -648,14 +713,15 @@ def readers(c, f):
         length_bias=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
         judge=(not static or "margin" in names or c.judge == "duel",
                "sources that sample, and losses that read a margin"),
-        combine=("signs" in names, "--loss objectives"), credit=("credit" in reads(f), "--loss treg"),
+        combine=("signs" in names, "--loss objectives"),
+        credit=("credit" in reads(f), "--loss treg"),
         refresh=(not static, "sources that sample"),
         anchor=(needs_reference(c, f), "losses that read a reference"))
     return fields
 
 def check(c, f, world):
-    """UserError for rows of the config that do not go together, and for all else that can be known before
-    anything is made: files and folders."""
+    """UserError for rows of the config that do not go together, and for all else that can be known
+    before anything is made: files and folders."""
     names, static = needs(f.loss), c.source in STATIC
     given = {name for some in GIVES.values() for name in some}
     for name in sorted(given & set(names) - set(GIVES[c.statistic])):
@@ -695,18 +761,20 @@ def check(c, f, world):
                         f"--judge cdr")
     if c.source == "signs":
         shares(f.combine.keywords.get("weights", ""), len(f.source.keywords["groups"]))
-    if c.sft and ({"signs", "hard", "good"} & set(names) or not any(x.startswith("chosen") for x in names)):
+    if c.sft and ({"signs", "hard", "good"} & set(names)
+                  or not any(x.startswith("chosen") for x in names)):
         raise UserError(f"--sft {c.sft}: --loss {c.loss} has no chosen response; leave it at 0")
     if "credit" in reads(f) and (c.source != "pairs" or c.credit == "gold" and world is None):
         raise UserError(f"--loss {c.loss}: token credits are of --source pairs; without a world, of "
                         f"--credit prompts")
 
 def measure(s, rows, model):
-    """Every side of the rows in one batched forward pass -> logp, mask, eos and, where the rows have it, ref,
-    prev, credit, and where the loss reads them kl, weight: [B, S, T] each."""
+    """Every side of the rows in one batched forward pass -> logp, mask, eos and, where the rows
+    have it, ref, prev, credit, and where the loss reads them kl, weight: [B, S, T] each."""
     S, wanted = len(rows[0]["sides"]), reads(s.f)
-    tokens, mask = collate([(r["prompt"], y) for r in rows for y in r["sides"]], s.tok.pad or 0, s.c.device)
-    x = dict(logp=token_logprobs(model, tokens, mask), mask=mask,                        # [B S, T] each
+    tokens, mask = collate([(r["prompt"], y) for r in rows for y in r["sides"]], s.tok.pad or 0,
+                           s.c.device)
+    x = dict(logp=token_logprobs(model, tokens, mask), mask=mask,                    # [B S, T] each
              eos=mask * (tokens == s.tok.eos))
     for key in ("ref", "prev", "credit"):
         if key in rows[0]:
@@ -717,24 +785,27 @@ def measure(s, rows, model):
     return {key: v.view(-1, S, v.size(-1)) for key, v in x.items()}
 
 def token_divergence(model, ref, tokens, mask):
-    """SparsePO's kl, KL(π_ref||π) of each token's distribution, whole vocabulary, and weight, MaPO's mask.
+    """SparsePO's kl, KL(π_ref||π) of each token's distribution, whole vocabulary, and weight,
+    MaPO's mask.
 
-    weight: mean of the reference's hidden state over features at the token's own prediction, z-scored, then
+    weight: mean of the reference's hidden state over features at the token's own prediction,
+    z-scored, then
     stretched to [0, 1] within the response (2410.05102 §3; its final layer, ours).   -> [N, T] each
     """
     with torch.no_grad():
-        h_ref = ref(tokens)[:, :-1]                                                      # [N, T-1, D]
+        h_ref = ref(tokens)[:, :-1]                                                    # [N, T-1, D]
         a = F.pad(h_ref.float().mean(-1), (1, 0))                                        # [N, T]
         low = a.masked_fill(mask == 0, torch.inf).amin(1, keepdim=True)
         high = a.masked_fill(mask == 0, -torch.inf).amax(1, keepdim=True)
         weight = (a - low) / (high - low).clamp(min=1e-6) * mask
     h, where = model(tokens)[:, :-1], mask[:, 1:] > 0
-    kl = kernels.linear_distill(h[where], model.head, h_ref[where], ref.head, "forward_kl")          # [n]
+    kl = kernels.linear_distill(h[where], model.head, h_ref[where], ref.head, "forward_kl")    # [n]
     kl = torch.zeros_like(mask[:, 1:]).masked_scatter(where, kl.float())
     return dict(kl=F.pad(kl, (1, 0)), weight=weight)
 
 def provide(names, x, rows, extra=None):
-    """What a loss names, for these rows: log-probs of a side, a statistic of the batch, or a row's field."""
+    """What a loss names, for these rows: log-probs of a side, a statistic of the batch, or a row's
+    field."""
     out, like = {}, x["logp"]
     for name in names:
         if part := part_of(name):
@@ -748,7 +819,8 @@ def provide(names, x, rows, extra=None):
 
 @torch.no_grad()
 def response_logprobs(s, rows, model):
-    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] per row, CPU."""
+    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] per row,
+    CPU."""
     out = []
     for i in range(0, len(rows), s.c.micro):
         part = rows[i:i + s.c.micro]
@@ -760,21 +832,24 @@ def response_logprobs(s, rows, model):
     return [x.clone() for x in out]
 
 def fingerprint(rows, model, dtype):
-    """A hash of the rows' ids, the model's weights and the precision: what reference log-probs depend on."""
-    h = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode() + str(dtype).encode())
+    """A hash of the rows' ids, the model's weights and the precision: what reference log-probs
+    depend on."""
+    h = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode()
+                       + str(dtype).encode())
     for name, p in model.state_dict().items():
         h.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 def cached_logprobs(s, rows, model):
-    """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once, ever."""
+    """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once,
+    ever."""
     path = CACHE / f"reference-{fingerprint(rows, model, s.c.dtype)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):          # absent, or broken
+    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):  # absent, or broken
         out = list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
         s.say(f"  reference log-probs: {path}")
         return out
     out = response_logprobs(s, rows, model)
-    with contextlib.suppress(OSError, SafetensorError):                                  # it costs only time
+    with contextlib.suppress(OSError, SafetensorError):                         # it costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
         save_file(dict(logp=torch.cat(out)), tmp)
@@ -782,14 +857,16 @@ def cached_logprobs(s, rows, model):
     return out
 
 def reference(s):
-    """The model that log-ratios are against: MPO's switch, else the policy as it is, or the start."""
-    return s.models.get("after_dpo") or (s.policy if s.c.anchor == "previous" else s.models["start"])
+    """The model that log-ratios are against: MPO's switch, else the policy as it is, or the
+    start."""
+    return s.models.get("after_dpo") or (s.policy if s.c.anchor == "previous"
+                                         else s.models["start"])
 
 def prepare(s, rows):
     """Rows with what is frozen about them: reference log-probs, the last iterate's, token credits.
 
-    Rows whose pair is of equal sides (of a list: all), or with an empty one, or longer than the context, are
-    dropped and counted. UserError if the loss reads what the source does not give."""
+    Rows whose pair is of equal sides (of a list: all), or with an empty one, or longer than the
+    context, are dropped and counted. UserError if the loss reads what the source does not give."""
     kept, wanted = [], reads(s.f)
     for name in needs(s.f.loss) if rows else []:
         side = part_of(name)
@@ -800,8 +877,8 @@ def prepare(s, rows):
     for r in rows:
         sides = [tuple(y) for y in r["sides"]]
         pair = sides if s.c.source == "lists" else sides[:2]
-        why = ("empty" if not all(sides) else "identical" if len(sides) > 1 and len(set(pair)) == 1 else
-               "long" if len(r["prompt"]) + max(map(len, sides)) > s.context else "")
+        why = ("empty" if not all(sides) else "identical" if len(sides) > 1 and len(set(pair)) == 1
+               else "long" if len(r["prompt"]) + max(map(len, sides)) > s.context else "")
         if why:
             s.seen[why] += 1
         else:
@@ -825,14 +902,16 @@ def prepare(s, rows):
         r.pop("text", None)
     return kept
 
-# --- 6 evaluate ---------------------------------------------------------------------------------------
+# --- 6 evaluate -----------------------------------------------------------------------------------
 
 def evaluate(s, sets, held):
-    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float}, samples.
+    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float},
+    samples.
 
-    win: how often the policy's sample has more gold than the start's, same prompt and draws (ties half);
-    kl: k1 to the start, nats per response; accuracy: pairs with a larger log-ratio (without a reference: mean
-    log-prob) of the chosen side, or of binary labels the area under the ROC curve.
+    win: how often the policy's sample has more gold than the start's, same prompt and draws (ties
+    half); kl: k1 to the start, nats per response; accuracy: pairs with a larger log-ratio (without
+    a reference: mean log-prob) of the chosen side, or of binary labels the area under the ROC
+    curve.
     """
     c, out, look = s.c, {}, []
     g, seen = s.g, dict(s.seen)
@@ -849,7 +928,8 @@ def evaluate(s, sets, held):
             gold = [s.world.reward(p, y["text"], y["finished"]) for p, y in zip(problems, ys)]
             before = s.before.setdefault(split, gold)
             out |= {f"{split}_gold": sum(gold) / len(gold),
-                    f"{split}_win": sum((a > b) + 0.5 * (a == b) for a, b in zip(gold, before)) / len(gold)}
+                    f"{split}_win": sum((a > b) + 0.5 * (a == b) for a, b in zip(gold, before))
+                    / len(gold)}
             if c.source == "signs":
                 for group in s.f.source.keywords["groups"]:
                     out[f"{split}_gold_{group}"] = sum(
@@ -865,7 +945,8 @@ def evaluate(s, sets, held):
     return out | pair_accuracy(s, held), look
 
 def pair_accuracy(s, held):
-    """{"val_accuracy", …}: see evaluate; held: {name: rows}, with reference log-probs if there are any."""
+    """{"val_accuracy", …}: see evaluate; held: {name: rows}, with reference log-probs if there are
+    any."""
     out = {}
     for name, rows in held.items():
         score = [[y.sum().item() if "ref" in rows[0] else y.mean().item()
@@ -875,7 +956,8 @@ def pair_accuracy(s, held):
             out[f"{name}_accuracy"] = auroc(torch.tensor([a for a, in score]),
                                             torch.tensor([r["good"] > 0 for r in rows]))
         else:
-            out[f"{name}_accuracy"] = sum((a > b) + 0.5 * (a == b) for a, b, *_ in score) / len(score)
+            out[f"{name}_accuracy"] = sum((a > b) + 0.5 * (a == b)
+                                          for a, b, *_ in score) / len(score)
     return {k: float(v) for k, v in out.items()}
 
 def forgotten(s, split, problems):
@@ -889,30 +971,35 @@ def forgotten(s, split, problems):
     return out
 
 def exploitability(s, problems, k=16):
-    """max_y P(y > π) - ½, averaged over prompts: what the best of 2 k responses wins against the policy.
+    """max_y P(y > π) - ½, averaged over prompts: what the best of 2 k responses wins against the
+    policy.
 
-    Candidates: k samples of the start and k of the policy; P(y > π) by k other samples of the policy. A
-    maximum over samples: it is above 0 for the best of policies too, so compare arms, not with 0."""
+    Candidates: k samples of the start and k of the policy; P(y > π) by k other samples of the
+    policy. A maximum over samples: it is above 0 for the best of policies too, so compare arms, not
+    with 0."""
     groups = [a + b + c for a, b, c in zip(sample(s, problems, k, model=s.models["start"]),
                                            sample(s, problems, k), sample(s, problems, k))]
     best = [P[:2 * k, 2 * k:].mean(1).max().item() for P in compare(s, problems, groups)]
     return sum(best) / len(best) - 0.5
 
-# --- 7 train ------------------------------------------------------------------------------------------
+# --- 7 train --------------------------------------------------------------------------------------
 
 
 def open_data(s, c):
-    """(training pairs as ids, or labelled rows, {name: held-out rows}, a file's held-out prompts)."""
+    """(training pairs as ids, or labelled rows, {name: held-out rows}, a file's held-out
+    prompts)."""
     def ids(rows, what):
         return prefs.encode_pairs(rows, s.tok, s.context, what, c.chat)
     if s.world:
-        train = s.world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise, length_bias=c.length_bias)
+        train = s.world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise,
+                              length_bias=c.length_bias)
         held = {"val": s.world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")}
     elif c.noise or c.length_bias:
         raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
     elif c.source == "labels" and (found := prefs.load_labels(c.data)):
         both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
-        both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat) for k, x in both.items()}
+        both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat)
+                for k, x in both.items()}
         mixed = {k: len({r["good"] for r in rows}) > 1 for k, rows in both.items()}
         if not mixed["train"]:
             raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad ones")
@@ -923,17 +1010,21 @@ def open_data(s, c):
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
         held = {"val": sets["val"]}
-    train, held = ids(train, "training pairs"), {k: ids(rows, f"{k} pairs") for k, rows in held.items()}
-    return train, [], {k: [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]]) for r in rows]
+    train, held = ids(train, "training pairs"), {k: ids(rows, f"{k} pairs")
+                                                 for k, rows in held.items()}
+    return train, [], {k: [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]])
+                           for r in rows]
                        for k, rows in held.items()}, [r["text"]["prompt"] for r in held["val"]]
 
 
 def open_models(c, f, folder, last):
-    """(policy, tokenizer, {"start": the reference, if the run reads one, and what the judge reads})."""
+    """(policy, tokenizer, {"start": the reference, if the run reads one, and what the judge
+    reads})."""
     policy, tok = load(last or folder, c.device)
     if not isinstance(policy, Transformer):
         raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
-    models = {"start": load(folder, c.device)[0].requires_grad_(False)} if needs_reference(c, f) else {}
+    models = {"start": load(folder,
+                            c.device)[0].requires_grad_(False)} if needs_reference(c, f) else {}
     paths = {k: path if k == "judge" else sft.find(path, c.config, device=c.device)
              for k, path in judges(c, f).items()}
     if paths and paths.get("strong") == paths.get("weak") and "judge" not in paths:
@@ -959,12 +1050,14 @@ def look_first(s, rows):
         mixed = [dict(prompt=r["prompt"], sides=rows[i - 1]["sides"]) for i, r in enumerate(rows)]
         fits = [r for r in mixed if len(r["prompt"]) + len(r["sides"][0]) <= s.context]
         mine, ref = (response_logprobs(s, fits, m) for m in (s.policy, reference(s)))
-        mean = torch.stack([(a - b).sum() for a, b in zip(mine, ref)]).mean() if fits else torch.zeros(())
+        mean = torch.stack([(a - b).sum()
+                            for a, b in zip(mine, ref)]).mean() if fits else torch.zeros(())
         have["mismatched"] = mean.expand(len(rows)).to(s.c.device)
     else:
         wanted = ["chosen_ratio", "rejected_ratio"] if "gap" in names else ["ratio", "good"]
         with torch.no_grad(), autocast(s.c.device, s.c.dtype):
-            parts = [provide(wanted, measure(s, rows[i:i + s.c.micro], s.policy), rows[i:i + s.c.micro])
+            parts = [provide(wanted, measure(s, rows[i:i + s.c.micro], s.policy),
+                             rows[i:i + s.c.micro])
                      for i in range(0, len(rows), s.c.micro)]
         have |= {k: torch.cat([p[k] for p in parts]) for k in wanted}
         if "gap" in names:
@@ -975,24 +1068,28 @@ def look_first(s, rows):
 def backward(s, rows, extra):
     """Gradients of one step, accumulated over micro-batches -> what happened, as a dict of floats.
 
-    The sum over rows is divided by the step's rows (an objective's by those on which it has an opinion), so
-    --micro changes nothing. Several objectives: one backward pass each, then --combine.
+    The sum over rows is divided by the step's rows (an objective's by those on which it has an
+    opinion), so --micro changes nothing. Several objectives: one backward pass each, then
+    --combine.
     """
     names, B, told = needs(s.f.loss), len(rows), dict(loss=0.0)
     params = [p for p in s.policy.parameters() if p.requires_grad]
     G, total, count = None, 0.0, B
     if "signs" in names:
-        count = torch.tensor([r["signs"] for r in rows]).abs().sum(0).clamp(min=1).to(s.c.device)    # [M]
+        count = torch.tensor([r["signs"]
+                              for r in rows]).abs().sum(0).clamp(min=1).to(s.c.device)         # [M]
     for i in range(0, B, s.c.micro):
         part = rows[i:i + s.c.micro]
         with autocast(s.c.device, s.c.dtype):
             x = measure(s, part, s.policy)
-        loss = s.f.loss(**provide(names, x, part, {k: v[i:i + s.c.micro] for k, v in extra.items()}))
+        loss = s.f.loss(**provide(names, x, part,
+                                  {k: v[i:i + s.c.micro] for k, v in extra.items()}))
         if s.c.sft:
-            loss = loss - s.c.sft * READS["mean"](x)[:, 0]                               # side 0: the chosen
+            loss = loss - s.c.sft * READS["mean"](x)[:, 0]                      # side 0: the chosen
         if loss.dim() == 2:
             losses = loss.sum(0) / count                                                 # [M]
-            grads = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, params, retain_graph=True)])
+            grads = [torch.cat([g.reshape(-1)
+                                for g in torch.autograd.grad(one, params, retain_graph=True)])
                      for one in losses]
             G, total = torch.stack(grads) + (0 if G is None else G), total + losses.detach()
             told["loss"] += losses.sum().item()
@@ -1009,7 +1106,7 @@ def backward(s, rows, extra):
     for side in ("chosen", "rejected"):
         n = told.pop(f"{side}_n")
         told |= {k: v / max(1.0, n) for k, v in told.items() if k.startswith(side)}
-        if n == 0:                                             # binary labels: none of this kind in the step
+        if n == 0:  # binary labels: none of this kind in the step
             told = {k: v for k, v in told.items() if not k.startswith(side)}
     if "hits" in told:
         told["accuracy"] = told.pop("hits") / B
@@ -1020,8 +1117,9 @@ def backward(s, rows, extra):
 
 @torch.no_grad()
 def tell(x, rows):
-    """Sums over rows for the log: log-probs and log-ratios of both sides apart, pairs in the right order."""
-    score = {k: READS[k](x) for k in ("logp", "len", *(["ratio"] if "ref" in x else []))}            # [B, S]
+    """Sums over rows for the log: log-probs and log-ratios of both sides apart, pairs in the right
+    order."""
+    score = {k: READS[k](x) for k in ("logp", "len", *(["ratio"] if "ref" in x else []))}   # [B, S]
     out = {}
     if len(rows[0]["sides"]) == 1:
         good = torch.tensor([r.get("good", 1.0) for r in rows]).to(x["mask"])
@@ -1038,18 +1136,22 @@ def tell(x, rows):
 
 
 def train(c, f):
-    """One run: load, make rows, score, update, tell. -> the last evaluation and the start's (start_…)."""
+    """One run: load, make rows, score, update, tell. -> the last evaluation and the start's
+    (start_…)."""
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     check(c, f, world)
-    folder = sft.find(c.init, c.config, seed=c.seed, device=c.device)    # made before this run's clock starts
+    folder = sft.find(c.init, c.config, seed=c.seed,
+                      device=c.device)                         # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
         policy, tok, models = open_models(c, f, folder, run.last)
         longest = policy.config.max_position_embeddings
         context = min(c.context or longest, longest)
         seen = dict.fromkeys(("sampled", "truncated", "identical", "empty", "long", "close"), 0)
-        s = SimpleNamespace(c=c, f=f, policy=policy, tok=tok, models=models, memory={}, before={}, margins=[],
-                            g=torch.Generator().manual_seed(c.seed), context=context, say=run.say, step=0,
+        s = SimpleNamespace(c=c, f=f, policy=policy, tok=tok, models=models, memory={}, before={},
+                            margins=[],
+                            g=torch.Generator().manual_seed(c.seed), context=context, say=run.say,
+                            step=0,
                             stage=0, taken=0, seen=seen)
         s.sample, s.compare, s.extend = (partial(fn, s) for fn in (sample, compare, extend))
         s.copy = partial(frozen, policy)
@@ -1061,7 +1163,8 @@ def train(c, f):
         else:
             problems = [dict(prompt=x) for x in dict.fromkeys(r["text"]["prompt"] for r in s.data)]
             sets = {"val": [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]}
-        width = max(len(tok.prompt(p["prompt"], c.chat)) for x in (problems, *sets.values()) for p in x)
+        width = max(len(tok.prompt(p["prompt"], c.chat)) for x in (problems, *sets.values())
+                    for p in x)
         s.max_new = c.max_new or min(s.world.max_new if s.world else 128, context - width)
         if s.max_new < 1:
             raise UserError(f"the longest prompt has {width} tokens: no room for a response in the context "
@@ -1093,7 +1196,8 @@ def train(c, f):
             scores, made = first, 0
 
         for step in run.steps(c.steps):
-            # 1. rows ------------------------------------------------------------------------------------
+            # 1. rows
+            # ------------------------------------------------------------------------------------
             clock, s.step = time.perf_counter(), step
             if rows is None or not static and step - made >= c.refresh:
                 wanted = min(4000, math.ceil(c.batch * c.refresh / per_prompt(f.source)))
@@ -1103,14 +1207,16 @@ def train(c, f):
             order = batch_indices(len(rows), c.batch, step - made, c.seed + s.stage).tolist()
             batch = [rows[i] for i in order]
             t_rows = time.perf_counter() - clock
-            # 2. look at the whole batch, 3. update -------------------------------------------------------
+            # 2. look at the whole batch, 3. update
+            # -------------------------------------------------------
             clock = time.perf_counter()
             told = backward(s, batch, look_first(s, batch))
             norm = clip_grad_norm_(policy.parameters(), c.clip)
             set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
             opt.step()
             opt.zero_grad()
-            # 4. tell --------------------------------------------------------------------------------------
+            # 4. tell
+            # --------------------------------------------------------------------------------------
             run.log(step + 1, **told, norm=norm, **{k: v for k, v in s.seen.items() if v},
                     t_rows=t_rows, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
@@ -1120,14 +1226,17 @@ def train(c, f):
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 copies = {k: m.state_dict() for k, m in s.models.items() if k in COPIES}
                 run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
-                         rng=s.g.get_state(), memory=s.memory, before=s.before, stage=s.stage, taken=s.taken,
-                         seen=s.seen, made=made, rows=None if static else rows, copies=copies, first=first)
+                         rng=s.g.get_state(), memory=s.memory, before=s.before, stage=s.stage,
+                         taken=s.taken,
+                         seen=s.seen, made=made, rows=None if static else rows, copies=copies,
+                         first=first)
         if c.stop and c.stop < c.steps:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
             return scores
-        if run.state and run.start >= c.steps:                                   # resumed after its last step
+        if run.state and run.start >= c.steps:                         # resumed after its last step
             scores, look = evaluate(s, sets, held)
-        dropped = ", ".join(f"{n} {k}" for k, n in s.seen.items() if n and k not in ("sampled", "truncated"))
+        dropped = ", ".join(f"{n} {k}" for k, n in s.seen.items() if n
+                            and k not in ("sampled", "truncated"))
         cut = f"; of {s.seen['sampled']} samples {s.seen['truncated']} were truncated (no EOS is scored)"
         run.say(f"  rows dropped: {dropped or 'none'}" + cut * (s.seen["sampled"] > 0))
         report(run, first, scores, look)
@@ -1135,13 +1244,15 @@ def train(c, f):
         return run.finish(**scores, **{f"start_{k}": v for k, v in first.items()}, val_peak=peak)
 
 
-AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, combine=COMBINE, credit=CREDITS,
+AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, combine=COMBINE,
+            credit=CREDITS,
             kernels=kernels.MODES)
 
-# --- 8 claims -----------------------------------------------------------------------------------------
+# --- 8 claims -------------------------------------------------------------------------------------
 
 def above(label, ours, theirs, on="", by=0.0, sign=1):
-    """{label: contrast}: ours + by > theirs on a metric ("": the claim's); sign -1: ours < theirs - by."""
+    """{label: contrast}: ours + by > theirs on a metric ("": the claim's); sign -1: ours < theirs -
+    by."""
     return {label: {f"{ours}|{on}": sign, f"{theirs}|{on}": -sign} | ({"": by} if by else {})}
 
 def each(*contrasts):
@@ -1149,7 +1260,8 @@ def each(*contrasts):
     return {k: v for contrast in contrasts for k, v in contrast.items()}
 
 def noise_arms():
-    """DPO and its robust kin at 20 and 40 % flips, told the rate; and DPO with the β that each amounts to."""
+    """DPO and its robust kin at 20 and 40 % flips, told the rate; and DPO with the β that each
+    amounts to."""
     arms = {"dpo 0": "dpo"}
     for e, robust, smooth in ((20, "beta06", "beta17"), (40, "beta02", "beta50")):
         arms |= {f"{x} {e}": f"{x},flips{e}" for x in ("dpo", "cdpo", "rdpo", "ipo")}
@@ -1157,38 +1269,46 @@ def noise_arms():
                  for word, beta in (("b(1-2e)", robust), ("b/(1-2e)", smooth))}
     return arms
 
-GAMES = dict(online="online", sppo="SPPO", inpo="INPO", dno="DNO", nash_md="Nash-MD", nash_mp="Nash-MP")
+GAMES = dict(online="online", sppo="SPPO", inpo="INPO", dno="DNO", nash_md="Nash-MD",
+             nash_mp="Nash-MP")
 CLAIMS = dict(
     noise=Claim(
         "Under flipped labels rDPO and cDPO, told the rate, and IPO beat DPO, and DPO with another beta",
-        "2403.00409: rDPO over DPO and cDPO at 20 and 40 % flips; 2310.12036", noise_arms(), "val_gold",
-        each(*(above(f"{name} at {e} %", f"{x} {e}", f"dpo {e}") for e in (20, 40)
+        "2403.00409: rDPO over DPO and cDPO at 20 and 40 % flips; 2310.12036", noise_arms(),
+        "val_gold", each(*(above(f"{name} at {e} %", f"{x} {e}", f"dpo {e}") for e in (20, 40)
                for name, x in (("rDPO", "rdpo"), ("cDPO", "cdpo"), ("IPO", "ipo"))),
-             *(above(f"rDPO over the conservative one at {e} %", f"rdpo {e}", f"cdpo {e}") for e in (20, 40)),
+             *(above(f"rDPO over the conservative one at {e} %", f"rdpo {e}", f"cdpo {e}")
+               for e in (20, 40)),
              *(above(f"beyond beta: {word} at {e} %", f"{x} {e}", f"dpo, {b} {e}") for e in (20, 40)
-               for word, x, b in (("robust", "rdpo", "b(1-2e)"), ("conservative", "cdpo", "b/(1-2e)")))),
-        also=("val_win", "val_kl", "val_accuracy"), conclude=in_parts("rDPO", "cDPO", "IPO", "beyond beta")),
+               for word, x, b in (("robust", "rdpo", "b(1-2e)"),
+                                  ("conservative", "cdpo", "b/(1-2e)")))),
+        also=("val_win", "val_kl", "val_accuracy"),
+        conclude=in_parts("rDPO", "cDPO", "IPO", "beyond beta")),
     length=Claim(
         "Where annotators like length, LD-DPO and SimPO give shorter and better responses than DPO",
         "2409.06411, 2405.14734: shorter at a higher win rate",
         {"dpo": "dpo,biased", "ld_dpo": "ld_dpo,biased", "ld_dpo, no EOS": "ld_dpo,no_eos,biased",
-         "simpo": "simpo,biased,clean", "dpo_norm": "dpo_norm,biased", "dpo, no bias": "dpo"}, "val_gold",
-        each(*(above(f"{part}: better", x, "dpo") | above(f"{part}: shorter", x, "dpo", "val_length", sign=-1)
-               for part, x in (("LD-DPO", "ld_dpo"), ("without EOS", "ld_dpo, no EOS"), ("SimPO", "simpo"),
-                               ("per token", "dpo_norm")))),
+         "simpo": "simpo,biased,clean", "dpo_norm": "dpo_norm,biased", "dpo, no bias": "dpo"},
+                 "val_gold",
+        each(*(above(f"{part}: better", x, "dpo")
+               | above(f"{part}: shorter", x, "dpo", "val_length", sign=-1)
+               for part, x in (("LD-DPO", "ld_dpo"), ("without EOS", "ld_dpo, no EOS"),
+                               ("SimPO", "simpo"), ("per token", "dpo_norm")))),
         also=("val_length", "val_win", "val_kl"),
         conclude=in_parts("LD-DPO", "without EOS", "SimPO", "per token")),
     margins=Claim(
         "Weights by margin (MADPO) and a batch's own beta (β-DPO) beat DPO, more so under noise",
         "2510.05342: MADPO over DPO and β-DPO; 2407.08639: β-DPO over DPO",
-        {f"{x}{tag}": f"{names}{noise}" for tag, noise in (("", ""), (" 20", ",flips20")) for x, names in (
+        {f"{x}{tag}": f"{names}{noise}" for tag, noise in (("", ""), (" 20", ",flips20"))
+         for x, names in (
             ("dpo", "dpo"), ("madpo", "madpo"), ("madpo, to 4", "madpo,strong"),
             ("madpo, shuffled", "madpo,strong,shuffled"), ("beta_dpo", "beta_dpo"))}, "val_gold",
         each(*(above(f"{part}: {x}{tag} > dpo", f"{x}{tag}", f"dpo{tag}") for tag in ("", " 20")
                for part, x in (("MADPO", "madpo"), ("MADPO", "madpo, to 4"), ("beta", "beta_dpo"))),
              *(above(f"its margins{tag or ' 0'}", f"madpo, to 4{tag}", f"madpo, shuffled{tag}")
                for tag in ("", " 20"))),
-        also=("val_win", "val_kl", "val_accuracy"), conclude=in_parts("MADPO", "beta", "its margins")),
+        also=("val_win", "val_kl", "val_accuracy"),
+        conclude=in_parts("MADPO", "beta", "its margins")),
     overopt=Claim(
         "On few pairs DPO over-optimises: gold falls from its peak; RPO, HyPO and Flex-DPO end higher",
         "2405.16436, 2406.01462, 2406.07327: an SFT term, an online KL, less weight on the rejected side",
@@ -1203,13 +1323,16 @@ CLAIMS = dict(
     unlearning=Claim(
         "NPO forgets what it should without losing the rest; gradient ascent collapses",
         "2404.05868: GA diverges linearly, NPO only logarithmically",
-        {f"{x}, {o}{tag}": f"{x},{how}{more},short" for o, how in (("SGD", "plain_sgd"), ("Adam", "adam"))
+        {f"{x}, {o}{tag}": f"{x},{how}{more},short"
+         for o, how in (("SGD", "plain_sgd"), ("Adam", "adam"))
          for tag, more in ((" alone", ",alone"), (" + retain", "")) for x in ("ga", "npo", "npo1")},
         "val_retain_nll",
         each(*(above(f"{o}{tag}: {x} keeps more than GA", f"{x}, {o}{tag}", f"ga, {o}{tag}")
-               for o in ("SGD", "Adam") for tag in (" alone", " + retain") for x in ("npo", "npo1")),
+               for o in ("SGD", "Adam") for tag in (" alone", " + retain")
+               for x in ("npo", "npo1")),
              *({f"forgets: {x}, {o} + retain": {f"{x}, {o} + retain|val_forget_nll": -1,
-                                               f"{x}, {o} + retain|start_val_forget_nll": 1, "": 0.5}}
+                                               f"{x}, {o} + retain|start_val_forget_nll": 1,
+                                               "": 0.5}}
                for o in ("SGD", "Adam") for x in ("npo", "npo1"))),
         better="lower", also=("val_forget_nll", "val_gold", "val_truncated"),
         conclude=in_parts("SGD alone", "SGD + retain", "Adam alone", "Adam + retain", "forgets")),
@@ -1218,15 +1341,16 @@ CLAIMS = dict(
         "2312.00886, 2505.19731, 2407.00617, 2405.00675, 2404.03715: towards the Nash equilibrium",
         {x: f"{x},cyclic" for x in GAMES}, "val_exploitability",
         {f"{name} falls": {x: 1, f"{x}|start_val_exploitability": -1} for x, name in GAMES.items()
-         if x != "online"} | {"online DPO does not": {"online": -1, "online|start_val_exploitability": 1}}
+         if x != "online"} | {"online DPO does not": {"online": -1,
+                                                      "online|start_val_exploitability": 1}}
         | each(*(above(f"{name} below DPO", x, "online") for x, name in list(GAMES.items())[1:])),
         better="lower", also=("val_gold", "val_kl", "start_val_exploitability"),
         conclude=in_parts(*GAMES.values())),
     explore=Claim(
         "Optimism (XPO, SELM) finds better responses than online DPO with as many samples",
         "2405.21046, 2405.19332: higher win rates than online / iterative DPO",
-        {"dpo, offline": "dpo", "online": "online", "xpo": "xpo", "xpo, 0.01": "xpo,bold", "selm": "selm",
-         "selm, 0.01": "selm,bold"}, "val_gold",
+        {"dpo, offline": "dpo", "online": "online", "xpo": "xpo", "xpo, 0.01": "xpo,bold",
+         "selm": "selm", "selm, 0.01": "selm,bold"}, "val_gold",
         each(*(above(f"{part}: {x} > online", x, "online") for part, x in (
             ("XPO", "xpo"), ("XPO", "xpo, 0.01"), ("SELM", "selm"), ("SELM", "selm, 0.01"))),
              above("own samples: online > offline", "online", "dpo, offline")),
@@ -1240,9 +1364,10 @@ CLAIMS = dict(
          | {f"{x} {w}|val_gold_{g}": -s for g, s in (("A", a), ("B", b))}
          for w, a, b in (("w28", 0.2, 0.8), ("w55", 0.5, 0.5), ("w82", 0.8, 0.2))
          for label, x in (("over weighted,", "weighted"), ("over unclipped,", "unclipped"))},
-        also=("val_gold_B", "val_kl", "val_length"), conclude=in_parts("over weighted", "over unclipped")))
+        also=("val_gold_B", "val_kl", "val_length"),
+        conclude=in_parts("over weighted", "over unclipped")))
 
-# --- main -----------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):

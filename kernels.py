@@ -19,10 +19,10 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:                      # macOS, Windows: the CPU paths and the twins need no Triton
+except ImportError:  # macOS, Windows: the CPU paths and the twins need no Triton
     triton, jit = None, lambda f: f
 
-# --- which path ---------------------------------------------------------------------------------------
+# --- which path -----------------------------------------------------------------------------------
 
 
 def auto(x):
@@ -41,15 +41,16 @@ PROGRAMS = 264                           # two for each of an H100's 132 multipr
 
 
 def use(mode):
-    """Set the path of every kernel: a row of MODES, or "triton" everywhere (on a CPU: TRITON_INTERPRET=1)."""
+    """Set the path of every kernel: a row of MODES, or "triton" everywhere (on a CPU:
+    TRITON_INTERPRET=1)."""
     global route
     route = dict(MODES, triton=lambda x: "triton")[mode]
 
 
-# --- the head: log-probabilities ----------------------------------------------------------------------
+# --- the head: log-probabilities ------------------------------------------------------------------
 
 CHUNK = 1 << 22          # logits held at a time on a CPU: 16 MB of float32
-ROWS = 256               # but at least so many rows, as every chunk reads the head; for Triton 8 times both
+ROWS = 256  # but at least so many rows, as every chunk reads the head; for Triton 8 times both
 
 
 def statistics(x):
@@ -69,8 +70,8 @@ def slices(N, V, path):
 
 
 def chunks(h, V, path):
-    """Yield those slices, each with buffers [n, V] for its logits, in h's dtype and in the statistics'. All
-    share the buffers' memory: fresh pages cost a CPU as much as the product."""
+    """Yield those slices, each with buffers [n, V] for its logits, in h's dtype and in the
+    statistics'. All share the buffers' memory: fresh pages cost a CPU as much as the product."""
     for s in slices(len(h), V, path):
         if s.start == 0:
             z = h.new_empty(s.stop, V)
@@ -79,7 +80,8 @@ def chunks(h, V, path):
 
 
 def chunk_logits(h, W, temperature, z, out):
-    """h Wᵀ / temperature of one chunk, made in z and returned in out.   h [n, D], W [V, D] -> [n, V]"""
+    """h Wᵀ / temperature of one chunk, made in z and returned in out.   h [n, D], W [V, D] -> [n,
+    V]"""
     torch.mm(h, W.T, out=z)
     if out.dtype != z.dtype:
         out.copy_(z)
@@ -87,9 +89,10 @@ def chunk_logits(h, W, temperature, z, out):
 
 
 def head_gradients(h, W, path, logit_gradient, want_dW):
-    """dh [N, D] and dW [V, D] (or None) from logit_gradient(slice, W in h's dtype, z, out) -> dz [n, V]."""
+    """dh [N, D] and dW [V, D] (or None) from logit_gradient(slice, W in h's dtype, z, out) -> dz
+    [n, V]."""
     cast, dh = W.to(h.dtype).contiguous(), torch.empty_like(h)
-    dW = torch.zeros_like(W, dtype=statistics(W)) if want_dW else None                   # summed over chunks
+    dW = torch.zeros_like(W, dtype=statistics(W)) if want_dW else None          # summed over chunks
     for s, z, out in chunks(h, len(W), path):
         dz = logit_gradient(s, cast, z, out)
         dz = dz if dz.dtype == z.dtype else z.copy_(dz)
@@ -100,7 +103,8 @@ def head_gradients(h, W, path, logit_gradient, want_dW):
 
 
 def linear_logprob_ref(h, W, targets, temperature=1.0, entropy=False):
-    """log p(targets) for p = softmax(h Wᵀ / temperature), and p's entropy.   h [N, D], W [V, D] -> [N]"""
+    """log p(targets) for p = softmax(h Wᵀ / temperature), and p's entropy.   h [N, D], W [V, D] ->
+    [N]"""
     logp = torch.log_softmax(wide(h @ W.to(h.dtype).T) / temperature, -1)                # [N, V]
     hit = logp.gather(1, targets[:, None]).squeeze(1)                                    # [N]
     return (hit, -(logp.exp() * logp).sum(-1)) if entropy else hit
@@ -123,7 +127,8 @@ def logits_tile(h, W, i, j, N, V, D, tau, BN: tl.constexpr, BV: tl.constexpr, BD
 @jit
 def logprob_kernel(h, W, targets, top, total, slope, hit, N, V, D, tau,
                    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
-    """One tile's share of its rows' softmax: max, Σ e^(z-max), Σ e^(z-max) (z-max); and z of the target."""
+    """One tile's share of its rows' softmax: max, Σ e^(z-max), Σ e^(z-max) (z-max); and z of the
+    target."""
     i, j = tl.program_id(0), tl.program_id(1)
     n, v = i * BN + tl.arange(0, BN), j * BV + tl.arange(0, BV)
     z = logits_tile(h, W, i, j, N, V, D, tau, BN, BV, BD)                                # [BN, BV]
@@ -142,7 +147,8 @@ def logprob_kernel(h, W, targets, top, total, slope, hit, N, V, D, tau,
 @jit
 def logprob_grad_kernel(h, W, targets, lse, entropy, up, up_entropy, dz, N, V, D, tau,
                         BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
-    """One tile of dz = up (onehot - p) - up_entropy p (log p + H), its logits made again from h and W."""
+    """One tile of dz = up (onehot - p) - up_entropy p (log p + H), its logits made again from h and
+    W."""
     i, j = tl.program_id(0), tl.program_id(1)
     n, v = i * BN + tl.arange(0, BN), j * BV + tl.arange(0, BV)
     z = logits_tile(h, W, i, j, N, V, D, tau, BN, BV, BD)
@@ -157,22 +163,26 @@ def logprob_grad_kernel(h, W, targets, lse, entropy, up, up_entropy, dz, N, V, D
 
 
 def tiles(N, V, *operands):
-    """The grid over [N, V] and the blocks: tensor-core tiles in bfloat16, half as high for two products."""
-    BN, BV, BD, warps = (128, 128, 64, 8) if all(x.element_size() == 2 for x in operands) else (64, 64, 32, 4)
+    """The grid over [N, V] and the blocks: tensor-core tiles in bfloat16, half as high for two
+    products."""
+    BN, BV, BD, warps = (128, 128, 64, 8) if all(x.element_size() == 2
+                                                 for x in operands) else (64, 64, 32, 4)
     BN //= len(operands)
     return (triton.cdiv(N, BN), triton.cdiv(V, BV)), dict(BN=BN, BV=BV, BD=BD, num_warps=warps)
 
 
 def softmax_statistics(h, W, targets, temperature):
-    """Log-sum-exp, entropy and the target's logit of every row, from the tiles' shares.   three of [N]"""
+    """Log-sum-exp, entropy and the target's logit of every row, from the tiles' shares.   three of
+    [N]"""
     lse, entropy, hit = h.new_zeros(3, len(h), dtype=torch.float32).unbind(0)
     for s in slices(len(h), len(W), "triton"):
         grid, blocks = tiles(len(h[s]), len(W), h)
         top, total, slope = h.new_empty(3, grid[1], len(h[s]), dtype=torch.float32).unbind(0)
-        logprob_kernel[grid](h[s], W, targets[s], top, total, slope, hit[s], len(h[s]), *W.shape, temperature,
-                             **blocks)
+        logprob_kernel[grid](h[s], W, targets[s], top, total, slope, hit[s], len(h[s]), *W.shape,
+                             temperature, **blocks)
         lse[s] = torch.logsumexp(top + total.log(), 0)                                   # [n]
-        entropy[s] = ((top - lse[s]).exp() * (total * (lse[s] - top) - slope)).sum(0)    # no cancellation
+        entropy[s] = ((top - lse[s]).exp()
+                      * (total * (lse[s] - top) - slope)).sum(0)                   # no cancellation
     return lse, entropy, hit
 
 
@@ -203,13 +213,14 @@ class LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, up, up_entropy):
         h, W, targets, lse, entropy = ctx.saved_tensors
-        g, gH = (torch.zeros_like(lse) if x is None else x / ctx.temperature for x in (up, up_entropy))
+        g, gH = (torch.zeros_like(lse) if x is None else x / ctx.temperature
+                 for x in (up, up_entropy))
 
         def dz(s, cast, z, out):
             if ctx.path == "triton":
                 grid, blocks = tiles(*z.shape, h)
-                logprob_grad_kernel[grid](h[s], cast, targets[s], lse[s], entropy[s], g[s], gH[s], z,
-                                          *z.shape, h.size(1), ctx.temperature, **blocks)
+                logprob_grad_kernel[grid](h[s], cast, targets[s], lse[s], entropy[s], g[s], gH[s],
+                                          z, *z.shape, h.size(1), ctx.temperature, **blocks)
                 return z
             p = chunk_logits(h[s], cast, ctx.temperature, z, out)                        # [n, V]
             if up_entropy is None:
@@ -224,14 +235,16 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
-    """log p(targets) [N] under softmax(h Wᵀ / temperature), with entropy=True also its entropy [N]; float32.
+    """log p(targets) [N] under softmax(h Wᵀ / temperature), with entropy=True also its entropy [N];
+    float32.
 
-    h [N, D], W [V, D], targets [N]; differentiable in h and W. [N, V] is never held: Triton keeps a tile
-    of it at a time (its backward a chunk), a CPU a chunk. With z the logits and H the entropy,
+    h [N, D], W [V, D], targets [N]; differentiable in h and W. [N, V] is never held: Triton keeps a
+    tile of it at a time (its backward a chunk), a CPU a chunk. With z the logits and H the entropy,
         d logp/dz = onehot - p,   dH/dz = -p (log p + H).
-    FLOPs: 2NDV forward, 6NDV backward, 2NDV of them to make the logits again. Triton's bytes: 24·NV/128
-    forward; backward 6·NV (dz written once, read twice) and 12·NVD / rows of a chunk to add up dW.
-    Under autocast the products run in its dtype, as for a Linear layer; the statistics stay float32.
+    FLOPs: 2NDV forward, 6NDV backward, 2NDV of them to make the logits again. Triton's bytes:
+    24·NV/128 forward; backward 6·NV (dz written once, read twice) and 12·NVD / rows of a chunk to
+    add up dW. Under autocast the products run in its dtype, as for a Linear layer; the statistics
+    stay float32.
     """
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
@@ -243,17 +256,19 @@ def linear_logprob(h, W, targets, temperature=1.0, entropy=False):
 
 
 def linear_cross_entropy(h, W, targets, ignore=-100):
-    """F.cross_entropy(h Wᵀ, targets) by linear_logprob: rows to ignore cost nothing, [N, V] is never held."""
+    """F.cross_entropy(h Wᵀ, targets) by linear_logprob: rows to ignore cost nothing, [N, V] is
+    never held."""
     keep = targets != ignore                                                             # [N]
     return -linear_logprob(h[keep], W, targets[keep]).mean()
 
 
-# --- the head: distillation ---------------------------------------------------------------------------
+# --- the head: distillation -----------------------------------------------------------------------
 
 
 def forward_kl(logq, logp, beta=None):
     """KL(p‖q) of teacher p and student q: covers the teacher's modes.   [n, V] twice -> [n]"""
-    return torch.linalg.vecdot(logp.exp(), logp.clamp(min=-1e30) - logq)     # 0, not 0 · inf, where p = 0
+    return torch.linalg.vecdot(logp.exp(),
+                               logp.clamp(min=-1e30) - logq)           # 0, not 0 · inf, where p = 0
 
 
 def reverse_kl(logq, logp, beta=None):
@@ -267,29 +282,35 @@ def mixture(logq, logp, beta):
 
 
 def jsd(logq, logp, beta=0.5):
-    """Jensen-Shannon, β KL(p‖m) + (1-β) KL(q‖m) (GKD, 2306.13649); near p = q, β (1-β) forward KLs."""
+    """Jensen-Shannon, β KL(p‖m) + (1-β) KL(q‖m) (GKD, 2306.13649); near p = q, β (1-β) forward
+    KLs."""
     logm = mixture(logq, logp, beta)
     return beta * forward_kl(logm, logp) + (1 - beta) * forward_kl(logm, logq)
 
 
-# q ∂D/∂q up to multiples of q, in place of logp. Through the softmax, dz = pull - q Σ pull in every case.
+# q ∂D/∂q up to multiples of q, in place of logp. Through the softmax, dz = pull - q Σ pull in every
+# case.
 PULLS = dict(forward_kl=lambda logq, logp, beta: logp.exp_().neg_(),
              reverse_kl=lambda logq, logp, beta: logp.neg_().add_(logq).mul_(logq.exp()),
-             jsd=lambda logq, logp, beta: (1 - beta) * logq.exp() * (logq - mixture(logq, logp, beta)))
+             jsd=lambda logq, logp, beta: (1 - beta) * logq.exp()
+             * (logq - mixture(logq, logp, beta)))
 DIVERGENCES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd)
 
 
-def linear_distill_ref(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, beta=0.5):
-    """The divergence between softmax(h Wᵀ / τ) and the teacher's, per token, from full logits.   -> [N]"""
+def linear_distill_ref(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0,
+                       beta=0.5):
+    """The divergence between softmax(h Wᵀ / τ) and the teacher's, per token, from full logits.   ->
+    [N]"""
     logq, logp = (torch.log_softmax(wide(x @ w.to(x.dtype).T) / temperature, -1)
-                  for x, w in ((h, W), (teacher_h, teacher_W)))                          # [N, V] each
+                  for x, w in ((h, W), (teacher_h, teacher_W)))                        # [N, V] each
     return DIVERGENCES[divergence](logq, logp.detach(), beta)
 
 
 @jit
 def distill_tile(h, W, t, U, lse, teacher_lse, i, j, N, V, D, E, tau, beta, KIND: tl.constexpr,
                  BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
-    """A tile's student probabilities q, its terms of the divergence, and the pull q ∂D/∂q, [BN, BV] each"""
+    """A tile's student probabilities q, its terms of the divergence, and the pull q ∂D/∂q, [BN, BV]
+    each"""
     n, v = i * BN + tl.arange(0, BN), j * BV + tl.arange(0, BV)
     inside = (n < N)[:, None] & (v < V)[None]
     logq = logits_tile(h, W, i, j, N, V, D, tau, BN, BV, BD)
@@ -311,12 +332,12 @@ def distill_tile(h, W, t, U, lse, teacher_lse, i, j, N, V, D, E, tau, beta, KIND
 
 
 @jit
-def distill_kernel(h, W, t, U, lse, teacher_lse, terms, pulls, N, V, D, E, tau, beta, KIND: tl.constexpr,
-                   BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
+def distill_kernel(h, W, t, U, lse, teacher_lse, terms, pulls, N, V, D, E, tau, beta,
+                   KIND: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
     """One tile's share of the divergence and of Σ pull, [tiles, N] each."""
     i, j = tl.program_id(0), tl.program_id(1)
     q, term, pull = distill_tile(h, W, t, U, lse, teacher_lse, i, j, N, V, D, E, tau, beta, KIND,
-                                 BN, BV, BD)                                             # [BN, BV] each
+                                 BN, BV, BD)                                         # [BN, BV] each
     n = i * BN + tl.arange(0, BN)
     tl.store(terms + j.to(tl.int64) * N + n, tl.sum(term, 1), mask=n < N)
     tl.store(pulls + j.to(tl.int64) * N + n, tl.sum(pull, 1), mask=n < N)
@@ -328,11 +349,12 @@ def distill_grad_kernel(h, W, t, U, lse, teacher_lse, pulls, up, dz, N, V, D, E,
     """One tile of dz = up (pull - q Σ pull)."""
     i, j = tl.program_id(0), tl.program_id(1)
     q, term, pull = distill_tile(h, W, t, U, lse, teacher_lse, i, j, N, V, D, E, tau, beta, KIND,
-                                 BN, BV, BD)                                             # [BN, BV] each
+                                 BN, BV, BD)                                         # [BN, BV] each
     n, v = i * BN + tl.arange(0, BN), j * BV + tl.arange(0, BV)
     total = tl.load(pulls + n, mask=n < N, other=0.0)[:, None]
     g = tl.load(up + n, mask=n < N, other=0.0)[:, None]
-    tl.store(dz + n[:, None].to(tl.int64) * V + v[None], (g * (pull - q * total)).to(dz.dtype.element_ty),
+    tl.store(dz + n[:, None].to(tl.int64) * V + v[None],
+             (g * (pull - q * total)).to(dz.dtype.element_ty),
              mask=(n < N)[:, None] & (v < V)[None])
 
 
@@ -354,8 +376,10 @@ class LinearDistill(torch.autograd.Function):
             out, pulls = terms.sum(0), shares.sum(0)                                     # [N]
         else:
             for (s, *student), (_, *teacher) in zip(chunks(h, V, path), chunks(t, V, path)):
-                logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, *student), -1, out=student[1])
-                logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
+                logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, *student), -1,
+                                         out=student[1])
+                logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1,
+                                         out=teacher[1])
                 out[s] = DIVERGENCES[divergence](logq, logp, beta)
         ctx.save_for_backward(h, W, t, U, lse, teacher_lse, pulls)
         ctx.settings = divergence, temperature, beta, path
@@ -372,12 +396,13 @@ class LinearDistill(torch.autograd.Function):
             if path == "triton":
                 grid, blocks = tiles(*z.shape, h, t)
                 distill_grad_kernel[grid](
-                    h[s], cast, t[s], U, lse[s], teacher_lse[s], pulls[s], g[s], z, *z.shape, h.size(1),
-                    t.size(1), temperature, beta, divergence, **blocks)
+                    h[s], cast, t[s], U, lse[s], teacher_lse[s], pulls[s], g[s], z, *z.shape,
+                    h.size(1), t.size(1), temperature, beta, divergence, **blocks)
                 return z
             _, *teacher = next(other)
             logq = torch.log_softmax(chunk_logits(h[s], cast, temperature, z, out), -1, out=out)
-            logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1, out=teacher[1])
+            logp = torch.log_softmax(chunk_logits(t[s], U, temperature, *teacher), -1,
+                                     out=teacher[1])
             pull = PULLS[divergence](logq, logp, beta)                              # [n, V]
             return pull.sub_(logq.exp_().mul_(pull.sum(-1, keepdim=True))).mul_(g[s, None])
 
@@ -385,10 +410,12 @@ class LinearDistill(torch.autograd.Function):
 
 
 def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperature=1.0, beta=0.5):
-    """A row of DIVERGENCES between softmax(h Wᵀ / τ) and softmax(teacher_h teacher_Wᵀ / τ): [N], nats.
+    """A row of DIVERGENCES between softmax(h Wᵀ / τ) and softmax(teacher_h teacher_Wᵀ / τ): [N],
+    nats.
 
-    h [N, D], W [V, D], teacher_h [N, E], teacher_W [V, E]; beta in (0, 1): jsd's. Differentiable in h and W.
-    No factor τ². [N, V] is never held (see linear_logprob). FLOPs: forward 2N(D+E)V, which Triton does twice
+    h [N, D], W [V, D], teacher_h [N, E], teacher_W [V, E]; beta in (0, 1): jsd's. Differentiable in
+    h and W. No factor τ². [N, V] is never held (see linear_logprob). FLOPs: forward 2N(D+E)V, which
+    Triton does twice
     (log-sum-exps first), backward 2N(D+E)V + 4NDV.   Raises ValueError if the vocabularies differ.
     """
     if divergence not in DIVERGENCES or not 0 < beta < 1:
@@ -406,17 +433,19 @@ def linear_distill(h, W, teacher_h, teacher_W, divergence="forward_kl", temperat
     return LinearDistill.apply(h, W, t, U, divergence, temperature, beta, path)
 
 
-# --- norm, rotation, gate -----------------------------------------------------------------------------
+# --- norm, rotation, gate -------------------------------------------------------------------------
 
 
 def fused(x):
-    """route(x), but the twin for empty inputs and for inference on a CPU: there, each call counts."""
+    """route(x), but the twin for empty inputs and for inference on a CPU: there, each call
+    counts."""
     path = route(x)
     return "torch" if not x.numel() or path == "cpu" and not torch.is_grad_enabled() else path
 
 
 def rms_norm_ref(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight.   x [..., D], weight [D] -> [..., D]; rounded once, to x.dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight.   x [..., D], weight [D] -> [..., D]; rounded once, to
+    x.dtype."""
     return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
 
 
@@ -424,7 +453,7 @@ def rms_norm_ref(x, weight, eps):
 def rms_norm_forward(X, W, Y, RSTD, N, D, eps, ROWS: tl.constexpr, COLS: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     at, keep = row[:, None] * D + col, (row < N)[:, None] & (col < D)
-    x = tl.load(X + at, keep, 0.0).to(tl.float32)                                        # [ROWS, COLS]
+    x = tl.load(X + at, keep, 0.0).to(tl.float32)                                     # [ROWS, COLS]
     w = tl.load(W + col, col < D, 0.0).to(tl.float32)
     rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / D + eps)                                       # [ROWS]
     tl.store(RSTD + row, rstd, row < N)
@@ -441,7 +470,7 @@ def rms_norm_backward(G, X, W, RSTD, DX, DW, N, D, ROWS: tl.constexpr, COLS: tl.
         at, keep = row[:, None] * D + col, (row < N)[:, None] & (col < D)
         g = tl.load(G + at, keep, 0.0).to(tl.float32)
         rstd = tl.load(RSTD + row, row < N, 0.0)[:, None]
-        unit = tl.load(X + at, keep, 0.0).to(tl.float32) * rstd                          # x before the weight
+        unit = tl.load(X + at, keep, 0.0).to(tl.float32) * rstd                # x before the weight
         dw += g * unit
         g *= w
         tl.store(DX + at, rstd * (g - unit * (tl.sum(g * unit, 1) / D)[:, None]), keep)
@@ -449,7 +478,8 @@ def rms_norm_backward(G, X, W, RSTD, DX, DW, N, D, ROWS: tl.constexpr, COLS: tl.
 
 
 def norm_tile(D):
-    """Rows, columns and warps of a program that holds whole rows of width D: 4,096 numbers or one row."""
+    """Rows, columns and warps of a program that holds whole rows of width D: 4,096 numbers or one
+    row."""
     cols = triton.next_power_of_2(D)
     return dict(ROWS=max(1, 4096 // cols), COLS=cols, num_warps=min(16, max(8, cols // 512)))
 
@@ -457,14 +487,15 @@ def norm_tile(D):
 class RMSNorm(torch.autograd.Function):
     """rms_norm of rows x [N, D]; keeps x and rstd [N].
 
-    With u = x rstd and a row's mean:   dx = rstd (g w - u mean(g w u)),   dw = sum over rows of g u.
+    With u = x rstd and a row's mean:   dx = rstd (g w - u mean(g w u)),   dw = sum over rows of g
+    u.
     """
     @staticmethod
     def forward(ctx, x, weight, eps, path):
         N, D = x.shape
         if path == "cpu":
             u = wide(x)                                                                  # [N, D]
-            rstd = torch.linalg.vector_norm(u, dim=1).square_().div_(D).add_(eps).rsqrt_()       # [N]
+            rstd = torch.linalg.vector_norm(u, dim=1).square_().div_(D).add_(eps).rsqrt_()     # [N]
             y = (u * rstd[:, None]).mul_(weight).to(x.dtype)
         else:
             y, rstd, t = torch.empty_like(x), torch.empty(N, device=x.device), norm_tile(D)
@@ -487,28 +518,32 @@ class RMSNorm(torch.autograd.Function):
             return dx.to(dtype), dw.to(weight.dtype), None, None
         dx, t = torch.empty_like(x), norm_tile(D)
         programs = min(PROGRAMS, triton.cdiv(N, t["ROWS"]))
-        partial = torch.empty(programs, D, device=x.device)      # no atomics: the same sum in every run
+        partial = torch.empty(programs, D, device=x.device)  # no atomics: the same sum in every run
         rms_norm_backward[programs,](g.contiguous(), x, weight, rstd, dx, partial, N, D, **t)
         return dx, partial.sum(0).to(weight.dtype), None, None
 
 
 def rms_norm(x, weight, eps):
-    """RMSNorm (1910.07467): y = x / sqrt(mean(x^2) + eps) * weight over the last axis, fused both ways.
+    """RMSNorm (1910.07467): y = x / sqrt(mean(x^2) + eps) * weight over the last axis, fused both
+    ways.
 
-    x [..., D], weight [D] of any float dtype -> [..., D] in x.dtype; statistics in float32. Rows are read
-    as they lie in memory, so norm the heads of [B, T, H, hd] before the transpose, not after.
-    Bytes (s a number): 2NDs + 4N forward, 3NDs + 4N backward. Some 10 FLOPs a number: bound by memory.
+    x [..., D], weight [D] of any float dtype -> [..., D] in x.dtype; statistics in float32. Rows
+    are read as they lie in memory, so norm the heads of [B, T, H, hd] before the transpose, not
+    after. Bytes (s a number): 2NDs + 4N forward, 3NDs + 4N backward. Some 10 FLOPs a number: bound
+    by memory.
     """
     path = fused(x)
     if path == "torch":
         return rms_norm_ref(x, weight, eps)
-    return RMSNorm.apply(x.reshape(-1, x.size(-1)).contiguous(), weight.contiguous(), eps, path).view(x.shape)
+    return RMSNorm.apply(x.reshape(-1, x.size(-1)).contiguous(), weight.contiguous(), eps,
+                         path).view(x.shape)
 
 
 def rope_ref(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle, Hugging Face checkpoints' layout; rounded once."""
-    a, b = wide(x).chunk(2, -1)                                                          # [B, H, T, hd/2]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)             # [B, H, T, hd]
+    """Rotate the pairs (x_i, x_{i + hd/2}) by their angle, Hugging Face checkpoints' layout;
+    rounded once."""
+    a, b = wide(x).chunk(2, -1)                                                    # [B, H, T, hd/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)         # [B, H, T, hd]
 
 
 @jit
@@ -521,9 +556,10 @@ def rope_kernel(X, COS, SIN, Y, H, T, half, xb, xh, xt, yb, yh, yt, angles, turn
     b, t, h = b.to(tl.int64), (row // H).to(tl.int64), (row % H).to(tl.int64)
     keep = (row < T * H)[:, None] & (col < half)
     at = (b * angles + t * half)[:, None] + col
-    cos, sin = tl.load(COS + at, keep, 0.0), tl.load(SIN + at, keep, 0.0) * turn         # [ROWS, hd/2]
+    cos, sin = tl.load(COS + at, keep, 0.0), tl.load(SIN + at, keep, 0.0) * turn      # [ROWS, hd/2]
     at = (b * xb + h * xh + t * xt)[:, None] + col
-    x1, x2 = tl.load(X + at, keep, 0.0).to(tl.float32), tl.load(X + at + half, keep, 0.0).to(tl.float32)
+    x1, x2 = tl.load(X + at, keep, 0.0).to(tl.float32), tl.load(X + at + half, keep,
+                                                                0.0).to(tl.float32)
     at = (b * yb + h * yh + t * yt)[:, None] + col
     tl.store(Y + at, x1 * cos - x2 * sin, keep)
     tl.store(Y + at + half, x2 * cos + x1 * sin, keep)
@@ -531,7 +567,7 @@ def rope_kernel(X, COS, SIN, Y, H, T, half, xb, xh, xt, yb, yh, yt, angles, turn
 
 def turned(x, cos, sin, turn, path):
     """x rotated by turn (1, or -1: back) times the angles."""
-    if path == "cpu":                            # whole rows: halves would be strided to PyTorch, and slower
+    if path == "cpu":  # whole rows: halves would be strided to PyTorch, and slower
         a, b = x.chunk(2, -1)
         y = wide(torch.cat([b, a], -1)).mul_(torch.cat([-turn * sin, turn * sin], -1))
         return y.addcmul_(wide(x), torch.cat([cos, cos], -1).to(y.dtype)).to(x.dtype)
@@ -560,11 +596,12 @@ class RoPE(torch.autograd.Function):
 
 
 def rope(x, cos, sin):
-    """Rotary position embedding (RoFormer, 2104.09864), half-split: see rope_ref. No gradient to the angles.
+    """Rotary position embedding (RoFormer, 2104.09864), half-split: see rope_ref. No gradient to
+    the angles.
 
-    x [B, H, T, hd] with any strides, which the result shares; cos, sin float32 [T, hd/2] or, where rows
-    stand at positions of their own, [B, 1, T, hd/2].
-    Bytes: 2 BHT hd s and the angles (once a position), 3 FLOPs a number: memory. Backward the same.
+    x [B, H, T, hd] with any strides, which the result shares; cos, sin float32 [T, hd/2] or, where
+    rows stand at positions of their own, [B, 1, T, hd/2]. Bytes: 2 BHT hd s and the angles (once a
+    position), 3 FLOPs a number: memory. Backward the same.
     """
     path = fused(x)
     if path == "torch":
@@ -623,7 +660,8 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(gate, up):
     """SwiGLU's gate (2002.05202): silu(gate) * up, any equal shapes, one pass over memory each way.
 
-    Bytes for n numbers of s bytes: 3ns forward, 5ns backward, 2ns held between (autograd: 3ns): memory.
+    Bytes for n numbers of s bytes: 3ns forward, 5ns backward, 2ns held between (autograd: 3ns):
+    memory.
     """
     path = fused(gate)
     if path == "torch":
@@ -631,15 +669,17 @@ def swiglu(gate, up):
     return SwiGLU.apply(gate.contiguous(), up.contiguous(), path)
 
 
-# --- decode attention ---------------------------------------------------------------------------------
+# --- decode attention -----------------------------------------------------------------------------
 
 
 def decode_attention_ref(q, k, v, length):
-    """softmax(q kᵀ / sqrt(hd)) v over row b's first length[b] slots.   q [B, H, hd], k, v [B, K, S, hd]."""
+    """softmax(q kᵀ / sqrt(hd)) v over row b's first length[b] slots.   q [B, H, hd], k, v [B, K, S,
+    hd]."""
     (B, H, hd), (K, S) = q.shape, k.shape[1:3]
-    scores = wide(q).reshape(B, K, H // K, hd) @ wide(k).mT / hd ** 0.5                  # [B, K, G, S]
-    seen = torch.arange(S, device=k.device) < length[:, None, None, None]                # [B, 1, 1, S]
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide(v)).reshape(q.shape).to(q.dtype)
+    scores = wide(q).reshape(B, K, H // K, hd) @ wide(k).mT / hd ** 0.5               # [B, K, G, S]
+    seen = torch.arange(S, device=k.device) < length[:, None, None, None]             # [B, 1, 1, S]
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            @ wide(v)).reshape(q.shape).to(q.dtype)
 
 
 def decode_attention_cpu(q, k, v, length):
@@ -649,20 +689,23 @@ def decode_attention_cpu(q, k, v, length):
     seen = None if low == S else torch.arange(S, device=k.device) < length[:, None, None, None]
     if q.element_size() == 2:            # scores must not be rounded, nor overflow float16
         return F.scaled_dot_product_attention(q, k, v, seen).reshape(B, H, hd)
-    scores = (q * hd ** -0.5) @ k.mT                                                     # [B, K, G, S]
+    scores = (q * hd ** -0.5) @ k.mT                                                  # [B, K, G, S]
     if seen is not None:
         scores.masked_fill_(~seen, -torch.inf)
     return (scores.softmax(-1) @ v).reshape(B, H, hd)
 
 
 @jit
-def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scale, HD, G: tl.constexpr,
-                            GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    """One share of the slots of one row's key head, for its group of G queries: their softmax so far.
+def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scale, HD,
+                            G: tl.constexpr,
+                            GP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                            SPLITS: tl.constexpr):
+    """One share of the slots of one row's key head, for its group of G queries: their softmax so
+    far.
 
     Shares are cut from the row's own length, so that all SPLITS programs of a short row have work.
     """
-    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)                        # row x key head
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)                   # row x key head
     g, d, s = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, BLOCK)
     mine = (g < G)[:, None] & (d < HD)[None]
     n = tl.load(length + head // K).to(tl.int32)
@@ -670,14 +713,14 @@ def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scal
     start, end = split * share, tl.minimum(n, split * share + share)
     query = tl.load(q + (head * G + g[:, None]) * HD + d[None], mask=mine, other=0.0)    # [GP, D]
     base = head // K * kb + head % K * kh
-    m = tl.full([GP], -1e30, tl.float32)                                                 # not inf - inf
+    m = tl.full([GP], -1e30, tl.float32)                                             # not inf - inf
     total, acc = tl.zeros([GP], tl.float32), tl.zeros([GP, D], tl.float32)
     for i in range(start, end, BLOCK):
         at = base + (i + s)[:, None].to(tl.int64) * ks + d[None]
         here = (i + s < end)[:, None] & (d < HD)[None]
-        key = tl.load(k + at, mask=here, other=0.0)                                      # [BLOCK, D]
+        key = tl.load(k + at, mask=here, other=0.0)                                     # [BLOCK, D]
         value = tl.load(v + at, mask=here, other=0.0)
-        z = tl.dot(query, tl.trans(key), input_precision="ieee") * scale                 # [GP, BLOCK], base 2
+        z = tl.dot(query, tl.trans(key), input_precision="ieee") * scale       # [GP, BLOCK], base 2
         z = tl.where((i + s < end)[None], z, float("-inf"))
         new = tl.maximum(m, tl.max(z, 1))
         p, shrink = tl.exp2(z - new[:, None]), tl.exp2(m - new)
@@ -694,14 +737,15 @@ def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scal
 
 
 @jit
-def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constexpr,
+                        SPLITS: tl.constexpr):
     """out = sum_s 2^(m_s - m) acc_s / sum_s 2^(m_s - m) total_s:  the splits of one query head."""
     query = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, D)
     at = (query // G * SPLITS + tl.arange(0, SPLITS)) * G + query % G                    # [SPLITS]
     m = tl.load(top + at)
-    weight = tl.exp2(m - tl.max(m, 0))                                                   # empty share: 0
-    acc = tl.load(part + at[:, None] * HD + d[None], mask=(d < HD)[None], other=0.0)     # [SPLITS, D]
+    weight = tl.exp2(m - tl.max(m, 0))                                              # empty share: 0
+    acc = tl.load(part + at[:, None] * HD + d[None], mask=(d < HD)[None], other=0.0)   # [SPLITS, D]
     total = tl.sum(weight * tl.load(mass + at), 0)
     tl.store(out + query * HD + d, tl.sum(weight[:, None] * acc, 0) / total, mask=d < HD)
 
@@ -710,10 +754,12 @@ def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constex
 def decode_attention(q, k, v, length):
     """One new token's attention to a cache: decode_attention_ref. Not differentiable.
 
-    q [B, H, hd] -> [B, H, hd]; k, v [B, K, S, hd] views of a cache, finite beyond length, too; length [B] of
+    q [B, H, hd] -> [B, H, hd]; k, v [B, K, S, hd] views of a cache, finite beyond length, too;
+    length [B] of
     valid slots, at least 1, is read on the device: no wait.   G = H / K queries share a key head.
-    Bytes: 2 K hd sum(length) itemsize;  FLOPs: 4 H hd sum(length), G a byte in bfloat16: memory is the floor.
-    Flash-decoding: a row's slots are split until PROGRAMS programs run, and merged as in 2112.05682 §2.
+    Bytes: 2 K hd sum(length) itemsize;  FLOPs: 4 H hd sum(length), G a byte in bfloat16: memory is
+    the floor. Flash-decoding: a row's slots are split until PROGRAMS programs run, and merged as in
+    2112.05682 §2.
     """
     (B, H, hd), (K, S), path = q.shape, k.shape[1:3], route(q)
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -721,23 +767,27 @@ def decode_attention(q, k, v, length):
         return out
     if path != "triton":
         with torch.autocast(q.device.type, enabled=False):
-            return (decode_attention_cpu if path == "cpu" else decode_attention_ref)(q, k, v, length)
+            return (decode_attention_cpu if path == "cpu" else decode_attention_ref)(q, k, v,
+                                                                                     length)
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
     G, D = H // K, max(16, triton.next_power_of_2(hd))
-    BLOCK = max(16, min(64, (8192 if G > 16 else 16384) // (D * q.element_size())))      # bytes of a tile
+    BLOCK = max(16, min(64, (8192 if G > 16 else 16384)
+                        // (D * q.element_size())))                                # bytes of a tile
     splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(S, BLOCK)))
     part = out if splits == 1 else q.new_empty(B * K * splits * G, hd, dtype=torch.float32)
     top, mass = torch.empty(2, B * K * splits * G, device=q.device).unbind(0)
     decode_attention_kernel[(B * K, splits)](
-        q, k, v, length.contiguous(), part, top, mass, *k.stride()[:3], K, math.log2(math.e) / hd ** 0.5, hd,
+        q, k, v, length.contiguous(), part, top, mass, *k.stride()[:3], K,
+        math.log2(math.e) / hd ** 0.5, hd,
         G=G, GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
     if splits > 1:
-        decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits, num_warps=4)
+        decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits,
+                                      num_warps=4)
     return out
 
 
-# --- Newton-Schulz ------------------------------------------------------------------------------------
+# --- Newton-Schulz --------------------------------------------------------------------------------
 
 
 def xxt_ref(X, alpha=1.0, C=None, beta=0.0):
@@ -750,15 +800,17 @@ def xxt_kernel(X, C, Y, m, n, alpha, beta, BLOCK: tl.constexpr, DEPTH: tl.conste
     i, j, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if j > i:                                    # tile (j, i) writes this one, too
         return
-    row, col, k = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    row, col, k = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0,
+                                                                                              DEPTH)
     left, right = X + batch * m * n + row[:, None] * n + k, X + batch * m * n + col[:, None] * n + k
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, n, DEPTH):
         inside = (k < n - start)[None, :]
-        a = tl.load(left + start, (row < m)[:, None] & inside, 0.0)                      # [BLOCK, DEPTH]
+        a = tl.load(left + start, (row < m)[:, None] & inside, 0.0)                 # [BLOCK, DEPTH]
         b = tl.load(right + start, (col < m)[:, None] & inside, 0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    keep = (row < m)[:, None] & (row[:, None] >= col)    # a tile on the diagonal is mirrored into itself
+    keep = (row < m)[:, None] & (row[:, None]
+                                 >= col)  # a tile on the diagonal is mirrored into itself
     Y, lower, upper = Y + batch * m * m, row[:, None] * m + col, row[:, None] + col * m
     acc *= alpha
     if C is not None:
@@ -772,8 +824,8 @@ def xxt(X, alpha=1.0, C=None, beta=0.0):
     """alpha X Xᵀ + beta C: one triangle computed, the other its mirror image. No gradient.
 
     X [L, m, n], C symmetric [L, m, m] or None -> [L, m, m] in X.dtype, accumulated in float32.
-    FLOPs: L m²n, a half of the plain product's.   Bytes: L (mn + m²) s, and L m² s for C. On an H100 in
-    bfloat16 bound by arithmetic from m = n of some 1,200 on.
+    FLOPs: L m²n, a half of the plain product's.   Bytes: L (mn + m²) s, and L m² s for C. On an
+    H100 in bfloat16 bound by arithmetic from m = n of some 1,200 on.
     """
     path, (L, m, n) = route(X), X.shape
     if path == "torch" or not L * m or path == "cpu" and (m < 512 or m * n < 1 << 20):
@@ -782,7 +834,7 @@ def xxt(X, alpha=1.0, C=None, beta=0.0):
     if path == "cpu":                            # four rows of blocks
         for start in range(0, m, -(-m // 4)):
             end = start - (-m // 4)
-            low = torch.bmm(X[:, start:end], X[:, :end].mT).mul_(alpha)                  # [L, m/4, end]
+            low = torch.bmm(X[:, start:end], X[:, :end].mT).mul_(alpha)              # [L, m/4, end]
             if C is not None:
                 low.add_(C[:, start:end, :end], alpha=beta)
             Y[:, start:end, :end], Y[:, :start, start:end] = low, low[:, :, :start].mT
@@ -796,10 +848,12 @@ def xxt(X, alpha=1.0, C=None, beta=0.0):
 
 
 def newton_schulz_ref(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
-    """Muon's orthogonalisation (Jordan et al., 2024; 2502.16982) of X [..., m, n], in the dtype it comes in.
+    """Muon's orthogonalisation (Jordan et al., 2024; 2502.16982) of X [..., m, n], in the dtype it
+    comes in.
 
-    X / |X|_F, then `steps` times  A = X Xᵀ,  X <- a X + (b A + c A²) X:  the polynomial a s + b s³ + c s⁵ of
-    every singular value s; all of [0.01, 1] end in [0.68, 1.14], singular vectors stay. The short side first.
+    X / |X|_F, then `steps` times  A = X Xᵀ,  X <- a X + (b A + c A²) X:  the polynomial a s + b s³
+    + c s⁵ of every singular value s; all of [0.01, 1] end in [0.68, 1.14], singular vectors stay.
+    The short side first.
     """
     a, b, c = coefficients
     Y = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)
@@ -814,8 +868,8 @@ def newton_schulz_ref(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
 def newton_schulz(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     """newton_schulz_ref for a whole batch X [..., m, n] of equal shapes, in X.dtype. No gradient.
 
-    Computes in bfloat16 on CUDA, in float32 on a CPU (float64 if X is). A and b A + c A² are symmetric: xxt.
-    FLOPs per step and matrix, m <= n:  3m²n + m³ instead of 4m²n + 2m³.
+    Computes in bfloat16 on CUDA, in float32 on a CPU (float64 if X is). A and b A + c A² are
+    symmetric: xxt. FLOPs per step and matrix, m <= n:  3m²n + m³ instead of 4m²n + 2m³.
     """
     if route(X) == "torch" or not X.numel():
         return newton_schulz_ref(X, steps, coefficients)
@@ -829,13 +883,15 @@ def newton_schulz(X, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     return (Y.mT if tall else Y).to(X.dtype).reshape(X.shape)
 
 
-# --- packed layers ------------------------------------------------------------------------------------
-# What is stored: data/formats.py. Here: the products that read the stored bytes alone, and the layer.
+# --- packed layers --------------------------------------------------------------------------------
+# What is stored: data/formats.py. Here: the products that read the stored bytes alone, and the
+# layer.
 
 
 @jit
 def load_code(stream, at, keep, BITS: tl.constexpr):
-    """The code that starts at bit `at` of a stream: from two bytes, three where it can straddle them."""
+    """The code that starts at bit `at` of a stream: from two bytes, three where it can straddle
+    them."""
     stream, shift = stream + (at >> 3), at & 7
     word = tl.load(stream, mask=keep, other=0).to(tl.int32)
     if 8 % BITS != 0:
@@ -847,14 +903,16 @@ def load_code(stream, at, keep, BITS: tl.constexpr):
 
 @jit
 def plane_dot(acc, x, w, j, rows, u, M, wide):
-    """acc [BM, BN] + x_j w_jᵀ over the columns that are j-th of their unit: x [P, M, wide], w [BN, BU]."""
+    """acc [BM, BN] + x_j w_jᵀ over the columns that are j-th of their unit: x [P, M, wide], w [BN,
+    BU]."""
     xj = tl.load(x + (j * M + rows) * wide + u, mask=rows < M, other=0.0)                # [BM, BU]
     return tl.dot(xj, tl.trans(w.to(xj.dtype)), acc, input_precision="ieee")
 
 
 @jit
 def weight_tile(U, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr):
-    """This program's rows [BM, 1] of x and [BN, 1] of the weight, zeros to add to, padded number of units."""
+    """This program's rows [BM, 1] of x and [BN, 1] of the weight, zeros to add to, padded number of
+    units."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     cols = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)[:, None]
     return rows, cols, tl.zeros((BM, BN), tl.float32), tl.cdiv(U, BU) * BU
@@ -868,18 +926,19 @@ def store_tile(y, acc, rows, cols, M, N):
 
 
 @jit
-def int_kernel(x, y, codes, scale, zero, M, N, U, groups, zero_bytes, P: tl.constexpr, BITS: tl.constexpr,
+def int_kernel(x, y, codes, scale, zero, M, N, U, groups, zero_bytes, P: tl.constexpr,
+               BITS: tl.constexpr,
                GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                BU: tl.constexpr):
     rows, cols, acc, wide = weight_tile(U, BM, BN, BU)
     for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
         u = u0 + tl.arange(0, BU)[None, :]
         at, keep = codes + (cols * U + u) * (P * BITS // 8), (cols < N) & (u < U)
-        word = tl.load(at, mask=keep, other=0).to(tl.int32)                              # a unit's codes
+        word = tl.load(at, mask=keep, other=0).to(tl.int32)                         # a unit's codes
         if BITS == 3:
             word |= tl.load(at + 1, mask=keep, other=0).to(tl.int32) << 8
             word |= tl.load(at + 2, mask=keep, other=0).to(tl.int32) << 16
-        if GROUP % (BU * P) == 0:                    # the tile lies in one group: a scale for each row
+        if GROUP % (BU * P) == 0:  # the tile lies in one group: a scale for each row
             g = tl.zeros((1, 1), tl.int32) + u0 * P // GROUP
         else:
             g = u * P // GROUP
@@ -902,11 +961,12 @@ def nm24_kernel(x, y, fours, index, M, N, U, P: tl.constexpr, BM: tl.constexpr, 
     for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
         u = u0 + tl.arange(0, BU)[None, :]
         keep = (cols < N) & (u < U)
-        four = tl.load(fours + cols * U + u, mask=keep, other=0)     # int64: the bfloat16 of 8 columns
+        four = tl.load(fours + cols * U + u, mask=keep, other=0)  # int64: the bfloat16 of 8 columns
         where = tl.load(index + cols * U + u, mask=keep, other=0).to(tl.int32)
         for j in tl.static_range(P):
             w = tl.zeros((BN, BU), tl.float32)
-            for k in tl.static_range(j // 4 * 2, j // 4 * 2 + 2):    # a bfloat16 is a float32's upper half
+            for k in tl.static_range(j // 4 * 2,
+                                     j // 4 * 2 + 2):  # a bfloat16 is a float32's upper half
                 value = ((four >> 16 * k).to(tl.int32) << 16).to(tl.float32, bitcast=True)
                 w = tl.where((where >> 2 * k & 3) == j % 4, value, w)
             acc = plane_dot(acc, x, w, j, rows, u, M, wide)
@@ -917,7 +977,7 @@ def nm24_kernel(x, y, fours, index, M, N, U, P: tl.constexpr, BM: tl.constexpr, 
 def vq_kernel(x, y, codebook, index, M, N, U, P: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
               BN: tl.constexpr, BU: tl.constexpr):
     rows, cols, acc, wide = weight_tile(U, BM, BN, BU)
-    start = cols * U * BITS                          # bit of a row's first code: rows follow without a gap
+    start = cols * U * BITS  # bit of a row's first code: rows follow without a gap
     for u0 in range(tl.program_id(2) * BU, U, tl.num_programs(2) * BU):
         u = u0 + tl.arange(0, BU)[None, :]
         keep = (cols < N) & (u < U)
@@ -931,34 +991,42 @@ def vq_kernel(x, y, codebook, index, M, N, U, P: tl.constexpr, BITS: tl.constexp
 def skinny(kernel, x, out, unit, *weight, most=64, **constants):
     """x [M, in] times a packed weight [out, in], float32 [M, out], by the kernel of its format.
 
-    A unit is P neighbouring columns that share stored bits, so x is regrouped once to [P, M, units] and every
-    stored byte is read once.   Bytes: the packed weight + 2M(in + out).   FLOPs: 2 M in out. With one row on
-    an H100 the weight's bytes are the floor: 2.6 us for 4096 x 4096 at 4 bits, where bfloat16 takes 10 us.
+    A unit is P neighbouring columns that share stored bits, so x is regrouped once to [P, M, units]
+    and every
+    stored byte is read once.   Bytes: the packed weight + 2M(in + out).   FLOPs: 2 M in out. With
+    one row on an H100 the weight's bytes are the floor: 2.6 us for 4096 x 4096 at 4 bits, where
+    bfloat16 takes 10 us.
     """
     M, U = len(x), -(-x.size(1) // unit)
     BM, BN, BU = (64, 64, 32) if M > 16 and unit <= 8 else (16, 32, 32 if unit > 4 else 64)
-    if x.dtype == torch.float32:                         # no tensor cores: as much as the registers hold
+    if x.dtype == torch.float32:  # no tensor cores: as much as the registers hold
         BM, BN, BU = 16, 32, 16
-    BU = max(16, min(BU, 1 << max(1, most).bit_length() - 1))    # an int tile within a group: one scale a row
+    BU = max(16, min(BU, 1 << max(1, most).bit_length()
+                     - 1))  # an int tile within a group: one scale a row
     wide = triton.cdiv(U, BU) * BU
-    planes = F.pad(x, (0, wide * unit - x.size(1))).view(M, wide, unit).permute(2, 0, 1).contiguous()
+    planes = F.pad(x, (0, wide * unit - x.size(1))).view(M, wide, unit).permute(2, 0,
+                                                                                1).contiguous()
     grid = triton.cdiv(M, BM), triton.cdiv(out, BN)
     split = max(1, min(PROGRAMS // (grid[0] * grid[1]), U // (4 * BU)))
     y = torch.empty(split, M, out, device=x.device)
-    kernel[(*grid, split)](planes, y, *weight, M=M, N=out, U=U, P=unit, BM=BM, BN=BN, BU=BU, **constants)
+    kernel[(*grid, split)](planes, y, *weight, M=M, N=out, U=U, P=unit, BM=BM, BN=BN, BU=BU,
+                           **constants)
     return y.sum(0)
 
 
 def int_product(m, x):
     zero, unit = m.codes if m.symmetric else m.zero, INT_UNIT[m.bits]
-    return skinny(int_kernel, x, m.out_features, unit, m.codes, m.scale, zero, groups=m.scale.size(1),
+    return skinny(int_kernel, x, m.out_features, unit, m.codes, m.scale, zero,
+                  groups=m.scale.size(1),
                   zero_bytes=zero.size(1), most=m.group // unit, BITS=m.bits, GROUP=m.group,
                   SYMMETRIC=m.symmetric)
 
 
 def pack_int(codes, scale, zero=None, *, bits, group, bias=None):
-    """Codes [out, in], scale and zero [out, groups] (no zero: symmetric around 2^(b-1)) -> PackedLinear."""
-    options = dict(kind="int", bits=bits, group=codes.size(1) if group < 0 else group, symmetric=zero is None)
+    """Codes [out, in], scale and zero [out, groups] (no zero: symmetric around 2^(b-1)) ->
+    PackedLinear."""
+    options = dict(kind="int", bits=bits, group=codes.size(1) if group < 0 else group,
+                   symmetric=zero is None)
     whole = F.pad(codes, (0, -codes.size(1) % INT_UNIT.get(bits, 1)))
     state = dict(codes=pack_bits(whole, bits), scale=to_half(scale, "a scale"))
     if zero is not None:
@@ -985,7 +1053,8 @@ def armor_product(m, x):
 
 
 def pack_armor(A, S, B, *, bias=None):
-    """A [out/bA, bA, bA], dense 2:4 core S [out, in], B [in/bB, bB, bB] -> PackedLinear of bd(A) S bd(B)."""
+    """A [out/bA, bA, bA], dense 2:4 core S [out, in], B [in/bB, bB, bB] -> PackedLinear of bd(A) S
+    bd(B)."""
     options = dict(kind="armor", block_out=A.size(1), block_in=B.size(1))
     return packed(S.shape, bias, options, dict(A=A.bfloat16(), B=B.bfloat16(), **nm24_state(S)))
 
@@ -1012,7 +1081,7 @@ def pack_vq(indices, codebook, r1=None, r2=None, *, inputs=0, bias=None):
 
 
 PRODUCTS = dict(int=int_product, nm24=nm24_product, armor=armor_product, vq=vq_product)
-SKINNY = 128             # rows up to which reading the weight is the cost; above, the matmul itself is
+SKINNY = 128  # rows up to which reading the weight is the cost; above, the matmul itself is
 
 
 class PackedProduct(torch.autograd.Function):
@@ -1036,17 +1105,19 @@ def order_dtype(inputs):
 
 
 class PackedLinear(nn.Module):
-    """y = x Ŵᵀ + bias, the weight packed in buffers as a row of FORMATS says. Ŵ is frozen, x has gradients.
+    """y = x Ŵᵀ + bias, the weight packed in buffers as a row of FORMATS says. Ŵ is frozen, x has
+    gradients.
 
-    Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are bound by
-    compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is called. Three
-    options work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard matrix on every so many
-    inputs;  act = (bits, block, wide): x rounded to so many bits a token and block of inputs (0: all), to 8
-    the blocks whose bit is set in `wide`. This rounding is simulated: the product itself is of floats.
+    Up to SKINNY rows on CUDA the kernel of the format reads the packed weight alone; more rows are
+    bound by compute, so there, and on a CPU, Ŵ is unpacked into a scratch and the dense matmul is
+    called. Three options work on x first:  order, a buffer: x[..., order];  rotate: a Hadamard
+    matrix on every so many inputs;  act = (bits, block, wide): x rounded to so many bits a token
+    and block of inputs (0: all), to 8 the blocks whose bit is set in `wide`. This rounding is
+    simulated: the product itself is of floats.
     """
 
-    def __init__(self, in_features, out_features, bias=False, *, kind, order=False, rotate=0, act=(),
-                 **options):
+    def __init__(self, in_features, out_features, bias=False, *, kind, order=False, rotate=0,
+                 act=(), **options):
         super().__init__()
         if kind not in FORMATS:
             raise ValueError(f"packed kind {kind!r} is unknown; choose from {', '.join(FORMATS)}")
@@ -1067,7 +1138,8 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
 
     def spec(self):
-        """What rebuilds the empty layer, as JSON: PackedLinear(in_features, out_features, bias, **spec)."""
+        """What rebuilds the empty layer, as JSON: PackedLinear(in_features, out_features, bias,
+        **spec)."""
         return dict(kind=self.kind, **self.options)
 
     def nbytes(self):
@@ -1092,7 +1164,8 @@ class PackedLinear(nn.Module):
         bits, block, wide = self.act
         if wide:
             blocks = self.in_features // (block or self.in_features)
-            bits = torch.tensor([8 if wide >> b & 1 else bits for b in range(blocks)], device=x.device)
+            bits = torch.tensor([8 if wide >> b & 1 else bits for b in range(blocks)],
+                                device=x.device)
         return x + (quantize_activations(x, bits, block) - x).detach()
 
     def forward(self, x):
@@ -1102,7 +1175,8 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
-        """.to(dtype), .float() and their like recast the bias alone: a buffer's dtype is its format."""
+        """.to(dtype), .float() and their like recast the bias alone: a buffer's dtype is its
+        format."""
         held = {k: b for k, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
         self._buffers |= {k: held[k].to(self._buffers[k].device) for k in held
@@ -1114,5 +1188,6 @@ def packed(shape, bias, spec, state):
     """PackedLinear of weight `shape`, its buffers those of `state`."""
     with torch.device("meta"):
         layer = PackedLinear(shape[1], shape[0], bias is not None, **spec)
-    layer.load_state_dict(state | ({} if bias is None else dict(bias=bias.detach().clone())), assign=True)
+    layer.load_state_dict(state | ({} if bias is None else dict(bias=bias.detach().clone())),
+                          assign=True)
     return layer

@@ -40,19 +40,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernels
-from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli, device_of,
+from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli,
+                      device_of,
                       expect, nearest, not_finite, older_than, read_json, refuse_ranks, sha256)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
-# --- config -------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
-ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mixtral="Mixtral", qwen3_moe="Qwen3Moe")
+ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mixtral="Mixtral",
+                     qwen3_moe="Qwen3Moe")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under Hugging Face's own names so that config.json needs no dictionary."""
+    """The shape of a model, under Hugging Face's own names so that config.json needs no
+    dictionary."""
     model_type: str = "qwen3"
     vocab_size: int = 2048
     hidden_size: int = 192
@@ -64,27 +67,28 @@ class ModelConfig:
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()                 # hashable pairs: ("rope_type", "llama3"), ("factor", 8.0), …
+    rope_scaling: tuple = ()  # hashable pairs: ("rope_type", "llama3"), ("factor", 8.0), …
     tie_word_embeddings: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 2
-    norm_topk_prob: bool = True              # scale the chosen experts' weights to sum 1 (Mixtral: always)
+    norm_topk_prob: bool = True  # scale the chosen experts' weights to sum 1 (Mixtral: always)
     router_aux_loss_coef: float = 0.01
     bos_token_id: int = -1                   # -1: none
     eos_token_id: tuple = ()                 # all ids that end a text
     pad_token_id: int = -1
-    layer_widths: tuple = ()                 # every layer's intermediate_size, 0: no MLP; (): all alike
-    swift_layer: int = 0                     # layers from here on read one state's keys and values; 0: none
+    layer_widths: tuple = ()  # every layer's intermediate_size, 0: no MLP; (): all alike
+    swift_layer: int = 0  # layers from here on read one state's keys and values; 0: none
     shared_heads: int = 0                    # with routed_heads: the first heads, always on
-    routed_heads: int = 0                    # of the other heads, this many a token; 0: all, no router
-    head_router: str = "learned"             # or norm: by the norm of the head's query, no parameter
+    routed_heads: int = 0  # of the other heads, this many a token; 0: all, no router
+    head_router: str = "learned"  # or norm: by the norm of the head's query, no parameter
 
     @property
     def shaped(self):
         """The fields that no other tool knows, where they say something: {name: value}."""
         heads = dict(shared_heads=self.shared_heads, routed_heads=self.routed_heads,
                      head_router=self.head_router) if self.routed_heads else {}
-        return {k: v for k, v in (("layer_widths", self.layer_widths), ("swift_layer", self.swift_layer))
+        return {k: v for k, v in (("layer_widths", self.layer_widths),
+                                  ("swift_layer", self.swift_layer))
                 if v} | heads
 
     @property
@@ -97,7 +101,8 @@ class ModelConfig:
 
 
 def preset(size, tokenizer, context=512, model_type="qwen3"):
-    """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that share keys in pairs."""
+    """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that share keys in
+    pairs."""
     try:
         layers, width = map(int, size.split("x"))
         if not (0 < layers <= 1024 and 32 <= width <= 65536 and width % 32 == 0):
@@ -117,15 +122,17 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
                        pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
 
 
-# --- transformer --------------------------------------------------------------------------------------
+# --- transformer ----------------------------------------------------------------------------------
 
 
 @lru_cache(8)
 def rope_table(config, device):
-    """cos and sin of every position's angles, each [positions, hd/2] in float32 (RoFormer, 2104.09864).
+    """cos and sin of every position's angles, each [positions, hd/2] in float32 (RoFormer,
+    2104.09864).
 
-    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by `factor`, shorter
-    than 1/high_freq_factor of it are left alone, with a linear blend of the two frequencies between.
+    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by
+    `factor`, shorter than 1/high_freq_factor of it are left alone, with a linear blend of the two
+    frequencies between.
     """
     half = config.head_dim // 2
     freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)        # [hd/2]
@@ -134,7 +141,7 @@ def rope_table(config, device):
     if kind == "linear":
         freq = freq / s["factor"]
     elif kind == "llama3":
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)             # in the old context
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         freq = smooth * freq + (1 - smooth) * freq / s["factor"]
@@ -156,17 +163,19 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of B rows, each of its own length; one tensor for all layers, so rows move at once."""
+    """Keys and values of B rows, each of its own length; one tensor for all layers, so rows move at
+    once."""
 
     def __init__(self, config, rows, slots, device, dtype):
         shape = config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)                 # [B] tokens held
-        self.used = 0                                    # the longest, known without asking the device
-        self.static = False                              # used stays, an upper bound: all steps look alike
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)           # [B] tokens held
+        self.used = 0  # the longest, known without asking the device
+        self.static = False  # used stays, an upper bound: all steps look alike
 
     def at(self, T):
-        """Where each row's next T tokens go: positions [B, T], and rows [B K T] of a layer's [B K S, hd]."""
+        """Where each row's next T tokens go: positions [B, T], and rows [B K T] of a layer's [B K
+        S, hd]."""
         (B, K, S), device = self.k.shape[1:4], self.length.device
         positions = self.length[:, None] + torch.arange(T, device=device)                # [B, T]
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
@@ -175,9 +184,10 @@ class Cache:
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd] there; return all keys and values of the layer so far."""
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[layer].view(-1, cache.size(-1)).index_copy_(0, at, new.to(cache.dtype).flatten(0, 2))
+            cache[layer].view(-1, cache.size(-1)).index_copy_(0, at,
+                                                              new.to(cache.dtype).flatten(0, 2))
         end = self.used + k.size(2)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]                      # [B, K, S, hd]
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]                  # [B, K, S, hd]
 
     def spread(self, rows, slots):
         """Row i becomes a copy of old row rows[i], with that many more slots."""
@@ -185,19 +195,23 @@ class Cache:
         self.length = self.length[rows]
 
     def keep(self, rows):
-        """Row i becomes old row rows[i], in place, and the others go; rows[i] is i or beyond the last i."""
+        """Row i becomes old row rows[i], in place, and the others go; rows[i] is i or beyond the
+        last i."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for x in (self.k, self.v):
             x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
-        self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:, :len(rows)], self.length[rows]
+        self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:,
+                                                                    :len(rows)], self.length[rows]
 
 
 class HeadRouter(nn.Module):
-    """Mixture of heads (MoH, 2410.11842): the weight of every head's output, 0 for those not chosen.
+    """Mixture of heads (MoH, 2410.11842): the weight of every head's output, 0 for those not
+    chosen.
 
-    learned: [a1 S softmax(Ws x), a2 K p / Σ p over the top K],  p = softmax(Wr x),  a = 2 softmax(Wh x).
-    norm: 1 for the S shared heads and the top K by p = softmax(‖q‖ / std), gradient straight to p. Every head
-    is computed, then weighted. `routing` (p, chosen) [B, T, R] of the last forward feeds a balance loss.
+    learned: [a1 S softmax(Ws x), a2 K p / Σ p over the top K],  p = softmax(Wr x),  a = 2
+    softmax(Wh x). norm: 1 for the S shared heads and the top K by p = softmax(‖q‖ / std), gradient
+    straight to p. Every head is computed, then weighted. `routing` (p, chosen) [B, T, R] of the
+    last forward feeds a balance loss.
     """
 
     def __init__(self, c):
@@ -211,7 +225,8 @@ class HeadRouter(nn.Module):
 
     def forward(self, x, q):
         norm = q[:, self.S:].float().norm(dim=-1).transpose(1, 2)                        # [B, T, R]
-        scale = norm.std(-1, keepdim=True).detach().clamp(min=1e-6)      # ours: no gradient, infinite at 0
+        scale = norm.std(-1,
+                         keepdim=True).detach().clamp(min=1e-6)   # ours: no gradient, infinite at 0
         p = (self.routed(x).float() if self.learned else norm / scale).softmax(-1)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(self.K, -1).indices, 1.0)
         self.routing = p, chosen
@@ -220,12 +235,14 @@ class HeadRouter(nn.Module):
             shared = a[..., :1] * self.S * self.shared(x).float().softmax(-1)
             routed = a[..., 1:] * self.K * routed / routed.sum(-1, keepdim=True)
         else:
-            shared, routed = torch.ones_like(norm[..., :1]).expand(-1, -1, self.S), chosen + p - p.detach()
-        return torch.cat([shared, routed], -1).transpose(1, 2)[..., None]                # [B, H, T, 1]
+            shared, routed = torch.ones_like(norm[..., :1]).expand(-1, -1,
+                                                                   self.S), chosen + p - p.detach()
+        return torch.cat([shared, routed], -1).transpose(1, 2)[..., None]             # [B, H, T, 1]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (2305.13245), rotary; q/k/v bias or q/k norm where the family has them."""
+    """Grouped-query attention (2305.13245), rotary; q/k/v bias or q/k norm where the family has
+    them."""
 
     def __init__(self, c):
         super().__init__()
@@ -242,24 +259,25 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache, layer, at, visible, source=None):
         B, T, _ = x.shape
         source = x if source is None else source               # what keys and values are made of
-        q, k, v = (f(z).view(B, T, -1, self.hd) for f, z in ((self.q_proj, x), (self.k_proj, source),
+        q, k, v = (f(z).view(B, T, -1, self.hd)
+                   for f, z in ((self.q_proj, x), (self.k_proj, source),
                                                              (self.v_proj, source)))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                 # [B, H or K, T, hd]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # [B, H or K, T, hd]
         q, k = rope(q, cos, sin), rope(k, cos, sin)
-        gate = None if self.heads is None else self.heads(x, q)                          # [B, H, T, 1]
+        gate = None if self.heads is None else self.heads(x, q)                       # [B, H, T, 1]
         group = q.size(1) // k.size(1)
         if cache is not None:
             k, v = cache.put(layer, k, v, at)
         if visible is None:                      # nothing older: plain causal
             k, v = k[:, :, :T], v[:, :, :T]
             if group > 1:
-                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)      # [B, H, T, hd]
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, T, hd]
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
         elif T == 1:                             # visible: how many slots each row sees
             y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible)[:, :, None].to(q.dtype)
-        else:                                    # a group's queries are rows of one head: no repeated keys
+        else:  # a group's queries are rows of one head: no repeated keys
             q = q.reshape(B, k.size(1), group * T, self.hd)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
                                                attn_mask=visible.repeat(1, 1, group, 1))
@@ -283,7 +301,8 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed load_balance_loss."""
+    """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed
+    load_balance_loss."""
 
     def __init__(self, c, width):
         super().__init__()
@@ -301,32 +320,40 @@ class MoE(nn.Module):
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
-            out = out.index_add(0, token, (expert(flat[token]) * weight[token, slot, None]).to(out.dtype))
+            out = out.index_add(0, token,
+                                (expert(flat[token]) * weight[token, slot, None]).to(out.dtype))
         return out.view_as(x)
 
 
 def load_balance_loss(model, mask=None):
-    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6) of the last forward, over all layers.
+    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6) of the last forward, over
+    all layers.
 
-    E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for uniform
-    routing, 0 for a dense model. mask [B, T]: tokens that count (leave padding out). A product of means, so
-    it is that of the micro-batch at hand, as everywhere. Forgets the forward, whose graph it holds.
+    E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for
+    uniform routing, 0 for a dense model. mask [B, T]: tokens that count (leave padding out). A
+    product of means, so it is that of the micro-batch at hand, as everywhere. Forgets the forward,
+    whose graph it holds.
     """
     if not model.config.moe:
         return torch.zeros(())
-    logits = torch.stack([m.router_logits for m in model.modules() if isinstance(m, MoE)])     # [L, N, E]
+    logits = torch.stack([m.router_logits for m in model.modules()
+                          if isinstance(m, MoE)])                                        # [L, N, E]
     for m in model.modules():
         if isinstance(m, MoE):
             m.router_logits = None
     prob = logits.float().softmax(-1)
-    chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices, prob.size(-1)).sum(-2).float()
-    keep = torch.ones(prob.size(1), device=prob.device) if mask is None else mask.reshape(-1).float()
-    share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x)) for x in (chosen, prob))    # [E]
+    chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices,
+                       prob.size(-1)).sum(-2).float()
+    keep = torch.ones(prob.size(1),
+                      device=prob.device) if mask is None else mask.reshape(-1).float()
+    share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x))
+                   for x in (chosen, prob))                                                    # [E]
     return prob.size(-1) * (share * mean).sum()
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm MLP or experts (None: width 0), each added to the residual stream."""
+    """Pre-norm attention, then pre-norm MLP or experts (None: width 0), each added to the residual
+    stream."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -342,7 +369,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where they are needed."""
+    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where they are
+    needed."""
 
     def __init__(self, config):
         super().__init__()
@@ -361,8 +389,9 @@ class Transformer(nn.Module):
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(self, tokens, cache=None):
-        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row b's tokens
-        follow its cache.length[b] earlier ones, and the cache grows. Raises UserError beyond the context."""
+        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row
+        b's tokens follow its cache.length[b] earlier ones, and the cache grows. Raises UserError
+        beyond the context."""
         T, old = tokens.size(1), cache.used if cache else 0
         if old + T > self.config.max_position_embeddings:
             raise UserError(f"{old + T} tokens exceed the model's context of "
@@ -373,16 +402,16 @@ class Transformer(nn.Module):
         if cache is None:
             cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
         else:
-            positions, at = cache.at(T)                                                  # [B, T], [B K T]
-            cos, sin = cos[positions][:, None], sin[positions][:, None]                  # [B, 1, T, hd/2]
+            positions, at = cache.at(T)                                            # [B, T], [B K T]
+            cos, sin = cos[positions][:, None], sin[positions][:, None]            # [B, 1, T, hd/2]
             if old and T == 1:
                 visible = cache.length + 1                                               # [B]
-            elif old:                            # by slots: a cache that evicts has fewer than positions
+            elif old:  # by slots: a cache that evicts has fewer than positions
                 slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
                 visible = (torch.arange(old + T, device=tokens.device)
-                           <= slots[:, None, :, None])                                   # [B, 1, T, S]
+                           <= slots[:, None, :, None])                                # [B, 1, T, S]
         x = self.embed_tokens(tokens)                                                    # [B, T, D]
-        source = None                            # SwiftKV: the state that all later layers' keys come from
+        source = None  # SwiftKV: the state that all later layers' keys come from
         for i, block in enumerate(self.layers):
             if i and i == self.config.swift_layer:
                 source = self.norm_swiftkv(x)
@@ -398,17 +427,19 @@ class Transformer(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A body and a linear head to one number (…ForSequenceClassification): reward model, or PPO's critic."""
+    """A body and a linear head to one number (…ForSequenceClassification): reward model, or PPO's
+    critic."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = Transformer(replace(config, tie_word_embeddings=True))              # tied: no lm_head
+        self.model = Transformer(replace(config, tie_word_embeddings=True))       # tied: no lm_head
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     @classmethod
     def from_lm(cls, lm, std=0.0):
-        """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at first).
+        """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at
+        first).
 
         Raises UserError for packed layers, which cannot be trained.
         """
@@ -425,7 +456,8 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        return (self.model(tokens).float() * self.score.weight[0].float()).sum(-1)       # sum: never bfloat16
+        return (self.model(tokens).float()
+                * self.score.weight[0].float()).sum(-1)                        # sum: never bfloat16
 
 
 def init(config, seed=0):
@@ -445,7 +477,7 @@ def init(config, seed=0):
     return model
 
 
-# --- adapters: what is trained, and how it becomes a plain checkpoint again -------------------------------
+# --- adapters: what is trained, and how it becomes a plain checkpoint again -----------------------
 
 
 def replace_linears(model, make):
@@ -478,16 +510,18 @@ def leaf(linear, *shape):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R) B A x.
+    """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R)
+    B A x.
 
-    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was. The layer
-    may be packed (QLoRA, 2305.14314).
+    A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was.
+    The layer may be packed (QLoRA, 2305.14314).
     """
 
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features, rank)
+        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features,
+                                                                      rank)
         bound = 1 / math.sqrt(linear.in_features)      # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
         with torch.no_grad():
             noise = torch.rand(self.A.shape, generator=generator)
@@ -510,7 +544,8 @@ class Bone(nn.Module):
         self.linear, self.M = linear.requires_grad_(False), leaf(linear, rank, linear.out_features)
 
     def forward(self, x):
-        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1, (-1, len(self.M))).sum(-2)  # [..., R]
+        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1,  # [..., R]
+                                                                    (-1, len(self.M))).sum(-2)
         return self.linear(x) + folded @ self.M
 
     def merged(self):
@@ -521,8 +556,8 @@ class Bone(nn.Module):
 
 
 class Bat(nn.Module):
-    """Block affine adaptation guided by the weights (Bat, 2409.15371):  block (i, j), R x R, of W gains
-    W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
+    """Block affine adaptation guided by the weights (Bat, 2409.15371):  block (i, j), R x R, of W
+    gains W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -536,7 +571,7 @@ class Bat(nn.Module):
     def weight(self):
         """W + its change [F, D]."""
         W, R = weight_of(self.linear), self.M.size(1)
-        blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)           # [F/R, D/R, R, R]
+        blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)    # [F/R, D/R, R, R]
         blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
         return blocks.transpose(1, 2).reshape(W.shape)
 
@@ -554,11 +589,12 @@ def full(model, generator):
 
 
 def lora(model, generator, *, rank: Count = 8, alpha=0.0):
-    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all layers to
-    matter). alpha 0 means 2 * rank. In place; returns the model."""
+    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all
+    layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
     check_rank(rank)
     model.requires_grad_(False)
-    return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
+    return replace_linears(model,
+                           lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
 
 
 def bone(model, generator, *, rank: Count = 64):
@@ -569,7 +605,8 @@ def bone(model, generator, *, rank: Count = 64):
 
 
 def bat(model, generator, *, rank: Count = 32):
-    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full rank."""
+    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full
+    rank."""
     check_rank(rank)
     model.requires_grad_(False)
     return replace_linears(model, lambda name, layer: Bat(layer, rank))
@@ -582,11 +619,12 @@ def check_rank(rank):
 
 
 def hft(model, generator):
-    """Half fine-tuning (HFT, 2404.18466): each round freezes half of every layer, drawn by matrix kind.
+    """Half fine-tuning (HFT, 2404.18466): each round freezes half of every layer, drawn by matrix
+    kind.
 
-    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of all experts
-    alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings, head, final norm and
-    routers always train. One run is one round.
+    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of
+    all experts alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings,
+    head, final norm and routers always train. One run is one round.
     """
     def draw(n):
         return torch.randperm(n, generator=generator).tolist()
@@ -605,10 +643,11 @@ def hft(model, generator):
 
 
 def adapter_state(model):
-    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable adapters,
-    or all of a model with layers that only exist rounded. Empty if a checkpoint holds everything."""
+    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable
+    adapters, or all of a model with layers that only exist rounded. Empty if a checkpoint holds
+    everything."""
     special = [m for m in model.modules() if hasattr(m, "merged")]
-    stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}                  # optim.StoredLinear
+    stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}         # optim.StoredLinear
     if not stands_in:
         return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and special}
     return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()]
@@ -616,8 +655,8 @@ def adapter_state(model):
 
 
 def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read. The original is left
-    as it is."""
+    """A plain copy of the model: adapters folded into their layers, stored weights read. The
+    original is left as it is."""
     plain = copy.deepcopy(model)
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
@@ -628,16 +667,17 @@ def merge(model):
 
 PEFT = dict(full=full, lora=lora, bone=bone, bat=bat, hft=hft)
 
-# --- several ranks ------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------
 
 
 def shard(model, dtype="float32"):
-    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each keeps 1/P of every parameter's
-    rows and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and computed in it,
-    gradients reduced in float32. -> whole(), a collective call: the unsharded model on rank 0, else None.
+    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each keeps 1/P of every
+    parameter's rows and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and
+    computed in it, gradients reduced in float32. -> whole(), a collective call: the unsharded model
+    on rank 0, else None.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh         # here: they take a second to import
+    from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # the final norm's output is a view, and nothing works on it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -647,7 +687,7 @@ def shard(model, dtype="float32"):
               if dtype == "bfloat16" else MixedPrecisionPolicy())
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)          # the embedding, a tied head and the last norm
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # the embedding, a tied head and the last norm
 
     def whole():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -660,7 +700,7 @@ def shard(model, dtype="float32"):
     return whole
 
 
-# --- scoring ------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 def masked_mean(x, mask):
@@ -669,7 +709,8 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift=True):
-    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False rescales but keeps the mean."""
+    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False rescales but keeps the
+    mean."""
     mean = masked_mean(x, mask)
     white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)          # [B, T]
     return (white if shift else white + mean) * mask
@@ -677,11 +718,13 @@ def masked_whiten(x, mask, shift=True):
 
 def autocast(device, dtype):
     """The context that runs matmuls in `dtype` ('bfloat16', or 'float32' for none) on `device`."""
-    return torch.autocast(str(device).split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return torch.autocast(str(device).split(":")[0],
+                          torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def collate(rows, pad, device="cpu"):
-    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, by length."""
+    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, by
+    length."""
     width = max(len(p) + len(c) for p, c in rows)
     tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
     mask = torch.zeros(len(rows), width)                                                 # [B, T]
@@ -692,37 +735,43 @@ def collate(rows, pad, device="cpu"):
 
 
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
-    """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0] = 0.
+    """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0]
+    = 0.
 
-    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks of rows,
-    with a mask only where it is 1 (0 elsewhere). entropy=True returns (logp, entropy of the prediction of t).
+    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks
+    of rows, with a mask only where it is 1 (0 elsewhere). entropy=True returns (logp, entropy of
+    the prediction of t).
     """
-    hidden = model(tokens)[:, :-1]                                                       # [B, T-1, D]
+    hidden = model(tokens)[:, :-1]                                                     # [B, T-1, D]
     where = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] > 0
-    made = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature, entropy)      # [N]
+    made = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature,
+                          entropy)                                                             # [N]
     out = [F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0))
            for x in (made if entropy else (made,))]
     return tuple(out) if entropy else out[0]                                             # [B, T]
 
 
 def token_values(critic, tokens):
-    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t-1), out[:, 0] = 0."""
+    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t-1), out[:, 0]
+    = 0."""
     return F.pad(critic(tokens)[:, :-1], (1, 0))
 
 
 def sequence_score(reward_model, tokens, length):
-    """A reward model's score of each sequence, read at its last token.   tokens [B, T], length [B] -> [B]."""
+    """A reward model's score of each sequence, read at its last token.   tokens [B, T], length [B]
+    -> [B]."""
     return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
 
 
-# --- generation ---------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 class Rollout(NamedTuple):
-    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion, right-padded;
-    mask [B, T] is 1 on completion tokens, the stop token included; logp [B, T] are the sampler's log-probs;
-    finished [B]: it stopped by itself, rather than by running out of tokens; row_steps: one-token forwards
-    computed after the prefill, summed over rows: what the decoding cost."""
+    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion,
+    right-padded; mask [B, T] is 1 on completion tokens, the stop token included; logp [B, T] are
+    the sampler's log-probs; finished [B]: it stopped by itself, rather than by running out of
+    tokens; row_steps: one-token forwards computed after the prefill, summed over rows: what the
+    decoding cost."""
     tokens: torch.Tensor
     mask: torch.Tensor
     logp: torch.Tensor
@@ -737,48 +786,58 @@ class Rollout(NamedTuple):
 
 
 def tempered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [..., V] / temperature, -inf where top-k or top-p truncates: softmax gives what is sampled."""
+    """logits [..., V] / temperature, -inf where top-k or top-p truncates: softmax gives what is
+    sampled."""
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1)), -1).values[..., -1:]              # [..., 1]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         value, index = logits.sort(-1, descending=True)                                  # [..., V]
-        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                        # mass before each
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= max(top_p, 1e-9))
+        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                 # mass before each
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index,
+                                                                  before >= max(top_p, 1e-9))
         logits = logits.masked_fill(drop, -math.inf)
     return logits
 
 
 def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B], logp [B].
+    """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B],
+    logp [B].
 
-    logp: under the distribution sampled from (tempered, truncated); greedy (temperature 0): softmax(logits).
+    logp: under the distribution sampled from (tempered, truncated); greedy (temperature 0):
+    softmax(logits).
     """
     if temperature == 0:
         token = logits.argmax(-1)                                                        # [B]
         return token, torch.log_softmax(logits, -1).gather(1, token[:, None]).squeeze(1)
     logits = tempered(logits, temperature, top_k, top_p)
     logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
-    cdf = logits.exp().double().cumsum_(-1)                                              # times a constant
-    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)       # never one of mass 0
-    token = token.clamp(max=logits.size(-1) - 1)                     # NaN finds no place: see generate
-    return token.squeeze(1), (logits.gather(1, token) - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
+    cdf = logits.exp().double().cumsum_(-1)                                       # times a constant
+    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:],
+                               right=True)                                     # never one of mass 0
+    token = token.clamp(max=logits.size(-1) - 1)  # NaN finds no place: see generate
+    return token.squeeze(1), (logits.gather(1, token)
+                              - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
 
 
 def graphed(model):
-    """Whether decoding replays CUDA graphs: where our kernels run and no layer asks the host (experts do)."""
+    """Whether decoding replays CUDA graphs: where our kernels run and no layer asks the host
+    (experts do)."""
     waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
                 for m in model.modules())
-    return model.head.is_cuda and kernels.route(model.head) == "triton" and not (model.config.moe or waits)
+    return model.head.is_cuda and kernels.route(model.head) == "triton" and not (model.config.moe
+                                                                                 or waits)
 
 
 def capture(step, device, graphs):
-    """Run step() once; -> a function that runs it again, on CUDA as a graph: one launch, not hundreds.
+    """Run step() once; -> a function that runs it again, on CUDA as a graph: one launch, not
+    hundreds.
 
-    step works in place, on tensors that outlive the graph, and never asks the device for a number. Its plain
-    run, on a side stream as torch.cuda.graph wants, compiles kernels and fills autocast's cache of weights:
-    the graph holds neither. `graphs` keeps all of a rollout, which share one memory pool.
+    step works in place, on tensors that outlive the graph, and never asks the device for a number.
+    Its plain run, on a side stream as torch.cuda.graph wants, compiles kernels and fills autocast's
+    cache of weights: the graph holds neither. `graphs` keeps all of a rollout, which share one
+    memory pool.
     """
     if device.type != "cuda":
         step()
@@ -798,7 +857,8 @@ CHECK = 8                # steps of a graph between two looks at which rows have
 
 
 def prefill(model, tokens, length, rows, new, make=Cache):
-    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues prompt rows[b].
+    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues prompt
+    rows[b].
 
     -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots.
     """
@@ -813,7 +873,8 @@ def prefill(model, tokens, length, rows, new, make=Cache):
 
 
 def collect(prompt, length, out, logp, stop, pad, row_steps):
-    """What was decoded -> Rollout: each row is cut after its first stop, and follows its own prompt.
+    """What was decoded -> Rollout: each row is cut after its first stop, and follows its own
+    prompt.
 
     prompt [B, T] of `length` [B]; out, logp [B, new], where a static batch ran on after its stop.
     """
@@ -824,24 +885,28 @@ def collect(prompt, length, out, logp, stop, pad, row_steps):
     place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
 
     def join(left, right):
-        wide = F.pad(left, (0, out.size(1)))                                             # [B, T + new]
+        wide = F.pad(left, (0, out.size(1)))                                          # [B, T + new]
         return wide.scatter(1, place, right)[:, :width].contiguous()
 
     zero = torch.zeros_like(prompt, dtype=logp.dtype)
-    return Rollout(join(prompt, out), join(zero, mask), join(zero, logp), length, hit.any(1), row_steps)
+    return Rollout(join(prompt, out), join(zero, mask), join(zero, logp), length, hit.any(1),
+                   row_steps)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0, stop=None,
+def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
+             stop=None,
              generator=None, contrast=None, cache=Cache):
-    """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x samples.
+    """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x
+    samples.
 
-    Each distinct prompt is prefilled once; finished rows leave the batch, at once or, where a step is a CUDA
-    graph of fixed shape, when half have. Row b's i-th draw is a number fixed beforehand, so which other rows
-    still run changes nothing. stop: ids that end a completion (default: the model's eos).
-    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' log-probs. cache:
-    what makes the cache of keys and values, a class with Cache's methods (see data/kv.py). Raises UserError
-    for an empty prompt, or one that does not leave max_new_tokens of context.
+    Each distinct prompt is prefilled once; finished rows leave the batch, at once or, where a step
+    is a CUDA graph of fixed shape, when half have. Row b's i-th draw is a number fixed beforehand,
+    so which other rows still run changes nothing. stop: ids that end a completion (default: the
+    model's eos). contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two
+    models' log-probs. cache: what makes the cache of keys and values, a class with Cache's methods
+    (see data/kv.py). Raises UserError for an empty prompt, or one that does not leave
+    max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     longest = max((len(p) for p in prompts), default=0)
@@ -855,22 +920,28 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
                         f"exceed the context of {config.max_position_embeddings}: "
                         "shorten the prompt or lower the number of new tokens")
-    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device, dtype=torch.long)
-    pad, index = max(config.pad_token_id, 0), {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([index[tuple(p)] for p in prompts], device=device).repeat_interleave(samples)   # [B]
-    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, longest]
+    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device,
+                        dtype=torch.long)
+    pad, index = max(config.pad_token_id,
+                     0), {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([index[tuple(p)] for p in prompts],
+                        device=device).repeat_interleave(samples)                              # [B]
+    distinct, _ = collate([(p, ()) for p in index], pad, device)                      # [U, longest]
     length = torch.tensor([len(p) for p in index], device=device)                        # [U]
     models = [model, contrast[0]] if contrast else [model]
-    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens, cache) for m in models))
+    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens, cache)
+                          for m in models))
 
     B = len(rows)
-    u = torch.rand(B, max_new_tokens, generator=generator).to(device)                    # row b's i-th draw
+    u = torch.rand(B, max_new_tokens, generator=generator).to(device)            # row b's i-th draw
     out, logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)               # [B, new]
     row, token = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    done, i = torch.zeros_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=device)
+    done, i = torch.zeros_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.long,
+                                                                   device=device)
 
     def emit(hidden):
-        """Pick each row's i-th token from the models' hidden states [n, D] and note it: all in place."""
+        """Pick each row's i-th token from the models' hidden states [n, D] and note it: all in
+        place."""
         now = model.logits(hidden[0])                                                    # [n, V]
         if contrast:
             now = now + contrast[1] * (now - models[1].logits(hidden[1]))
@@ -893,7 +964,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
             n = int((~done).sum())
             if n == 0:
                 break
-            if n <= len(row) // 2 if static else n < len(row):     # the last rows alive fill the gaps
+            if n <= len(row) // 2 if static else n < len(row):  # the last rows alive fill the gaps
                 order = torch.arange(len(row), device=device)
                 order[:n][done[:n]] = order[n:][~done[n:]]
                 order, go = order[:n], first
@@ -930,31 +1001,37 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
             return
 
 
-# --- checkpoints --------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
-PACKED_TYPE = "packed-"                  # before its model_type: transformers would ignore the quant_method
-SHAPED_TYPE = "shaped-"                  # before that of a model with layer_widths, swift_layer, routed_heads
+PACKED_TYPE = "packed-"  # before its model_type: transformers would ignore the quant_method
+SHAPED_TYPE = "shaped-"  # before that of a model with layer_widths, swift_layer, routed_heads
 
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
 ROPES = dict(default=(), linear=("factor",), llama3=(
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
 
 
 def check_config(d, kind, where):
-    """UserError for a config.json that lacks a key, has one of another type, or whose sizes do not fit."""
+    """UserError for a config.json that lacks a key, has one of another type, or whose sizes do not
+    fit."""
     inner = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
     sizes = dict.fromkeys((*SIZES, inner, "num_key_value_heads", "head_dim", "num_experts_per_tok",
                            "num_local_experts"), "size")
     expect(d, where, (*SIZES, inner), **sizes, num_experts="whole", rms_norm_eps="positive",
-           rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag", mlp_bias="flag",
-           norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size", hidden_act="text",
+           rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag",
+           mlp_bias="flag",
+           norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size",
+           hidden_act="text",
            rope_scaling="object", rope_parameters="object", quantization_config="object",
-           architectures="list", router_aux_loss_coef="number", layer_widths="list", swift_layer="whole",
+           architectures="list", router_aux_loss_coef="number", layer_widths="list",
+           swift_layer="whole",
            shared_heads="whole", routed_heads="whole", head_router="text", mlp_only_layers="list",
-           decoder_sparse_step="size", num_labels="size", id2label="object", max_window_layers="whole")
+           decoder_sparse_step="size", num_labels="size", id2label="object",
+           max_window_layers="whole")
     heads = d["num_attention_heads"]
     groups, width = d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] / heads
     experts = d.get("num_local_experts", d.get("num_experts", 0))
@@ -969,11 +1046,16 @@ def check_config(d, kind, where):
             (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
             (kind in ("mixtral", "qwen3_moe") and not d.get("num_experts_per_tok", 2) <= experts,
              f"{d.get('num_experts_per_tok', 2)} of {experts} experts a token"),
-            (not all(type(x) is int and x >= 0 for x in widths), f"layer_widths {widths}: whole numbers"),
-            (d.get("swift_layer", 0) >= d["num_hidden_layers"], "swift_layer is beyond the last layer"),
-            (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads, "more routed heads than heads"),
-            (kinds[:1] == names[1:] and labels != 1, f"{labels} labels: a reward model has one score"),
-            (router not in ("learned", "norm"), f"head_router is {router!r}: expected learned or norm")):
+            (not all(type(x) is int and x >= 0 for x in widths),
+             f"layer_widths {widths}: whole numbers"),
+            (d.get("swift_layer", 0) >= d["num_hidden_layers"],
+             "swift_layer is beyond the last layer"),
+            (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads,
+             "more routed heads than heads"),
+            (kinds[:1] == names[1:] and labels != 1,
+             f"{labels} labels: a reward model has one score"),
+            (router not in ("learned", "norm"),
+             f"head_router is {router!r}: expected learned or norm")):
         if wrong:
             raise UserError(f"{where}: {words}")
 
@@ -981,13 +1063,15 @@ def check_config(d, kind, where):
 def check_supported(d, kind, where):
     """UserError for an option that is written rightly and that we do not compute."""
     slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
-    window = d.get("sliding_window") if slides and d.get("use_sliding_window", kind == "mixtral") else None
+    window = d.get("sliding_window") if slides and d.get("use_sliding_window",
+                                                         kind == "mixtral") else None
     quant = d.get("quantization_config") or {}
     expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
     refuse = dict(
         hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
         mlp_bias=d.get("mlp_bias", False), attention_bias=d.get("attention_bias", False),
-        mlp_only_layers=d.get("mlp_only_layers"), decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
+        mlp_only_layers=d.get("mlp_only_layers"),
+        decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
         quantization_config=quant and quant.get("quant_method") != QUANT,
         sliding_window=window is not None and window < d["max_position_embeddings"])
     for key, wrong in refuse.items():
@@ -1005,22 +1089,25 @@ def check_rope(rope, where):
 
 
 def ends(d, where, key="eos_token_id"):
-    """The ids under a key of a config: one, none, or of eos a list. UserError for anything else; -1: none."""
+    """The ids under a key of a config: one, none, or of eos a list. UserError for anything else;
+    -1: none."""
     value = d.get(key)
-    ids = [] if value is None else value if isinstance(value, list) and key == "eos_token_id" else [value]
+    ids = [] if value is None else value if isinstance(value,
+                                                       list) and key == "eos_token_id" else [value]
     if not all(type(x) is int for x in ids):
         raise UserError(f"{where}: {key} is {value!r}: expected a token's id, a list of ids, or null")
     return tuple(x for x in ids if x >= 0)
 
 
 def from_hf(d, where="config.json"):
-    """A parsed config.json -> ModelConfig; UserError for architectures or options that would load wrongly."""
+    """A parsed config.json -> ModelConfig; UserError for architectures or options that would load
+    wrongly."""
     d = {k: v for k, v in d.items() if v is not None}            # null is what is not there
     expect(d, where, ("model_type",), model_type="text")
     shaped, kind = d["model_type"].startswith(SHAPED_TYPE), d["model_type"].removeprefix(SHAPED_TYPE)
     if kind not in ARCHITECTURES:
-        why = ("; LOST with a non-linearity: only sft.py --resume reads it" if str(kind).startswith("lost-")
-               else nearest(str(kind), ARCHITECTURES))
+        why = ("; LOST with a non-linearity: only sft.py --resume reads it"
+               if str(kind).startswith("lost-") else nearest(str(kind), ARCHITECTURES))
         raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
     check_config(d, kind, where)
     check_supported(d, kind, where)
@@ -1047,14 +1134,16 @@ def from_hf(d, where="config.json"):
         out["num_experts"] = 0
     out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
     config = ModelConfig(**out)
-    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0, config.num_hidden_layers):
+    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0,
+                                                                         config.num_hidden_layers):
         raise UserError(f"{where}: model_type {d['model_type']!r} does not go with {config.shaped} and "
                         f"{config.num_hidden_layers} layers: make the checkpoint again")
     return config
 
 
 def to_hf(config, scalar=False):
-    """ModelConfig -> the dict that config.json holds, with both spellings in use of the RoPE options."""
+    """ModelConfig -> the dict that config.json holds, with both spellings in use of the RoPE
+    options."""
     d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
     for key in ("layer_widths", "swift_layer", "shared_heads", "routed_heads", "head_router"):
         if key not in config.shaped:
@@ -1071,9 +1160,11 @@ def to_hf(config, scalar=False):
     if config.model_type == "mixtral":
         d |= dict(num_local_experts=d.pop("num_experts"), sliding_window=None)
     elif config.model_type == "qwen3_moe":
-        d |= dict(moe_intermediate_size=config.intermediate_size, decoder_sparse_step=1, mlp_only_layers=[])
+        d |= dict(moe_intermediate_size=config.intermediate_size, decoder_sparse_step=1,
+                  mlp_only_layers=[])
     if scalar:
-        d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})    # transformers' num_labels = 1
+        d |= dict(id2label={"0": "LABEL_0"},
+                  label2id={"LABEL_0": 0})                            # transformers' num_labels = 1
     return d
 
 
@@ -1082,7 +1173,8 @@ MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_spa
 
 
 def hf_name(name, config):
-    """Our parameter's name -> the checkpoint's: 'model.' before the body, and Mixtral's names of experts."""
+    """Our parameter's name -> the checkpoint's: 'model.' before the body, and Mixtral's names of
+    experts."""
     if not name.startswith(("model.", "lm_head.", "score.")):
         name = "model." + name
     if config.model_type == "mixtral":
@@ -1092,10 +1184,11 @@ def hf_name(name, config):
 
 
 def save(model, tokenizer, path, shard_bytes=5_000_000_000):
-    """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes), tokenizer.json.
+    """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes),
+    tokenizer.json.
 
-    Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is bitwise equal.
-    Packed layers stay packed; config.json's quantization_config says how each is.
+    Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is
+    bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -1129,12 +1222,14 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
 
 
 def tensors(path):
-    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing or broken,
-    or if the index names files outside the folder or does not say what its files hold."""
+    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing
+    or broken, or if the index names files outside the folder or does not say what its files
+    hold."""
     index, where, names = path / "model.safetensors.index.json", {}, ["model.safetensors"]
     if index.exists():
         where = read_json(index, "copy the checkpoint again").get("weight_map")
-        if not where or not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
+        if not where or not isinstance(where, dict) or not all(isinstance(x, str)
+                                                               for x in where.values()):
             raise UserError(f"{index}: weight_map is no table of tensors and their files: copy it again")
         names = sorted(set(where.values()))
         for name in names:
@@ -1166,7 +1261,8 @@ def tensors(path):
 
 
 def repack(model, layers, where):
-    """Replace the Linear layers that config.json lists, {checkpoint's name: spec}, by empty packed ones."""
+    """Replace the Linear layers that config.json lists, {checkpoint's name: spec}, by empty packed
+    ones."""
     if not isinstance(layers, dict):
         raise UserError(f"{where}: quantization_config's layers is no table of names: pack the model again")
     ours = {hf_name(name + ".", model.config)[:-1]: name for name, m in model.named_modules()
@@ -1185,9 +1281,11 @@ def repack(model, layers, where):
 
 
 def check_spare(path, model, stored, packed):
-    """UserError for a stored tensor that the model does not read. packed: the names of its packed layers.
+    """UserError for a stored tensor that the model does not read. packed: the names of its packed
+    layers.
 
-    A tied head is one that load() compares; old exports hold rotary frequencies, which are made anew here."""
+    A tied head is one that load() compares; old exports hold rotary frequencies, which are made
+    anew here."""
     config = model.config
     tied = "lm_head.weight" if config.tie_word_embeddings and isinstance(model, Transformer) else ""
     spare = [k for k in stored if k != tied and not k.endswith(".rotary_emb.inv_freq")]
@@ -1203,12 +1301,12 @@ FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=tor
 
 
 def frame(path):
-    """All of a checkpoint but its numbers: the model on the meta device, {our name: open file}, {stored name:
-    open file} of the spare tensors, the tokenizer, and config.json's object.
+    """All of a checkpoint but its numbers: the model on the meta device, {our name: open file},
+    {stored name: open file} of the spare tensors, the tokenizer, and config.json's object.
 
-    Raises UserError that names an unknown architecture, a missing, misshapen or unread tensor, one that holds
-    no floats, a packed layer that is not stored as config.json says, or a tokenizer with more ids than the
-    model has rows.
+    Raises UserError that names an unknown architecture, a missing, misshapen or unread tensor, one
+    that holds no floats, a packed layer that is not stored as config.json says, or a tokenizer with
+    more ids than the model has rows.
     """
     where = path / "config.json"
     raw = read_json(where, "copy the checkpoint again")
@@ -1221,7 +1319,8 @@ def frame(path):
         scalar = "SequenceClassification" in (raw.get("architectures") or [""])[0]
         model = (ScalarModel if scalar else Transformer)(config)
         repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
-    held = {name for name, _ in model.named_buffers()}       # packed weights: their dtype is their format
+    held = {name
+            for name, _ in model.named_buffers()}  # packed weights: their dtype is their format
     stored, files = tensors(path), {}
     for name, p in model.state_dict().items():
         key = hf_name(name, config)
@@ -1243,7 +1342,8 @@ def frame(path):
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
                         f"{config.vocab_size} rows: this tokenizer.json belongs to another model")
     for end in ("bos", "eos", "pad"):
-        for i in (*ends(raw, where, f"{end}_token_id"), getattr(tokenizer, end) or 0, *config.eos_token_id):
+        for i in (*ends(raw, where, f"{end}_token_id"), getattr(tokenizer, end) or 0,
+                  *config.eos_token_id):
             if i >= config.vocab_size:
                 raise UserError(f"{path}: {end}_token_id {i} is beyond the model's {config.vocab_size} rows")
     if tokenizer.eos is None:
@@ -1252,8 +1352,9 @@ def frame(path):
 
 
 def peek(path, scalar=False, option="--init"):
-    """A checkpoint's ModelConfig, read without its weights: what can be told before a run. UserError for what
-    frame() refuses, and unless it is a language model (scalar: a reward model)."""
+    """A checkpoint's ModelConfig, read without its weights: what can be told before a run.
+    UserError for what frame() refuses, and unless it is a language model (scalar: a reward
+    model)."""
     model = frame(checkpoint(path))[0]
     if isinstance(model, ScalarModel) != scalar:
         kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
@@ -1262,10 +1363,12 @@ def peek(path, scalar=False, option="--init"):
 
 
 def load(path, device="cpu", dtype=torch.float32):
-    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel, Tokenizer).
+    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel,
+    Tokenizer).
 
-    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding it should
-    be tied to, and packed files that were changed. Of a run's checkpoint it names the next older one.
+    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding
+    it should be tied to, and packed files that were changed. Of a run's checkpoint it names the
+    next older one.
     """
     path = checkpoint(path)
     try:
@@ -1277,7 +1380,8 @@ def load(path, device="cpu", dtype=torch.float32):
             if name in held and value.dtype != p.dtype:
                 raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
                                 f"its format is {p.dtype}: pack the model again")
-            # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
+            # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their
+            # alignment
             state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
             if not_finite(state[name]):
                 raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: copy it "
@@ -1296,7 +1400,7 @@ def load(path, device="cpu", dtype=torch.float32):
     return model.requires_grad_(), tokenizer
 
 
-# --- command line -------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1307,20 +1411,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the floor."""
+    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the
+    floor."""
     p = Parser(description="sample from a checkpoint", allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
     p.add_argument("--prompt", default="", help="text to continue, or what the user says if --chat")
-    p.add_argument("--chat", action="store_true", help="wrap the prompt in the checkpoint's chat template")
+    p.add_argument("--chat", action="store_true",
+                   help="wrap the prompt in the checkpoint's chat template")
     p.add_argument("--tokens", type=int, default=200, help="at most this many new tokens")
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     p.add_argument("--top-k", type=int, default=0, help="keep only the k likeliest tokens (0: all)")
-    p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this total mass")
+    p.add_argument("--top-p", type=float, default=1.0,
+                   help="keep the likeliest tokens of this total mass")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", default="auto", help="cpu or cuda")
     a = p.parse_args(argv)
-    for key, kind in dict(tokens=Count, temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
+    for key, kind in dict(tokens=Count, temperature=NonNegative, top_k=NonNegative,
+                          top_p=Range("(0, 1]"),
                           seed=NonNegative).items():
         cast(key.replace("_", "-"), getattr(a, key), p.get_default(key), kind)
     refuse_ranks("model.py")
@@ -1329,7 +1437,8 @@ def main(argv=None):
                             torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
     if not isinstance(model, Transformer):
         raise UserError(f"{a.path} is a reward model: it scores texts and writes none; give a language model")
-    ids = tokenizer.render([dict(role="user", content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
+    ids = tokenizer.render([dict(role="user",
+                                 content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
     if not a.chat and tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]
     if not ids:

@@ -51,7 +51,7 @@ from data.formats import pack_bits, unpack_bits
 from data.run import Count, Fraction, Positive, Range, Share, UserError, hyper, nearest, needs
 from kernels import PackedLinear, newton_schulz
 
-# --- 1 shared pieces ----------------------------------------------------------------------------------
+# --- 1 shared pieces ------------------------------------------------------------------------------
 
 
 def kept(s, key, like):
@@ -73,8 +73,8 @@ def adam(g, s, t, b1, b2, eps):
 
 
 def adam_hf(g, s, b1, b2, eps, key=""):
-    """m / (√v + eps): Adam as the low-rank papers' code has it, the bias correction left to `correction`, so
-    that eps weighs 1/√(1 - b2ᵗ) more in the first steps than in `adam`."""
+    """m / (√v + eps): Adam as the low-rank papers' code has it, the bias correction left to
+    `correction`, so that eps weighs 1/√(1 - b2ᵗ) more in the first steps than in `adam`."""
     m, v = ema(s, "m" + key, g, b1), ema(s, "v" + key, g * g, b2)
     return m / (v.sqrt() + eps)
 
@@ -93,7 +93,8 @@ def need_matrix(g):
 
 
 def turn(g):
-    """A stack as it is if m >= n, else transposed: to the low-rank rules the two are mirror images."""
+    """A stack as it is if m >= n, else transposed: to the low-rank rules the two are mirror
+    images."""
     return g.mT if need_matrix(g).size(-2) < g.size(-1) else g
 
 
@@ -112,13 +113,15 @@ def rank_of(rank, shape):
 
 
 def gauss(seeds, refresh, shape, like):
-    """A normal [K, *shape], each matrix from its own seed and refresh count, whatever shares its stack."""
+    """A normal [K, *shape], each matrix from its own seed and refresh count, whatever shares its
+    stack."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s + refresh))
                         for s in seeds]).to(like)
 
 
 def top_rows(G, r):
-    """The top r right singular vectors of tall G [..., a, b], as rows [..., r, b]. SVD in float32 or more."""
+    """The top r right singular vectors of tall G [..., a, b], as rows [..., r, b]. SVD in float32
+    or more."""
     wide = G if G.dtype == torch.float64 else G.float()
     return torch.linalg.svd(wide, full_matrices=False)[2][..., :r, :].to(G.dtype).contiguous()
 
@@ -129,10 +132,11 @@ def norm(x, dims=(-2, -1)):
 
 
 def limit_growth(S, s, growth):
-    """Fira's norm-growth limiter (2410.01623): |S| may rise by the factor `growth` a step; 0: no limit.
+    """Fira's norm-growth limiter (2410.01623): |S| may rise by the factor `growth` a step; 0: no
+    limit.
 
-    After a quiet phase a large gradient is throttled for many steps: about 70 to double at 1.01. A size of 0
-    (LoRA's A at first) sets no limit; in the authors' code it all but stops the matrix.
+    After a quiet phase a large gradient is throttled for many steps: about 70 to double at 1.01. A
+    size of 0 (LoRA's A at first) sets no limit; in the authors' code it all but stops the matrix.
     """
     if not growth:
         return S
@@ -149,25 +153,29 @@ SCALES = dict(rms=lambda m, n: 0.2 * max(m, n) ** 0.5, original=lambda m, n: max
 def scale_of(name, m, n):
     """The factor that gives orthogonalised m x n updates one learning-rate dial (m outputs).
 
-    rms       0.2 √max(m, n): RMS 0.2 as AdamW's, whose learning rate and decay then transfer (2502.16982)
-    original  √max(1, m/n): learning rates near 0.02 (Jordan et al.)     spectral  √(m/n) (Dion's code)
+    rms       0.2 √max(m, n): RMS 0.2 as AdamW's, whose learning rate and decay then transfer
+    (2502.16982)
+    original  √max(1, m/n): learning rates near 0.02 (Jordan et al.)     spectral  √(m/n) (Dion's
+    code)
     """
     if name not in SCALES:
         raise UserError(f"--scale {name}{nearest(name, SCALES)}")
     return SCALES[name](m, n)
 
 
-# 8-bit states (2110.02861): blocks of 256 values, each over its largest, as indices into a table whose steps
-# are finer near 0, so that a second moment's small entries survive.
+# 8-bit states (2110.02861): blocks of 256 values, each over its largest, as indices into a table
+# whose steps are finer near 0, so that a second moment's small entries survive.
 
 BLOCK = 256
 
 
 def code_table(signed):
-    """256 sorted values in [-1, 1] or [0, 1]: seven decades, each split twice as finely as the one below."""
+    """256 sorted values in [-1, 1] or [0, 1]: seven decades, each split twice as finely as the one
+    below."""
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** decade * (1 if signed else 2) + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1.0, 2 ** decade * (1 if signed else 2) + 1,
+                               dtype=torch.float64)
         centres = (10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2).tolist()
         values += centres + ([-x for x in centres] if signed else [])
     return torch.tensor(sorted(values))
@@ -177,8 +185,10 @@ TABLES = {"m": code_table(True), "v": code_table(False)}
 
 
 def put8(s, key, x):
-    """Store x [K, …] under key as 8-bit codes and a float32 scale per block of 256 (m signed, v not)."""
-    flat = F.pad(x.flatten(1).float(), (0, -x[0].numel() % BLOCK)).unflatten(1, (-1, BLOCK))   # [K, B, 256]
+    """Store x [K, …] under key as 8-bit codes and a float32 scale per block of 256 (m signed, v
+    not)."""
+    flat = F.pad(x.flatten(1).float(), (0, -x[0].numel() % BLOCK)).unflatten(1,  # [K, B, 256]
+                                                                             (-1, BLOCK))
     scale = flat.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     table = TABLES[key].to(x.device)
     middle = (table[1:] + table[:-1]) / 2
@@ -194,18 +204,19 @@ def get8(s, key, like):
 
 
 def quantize_groups(w, bits, group=256, generators=None, spare=False):
-    """Asymmetric codes of groups of consecutive entries (Q-GaLore, 2407.08296).   w [K, N], N a multiple of
-    group -> codes [K, N/g, g], scale, zero [K, N/g, 1];  w ≈ (codes - zero) scale.
+    """Asymmetric codes of groups of consecutive entries (Q-GaLore, 2407.08296).   w [K, N], N a
+    multiple of group -> codes [K, N/g, g], scale, zero [K, N/g, 1];  w ≈ (codes - zero) scale.
 
-    scale = (max - min) / (2ᵇ - 1) of the group *with 0*, so that the zero point is always a code: the public
-    code clamps it instead, and breaks groups on one side of 0. generators, one a matrix: stochastic rounding
-    instead of rounding to nearest. spare leaves one code unused, so that stochastic rounding clips at no end
-    and is unbiased; a store must round to one grid always.
+    scale = (max - min) / (2ᵇ - 1) of the group *with 0*, so that the zero point is always a code:
+    the public code clamps it instead, and breaks groups on one side of 0. generators, one a matrix:
+    stochastic rounding instead of rounding to nearest. spare leaves one code unused, so that
+    stochastic rounding clips at no end and is unbiased; a store must round to one grid always.
     """
     w, top = w.unflatten(1, (-1, group)).float(), 2 ** bits - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low).clamp(min=1e-5) / (top - spare)
-    zero = (-low / scale - 1e-3).ceil() if spare else (-low / scale).round()   # 1e-3: float32's own error
+    zero = (-low / scale - 1e-3).ceil() if spare else (-low
+                                                       / scale).round()  # 1e-3: float32's own error
     x = w / scale
     if generators:
         u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x)
@@ -214,10 +225,11 @@ def quantize_groups(w, bits, group=256, generators=None, spare=False):
 
 
 def round_bf16(x, generators=None):
-    """float32 -> the nearest bfloat16 values (still as float32), or stochastically one of the two neighbours.
+    """float32 -> the nearest bfloat16 values (still as float32), or stochastically one of the two
+    neighbours.
 
-    Stochastic: add a uniform 16-bit integer to the bits and cut the low half: unbiased, exact for what is
-    representable; infinities and NaN pass.
+    Stochastic: add a uniform 16-bit integer to the bits and cut the low half: unbiased, exact for
+    what is representable; infinities and NaN pass.
     """
     if not generators:
         return x.bfloat16().float()
@@ -227,10 +239,11 @@ def round_bf16(x, generators=None):
     return torch.where(x.isfinite(), cut, x)
 
 
-# --- 2 rules: (g, s, …) -> direction d;  the walker then does  W <- (1 - lr λ) W - lr d -------------------
-#   g [K, m, n] gradients, s the stack's state (s["t"] counts steps from 1). A rule names what else it needs:
-#   W [K, m, n] weights, lr, seeds (one int a matrix), ranks (shape, whole, rows, sum), block (rows of a
-#   head), place (the matrices' numbers among all, their count, the run's seed). All state has a leading K.
+# --- 2 rules: (g, s, …) -> direction d;  the walker then does  W <- (1 - lr λ) W - lr d -----------
+#   g [K, m, n] gradients, s the stack's state (s["t"] counts steps from 1). A rule names what else
+# it needs:   W [K, m, n] weights, lr, seeds (one int a matrix), ranks (shape, whole, rows, sum),
+# block (rows of a   head), place (the matrices' numbers among all, their count, the run's seed).
+# All state has a leading K.
 
 
 def adamw(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, eps=1e-8):
@@ -249,7 +262,7 @@ def lion(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.99):
     With decay λ it minimises the loss subject to |W|_inf <= 1/λ (2310.05898).
     """
     m = kept(s, "m", g)
-    d = torch.lerp(g, m, b1).sign()                    # before m moves: two different interpolations
+    d = torch.lerp(g, m, b1).sign()  # before m moves: two different interpolations
     m.lerp_(g, 1 - b2)
     return d
 
@@ -266,9 +279,9 @@ KAPPAS = {"l1": torch.sign, "l1.5": partial(power_norm, p=1.5), "l2": partial(po
 
 def lionk(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.99,
           kappa: Literal[*KAPPAS] = "l2", rms_match=True):
-    """Lion-κ, 2310.05898.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <= 1/λ,
-    nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has, for every κ (ours); the
-    radii grow along, of l2 to √(mn)/λ, of nuclear to √max(m, n)/λ."""
+    """Lion-κ, 2310.05898.   ∇κ(b1 m + (1 - b1) g);  constraint  κ*'s unit ball / λ:  l2 |W|_F <=
+    1/λ, nuclear (Muon's polar factor) σ_max(W) <= 1/λ. rms_match: RMS 1 as the sign has, for every
+    κ (ours); the radii grow along, of l2 to √(mn)/λ, of nuclear to √max(m, n)/λ."""
     if kappa not in KAPPAS:
         raise UserError(f"--kappa {kappa}{nearest(kappa, KAPPAS)}")
     m = kept(s, "m", need_matrix(g))
@@ -282,7 +295,8 @@ def muon(g, s, ranks, *, momentum: Fraction = 0.95, nesterov=True, ns_steps=5,
          scale: Literal[*SCALES] = "rms"):
     """Muon, Jordan et al. 2024; 2502.16982.   scale · NS(M),  M the momentum, looking ahead.
 
-    Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the control.
+    Only for matrices inside the blocks. ns_steps 0: normalised momentum SGD of the same RMS, the
+    control.
     """
     m, n = ranks.shape
     M = ema(s, "m", need_matrix(g), momentum)
@@ -294,13 +308,15 @@ def muon(g, s, ranks, *, momentum: Fraction = 0.95, nesterov=True, ns_steps=5,
 def normuon(g, s, ranks, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, nesterov=True,
             ns_steps=5, scale: Literal[*SCALES] = "rms",
             axis: Literal["row", "short"] = "row", local_norm=False):
-    """NorMuon, 2510.05491.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v + eps),
-    direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F = |O|_F, times it).
+    """NorMuon, 2510.05491.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v +
+    eps), direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F =
+    |O|_F, times it).
 
-    v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least 1e-4 of
-    its mean (ours). nesterov as in the authors' code (the paper's algorithm has none). axis "short" (not the
-    paper's): columns of wide matrices. Over several ranks M and v stay with the rows, one sum of scalars
-    makes |N|_F exact; local_norm leaves it out (each shard its own norm, as in Dion's code).
+    v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least
+    1e-4 of its mean (ours). nesterov as in the authors' code (the paper's algorithm has none). axis
+    "short" (not the paper's): columns of wide matrices. Over several ranks M and v stay with the
+    rows, one sum of scalars makes |N|_F exact; local_norm leaves it out (each shard its own norm,
+    as in Dion's code).
     """
     if axis not in ("row", "short"):
         raise UserError(f"--axis {axis}: choose row or short")
@@ -323,16 +339,19 @@ def normuon(g, s, ranks, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, 
 
 
 def inverse_root(S, eps):
-    """S^(-1/4) of symmetric S [K, m, m], eps · its mean eigenvalue added to each eigenvalue: after eigh and a
-    clamp at 0, because float32 rounding leaves negative ones that are larger than that."""
+    """S^(-1/4) of symmetric S [K, m, m], eps · its mean eigenvalue added to each eigenvalue: after
+    eigh and a clamp at 0, because float32 rounding leaves negative ones that are larger than
+    that."""
     w, Q = torch.linalg.eigh(S)
     floor = eps * S.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)                    # [K, 1]
     return Q * (w.clamp(min=0) + floor).clamp(min=1e-30).pow(-0.25)[:, None] @ Q.mT
 
 
-def shampoo(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, every: Count = 10, eps=1e-6, graft=True):
-    """Shampoo, 1802.09568 alg. 1 (averages for sums).   L^(-1/4) M R^(-1/4),  L of G Gᵀ, R of Gᵀ G, roots
-    renewed every `every` steps. graft: to RMS 0.2, the usual size of Adam's step (ours: without its state).
+def shampoo(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, every: Count = 10, eps=1e-6,
+            graft=True):
+    """Shampoo, 1802.09568 alg. 1 (averages for sums).   L^(-1/4) M R^(-1/4),  L of G Gᵀ, R of Gᵀ G,
+    roots renewed every `every` steps. graft: to RMS 0.2, the usual size of Adam's step (ours:
+    without its state).
 
     Its first step without momentum is G's polar factor: Muon is a Shampoo without memory.
     """
@@ -346,18 +365,18 @@ def shampoo(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.95, every: Count = 10,
 
 
 def soap(g, s, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, every: Count = 10):
-    """SOAP, 2409.11321 alg. 3.   Q_L N Q_Rᵀ,  N Adam's direction of Q_Lᵀ G Q_R,  Q the eigenvectors of the
-    averages of G Gᵀ and Gᵀ G, refreshed every `every` steps by one power iteration and a QR.
+    """SOAP, 2409.11321 alg. 3.   Q_L N Q_Rᵀ,  N Adam's direction of Q_Lᵀ G Q_R,  Q the eigenvectors
+    of the averages of G Gᵀ and Gᵀ G, refreshed every `every` steps by one power iteration and a QR.
 
-    As in the authors' code the first call only sets up the basis (W decays there, unlike in theirs), the
-    basis follows the step, m is rotated into a new basis and v only permuted along. All sides are
-    preconditioned: theirs leaves those above 10,000 alone.
+    As in the authors' code the first call only sets up the basis (W decays there, unlike in
+    theirs), the basis follows the step, m is rotated into a new basis and v only permuted along.
+    All sides are preconditioned: theirs leaves those above 10,000 alone.
     """
     sides = [("L", "Q_L", need_matrix(g) @ g.mT), ("R", "Q_R", g.mT @ g)]
     if "Q_L" not in s:
         for S, Q, new in sides:
             s[S] = (1 - b2) * new
-            s[Q] = torch.linalg.eigh(s[S])[1].flip(-1)                                   # falling eigenvalues
+            s[Q] = torch.linalg.eigh(s[S])[1].flip(-1)                         # falling eigenvalues
         return torch.zeros_like(g)
     N = adam_hf(s["Q_L"].mT @ g @ s["Q_R"], s, b1, b2, eps)
     d = correction(s["t"] - 1, b1, b2) * s["Q_L"] @ N @ s["Q_R"].mT
@@ -367,7 +386,7 @@ def soap(g, s, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, every: Cou
         m = s["Q_L"] @ s["m"] @ s["Q_R"].mT
         for S, Q, _ in sides:
             old = s[Q]
-            order = (old * (s[S] @ old)).sum(-2).argsort(-1, descending=True)            # of diag(Qᵀ S Q)
+            order = (old * (s[S] @ old)).sum(-2).argsort(-1, descending=True)      # of diag(Qᵀ S Q)
             along = order[:, :, None] if S == "L" else order[:, None]
             s["v"] = s["v"].take_along_dim(along, -2 if S == "L" else -1)
             s[Q] = torch.linalg.qr(s[S] @ old.take_along_dim(order[:, None], -1))[0]
@@ -376,10 +395,10 @@ def soap(g, s, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, every: Cou
 
 
 def adam_mini(g, s, block, *, b1: Fraction = 0.9, b2: Fraction = 0.95, eps=1e-8):
-    """Adam-mini, 2406.16793 alg. 1.   AdamW with one second moment a row, of q and k one a head (`block`
-    rows):  v_b <- b2 v_b + (1 - b2) mean_b(g²)."""
+    """Adam-mini, 2406.16793 alg. 1.   AdamW with one second moment a row, of q and k one a head
+    (`block` rows):  v_b <- b2 v_b + (1 - b2) mean_b(g²)."""
     square = need_matrix(g).square().mean(-1, keepdim=True)                              # [K, m, 1]
-    square = square.unflatten(1, (-1, block)).mean(2)                                    # [K, m/block, 1]
+    square = square.unflatten(1, (-1, block)).mean(2)                              # [K, m/block, 1]
     m, v = ema(s, "m", g, b1), ema(s, "v", square, b2)
     root = ((v / (1 - b2 ** s["t"])).sqrt() + eps).repeat_interleave(block, 1)
     return m / (1 - b1 ** s["t"]) / root
@@ -387,13 +406,13 @@ def adam_mini(g, s, block, *, b1: Fraction = 0.9, b2: Fraction = 0.95, eps=1e-8)
 
 def dion(g, s, seeds, *, rank=0, momentum: Fraction = 0.95, eps=1e-8,
          scale: Literal[*SCALES] = "spectral"):
-    """Dion, 2504.05295.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns over
-    their norms;  direction scale · P Qᵀ. What P missed stays in M: error feedback."""
+    """Dion, 2504.05295.   M += G;  P = qr(M Q);  R = Mᵀ P;  M -= (1 - μ) P Rᵀ;  Q = R's columns
+    over their norms;  direction scale · P Qᵀ. What P missed stays in M: error feedback."""
     m, n = need_matrix(g).shape[-2:]
     if "Q" not in s:
         s["m"], s["Q"] = torch.zeros_like(g), gauss(seeds, 0, (n, rank_of(rank, g.shape)), g)
     M = s["m"].add_(g)
-    alive = norm(M) > 0                                # a matrix without gradient so far keeps its Q
+    alive = norm(M) > 0  # a matrix without gradient so far keeps its Q
     P = torch.linalg.qr(M @ s["Q"])[0] * alive                                           # [K, m, r]
     R = M.mT @ P                                                                         # [K, n, r]
     M.sub_((1 - momentum) * P @ R.mT)
@@ -403,9 +422,10 @@ def dion(g, s, seeds, *, rank=0, momentum: Fraction = 0.95, eps=1e-8,
 
 def galore(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fraction = 0.9,
            b2: Fraction = 0.999, eps=1e-6, basis: Literal["svd", "random"] = "svd"):
-    """GaLore, 2403.03507 alg. 2.   scale · Adam(G Pᵀ) P,  P the top r right singular vectors of tall G (left
-    ones of wide), renewed every `every` steps while Adam's moments stay. basis random: the control. A matrix
-    whose gradient is 0 when P is renewed (LoRA's A at first) has an arbitrary P until the next time."""
+    """GaLore, 2403.03507 alg. 2.   scale · Adam(G Pᵀ) P,  P the top r right singular vectors of
+    tall G (left ones of wide), renewed every `every` steps while Adam's moments stay. basis random:
+    the control. A matrix whose gradient is 0 when P is renewed (LoRA's A at first) has an arbitrary
+    P until the next time."""
     if basis not in ("svd", "random"):
         raise UserError(f"--basis {basis}: choose svd or random")
     G = turn(g)                                                                          # [K, a, b]
@@ -420,8 +440,9 @@ def galore(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 0.25, b
 def qgalore(g, s, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fraction = 0.9,
             b2: Fraction = 0.999, eps=1e-6, threshold=0.4, lazy: Count = 5):
     """Q-GaLore, 2407.08296.   GaLore with P in 4 bits, Adam's moments in 8, and for each matrix a
-    refresh every T steps: T doubles when the top singular vector's |cos| to its (4-bit) predecessor, averaged
-    over the last `lazy` refreshes, is at least `threshold` (the public code forgets the sign's ambiguity).
+    refresh every T steps: T doubles when the top singular vector's |cos| to its (4-bit)
+    predecessor, averaged over the last `lazy` refreshes, is at least `threshold` (the public code
+    forgets the sign's ambiguity).
 
     The paper stores the weights in 8 bits too: --store int8.
     """
@@ -432,15 +453,17 @@ def qgalore(g, s, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fra
         s["cos"] = torch.full((K, lazy), -1.0, dtype=torch.float32, device=g.device)
         groups = -(-r * b // BLOCK)
         s["P4"] = torch.zeros(K, groups * BLOCK // 2, dtype=torch.uint8, device=g.device)
-        s["P_scale"], s["P_zero"] = torch.ones(2, K, groups, 1, dtype=torch.float32, device=g.device)
+        s["P_scale"], s["P_zero"] = torch.ones(2, K, groups, 1, dtype=torch.float32,
+                                               device=g.device)
 
     def basis(k):
         codes = unpack_bits(s["P4"][k], 4, s["P4"].size(1) * 2).unflatten(1, (-1, BLOCK))
-        return ((codes - s["P_zero"][k]) * s["P_scale"][k]).flatten(1)[:, :r * b].view(-1, r, b).to(G.dtype)
+        return ((codes - s["P_zero"][k])
+                * s["P_scale"][k]).flatten(1)[:, :r * b].view(-1, r, b).to(G.dtype)
 
     due = (s["next"] == s["t"]).nonzero()[:, 0]
     if len(due):
-        P = top_rows(G[due], r)                                                          # [due, r, b]
+        P = top_rows(G[due], r)                                                        # [due, r, b]
         cos = F.cosine_similarity(basis(due)[:, 0], P[:, 0], dim=-1).abs().float()
         seen = s["svds"][due] > 0
         s["cos"][due[seen]] = torch.cat([s["cos"][due[seen], 1:], cos[seen, None]], 1)
@@ -459,13 +482,15 @@ def qgalore(g, s, *, rank=0, every: Count = 200, scale: Positive = 0.25, b1: Fra
     return turn_back(scale * correction(s["t"], b1, b2) * (m / (v.sqrt() + eps)) @ P, g)
 
 
-def apollo(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 1.0, growth=1.01, front=False,
+def apollo(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 1.0, growth=1.01,
+           front=False,
            tensor=False, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-6):
-    """APOLLO, 2412.05270 alg. 1.   √scale · φ_i G_i,  φ_i = |N_i| / |R_i|,  N Adam's direction of the sketch
-    R = G Pᵀ,  P normal / √r from the matrix's seed, redrawn every `every` steps and never stored.
+    """APOLLO, 2412.05270 alg. 1.   √scale · φ_i G_i,  φ_i = |N_i| / |R_i|,  N Adam's direction of
+    the sketch R = G Pᵀ,  P normal / √r from the matrix's seed, redrawn every `every` steps and
+    never stored.
 
-    i: rows of a tall, columns of a wide matrix; with tensor, the whole. front: √scale before the growth
-    limiter. A sketch shrinks φ by about √(r/n): scale n/r undoes that.
+    i: rows of a tall, columns of a wide matrix; with tensor, the whole. front: √scale before the
+    growth limiter. A sketch shrinks φ by about √(r/n): scale n/r undoes that.
     """
     G = turn(g)
     r = rank_of(rank, G.shape)
@@ -479,22 +504,28 @@ def apollo(g, s, seeds, *, rank=0, every: Count = 200, scale: Positive = 1.0, gr
     return turn_back(correction(s["t"], b1, b2) * S, g)
 
 
-def apollo_mini(g, s, seeds, *, rank: Count = 1, every: Count = 200, scale: Positive = 128.0, growth=1.01,
+def apollo_mini(g, s, seeds, *, rank: Count = 1, every: Count = 200, scale: Positive = 128.0,
+                growth=1.01,
                 front=False, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-6):
-    """APOLLO-Mini, 2412.05270.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n 128."""
-    return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front, tensor=True,
+    """APOLLO-Mini, 2412.05270.   One step size a matrix, of a rank-1 sketch; scale 128: n/r at n
+    128."""
+    return apollo(g, s, seeds, rank=rank, every=every, scale=scale, growth=growth, front=front,
+                  tensor=True,
                   b1=b1, b2=b2, eps=eps)
 
 
 def frugal(g, s, place, *, density: Share = 0.25, every: Count = 200, kappa=1.0, b1: Fraction = 0.9,
            b2: Fraction = 0.999, eps=1e-8):
     """FRUGAL, 2411.07837, blocks.   Adam on round(density · count) whole matrices drawn anew every
-    `every` steps, their moments from 0;  kappa · sign(g) on the others. kappa 0.1 for fine-tuning."""
+    `every` steps, their moments from 0;  kappa · sign(g) on the others. kappa 0.1 for
+    fine-tuning."""
     number, count, seed = place
     if (s["t"] - 1) % every == 0:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + s["t"])).tolist()
+        order = torch.randperm(count,
+                               generator=torch.Generator().manual_seed(seed + s["t"])).tolist()
         active = set(order[:round(density * count)])
-        s["on"] = torch.tensor([k for k, i in enumerate(number) if i in active], device=g.device).long()
+        s["on"] = torch.tensor([k for k, i in enumerate(number) if i in active],
+                               device=g.device).long()
         s["m"], s["v"] = torch.zeros(2, len(s["on"]), *g.shape[1:]).to(g).unbind(0)
     d = kappa * g.sign()
     d[s["on"]] = adam(g[s["on"]], s, (s["t"] - 1) % every + 1, b1, b2, eps)
@@ -503,8 +534,8 @@ def frugal(g, s, place, *, density: Share = 0.25, every: Count = 200, kappa=1.0,
 
 def frugal_columns(g, s, seeds, *, density: Share = 0.25, every: Count = 200, kappa=1.0,
                    b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-8):
-    """FRUGAL, 2411.07837, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by its
-    seed, not stored) every `every` steps, moments from 0;  kappa · sign(g) elsewhere."""
+    """FRUGAL, 2411.07837, columns.   Adam on ⌊density · n⌋ columns of every matrix, drawn anew (by
+    its seed, not stored) every `every` steps, moments from 0;  kappa · sign(g) elsewhere."""
     n, period = need_matrix(g).size(-1), (s["t"] - 1) // every
     drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(x + period)) for x in seeds]
     J = torch.stack(drawn)[:, None, :int(density * n)].to(g.device)                      # [K, 1, c]
@@ -518,9 +549,11 @@ def frugal_columns(g, s, seeds, *, density: Share = 0.25, every: Count = 200, ka
 def fira(g, s, *, rank=0, every: Count = 200, alpha=0.25, growth=1.01, b1: Fraction = 0.9,
          b2: Fraction = 0.999, eps=1e-6):
     """Fira, 2410.01623.   alpha · N P + φ_i (G - alpha R P)_i, the second part growth-limited:
-    GaLore, and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i = |N_i| / |R_i|.
+    GaLore, and the rest of the gradient scaled row by row as Adam scaled its projection, φ_i =
+    |N_i| / |R_i|.
 
-    alpha inside the rest is the authors' code: for alpha < 1 it keeps a share of the subspace's gradient.
+    alpha inside the rest is the authors' code: for alpha < 1 it keeps a share of the subspace's
+    gradient.
     """
     G = turn(g)
     if (s["t"] - 1) % every == 0:
@@ -528,16 +561,17 @@ def fira(g, s, *, rank=0, every: Count = 200, alpha=0.25, growth=1.01, b1: Fract
     R = G @ s["P"].mT                                                                    # [K, a, r]
     N = adam_hf(R, s, b1, b2, eps)
     rest = norm(N, -1) / (norm(R, -1) + 1e-8) * (G - alpha * R @ s["P"])
-    return turn_back(correction(s["t"], b1, b2) * (alpha * N @ s["P"] + limit_growth(rest, s, growth)), g)
+    return turn_back(correction(s["t"], b1, b2)
+                     * (alpha * N @ s["P"] + limit_growth(rest, s, growth)), g)
 
 
-def gradnormlorp(g, s, W, lr, *, rank=0, every: Count = 250, scale: Positive = 0.25, b1: Fraction = 0.9,
-                 b2: Fraction = 0.999, eps=1e-6, exact=False):
+def gradnormlorp(g, s, W, lr, *, rank=0, every: Count = 250, scale: Positive = 0.25,
+                 b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-6, exact=False):
     """GradNormLoRP, 2412.19616.   W = ρ V with unit rows V;  g_ρ = Σ_j V G  goes to Adam,
     g_V = G - V g_ρ  to GaLore;  W <- ρ' V'/|V'|.
 
-    exact keeps the chain rule's factor ρ in g_V, which the code drops. The public code computes both updates
-    but never rebuilds W; this is the paper's method, V and ρ recomputed from W.
+    exact keeps the chain rule's factor ρ in g_V, which the code drops. The public code computes
+    both updates but never rebuilds W; this is the paper's method, V and ρ recomputed from W.
     """
     rho = norm(W, -1) + 1e-12                                                            # [K, m, 1]
     V = W / rho
@@ -553,33 +587,38 @@ def gradnormlorp(g, s, W, lr, *, rank=0, every: Count = 250, scale: Positive = 0
 
 
 def eco(g, s, *, b1: Fraction = 0.9, b2: Fraction = 0.999, eps=1e-8):
-    """ECO on Adam, 2601.22101.   AdamW's direction; after the weights are rounded to their grid (--store),
-    `feed_adam` gives the error to m, which pays it back: no float master copy is kept."""
+    """ECO on Adam, 2601.22101.   AdamW's direction; after the weights are rounded to their grid
+    (--store), `feed_adam` gives the error to m, which pays it back: no float master copy is
+    kept."""
     return adam(g, s, s["t"], b1, b2, eps)
 
 
 def feed_adam(e, s, lr, shrink, *, b1, b2, eps):
-    """m += (1 - b1ᵗ)/lr · (1 - 1/b1) · (√v̂ + eps) · e,  e what rounding took from W;  shrink: 1 - lr λ."""
+    """m += (1 - b1ᵗ)/lr · (1 - 1/b1) · (√v̂ + eps) · e,  e what rounding took from W;  shrink: 1 -
+    lr λ."""
     t = s["t"]
     root = (s["v"] / (1 - b2 ** t)).sqrt() + eps
     s["m"] += shrink * (1 - b1 ** t) / lr * (1 - 1 / b1) * root * e
 
 
 def eco_sgd(g, s, *, momentum: Fraction = 0.9):
-    """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   W - lr μ/(1-μ) m moves exactly by -lr g."""
+    """ECO on momentum SGD, 2601.22101.   m <- μ m + (1 - μ) g.   W - lr μ/(1-μ) m moves exactly by
+    -lr g."""
     return ema(s, "m", g, momentum)
 
 
 def feed_sgd(e, s, lr, shrink, *, momentum):
-    """m += (1 - 1/μ)/lr · e:  the sign is that of μ < 1, so what was rounded away is pushed again."""
+    """m += (1 - 1/μ)/lr · e:  the sign is that of μ < 1, so what was rounded away is pushed
+    again."""
     s["m"] += shrink * (1 - 1 / momentum) / lr * e
 
 
 def classp(g, s, *, threshold=0.5, eps=1e-5, p: Positive = 1.0, suppress=True):
     """CLASSP, 2405.09637.   where g² > threshold:  h += |g|^p,  g / (eps + h)^(1/p);  elsewhere 0.
 
-    suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2 and
-    threshold 0 are AdaGrad. The paper's equation; the author's code gates whole tensors and discards p.
+    suppress false: the first task, h only gathers. Use no decay: it would touch what is masked. p 2
+    and threshold 0 are AdaGrad. The paper's equation; the author's code gates whole tensors and
+    discards p.
     """
     h = kept(s, "h", g)
     on = g.square() > threshold
@@ -588,28 +627,34 @@ def classp(g, s, *, threshold=0.5, eps=1e-5, p: Positive = 1.0, suppress=True):
 
 
 RULES = dict(adamw=adamw, signsgd=signsgd, lion=lion, lionk=lionk, muon=muon, normuon=normuon,
-             shampoo=shampoo, soap=soap, adam_mini=adam_mini, dion=dion, galore=galore, qgalore=qgalore,
-             apollo=apollo, apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns, fira=fira,
+             shampoo=shampoo, soap=soap, adam_mini=adam_mini, dion=dion, galore=galore,
+             qgalore=qgalore,
+             apollo=apollo, apollo_mini=apollo_mini, frugal=frugal, frugal_columns=frugal_columns,
+             fira=fira,
              gradnormlorp=gradnormlorp, eco=eco, eco_sgd=eco_sgd, classp=classp)
 ANY_SHAPE = {"adamw", "signsgd", "lion", "classp", "eco", "eco_sgd"}      # elementwise: vectors too
-BY_ROWS = ANY_SHAPE | {"muon", "normuon"}    # run on a rank's rows; the others on the whole matrices it owns
+BY_ROWS = ANY_SHAPE | {"muon",
+                       "normuon"}  # run on a rank's rows; the others on the whole matrices it owns
 FEEDBACK = dict(eco=feed_adam, eco_sgd=feed_sgd)
 
-# --- 3 parameter groups -------------------------------------------------------------------------------
+# --- 3 parameter groups ---------------------------------------------------------------------------
 
 
-def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_decay=-1.0, decay_embed=True):
+def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_decay=-1.0,
+                 decay_embed=True):
     """The trainable parameters in groups, first match wins, each parameter in exactly one.
 
-    Embeddings and output heads go to AdamW (decayed unless decay_embed is false), norms, biases and other
-    vectors to AdamW without decay, the matrices of the blocks to `rule`. aux_lr, aux_decay: that AdamW's (0
-    and -1: lr and weight_decay, one dial). With adamw as the rule all matrices are one group. UserError:
-    nothing to train, packed layers without adapters, a matrix that is in no block and no embedding or head.
+    Embeddings and output heads go to AdamW (decayed unless decay_embed is false), norms, biases and
+    other vectors to AdamW without decay, the matrices of the blocks to `rule`. aux_lr, aux_decay:
+    that AdamW's (0 and -1: lr and weight_decay, one dial). With adamw as the rule all matrices are
+    one group. UserError: nothing to train, packed layers without adapters, a matrix that is in no
+    block and no embedding or head.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError("the model has no trainable parameter")
-    if any(isinstance(m, PackedLinear) and not n.endswith(".linear") for n, m in model.named_modules()):
+    if any(isinstance(m, PackedLinear) and not n.endswith(".linear")
+           for n, m in model.named_modules()):
         raise UserError("packed layers cannot be trained: put adapters on them (--peft lora), or start from "
                         "the checkpoint that was compressed")
     aux = partial(adamw, **(hyper(rule) if name_of(rule) == "adamw" else {}))
@@ -643,16 +688,18 @@ def name_of(rule):
 
 DECAYS = dict(                    # (lr, λ, peak lr) -> factors on W before and after the step
     decoupled=lambda lr, wd, peak: (1 - lr * wd, 1.0),                    # PyTorch's AdamW
-    last=lambda lr, wd, peak: (1.0, 1 - lr * wd),                         # GaLore's, APOLLO's and SOAP's code
-    independent=lambda lr, wd, peak: (1 - wd * lr / peak, 1.0))           # λ keeps its meaning as lr is tuned
+    last=lambda lr, wd, peak: (1.0, 1 - lr * wd),               # GaLore's, APOLLO's and SOAP's code
+    independent=lambda lr, wd, peak: (1 - wd * lr / peak,
+                                      1.0))                     # λ keeps its meaning as lr is tuned
 
 
 def optimiser(model, rule=adamw, lr=1e-3, weight_decay=0.0, seed=0, *, aux_lr=0.0, aux_decay=-1.0,
               decay: Literal[*DECAYS] = "decoupled", decay_embed=True):
-    """The Optimiser of a model's trainable parameters, in param_groups' groups; build it after sharding.
+    """The Optimiser of a model's trainable parameters, in param_groups' groups; build it after
+    sharding.
 
-    aux_lr, aux_decay: of AdamW for what is no block matrix (0, -1: as the others'). decay: a row of DECAYS.
-    decay_embed: embeddings and heads decay too.
+    aux_lr, aux_decay: of AdamW for what is no block matrix (0, -1: as the others'). decay: a row of
+    DECAYS. decay_embed: embeddings and heads decay too.
     """
     if lr < 0 or aux_lr < 0:
         raise UserError(f"--lr {lr} --aux_lr {aux_lr}: a learning rate is not negative")
@@ -667,21 +714,24 @@ def set_lr(optimiser, lr):
         group["lr"] = lr * group.get("scale", 1.0)
 
 
-# --- 4 ranks: a matrix's rows lie over the ranks (FSDP2's Shard(0)), ⌈m/P⌉ each, zeros added at the end -----
+# --- 4 ranks: a matrix's rows lie over the ranks (FSDP2's Shard(0)), ⌈m/P⌉ each, zeros added at the
 
 
 class Ranks:
-    """How the K matrices of a stack lie over P ranks, and the collectives that rules and walker need.
+    """How the K matrices of a stack lie over P ranks, and the collectives that rules and walker
+    need.
 
-    shape: of the whole matrix. Without a process group P is 1 and nothing is sent. Matrix k belongs to rank
-    k mod P, which alone does the work that needs all of it. seconds: spent in Newton-Schulz (CPU only).
+    shape: of the whole matrix. Without a process group P is 1 and nothing is sent. Matrix k belongs
+    to rank k mod P, which alone does the work that needs all of it. seconds: spent in Newton-Schulz
+    (CPU only).
     """
 
     def __init__(self, shape, group=None):
         self.shape, self.group, self.seconds = tuple(shape), group, 0.0
-        self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
-        self.height = -(-self.shape[0] // self.size)                       # rows of a rank, padding included
-        self.mine = max(0, min(self.height, self.shape[0] - self.rank * self.height))    # and without
+        self.size, self.rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1,
+                                                                                                 0)
+        self.height = -(-self.shape[0] // self.size)              # rows of a rank, padding included
+        self.mine = max(0, min(self.height, self.shape[0] - self.rank * self.height))  # and without
 
     def pad(self, local):
         """A shard's rows [≤ height, …] with zeros added up to height."""
@@ -696,11 +746,13 @@ class Ranks:
         return out
 
     def whole(self, x):
-        """Every rank's rows of K matrices [K, height, n] -> this rank's own matrices [⌈K/P⌉, m, n]."""
+        """Every rank's rows of K matrices [K, height, n] -> this rank's own matrices [⌈K/P⌉, m,
+        n]."""
         if self.size == 1:
             return x
         x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.size(0) % self.size))
-        parts = self.exchange(x.unflatten(0, (-1, self.size)).transpose(0, 1))           # [P, K/P, height, n]
+        parts = self.exchange(x.unflatten(0, (-1, self.size)).transpose(0,
+                                                                        1))    # [P, K/P, height, n]
         return parts.transpose(0, 1).flatten(1, 2)[:, :self.shape[0]].contiguous()
 
     def rows(self, x, K):
@@ -708,7 +760,8 @@ class Ranks:
         if self.size == 1:
             return x
         x = F.pad(x, (0, 0, 0, self.height * self.size - x.size(1)))
-        parts = self.exchange(x.unflatten(1, (self.size, -1)).transpose(0, 1))           # [P, K/P, height, n]
+        parts = self.exchange(x.unflatten(1, (self.size, -1)).transpose(0,
+                                                                        1))    # [P, K/P, height, n]
         return parts.transpose(0, 1).flatten(0, 1)[:K]
 
     def sum(self, x):
@@ -718,7 +771,8 @@ class Ranks:
         return x
 
     def orthogonalise(self, U, steps=5):
-        """newton_schulz of K matrices spread by rows, each rank its own; sent in bfloat16 on CUDA."""
+        """newton_schulz of K matrices spread by rows, each rank its own; sent in bfloat16 on
+        CUDA."""
         sent = U.bfloat16() if U.is_cuda and self.size > 1 else U
         whole, start = self.whole(sent), time.perf_counter()
         O = newton_schulz(whole, steps)
@@ -726,9 +780,9 @@ class Ranks:
         return self.rows(O, len(U)).to(U.dtype)
 
 
-# --- 5 the walker -------------------------------------------------------------------------------------
+# --- 5 the walker ---------------------------------------------------------------------------------
 
-STACK = 1 << 26                   # elements in a stack at most: gradients are copied once to batch a rule
+STACK = 1 << 26  # elements in a stack at most: gradients are copied once to batch a rule
 
 
 def sharded(x):
@@ -745,7 +799,8 @@ class Unit:
     def __init__(self, name, p, rows, stored):
         self.name, self.p, self.part, self.stored = name, p, rows, stored
         self.shape = tuple(p.shape if rows is None else p[rows].shape)
-        if sharded(p) and (rows is not None or stored or [str(x) for x in p.placements] != ["S(0)"]):
+        if sharded(p) and (rows is not None or stored
+                           or [str(x) for x in p.placements] != ["S(0)"]):
             raise UserError(f"{name}: over ranks a parameter must be whole, float and sharded by rows")
         self.group = p.device_mesh.get_group() if sharded(p) else None
 
@@ -762,7 +817,8 @@ class Unit:
         return W if W.dtype == torch.float64 else W.float()
 
     def write(self, W, generator):
-        """Store W; what the store cannot hold is rounded as it says, bfloat16 parameters stochastically."""
+        """Store W; what the store cannot hold is rounded as it says, bfloat16 parameters
+        stochastically."""
         if self.stored:
             return self.stored.write(W, generator)
         p = self.local(self.p.detach())
@@ -785,14 +841,16 @@ class Stack(SimpleNamespace):
 
 
 class Optimiser(torch.optim.Optimizer):
-    """Walks the parameters for every rule: stack gradients of one shape, get a direction, decay, step.
+    """Walks the parameters for every rule: stack gradients of one shape, get a direction, decay,
+    step.
 
-    groups: dicts of params, names, rule, lr, weight_decay; if wanted block {name: rows of a head}, split
-    {name: row counts} of fused matrices, scale (of the learning rate, see set_lr). decay: a row of DECAYS.
-    A parameter without gradient is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit
-    torch.optim.AdamW(fused=True). Of parameters sharded by FSDP2 (DTensors) rules in BY_ROWS take each rank's
-    rows and send only what they must, other rules whole matrices, each on one rank.
-    Raises UserError for a matrix rule on a vector, a rank above a matrix's, an unknown decay.
+    groups: dicts of params, names, rule, lr, weight_decay; if wanted block {name: rows of a head},
+    split {name: row counts} of fused matrices, scale (of the learning rate, see set_lr). decay: a
+    row of DECAYS. A parameter without gradient is left alone. AdamW on float32 runs as PyTorch's
+    fused kernel, bit for bit torch.optim.AdamW(fused=True). Of parameters sharded by FSDP2
+    (DTensors) rules in BY_ROWS take each rank's rows and send only what they must, other rules
+    whole matrices, each on one rank. Raises UserError for a matrix rule on a vector, a rank above a
+    matrix's, an unknown decay.
     """
 
     def __init__(self, groups, *, decay="decoupled", seed=0, stored=None):
@@ -818,7 +876,8 @@ class Optimiser(torch.optim.Optimizer):
         if sum(split) != p.size(0):
             raise UserError(f"{name} has {p.size(0)} rows, but split {split} adds up to {sum(split)}")
         ends = torch.tensor(split).cumsum(0).tolist()
-        return [Unit(f"{name}[{b - a}:{b}]", p, slice(b - a, b), stored) for a, b in zip(split, ends)]
+        return [Unit(f"{name}[{b - a}:{b}]", p, slice(b - a, b), stored)
+                for a, b in zip(split, ends)]
 
     def arrange(self, group, units):
         """Units into stacks of one shape, dtype and block, none larger than STACK elements."""
@@ -854,7 +913,7 @@ class Optimiser(torch.optim.Optimizer):
             raise UserError("Optimiser.step takes no closure: run forward and backward before it")
         for stack in list(self.stacks):
             has = [u.p.grad is not None for u in stack.units]
-            if any(has) and not all(has):                     # from now on they count their steps apart
+            if any(has) and not all(has):  # from now on they count their steps apart
                 i = next(i for i, x in enumerate(self.stacks) if x is stack)
                 parts = [[k for k, x in enumerate(has) if x == keep] for keep in (True, False)]
                 self.stacks[i:i + 1] = [stack.only(keep) for keep in parts]
@@ -872,21 +931,24 @@ class Optimiser(torch.optim.Optimizer):
             return fused_adamw(stack, grads, **hyper(rule))
         g = torch.stack([ranks.pad(x if x.dtype == torch.float64 else x.float()) for x in grads])
         gather = ranks.whole if name not in BY_ROWS else lambda x: x
-        seeds = [int.from_bytes(hashlib.sha256(f"{self.seed} {u.name}".encode()).digest()[:6]) for u in units]
-        own = list(range(len(units))) if name in BY_ROWS else [*range(ranks.rank, len(units), ranks.size)]
+        seeds = [int.from_bytes(hashlib.sha256(f"{self.seed} {u.name}".encode()).digest()[:6])
+                 for u in units]
+        own = list(range(len(units))) if name in BY_ROWS else [*range(ranks.rank, len(units),
+                                                                      ranks.size)]
         spare = [0] * (-(-len(units) // ranks.size) - len(own)) if name not in BY_ROWS else []
         have = dict(g=lambda: gather(g), s=lambda: s, lr=lambda: group["lr"], ranks=lambda: ranks,
                     W=lambda: gather(torch.stack([ranks.pad(u.read()) for u in units])),
                     seeds=lambda: [seeds[k] for k in own] + spare,
                     block=lambda: group.get("block", {}).get(units[0].name, 1),
-                    place=lambda: ([group["number"][units[k].name] for k in own] + [-1] * len(spare),
-                                   len(group["number"]), self.seed))
+                    place=lambda: ([group["number"][units[k].name] for k in own] + [-1]
+                                   * len(spare), len(group["number"]), self.seed))
         d = rule(**{k: have[k]() for k in needs(rule)})                                  # [K, m, n]
         d = d if name in BY_ROWS else ranks.rows(d, len(units))
         self.apply(stack, d, plain, seeds)
 
     def apply(self, stack, d, plain, seeds):
-        """Decay and step of one stack by its direction d; stored and bfloat16 weights are rounded."""
+        """Decay and step of one stack by its direction d; stored and bfloat16 weights are
+        rounded."""
         group, units, s, name = stack.group, stack.units, stack.state, name_of(stack.group["rule"])
         before, after = DECAYS[self.decay](group["lr"], group["weight_decay"], group["peak"])
         if plain:
@@ -908,14 +970,16 @@ class Optimiser(torch.optim.Optimizer):
             FEEDBACK[name](torch.stack(errors), s, group["lr"], before, **hyper(group["rule"]))
 
     def state_dict(self):
-        """Tensors and numbers only, of whole matrices, on rank 0 (a collective call): any number of ranks can
-        load what one saved."""
+        """Tensors and numbers only, of whole matrices, on rank 0 (a collective call): any number of
+        ranks can load what one saved."""
         return dict(stacks=[dict(rule=name_of(x.group["rule"]), names=[u.name for u in x.units],
                                  shape=x.ranks.shape,
-                                 state={k: collect(x, v) for k, v in x.state.items()}) for x in self.stacks])
+                                 state={k: collect(x, v) for k, v in x.state.items()})
+                            for x in self.stacks])
 
     def load_state_dict(self, state):
-        """Continue from state_dict(). UserError for the state of another optimiser or of another model."""
+        """Continue from state_dict(). UserError for the state of another optimiser or of another
+        model."""
         units = {u.name: (u, x.group) for x in self.stacks for u in x.units}
         if "stacks" not in state:
             raise UserError("this is the state of another kind of optimiser: start without --resume")
@@ -933,8 +997,10 @@ class Optimiser(torch.optim.Optimizer):
         for x in state["stacks"]:
             mine = [units[n][0] for n in x["names"]]
             ranks = Ranks(mine[0].shape, mine[0].group)
-            self.stacks.append(Stack(group=units[x["names"][0]][1], units=mine, state={}, ranks=ranks))
-            self.stacks[-1].state = {k: distribute(self.stacks[-1], v) for k, v in x["state"].items()}
+            self.stacks.append(Stack(group=units[x["names"][0]][1], units=mine, state={},
+                                     ranks=ranks))
+            self.stacks[-1].state = {k: distribute(self.stacks[-1], v)
+                                     for k, v in x["state"].items()}
 
 
 def fused_adamw(stack, grads, *, b1, b2, eps):
@@ -942,7 +1008,8 @@ def fused_adamw(stack, grads, *, b1, b2, eps):
     s, group = stack.state, stack.group
     weights = [u.local(u.p.detach()) for u in stack.units]
     if "m" not in s:
-        s["m"], s["v"] = (torch.stack([torch.zeros_like(stack.ranks.pad(w)) for w in weights]) for _ in "mv")
+        s["m"], s["v"] = (torch.stack([torch.zeros_like(stack.ranks.pad(w)) for w in weights])
+                          for _ in "mv")
     m, v = ([x[:len(w)] for x, w in zip(s[k], weights)] for k in "mv")
     t = list(torch.full((len(weights),), s["t"] - 1.0, device=weights[0].device).unbind(0))
     torch_adamw(weights, grads, m, v, [], t, fused=True, amsgrad=False, beta1=b1, beta2=b2,
@@ -950,8 +1017,8 @@ def fused_adamw(stack, grads, *, b1, b2, eps):
 
 
 def collect(stack, x):
-    """A state tensor of a stack, from all ranks' shares, of rows or of whole matrices by owner: on rank 0's
-    CPU, None on the others."""
+    """A state tensor of a stack, from all ranks' shares, of rows or of whole matrices by owner: on
+    rank 0's CPU, None on the others."""
     ranks, by_rows = stack.ranks, name_of(stack.group["rule"]) in BY_ROWS
     if not torch.is_tensor(x) or ranks.size == 1:
         return x
@@ -974,12 +1041,13 @@ def distribute(stack, x):
         x = x[:, ranks.rank * ranks.height:(ranks.rank + 1) * ranks.height]
     elif ranks.size > 1:
         x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, -x.size(0) % ranks.size))[ranks.rank::ranks.size]
-    x = x.clone(memory_format=torch.contiguous_format)       # the fused kernel walks memory, not strides
+    x = x.clone(memory_format=torch.contiguous_format)  # the fused kernel walks memory, not strides
     return x.to(stack.units[0].p.device)
 
 
 def memory_report(opt):
-    """{rule: {"parameters": n, "bytes": n, "elements": {state: n}}} of the state as it lies on this rank."""
+    """{rule: {"parameters": n, "bytes": n, "elements": {state: n}}} of the state as it lies on this
+    rank."""
     out = {}
     for stack in opt.stacks:
         row = out.setdefault(name_of(stack.group["rule"]), dict(parameters=0, bytes=0, elements={}))
@@ -991,12 +1059,14 @@ def memory_report(opt):
     return out
 
 
-# --- 6 schedules: (step, steps, warmup, …) -> factor on the peak learning rate ---------------------------
-#   power asks for lr, batch (sequences a step) and tokens (tokens a step) too; the others need none of it.
+# --- 6 schedules: (step, steps, warmup, …) -> factor on the peak learning rate --------------------
+#   power asks for lr, batch (sequences a step) and tokens (tokens a step) too; the others need none
+# of it.
 
 
 def warm(step, warmup):
-    """The linear warm-up that every schedule starts with: 1/warmup at step 0, 1 from step warmup - 1 on."""
+    """The linear warm-up that every schedule starts with: 1/warmup at step 0, 1 from step warmup -
+    1 on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
@@ -1013,15 +1083,17 @@ def linear(step, steps, warmup=0):
 def cosine(step, steps, warmup=0, *, floor: Share = 0.05):
     """Half a cosine (1608.03983) from 1 to `floor`."""
     done = max(0, step - warmup) / max(1, steps - warmup)
-    return warm(step, warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return warm(step, warmup) * (floor + (1 - floor) * 0.5
+                                 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-COOLDOWNS = dict(linear=lambda x: 1 - x, exp=lambda x: 0.5 ** (5 * x), sqrt=lambda x: 1 - math.sqrt(x))
+COOLDOWNS = dict(linear=lambda x: 1 - x, exp=lambda x: 0.5 ** (5 * x), sqrt=lambda x: 1
+                 - math.sqrt(x))
 
 
 def wsd(step, steps, warmup=0, *, cooldown: Share = 0.2, shape: Literal[*COOLDOWNS] = "linear"):
-    """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then down over the last `cooldown` of the steps:
-    linear to 0, exp (MiniCPM's, five half-lives: to 1/32), or sqrt (1 - √)."""
+    """Warm-up, stable, decay (MiniCPM, 2404.06395): 1, then down over the last `cooldown` of the
+    steps: linear to 0, exp (MiniCPM's, five half-lives: to 1/32), or sqrt (1 - √)."""
     if shape not in COOLDOWNS:
         raise UserError(f"--shape {shape}{nearest(shape, COOLDOWNS)}")
     length = cooldown * steps
@@ -1031,23 +1103,26 @@ def wsd(step, steps, warmup=0, *, cooldown: Share = 0.2, shape: Literal[*COOLDOW
 
 def power(step, steps, warmup, lr, batch, tokens, *, a: Positive = 4.0, b: Range("[-9, 9]") = -0.51,
           cooldown: Share = 0.1):
-    """Power scheduler, 2408.13359.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling (0.02
-    there): it does not depend on `steps`, but for a linear end over the last `cooldown` of them."""
+    """Power scheduler, 2408.13359.   min(lr, batch · a nᵇ) / lr  at n tokens seen, lr its ceiling
+    (0.02 there): it does not depend on `steps`, but for a linear end over the last `cooldown` of
+    them."""
     n = (step + 1) * tokens
     return min(1.0, batch * a * n ** b / lr) * wsd(step, steps, warmup, cooldown=cooldown)
 
 
 SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine, wsd=wsd, power=power)
 
-# --- 7 stored weights: linear layers whose only copy of W is rounded ------------------------------------
+# --- 7 stored weights: linear layers whose only copy of W is rounded ------------------------------
 
 
 class StoredLinear(nn.Module):
-    """A trainable linear layer that keeps W in `kind`: bfloat16, int8 or int4 (codes of `group` consecutive
-    entries, a float32 scale and zero each). No float copy outlives a forward and backward.
+    """A trainable linear layer that keeps W in `kind`: bfloat16, int8 or int4 (codes of `group`
+    consecutive entries, a float32 scale and zero each). No float copy outlives a forward and
+    backward.
 
-    `weight` only stands for W: one zero, expanded to W's shape, so that autograd hands the optimiser W's
-    gradient. rounding: stochastic (unbiased) or nearest (steps under half a grid step are lost).
+    `weight` only stands for W: one zero, expanded to W's shape, so that autograd hands the
+    optimiser W's gradient. rounding: stochastic (unbiased) or nearest (steps under half a grid step
+    are lost).
     """
 
     def __init__(self, linear, kind, group=256, rounding="stochastic"):
@@ -1068,7 +1143,8 @@ class StoredLinear(nn.Module):
         flat = F.pad(flat, (0, -flat.size(1) % self.size))
         codes, scale, zero = quantize_groups(flat, bits, self.size, generator and [generator],
                                              self.stochastic)
-        return pack_bits(codes[0], bits) if bits < 8 else codes[0].to(torch.uint8), scale[0], zero[0]
+        return pack_bits(codes[0],
+                         bits) if bits < 8 else codes[0].to(torch.uint8), scale[0], zero[0]
 
     def read(self):
         """W in float32 [out, in]."""
@@ -1080,7 +1156,8 @@ class StoredLinear(nn.Module):
 
     @torch.no_grad()
     def write(self, W, generator):
-        """Round W into the store; groups that did not change keep their codes (rounding again adds noise)."""
+        """Round W into the store; groups that did not change keep their codes (rounding again adds
+        noise)."""
         generator = generator if self.stochastic else None
         if self.kind == "bfloat16":
             return self.stored.copy_(round_bf16(W[None], generator and [generator])[0])
@@ -1100,7 +1177,8 @@ class StoredLinear(nn.Module):
 
 
 def store(model, kind, group, rounding):
-    """Put every block matrix of the model into StoredLinear, in place; UserError for a wrong rounding."""
+    """Put every block matrix of the model into StoredLinear, in place; UserError for a wrong
+    rounding."""
     if rounding not in ("stochastic", "nearest"):
         raise UserError(f"--rounding {rounding}: choose stochastic or nearest")
     if kind != "bfloat16" and group < 1:
@@ -1140,7 +1218,7 @@ def store_int4(model, *, group: Count = 32,
 STORES = dict(float32=store_float32, bfloat16=store_bfloat16, int8=store_int8, int4=store_int4)
 
 
-# --- 8 several objectives: their gradients G [M, D] -> one direction [D] ------------------------------------
+# --- 8 several objectives: their gradients G [M, D] -> one direction [D] --------------------------
 
 
 def shares(weights, M):
@@ -1160,9 +1238,11 @@ def weighted(G, *, weights=""):
 
 
 def worst_direction(K, w, c, sweeps=100):
-    """argmin_p over the simplex of ⟨G_p, g_0⟩ + c ‖g_0‖ ‖G_p‖, from the Gram matrix K [M, M] alone -> p [M]
+    """argmin_p over the simplex of ⟨G_p, g_0⟩ + c ‖g_0‖ ‖G_p‖, from the Gram matrix K [M, M] alone
+    -> p [M]
 
-    A convex function, so mass moves between two objectives at a time, each time by a golden section."""
+    A convex function, so mass moves between two objectives at a time, each time by a golden
+    section."""
     norm = (w @ K @ w).clamp(min=0).sqrt()
 
     def value(p):
@@ -1189,10 +1269,11 @@ def worst_direction(K, w, c, sweeps=100):
 
 
 def cagrad(G, *, weights="", c=0.4, clipped=True):
-    """RACO, 2602.02495: conflict-averse gradient, its mixture clipped by the user's weights.   [M, D] -> [D]
+    """RACO, 2602.02495: conflict-averse gradient, its mixture clipped by the user's weights.   [M,
+    D] -> [D]
 
-    g_0 = Σ w_i g_i;  p = worst_direction;  p_i <- min(p_i, w_i) if clipped;  g_0 + c ‖g_0‖ G_p/‖G_p‖.
-    Clipping changes nothing where p is one-hot, since G_p is normalised.
+    g_0 = Σ w_i g_i;  p = worst_direction;  p_i <- min(p_i, w_i) if clipped;  g_0 + c ‖g_0‖
+    G_p/‖G_p‖. Clipping changes nothing where p is one-hot, since G_p is normalised.
     """
     w = shares(weights, len(G))
     p = worst_direction((G @ G.T).double().cpu(), w, c)

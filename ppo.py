@@ -44,18 +44,19 @@ import kernels
 import sft
 from data import tasks
 from data.judging import spearman
-from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices, check_first_ratio, cli,
-                      launch, needs, report)
-from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten, peek, save,
-                   sequence_score, token_logprobs, token_values)
+from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices,
+                      check_first_ratio, cli, launch, needs, report)
+from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten,
+                   peek, save, sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
 
-# --- config -------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every run has; what belongs to a reward, an advantage or a loss is an argument of its function."""
+    """What every run has; what belongs to a reward, an advantage or a loss is an argument of its
+    function."""
     config: str = ""             # presets and TOML files, left to right
     data: str = "signatures"     # a task, or a JSONL of prompts and completions (for the quality)
     init: str = "base:sft"       # the SFT model, where policy, critic and reference start
@@ -77,24 +78,26 @@ class Config:
     temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
     eval_every: Count = 10       # iterations between evaluations on held-out prompts
-    eval_prompts: int = 0        # how many of each held-out split (0: 512 in a world, 256 otherwise)
+    eval_prompts: int = 0  # how many of each held-out split (0: 512 in a world, 256 otherwise)
     save_every: Count = 20       # iterations between checkpoints
     keep: Count = 2              # checkpoints to keep
     stop: int = 0                # pause after this iteration (0: no); --resume goes on
     out: str = ""                # run folder (default out/ppo/<presets>)
     seed: int = 0                # of SFT, prompts and sampling
     device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
+    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     compile: bool = False        # torch.compile the policy's and the critic's training passes
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
 PRESETS = dict(
-    # lr of srppo, likelihood and raft: each the best of a grid by val_gold on ToyIF, seeds 100 and 101
-    srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),              # ours: the paper's are unknown
-    ppo=dict(reward="gold", beta=0.05, no_eos=-1.0),                   # 2403.17031; lr and epochs ours
-    likelihood=dict(reward="likelihood", no_eos=-50.0, lr=5e-4),       # log π_sft itself averages about -10
+    # lr of srppo, likelihood and raft: each the best of a grid by val_gold on ToyIF, seeds 100 and
+    # 101
+    srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),            # ours: the paper's are unknown
+    ppo=dict(reward="gold", beta=0.05, no_eos=-1.0),                # 2403.17031; lr and epochs ours
+    likelihood=dict(reward="likelihood", no_eos=-50.0,
+                    lr=5e-4),                                  # log π_sft itself averages about -10
     raft=dict(advantage="best", surrogate="nll", rollouts=8, samples=16, lr=1e-5),  # srppo's budget
     sft=dict(steps=0),
     greedy=dict(steps=0, eval_temperature=0.0),
@@ -105,35 +108,41 @@ PRESETS = dict(
     alpha05=dict(alpha=0.5),
     alpha2=dict(alpha=2.0),
     docs=dict(),                                                       # the defaults
-    toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1, steps=60,
+    toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1,
+               steps=60,
                eval_every=20, save_every=1000, keep=1),
     ring=dict(data="ring", init="base:ring", base="base:ring", rollouts=96, samples=1, steps=100,
               eval_every=20),
-    n64=dict(init="base:toyif,n64"),                                   # SFT on 64 demonstrations, not 512
-    more=dict(init="base:toyif,more"),                                 # SFT for PPO's 240 gradient steps more
+    n64=dict(init="base:toyif,n64"),                             # SFT on 64 demonstrations, not 512
+    more=dict(init="base:toyif,more"),                       # SFT for PPO's 240 gradient steps more
     more64=dict(init="base:toyif,n64,more64"),
-    tiny=dict(steps=4, rollouts=8, samples=2, batch=8, micro=8, eval_every=2, eval_prompts=32, save_every=2,
+    tiny=dict(steps=4, rollouts=8, samples=2, batch=8, micro=8, eval_every=2, eval_prompts=32,
+              save_every=2,
               max_new=16),
 )
 
 CURVES = {"reward": ["reward", "val_reward", "ood_reward"], "KL, nats per response": ["kl", "k3"],
-          "quality": ["val_rouge_l", "ood_rouge_l", "val_gold", "ood_gold", "val_accuracy", "ood_accuracy"],
+          "quality": ["val_rouge_l", "ood_rouge_l", "val_gold", "ood_gold", "val_accuracy",
+                      "ood_accuracy"],
           "length, tokens": ["length"], "critic": ["ev"]}
 
-# --- rewards: a function's positional arguments name what it needs, and only that is computed -----------
+# --- rewards: a function's positional arguments name what it needs, and only that is computed -----
 
 
 def coherent(sft_logp, base_logp, mask, *, per_token=False):
-    """Self-Rewarding PPO (2510.21090):  r = log π_sft(y|x) - log π_base(y|x), EOS included.   [B, T] -> [B]
+    """Self-Rewarding PPO (2510.21090):  r = log π_sft(y|x) - log π_base(y|x), EOS included.   [B,
+    T] -> [B]
 
-    A sum over tokens, so where the mean ratio is positive longer is better; per_token divides by the length.
+    A sum over tokens, so where the mean ratio is positive longer is better; per_token divides by
+    the length.
     """
     ratio = ((sft_logp - base_logp) * mask).sum(1)                                       # [B]
     return ratio / mask.sum(1).clamp(min=1) if per_token else ratio
 
 
 def likelihood(sft_logp, mask):
-    """The SFT model's own log-probability of the response: coherent() without the base.   [B, T] -> [B]"""
+    """The SFT model's own log-probability of the response: coherent() without the base.   [B, T] ->
+    [B]"""
     return (sft_logp * mask).sum(1)
 
 
@@ -143,7 +152,8 @@ def gold(quality):
 
 
 def learned(judged, *, clamp=0.0):
-    """A reward model's score, centred so that SFT samples have mean 0; clamp > 0 bounds it.   [B] -> [B]"""
+    """A reward model's score, centred so that SFT samples have mean 0; clamp > 0 bounds it.   [B]
+    -> [B]"""
     return judged.clamp(-clamp, clamp) if clamp else judged
 
 
@@ -167,7 +177,7 @@ def eos_ignore(score, finished):
 
 EOS = dict(replace=eos_replace, subtract=eos_subtract, ignore=eos_ignore)
 
-# --- KL -----------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 
 
 def k1(logp, ref_logp):
@@ -181,7 +191,8 @@ def k2(logp, ref_logp):
 
 
 def k3(logp, ref_logp):
-    """exp(-d) - 1 + d >= 0, unbiased like k1; as a loss its gradient is that of KL(π_ref||π).   [B, T]"""
+    """exp(-d) - 1 + d >= 0, unbiased like k1; as a loss its gradient is that of KL(π_ref||π).   [B,
+    T]"""
     return torch.expm1(ref_logp - logp) + logp - ref_logp
 
 
@@ -194,33 +205,37 @@ def next_beta(beta, kl, n, *, target=0.0, horizon: Count = 10000):
 
 
 def token_rewards(score, logp, ref_logp, mask, coefficient, *, beta=1.0):
-    """r_t = -β k1_t, and the response's score on its last token.   score [B], the rest [B, T] -> [B, T]
+    """r_t = -β k1_t, and the response's score on its last token.   score [B], the rest [B, T] ->
+    [B, T]
 
     coefficient: the controller's current factor on beta.
     """
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                          # 1 on the last token
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                # 1 on the last token
     return -beta * coefficient * k1(logp, ref_logp) * mask + score[:, None] * last
 
 
-# --- advantages ---------------------------------------------------------------------------------------
+# --- advantages -----------------------------------------------------------------------------------
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """GAE, 1506.02438 eq. 16:  δ_t = r_t + γ V_{t+1} - V_t,   A_t = δ_t + γλ A_{t+1}.
 
-    rewards, values, mask [B, T] with one run of ones per row -> advantages, returns = A + V, both [B, T].
-    V and A are 0 past the end.
+    rewards, values, mask [B, T] with one run of ones per row -> advantages, returns = A + V, both
+    [B, T]. V and A are 0 past the end.
     """
     adv, after, last = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.size(1))):
-        last = mask[:, t] * (rewards[:, t] + gamma * after - values[:, t] + gamma * lam * last)      # [B]
+        last = mask[:, t] * (rewards[:, t] + gamma * after - values[:, t] + gamma * lam
+                             * last)                                                           # [B]
         after = values[:, t] * mask[:, t]
         adv[:, t] = last
     return adv, (adv + values) * mask
 
 
-def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95, whiten_rewards=False):
-    """GAE; advantages whitened over the whole rollout, returns never (2403.17031).   -> [B, T], [B, T]"""
+def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95,
+                 whiten_rewards=False):
+    """GAE; advantages whitened over the whole rollout, returns never (2403.17031).   -> [B, T], [B,
+    T]"""
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift=False)
     adv, returns = gae(rewards, values, mask, gamma, lam)
@@ -228,7 +243,8 @@ def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95
 
 
 def best_of_group(score, mask, samples):
-    """RAFT (2304.06767): 1 on the tokens of each prompt's best response, else 0.   -> [B, T], None"""
+    """RAFT (2304.06767): 1 on the tokens of each prompt's best response, else 0.   -> [B, T],
+    None"""
     best = score.view(-1, samples).argmax(1, keepdim=True)                               # [P, 1]
     chosen = torch.zeros_like(score.view(-1, samples)).scatter(1, best, 1.0).view(-1, 1)
     return chosen * mask, None
@@ -236,11 +252,12 @@ def best_of_group(score, mask, samples):
 
 ADVANTAGES = dict(gae=whitened_gae, best=best_of_group)
 
-# --- losses: per token, [B, T]; the loop divides by the tokens of the whole minibatch -------------------
+# --- losses: per token, [B, T]; the loop divides by the tokens of the whole minibatch -------------
 
 
 def ppo_clip(logp, old_logp, adv, *, eps: Positive = 0.2, cap: Positive = 20.0):
-    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old;  |log ρ| capped against overflow."""
+    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old;  |log ρ| capped against
+    overflow."""
     ratio = (logp - old_logp).clamp(-cap, cap).exp()                                     # [B, T]
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
 
@@ -257,13 +274,15 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
     """½ max((V - R)², (clip(V, V_old ± ε_v) - R)²), PPO's clipped value loss; eps_v 0: no clip."""
     loss = (values - returns) ** 2                                                       # [B, T]
     if eps_v:
-        loss = torch.maximum(loss, (old_values + (values - old_values).clamp(-eps_v, eps_v) - returns) ** 2)
+        loss = torch.maximum(loss, (old_values + (values - old_values).clamp(-eps_v, eps_v)
+                                    - returns) ** 2)
     return 0.5 * loss
 
 
 def regulariser(logp, ref_logp, entropy, *, kl_coef=0.0,
                 kl_loss: Literal["k2", "k3"] = "k2", ent_coef=0.0):
-    """KL in the loss (k2 or k3; k1's gradient is 0 in expectation), an entropy bonus; both default off."""
+    """KL in the loss (k2 or k3; k1's gradient is 0 in expectation), an entropy bonus; both default
+    off."""
     estimators = dict(k2=k2, k3=k3)
     if kl_loss not in estimators:
         raise UserError(f"--kl_loss {kl_loss}: choose k2 (gradient of KL(π||ref)) or k3 (of KL(ref||π))")
@@ -277,7 +296,7 @@ MAX_RATIO = 10.0         # a minibatch whose mean ratio is beyond this is skippe
 MAX_NORM = 1.0           # gradient norm
 
 
-# --- roll out and decode ------------------------------------------------------------------------------
+# --- roll out and decode --------------------------------------------------------------------------
 
 
 def sample(model, base, prompts, max_new, generator, score, *, eval_temperature=1.0):
@@ -294,19 +313,22 @@ def best_of_n(model, base, prompts, max_new, generator, score, *, n: Count = 16)
 
 
 def contrastive(model, base, prompts, max_new, generator, score, *, alpha=1.0):
-    """Sample from π (π / π_base)^alpha, token by token: what srppo trains towards, without training."""
+    """Sample from π (π / π_base)^alpha, token by token: what srppo trains towards, without
+    training."""
     return generate(model, prompts, max_new, generator=generator, contrast=(base, alpha))
 
 
 DECODERS = dict(sample=sample, bon=best_of_n, contrast=contrastive)
 AXES = dict(reward=REWARDS, advantage=ADVANTAGES, surrogate=SURROGATES, eos=EOS, decode=DECODERS,
             shaping=dict(shaping=token_rewards), controller=dict(controller=next_beta),
-            value=dict(value=value_loss), regulariser=dict(regulariser=regulariser), kernels=kernels.MODES)
+            value=dict(value=value_loss), regulariser=dict(regulariser=regulariser),
+            kernels=kernels.MODES)
 
 
 @torch.no_grad()
 def logprobs(model, tokens, mask, c):
-    """token_logprobs in micro-batches, without gradient, at the run's temperature and precision.   [B, T]"""
+    """token_logprobs in micro-batches, without gradient, at the run's temperature and
+    precision.   [B, T]"""
     with autocast(c.device, c.dtype):
         return torch.cat([token_logprobs(model, t, m, temperature=c.temperature)
                           for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
@@ -327,26 +349,31 @@ def quality(task, problems, roll, tok):
                          for i, (x, done) in enumerate(zip(texts, roll.finished.tolist()))])
 
 
-# --- evaluate -----------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 def evaluate(policy, models, sets, task, tok, c, f, max_new):
-    """Held-out prompts, always the same and with the same draws: reward, quality, KL to SFT, length.
+    """Held-out prompts, always the same and with the same draws: reward, quality, KL to SFT,
+    length.
 
-    reward is the run's own, without the EOS rule. kl is k1 of the policy's weights, summed per response (so 0
-    for an untrained policy, however it is decoded). -> {split_key: mean}, [(prompt, text, reference)].
+    reward is the run's own, without the EOS rule. kl is k1 of the policy's weights, summed per
+    response (so 0 for an untrained policy, however it is decoded). -> {split_key: mean}, [(prompt,
+    text, reference)].
     """
     out, look = {}, []
     for split, problems in sets.items():
         def score(roll, problems=problems):
-            return f.reward(**models["score"](f.reward, roll, quality(task, problems, roll, tok)))       # [B]
+            return f.reward(**models["score"](f.reward, roll,
+                                              quality(task, problems, roll, tok)))             # [B]
         g = torch.Generator().manual_seed(c.seed + 1)
         prompts = [tok.prompt(p, c.chat) for p in problems]
         roll = f.decode(policy, models.get("base"), prompts, max_new, g, score)
-        logp, ref = (logprobs(m, roll.tokens, roll.mask, c) for m in (policy, models["ref"]))        # [B, T]
+        logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
+                     for m in (policy, models["ref"]))                                      # [B, T]
         out |= {f"{split}_reward": score(roll).mean(),
                 f"{split}_{task.metric}": quality(task, problems, roll, tok).mean(),
-                f"{split}_kl": (logp - ref).sum(1).mean(), f"{split}_length": roll.mask.sum(1).mean(),
+                f"{split}_kl": (logp - ref).sum(1).mean(),
+                f"{split}_length": roll.mask.sum(1).mean(),
                 f"{split}_truncated": 1 - roll.finished.float().mean()}
         texts = [tok.decode(ids) for ids in roll.completions()[:2]]
         look += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems, texts)]
@@ -369,7 +396,7 @@ def explained_variance(values, returns, mask):
     return 1 - var(returns - values) / var(returns).clamp(min=1e-8)
 
 
-# --- train --------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 def needs_base(c, f):
@@ -380,8 +407,9 @@ def needs_base(c, f):
 def open_models(c, f, init, base, resume_from):
     """Policy, critic, and the frozen models that the reward and the KL penalty read.
 
-    Returns (policy, critic, models, tokenizer). models: ref (the SFT model), base and judge where needed, and
-    score(fn, roll, quality), which computes what the function fn names among its positional arguments.
+    Returns (policy, critic, models, tokenizer). models: ref (the SFT model), base and judge where
+    needed, and score(fn, roll, quality), which computes what the function fn names among its
+    positional arguments.
     """
     def frozen(path, option, kind):
         model, other = load(path, c.device)
@@ -411,20 +439,23 @@ def open_models(c, f, init, base, resume_from):
 
     models["score"] = score
     if resume_from:
-        return load(resume_from, c.device)[0], load(resume_from / "critic", c.device)[0], models, tok
+        return load(resume_from, c.device)[0], load(resume_from / "critic",
+                                                    c.device)[0], models, tok
     policy = copy.deepcopy(models["ref"]).requires_grad_()
-    # ours: the critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
+    # ours: the critic starts from the SFT model, not from a reward model, whose units calibrate()
+    # leaves
     return policy, ScalarModel.from_lm(models["ref"]), models, tok
 
 
 def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, samples=8):
-    """What the run's reward says of the SFT model's own samples, before any training -> dict of floats.
+    """What the run's reward says of the SFT model's own samples, before any training -> dict of
+    floats.
 
-    mean, std of the score: token rewards are divided by std, and the score is centred first. Neither changes
-    what is optimised (the KL term is scaled along); both matter to the critic, which starts at 0 and moves
-    at most eps_v a rollout: one that lags behind credits late tokens more than early ones, and the policy
-    learns to stop early. bias: a reward model's mean raw score. agreement: rank_correlation with the quality.
-    cut: the share of samples that did not end.
+    mean, std of the score: token rewards are divided by std, and the score is centred first.
+    Neither changes what is optimised (the KL term is scaled along); both matter to the critic,
+    which starts at 0 and moves at most eps_v a rollout: one that lags behind credits late tokens
+    more than early ones, and the policy learns to stop early. bias: a reward model's mean raw
+    score. agreement: rank_correlation with the quality. cut: the share of samples that did not end.
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
@@ -442,19 +473,23 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
 
 
 def backward(policy, critic, batch, rows, c, f):
-    """Gradients of one minibatch, accumulated over its micro-batches -> what happened, as a dict of floats.
+    """Gradients of one minibatch, accumulated over its micro-batches -> what happened, as a dict of
+    floats.
 
-    batch: tokens, mask, old_logp, ref_logp, adv and, with a critic, old_values, returns [B, T]; length [B].
-    Losses are sums over tokens divided by the tokens of the whole minibatch, so --micro changes nothing.
+    batch: tokens, mask, old_logp, ref_logp, adv and, with a critic, old_values, returns [B, T];
+    length [B]. Losses are sums over tokens divided by the tokens of the whole minibatch, so --micro
+    changes nothing.
     """
     told = dict(loss=0.0, ratio=0.0, off=0.0, clipped=0.0, entropy=0.0, worst=0.0)
     n = batch["mask"][rows].sum()
     for part in rows.split(c.micro):
-        width = int(batch["length"][part].max())                                     # cut the common padding
+        width = int(batch["length"][part].max())                            # cut the common padding
         b = SimpleNamespace(**{k: x[part, :width] for k, x in batch.items() if x.dim() == 2})
         with autocast(c.device, c.dtype):
-            logp, entropy = token_logprobs(policy, b.tokens, b.mask, temperature=c.temperature, entropy=True)
-        per_token = f.surrogate(logp, b.old_logp, b.adv) + f.regulariser(logp, b.ref_logp, entropy)  # [b, T]
+            logp, entropy = token_logprobs(policy, b.tokens, b.mask, temperature=c.temperature,
+                                           entropy=True)
+        per_token = f.surrogate(logp, b.old_logp, b.adv) + f.regulariser(logp, b.ref_logp,
+                                                                         entropy)           # [b, T]
         loss = (per_token * b.mask).sum() / n
         loss.backward()
         if "returns" in batch:
@@ -479,7 +514,8 @@ def readers(c, f):
 
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
+    """UserError for all that can be known before anything is made: files, folders, what does not
+    combine."""
     tasks.check_data(c.data, is_text=False)
     if "samples" in needs(f.advantage) and c.samples < 2:
         raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at least two")
@@ -493,9 +529,11 @@ def check(c, f):
 
 
 def train(c, f):
-    """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's (sft_…)."""
+    """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's
+    (sft_…)."""
     check(c, f)
-    init = sft.find(c.init, c.config, seed=c.seed, device=c.device)      # made before this run's clock starts
+    init = sft.find(c.init, c.config, seed=c.seed,
+                    device=c.device)                           # made before this run's clock starts
     base = sft.find(c.base, c.config, device=c.device) if needs_base(c, f) else ""
     kernels.use(c.kernels)
     with Run(c, f, "ppo", CURVES) as run:
@@ -505,7 +543,8 @@ def train(c, f):
         size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
         context = policy.config.max_position_embeddings
-        max_new = tasks.room(c, tok, [p for s in (problems, *sets.values()) for p in s], task, context)
+        max_new = tasks.room(c, tok, [p for s in (problems, *sets.values()) for p in s], task,
+                             context)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
         size = sum(p.numel() for p in policy.parameters()) / 1e6
@@ -527,35 +566,43 @@ def train(c, f):
             before, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
             run.log(0, **before, show=True)
         scores = before
-        train_policy, train_critic = (torch.compile(m) if c.compile else m for m in (policy, critic))
+        train_policy, train_critic = (torch.compile(m) if c.compile else m
+                                      for m in (policy, critic))
 
         def write(folder):
             save(policy, tok, folder)
             save(critic, tok, folder / "critic")
 
         for step in run.steps(c.steps):
-            # 1. roll out ------------------------------------------------------------------------------
+            # 1. roll out
+            # ------------------------------------------------------------------------------
             clock = time.perf_counter()
-            picked = [problems[i] for i in batch_indices(len(problems), c.rollouts, step, c.seed).tolist()]
+            picked = [problems[i] for i in batch_indices(len(problems), c.rollouts, step,
+                                                         c.seed).tolist()]
             with autocast(c.device, c.dtype):
-                roll = generate(policy, [tok.prompt(p, c.chat) for p in picked], max_new, samples=c.samples,
+                roll = generate(policy, [tok.prompt(p, c.chat) for p in picked], max_new,
+                                samples=c.samples,
                                 temperature=c.temperature, generator=g)
             mask, t_gen = roll.mask, time.perf_counter() - clock                         # [B, T]
-            # 2. score ---------------------------------------------------------------------------------
+            # 2. score
+            # ---------------------------------------------------------------------------------
             clock = time.perf_counter()
             truth = quality(task, picked, roll, tok)                                     # [B]
-            score = f.eos(f.reward(**models["score"](f.reward, roll, truth)), roll.finished)         # [B]
+            score = f.eos(f.reward(**models["score"](f.reward, roll, truth)), roll.finished)   # [B]
             ref_logp = logprobs(models["ref"], roll.tokens, mask, c)                     # [B, T]
             old_values = read_values(critic, roll.tokens, mask, c)                       # [B, T]
             unit = (score - scale["mean"]) / scale["std"]                                # [B]
             rewards = f.shaping(unit, roll.logp, ref_logp, mask, factor / scale["std"])  # [B, T]
-            have = dict(rewards=rewards, values=old_values, mask=mask, score=score, samples=c.samples)
-            adv, returns = f.advantage(**{k: have[k] for k in needs(f.advantage)})       # [B, T] each
-            batch = dict(tokens=roll.tokens, mask=mask, old_logp=roll.logp, ref_logp=ref_logp, adv=adv,
+            have = dict(rewards=rewards, values=old_values, mask=mask, score=score,
+                        samples=c.samples)
+            adv, returns = f.advantage(**{k: have[k] for k in needs(f.advantage)})     # [B, T] each
+            batch = dict(tokens=roll.tokens, mask=mask, old_logp=roll.logp, ref_logp=ref_logp,
+                         adv=adv,
                          length=roll.prompt_len + mask.sum(1).long())
             batch |= dict(old_values=old_values, returns=returns) if returns is not None else {}
             t_score = time.perf_counter() - clock
-            # 3. update --------------------------------------------------------------------------------
+            # 3. update
+            # --------------------------------------------------------------------------------
             clock, told, norm, skipped = time.perf_counter(), [], 0.0, 0
             set_lr(opt, c.lr * linear(step, c.steps))
             set_lr(critic_opt, c.critic_lr * linear(step, c.steps))
@@ -573,9 +620,11 @@ def train(c, f):
                         critic_opt.step()
                     opt.zero_grad()
                     critic_opt.zero_grad()
-            # 4. tell ----------------------------------------------------------------------------------
-            kl = (k1(roll.logp, ref_logp) * mask).sum(1).mean().item()                   # nats per response
-            row = dict(reward=score.mean(), kl=kl, k3=(k3(roll.logp, ref_logp) * mask).sum(1).mean(),
+            # 4. tell
+            # ----------------------------------------------------------------------------------
+            kl = (k1(roll.logp, ref_logp) * mask).sum(1).mean().item()           # nats per response
+            row = dict(reward=score.mean(), kl=kl,
+                       k3=(k3(roll.logp, ref_logp) * mask).sum(1).mean(),
                        entropy=told[0]["entropy"], truncated=1 - roll.finished.float().mean(),
                        length=mask.sum(1).mean(), quality=truth.mean(), norm=norm, skipped=skipped,
                        work=roll.row_steps / (len(mask) * max(1, int(mask.sum(1).max()) - 1)))
@@ -596,41 +645,48 @@ def train(c, f):
                          rng=g.get_state(), factor=factor, before=before, scale=scale)
         if c.stop and c.stop < c.steps:
             return scores
-        if run.state and run.start >= c.steps:                                   # resumed after its last step
+        if run.state and run.start >= c.steps:                         # resumed after its last step
             scores, look = evaluate(policy, models, sets, task, tok, c, f, max_new)
         report(run, before, scores, look)
         sft_scores = {f"sft_{k}": v for k, v in before.items()}
         return run.finish(**scores, **sft_scores, agreement=scale["agreement"])
 
 
-# --- claims -------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def srppo_arms():
     """Every arm of the claim at both sizes of the demonstration set, 512 and 64."""
-    arms = dict(srppo="srppo", srppo_greedy="srppo,cold", sft="sft", sft_more="sft,more", greedy="greedy",
-                half="half", likelihood="likelihood", bon16="bon", raft="raft", contrast05="contrast,alpha05",
+    arms = dict(srppo="srppo", srppo_greedy="srppo,cold", sft="sft", sft_more="sft,more",
+                greedy="greedy",
+                half="half", likelihood="likelihood", bon16="bon", raft="raft",
+                contrast05="contrast,alpha05",
                 contrast1="contrast", contrast2="contrast,alpha2")
     few = {name: f"{row}64" if name == "sft_more" else f"{row},n64" for name, row in arms.items()}
-    return {f"{x} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few)) for x, row in rows.items()}
+    return {f"{x} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few))
+            for x, row in rows.items()}
 
 
 CONTROLS = ("greedy", "half", "likelihood", "contrast05", "contrast1", "contrast2")
 
 
 def srppo_tests():
-    """srppo (sampled) against every other arm at both sizes, greedy against greedy, and whether its gain over
-    SFT is larger with fewer demonstrations."""
-    others = [a.rsplit(" ", 1)[0] for a in srppo_arms() if a.endswith(" 64") and not a.startswith("srppo")]
-    tests = {f"srppo - {x}, {n}": {f"srppo {n}": 1, f"{x} {n}": -1} for n in (512, 64) for x in others}
-    tests |= {f"greedy: srppo - sft, {n}": {f"srppo_greedy {n}": 1, f"greedy {n}": -1} for n in (512, 64)}
+    """srppo (sampled) against every other arm at both sizes, greedy against greedy, and whether its
+    gain over SFT is larger with fewer demonstrations."""
+    others = [a.rsplit(" ", 1)[0] for a in srppo_arms() if a.endswith(" 64")
+              and not a.startswith("srppo")]
+    tests = {f"srppo - {x}, {n}": {f"srppo {n}": 1, f"{x} {n}": -1} for n in (512, 64)
+             for x in others}
+    tests |= {f"greedy: srppo - sft, {n}": {f"srppo_greedy {n}": 1, f"greedy {n}": -1}
+              for n in (512, 64)}
     tests["gain at 64 - gain at 512"] = {"srppo 64": 1, "sft 64": -1, "srppo 512": -1, "sft 512": 1}
     return tests
 
 
 def srppo_conclusion(v):
-    """Per size: 'holds' if srppo beats sft, sft_more and every control that merely sharpens the SFT model;
-    'sharpening only' if it beats sft but a control beats it; else 'undecided'. Then the scarcity claim.
+    """Per size: 'holds' if srppo beats sft, sft_more and every control that merely sharpens the SFT
+    model; 'sharpening only' if it beats sft but a control beats it; else 'undecided'. Then the
+    scarcity claim.
     """
     def at(n):
         gain, more = v[f"srppo - sft, {n}"], v[f"srppo - sft_more, {n}"]
@@ -650,7 +706,7 @@ CLAIMS = dict(
                 arms=srppo_arms(), metric="ood_gold", tests=srppo_tests(),
                 also=("val_gold", "ood_length", "ood_truncated"), conclude=srppo_conclusion))
 
-# --- main ---------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):

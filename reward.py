@@ -57,23 +57,24 @@ import sft
 from data import judging, prefs, tasks
 from data.decoding import autoregressive
 from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, auroc, best_of_n,
-                          expected_score, group_norm, majority, pushed, ranknet, ridge, rloo, routing_curve,
+                          expected_score, group_norm, majority, pushed, ranknet, ridge, rloo,
+                          routing_curve,
                           routing_table, spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
-from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, cli, gated,
-                      in_parts, launch, needs)
-from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge, peek,
-                   preset, save, sequence_score, token_logprobs)
+from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, cli,
+                      gated, in_parts, launch, needs)
+from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
+                   peek, preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
 
-# --- config -------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
     """What every run has; what belongs to a loss or a recipe is an argument of its function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "ring"           # a world (ring, toyif), or a JSONL of {"prompt", "chosen", "rejected"}
+    data: str = "ring"  # a world (ring, toyif), or a JSONL of {"prompt", "chosen", "rejected"}
     rows: int = 0                # training pairs (0: the recipe's number, or the whole file)
     noise: Share = 0.0           # share of a world's training labels that is flipped
     init: str = "base:ring"      # language model to start from; base:PRESETS makes it first
@@ -90,7 +91,7 @@ class Config:
     micro: Count = 64            # pairs per forward pass: lower it when memory runs out
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     lr: Positive = 1e-3          # peak learning rate, falling linearly to 0
-    aux_lr: float = 0.0          # of AdamW for what is no block matrix, beside another optimiser (0: lr)
+    aux_lr: float = 0.0  # of AdamW for what is no block matrix, beside another optimiser (0: lr)
     warmup: int = 0              # steps of linear warm-up
     weight_decay: float = 0.0    # on matrices
     clip: Positive = 1.0         # largest gradient norm
@@ -100,18 +101,19 @@ class Config:
     out: str = ""                # run folder (default out/reward/<presets>)
     seed: int = 0                # of data, heads and sampling
     device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
+    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
-    resume: bool = False         # go on: from the newest checkpoint, or after the last finished stage
+    resume: bool = False  # go on: from the newest checkpoint, or after the last finished stage
 
 
 WORLDS = prefs.WORLDS
 TOYIF, CHECKS = (dict(data="toyif", init=f"base:toyif_{x}") for x in ("base", "judge"))
 MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
-PRESETS = dict(                  # learning rates and sizes: ours, the papers' are for billions of weights
+PRESETS = dict(  # learning rates and sizes: ours, the papers' are for billions of weights
     bt=dict(), margin=dict(loss="margin"), scaled=dict(loss="scaled"), smooth=dict(loss="smooth"),
     win_tie=dict(loss="win_tie"), goal=dict(loss="goal"), regression=dict(loss="regression"),
-    arm=dict(loss="arm"), hs2pref=dict(recipe="hs2pref"), armo=dict(recipe="armo"), cdr=dict(recipe="cdr"),
+    arm=dict(loss="arm"), hs2pref=dict(recipe="hs2pref"), armo=dict(recipe="armo"),
+    cdr=dict(recipe="cdr"),
     polar=dict(recipe="polar"), ensemble=dict(recipe="ensemble"), maxmin=dict(recipe="maxmin"),
     overopt=dict(recipe="overopt", steps=250, lr=2e-3),
     router=dict(recipe="router", **TOYIF, epochs=4.0),
@@ -133,7 +135,7 @@ PRESETS = dict(                  # learning rates and sizes: ours, the papers' a
 CURVES = {"loss": ["loss"], "accuracy of the batch": ["accuracy"], "scores": ["gap", "score_std"]}
 
 
-# --- losses: one number a row, [B]; the loop divides by the whole step's rows, tokens or labels -----------
+# --- losses: one number a row, [B]; the loop divides by the whole step's rows, tokens or labels ---
 # A loss's positional arguments name what it reads, and only that is computed (see `provide`).
 
 def bt(chosen, rejected, *, center=0.0):
@@ -143,20 +145,24 @@ def bt(chosen, rejected, *, center=0.0):
     return -F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2
 
 def bt_margin(chosen, rejected, strength, *, unit: Positive = 1.0):
-    """-log σ(d - m): stronger preferences must be further apart (Llama 2, 2307.09288).   m = unit strength"""
+    """-log σ(d - m): stronger preferences must be further apart (Llama 2, 2307.09288).   m = unit
+    strength"""
     return -F.logsigmoid(chosen - rejected - unit * strength)
 
 def bt_scaled(chosen, rejected, strength):
-    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (HelpSteer2-Preference, 2410.01257)."""
+    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (HelpSteer2-Preference,
+    2410.01257)."""
     return -strength * F.logsigmoid(chosen - rejected)
 
 def bt_smooth(chosen, rejected, *, flip: Range("[0, 0.5)") = 0.1):
-    """-(1-e) log σ(d) - e log σ(-d): e is the share of labels believed wrong; d* = log((1-e)/e) is finite."""
+    """-(1-e) log σ(d) - e log σ(-d): e is the share of labels believed wrong; d* = log((1-e)/e) is
+    finite."""
     d = chosen - rejected
     return -(1 - flip) * F.logsigmoid(d) - flip * F.logsigmoid(-d)
 
 def win_tie(chosen, rejected, tie, *, margin=3.0, tie_coef=1.0):
-    """SoliReward, 2512.22170:  a win -log σ(d - m);  a tie -log σ(d - m) - log σ(-d - m), least at d = 0.
+    """SoliReward, 2512.22170:  a win -log σ(d - m);  a tie -log σ(d - m) - log σ(-d - m), least at
+    d = 0.
 
     Without ties and with margin 0 it is bt. tie [B] is 1.0 where neither response is better."""
     d = chosen - rejected
@@ -164,7 +170,8 @@ def win_tie(chosen, rejected, tie, *, margin=3.0, tie_coef=1.0):
     return (1 - tie) * win + tie * tie_coef * (win - F.logsigmoid(-d - margin))
 
 def regression(predicted, ratings):
-    """HelpSteer2 (2406.08673): squared error on every attribute that has a label (NaN: none).   [B, K] -> [B]
+    """HelpSteer2 (2406.08673): squared error on every attribute that has a label (NaN: none).   [B,
+    K] -> [B]
 
     The loop divides by the labels of the step, not by its rows."""
     known = ratings.isfinite()
@@ -173,14 +180,16 @@ def regression(predicted, ratings):
 def goal(chosen, rejected, early, late, wrong, *, weight=0.5):
     """Goal-conditioned contrastive term (2407.13887) on top of bt:  w (-log p+ - log(1 - p-)).
 
-    early, late [B, S, D]: hidden states of the chosen response, wrong [B, S, D] of the rejected one; p+ is
-    the mean of σ(cos(early, late)) over the pass, p- with wrong: logs of means, so it depends on --micro."""
+    early, late [B, S, D]: hidden states of the chosen response, wrong [B, S, D] of the rejected
+    one; p+ is the mean of σ(cos(early, late)) over the pass, p- with wrong: logs of means, so it
+    depends on --micro."""
     early, late, wrong = (F.normalize(h, dim=-1) for h in (early, late, wrong))
     plus, minus = (torch.sigmoid(early @ x.transpose(1, 2)).mean() for x in (late, wrong))
     return bt(chosen, rejected) + weight * (-plus.log() - (1 - minus).log())
 
 def preference(logit, label, strength):
-    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l = 1: the first is better."""
+    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l = 1: the first is
+    better."""
     return strength * (-label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit))
 
 def nll(logp):
@@ -188,16 +197,19 @@ def nll(logp):
     return -logp.sum(1)
 
 def listwise(logp, identifiers, ranks, *, weight=10.0):
-    """FIRST (2406.15657): cross-entropy a token of the ranking + w RankNet on the first token's logits.
+    """FIRST (2406.15657): cross-entropy a token of the ranking + w RankNet on the first token's
+    logits.
 
     identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
     return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
 
-LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie, goal=goal,
-              regression=regression, arm=autoregressive, preference=preference, nll=nll, listwise=listwise)
+LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie,
+              goal=goal,
+              regression=regression, arm=autoregressive, preference=preference, nll=nll,
+              listwise=listwise)
 
 
-# --- many models, one reward --------------------------------------------------------------------------
+# --- many models, one reward ----------------------------------------------------------------------
 
 def mean(scores):
     """The members' mean.   [K, B] -> [B]"""
@@ -208,22 +220,26 @@ def wco(scores):
     return scores.amin(0)
 
 def uwo(scores, *, lam=0.5):
-    """Uncertainty-weighted (2310.02743): mean - λ variance (unbiased; 0 for one member).   [K, B] -> [B]"""
+    """Uncertainty-weighted (2310.02743): mean - λ variance (unbiased; 0 for one member).   [K, B]
+    -> [B]"""
     return scores.mean(0) - lam * (scores.var(0) if len(scores) > 1 else 0.0)
 
 def lcb(scores):
-    """Lower confidence bound: mean - standard deviation (unbiased; 0 for one member).   [K, B] -> [B]"""
+    """Lower confidence bound: mean - standard deviation (unbiased; 0 for one member).   [K, B] ->
+    [B]"""
     return scores.mean(0) - (scores.std(0) if len(scores) > 1 else 0.0)
 
 AGGREGATES = dict(mean=mean, wco=wco, uwo=uwo, lcb=lcb)
 
 class Gate(nn.Module):
-    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   prompt feature [B, D] -> [B, K]"""
+    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   prompt feature [B, D] -> [B,
+    K]"""
 
     def __init__(self, width, outputs, hidden=1024):
         super().__init__()
         sizes = [width, hidden, hidden, hidden, outputs]
-        self.mlp = nn.Sequential(*(m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())))
+        self.mlp = nn.Sequential(*(m for i, o in zip(sizes, sizes[1:])
+                                   for m in (nn.Linear(i, o), nn.ReLU())))
         self.mlp = self.mlp[:-1]
         self.scale = nn.Parameter(torch.ones(()))
 
@@ -233,18 +249,19 @@ class Gate(nn.Module):
 def density_ratio(strong_logp, weak_logp, mask):
     """CDR (2411.02481):  Σ log π_strong(y|c,x) - log π_weak(y|x).   [B, T] each -> [B]
 
-    Criteria and examples c belong into the strong model's prompt. With the SFT model over its base it is
-    Self-Rewarding PPO's reward (2510.21090)."""
+    Criteria and examples c belong into the strong model's prompt. With the SFT model over its base
+    it is Self-Rewarding PPO's reward (2510.21090)."""
     return ((strong_logp - weak_logp) * mask).sum(1)
 
 
-# --- Adv-RM (2504.06141) --------------------------------------------------------------------------------
+# --- Adv-RM (2504.06141) --------------------------------------------------------------------------
 
 def disagreement(r1, r2, bar=0.0, *, lam=1.5, C: Positive = 3.0):
     """R1 - λ R2 where R1 > T(x), else R1 - C: please the target, displease its twin.   [B] -> [B]
 
-    Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0 and neither
-    shift nor scale of R matters. For raw rewards: bar T(x), and C 25 in a public implementation."""
+    Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0
+    and neither shift nor scale of R matters. For raw rewards: bar T(x), and C 25 in a public
+    implementation."""
     return torch.where(r1 > bar, r1 - lam * r2, r1 - C)
 
 def overoptimise(r1, r2):
@@ -254,18 +271,21 @@ def overoptimise(r1, r2):
 ATTACKS = dict(disagreement=disagreement, overopt=overoptimise)
 
 def adversarial(z1, disagreement, mean, std, *, z_min=1.96):
-    """Adv-RM's filter: R1 above the SFT mean and U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] -> [B] bool"""
+    """Adv-RM's filter: R1 above the SFT mean and U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] ->
+    [B] bool"""
     return (z1 > 0) & ((disagreement - mean) / std > z_min)
 
 def strict_success(z1, zgold):
-    """The proxy likes it (Z > 0), gold finds it far below the SFT samples (Z < -1.96).   [B] -> [B] bool"""
+    """The proxy likes it (Z > 0), gold finds it far below the SFT samples (Z < -1.96).   [B] -> [B]
+    bool"""
     return (z1 > 0) & (zgold < -1.96)
 
 
-# --- rewards: functions of (tokens [B, T], start [B], end [B]) -> [B]; a response is tokens[start:end] -----
+# --- rewards: functions of (tokens [B, T], start [B], end [B]) -> [B]; a response is tokens[start:e
 
 def chunked(fn, c):
-    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' own length."""
+    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' own
+    length."""
     @torch.no_grad()
     def reward(tokens, start, end):
         parts = zip(tokens.split(c.micro), start.split(c.micro), end.split(c.micro))
@@ -287,7 +307,8 @@ def likelihood_reward(strong, c, weak=None):
     return chunked(fn, c)
 
 def standardised(reward, roll):
-    """A reward less its mean, over its std, on samples of the SFT model: comparable with its like."""
+    """A reward less its mean, over its std, on samples of the SFT model: comparable with its
+    like."""
     s = score_roll(reward, roll)
     mu, sd = s.mean().item(), s.std().item()
     return lambda *where: (reward(*where) - mu) / sd
@@ -317,7 +338,7 @@ def gold_of(world, problems, roll, tok):
                          in enumerate(zip(roll.completions(), roll.finished.tolist()))])
 
 
-# --- the one training loop ------------------------------------------------------------------------------
+# --- the one training loop ------------------------------------------------------------------------
 
 def last_hidden(model, tokens, end):
     """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
@@ -325,27 +346,29 @@ def last_hidden(model, tokens, end):
     return body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 def provide(model, rows, names, c, pad, generator):
-    """What a loss names among its positional arguments, for these rows: both sides in one forward pass."""
+    """What a loss names among its positional arguments, for these rows: both sides in one forward
+    pass."""
     have = {k: torch.tensor([r[k] for r in rows], dtype=torch.float32, device=c.device)
             for k in names if k in ("strength", "tie", "label", "ratings", "ranks")}
     if "label" in names:
         tokens, mask = collate([((), r["pair"]) for r in rows], pad, c.device)
         return have | dict(logit=model(tokens, mask.sum(1).long()))
     sides = ("chosen", "rejected") if {"chosen", "chosen_logp"} & set(names) else ("answer",)
-    tokens, mask = collate([(r["prompt"], r[side]) for side in sides for r in rows], pad, c.device)  # [2B, T]
+    tokens, mask = collate([(r["prompt"], r[side]) for side in sides for r in rows], pad,
+                           c.device)                                                       # [2B, T]
     start, n = mask.argmax(1), mask.sum(1).long()                                        # [2B]
     if "chosen_logp" in names:
         logp = token_logprobs(model, tokens, mask).sum(1)                                # [2B]
         have |= dict(zip(("chosen_logp", "rejected_logp"), logp.chunk(2)))
     elif "chosen" in names:
-        hidden = model.model(tokens)                                                     # [2B, T, D]
+        hidden = model.model(tokens)                                                    # [2B, T, D]
         last = hidden[torch.arange(len(n)), start + n - 1].float()                       # [2B, D]
         score = (last * model.score.weight[0].float()).sum(-1)                           # [2B]
         have |= dict(zip(sides, score.chunk(2)))
         have |= goal_states(hidden.float(), start, n, generator) if "early" in names else {}
     elif "predicted" in names:
         h = last_hidden(model, tokens, start + n)                                        # [B, D]
-        have |= dict(predicted=(h[:, None] * model.ratings.weight).sum(-1))              # [B, K], float32
+        have |= dict(predicted=(h[:, None] * model.ratings.weight).sum(-1))        # [B, K], float32
     else:
         have |= dict(logp=token_logprobs(model, tokens, mask))
     if "identifiers" in names:
@@ -354,7 +377,8 @@ def provide(model, rows, names, c, pad, generator):
     return have
 
 def goal_states(hidden, start, n, generator, draws=16):
-    """`goal`'s states: positions a <= b of the chosen response, any of the rejected.   [2B, T, D]"""
+    """`goal`'s states: positions a <= b of the chosen response, any of the rejected.   [2B, T,
+    D]"""
     B = len(n) // 2
     u = torch.rand(3, B, draws, generator=generator).to(hidden.device)
     ab = (u[:2] * n[:B, None]).long().sort(0).values                                     # [2, B, S]
@@ -369,14 +393,18 @@ def units(names, rows):
     """What the step's summed loss is divided by: scored tokens, known labels, or rows."""
     if "logp" in names and "ranks" not in names:
         return sum(len(r["answer"]) for r in rows)
-    return sum(math.isfinite(x) for r in rows for x in r["ratings"]) if "ratings" in names else len(rows)
+    return sum(math.isfinite(x) for r in rows
+               for x in r["ratings"]) if "ratings" in names else len(rows)
 
 def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None):
-    """The training loop of everything here: shuffle, score, step, tell.   -> whether it came to its end
+    """The training loop of everything here: shuffle, score, step, tell.   -> whether it came to its
+    end
 
-    steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a single stage,
-    which then resumes exactly; a run of several stages resumes after the last finished one (Run.stage)."""
-    names, total = needs(loss), steps or c.steps or max(1, math.ceil(len(rows) * c.epochs / c.batch))
+    steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a
+    single stage, which then resumes exactly; a run of several stages resumes after the last
+    finished one (Run.stage)."""
+    names, total = needs(loss), steps or c.steps or max(1,
+                                                        math.ceil(len(rows) * c.epochs / c.batch))
     opt = optimiser(model, RULES[c.optimiser], c.lr, c.weight_decay, seed, aux_lr=c.aux_lr)
     g = torch.Generator().manual_seed(seed)
     if write and run.state:
@@ -390,7 +418,8 @@ def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None)
         # 2. score
         for i in range(0, len(picked), c.micro):
             with autocast(c.device, c.dtype):
-                have = provide(model, [rows[j] for j in picked[i:i + c.micro]], names, c, tok.pad or 0, g)
+                have = provide(model, [rows[j] for j in picked[i:i + c.micro]], names, c, tok.pad
+                               or 0, g)
                 part = loss(**{k: have[k] for k in names}).sum() / n
             part.backward()
             value += part.item()
@@ -413,8 +442,8 @@ def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None)
     return not (write and c.stop and c.stop < total)
 
 def trained(run, name, model, rows, loss, c, tok, finish=None, **options):
-    """A stage's model, frozen: fitted now and saved as the run's folder `name`, or loaded where a resumed run
-    has it. finish(model): what is saved."""
+    """A stage's model, frozen: fitted now and saved as the run's folder `name`, or loaded where a
+    resumed run has it. finish(model): what is saved."""
     def write(folder):
         model.to(c.device).requires_grad_()
         fit(model, rows, loss, c, run, tok, name=name, **dict(seed=c.seed) | options)
@@ -422,7 +451,7 @@ def trained(run, name, model, rows, loss, c, tok, finish=None, **options):
     return load(run.stage(name, write), c.device)[0].requires_grad_(False)
 
 
-# --- RL: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ------------------
+# --- RL: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ----------
 
 def samples_of(policy, tok, world, problems, c, seed, samples=2, temperature=1.0):
     """`samples` responses of a policy to each of a world's problems -> Rollout."""
@@ -431,26 +460,30 @@ def samples_of(policy, tok, world, problems, c, seed, samples=2, temperature=1.0
                         temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
 def sampled_pairs(policy, tok, world, n, c, seed, split="train", **label):
-    """Labelled pairs of two samples of the policy, for n prompts (fewer: duplicates and ties are dropped)."""
+    """Labelled pairs of two samples of the policy, for n prompts (fewer: duplicates and ties are
+    dropped)."""
     problems = world.problems(split, n, seed)
     roll = samples_of(policy, tok, world, problems, c, seed)
     texts, done = [tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
     return prefs.label_pairs(world, [(p["prompt"], *texts[2 * i:2 * i + 2], *done[2 * i:2 * i + 2])
                                      for i, p in enumerate(problems)], seed, **label)
 
-def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, groups=32, samples=4, lr=3e-4,
+def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, groups=32, samples=4,
+       lr=3e-4,
        beta=0.0, kl_loss=0.0, advantages=rloo):
     """Policy gradient, one step a rollout, so that the ratio is 1.   -> the log's rows
 
-    reward(roll, problems of the step) -> ([B], {name: float}); beta: KL in the reward, nats a response;
-    kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], constant over a response's tokens."""
+    reward(roll, problems of the step) -> ([B], {name: float}); beta: KL in the reward, nats a
+    response; kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], constant over a response's
+    tokens."""
     run.cut()
     opt, out, g = optimiser(policy, lr=lr), [], torch.Generator().manual_seed(c.seed)
     for step in trange(steps, desc=name, leave=False, disable=None):
         # 1. roll out
         picked = [problems[i] for i in batch_indices(len(problems), groups, step, c.seed).tolist()]
         with autocast(c.device, c.dtype):
-            roll = generate(policy, [tok.prompt(p) for p in picked], max_new, samples=samples, generator=g)
+            roll = generate(policy, [tok.prompt(p) for p in picked], max_new, samples=samples,
+                            generator=g)
         mask = roll.mask                                                                 # [B, T]
         # 2. score
         score, told = reward(roll, picked)                                               # [B]
@@ -478,10 +511,12 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
     return out
 
 def steer(policy, tok, world, problems, reward, c, run, *, no_eos=1.0, **options):
-    """RLHF on reward(roll, problems) [B], less no_eos without EOS; gold watched -> (policy, rl()'s rows)."""
+    """RLHF on reward(roll, problems) [B], less no_eos without EOS; gold watched -> (policy, rl()'s
+    rows)."""
     def scored(roll, picked):
         gold = gold_of(world, picked, roll, tok)
-        return reward(roll, picked) - no_eos * (~roll.finished).float().cpu(), dict(gold=gold.mean().item())
+        return reward(roll,
+                      picked) - no_eos * (~roll.finished).float().cpu(), dict(gold=gold.mean().item())
     net = copy.deepcopy(policy).requires_grad_()
     return net, rl(net, policy, tok, problems, scored, c, run, max_new=world.max_new, **options)
 
@@ -491,21 +526,24 @@ def rlhf(s, total, c, run, **options):
                         lambda roll, picked: score_roll(total, roll), c, run, **options)[1])
 
 
-# --- evaluate -------------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 def evaluate(reward, policy, sets, tok, c, run):
-    """judging.evaluate of a reward on held-out pairs, and in a world on the policy's samples -> dict."""
+    """judging.evaluate of a reward on held-out pairs, and in a world on the policy's samples ->
+    dict."""
     def score(rows):
-        return score_rows(reward, [dict(prompt=x, chosen=y) for x, y in rows], "chosen", c, tok.pad or 0)
+        return score_rows(reward, [dict(prompt=x, chosen=y) for x, y in rows], "chosen", c, tok.pad
+                          or 0)
 
     def sample(problems, n, seed):
         roll = samples_of(policy, tok, world, problems, c, seed, n)
         return roll.completions(), roll.finished.tolist()
     world = tasks.task(c.data) if c.data in WORLDS else None
-    return judging.evaluate(score, sample, world, tok, sets, c.seed, run.say, run.folder / "eval.png")
+    return judging.evaluate(score, sample, world, tok, sets, c.seed, run.say,
+                            run.folder / "eval.png")
 
 
-# --- recipes: one system each, from data to numbers -----------------------------------------------------
+# --- recipes: one system each, from data to numbers -----------------------------------------------
 
 def start(c):
     """What a recipe starts from: policy (frozen), tok, pad, context, world (None for a file).
@@ -532,7 +570,8 @@ def new_scalar(body, seed):
                                   / math.sqrt(body.config.hidden_size + 1))
     return model
 
-RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55, -0.4)   # HelpSteer2's five (unverified); the last is verbosity
+RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55,
+                  -0.4)  # HelpSteer2's five (unverified); the last is verbosity
 
 def rated(rows, world):
     """Pairs -> single responses with the ratings of their attributes (0 to 4), for `regression`."""
@@ -543,7 +582,8 @@ def rated(rows, world):
 def new_rater(body, seed):
     """A reward model with a head for each attribute besides its score."""
     model = new_scalar(body, seed)
-    model.ratings = nn.Linear(body.config.hidden_size, len(RATING_WEIGHTS), bias=False).to(body.head.device)
+    model.ratings = nn.Linear(body.config.hidden_size, len(RATING_WEIGHTS),
+                              bias=False).to(body.head.device)
     nn.init.zeros_(model.ratings.weight)
     return model
 
@@ -556,7 +596,8 @@ def folded(model):
     return plain
 
 def scalar(c, f, run):
-    """One reward model on pairs by --loss: a …ForSequenceClassification folder (arm: a language model)."""
+    """One reward model on pairs by --loss: a …ForSequenceClassification folder (arm: a language
+    model)."""
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     if run.last:
@@ -566,8 +607,10 @@ def scalar(c, f, run):
     if c.loss == "regression":
         model.ratings = new_rater(s.policy, c.seed).ratings
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}\n" + "\n".join(
-        f"  {x:<9}{s.tok.decode(rows[0]['prompt'] + rows[0][x])[-300:]!r}" for x in ("chosen", "rejected")))
+    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}\n"
+            + "\n".join(
+        f"  {x:<9}{s.tok.decode(rows[0]['prompt'] + rows[0][x])[-300:]!r}"
+        for x in ("chosen", "rejected")))
 
     def plain():
         return folded(model) if c.loss == "regression" else model
@@ -578,30 +621,36 @@ def scalar(c, f, run):
     if c.loss != "arm":
         return evaluate(scalar_reward(plain(), c), s.policy, sets, s.tok, c, run)
     out = evaluate(likelihood_reward(model, c), s.policy, sets, s.tok, c, run)
-    if s.world:                                                  # π π_r as generate's contrast: alpha 1
+    if s.world:  # π π_r as generate's contrast: alpha 1
         problems, g = s.world.problems("val", 256, c.seed), torch.Generator().manual_seed(c.seed)
-        roll = generate(s.policy, [s.tok.prompt(p) for p in problems], s.world.max_new, temperature=0.5,
+        roll = generate(s.policy, [s.tok.prompt(p) for p in problems], s.world.max_new,
+                        temperature=0.5,
                         generator=g, contrast=(model, -0.5))
         out["guided_gold"] = gold_of(s.world, problems, roll, s.tok).mean().item()
         run.say(f"  decoding guided by it: gold {out['guided_gold']:.2f}, unguided {out['val_sft_gold']:.2f}")
     return out
 
 def ensemble(c, f, run, *, members: Count = 5):
-    """Reward models of different heads and data orders, standardised on SFT samples, then --aggregate."""
+    """Reward models of different heads and data orders, standardised on SFT samples, then
+    --aggregate."""
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
-    rewards = [scalar_reward(trained(run, f"member-{i}", new_scalar(s.policy, k), rows, f.loss, c, s.tok,
-                                     seed=k), c) for i in range(members) for k in [100 * c.seed + i]]
-    roll = samples_of(s.policy, s.tok, s.world, s.world.problems("train", 64, c.seed), c, c.seed, samples=8)
+    rewards = [scalar_reward(trained(run, f"member-{i}", new_scalar(s.policy, k), rows, f.loss, c,
+                                     s.tok,
+                                     seed=k), c) for i in range(members)
+               for k in [100 * c.seed + i]]
+    roll = samples_of(s.policy, s.tok, s.world, s.world.problems("train", 64, c.seed), c, c.seed,
+                      samples=8)
     total = combined([standardised(r, roll) for r in rewards], f.aggregate)
     return evaluate(total, s.policy, sets, s.tok, c, run)
 
 def hs2pref(c, f, run, *, expo=1.52):
-    """HelpSteer2-Preference (2410.01257): regression, scaled BT from it, then θ1 + a (θ2 - θ1) (ExPO)."""
+    """HelpSteer2-Preference (2410.01257): regression, scaled BT from it, then θ1 + a (θ2 - θ1)
+    (ExPO)."""
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
-    one = trained(run, "regression", new_rater(s.policy, c.seed), rated(rows, s.world), regression, c, s.tok,
-                  folded)
+    one = trained(run, "regression", new_rater(s.policy, c.seed), rated(rows, s.world), regression,
+                  c, s.tok, folded)
     two = trained(run, "scaled", copy.deepcopy(one), rows, bt_scaled, c, s.tok)
     far = copy.deepcopy(two)
     for p, a, b in zip(far.parameters(), one.parameters(), two.parameters()):
@@ -609,10 +658,13 @@ def hs2pref(c, f, run, *, expo=1.52):
     run.stage("final", lambda folder: save(far, s.tok, folder))
     return evaluate(scalar_reward(far, c), s.policy, sets, s.tok, c, run)
 
-def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256, train_raw=False):
-    """ArmoRM (2406.12845): ridge heads for ratings on frozen features, less verbosity; a prompt-only gate.
+def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256,
+         train_raw=False):
+    """ArmoRM (2406.12845): ridge heads for ratings on frozen features, less verbosity; a
+    prompt-only gate.
 
-    train_raw: the gate is trained on ratings with verbosity still in them, as in the released script."""
+    train_raw: the gate is trained on ratings with verbosity still in them, as in the released
+    script."""
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     both = rated(rows, s.world)
@@ -641,8 +693,8 @@ def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count =
         opt.zero_grad()
         bt((gate(at_prompt[k]) * gap[k]).sum(1), torch.zeros(len(k))).mean().backward()
         opt.step()
-    save_file({f"gate.{k}": x for k, x in gate.state_dict().items()} | dict(ratings=clean.contiguous()),
-              run.folder / "body" / "armo.safetensors")
+    save_file({f"gate.{k}": x for k, x in gate.state_dict().items()}
+              | dict(ratings=clean.contiguous()), run.folder / "body" / "armo.safetensors")
 
     def reward(tokens, start, end):
         h, at_start = (last_hidden(body, tokens, t).cpu() for t in (end, start))
@@ -650,11 +702,13 @@ def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count =
     return evaluate(chunked(reward, c), s.policy, sets, s.tok, c, run)
 
 def maxmin(c, f, run, *, groups: Count = 2, rounds: Count = 4, minority: Share = 0.3):
-    """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has named, by
-    hard EM. min_accuracy is that of the worse-served group; pooled_min_accuracy a single model's."""
+    """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has
+    named, by hard EM. min_accuracy is that of the worse-served group; pooled_min_accuracy a single
+    model's."""
     s = start(c)
     encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
-    rows = encoded(s.world.pairs(c.rows or 4000, seed=1000 + c.seed, noise=c.noise, minority=minority))
+    rows = encoded(s.world.pairs(c.rows or 4000, seed=1000 + c.seed, noise=c.noise,
+                                 minority=minority))
     who = torch.tensor([r["annotator"] for r in rows])                                   # [N]
     truth = {r["annotator"]: r["group"] == "B" for r in rows}
 
@@ -666,34 +720,43 @@ def maxmin(c, f, run, *, groups: Count = 2, rounds: Count = 4, minority: Share =
     group = torch.randint(groups, (int(who.max()) + 1,), generator=g)                    # [A]
     for k in range(rounds):
         models = [trained(run, f"round-{k}-group-{u}", new_scalar(s.policy, c.seed), [
-            r for r in rows if group[r["annotator"]] == u] or rows, f.loss, c, s.tok) for u in range(groups)]
+            r for r in rows if group[r["annotator"]] == u] or rows, f.loss, c, s.tok)
+                  for u in range(groups)]
         group = assign(torch.stack([margins(m, rows) for m in models]), who)
         agree = statistics.fmean((group[a] == 1) == b for a, b in truth.items())
         run.say(f"  round {k}: groups of {torch.bincount(group, minlength=groups).tolist()} annotators, "
                 f"{max(agree, 1 - agree):.0%} with their like")
     mine, single = [], []
-    for is_b in (False, True):                                   # a group's model: where most of it was put
+    for is_b in (False, True):  # a group's model: where most of it was put
         test = encoded(s.world.pairs(600, seed=c.seed, split="val", minority=float(is_b)))
         own = models[statistics.mode(int(group[a]) for a, b in truth.items() if b == is_b)]
         mine.append(pair_accuracy(scalar_reward(own, c), test, c, s.pad))
         single.append(pair_accuracy(scalar_reward(pooled, c), test, c, s.pad))
-    return dict(assignment=max(agree, 1 - agree), min_accuracy=min(mine), pooled_min_accuracy=min(single))
+    return dict(assignment=max(agree, 1 - agree), min_accuracy=min(mine),
+                pooled_min_accuracy=min(single))
 
-def polar(c, f, run, *, pretrain: Count = 4000, labels: Count = 200, pretrain_epochs: Positive = 2.0):
-    """POLAR (2507.05197): first learn, without labels, which policy wrote a response; then few labels.
+def polar(c, f, run, *, pretrain: Count = 4000, labels: Count = 200,
+          pretrain_epochs: Positive = 2.0):
+    """POLAR (2507.05197): first learn, without labels, which policy wrote a response; then few
+    labels.
 
-    A row is prompt, reference, EOS, prompt, candidate, EOS; scratch_accuracy: plain BT, the same labels."""
+    A row is prompt, reference, EOS, prompt, candidate, EOS; scratch_accuracy: plain BT, the same
+    labels."""
     s, rng = start(c), random.Random(f"polar/{c.seed}")
-    early = [load(sft.base(c.init.removeprefix("base:"), c.config, steps=n, device=c.device), c.device)[0]
+    early = [load(sft.base(c.init.removeprefix("base:"), c.config, steps=n, device=c.device),
+                  c.device)[0]
              for n in (50, 150)]
-    pool, rows = [(m, t) for m in (*early, s.policy) for t in (0.7, 1.0, 1.3)][:-1], []  # eight policies
+    pool, rows = [(m, t) for m in (*early, s.policy)
+                  for t in (0.7, 1.0, 1.3)][:-1], []                                # eight policies
     for i, a in enumerate(pool):
         b = pool[rng.choice([k for k in range(len(pool)) if k != i])]
         problems = s.world.problems("train", pretrain, c.seed)[i::len(pool)]
-        same, other = (samples_of(m, s.tok, s.world, problems, c, 10 * c.seed + i + n, n, t).completions()
+        same, other = (samples_of(m, s.tok, s.world, problems, c, 10 * c.seed + i + n, n,
+                                  t).completions()
                        for n, (m, t) in ((2, a), (1, b)))
         for k, x in enumerate(map(s.tok.prompt, problems)):
-            rows.append(dict(prompt=[*x, *same[2 * k], s.tok.eos], chosen=[*x, *same[2 * k + 1], s.tok.eos],
+            rows.append(dict(prompt=[*x, *same[2 * k], s.tok.eos],
+                             chosen=[*x, *same[2 * k + 1], s.tok.eos],
                              rejected=[*x, *other[k], s.tok.eos]))
 
     def referred(some):
@@ -706,12 +769,14 @@ def polar(c, f, run, *, pretrain: Count = 4000, labels: Count = 200, pretrain_ep
                     steps=c.steps or math.ceil(len(rows) * pretrain_epochs / c.batch))
     tuned = trained(run, "final", copy.deepcopy(first), referred(few), f.loss, c, s.tok)
     plain = trained(run, "scratch", new_scalar(s.policy, c.seed), few, f.loss, c, s.tok)
-    return {f"{name}_accuracy": pair_accuracy(scalar_reward(m, c), some, c, s.pad) for name, m, some in (
-        ("pretrained", first, referred(test)), ("val", tuned, referred(test)), ("scratch", plain, test))}
+    return {f"{name}_accuracy": pair_accuracy(scalar_reward(m, c), some, c, s.pad)
+            for name, m, some in (
+        ("pretrained", first, referred(test)), ("val", tuned, referred(test)),
+        ("scratch", plain, test))}
 
 def cdr(c, f, run, *, strong="", weak=""):
-    """CDR (2411.02481): log π_strong - log π_weak of two checkpoints as a reward, nothing trained. By default
-    the SFT model is the weak one and GenARM's π_r over it the strong one."""
+    """CDR (2411.02481): log π_strong - log π_weak of two checkpoints as a reward, nothing trained.
+    By default the SFT model is the weak one and GenARM's π_r over it the strong one."""
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
     better = load(strong, c.device)[0] if strong else trained(
@@ -721,30 +786,36 @@ def cdr(c, f, run, *, strong="", weak=""):
 
 def overopt(c, f, run, *, members: Count = 5, rl_steps=100, rl_beta=0.0,
             samples: Range("[2, inf)") = 512, prompts: Count = 48, body="1x32"):
-    """Over-optimisation (2210.10760) and ensembles against it (2310.02743): gold under best-of-n and RL.
+    """Over-optimisation (2210.10760) and ensembles against it (2310.02743): gold under best-of-n
+    and RL.
 
-    Gold is standardised on SFT samples. Members are small models from random weights, so that their bodies
-    differ; --noise flips labels. single: under best-of-n the average over the members, under RL member 0."""
+    Gold is standardised on SFT samples. Members are small models from random weights, so that their
+    bodies differ; --noise flips labels. single: under best-of-n the average over the members, under
+    RL member 0."""
     s, tail = start(c), f", {c.noise:.0%} noise" if c.noise else ""
-    rows, test = (prefs.encode_pairs(sampled_pairs(s.policy, s.tok, s.world, n, c, seed + c.seed, split,
+    rows, test = (prefs.encode_pairs(sampled_pairs(s.policy, s.tok, s.world, n, c, seed + c.seed,
+                                                   split,
                                                    noise=q), s.tok, s.context)
-                  for n, seed, split, q in ((c.rows or 3000, 1000, "train", c.noise), (600, 2000, "val", 0)))
+                  for n, seed, split, q in ((c.rows or 3000, 1000, "train", c.noise),
+                                            (600, 2000, "val", 0)))
     small = partial(init, preset(body, s.tok, 64))
-    rewards = [scalar_reward(trained(run, f"member-{k}", new_scalar(small(k), k), rows, f.loss, c, s.tok,
-                                     seed=k), c) for k in range(100 * c.seed, 100 * c.seed + members)]
+    rewards = [scalar_reward(trained(run, f"member-{k}", new_scalar(small(k), k), rows, f.loss, c,
+                                     s.tok,
+                                     seed=k), c) for k in range(100 * c.seed,
+                                                                100 * c.seed + members)]
     problems = s.world.problems("train", 256, c.seed + 7)
     roll = samples_of(s.policy, s.tok, s.world, problems, c, c.seed + 7, samples=4)
     gold = gold_of(s.world, problems, roll, s.tok)
     mu, sd, z = gold.mean().item(), gold.std().item(), [standardised(r, roll) for r in rewards]
     out = dict(clean_accuracy=statistics.fmean(pair_accuracy(r, test, c, s.pad) for r in rewards))
     S, gold = [], []
-    held = s.world.problems("val", prompts, c.seed)              # best of n: the same samples for every arm
+    held = s.world.problems("val", prompts, c.seed)  # best of n: the same samples for every arm
     for i in range(0, prompts, 8):
         roll = samples_of(s.policy, s.tok, s.world, held[i:i + 8], c, c.seed + i, samples=samples)
         gold.append((gold_of(s.world, held[i:i + 8], roll, s.tok).view(-1, samples) - mu) / sd)
         S.append(torch.stack([score_roll(r, roll) for r in z]))
-    S, gold = torch.cat(S, 1).view(members, prompts, samples), torch.cat(gold)           # [K, P, N], [P, N]
-    how = dict(single=mean, mean=mean, wco=wco, uwo=partial(uwo, lam=0.5))               # the paper's λ
+    S, gold = torch.cat(S, 1).view(members, prompts, samples), torch.cat(gold)   # [K, P, N], [P, N]
+    how = dict(single=mean, mean=mean, wco=wco, uwo=partial(uwo, lam=0.5))           # the paper's λ
     for name, fn in how.items():
         for n in (2 ** k for k in range(9) if 2 ** k <= samples // 2):
             out[f"{name}{tail}|best-of-n gold@{n}"] = statistics.fmean(
@@ -757,7 +828,8 @@ def overopt(c, f, run, *, members: Count = 5, rl_steps=100, rl_beta=0.0,
     return out
 
 def both_orders(pm, tok, triples, c, **options):
-    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)] in both orders.   [N], [N]"""
+    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)] in both orders.   [N],
+    [N]"""
     rows, out = [((), [*tok.prompt(f"{x}A{y}B{z}"), tok.eos]) for x, a, b in triples
                  for y, z in ((a, b), (b, a))], []
     for i in range(0, len(rows), c.micro):
@@ -767,18 +839,21 @@ def both_orders(pm, tok, triples, c, **options):
     g, u = torch.cat(out, 1).view(2, -1, 2)                                              # [N, 2]
     return (g[:, 0] - g[:, 1]) / 2, u.mean(1)
 
-def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Positive = 10.0, sn=True,
-           judge_error: Share = 0.1, rivals=3):
-    """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen in kind.
+def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Positive = 10.0,
+           sn=True, judge_error: Share = 0.1, rivals=3):
+    """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen
+    in kind.
 
-    Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five (mix). rivals:
-    plain classifiers whose spread is another uncertainty. ridge, the kernel's width: ours, for this size."""
+    Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five
+    (mix). rivals: plain classifiers whose spread is another uncertainty. ridge, the kernel's width:
+    ours, for this size."""
     s, kind = start(c), dict(mixture=prefs.ROUTING, min_gap=0.05)
     raw = s.world.pairs(c.rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH", **kind)
     tests = dict(id=s.world.pairs(600, seed=c.seed, split="val", heads="FLH", **kind),
                  ood=s.world.pairs(600, seed=c.seed, split="base", heads="N#", rules=(1,), **kind),
                  mix=s.world.pairs(600, seed=c.seed, split="val", rules=(2,), **kind))
-    rows = [dict(pair=[*s.tok.prompt(f"{r['prompt']}A{r[a]}B{r[b]}"), s.tok.eos], label=float(a == "chosen"),
+    rows = [dict(pair=[*s.tok.prompt(f"{r['prompt']}A{r[a]}B{r[b]}"), s.tok.eos],
+                 label=float(a == "chosen"),
                  strength=float(r["strength"])) for r in raw
             for a, b in (("chosen", "rejected"), ("rejected", "chosen"))]
 
@@ -800,7 +875,8 @@ def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Po
 
     def write(folder):
         save(pm.body, s.tok, folder)
-        save_file({k: x.contiguous() for k, x in pm.state_dict().items() if not k.startswith("body.")},
+        save_file({k: x.contiguous() for k, x in pm.state_dict().items()
+                   if not k.startswith("body.")},
                   folder / "pair.safetensors")
     run.put("pm", write)
     triples = [(r["prompt"], r["chosen"], r["rejected"]) for some in tests.values() for r in some]
@@ -813,7 +889,8 @@ def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Po
     first["shuffled"] = u[torch.randperm(len(u), generator=g)]
     if rivals > 1:
         others = [classifier(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
-        first["ensemble"] = torch.stack([both_orders(m, s.tok, triples, c)[0] for m in others]).std(0)
+        first["ensemble"] = torch.stack([both_orders(m, s.tok, triples, c)[0]
+                                         for m in others]).std(0)
     got = {name: routing_curve(x, right, judged) | {f"ood_{k}": v for k, v in routing_curve(
         x[where == 1], right[where == 1], judged[where == 1]).items()} for name, x in first.items()}
     draws = [routing_curve(torch.rand(len(u), generator=g), right, judged) for _ in range(20)]
@@ -821,7 +898,8 @@ def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Po
     run.say(routing_table(got))
     return {f"{name}|{k}": x for name, row in got.items() for k, x in row.items()} | {
         f"{name}_accuracy": right[where == i].mean().item() for i, name in enumerate(tests)} | dict(
-        u_auroc=auroc(u, right < 1), margin_auroc=auroc(-score.abs(), right < 1), u_mean=u.mean().item(),
+        u_auroc=auroc(u, right < 1), margin_auroc=auroc(-score.abs(), right < 1),
+        u_mean=u.mean().item(),
         u_shift=(u[where == 1].mean() - u[where == 0].mean()).item(), judge_calls=judge.calls)
 
 def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
@@ -831,17 +909,19 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
         with autocast(c.device, c.dtype):
             roll = generate(model, prompts[i:i + 4 * c.micro], max_new, samples=samples,
                             temperature=temperature, generator=g)
-        out += [tok.decode(y) if done else "" for y, done in zip(roll.completions(), roll.finished.tolist())]
+        out += [tok.decode(y) if done else ""
+                for y, done in zip(roll.completions(), roll.finished.tolist())]
     return [out[i:i + samples] for i in range(0, len(out), samples)]
 
 def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", contrast=True,
                 consistent=True, verbose: Share = 0.2, votes: Count = 5, most: Count = 5600):
-    """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the label, then
-    distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B -> criteria, winner).
+    """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the
+    label, then distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B ->
+    criteria, winner).
 
-    judge "direct": the same model, the winner at once; a scalar model: --data rubrics. most: any judge's
-    examples, of 8000 pairs before the filter. verbose: the share of training labels that prefer the longer
-    response, whatever gold says; tests are gold's."""
+    judge "direct": the same model, the winner at once; a scalar model: --data rubrics. most: any
+    judge's examples, of 8000 pairs before the filter. verbose: the share of training labels that
+    prefer the longer response, whatever gold says; tests are gold's."""
     prefs.one_of(judge, ("rubric", "direct"), "--judge")
     s, pairs = start(c), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
@@ -849,10 +929,11 @@ def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", con
     texts, rubrics = (x[:most] for x in made)
 
     def student(name, examples):
-        rows = [dict(prompt=s.tok.prompt(x), answer=[*s.tok.encode(y), s.tok.eos]) for x, y in examples]
+        rows = [dict(prompt=s.tok.prompt(x), answer=[*s.tok.encode(y), s.tok.eos])
+                for x, y in examples]
         return trained(run, name, copy.deepcopy(s.policy), rows, nll, c, s.tok)
     reader, writer = student("judge", texts), student("rubrics", rubrics) if rubrics else None
-    for source in ("", "oracle|") if rubrics else ("",):         # oracle: the judge reads the true rubric
+    for source in ("", "oracle|") if rubrics else ("",):  # oracle: the judge reads the true rubric
         for name, some in tests.items():
             asked = list(dict.fromkeys(r["prompt"] for r in some))
             rubric = {x: prefs.true_rubric(x) if source else "" for x in asked}
@@ -862,14 +943,16 @@ def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", con
                 grades = zip(*(prefs.rubric_recall(x, y) for x, y in rubric.items()))
                 out |= {f"{name}_{k}": statistics.fmean(x) for k, x in zip(
                     ("recall", "precision", "principle"), grades)}
-            first = random.Random(f"{name}/{c.seed}").choices("AB", k=len(some))    # where chosen is
-            prompts = [s.tok.prompt(prefs.question(r, rubric[r["prompt"]], at)) for r, at in zip(some, first)]
+            first = random.Random(f"{name}/{c.seed}").choices("AB", k=len(some))   # where chosen is
+            prompts = [s.tok.prompt(prefs.question(r, rubric[r["prompt"]], at))
+                       for r, at in zip(some, first)]
             says = written(reader, s.tok, prompts, c, max_new=24, temperature=0.7, samples=votes)
             cast = [[w and (1 if w == at else -1) for w in map(prefs.parse_winner, told)]
                     for told, at in zip(says, first)]
             out |= {f"{source}{name}": statistics.fmean(majority(v[:1]) for v in cast),
                     f"{source}{name}_vote": statistics.fmean(map(majority, cast))}
-        out |= {f"{source}accuracy{x}": statistics.fmean(out[f"{source}{name}{x}"] for name in tests)
+        out |= {f"{source}accuracy{x}": statistics.fmean(out[f"{source}{name}{x}"]
+                                                         for name in tests)
                 for x in ("", "_vote")}
     return out | dict(kept=len(made[0]) / len(pairs))
 
@@ -878,23 +961,25 @@ def thinkrm(c, f, run, *,
             error: Range("[0, 0.5]") = 0.05, bits: Range("[2, 10]") = 7, rl_steps=60,
             rl_pairs: Count = 2000, rl_lr: Positive = 3e-5,
             rule: Literal[*RULE_REWARDS] = "graded", votes: Count = 16):
-    """Think-RM (2505.16265): a judge that reasons before its verdict, taught by the longest correct traces,
-    then by RL with a rule reward (RULE_REWARDS; sign is RM-R1's, 2505.02387, up to its scale) on ParityJudge.
+    """Think-RM (2505.16265): a judge that reasons before its verdict, taught by the longest correct
+    traces, then by RL with a rule reward (RULE_REWARDS; sign is RM-R1's, 2505.02387, up to its
+    scale) on ParityJudge.
 
-    style: long, short, random, last, direct, filler (as long as long, but empty), or bt, a scalar model.
-    hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority of `votes`;
-    "long+RL|…": the judge that learned by long traces, after RL."""
+    style: long, short, random, last, direct, filler (as long as long, but empty), or bt, a scalar
+    model. hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority
+    of `votes`; "long+RL|…": the judge that learned by long traces, after RL."""
     prefs.one_of(rule, RULE_REWARDS, "--rule")
     tok, name = prefs.tokenizer(), f"parity_{'direct' if style == 'bt' else style}"
     task, n = tasks.task(name, error=error, bits=bits), c.rows or 4000
     fresh = init(preset("2x64", tok, 6 * bits + 24, "llama"), c.seed)
     sets = dict(id=task.problems("val", 400, c.seed), hard=task.problems("hard", 300, c.seed))
 
-    shown = task.demonstrations(n, seed=1000 + c.seed)           # in both orders, one after the other
+    shown = task.demonstrations(n, seed=1000 + c.seed)  # in both orders, one after the other
     if style == "bt":
         pairs = {k: prefs.encode_pairs(list(map(task.pair, x)), tok, 64)
                  for k, x in (sets | dict(train=shown[::2])).items()}
-        model = scalar_reward(trained(run, "bt", new_scalar(fresh, c.seed), pairs["train"], bt, c, tok), c)
+        model = scalar_reward(trained(run, "bt", new_scalar(fresh, c.seed), pairs["train"], bt, c,
+                                      tok), c)
         out = {k: pair_accuracy(model, pairs[k], c, tok.pad) for k in sets}
         return out | dict(accuracy=statistics.fmean(out.values()))
     rows = [dict(prompt=tok.prompt(r["prompt"]), answer=[*tok.encode(r["completion"]), tok.eos])
@@ -906,29 +991,34 @@ def thinkrm(c, f, run, *,
         for name, some in sets.items():
             ask = partial(written, judge, tok, list(map(tok.prompt, some)), c, max_new=task.max_new)
             says, greedy = ask(temperature=0.6, samples=votes), [task.parse(x) for x, in ask()]
-            each = verdict_rates([list(map(task.parse, x)) for x in says], greedy, [p["label"] for p in some])
+            each = verdict_rates([list(map(task.parse, x)) for x in says], greedy,
+                                 [p["label"] for p in some])
             each |= dict(_length=statistics.fmean(len(x[0]) for x in says))
             out |= {f"{name}{k}": v for k, v in each.items()}
-        return out | {f"accuracy{k}": statistics.fmean(out[f"{name}{k}"] for name in sets) for k in each}
+        return out | {f"accuracy{k}": statistics.fmean(out[f"{name}{k}"] for name in sets)
+                      for k in each}
 
     def reward(roll, picked):
         said = [task.parse(tok.decode(ids)) if done else None
                 for ids, done in zip(roll.completions(), roll.finished.tolist())]
-        r = torch.tensor([RULE_REWARDS[rule](x, picked[i // 8]["label"]) for i, x in enumerate(said)])
+        r = torch.tensor([RULE_REWARDS[rule](x, picked[i // 8]["label"])
+                          for i, x in enumerate(said)])
         return r, dict(flat=(r.view(-1, 8).std(1) == 0).float().mean().item())
     out = measured(judge)
     if rl_steps:
         judge, ref = copy.deepcopy(judge).requires_grad_(), judge
-        told = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed), reward, c, run, name="rl",
+        told = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed), reward, c, run,
+                  name="rl",
                   steps=rl_steps, max_new=task.max_new, samples=8, lr=rl_lr, kl_loss=1e-3,
                   advantages=group_norm)
         run.put("rl", lambda folder: save(judge, tok, folder))
-        out |= {f"{style}+RL|{k}": v for k, v in (measured(judge) | dict(flat_end=told[-1]["flat"])).items()}
+        out |= {f"{style}+RL|{k}": v
+                for k, v in (measured(judge) | dict(flat_end=told[-1]["flat"])).items()}
     return out
 
 def judge_lora(c, f, run, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
-    """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the verdict
-    token, score = E[digit]. _off: the model without the adapter."""
+    """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the
+    verdict token, score = E[digit]. _off: the model without the adapter."""
     prefs.within(levels, 2, 7, "--levels")
     s = start(c)
     rows, sets = pair_sets(c, s.tok, s.context)
@@ -939,7 +1029,8 @@ def judge_lora(c, f, run, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
         return [*r["prompt"], *s.tok.encode(r["text"][side] + prefs.JUDGE["ANS"])]
 
     def verdict(r, side):                                        # gold in levels
-        return s.tok.encode(letters[round(s.world.reward(r["text"], r["text"][side]) / 1.5 * (levels - 1))])
+        return s.tok.encode(letters[round(s.world.reward(r["text"], r["text"][side]) / 1.5
+                                          * (levels - 1))])
 
     def measure(model):
         def score(some, side):
@@ -947,16 +1038,20 @@ def judge_lora(c, f, run, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
             with torch.no_grad():
                 logits = model.logits(last_hidden(model, tokens, mask.sum(1).long()))[:, ids]
             return expected_score(logits.cpu(), torch.arange(float(levels)))
-        return {k: accuracy(score(some, "chosen"), score(some, "rejected")) for k, some in sets.items()}
-    model = lora(copy.deepcopy(s.policy).requires_grad_(), torch.Generator().manual_seed(c.seed), rank=rank)
+        return {k: accuracy(score(some, "chosen"), score(some, "rejected"))
+                for k, some in sets.items()}
+    model = lora(copy.deepcopy(s.policy).requires_grad_(), torch.Generator().manual_seed(c.seed),
+                 rank=rank)
     off = measure(model)
     fit(model, [dict(prompt=question(r, side), answer=verdict(r, side)) for r in rows
                 for side in ("chosen", "rejected")], nll, c, run, s.tok, seed=c.seed, name="judge")
     run.put("judge", lambda folder: save(merge(model), s.tok, folder))
-    return {f"{k}_accuracy": v for k, v in measure(model).items()} | {f"{k}_off": v for k, v in off.items()}
+    return {f"{k}_accuracy": v for k, v in measure(model).items()} | {f"{k}_off": v
+                                                                      for k, v in off.items()}
 
 def first(c, f, run, *, candidates: Range("[2, 9]") = 4):
-    """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first logits."""
+    """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first
+    logits."""
     prefs.within(candidates, 2, 9, "--candidates")
     s, digits = start(c), "1234567890"[:candidates]
     ids = [s.tok.encode(d)[0] for d in digits]
@@ -965,10 +1060,11 @@ def first(c, f, run, *, candidates: Range("[2, 9]") = 4):
         rng, out = random.Random(f"first/{split}/{seed}"), []
         for p in s.world.problems(split, n, seed):
             ys = [s.world.draw(p["prompt"], rng, prefs.ROUTING) for _ in digits]
-            g = [s.world.reward(p, y) + 1e-6 * rng.random() for y in ys]                 # ties by a coin
+            g = [s.world.reward(p, y) + 1e-6 * rng.random() for y in ys]            # ties by a coin
             order = sorted(range(candidates), key=lambda k: -g[k])
             text = "".join(d + y for d, y in zip(digits, ys)) + prefs.JUDGE["ANS"]
-            out.append(dict(prompt=[*s.tok.prompt(p), *s.tok.encode(text)], identifier_ids=ids, gold=g,
+            out.append(dict(prompt=[*s.tok.prompt(p), *s.tok.encode(text)], identifier_ids=ids,
+                            gold=g,
                             answer=[*s.tok.encode("".join(digits[k] for k in order)), s.tok.eos],
                             ranks=[float(order.index(k) + 1) for k in range(candidates)]))
         return out
@@ -996,7 +1092,8 @@ class Field:
 
     @cache
     def standard(self, reward):
-        """A reward as z(roll, problems): less its prompt's mean over SFT samples, over the std of all."""
+        """A reward as z(roll, problems): less its prompt's mean over SFT samples, over the std of
+        all."""
         all_ = score_roll(reward, self.roll).view(self.gold.shape)                       # [P, 16]
 
         def z(roll, problems):
@@ -1006,28 +1103,34 @@ class Field:
         return z
 
 def pairs_against(s, field, roll, rows, rng, each=4):
-    """SFT samples preferred to the responses `rows` of a rollout: `each` for every distinct response."""
-    texts, done, out, seen = [s.tok.decode(y) for y in roll.completions()], roll.finished.tolist(), [], set()
+    """SFT samples preferred to the responses `rows` of a rollout: `each` for every distinct
+    response."""
+    texts, done, out, seen = [s.tok.decode(y)
+                              for y in roll.completions()], roll.finished.tolist(), [], set()
     per, gold = len(texts) // len(field.problems), gold_of(s.world, field.problems, roll, s.tok)
     for i in rows:
         p, x = i // per, field.problems[i // per]["prompt"]
         own = range(field.samples * p, field.samples * (p + 1))
         for j in [] if (x, texts[i]) in seen else rng.sample(own, each):
-            out.append(dict(prompt=x, chosen=field.texts[j], chosen_finished=bool(field.roll.finished[j]),
+            out.append(dict(prompt=x, chosen=field.texts[j],
+                            chosen_finished=bool(field.roll.finished[j]),
                             rejected=texts[i], rejected_finished=done[i],
                             margin=(field.gold.view(-1)[j] - gold[i]).item()))
         seen.add((x, texts[i]))
-    return [r for r in out if r["rejected"].strip() and r["chosen"].strip() and r["rejected"] != r["chosen"]]
+    return [r for r in out if r["rejected"].strip() and r["chosen"].strip()
+            and r["rejected"] != r["chosen"]]
 
 def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive = 1e-3,
           attack_beta=0.05, lam=1.5, rl_steps=120, rl_beta=0.0, most: Count = 1500,
           prompts: Range("[8, inf)") = 1536):
-    """Adv-RM (2504.06141): a policy learns to please the reward model while its twin objects; what it finds
-    joins the data as rejected, the models are trained anew; then: how far can RLHF push before gold falls?
+    """Adv-RM (2504.06141): a policy learns to please the reward model while its twin objects; what
+    it finds joins the data as rejected, the models are trained anew; then: how far can RLHF push
+    before gold falls?
 
-    Against it: plain, the twins' mean and lcb, and as many pairs more of another kind (more_random: samples
-    of a policy that only over-optimises; more_gold: pairs labelled by gold). strict: the share of attacks
-    that the model likes and gold finds far below the SFT samples, on prompts the attacker has not seen."""
+    Against it: plain, the twins' mean and lcb, and as many pairs more of another kind (more_random:
+    samples of a policy that only over-optimises; more_gold: pairs labelled by gold). strict: the
+    share of attacks that the model likes and gold finds far below the SFT samples, on prompts the
+    attacker has not seen."""
     s, rng = start(c), random.Random(f"advrm/{c.seed}")
     encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
     sampled = partial(sampled_pairs, s.policy, s.tok, s.world, c=c, min_gap=0.02)
@@ -1037,11 +1140,14 @@ def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive
         ("train", prompts), ("val", prompts // 8)))
 
     def models(name, extra=(), members=(1, 2)):
-        return [scalar_reward(trained(run, f"{name}-{i}", new_scalar(s.policy, k), [*rows, *extra], f.loss, c,
-                                      s.tok, seed=k), c) for i in members for k in [10 * c.seed + i]]
+        return [scalar_reward(trained(run, f"{name}-{i}", new_scalar(s.policy, k), [*rows, *extra],
+                                      f.loss, c,
+                                      s.tok, seed=k), c) for i in members
+                for k in [10 * c.seed + i]]
 
     def attacker(R, fn, name):
-        """A policy trained from the SFT model, on `seen`, to raise fn of the standardised rewards."""
+        """A policy trained from the SFT model, on `seen`, to raise fn of the standardised
+        rewards."""
         z = [seen.standard(r) for r in R]
         return steer(s.policy, s.tok, s.world, seen.problems, lambda roll, picked: fn(
             *(x(roll, picked) for x in z)), c, run, name=name, steps=attack_steps, lr=attack_lr,
@@ -1051,12 +1157,14 @@ def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive
         """The attacker's samples on a field: (roll, z1, z2, rate of strict success)."""
         roll = samples_of(net, s.tok, s.world, field.problems, c, c.seed + 13, samples=8)
         z1, z2 = (field.standard(r)(roll, field.problems) for r in R)
-        below = (gold_of(s.world, field.problems, roll, s.tok) - field.gold.mean(1).repeat_interleave(8)
+        below = (gold_of(s.world, field.problems, roll, s.tok)
+                 - field.gold.mean(1).repeat_interleave(8)
                  ) / field.gold.std(1).clamp(min=1e-3).repeat_interleave(8)
         return roll, z1, z2, strict_success(z1, below).float().mean().item()
     R = R0 = models("round-0")
     weak, extra = attacker(R, overoptimise, "overopt"), []
-    out = dict(plain_accuracy=pair_accuracy(R[0], test, c, s.pad), strict_overopt=struck(weak, R, unseen)[-1])
+    out = dict(plain_accuracy=pair_accuracy(R[0], test, c, s.pad),
+               strict_overopt=struck(weak, R, unseen)[-1])
     for k in range(rounds):
         net = attacker(R, f.attack, f"attack {k}")
         roll, z1, z2, _ = struck(net, R, seen)
@@ -1072,7 +1180,8 @@ def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive
     out |= dict(strict_last=struck(attacker(R, f.attack, "last attack"), R, unseen)[-1],
                 adv_accuracy=pair_accuracy(R[0], test, c, s.pad))
     roll = struck(weak, R0, seen)[0]
-    more_random = pairs_against(s, seen, roll, rng.sample(range(8 * prompts), 8 * prompts), rng)[:len(extra)]
+    more_random = pairs_against(s, seen, roll, rng.sample(range(8 * prompts), 8 * prompts),
+                                rng)[:len(extra)]
     more_gold = sampled(2 * len(extra) + 64, seed=3000 + c.seed)[:len(extra)]
     arms = dict(plain=(R0[:1], mean), mean=(R0, mean), lcb=(R0, lcb), adv=(R[:1], mean))
     for name, made in (("more_random", more_random), ("more_gold", more_gold)):
@@ -1083,17 +1192,18 @@ def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive
         out |= {f"{name}|{k}": v for k, v in told.items()}
     return out
 
-RECIPES = dict(scalar=scalar, ensemble=ensemble, hs2pref=hs2pref, armo=armo, maxmin=maxmin, polar=polar,
+RECIPES = dict(scalar=scalar, ensemble=ensemble, hs2pref=hs2pref, armo=armo, maxmin=maxmin,
+               polar=polar,
                cdr=cdr, overopt=overopt, router=router, openrubrics=openrubrics, thinkrm=thinkrm,
                judge_lora=judge_lora, first=first, advrm=advrm)
 PAIR_LOSSES = ("bt", "margin", "scaled", "smooth", "win_tie", "goal")
 LOSSES_OF = dict(scalar=(*PAIR_LOSSES, "regression", "arm"), first=("listwise",)) | dict.fromkeys(
-    ("ensemble", "maxmin", "polar", "overopt", "advrm"), PAIR_LOSSES)                    # others: their own
+    ("ensemble", "maxmin", "polar", "overopt", "advrm"), PAIR_LOSSES)            # others: their own
 AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, attack=ATTACKS, optimiser=RULES,
             kernels=kernels.MODES)
 
 
-# --- train ----------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | dict.fromkeys(
     ("router", "openrubrics", "judge_lora", "first", "advrm"), ("toyif",)) | dict.fromkeys(
@@ -1101,21 +1211,25 @@ WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | 
 
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    fixed = c.recipe in ("router", "openrubrics", "thinkrm", "first", "advrm")           # they make labels
-    fields = dict(noise=(c.data in WORLDS and not fixed and not c.eval, "a world's training labels"),
-                  init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS), "other recipes"),
+    fixed = c.recipe in ("router", "openrubrics", "thinkrm", "first", "advrm")    # they make labels
+    fields = dict(noise=(c.data in WORLDS and not fixed and not c.eval,
+                         "a world's training labels"),
+                  init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS),
+                        "other recipes"),
                   attack=(c.recipe == "advrm", "--recipe advrm"),
                   aggregate=(c.recipe == "ensemble", "--recipe ensemble"),
-                  stop=(c.recipe == "scalar" and not c.eval, "--recipe scalar: others resume by stages"),
+                  stop=(c.recipe == "scalar" and not c.eval,
+                        "--recipe scalar: others resume by stages"),
                   epochs=(not c.steps, "runs without --steps"))
     if c.eval:
-        trains = ("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr", "warmup",
-                  "weight_decay", "clip", "save_every", "keep")
+        trains = ("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr",
+                  "warmup", "weight_decay", "clip", "save_every", "keep")
         fields |= dict.fromkeys(trains, (False, "training, without --eval"))
     return fields
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
+    """UserError for all that can be known before anything is made: files, folders, what does not
+    combine."""
     prefs.one_of(c.loss, LOSSES_OF.get(c.recipe, ("bt",)), f"--recipe {c.recipe}: loss")
     if c.recipe == "thinkrm" and not c.eval:
         return
@@ -1139,42 +1253,49 @@ def check(c, f):
         preset(f.recipe.keywords["body"], prefs.tokenizer())
 
 def train(c, f):
-    """One run of a recipe, or with --eval only the table of a reward model.   -> the result's numbers"""
+    """One run of a recipe, or with --eval only the table of a reward model.   -> the result's
+    numbers"""
     kernels.use(c.kernels)
     check(c, f)
     if c.recipe != "thinkrm" and (c.data in WORLDS or not c.eval):
-        sft.find(c.init, c.config, device=c.device)              # made before this run's clock starts
+        sft.find(c.init, c.config, device=c.device)  # made before this run's clock starts
     with Run(c, f, "reward", CURVES) as run:
         if c.eval:
-            run.begin()                                          # pictures are made before there is a result
+            run.begin()  # pictures are made before there is a result
             model, tok = load(c.eval, c.device)
             context = c.context or model.config.max_position_embeddings
             sets = pair_sets(c, tok, context)[1]
-            policy = start(c).policy if c.data in WORLDS else None                       # gives the samples
+            policy = start(c).policy if c.data in WORLDS else None               # gives the samples
             out = evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
         else:
             out = f.recipe(c, f, run)
-            if c.recipe not in ("scalar", "ensemble", "hs2pref", "armo", "cdr"):         # those print a table
-                run.say("  " + "\n  ".join(f"{k:<40} {v:.3f}" for k, v in out.items() if "@" not in k))
+            if c.recipe not in ("scalar", "ensemble", "hs2pref", "armo",
+                                "cdr"):                                        # those print a table
+                run.say("  " + "\n  ".join(f"{k:<40} {v:.3f}" for k, v in out.items()
+                                           if "@" not in k))
         if not out:                                              # --stop came first
             return run.say(f"  paused at step {c.stop}: the same command with --resume and no --stop goes on")
-        run.say(f"\n  {run.folder}: log.jsonl, pictures" + f"; checkpoint {run.last}" * bool(run.last))
+        run.say(f"\n  {run.folder}: log.jsonl, pictures" + f"; checkpoint {run.last}"
+                * bool(run.last))
         return run.finish(**out)
 
 
-# --- claims -------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 def versus(ours, *others, on="", tag=""):
     """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
     return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
-NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded", tag="RL: ")
+NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded",
+                                                                       tag="RL: ")
 CLAIMS = dict(
     routing=Claim(
         "Sending uncertain pairs to the judge beats sending as many at random",
         "2510.20369: 89.2 against 87.5 with 9 % of the calls, 91.6 against 89.1 with 42 % (second-hand)",
-        dict.fromkeys(("uncertainty", "margin", "both", "random", "shuffled", "oracle"), "router,big_router"),
-        "area", {f"over random, {q:.0%}": {f"uncertainty|accuracy@{q}": 1, f"random|accuracy@{q}": -1}
+        dict.fromkeys(("uncertainty", "margin", "both", "random", "shuffled", "oracle"),
+                      "router,big_router"),
+        "area", {f"over random, {q:.0%}": {f"uncertainty|accuracy@{q}": 1,
+                                           f"random|accuracy@{q}": -1}
                  for q in (0.1, 0.25, 0.4)} | versus("uncertainty", "margin", tag="over margin: ")
         | versus("shuffled", "random", tag="control: ") | {
             "gate: id accuracy > 0.8": {"uncertainty|id_accuracy": 1, "": -0.8},
@@ -1188,7 +1309,8 @@ CLAIMS = dict(
         dict(rubric="rubrics", oracle="rubrics", direct="rubrics,direct", bt="rubrics,bt_rubrics")
         | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
            "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
-        versus("rubric", "direct", "bt", tag="judges: ") | versus("rubric", "no contrast", tag="contrast: ")
+        versus("rubric", "direct", "bt", tag="judges: ")
+        | versus("rubric", "no contrast", tag="contrast: ")
         | versus("no filter", "neither", tag="contrast alone: ")
         | versus("rubric", "no filter", tag="consistency: ")
         | versus("rubric", "no filter", on="verbose", tag="consistency, verbose pairs: ") | {
@@ -1196,46 +1318,52 @@ CLAIMS = dict(
             "gate: oracle > 0.9 on id": {"oracle|id": 1, "": -0.9},
             "gate: direct > 0.6 on id": {"direct|id": 1, "": -0.6}},
         also=("id", "k3", "verbose"),
-        conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency", "votes")),
+        conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency",
+                       "votes")),
     thinkrm=Claim(
         "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs too",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
-        {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL") for x in ("long", "short")}
+        {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL")
+         for x in ("long", "short")}
         | {x: f"thinkrm,{x}_style" for x in ("filler", "direct", "bt")}, "hard",
         versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
             "votes: long > short, 16 votes": {"long|hard": 1, "short|hard_vote": -1},
             "in domain: long > short, majority of 16": {"long|id": 1, "short|id_vote": -1}}
         | versus("long", "bt", "filler", on="id", tag="in domain: ")
         | versus("long+RL", "long", **GRADED) | versus("short+RL", "short", **GRADED)
-        | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02, f"{x}+RL|accuracy_length": -1}
+        | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02,
+                                           f"{x}+RL|accuracy_length": -1}
            for x in ("long", "short")},
         also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
     advrm=Claim(
         "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",
         "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, over-optimisation 1-3 %",
-        dict.fromkeys(("plain", "mean", "lcb", "more_random", "more_gold", "adv"), "advrm"), "collapse",
-        versus("adv", "plain", "more_random", tag="steps: ")
+        dict.fromkeys(("plain", "mean", "lcb", "more_random", "more_gold", "adv"), "advrm"),
+        "collapse", versus("adv", "plain", "more_random", tag="steps: ")
         | versus("adv", "plain", "more_random", on="gold@4", tag="gold at 4 nats: ") | {
             "attack: stronger than over-optimising": {"adv|strict_0": 1, "adv|strict_overopt": -1},
             "later: fewer succeed": {"adv|strict_0": 1, "adv|strict_last": -1},
-            "clean accuracy kept to 0.02": {"adv|adv_accuracy": 1, "adv|plain_accuracy": -1, "": 0.02},
+            "clean accuracy kept to 0.02": {"adv|adv_accuracy": 1, "adv|plain_accuracy": -1,
+                                            "": 0.02},
             "gate: 80 % of the pairs confirmed": {"adv|confirmed_0": 1, "": -0.8}},
-        also=("gold@1", "gold@4", "peak", "final", "strict_0", "strict_last", "pairs_0", "confirmed_0"),
+        also=("gold@1", "gold@4", "peak", "final", "strict_0", "strict_last", "pairs_0",
+              "confirmed_0"),
         conclude=in_parts("steps", "nats", "attack", "later", "clean", "gate"),
         sweep=("KL to the SFT model, nats", ("gold",))),
     ensembles=Claim(
         "Ensembles of reward models mitigate over-optimisation, with and without label noise",
         "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they reduce it",
-        {x + tail: "overopt" + ",noisy" * bool(tail) for tail in ("", NOISY) for x in ("single", *ENSEMBLES)},
+        {x + tail: "overopt" + ",noisy" * bool(tail) for tail in ("", NOISY)
+         for x in ("single", *ENSEMBLES)},
         "best-of-n gold@256",
         {f"{how}: {x}{tail} > single": {f"{x}{tail}|{on}": 1, f"single{tail}|{on}": -1}
-         for how, on in (("best-of-n", "best-of-n gold@256"), ("RL", "RL gold@4")) for tail in ("", NOISY)
-         for x in ENSEMBLES},
+         for how, on in (("best-of-n", "best-of-n gold@256"), ("RL", "RL gold@4"))
+         for tail in ("", NOISY) for x in ENSEMBLES},
         also=("RL gold@4", "RL peak", "RL final", "RL kl_end", "clean_accuracy"),
         conclude=in_parts(*(f"{how}: {x}" for how in ("best-of-n", "RL") for x in ENSEMBLES)),
         sweep=("n", ("best-of-n gold",))))
 
-# --- main -----------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 def main(argv=None):
     """python reward.py …: see the docstring above, or --help."""

@@ -80,22 +80,24 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 from data import chains, numerics, prefs, tasks, text, tokenizer
 from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices,
-                      checkpoint, cli, configure, launch, lock, needs, rank, read_json, read_log, result,
-                      settings, share, start_ranks)
+                      checkpoint, cli, configure, launch, lock, needs, rank, read_json, read_log,
+                      result, settings, share, start_ranks)
 from kernels import PackedLinear
-from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank, collate,
-                   generate, init, load, load_balance_loss, lora, merge, peek, preset, replace_linears, save,
-                   shard, token_logprobs)
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank,
+                   collate,
+                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
+                   replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
-# --- config -------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every run has; what belongs to a loss, schedule or optimiser is an argument of its function."""
+    """What every run has; what belongs to a loss, schedule or optimiser is an argument of its
+    function."""
     config: str = ""             # presets and TOML files, left to right
-    data: str = "signatures"     # stdlib or another text (packed); a task, a JSONL of demonstrations
+    data: str = "signatures"  # stdlib or another text (packed); a task, a JSONL of demonstrations
     rows: int = 0                # use only so many demonstrations (0: all)
     init: str = "base:pretrain"  # checkpoint to start from; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
@@ -107,13 +109,13 @@ class Config:
     loss: str = "nll"            # which row of LOSSES
     feedback: str = "none"       # which row of FEEDBACK: how scores, tags and pairs become rows
     teacher: str = ""            # checkpoint that a distilling loss reads (a DPO-trained one)
-    other: str = ""              # a second: the teacher's start (adpa), or dpo.py --noise 1's (aligndistil)
+    other: str = ""  # a second: the teacher's start (adpa), or dpo.py --noise 1's (aligndistil)
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
     schedule: str = "cosine"     # which row of SCHEDULES
     steps: int = 0               # optimizer steps (0: epochs decides)
     epochs: Positive = 3.0       # passes over the data, where steps is 0
     batch: Count = 32            # rows per optimizer step
-    micro: Count = 32            # rows per forward pass: lower it when memory runs out, results do not change
+    micro: Count = 32  # rows per forward pass: lower it when memory runs out, results do not change
     lr: Positive = 1e-3          # peak learning rate
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
@@ -123,7 +125,7 @@ class Config:
     prune: str = "none"          # which row of numerics.PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
     eval_every: Count = 100      # steps between evaluations
-    watch: str = ""              # a further data set to evaluate on, e.g. what the checkpoint knew before
+    watch: str = ""  # a further data set to evaluate on, e.g. what the checkpoint knew before
     target: float = 0.0          # validation loss to reach: the result says after how many steps and seconds
     suggest: bool = False        # print Step Law's learning rate and batch for this model and data, and stop
     save_every: Count = 200      # steps between checkpoints
@@ -132,7 +134,7 @@ class Config:
     out: str = ""                # run folder (default out/sft/<presets>)
     seed: int = 0                # of initialisation, data order and sampling
     device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
+    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
     compile: bool = False        # torch.compile the model
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
     resume: bool = False         # go on from the newest checkpoint of the run folder
@@ -141,55 +143,75 @@ class Config:
 TUNED = dict(lr=3e-4, warmup=0, weight_decay=0.0)
 SCORED = dict(data="toyif_base", init="base:toyif_base", context=32, rows=4000, steps=375)
 PAIRED = dict(data="toyif", init="base:toyif_base", context=64, rows=4000)
-TARGET = dict(data="stdlib", init="", tokenizer="bytes", model="8x128", context=160, steps=500, batch=16,
+TARGET = dict(data="stdlib", init="", tokenizer="bytes", model="8x128", context=160, steps=500,
+              batch=16,
               micro=16, lr=3e-3, warmup=60, eval_every=250)
 PRESETS = dict(
-    pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60, eval_every=200),
-    pretrain_moe=dict(data="stdlib", init="", family="qwen3_moe", model="2x64", tokenizer="bytes", context=64,
+    pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60,
+                  eval_every=200),
+    pretrain_moe=dict(data="stdlib", init="", family="qwen3_moe", model="2x64", tokenizer="bytes",
+                      context=64,
                       steps=900, batch=16, micro=16, lr=2e-3, warmup=60, eval_every=300),
     target=TARGET, draft64=TARGET | dict(model="1x64"), draft32=TARGET | dict(model="1x32"),
-    target_docs=dict(init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16),
+    target_docs=dict(init="base:target", data="signatures", context=320, epochs=0.5, batch=16,
+                     micro=16),
     sft=dict(),                                                                  # the defaults
-    arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128, rows=20000,
+    arithmetic=dict(data="arithmetic", init="", tokenizer="bytes", model="2x128", context=128,
+                    rows=20000,
                     steps=1500, batch=64, micro=64, lr=2e-3, eval_every=250),
-    toyif_base=dict(data="toyif_base", init="", tokenizer="toyif", model="2x64", context=32, rows=30000,
-                    steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000, keep=1),
-    toyif_checks=dict(data="toyif_checks", init="base:toyif_base", context=64, rows=60000, steps=5000,
+    toyif_base=dict(data="toyif_base", init="", tokenizer="toyif", model="2x64", context=32,
+                    rows=30000,
+                    steps=3500, batch=64, micro=64, lr=2e-3, eval_every=500, save_every=1000,
+                    keep=1),
+    toyif_checks=dict(data="toyif_checks", init="base:toyif_base", context=64, rows=60000,
+                      steps=5000,
                       batch=64, micro=64, optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50,
                       schedule="linear", eval_every=1000, save_every=1000, keep=1),
-    toyif_judge=dict(data="toyif_principles", init="base:toyif_checks", context=64, rows=60000, steps=3000,
+    toyif_judge=dict(data="toyif_principles", init="base:toyif_checks", context=64, rows=60000,
+                     steps=3000,
                      batch=64, micro=64, optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50,
                      schedule="linear", eval_every=1000, save_every=1000, keep=1),
-    toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
+    toyif=dict(data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4,
+               warmup=0,
                weight_decay=0.0, save_every=1000, eval_every=1000, keep=1),
-    chain_right=dict(data="chain_wordy", init="", tokenizer="chain", model="2x128", context=96, rows=20000,
-                     steps=600, batch=64, micro=64, lr=3e-3, warmup=50, eval_every=200, save_every=1000,
+    chain_right=dict(data="chain_wordy", init="", tokenizer="chain", model="2x128", context=96,
+                     rows=20000,
+                     steps=600, batch=64, micro=64, lr=3e-3, warmup=50, eval_every=200,
+                     save_every=1000,
                      keep=1),
-    chain=dict(data="chain", init="base:chain_right", context=96, rows=20000, steps=140, batch=64, micro=64,
+    chain=dict(data="chain", init="base:chain_right", context=96, rows=20000, steps=140, batch=64,
+               micro=64,
                lr=1e-3, warmup=10, eval_every=70, save_every=1000, keep=1),
-    chain_sort=dict(data="chain+sort", init="base:chain_right", context=96, rows=20000, steps=400, batch=64,
+    chain_sort=dict(data="chain+sort", init="base:chain_right", context=96, rows=20000, steps=400,
+                    batch=64,
                     micro=64, lr=1e-3, warmup=10, eval_every=200, save_every=1000, keep=1),
     arena_right=dict(data="chain_wordy+sort_wordy+graph_wordy+add_wordy+countdown_wordy", init="",
-                     tokenizer="chain", model="2x128", context=128, rows=40000, steps=1500, batch=64,
+                     tokenizer="chain", model="2x128", context=128, rows=40000, steps=1500,
+                     batch=64,
                      micro=64, lr=3e-3, warmup=50, eval_every=500, save_every=1000, keep=1),
-    arena=dict(data="chain+sort+graph+add+countdown", init="base:arena_right", context=128, rows=40000,
-               steps=300, batch=64, micro=64, lr=1e-3, warmup=10, eval_every=150, save_every=1000, keep=1),
-    ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000, steps=500,
-              batch=96, micro=96, lr=2e-3, warmup=0, schedule="linear", eval_every=250, save_every=1000,
+    arena=dict(data="chain+sort+graph+add+countdown", init="base:arena_right", context=128,
+               rows=40000,
+               steps=300, batch=64, micro=64, lr=1e-3, warmup=10, eval_every=150, save_every=1000,
+               keep=1),
+    ring=dict(data="ring", init="", tokenizer="ring", model="2x64", context=64, rows=20000,
+              steps=500,
+              batch=96, micro=96, lr=2e-3, warmup=0, schedule="linear", eval_every=250,
+              save_every=1000,
               keep=1),
-    # optim.py's rules: lr where the paper's scale differs from AdamW's. Ours, tried on small models only:
-    # every aux_lr, the lr of signsgd, lion(k), eco_sgd, classp and of the adapters below
+    # optim.py's rules: lr where the paper's scale differs from AdamW's. Ours, tried on small models
+    # only: every aux_lr, the lr of signsgd, lion(k), eco_sgd, classp and of the adapters below
     adamw=dict(optimiser="adamw"),
-    muon=dict(optimiser="muon"),                           # scale rms: AdamW's lr and decay (2502.16982)
+    muon=dict(optimiser="muon"),  # scale rms: AdamW's lr and decay (2502.16982)
     normuon=dict(optimiser="normuon"),                     # the same (2510.05491)
-    lion=dict(optimiser="lion", lr=5e-4, weight_decay=0.6),                      # lr 3-10x below, decay above
+    lion=dict(optimiser="lion", lr=5e-4, weight_decay=0.6),            # lr 3-10x below, decay above
     lionk=dict(optimiser="lionk", lr=5e-4, weight_decay=0.6),
     signsgd=dict(optimiser="signsgd", lr=1e-3, weight_decay=0.0),
     shampoo=dict(optimiser="shampoo"),
     soap=dict(optimiser="soap", weight_decay=0.01),        # lr 3e-3
     adam_mini=dict(optimiser="adam_mini"),
     dion=dict(optimiser="dion", lr=0.01, weight_decay=0.01, aux_lr=3e-3),
-    galore=dict(optimiser="galore", lr=0.01, weight_decay=0.0, aux_lr=3e-3),     # rank: a quarter of the side
+    galore=dict(optimiser="galore", lr=0.01, weight_decay=0.0,
+                aux_lr=3e-3),                                          # rank: a quarter of the side
     qgalore=dict(optimiser="qgalore", lr=0.015, weight_decay=0.0, aux_lr=3e-3, store="int8"),
     apollo=dict(optimiser="apollo", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
     apollo_mini=dict(optimiser="apollo_mini", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
@@ -199,30 +221,37 @@ PRESETS = dict(
     gradnormlorp=dict(optimiser="gradnormlorp", lr=0.01, weight_decay=0.0, aux_lr=3e-3),
     eco=dict(optimiser="eco", store="int8", b2=0.95),      # b2 ours: as adamw's
     eco_sgd=dict(optimiser="eco_sgd", store="int8", lr=0.1, aux_lr=3e-3),
-    # the author's threshold 0.5 and p 1 are for far larger gradients than a clipped language model's
+    # the author's threshold 0.5 and p 1 are for far larger gradients than a clipped language
+    # model's
     classp=dict(optimiser="classp", threshold=0.0, p=2.0, lr=0.01, weight_decay=0.0, aux_lr=3e-3),
     lora=dict(peft="lora", lr=2e-3),
     bone=dict(peft="bone", lr=1e-3),
     bat=dict(peft="bat", lr=1e-3),
     loram=dict(peft="loram", lr=2e-3),
     hft=dict(peft="hft"),
-    qat=dict(linear="qat", schedule="wsd"), halo=dict(linear="halo"), quartet=dict(linear="quartet"),
+    qat=dict(linear="qat", schedule="wsd"), halo=dict(linear="halo"),
+    quartet=dict(linear="quartet"),
     lost=dict(linear="lost"), journey=dict(prune="journey"),
-    # objectives beside likelihood, on ToyIF's good, random and copied responses or its pairs; lr ours
+    # objectives beside likelihood, on ToyIF's good, random and copied responses or its pairs; lr
+    # ours
     **{name: TUNED | SCORED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
-        ("mle", "scored", "nll"), ("filtered", "filtered", "nll"), ("conditional", "conditional", "nll"),
+        ("mle", "scored", "nll"), ("filtered", "filtered", "nll"),
+        ("conditional", "conditional", "nll"),
         ("unlikely", "scored", "unlikelihood"), ("rwr", "scored", "rwr"))},
     **{name: TUNED | PAIRED | dict(feedback=feedback, loss=loss) for name, feedback, loss in (
         ("hindsight", "hindsight", "nll"), ("dckd", "both", "dckd"), ("adpa", "sampled", "adpa"),
         ("aligndistil", "chosen", "aligndistil"))},
-    implicit=dict(loss="implicit", **TUNED), glow=dict(loss="glow"), reweighted=dict(loss="reweighted"),
-    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10, eval_every=50),
+    implicit=dict(loss="implicit", **TUNED), glow=dict(loss="glow"),
+    reweighted=dict(loss="reweighted"),
+    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10,
+              eval_every=50),
 )
-ARMS = dict(                     # settings that only the arms of claims need, ppo.py's and those below
+ARMS = dict(  # settings that only the arms of claims need, ppo.py's and those below
     n64=dict(rows=64),
-    more=dict(steps=304),                                  # toyif's 64 steps, plus the 240 of ppo.py's toyif
+    more=dict(steps=304),  # toyif's 64 steps, plus the 240 of ppo.py's toyif
     more64=dict(steps=248),                                # 8 plus 240
-    # the claims on optimisers: a small model of bytes, the same AdamW for all that is no block matrix
+    # the claims on optimisers: a small model of bytes, the same AdamW for all that is no block
+    # matrix
     race=dict(tokenizer="bytes", model="2x64", context=64, batch=32, micro=32, steps=120, warmup=12,
               schedule="wsd", cooldown=0.3, eval_every=15, save_every=1000, keep=1, aux_lr=3e-3,
               aux_decay=0.1, target=2.30),               # target: the tuned AdamW's at about 90 %
@@ -234,29 +263,35 @@ ARMS = dict(                     # settings that only the arms of claims need, p
     nearest=dict(rounding="nearest"),
     decay3=dict(weight_decay=3.0), decay10=dict(weight_decay=10.0), decay30=dict(weight_decay=30.0),
     forget=dict(data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000,
-                steps=150, warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000),
+                steps=150, warmup=10, schedule="linear", eval_every=150, weight_decay=0.0,
+                save_every=1000),
     lr3e4=dict(lr=3e-4), lr1e3=dict(lr=1e-3), lr3e3=dict(lr=3e-3), lr12e3=dict(lr=0.012),
-    # on numbers and sparsity: the race at a calmer rate, so that rounding shows and not where a run drifts to
+    # on numbers and sparsity: the race at a calmer rate, so that rounding shows and not where a run
+    # drifts to
     calm=dict(lr=1e-3, aux_lr=0.0, steps=240, eval_every=240, target=0.0),
     long=dict(steps=400, eval_every=400),
-    bits2=dict(bits=2), never=dict(fraction=-1.0), apart=dict(fuse=False), light=dict(batch=16, steps=200),
+    bits2=dict(bits=2), never=dict(fraction=-1.0), apart=dict(fuse=False),
+    light=dict(batch=16, steps=200),
     **{f"last{x}": dict(fraction=x / 100) for x in (5, 10, 20, 40, 70, 100)},
-    **{f"level{i}": dict(level=i) for i in range(3)}, fp6=dict(format="fp6"), mxfp4=dict(format="mxfp4"),
+    **{f"level{i}": dict(level=i) for i in range(3)}, fp6=dict(format="fp6"),
+    mxfp4=dict(format="mxfp4"),
     floored=dict(exponent="quest_floor"), backward_nearest=dict(backward="nearest"),
     deep=dict(model="3x64"), shallow=dict(model="1x64"), sparsity80=dict(sparsity=0.8),
-    **{f"prune{a}_{b}": dict(begin=a/100, end=b/100) for a, b in ((0, 50), (50, 100), (100, 100), (0, 0))},
+    **{f"prune{a}_{b}": dict(begin=a/100, end=b/100)
+       for a, b in ((0, 50), (50, 100), (100, 100), (0, 0))},
     **{f"steps{n}": dict(steps=n, eval_every=n) for n in (316, 164, 78, 389)},
     from_random=dict(start="random"), no_columns=dict(columns=0.0), no_phi=dict(phi="identity"),
 )
 PRESETS |= ARMS
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
 
-CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"], "bits per byte": ["val_bpb", "ood_bpb"],
-          "learning rate": ["lr"]}
+CURVES = {"nats per token": ["loss", "val_loss", "ood_loss"],
+          "bits per byte": ["val_bpb", "ood_bpb"], "learning rate": ["lr"]}
 
-# --- losses: a number a scored token, [B, T], or a row, [B]; the loop divides by the whole step's -----------
-# Positional arguments name what a loss reads, and only that is computed: logp, mask, ref_logp (of the start),
-# kl (of the teacher's distribution) [B, T]; logits, teacher, other [N, V] of scored tokens; a row's fields.
+# --- losses: a number a scored token, [B, T], or a row, [B]; the loop divides by the whole step's -
+# Positional arguments name what a loss reads, and only that is computed: logp, mask, ref_logp (of
+# the start), kl (of the teacher's distribution) [B, T]; logits, teacher, other [N, V] of scored
+# tokens; a row's fields.
 
 
 def nll(logp):
@@ -270,11 +305,12 @@ FLOOR = dict(tv=-math.inf, chi2=-math.inf, hellinger=-0.9, js=-0.69)
 
 
 def implicit(logp, ref_logp, *, phi: Literal[*PHI] = "chi2", beta: Positive = 0.1):
-    """SFT as implicit reward (2507.00018), a concave φ of inverse-Q learning:  -φ(ζ),  ζ = β Σ log π/π_ref.
+    """SFT as implicit reward (2507.00018), a concave φ of inverse-Q learning:  -φ(ζ),  ζ = β Σ log
+    π/π_ref.
 
-    φ: tv ζ (SFT, rows weighing alike);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ > -.9;
-    js log(2 - e^-ζ), ζ > -.69. All have slope 1 at 0. ours: the family and β, the paper's own form could not
-    be checked; its practical finding is a smaller learning rate. -> [B]
+    φ: tv ζ (SFT, rows weighing alike);  chi2 ζ - ζ²/4 (stops at ζ = 2);  hellinger ζ/(1+ζ), ζ >
+    -.9; js log(2 - e^-ζ), ζ > -.69. All have slope 1 at 0. ours: the family and β, the paper's own
+    form could not be checked; its practical finding is a smaller learning rate. -> [B]
     """
     if phi not in PHI:
         raise UserError(f"--phi {phi}: choose from {', '.join(PHI)}")
@@ -282,21 +318,26 @@ def implicit(logp, ref_logp, *, phi: Literal[*PHI] = "chi2", beta: Positive = 0.
 
 
 def unlikelihood(logp, good, *, alpha=1.0):
-    """2302.08582: -log p on tokens of good rows, -α log(1 - p) on the others.   [B, T], good [B] -> [B, T]"""
-    return torch.where(good[:, None] > 0, -logp, -alpha * torch.log((-torch.expm1(logp)).clamp(min=1e-20)))
+    """2302.08582: -log p on tokens of good rows, -α log(1 - p) on the others.   [B, T], good [B] ->
+    [B, T]"""
+    return torch.where(good[:, None] > 0, -logp,
+                       -alpha * torch.log((-torch.expm1(logp)).clamp(min=1e-20)))
 
 
 def rwr(logp, score, *, temperature: Positive = 0.5):
-    """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the data
+    """Reward-weighted regression (2302.08582):  -e^(R/β) log p.   score [B], standardised over the
+    data
 
     ours: the standardised score, and β (10 in the paper, which on [0, 1] is nearly likelihood)."""
     return -logp * (score / temperature).exp()[:, None]
 
 
 def glow(logp, mask, before, *, alpha: Positive = 2.0, beta=10.0):
-    """GLOW (2601.04992): weight clamp(α (1 - σ(β Δ)), .5, 5),  Δ = a row's mean loss at its last visit - now.
+    """GLOW (2601.04992): weight clamp(α (1 - σ(β Δ)), .5, 5),  Δ = a row's mean loss at its last
+    visit - now.
 
-    before [B]: that loss, NaN at the first visit (weight 1). α = 2: Δ = 0 has weight 1. No gradient to it.
+    before [B]: that loss, NaN at the first visit (weight 1). α = 2: Δ = 0 has weight 1. No gradient
+    to it.
     """
     now = -(logp * mask).sum(1).detach() / mask.sum(1)                                   # [B]
     w = (alpha * torch.sigmoid(-beta * (before - now))).clamp(0.5, 5.0)
@@ -304,8 +345,10 @@ def glow(logp, mask, before, *, alpha: Positive = 2.0, beta=10.0):
 
 
 def reweighted(logp, mask, weight, *,
-               rule: Literal["linupper", "quadratic", "extremes"] = "linupper", spread: Positive = 1.0):
-    """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w of batch_weights(rule, spread), mean 1.   -> [B]
+               rule: Literal["linupper", "quadratic", "extremes"] = "linupper",
+               spread: Positive = 1.0):
+    """2502.06733:  Σ_i w_i ℓ_i,  ℓ mean loss of a row, w of batch_weights(rule, spread), mean
+    1.   -> [B]
 
     ours: no burn-in (1,000 unweighted steps in the paper)."""
     return -weight * (logp * mask).sum(1) / mask.sum(1)
@@ -314,11 +357,12 @@ def reweighted(logp, mask, weight, *,
 def batch_weights(losses, *, rule="linupper", spread=1.0):
     """softmax(s/r) over the batch's rows, r the spread, times their number.   losses [B] -> [B]
 
-    l = losses scaled to [-1, 1];  s: linupper min(l + 1, 1) (drop the easy, cap the hard);  quadratic 1 - l²;
-    extremes |l|.
+    l = losses scaled to [-1, 1];  s: linupper min(l + 1, 1) (drop the easy, cap the
+    hard);  quadratic 1 - l²; extremes |l|.
     """
     l = 2 * (losses - losses.min()) / (losses.max() - losses.min()).clamp(min=1e-6) - 1
-    rules = dict(linupper=lambda: (l + 1).clamp(max=1), quadratic=lambda: 1 - l * l, extremes=lambda: l.abs())
+    rules = dict(linupper=lambda: (l + 1).clamp(max=1), quadratic=lambda: 1 - l
+                 * l, extremes=lambda: l.abs())
     if rule not in rules:
         raise UserError(f"--rule {rule}: choose from {', '.join(rules)}")
     return torch.softmax(rules[rule]() / spread, 0) * len(losses)
@@ -332,10 +376,11 @@ def dckd(logp, kl, good, *, lam=1.0):
 
 
 def adpa(logp, mask, good, logits, teacher, other, *, gamma=1.0):
-    """ADPA (2502.17927): NLL of the chosen - γ Σ_a π(a) [log π_dpo(a) - log π_start(a)] on own samples.
+    """ADPA (2502.17927): NLL of the chosen - γ Σ_a π(a) [log π_dpo(a) - log π_start(a)] on own
+    samples.
 
-    logits [N, V] of the policy, teacher the DPO-trained model, other its own start, at the N scored tokens
-    -> [B, T]"""
+    logits [N, V] of the policy, teacher the DPO-trained model, other its own start, at the N scored
+    tokens -> [B, T]"""
     gain = torch.log_softmax(teacher, -1) - torch.log_softmax(other, -1)                 # [N, V]
     value = (torch.softmax(logits, -1) * gain).sum(-1)                                   # [N]
     value = torch.zeros_like(logp).masked_scatter(mask > 0, value)                       # [B, T]
@@ -345,9 +390,9 @@ def adpa(logp, mask, good, logits, teacher, other, *, gamma=1.0):
 def aligndistil(mask, logits, teacher, other, *, beta: Positive = 0.1, beta2=10.0):
     """AlignDistil (2503.02832):  (β/w) KL(π||softmax(z_dpo + w (z_dpo - z_rev))).
 
-    w = β₂ ‖p_dpo - p_rev‖₁ + .001;  other: a model trained by DPO on the reversed pairs. Both are frozen;
-    mean over a row's tokens -> [B]"""
-    w = beta2 * (torch.softmax(teacher, -1) - torch.softmax(other, -1)).abs().sum(-1) + 1e-3         # [N]
+    w = β₂ ‖p_dpo - p_rev‖₁ + .001;  other: a model trained by DPO on the reversed pairs. Both are
+    frozen; mean over a row's tokens -> [B]"""
+    w = beta2 * (torch.softmax(teacher, -1) - torch.softmax(other, -1)).abs().sum(-1) + 1e-3   # [N]
     target = torch.log_softmax(teacher + w[:, None] * (teacher - other), -1)             # [N, V]
     log_p = torch.log_softmax(logits, -1)
     loss = beta / w * (log_p.exp() * (log_p - target)).sum(-1)                           # [N]
@@ -357,7 +402,7 @@ def aligndistil(mask, logits, teacher, other, *, beta: Positive = 0.1, beta2=10.
 LOSSES = dict(nll=nll, implicit=implicit, unlikelihood=unlikelihood, rwr=rwr, glow=glow,
               reweighted=reweighted, dckd=dckd, adpa=adpa, aligndistil=aligndistil)
 
-# --- claims -------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def versus(*pairs):
@@ -368,9 +413,9 @@ def versus(*pairs):
 COST = ("val_loss", "reached", "seconds_to", "state_bytes", "opt_share", "ns_share")
 SHARES = dict(never=",never", formula="", all=",last100") | {
     f"last {x} %": f",last{x}" for x in (5, 10, 20, 40, 70)}
-OTHER_TIMES = {                          # and the steps that cost as much as 240 of 25 to 75 %, from prune_at
-    "0 to 50 %": ("prune0_50", 316), "50 to 100 %": ("prune50_100", 164), "at the end": ("prune100_100", 78),
-    "from the start": ("prune0_0", 389)}
+OTHER_TIMES = {  # and the steps that cost as much as 240 of 25 to 75 %, from prune_at
+    "0 to 50 %": ("prune0_50", 316), "50 to 100 %": ("prune50_100", 164),
+    "at the end": ("prune100_100", 78), "from the start": ("prune0_0", 389)}
 TUNE = ("lr", 2.0, "tune_loss")          # validation rows that no other number comes from
 CLAIMS = dict(
     normuon=Claim(
@@ -379,7 +424,8 @@ CLAIMS = dict(
         {"AdamW, one lr": "pretrain,adamw,race,one_lr", "AdamW": "pretrain,adamw,race",
          "NorMuon": "pretrain,normuon,race,lr12e3", "Muon": "pretrain,muon,race,lr12e3",
          "Muon, no NS": "pretrain,muon,race,no_ns,lr12e3",
-         "SOAP": "pretrain,soap,race", "Shampoo": "pretrain,shampoo,race", "Dion": "pretrain,dion,race",
+         "SOAP": "pretrain,soap,race", "Shampoo": "pretrain,shampoo,race",
+         "Dion": "pretrain,dion,race",
          "Lion": "pretrain,lion,race", "sign-SGD": "pretrain,signsgd,race",
          "Adam-mini": "pretrain,adam_mini,race"},
         "steps_to", versus(("NorMuon", "Muon"), ("Muon", "AdamW"), ("NorMuon", "AdamW"),
@@ -390,8 +436,10 @@ CLAIMS = dict(
         "APOLLO-Mini beats sign-SGD",
         "2410.01623, 2412.05270, 2411.07837: each reports lower perplexity than GaLore in pre-training",
         {"AdamW": "pretrain,adamw,race", "GaLore": "pretrain,galore,race,every40",
-         "GaLore, random": "pretrain,galore,race,every40,random_basis", "Fira": "pretrain,fira,race,every40",
-         "APOLLO": "pretrain,apollo,race,every40", "APOLLO-Mini": "pretrain,apollo_mini,race,every40",
+         "GaLore, random": "pretrain,galore,race,every40,random_basis",
+         "Fira": "pretrain,fira,race,every40",
+         "APOLLO": "pretrain,apollo,race,every40",
+         "APOLLO-Mini": "pretrain,apollo_mini,race,every40",
          "FRUGAL, columns": "pretrain,frugal_columns,race,every40",
          "FRUGAL, blocks": "pretrain,frugal,race,every40",
          "GradNormLoRP": "pretrain,gradnormlorp,race,every40",
@@ -428,7 +476,8 @@ CLAIMS = dict(
         {f"{name}, lr {lr}": f"{preset},forget,{key}"
          for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"), ("3e-3", "lr3e3"))
          for name, preset in (("full", "adamw"), ("HFT", "hft"))},
-        "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}") for lr in ("3e-4", "1e-3", "3e-3"))),
+        "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}")
+                               for lr in ("3e-4", "1e-3", "3e-3"))),
         better="lower", also=("val_loss",)),
     qat=Claim(
         "At 2 bits rounding weights in the last steps of training beats rounding them at the end, "
@@ -440,10 +489,13 @@ CLAIMS = dict(
            for name in ("never", "formula", "last 20 %", "all")}
         | {f"last {x} %, cooldown 30 %, 2 bits": f"pretrain,adamw,race,qat,calm,long,bits2,last{x},apart"
            for x in (20, 40)},
-        "saved_loss", versus(("last 20 %, 2 bits", "never, 2 bits"), ("last 20 %, 2 bits", "all, 2 bits"),
+        "saved_loss", versus(("last 20 %, 2 bits", "never, 2 bits"),
+                             ("last 20 %, 2 bits", "all, 2 bits"),
                              *(("formula, 2 bits", f"{x}, 2 bits") for x in (
-                                 "last 5 %", "last 10 %", "last 20 %", "last 40 %", "last 70 %", "all")),
-                             ("last 20 %, 4 bits", "never, 4 bits"), ("last 20 %, 4 bits", "all, 4 bits")),
+                                 "last 5 %", "last 10 %", "last 20 %", "last 40 %", "last 70 %",
+                                 "all")),
+                             ("last 20 %, 4 bits", "never, 4 bits"),
+                             ("last 20 %, 4 bits", "all, 4 bits")),
         better="lower", also=("val_loss", "quantised")),
     lowbit=Claim(
         "Training with all products in INT8 costs nothing, in MXFP4 less with Quartet than without",
@@ -456,8 +508,8 @@ CLAIMS = dict(
          "Quartet, nearest backward": "pretrain,adamw,race,quartet,calm,light,backward_nearest",
          "Quartet, floored scale": "pretrain,adamw,race,quartet,calm,light,floored"},
         "val_loss", {"HALO 2, INT8 < 1.005 float32": {"HALO 2, INT8": 1, "float32": -1.005}}
-        | versus(("HALO 1, FP6", "HALO 0, FP6"), ("Quartet", "MXFP4"), ("Quartet", "Quartet, floored scale"),
-                 ("Quartet", "Quartet, nearest backward")),
+        | versus(("HALO 1, FP6", "HALO 0, FP6"), ("Quartet", "MXFP4"),
+                 ("Quartet", "Quartet, floored scale"), ("Quartet", "Quartet, nearest backward")),
         better="lower", also=("saved_loss",)),
     lost=Claim(
         "LOST's initialisation, its dense columns and φ each help at equal parameters",
@@ -467,7 +519,8 @@ CLAIMS = dict(
            for a, x in (("SVD", ""), ("random", ",from_random"))
            for b, y in (("columns", ""), ("no columns", ",no_columns"))
            for c, z in (("φ", ""), ("no φ", ",no_phi"))},
-        "val_loss", versus(*(("SVD, columns, φ", x) for x in ("random, columns, φ", "SVD, no columns, φ",
+        "val_loss", versus(*(("SVD, columns, φ", x)
+                             for x in ("random, columns, φ", "SVD, no columns, φ",
                              "SVD, columns, no φ", "random, no columns, no φ"))),
         better="lower"),
     sparse=Claim(
@@ -475,27 +528,32 @@ CLAIMS = dict(
         "and costs what a dense model of the average size does at equal tokens, too",
         "2501.12486: 25 to 75 % is near the best; one scaling law with the average size (abstract)",
         {"25 to 75 %": "pretrain,adamw,race,journey,calm,deep,sparsity80",
-         "dense, average size": "pretrain,adamw,race,calm,shallow", "dense": "pretrain,adamw,race,calm,deep"}
+         "dense, average size": "pretrain,adamw,race,calm,shallow",
+         "dense": "pretrain,adamw,race,calm,deep"}
         | {name + said: f"pretrain,adamw,race,journey,calm,deep,sparsity80,{preset}{length}"
            for name, (preset, steps) in OTHER_TIMES.items() for said, length in (
                ("", f",steps{steps}"), (", equal tokens", ""))},
         "val_loss", versus(*(("25 to 75 %", name + said) for name in OTHER_TIMES for said in (
             "", ", equal tokens")))
-        | {"25 to 75 % < 1.01 dense, average size": {"25 to 75 %": 1, "dense, average size": -1.01}},
+        | {"25 to 75 % < 1.01 dense, average size": {"25 to 75 %": 1,
+                                                     "dense, average size": -1.01}},
         better="lower"))
 
-# --- data ---------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def held(c, tok, split):
-    """rows() of a held-out split; of a file of pairs, the chosen sides of its own held-out pairs."""
+    """rows() of a held-out split; of a file of pairs, the chosen sides of its own held-out
+    pairs."""
     if c.feedback not in PAIRS or c.data in ("toyif", "ring"):
         return tasks.rows(c, tok, split)
-    found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context, f"{split} pairs", c.chat)
+    found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context, f"{split} pairs",
+                               c.chat)
     return [(r["prompt"], r["chosen"]) for r in found]
 
 
-# feedback: (c, tok, model, generator) -> rows as above, and of each what a loss or the loop reads of it
+# feedback: (c, tok, model, generator) -> rows as above, and of each what a loss or the loop reads
+# of it
 
 
 def demos(c, tok, model, generator):
@@ -505,8 +563,8 @@ def demos(c, tok, model, generator):
 
 
 def scored(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
-    """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best `share`, of
-    equal ones the first."""
+    """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best
+    `share`, of equal ones the first."""
     if text.is_corpus(c.data):
         raise UserError(f"--feedback {c.feedback}: {c.data} is a text without scores; take a task, such as "
                         f"--data toyif_base")
@@ -526,7 +584,8 @@ def scored(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
 
 
 def fitting(found, c):
-    """[(prompt, completion, fields)] -> rows and fields of those that fit the context; tells the others."""
+    """[(prompt, completion, fields)] -> rows and fields of those that fit the context; tells the
+    others."""
     kept = [((p, y), fields) for p, y, fields in found if len(p) + len(y) <= c.context]
     if len(kept) < len(found):
         print(f"{c.data}: {len(found) - len(kept)} of {len(found)} rows are longer than --context "
@@ -538,7 +597,8 @@ def fitting(found, c):
 
 def filtered(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
     """Only the best `share` of the demonstrations."""
-    kept = [(row, info) for row, info in zip(*scored(c, tok, model, generator, share=share)) if info["good"]]
+    kept = [(row, info) for row, info in zip(*scored(c, tok, model, generator, share=share))
+            if info["good"]]
     if not kept:
         raise UserError(f"--share {share}: that is no demonstration at all; raise it")
     return [row for row, _ in kept], [info for _, info in kept]
@@ -546,8 +606,9 @@ def filtered(c, tok, model, generator, *, share: Range("(0, 1]") = 0.5):
 
 def conditional(c, tok, model, generator, *,
                 share: Range("(0, 1]") = 0.5, good_tag=".", bad_tag=",", untagged: Share = 0.01):
-    """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none. The tags are
-    for ToyIF's alphabet: give others elsewhere. ours: a tag a row, not a segment; sampling bans none."""
+    """All demonstrations, a tag behind the prompt: of the best `share` or not; a few have none. The
+    tags are for ToyIF's alphabet: give others elsewhere. ours: a tag a row, not a segment; sampling
+    bans none."""
     data, infos = scored(c, tok, model, generator, share=share)
     u = torch.rand(len(data), generator=generator).tolist()
     tags = {1.0: tok.encode(good_tag), 0.0: tok.encode(bad_tag)}
@@ -570,10 +631,12 @@ def modes_of(mix):
 
 
 def hindsight(c, tok, model, generator, *, good_tag=".", bad_tag=",", mix="p,n,pn,np"):
-    """Chain of Hindsight (2302.02676): p good tag and better answer, n bad tag and worse one, pn, np both.
+    """Chain of Hindsight (2302.02676): p good tag and better answer, n bad tag and worse one, pn,
+    np both.
 
-    Both answers are scored, their EOS too; tags are not: hole is where the second one stands. ours: one mode
-    a pair, tags of one symbol (ToyIF's), and no pre-training loss beside it (0.01 in the paper)."""
+    Both answers are scored, their EOS too; tags are not: hole is where the second one stands. ours:
+    one mode a pair, tags of one symbol (ToyIF's), and no pre-training loss beside it (0.01 in the
+    paper)."""
     tags, out = dict(p=tok.encode(good_tag), n=tok.encode(bad_tag)), []
     modes = modes_of(mix)
     for r in pair_ids(c, tok):
@@ -601,7 +664,8 @@ def chosen(c, tok, model, generator):
 
 
 def sampled(c, tok, model, generator):
-    """The chosen sides, and for each of their prompts a sample of the model as it starts (good 0.0)."""
+    """The chosen sides, and for each of their prompts a sample of the model as it starts (good
+    0.0)."""
     data, infos = chosen(c, tok, model, generator)
     new = min(tasks.task(c.data).max_new, c.context - max(len(p) for p, _ in data))
     for i in range(0, len(data), 512):
@@ -613,14 +677,17 @@ def sampled(c, tok, model, generator):
     return data, infos
 
 
-FEEDBACK = dict(none=demos, scored=scored, filtered=filtered, conditional=conditional, hindsight=hindsight,
+FEEDBACK = dict(none=demos, scored=scored, filtered=filtered, conditional=conditional,
+                hindsight=hindsight,
                 both=both, chosen=chosen, sampled=sampled)
 
 
 def new_tokenizer(c):
-    """The tokenizer of a new model; a BPE is trained once on the training documents, in data/cache/."""
+    """The tokenizer of a new model; a BPE is trained once on the training documents, in
+    data/cache/."""
     if c.tokenizer != "bpe":
-        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer, chain=chains.chain_tokenizer)
+        worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer,
+                      chain=chains.chain_tokenizer)
         return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")
@@ -638,13 +705,13 @@ def new_tokenizer(c):
     return tokenizer.Tokenizer.load(folder)
 
 
-# --- LoRAM: LoRA trained on a pruned model -----------------------------------------------------------------
+# --- LoRAM: LoRA trained on a pruned model --------------------------------------------------------
 
 
 def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5, first=0, last=0):
-    """LoRAM (2502.13533): LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
-    share keys; by their weights' norm), then used on the whole one. first, last: layers left whole (4 and 2
-    for the paper's 70B). recover() brings the adapters back."""
+    """LoRAM (2502.13533): LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of
+    heads that share keys; by their weights' norm), then used on the whole one. first, last: layers
+    left whole (4 and 2 for the paper's 70B). recover() brings the adapters back."""
     check_rank(rank)
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
@@ -656,10 +723,11 @@ def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5
 
 
 def kept_units(model, ratio, first=0, last=0):
-    """{layer's name: (rows kept, columns kept)}, None for all: what structured pruning by norm leaves.
+    """{layer's name: (rows kept, columns kept)}, None for all: what structured pruning by norm
+    leaves.
 
-    A neuron is a row of gate and up and a column of down; a group, the rows of one key head in k and v, of
-    the query heads that share it in q, and their columns in o.
+    A neuron is a row of gate and up and a column of down; a group, the rows of one key head in k
+    and v, of the query heads that share it in q, and their columns in o.
     """
     c, out = model.config, {}
     group, hd = c.num_attention_heads // c.num_key_value_heads, c.head_dim
@@ -671,8 +739,10 @@ def kept_units(model, ratio, first=0, last=0):
         weight = att.v_proj.weight.view(c.num_key_value_heads, -1).norm(dim=1)
         heads = weight.topk(max(1, round(len(weight) * (1 - ratio)))).indices.sort()[0]
         keys = (heads[:, None] * hd + torch.arange(hd, device=heads.device)).flatten()
-        queries = (heads[:, None] * group * hd + torch.arange(group * hd, device=heads.device)).flatten()
-        rows = dict(q_proj=(queries, None), k_proj=(keys, None), v_proj=(keys, None), o_proj=(None, queries))
+        queries = (heads[:, None] * group * hd
+                   + torch.arange(group * hd, device=heads.device)).flatten()
+        rows = dict(q_proj=(queries, None), k_proj=(keys, None), v_proj=(keys, None),
+                    o_proj=(None, queries))
         out |= {f"layers.{i}.self_attn.{k}": v for k, v in rows.items()}
         rows = dict(gate_proj=(neurons, None), up_proj=(neurons, None), down_proj=(None, neurons))
         out |= {f"layers.{i}.mlp.{k}": v for k, v in rows.items()}
@@ -682,7 +752,8 @@ def kept_units(model, ratio, first=0, last=0):
 def pruned(linear, rows, cols):
     """The layer without the outputs and inputs that are not kept."""
     W, b = linear.weight.detach(), linear.bias
-    W, b = (W, b) if rows is None else (W[rows], None if b is None else nn.Parameter(b.detach()[rows]))
+    W, b = (W, b) if rows is None else (W[rows], None if b is None
+                                        else nn.Parameter(b.detach()[rows]))
     W = W if cols is None else W[:, cols]
     out = nn.Linear(W.size(1), W.size(0), b is not None, device="meta")
     out.weight, out.bias = nn.Parameter(W.clone()), b
@@ -690,7 +761,8 @@ def pruned(linear, rows, cols):
 
 
 def recover(small, whole):
-    """LoRAM's recovery: the adapters of a pruned model on the whole one, 0 where rows or columns were cut."""
+    """LoRAM's recovery: the adapters of a pruned model on the whole one, 0 where rows or columns
+    were cut."""
     adapters = {n: m for n, m in small.named_modules() if isinstance(m, LoRA)}
 
     def put(name, layer):
@@ -706,7 +778,7 @@ def recover(small, whole):
 
 PEFT = PEFT | dict(loram=loram)
 
-# --- linear layers: how they compute (data/numerics.py) -----------------------------------------------
+# --- linear layers: how they compute (data/numerics.py) -------------------------------------------
 
 
 def in_blocks(model, make):
@@ -723,8 +795,9 @@ def as_they_are(model, generator):
 
 def qat(model, generator, *, bits: Range("[1, 8]") = 4,
         fraction: Range("[-1, 1]") = 0.0, fuse=True):
-    """Quantisation-aware training (2509.22935): weights rounded to `bits` (1-8), a scale an output, in the
-    last `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved rounded.
+    """Quantisation-aware training (2509.22935): weights rounded to `bits` (1-8), a scale an output,
+    in the last `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved
+    rounded.
 
     fuse: the cooldown of --schedule wsd lasts as long."""
     if fraction != -1:
@@ -734,15 +807,15 @@ def qat(model, generator, *, bits: Range("[1, 8]") = 4,
 
 def halo(model, generator, *, level: Literal[0, 1, 2] = 2,
          format: Literal[*numerics.FORMATS] = "int8"):
-    """HALO (2501.02625): the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated: level 0
-    not, 1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
+    """HALO (2501.02625): the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated:
+    level 0 not, 1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
     return in_blocks(model, lambda layer: numerics.HaloLinear(layer, level, format))
 
 
 def quartet(model, generator, *, exponent: Literal[*numerics.EXPONENTS] = "quest",
             backward: Literal["stochastic", "nearest"] = "stochastic"):
-    """Quartet (2505.14669): the three products in MXFP4. exponent: of a group, a row of numerics.EXPONENTS;
-    backward: stochastic, or nearest. Saved: the float32 weights."""
+    """Quartet (2505.14669): the three products in MXFP4. exponent: of a group, a row of
+    numerics.EXPONENTS; backward: stochastic, or nearest. Saved: the float32 weights."""
     return in_blocks(model, lambda layer: numerics.QuartetLinear(
         layer, torch.randint(2 ** 31, (), generator=generator).item(), exponent, backward))
 
@@ -750,10 +823,11 @@ def quartet(model, generator, *, exponent: Literal[*numerics.EXPONENTS] = "quest
 def lost(model, generator, *, size: Range("(0, 1]") = 0.55, columns: Share = 0.05,
          gamma: Share = 0.7, phi: Literal[*numerics.PHI] = "silu",
          start: Literal["svd", "random"] = "svd"):
-    """LOST (2508.02668): `size` of the parameters, a share `columns` of inputs dense, the rest low rank.
+    """LOST (2508.02668): `size` of the parameters, a share `columns` of inputs dense, the rest low
+    rank.
 
-    ours: size, at which a square layer has the rank n/4 and 5 % of the columns. With --phi identity a plain
-    checkpoint is saved; with silu, folders that only this run's --resume reads."""
+    ours: size, at which a square layer has the rank n/4 and 5 % of the columns. With --phi identity
+    a plain checkpoint is saved; with silu, folders that only this run's --resume reads."""
     def make(layer):
         rank, k = numerics.lost_sizes(layer.in_features, layer.out_features, size, columns)
         return numerics.LostLinear(layer, rank, k, generator, gamma, phi, start)
@@ -765,7 +839,7 @@ AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimis
             schedule=SCHEDULES, peft=PEFT, linear=LINEARS, prune=numerics.PRUNING, store=STORES,
             kernels=kernels.MODES)
 
-# --- start --------------------------------------------------------------------------------------------
+# --- start ----------------------------------------------------------------------------------------
 
 
 def configured(presets, like="", **changes):
@@ -786,11 +860,13 @@ def fingerprint(c, f):
 
 
 def base(presets, like="", **changes):
-    """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not under out/sft/.
+    """The checkpoint folder that `sft.py --config presets` leaves, made now if it is not under
+    out/sft/.
 
-    like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further keys, e.g.
-    seed=1. The folder's name carries a hash of all settings, its own base's too, so that different ones never
-    share a checkpoint (delete it by hand after changing the code). On several ranks all make it together.
+    like: the asking run's own --config, whose size preset (tiny) is handed on. changes: further
+    keys, e.g. seed=1. The folder's name carries a hash of all settings, its own base's too, so that
+    different ones never share a checkpoint (delete it by hand after changing the code). On several
+    ranks all make it together.
     """
     names, argv, (c, f) = configured(presets, like, **changes)
     folder = Path("out/sft") / f"base-{'-'.join(names)}-{fingerprint(c, f)}"
@@ -806,23 +882,26 @@ def base(presets, like="", **changes):
 def find(path, like, make=True, option="--init", **changes):
     """--init's value as a folder: base:PRESETS is made if need be, anything else stands for itself.
 
-    make False: only look, so that what is missing is told before anything is made; -> the longest context
-    that it will have. Raises UserError, which names `option`, for an unknown preset, and for a folder that is
-    no language model.
+    make False: only look, so that what is missing is told before anything is made; -> the longest
+    context that it will have. Raises UserError, which names `option`, for an unknown preset, and
+    for a folder that is no language model.
     """
     if path.startswith("base:"):
         presets = path.removeprefix("base:")
-        return base(presets, like, **changes) if make else longest(configured(presets, like, **changes)[2][0])
+        return base(presets, like,
+                    **changes) if make else longest(configured(presets, like, **changes)[2][0])
     return path if make else peek(path, option=option).max_position_embeddings
 
 
 def longest(c):
-    """The context of the model that a run of these settings leaves: twice --context, or its own base's."""
+    """The context of the model that a run of these settings leaves: twice --context, or its own
+    base's."""
     return find(c.init, c.config, make=False) if c.init else 2 * c.context
 
 
 def start(c, origin):
-    """The model and tokenizer that training starts from: the folder `origin`'s, or new ones if it is ''."""
+    """The model and tokenizer that training starts from: the folder `origin`'s, or new ones if it
+    is ''."""
     if not origin:
         tok = new_tokenizer(c)
         return init(preset(c.model, tok, 2 * c.context, c.family), c.seed).to(c.device), tok
@@ -833,7 +912,8 @@ def start(c, origin):
 
 
 def open_frozen(c, f, origin, tok):
-    """What a loss reads besides the policy: {"start", "teacher", "other"}, frozen, those that it names."""
+    """What a loss reads besides the policy: {"start", "teacher", "other"}, frozen, those that it
+    names."""
     names, out = needs(f.loss), {}
     if "ref_logp" in names:
         out["start"] = start(c, origin)[0]
@@ -850,7 +930,8 @@ def open_frozen(c, f, origin, tok):
 
 
 def provide(f, model, frozen, tokens, mask, fields):
-    """What the loss names, of these rows; fields: a row's own numbers by name.   -> {name: tensor}"""
+    """What the loss names, of these rows; fields: a row's own numbers by name.   -> {name:
+    tensor}"""
     names, have = needs(f.loss), dict(mask=mask)
     where = mask[:, 1:] > 0
     if {"kl", "logits"} & set(names):
@@ -860,7 +941,8 @@ def provide(f, model, frozen, tokens, mask, fields):
     with torch.no_grad():
         if "ref_logp" in names:
             have["ref_logp"] = token_logprobs(frozen["start"], tokens, mask)             # [B, T]
-        theirs = {key: frozen[key](tokens)[:, :-1][where] for key in ("teacher", "other") if key in frozen}
+        theirs = {key: frozen[key](tokens)[:, :-1][where] for key in ("teacher", "other")
+                  if key in frozen}
     if "logits" in names:
         have["logits"] = model.logits(hidden).float()                                    # [N, V]
         have |= {key: frozen[key].logits(h).float() for key, h in theirs.items()}
@@ -871,7 +953,8 @@ def provide(f, model, frozen, tokens, mask, fields):
     for name in names:
         if name not in have and name not in fields:
             raise UserError(f"--loss {f.loss.func.__name__} reads {name}: this --feedback does not give it")
-    return {name: have[name] if name in have else torch.tensor(fields[name]).to(mask) for name in names}
+    return {name: have[name] if name in have else torch.tensor(fields[name]).to(mask)
+            for name in names}
 
 
 def scored_tokens(data, infos, ids, tok, c):
@@ -894,7 +977,7 @@ def row_losses(model, data, infos, ids, tok, c):
     return torch.cat(out)
 
 
-# --- evaluate -----------------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -911,7 +994,8 @@ def evaluate(model, tok, data, c, limit=256):
 
 
 def show(model, tok, task, problems, c, run, tag=()):
-    """Print three completions of held-out prompts (and a tag); -> the task's metric over all, at T=1."""
+    """Print three completions of held-out prompts (and a tag); -> the task's metric over all, at
+    T=1."""
     g = torch.Generator().manual_seed(c.seed)
     prompts = [[*tok.prompt(p, c.chat), *tag] for p in problems]
     room = model.config.max_position_embeddings - max(map(len, prompts))
@@ -923,19 +1007,22 @@ def show(model, tok, task, problems, c, run, tag=()):
     return {task.metric: sum(scores) / len(scores)}
 
 
-# --- train --------------------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
 def step_law(N, D):
-    """Step Law, 2503.04715: AdamW's learning rate and batch in tokens for pre-training N non-embedding
-    parameters on D tokens:  1.79 N^-0.713 D^0.307,  0.58 D^0.571. Fitted on far larger models."""
+    """Step Law, 2503.04715: AdamW's learning rate and batch in tokens for pre-training N
+    non-embedding parameters on D tokens:  1.79 N^-0.713 D^0.307,  0.58 D^0.571. Fitted on far
+    larger models."""
     return 1.79 * N ** -0.713 * D ** 0.307, 0.58 * D ** 0.571
 
 
 def suggest(model, data, c):
-    """Step Law's learning rate and batch for pre-training this model on the tokens that this run will see."""
-    N = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
-    mean = sum(len(p) + len(r) for p, r in data) / len(data)                             # tokens a row
+    """Step Law's learning rate and batch for pre-training this model on the tokens that this run
+    will see."""
+    N = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n
+            and "lm_head" not in n)
+    mean = sum(len(p) + len(r) for p, r in data) / len(data)                          # tokens a row
     D = mean * (c.steps * c.batch or c.epochs * len(data))
     lr, batch = step_law(N, D)
     print(f"Step Law (2503.04715) for AdamW, {N:,} parameters without embeddings, {D:,.0f} tokens: "
@@ -949,12 +1036,13 @@ def box(model, decay):
     """The matrices' largest |W| times λ, and the share of weights within 5 % of the wall at 1/λ."""
     W = torch.cat([p.detach().flatten() for n, p in model.named_parameters()
                    if "layers." in n and p.dim() == 2])
-    return dict(box=W.abs().max().item() * decay, at_wall=(W.abs() * decay > 0.95).float().mean().item())
+    return dict(box=W.abs().max().item() * decay,
+                at_wall=(W.abs() * decay > 0.95).float().mean().item())
 
 
 def reached(rows, target):
-    """When val_loss fell to the target, on a straight line between evaluations: steps, seconds of training;
-    a run that never got there has its whole length, and reached 0."""
+    """When val_loss fell to the target, on a straight line between evaluations: steps, seconds of
+    training; a run that never got there has its whole length, and reached 0."""
     seen = [r for r in rows if "val_loss" in r]
     for before, r in zip([None, *seen], seen):
         if r["val_loss"] <= target:
@@ -968,7 +1056,8 @@ def reached(rows, target):
 
 def check_layers(c, ranks):
     """UserError for what --linear and --prune do not go with."""
-    asked = [f"--linear {c.linear}"] * (c.linear != "plain") + [f"--prune {c.prune}"] * (c.prune != "none")
+    asked = [f"--linear {c.linear}"] * (c.linear != "plain") + [f"--prune {c.prune}"] * (c.prune
+                                                                                         != "none")
     for said in asked:
         if ranks > 1:
             raise UserError(f"{said} runs on one rank: start it without torchrun")
@@ -999,7 +1088,8 @@ PAIRS = ("hindsight", "both", "chosen", "sampled")     # feedback that is made o
 
 
 def check(c, f, ranks):
-    """UserError for all that can be known before anything is made: files, folders, what does not combine."""
+    """UserError for all that can be known before anything is made: files, folders, what does not
+    combine."""
     names = needs(f.loss)
     for wrong, words in (
             (c.batch % ranks, f"--batch {c.batch} is not a multiple of the {ranks} ranks"),
@@ -1038,7 +1128,8 @@ def check(c, f, ranks):
 
 
 def write(net, tok, folder):
-    """save(); a folder of LOST layers with φ gets a model_type that nothing opens: they are no matrices."""
+    """save(); a folder of LOST layers with φ gets a model_type that nothing opens: they are no
+    matrices."""
     save(net, tok, folder)
     if any(isinstance(m, numerics.LostLinear) for m in net.modules()):
         path = Path(folder, "config.json")
@@ -1051,13 +1142,14 @@ def train(c, f):
     me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
     names = needs(f.loss)
     check(c, f, ranks)
-    origin = find(c.init, c.config, device=c.device)             # made before this run's clock starts
+    origin = find(c.init, c.config, device=c.device)  # made before this run's clock starts
     kernels.use(c.kernels)
     if c.suggest:
         model, tok = start(c, origin)
         return suggest(model, tasks.rows(c, tok, "train"), c)
     with Run(c, f, "sft", CURVES) as run:
-        whole_in_checkpoint = (c.peft in ("full", "hft") and c.store == "float32" and c.linear == "plain")
+        whole_in_checkpoint = (c.peft in ("full", "hft") and c.store == "float32"
+                               and c.linear == "plain")
         resumed = run.last if run.last and whole_in_checkpoint else None
         model, tok = load(resumed, c.device) if resumed else start(c, origin)
         frozen = open_frozen(c, f, origin, tok)
@@ -1066,8 +1158,9 @@ def train(c, f):
         model = f.peft(f.store(model), torch.Generator().manual_seed(c.seed))
         model = f.linear(model, torch.Generator().manual_seed(c.seed))
         tag = tok.encode(f.feedback.keywords["good_tag"]) if "good_tag" in f.feedback.keywords else []
-        held_out = {s: [([*p, *tag], y) for p, y in held(c, tok, s)] for s in tasks.held_out(c.data)}
-        visits = (run.state or {}).get("visits", {})             # GLOW: a row's loss when it was last seen
+        held_out = {s: [([*p, *tag], y) for p, y in held(c, tok, s)]
+                    for s in tasks.held_out(c.data)}
+        visits = (run.state or {}).get("visits", {})  # GLOW: a row's loss when it was last seen
         if c.watch:
             held_out["watch"] = tasks.rows(replace(c, data=c.watch), tok, "val")
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
@@ -1081,8 +1174,10 @@ def train(c, f):
             opt.load_state_dict(run.state["opt"])
         forward = torch.compile(model) if c.compile else model
         run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(data)} "
-                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks" * (ranks > 1)
-                + "; packed layers will be saved dense" * (PackedLinear in map(type, model.modules())))
+                f"rows, {total} steps of {c.batch}, {c.device} {c.dtype}" + f" x {ranks} ranks"
+                * (ranks > 1)
+                + "; packed layers will be saved dense"
+                * (PackedLinear in map(type, model.modules())))
         if c.optimiser in ("eco", "eco_sgd") and c.store == "float32":
             run.say("  eco without --store bfloat16, int8 or int4: nothing is rounded, it is its host")
         for group in opt.param_groups:
@@ -1130,30 +1225,33 @@ def train(c, f):
             began = now()
             numerics.begin(model, step, step >= rounds_from)
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
-            n = sum(len(data[i][1]) for i in picked)                             # scored tokens of the step
+            n = sum(len(data[i][1]) for i in picked)                     # scored tokens of the step
             n -= sum(b - a for i in picked for a, b in [infos[i].get("hole", (0, 0))])
             picked = picked[me::ranks]                                           # this rank's rows
             # 2. score
             loss, aux = 0.0, 0.0
             weight, before = {}, {j: visits.get(j, math.nan) for j in picked}
-            if "weight" in names:                                # of the whole batch, before any micro-batch
-                w = batch_weights(row_losses(forward, data, infos, picked, tok, c), **f.loss.keywords)
+            if "weight" in names:  # of the whole batch, before any micro-batch
+                w = batch_weights(row_losses(forward, data, infos, picked, tok, c),
+                                  **f.loss.keywords)
                 weight = dict(zip(picked, w.tolist()))
             for i in range(0, len(picked), c.micro):
                 ids = picked[i:i + c.micro]
                 part = [data[j] for j in ids]
-                tokens, mask = scored_tokens(data, infos, ids, tok, c)                   # [b, T], [b, T]
+                tokens, mask = scored_tokens(data, infos, ids, tok, c)              # [b, T], [b, T]
                 fields = {key: [infos[j][key] for j in ids] for key in infos[ids[0]]} | dict(
                     weight=[weight.get(j, 1.0) for j in ids], before=[before[j] for j in ids])
-                if ranks > 1:                                    # gradients meet after the last micro-batch
+                if ranks > 1:  # gradients meet after the last micro-batch
                     model.set_requires_gradient_sync(i + c.micro >= len(picked))
                 with autocast(c.device, c.dtype):
                     have = provide(f, forward, frozen, tokens, mask, fields)
                     part_loss = f.loss(**have)
-                    part_loss = ((part_loss * mask).sum() / n if part_loss.dim() == 2    # [b, T], or [b]
+                    part_loss = ((part_loss * mask).sum() / n
+                                 if part_loss.dim() == 2                            # [b, T], or [b]
                                  else part_loss.sum() / c.batch)
                     ends = torch.tensor([len(p) + len(r) for p, r in part], device=tokens.device)
-                    real = torch.arange(tokens.size(1), device=tokens.device) < ends[:, None]  # [b, T]
+                    real = torch.arange(tokens.size(1), device=tokens.device) < ends[:,
+                                                                                     None]  # [b, T]
                     balance = load_balance_loss(model, real) * len(part) / c.batch
                 if "before" in names:
                     visits |= zip(ids, (-have["logp"].detach().sum(1) / mask.sum(1)).tolist())
@@ -1167,7 +1265,8 @@ def train(c, f):
                 norm, both = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
                 dist.all_reduce(both)
                 loss, aux = both.tolist()
-            set_lr(opt, c.lr * schedule(**{k: (seen | dict(step=step))[k] for k in needs(schedule)}))
+            set_lr(opt, c.lr * schedule(**{k: (seen | dict(step=step))[k]
+                                           for k in needs(schedule)}))
             updating = now()
             opt.step()
             pruned_to = cut(step + 1)
@@ -1176,7 +1275,8 @@ def train(c, f):
             clock["all"] += now() - began
             clipped += float(norm) > c.clip
             # 4. tell
-            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n, seconds=clock["all"])
+            row = dict(loss=loss, norm=norm, lr=opt.param_groups[0]["lr"], tokens=n,
+                       seconds=clock["all"])
             row |= (dict(aux=aux) if aux else {}) | pruned_to
             if (step + 1) % c.eval_every == 0 or step + 1 == total:
                 run.check(step + 1, model)
@@ -1187,7 +1287,8 @@ def train(c, f):
                 net, state = whole(), opt.state_dict()           # collective: every rank takes part
                 adapter = adapter_state(net) if net is not None else {}
                 adapter |= dict(net.named_buffers()) if c.linear != "plain" else {}
-                run.save(step + 1, lambda folder: write(plain(net), tok, folder), opt=state, adapter=adapter,
+                run.save(step + 1, lambda folder: write(plain(net), tok,
+                                                        folder), opt=state, adapter=adapter,
                          clock=clock, visits=visits, masks=masks)
         if c.stop and c.stop < total:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
@@ -1219,12 +1320,13 @@ def train(c, f):
         if not text.is_corpus(c.data) and net is not None:
             task = tasks.task(c.data)
             quality = show(plain(net), tok, task, task.problems("val", 64, c.seed), c, run, tag)
-            run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
+            run.say("  held out: " + "  ".join(f"{k} {v:.3f}"
+                                               for k, v in (scores | quality).items()))
             scores |= {f"val_{k}": v for k, v in quality.items()}
         return share(run.finish(**scores))
 
 
-# --- main ---------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):

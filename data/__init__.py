@@ -1,1 +1,2 @@
-"""data - what goes into a run and what comes out of it.  Each module stands alone; README.md lists them."""
+"""data - what goes into a run and what comes out of it.  Each module stands alone; README.md lists
+them."""

@@ -1,16 +1,19 @@
 """
-chains.py - the arena of grpo.py: five small tasks solved step by step, and demonstrations of mixed quality.
+chains.py - the arena of grpo.py: five small tasks solved step by step, and demonstrations of mixed
+quality.
 
     chain      9-1+2+3?               -1=8+2=0+3=3####3            a running digit, modulo 10
     sort       s52918?                >1>2>5>8>9####12589          the smallest of what is left
     graph      g2>1,1>3,3>2:1,2?      1>33>2####2                  so many hops from a node
-    add        a78,21?                780=15211=04####45           27+18, a column at a time, units first
-    countdown  c4,7,3>25?             4+7=11,11-3=8w4*7=28,28-3=25####4*7-3      search; w after what failed
+    add        a78,21?                780=15211=04####45           27+18, a column at a time, units
+    first
+    countdown  c4,7,3>25?             4+7=11,11-3=8w4*7=28,28-3=25####4*7-3      search; w after
+    what failed
 
-A problem is {"prompt", "answer", "seed"}; a response is cells, each a lead and a value, then #### and an
-answer. A kind is a few functions of the prompt; its solver is a generator that yields (lead, right value,
-values that a slip may write) and is sent the value that was written (None: the cell was left out), so that
-errors carry on.
+A problem is {"prompt", "answer", "seed"}; a response is cells, each a lead and a value, then ####
+and an answer. A kind is a few functions of the prompt; its solver is a generator that yields (lead,
+right value, values that a slip may write) and is sent the value that was written (None: the cell
+was left out), so that errors carry on.
 """
 import random
 import re
@@ -30,7 +33,8 @@ def chain_tokenizer():
 
 
 class Kind(NamedTuple):
-    """One family of problems. A depth is a number of cells: from train[0] to train[1], or of ood."""
+    """One family of problems. A depth is a number of cells: from train[0] to train[1], or of
+    ood."""
     draw: Callable               # (rng, depth) -> prompt
     solve: Callable              # prompt -> generator of (lead, right, choices), returns the answer
     guess: Callable              # (prompt, rng) -> an answer of the right form
@@ -40,7 +44,7 @@ class Kind(NamedTuple):
     ood: tuple
 
 
-# --- the five -----------------------------------------------------------------------------------------
+# --- the five -------------------------------------------------------------------------------------
 
 def draw_chain(rng, depth):
     """A digit and `depth` terms of ±1, ±2 or ±3."""
@@ -79,7 +83,8 @@ def solve_sort(prompt):
 
 
 def draw_graph(rng, depth):
-    """One edge from each of six nodes (more than four hops: eight), in any order; a start, and the hops."""
+    """One edge from each of six nodes (more than four hops: eight), in any order; a start, and the
+    hops."""
     nodes = DIGITS[1:7] if depth < 5 else DIGITS[1:9]
     edges = [f"{a}>{rng.choice(nodes.replace(a, ''))}" for a in rng.sample(nodes, len(nodes))]
     return f"g{','.join(edges)}:{rng.choice(nodes)},{depth}?"
@@ -103,7 +108,8 @@ def shuffle_graph(prompt, rng):
 
 def draw_add(rng, depth):
     """Two numbers of `depth` digits, their columns side by side, units first."""
-    columns = [(rng.randrange(i == depth - 1, 10), rng.randrange(i == depth - 1, 10)) for i in range(depth)]
+    columns = [(rng.randrange(i == depth - 1, 10), rng.randrange(i == depth - 1, 10))
+               for i in range(depth)]
     return f"a{','.join(f'{x}{y}' for x, y in columns)}?"
 
 
@@ -111,7 +117,8 @@ def solve_add(prompt):
     """Each column with what it carries."""
     out, carry = "", 0
     for x, y in re.findall(r"(\d)(\d)", prompt):
-        seen = yield f"{x}{y}{carry}=", f"{int(x) + int(y) + carry:02d}", [f"{i:02d}" for i in range(20)]
+        seen = yield f"{x}{y}{carry}=", f"{int(x) + int(y) + carry:02d}", [f"{i:02d}"
+                                                                           for i in range(20)]
         carry, out = (0, out) if seen is None else (int(seen) // 10, seen[1] + out)
     return (str(carry) if carry or not out else "") + out
 
@@ -122,7 +129,8 @@ def shuffle_add(prompt, rng):
 
 
 def attempt(numbers, rng):
-    """A random way to use every number once, from left to right: ([(lead, value)], expression, result)."""
+    """A random way to use every number once, from left to right: ([(lead, value)], expression,
+    result)."""
     first, *rest = rng.sample(numbers, len(numbers))
     total, text, cells = int(first), first, []
     for n in rest:
@@ -141,11 +149,13 @@ def draw_countdown(rng, depth):
 
 
 def solve_countdown(prompt):
-    """Up to two attempts that fail, each followed by w, then one that works; slips spoil the last."""
-    numbers, target = re.findall(r"\d+", prompt.partition(">")[0]), int(prompt.partition(">")[2][:-1])
+    """Up to two attempts that fail, each followed by w, then one that works; slips spoil the
+    last."""
+    numbers, target = re.findall(r"\d+",
+                                 prompt.partition(">")[0]), int(prompt.partition(">")[2][:-1])
     rng, failed, works = random.Random(f"search/{prompt}"), [], None
     fails = rng.randint(0, 2)
-    for _ in range(10000):                       # a drawn target is reached; a made-up one may not be
+    for _ in range(10000):  # a drawn target is reached; a made-up one may not be
         one = attempt(numbers, rng)
         if one[2] != target:
             failed.append(one)
@@ -172,21 +182,26 @@ def shuffle_countdown(prompt, rng):
 KINDS = dict(
     chain=Kind(draw_chain, solve_chain, lambda prompt, rng: str(rng.randrange(10)), shuffle_chain,
                r"[+-]\d=\d", (2, 4), (5, 6)),
-    sort=Kind(draw_sort, solve_sort, lambda prompt, rng: "".join(rng.sample(prompt[1:-1], len(prompt) - 2)),
+    sort=Kind(draw_sort, solve_sort,
+              lambda prompt, rng: "".join(rng.sample(prompt[1:-1], len(prompt) - 2)),
               lambda prompt, rng: f"s{''.join(rng.sample(prompt[1:-1], len(prompt) - 2))}?",
               r">\d", (4, 6), (7, 8)),
-    graph=Kind(draw_graph, solve_graph, lambda prompt, rng: rng.choice(re.findall(r"(\d)>", prompt)),
+    graph=Kind(draw_graph, solve_graph,
+               lambda prompt, rng: rng.choice(re.findall(r"(\d)>", prompt)),
                shuffle_graph, r"\d>\d", (2, 4), (5, 6)),
     add=Kind(draw_add, solve_add,
-             lambda prompt, rng: "".join(rng.choices(DIGITS[1:], k=len(re.findall(r"\d\d", prompt)))),
+             lambda prompt, rng: "".join(rng.choices(DIGITS[1:],
+                                                     k=len(re.findall(r"\d\d", prompt)))),
              shuffle_add, r"\d\d\d=\d\d", (2, 4), (5, 6)),
     countdown=Kind(draw_countdown, solve_countdown,
-                   lambda prompt, rng: attempt(re.findall(r"\d+", prompt.partition(">")[0]), rng)[1],
+                   lambda prompt, rng: attempt(re.findall(r"\d+", prompt.partition(">")[0]),
+                                               rng)[1],
                    shuffle_countdown, r"-?\d+[-+*]\d+=-?\d+", (3, 3), (4, 4)))
 
 
 def reaches(prompt, expression):
-    """Whether sums and products from left to right, every number of the prompt once, reach its target."""
+    """Whether sums and products from left to right, every number of the prompt once, reach its
+    target."""
     numbers, _, target = prompt[1:-1].partition(">")
     if len(expression) > 40 or not re.fullmatch(r"\d+(?:[-+*]\d+)*", expression):
         return False
@@ -194,10 +209,11 @@ def reaches(prompt, expression):
     total = int(first)
     for op, n in zip(rest[::2], map(int, rest[1::2])):
         total = {"+": total + n, "-": total - n, "*": total * n}[op]
-    return total == int(target) and sorted(re.findall(r"\d+", expression)) == sorted(numbers.split(","))
+    return total == int(target) and sorted(re.findall(r"\d+",
+                                                      expression)) == sorted(numbers.split(","))
 
 
-# --- the task -----------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
 def held(prompt):
@@ -206,27 +222,32 @@ def held(prompt):
 
 
 class Chain:
-    """One of KINDS, with demonstrations of a style: good (brief and right), wordy (right), mixed (flawed).
+    """One of KINDS, with demonstrations of a style: good (brief and right), wordy (right), mixed
+    (flawed).
 
-    Flaws, each a probability: direct guesses at once (the short wrong strategy that a price on length can
-    collapse to); skip leaves a cell out; slip writes a wrong value. Words: wait says "w" and the cell again,
-    nearly always right (useful: it repairs slips); up to `fill` ";" follow a cell (neutral). train and val
-    share no problem (val is 1/8, by hash); ood is longer.
+    Flaws, each a probability: direct guesses at once (the short wrong strategy that a price on
+    length can collapse to); skip leaves a cell out; slip writes a wrong value. Words: wait says "w"
+    and the cell again, nearly always right (useful: it repairs slips); up to `fill` ";" follow a
+    cell (neutral). train and val share no problem (val is 1/8, by hash); ood is longer.
     """
     metric, splits, max_new = "accuracy", ("train", "val", "ood"), 72
 
-    def __init__(self, kind="chain", style="mixed", direct=0.5, skip=0.03, slip=0.1, wait=0.2, fill=4):
+    def __init__(self, kind="chain", style="mixed", direct=0.5, skip=0.03, slip=0.1, wait=0.2,
+                 fill=4):
         if kind not in KINDS or style not in ("mixed", "wordy", "good"):
             raise UserError(f"{kind} has no style {style!r}{nearest(style, ('mixed', 'wordy', 'good'))}")
         self.name, self.kind, self.style = kind, KINDS[kind], style
         self.direct, self.skip, self.slip, self.wait, self.fill = direct, skip, slip, wait, fill
-        self.phrases = (*(x for x in "=>+-*" if x in self.kind.cell), "w", "####")       # forms of reasoning
+        self.phrases = (*(x for x in "=>+-*" if x in self.kind.cell), "w",
+                        "####")                                                 # forms of reasoning
 
     def sample(self, rng, split="train"):
-        """{"prompt", "answer", "seed"} of one problem, drawn by rng; the seed fixes its demonstration."""
+        """{"prompt", "answer", "seed"} of one problem, drawn by rng; the seed fixes its
+        demonstration."""
         check_split(split)
         while True:
-            prompt = self.kind.draw(rng, rng.randint(*(self.kind.ood if split == "ood" else self.kind.train)))
+            prompt = self.kind.draw(rng, rng.randint(*(self.kind.ood if split == "ood"
+                                                       else self.kind.train)))
             if split == "ood" or held(prompt) == (split == "val"):
                 return dict(prompt=prompt, answer=self.follow(prompt)[0], seed=rng.getrandbits(32))
 
@@ -238,7 +259,8 @@ class Chain:
         return [self.sample(rng, split) for _ in range(n)]
 
     def follow(self, prompt, write=lambda lead, right, choices: right):
-        """The solver's (answer, [(lead, value)]) where write says what each cell's value becomes."""
+        """The solver's (answer, [(lead, value)]) where write says what each cell's value
+        becomes."""
         steps, cells, seen = self.kind.solve(prompt), [], None
         try:
             lead, right, choices = next(steps)
@@ -250,7 +272,8 @@ class Chain:
             return end.value, cells
 
     def demo(self, problem, style=""):
-        """A response of the style (default: the task's own); mixed ones are right about half the time."""
+        """A response of the style (default: the task's own); mixed ones are right about half the
+        time."""
         rng, text = random.Random(f"{self.name}/{problem['prompt']}/{problem['seed']}"), []
         flawed, wordy = (style or self.style) == "mixed", (style or self.style) != "good"
         if flawed and rng.random() < self.direct:
@@ -276,7 +299,8 @@ class Chain:
         return found[1] if found else ""
 
     def reward(self, problem, completion, finished=True):
-        """1.0 if the response ended and states the right answer (countdown: any that works), else 0.0."""
+        """1.0 if the response ended and states the right answer (countdown: any that works), else
+        0.0."""
         answer = self.stated(completion)
         if self.name == "countdown":
             return float(finished and reaches(problem["prompt"], answer))
@@ -284,27 +308,31 @@ class Chain:
 
     def paraphrase(self, problem, rng):
         """The same problem in other words, on the same side of train and val: the same answer."""
-        for _ in range(100):                                     # numbers swapped: one other way, or none
+        for _ in range(100):  # numbers swapped: one other way, or none
             prompt = self.kind.shuffle(problem["prompt"], rng)
             if prompt != problem["prompt"] and held(prompt) == held(problem["prompt"]):
                 return problem | dict(prompt=prompt)
         return problem
 
     def habits(self, text):
-        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no cell."""
+        """What a response spends its tokens on: {"cells", "waits", "fillers", "guess"}; guess: no
+        cell."""
         cells = len(self.steps(text))
-        return dict(cells=cells, waits=text.count("w"), fillers=text.count(";"), guess=float(cells == 0))
+        return dict(cells=cells, waits=text.count("w"), fillers=text.count(";"),
+                    guess=float(cells == 0))
 
     def steps(self, text):
         """Where each cell of a response ends, as indices of characters."""
         return [m.end() for m in re.finditer(self.kind.cell, text.partition("####")[0])]
 
     def hints(self, problem):
-        """The facts that solve a problem, as texts that may follow its prompt: a good response's cells."""
+        """The facts that solve a problem, as texts that may follow its prompt: a good response's
+        cells."""
         return [lead + value for lead, value in self.follow(problem["prompt"])[1]]
 
     def cells(self, text):
-        """The cells of a response, [(text, is it said again, after a w?)]; countdown says none again."""
+        """The cells of a response, [(text, is it said again, after a w?)]; countdown says none
+        again."""
         text = text.partition("####")[0]
         return [(m[0], self.name != "countdown" and text[m.start() - 1:m.start()] == "w")
                 for m in re.finditer(self.kind.cell, text)]
@@ -315,7 +343,8 @@ class Chain:
             raise UserError("countdown has many right searches: no steps to compare with; choose another")
 
     def process(self, problem, text):
-        """A score of each cell of a response: 1.0 if it is what a good response has there (not countdown)."""
+        """A score of each cell of a response: 1.0 if it is what a good response has there (not
+        countdown)."""
         good, at, out = self.hints(problem), 0, []
         self.only_one_way()
         for cell, again in self.cells(text):
@@ -324,14 +353,17 @@ class Chain:
         return out
 
     def checks(self, problem, text):
-        """What can be checked without the answer: {"format", "cells", "complete", "agrees"}, each a bool.
+        """What can be checked without the answer: {"format", "cells", "complete", "agrees"}, each a
+        bool.
 
-        cells: every one follows from the last; complete: none is missing; agrees: the answer is their result.
-        What is said again counts in the place of what it repeats. Not for countdown: every search differs.
+        cells: every one follows from the last; complete: none is missing; agrees: the answer is
+        their result. What is said again counts in the place of what it repeats. Not for countdown:
+        every search differs.
         """
         self.only_one_way()
         found = self.cells(text)
-        left = [cell for i, (cell, _) in enumerate(found) if not (i + 1 < len(found) and found[i + 1][1])]
+        left = [cell for i, (cell, _) in enumerate(found)
+                if not (i + 1 < len(found) and found[i + 1][1])]
         fits, missing = [], []
 
         def write(lead, right, choices):
@@ -340,5 +372,6 @@ class Chain:
             fits.append(not cell or cell == lead + right)
             return cell[len(lead):] if cell.startswith(lead) and cell[len(lead):] in choices else right
         answer, _ = self.follow(problem["prompt"], write)
-        return dict(format=bool(self.stated(text)), cells=all(fits), complete=not any(missing) and not left,
+        return dict(format=bool(self.stated(text)), cells=all(fits), complete=not any(missing)
+                    and not left,
                     agrees=answer == self.stated(text))

@@ -16,16 +16,18 @@ import torch
 
 
 def solvable(counts):
-    """RIF (2507.05386): keep the prompts with a correct response among K, also those with nothing else."""
+    """RIF (2507.05386): keep the prompts with a correct response among K, also those with nothing
+    else."""
     return [n > 0 for n in counts]
 
 
 def sufficient(m, accuracy, margin=0.0):
-    """KnowRL's constrained subset search (2604.12627): the hints of 0 … m-1 that reach most with fewest.
+    """KnowRL's constrained subset search (2604.12627): the hints of 0 … m-1 that reach most with
+    fewest.
 
-    accuracy(frozenset of hints) -> float. H: those whose removal does not hurt; N, of H: those whose removal
-    is best, removed outright; of the others in H every subset is tried. Of all within the margin of the best,
-    a standard error of accuracy, the fewest hints.
+    accuracy(frozenset of hints) -> float. H: those whose removal does not hurt; N, of H: those
+    whose removal is best, removed outright; of the others in H every subset is tried. Of all within
+    the margin of the best, a standard error of accuracy, the fewest hints.
     """
     full = frozenset(range(m))
     without = {i: accuracy(full - {i}) for i in full}
@@ -36,21 +38,23 @@ def sufficient(m, accuracy, margin=0.0):
     tried = [full - N - set(x) for n in range(len(C) + 1) for x in itertools.combinations(C, n)]
     tried = [frozenset(), full, *tried]
     best = max(map(accuracy, tried))
-    return min((x for x in tried if accuracy(x) >= best - margin), key=lambda x: (len(x), -accuracy(x)))
+    return min((x for x in tried if accuracy(x) >= best - margin),
+               key=lambda x: (len(x), -accuracy(x)))
 
 
 def reweighted(histories, *, window=10, temperature=5.0):
     """RECAP (2510.21978): the weights of K objectives from their losses, K softmax((c + i) / T).
 
-    c = mean(last W) / mean(the W before): stalled is near 1, improving below; i = std(last W) / the sum of
-    the two means: unstable. 1 each until all have 2 W values. The weights sum to K.
+    c = mean(last W) / mean(the W before): stalled is near 1, improving below; i = std(last W) / the
+    sum of the two means: unstable. 1 each until all have 2 W values. The weights sum to K.
     """
     if min(map(len, histories)) < 2 * window:
         return [1.0] * len(histories)
     s = []
     for h in histories:
         last, before = statistics.fmean(h[-window:]), statistics.fmean(h[-2 * window:-window])
-        s.append(last / max(before, 0.01) + statistics.pstdev(h[-window:]) / max(last + before, 0.01))
+        s.append(last / max(before, 0.01) + statistics.pstdev(h[-window:])
+                 / max(last + before, 0.01))
     return (len(s) * torch.softmax(torch.tensor(s, dtype=torch.float64) / temperature, 0)).tolist()
 
 
@@ -60,7 +64,8 @@ def spelled(ids, tok, chars):
 
 
 def pass_at_k(n, correct, k):
-    """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, from c of n (2107.03374 eq. 1)."""
+    """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, from c of n (2107.03374
+    eq. 1)."""
     out = 1.0
     for i in range(n - correct + 1, n + 1):
         out *= 1 - k / i
@@ -68,7 +73,8 @@ def pass_at_k(n, correct, k):
 
 
 def of_samples(right, answers):
-    """{"pass@2", "pass@4", … up to G; "maj@G"} of right [P, G] and what each response stated ("": nothing).
+    """{"pass@2", "pass@4", … up to G; "maj@G"} of right [P, G] and what each response stated ("":
+    nothing).
 
     maj@G: the share of prompts whose most frequent answer is right; ties: the first seen.
     """
@@ -86,7 +92,8 @@ def of_samples(right, answers):
 
 
 def crossing(rising, target, low=0.05, high=20.0):
-    """x in [low, high] where an increasing function is the target, by bisection; None if it never is."""
+    """x in [low, high] where an increasing function is the target, by bisection; None if it never
+    is."""
     if rising(low) > target or rising(high) < target:
         return None
     while high / low > 1 + 1e-5:

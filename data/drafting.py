@@ -13,11 +13,12 @@ from collections import Counter
 import numpy as np
 import torch
 
-# --- 1 predictions: 2211.17192 -----------------------------------------------------------------------------
+# --- 1 predictions: 2211.17192 --------------------------------------------------------------------
 
 
 def block_efficiency(alpha, gamma):
-    """Tokens a round where each of γ drafts is kept with probability α:  (1 - α^(γ+1)) / (1 - α)."""
+    """Tokens a round where each of γ drafts is kept with probability α:  (1 - α^(γ+1)) / (1 -
+    α)."""
     return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
@@ -26,7 +27,7 @@ def speedup(alpha, gamma, c, v=1.0):
     return block_efficiency(alpha, gamma) / (gamma * c + v)
 
 
-# --- 2 counts -----------------------------------------------------------------------------------------
+# --- 2 counts -------------------------------------------------------------------------------------
 
 BINS = 10                # of the draft's confidence, in Tally.chance
 
@@ -34,9 +35,9 @@ BINS = 10                # of the draft's confidence, in Tally.chance
 class Tally:
     """What was counted: the numbers of a speculative run, and what draft lengths are chosen by.
 
-    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed: drafted
-    ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft; tries, hits: by
-    the draft's confidence.
+    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed:
+    drafted ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft;
+    tries, hits: by the draft's confidence.
     """
 
     def __init__(self):
@@ -45,7 +46,8 @@ class Tally:
         self.tries, self.hits = [0] * BINS, [0] * BINS
 
     def note(self, kept, count, sure):
-        """One round: kept, count [B], sure [B, G]. Only tested tokens count: up to the first not kept."""
+        """One round: kept, count [B], sure [B, G]. Only tested tokens count: up to the first not
+        kept."""
         self.passes[sure.size(1)] += 1
         for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
             self.rounds, self.proposed = self.rounds + 1, self.proposed + n
@@ -57,10 +59,13 @@ class Tally:
                 self.hits[place] += j < k
 
     def chance(self, sure):
-        """How often tokens of this confidence [B, k] were kept, and at the end the mean.   -> [B, k+1]
+        """How often tokens of this confidence [B, k] were kept, and at the end the mean.   -> [B,
+        k+1]
 
-        Counts start as if two tokens of each confidence had been tested, and kept as often as it says."""
-        table = [(h + (2 * i + 1) / BINS) / (t + 2) for i, (h, t) in enumerate(zip(self.hits, self.tries))]
+        Counts start as if two tokens of each confidence had been tested, and kept as often as it
+        says."""
+        table = [(h + (2 * i + 1) / BINS) / (t + 2)
+                 for i, (h, t) in enumerate(zip(self.hits, self.tries))]
         mean = (sum(self.hits) + 1.4) / (sum(self.tries) + 2)
         known = [[table[min(BINS - 1, int(x * BINS))] for x in row] for row in sure.tolist()]
         return torch.tensor([[*row, mean] for row in known], device=sure.device)
@@ -86,12 +91,15 @@ class Tally:
             1, sum(self.passes.values()))
 
     def numbers(self, cost, seconds, rows, plain):
-        """A row of the table: `rows` prompts took `seconds`; plain: tokens a second without drafts."""
+        """A row of the table: `rows` prompts took `seconds`; plain: tokens a second without
+        drafts."""
         drafts = sum(G * n for G, n in self.passes.items()) / max(1, self.passes.total())
-        rate = (self.tokens + rows) / seconds                    # the prefill gives each row its first token
+        rate = (self.tokens + rows) / seconds  # the prefill gives each row its first token
         return dict(tokens_per_second=rate, speedup=rate / plain, predicted=self.predicted(cost),
-                    acceptance=self.acceptance, kept_of_drafted=self.kept.total() / max(1, self.proposed),
-                    efficiency=self.efficiency, independent=self.independent(), drafts=drafts, cost=cost.c,
+                    acceptance=self.acceptance,
+                    kept_of_drafted=self.kept.total() / max(1, self.proposed),
+                    efficiency=self.efficiency, independent=self.independent(), drafts=drafts,
+                    cost=cost.c,
                     verify_cost=float(np.interp(drafts, range(len(cost.v)), cost.v)))
 
 
@@ -109,19 +117,22 @@ def line(name, row):
 
 
 def first_difference(target, a, b, prompt):
-    """The target's gap between its two likeliest tokens, in nats, where two greedy completions part."""
+    """The target's gap between its two likeliest tokens, in nats, where two greedy completions
+    part."""
     i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
     with torch.no_grad():
-        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]], device=target.head.device))[:, -1])
+        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]],
+                                                   device=target.head.device))[:, -1])
     best = logits[0].topk(2).values
     return (best[0] - best[1]).item()
 
 
-# --- 3 prompt lookup ----------------------------------------------------------------------------------
+# --- 3 prompt lookup ------------------------------------------------------------------------------
 
 
 class Lookup:
-    """Prompt lookup: what followed the last n = 3, 2, 1 tokens where they stood last, in the row's own text.
+    """Prompt lookup: what followed the last n = 3, 2, 1 tokens where they stood last, in the row's
+    own text.
 
     A point mass, so sampling keeps x with probability p(x). ours: the latest place, not the first.
     """
@@ -148,7 +159,8 @@ class Lookup:
         found = []
         for b, (seen, last) in enumerate(zip(self.seen, self.last)):
             self.read(seen, last, text[b, len(seen):length[b]].tolist())
-            at = next((last[k] for n in range(self.n, 0, -1) if (k := tuple(seen[-n:])) in last), len(seen))
+            at = next((last[k] for n in range(self.n, 0, -1) if (k := tuple(seen[-n:])) in last),
+                      len(seen))
             found.append(seen[at:])
         k, want = 0, torch.tensor([len(x) for x in found], device=text.device)           # [B]
         count, sure = torch.zeros_like(want), torch.ones_like(u[:, :, 0])

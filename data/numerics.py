@@ -5,10 +5,11 @@ numerics.py - low precision and sparsity, simulated exactly in float32: what sft
     rotate(x, 32)                                # block Hadamard; rotate(rotate(x, 32), 32) is x
     linear = QuartetLinear(nn.Linear(64, 64))    # the layer that trains in MXFP4
 
-Map      1 rotations   2 formats   3 MXFP4   4 HALO   5 Quartet   6 QAT   7 LOST   8 pruning while training
-Letters  X [N, n] inputs of N tokens, W [m, n] = [out, in], Y = X W^T [N, m], E = dL/dY, H Hadamard, s a scale
-Every quantiser here rounds and returns floats (mx4 its codes, too), so that a later kernel has an exact
-reference. A layer has merged(): the plain linear layer that a checkpoint holds.
+Map      1 rotations   2 formats   3 MXFP4   4 HALO   5 Quartet   6 QAT   7 LOST   8 pruning while
+training Letters  X [N, n] inputs of N tokens, W [m, n] = [out, in], Y = X W^T [N, m], E = dL/dY, H
+Hadamard, s a scale Every quantiser here rounds and returns floats (mx4 its codes, too), so that a
+later kernel has an exact reference. A layer has merged(): the plain linear layer that a checkpoint
+holds.
 """
 import math
 from functools import lru_cache
@@ -32,7 +33,7 @@ def within(key, value, low, high):
         raise UserError(f"--{key} {value}: expected {low} to {high}")
 
 
-# --- 1 rotations --------------------------------------------------------------------------------------
+# --- 1 rotations ----------------------------------------------------------------------------------
 
 
 def wide(x):
@@ -52,31 +53,33 @@ def hadamard(n, dtype=torch.float32, device="cpu"):
 
 
 def rotate(x, n):
-    """x [..., d] times a block-diagonal Hadamard matrix, its blocks the largest power of two up to n that
-    divides d. Its own inverse; two operands rotated alike have the same product."""
+    """x [..., d] times a block-diagonal Hadamard matrix, its blocks the largest power of two up to
+    n that divides d. Its own inverse; two operands rotated alike have the same product."""
     d = x.size(-1)
     block = min(d & -d, 1 << (n.bit_length() - 1))
     return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.dtype, x.device)).flatten(-2)
 
 
-# --- 2 formats: symmetric quantisers, x -> x rounded ----------------------------------------------------
+# --- 2 formats: symmetric quantisers, x -> x rounded ----------------------------------------------
 
 
 def floor_log2(x):
-    """floor(log2 |x|) of float32 or float64, exactly, from their bits; at most -127 for 0 and subnormals."""
+    """floor(log2 |x|) of float32 or float64, exactly, from their bits; at most -127 for 0 and
+    subnormals."""
     if x.dtype == torch.float64:
         return ((x.view(torch.int64) >> 52 & 2047) - 1023).int()
     return (x.view(torch.int32) >> 23 & 255) - 127
 
 
 def power_of_two(e, dtype=torch.float32):
-    """2^e, exactly, e whole within float32's -126 to 127: what floor_log2 says of 0 becomes 2^-126."""
+    """2^e, exactly, e whole within float32's -126 to 127: what floor_log2 says of 0 becomes
+    2^-126."""
     return (e.int().clamp(-126, 127) + 127 << 23).view(torch.float32).to(dtype)
 
 
 def minifloat(x, mantissa, low, top):
-    """x rounded to floats of `mantissa` bits, exponents from `low` (subnormals below), largest value `top`,
-    to the nearest, ties to even."""
+    """x rounded to floats of `mantissa` bits, exponents from `low` (subnormals below), largest
+    value `top`, to the nearest, ties to even."""
     step = power_of_two(floor_log2(x).clamp(min=low) - mantissa, x.dtype)
     return ((x / step).round() * step).clamp(-top, top)
 
@@ -112,32 +115,34 @@ def float32(x):
 
 
 def quantize_activations(x, bits, block=0):
-    """x [..., n] rounded to `bits` (2 or more) symmetrically, a scale a token and block of channels (0: all).
+    """x [..., n] rounded to `bits` (2 or more) symmetrically, a scale a token and block of channels
+    (0: all).
 
     s = max|x| / (2^(bits-1) - 1). bits: a number, or a tensor [blocks] of each block's own.
     """
     block = block or x.size(-1)
     if x.size(-1) % block:
         raise UserError(f"blocks of {block} channels do not divide {x.size(-1)}")
-    y = wide(x).unflatten(-1, (-1, block))                                       # [..., n/block, block]
+    y = wide(x).unflatten(-1, (-1, block))                                   # [..., n/block, block]
     if torch.is_tensor(bits):
-        bits = bits.to(y)[:, None]                                                       # [blocks, 1]
+        bits = bits.to(y)[:, None]                                                     # [blocks, 1]
     top = 2 ** (bits - 1) - 1
     s = y.abs().amax(-1, keepdim=True) / top
     s = torch.where(s > 0, s, torch.ones_like(s))
     return ((y / s).round() * s).flatten(-2).to(x.dtype)
 
 
-# --- 3 MXFP4: E2M1 values, a power of two as the scale of every 32 neighbours ---------------------------
+# --- 3 MXFP4: E2M1 values, a power of two as the scale of every 32 neighbours ---------------------
 
 GROUP = 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)    # nearest: the thresholds .25 .75 1.25 1.75 2.5 3.5 5
-QUEST = 2.92247856 / 6                             # QuEST's clipping point of a Gaussian, over the largest
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0,
+        6.0)  # nearest: the thresholds .25 .75 1.25 1.75 2.5 3.5 5
+QUEST = 2.92247856 / 6  # QuEST's clipping point of a Gaussian, over the largest
 
 
 def e2m1(x, noise=None):
-    """x rounded to E2M1's values up to 6, as minifloat does (and faster); with noise, uniform in [0, 1), up
-    or down so that the mean is x."""
+    """x rounded to E2M1's values up to 6, as minifloat does (and faster); with noise, uniform in
+    [0, 1), up or down so that the mean is x."""
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     y = x / step
@@ -145,7 +150,8 @@ def e2m1(x, noise=None):
 
 
 def absmax(x):
-    """floor(log2 max|x|) - 2, the OCP standard's: what is above 6 of the scale, at most 8, clips."""
+    """floor(log2 max|x|) - 2, the OCP standard's: what is above 6 of the scale, at most 8,
+    clips."""
     return floor_log2(x.abs().amax(-1)) - 2
 
 
@@ -156,14 +162,17 @@ def covering(x):
 
 
 def quest(x):
-    """QuEST's (Quartet, 2505.14669):  log2(.48708 σ), rounded to the nearest; σ a group's root mean square.
+    """QuEST's (Quartet, 2505.14669):  log2(.48708 σ), rounded to the nearest; σ a group's root mean
+    square.
 
-    ours: both. A single large channel, the first of its 32, is a constant once rotated: without deviation."""
+    ours: both. A single large channel, the first of its 32, is a constant once rotated: without
+    deviation."""
     return floor_log2(math.sqrt(2) * (QUEST * x.square().mean(-1).sqrt() + 1e-8))
 
 
 def quest_floor(x):
-    """... of the deviation and rounded down, as Quartet's released kernel does: twice the error at some σ."""
+    """... of the deviation and rounded down, as Quartet's released kernel does: twice the error at
+    some σ."""
     return floor_log2(QUEST * x.std(-1, correction=0) + 1e-8)
 
 
@@ -178,25 +187,29 @@ def grouped(x):
 
 
 def mx4(x, rule="absmax"):
-    """MXFP4's codes uint8 [..., n] (bit 3 the sign, bits 0-2 the index in E2M1), exponents int8 [..., n/32]
+    """MXFP4's codes uint8 [..., n] (bit 3 the sign, bits 0-2 the index in E2M1), exponents int8
+    [..., n/32]
 
     rule: a row of EXPONENTS. 4.25 bits a value.
     """
     y = grouped(x)
-    exponent = EXPONENTS[rule](y).clamp(-126, 127)                                       # [..., n/32]
+    exponent = EXPONENTS[rule](y).clamp(-126, 127)                                     # [..., n/32]
     y = e2m1(y / power_of_two(exponent, y.dtype)[..., None])
-    index = torch.bucketize(y.abs().contiguous(), torch.tensor(E2M1, dtype=y.dtype, device=y.device))
+    index = torch.bucketize(y.abs().contiguous(),
+                            torch.tensor(E2M1, dtype=y.dtype, device=y.device))
     return (index + 8 * (y < 0)).to(torch.uint8).flatten(-2), exponent.to(torch.int8)
 
 
 def mx4_dense(codes, exponent, dtype=torch.float32):
     """mx4's inverse: the values [..., n]."""
-    value = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=dtype, device=codes.device)[codes.long()]
+    value = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=dtype,
+                         device=codes.device)[codes.long()]
     return (value.unflatten(-1, (-1, GROUP)) * power_of_two(exponent, dtype)[..., None]).flatten(-2)
 
 
 def mxfp4(x, rule="absmax"):
-    """x rounded to MXFP4 along its last dimension, which is filled up with zeros to whole groups."""
+    """x rounded to MXFP4 along its last dimension, which is filled up with zeros to whole
+    groups."""
     y = grouped(F.pad(x, (0, -x.size(-1) % GROUP)))
     s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
     return (e2m1(y / s) * s).flatten(-2)[..., :x.size(-1)]
@@ -206,22 +219,25 @@ FORMATS = dict(float32=float32, int8=int8, fp8=fp8, fp6=fp6, mxfp4=mxfp4)
 
 
 def product(a, b, q):
-    """q(a) q(b)^T: both are rounded along the dimension that is summed.   a [M, K], b [N, K] -> [M, N]"""
+    """q(a) q(b)^T: both are rounded along the dimension that is summed.   a [M, K], b [N, K] -> [M,
+    N]"""
     return q(a) @ q(b).mT
 
 
-# --- 4 HALO: all three products of a linear layer in a format, its operands rotated ---------------------
+# --- 4 HALO: all three products of a linear layer in a format, its operands rotated ---------------
 
 TOKENS = 128                                       # of a block of rotated tokens: ours
 
 
 def turn_tokens(x, n):
-    """x [N, m] with its tokens rotated in blocks of n, after zeros up to whole blocks; its own inverse."""
+    """x [N, m] with its tokens rotated in blocks of n, after zeros up to whole blocks; its own
+    inverse."""
     return rotate(F.pad(x, (0, 0, 0, -len(x) % n)).mT, n).mT
 
 
 class Halo(torch.autograd.Function):
-    """halo() and its backward. level 1 rotates the forward, 2 the tokens of the input's gradient, too."""
+    """halo() and its backward. level 1 rotates the forward, 2 the tokens of the input's gradient,
+    too."""
 
     @staticmethod
     def forward(ctx, X, W, level, q):
@@ -245,30 +261,35 @@ class Halo(torch.autograd.Function):
 def halo(X, W, *, level=2, format="int8"):
     """HALO (2501.02625), Q a row of FORMATS, by level:   X [N, n], W [m, n] -> [N, m]
 
-    forward 0 Q(X) Q(W)^T;  1, 2 Q(XH) Q(WH)^T.   dX 0, 1 Q(E) Q(W);  2 H^T [Q(HE) Q(W)].   dW Q(E)^T Q(X).
-    The paper's choice: 0 or 1 with fp8, 2 with int8. mxfp4 at level 0: MXFP4 with nothing done about it.
+    forward 0 Q(X) Q(W)^T;  1, 2 Q(XH) Q(WH)^T.   dX 0, 1 Q(E) Q(W);  2 H^T [Q(HE) Q(W)].   dW
+    Q(E)^T Q(X). The paper's choice: 0 or 1 with fp8, 2 with int8. mxfp4 at level 0: MXFP4 with
+    nothing done about it.
     """
     return Halo.apply(X, W, level, FORMATS[format])
 
 
-# --- 5 Quartet: all three in MXFP4 ----------------------------------------------------------------------
+# --- 5 Quartet: all three in MXFP4 ----------------------------------------------------------------
 
 
 def clipped_mx4(x, rule):
-    """Quartet's forward quantiser of x, in the basis rotated by 32s: (MXFP4, where it did not clip: < 6 s)"""
+    """Quartet's forward quantiser of x, in the basis rotated by 32s: (MXFP4, where it did not clip:
+    < 6 s)"""
     y = grouped(rotate(x, GROUP))
     s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
     return (e2m1(y / s) * s).flatten(-2), (y.abs() < 6 * s).flatten(-2)
 
 
 def unbiased_mx4(x, generator, nearest=False):
-    """Stochastic MXFP4: E[result] = x.   s = 4/3 2^(floor(log2 max|x|) - 2) puts all of a group below 6 s.
+    """Stochastic MXFP4: E[result] = x.   s = 4/3 2^(floor(log2 max|x|) - 2) puts all of a group
+    below 6 s.
 
-    nearest: rounded to the nearest instead, at the same scale. The 4/3 belongs to the whole product.
+    nearest: rounded to the nearest instead, at the same scale. The 4/3 belongs to the whole
+    product.
     """
     y = grouped(x)
     s = 4 / 3 * power_of_two(absmax(y), y.dtype)[..., None]
-    noise = None if nearest else torch.rand(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+    noise = None if nearest else torch.rand(y.shape, generator=generator, dtype=y.dtype,
+                                            device=y.device)
     return (e2m1(y / s, noise) * s).flatten(-2)
 
 
@@ -287,10 +308,11 @@ class Quartet(torch.autograd.Function):
         (x, w, x_in, w_in), (nearest, seed) = ctx.saved_tensors, ctx.how
         g = torch.Generator(E.device).manual_seed(seed)
         signs = 2.0 * torch.randint(2, (GROUP, 1), generator=g, device=E.device) - 1
-        R = signs.to(E) * hadamard(GROUP, E.dtype, E.device)       # signs first: after H they change nothing
+        R = signs.to(E) * hadamard(GROUP, E.dtype,
+                                   E.device)  # signs first: after H they change nothing
 
         def q(a):
-            a = F.pad(a, (0, -a.size(1) % GROUP))                                        # whole groups
+            a = F.pad(a, (0, -a.size(1) % GROUP))                                     # whole groups
             return unbiased_mx4((a.unflatten(1, (-1, GROUP)) @ R).flatten(1), g, nearest)
         dX, dW = product(E, w.mT, q), product(E.mT, x.mT, q)
         return rotate(dX * x_in, GROUP), rotate(dW * w_in, GROUP), None, None, None
@@ -299,16 +321,17 @@ class Quartet(torch.autograd.Function):
 def quartet(X, W, seed=0, *, exponent="quest", backward="stochastic"):
     """Quartet (2505.14669): MXFP4, rotated by H32; QuEST's scale forward, unbiased gradients.
 
-    forward X_q W_q^T, of X H and W H;  M: where they did not clip;  with R = D H, D random signs of the seed:
-    dX = (M_X . SR(E R) SR(W_q^T R)^T) H,  dW = (M_W . SR(E^T R) SR(X_q^T R)^T) H.
-    exponent quest_floor: the released kernel's. backward nearest: what SR is compared with.
-    ours: quest, and the order D H (released: H D, which cannot change a quantiser that is symmetric).
+    forward X_q W_q^T, of X H and W H;  M: where they did not clip;  with R = D H, D random signs of
+    the seed: dX = (M_X . SR(E R) SR(W_q^T R)^T) H,  dW = (M_W . SR(E^T R) SR(X_q^T R)^T) H.
+    exponent quest_floor: the released kernel's. backward nearest: what SR is compared with. ours:
+    quest, and the order D H (released: H D, which cannot change a quantiser that is symmetric).
     """
     return Quartet.apply(X, W, exponent, backward == "nearest", seed)
 
 
 def flat_product(fn, x, W, bias):
-    """fn(X, W) of x [..., n] as rows, in float32 also under autocast, and the bias.   -> [..., m]"""
+    """fn(X, W) of x [..., n] as rows, in float32 also under autocast, and the bias.   -> [...,
+    m]"""
     with torch.autocast(x.device.type, enabled=False):
         y = fn(wide(x).flatten(0, -2), wide(W)).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -322,12 +345,13 @@ def plain(W, bias):
 
 
 class HaloLinear(nn.Module):
-    """A linear layer computed by halo(); its weight stays float32. Scales are those of the rows at hand, so
-    --micro changes them a little."""
+    """A linear layer computed by halo(); its weight stays float32. Scales are those of the rows at
+    hand, so --micro changes them a little."""
 
     def __init__(self, linear, level=2, format="int8"):
         super().__init__()
-        self.weight, self.bias, self.how = linear.weight, linear.bias, dict(level=level, format=format)
+        self.weight, self.bias, self.how = linear.weight, linear.bias, dict(level=level,
+                                                                            format=format)
 
     def forward(self, x):
         return flat_product(lambda X, W: halo(X, W, **self.how), x, self.weight, self.bias)
@@ -338,8 +362,9 @@ class HaloLinear(nn.Module):
 
 
 class QuartetLinear(nn.Module):
-    """A linear layer computed by quartet(); its weight stays float32. Each step and each forward in it draws
-    anew from the seed (begin), so that a resumed run draws what an uninterrupted one does."""
+    """A linear layer computed by quartet(); its weight stays float32. Each step and each forward in
+    it draws anew from the seed (begin), so that a resumed run draws what an uninterrupted one
+    does."""
 
     def __init__(self, linear, seed=0, exponent="quest", backward="stochastic"):
         super().__init__()
@@ -353,7 +378,8 @@ class QuartetLinear(nn.Module):
 
     def forward(self, x):
         self.draw += torch.is_grad_enabled()
-        return flat_product(lambda X, W: quartet(X, W, self.draw, **self.how), x, self.weight, self.bias)
+        return flat_product(lambda X, W: quartet(X, W, self.draw,
+                                                 **self.how), x, self.weight, self.bias)
 
     def merged(self):
         """The plain linear layer with the master weight."""
@@ -367,13 +393,15 @@ def begin(model, step, rounding):
             m.begin(step, rounding)
 
 
-# --- 6 QAT: weights rounded in the forward, as if they were not in the backward -------------------------
+# --- 6 QAT: weights rounded in the forward, as if they were not in the backward -------------------
 
 
 def fake_quant(W, bits):
-    """W [m, n] rounded to `bits` symmetrically, a scale s = max|row| / (2^(bits-1) - 1) an output channel.
+    """W [m, n] rounded to `bits` symmetrically, a scale s = max|row| / (2^(bits-1) - 1) an output
+    channel.
 
-    1 bit: ± the row's mean |w| (1603.05279; ours for QAT). The gradient passes as if nothing was rounded.
+    1 bit: ± the row's mean |w| (1603.05279; ours for QAT). The gradient passes as if nothing was
+    rounded.
     """
     w = W.detach()
     if bits == 1:
@@ -384,7 +412,8 @@ def fake_quant(W, bits):
 
 
 class QATLinear(nn.Module):
-    """A linear layer that rounds its weight to `bits` in the steps that say so (begin); saved rounded."""
+    """A linear layer that rounds its weight to `bits` in the steps that say so (begin); saved
+    rounded."""
 
     def __init__(self, linear, bits=4):
         super().__init__()
@@ -395,7 +424,8 @@ class QATLinear(nn.Module):
         self.rounding = rounding
 
     def forward(self, x):
-        return F.linear(x, fake_quant(self.weight, self.bits) if self.rounding else self.weight, self.bias)
+        return F.linear(x, fake_quant(self.weight, self.bits) if self.rounding else self.weight,
+                        self.bias)
 
     def merged(self):
         """The plain linear layer with the rounded weight."""
@@ -405,8 +435,8 @@ class QATLinear(nn.Module):
 def qat_fraction(N, D, bits, a=6.7297):
     """Compute-optimal QAT (2509.22935): the best share of D training tokens to round N weights in.
 
-    f = exp(-a / ln S),  S = D / (N bits/8) tokens a byte of weights; at least .02, and that for S <= 1, where
-    it was not fitted. 10 -> .054, 100 -> .232, 2000 -> .413.
+    f = exp(-a / ln S),  S = D / (N bits/8) tokens a byte of weights; at least .02, and that for S
+    <= 1, where it was not fitted. 10 -> .054, 100 -> .232, 2000 -> .413.
     """
     S = D / (N * bits / 8)
     return max(0.02, math.exp(-a / math.log(S))) if S > 1 else 0.02
@@ -423,25 +453,29 @@ def qat_share(model, fraction, tokens):
     return qat_fraction(sum(m.weight.numel() for m in layers), tokens, layers[0].bits)
 
 
-# --- 7 LOST: low rank and a few dense columns -----------------------------------------------------------
+# --- 7 LOST: low rank and a few dense columns -----------------------------------------------------
 
 PHI = dict(silu=F.silu, identity=lambda x: x)
 
 
 def lost_sizes(n, m, size, columns):
-    """LOST's rank and number of dense columns for a layer of n inputs and m outputs, of `size` n m parameters
+    """LOST's rank and number of dense columns for a layer of n inputs and m outputs, of `size` n m
+    parameters
 
-    in all, to the nearest whole rank: rank (n + m) + columns m. `columns` is their share of the inputs.
+    in all, to the nearest whole rank: rank (n + m) + columns m. `columns` is their share of the
+    inputs.
     """
     k = round(columns * n)
     return max(1, round((size * n * m - k * m) / (n + m))), k
 
 
 def lost_start(W, rank, k, generator, start="svd"):
-    """LOST's start of a layer drawn as W [m, n]: A [r, n], B [m, r], dense columns [m, k], their places [k]
+    """LOST's start of a layer drawn as W [m, n]: A [r, n], B [m, r], dense columns [m, k], their
+    places [k]
 
-    svd: B A is W's best approximation of that rank, √S on each side, and the columns those that it misses
-    by most, as they are in W. random: normal factors whose product has W's deviation, any columns (ours).
+    svd: B A is W's best approximation of that rank, √S on each side, and the columns those that it
+    misses by most, as they are in W. random: normal factors whose product has W's deviation, any
+    columns (ours).
     """
     m, n = W.shape
     if start == "svd":
@@ -464,8 +498,8 @@ def lost(x, A, B, columns, where, *, gamma=0.7, phi="silu"):
 
 
 class LostLinear(nn.Module):
-    """A layer of lost_start's parameters. With φ a checkpoint cannot hold it as one matrix: merged() is then
-    the layer itself."""
+    """A layer of lost_start's parameters. With φ a checkpoint cannot hold it as one matrix:
+    merged() is then the layer itself."""
 
     def __init__(self, linear, rank, k, generator, gamma=0.7, phi="silu", start="svd"):
         super().__init__()
@@ -487,12 +521,12 @@ class LostLinear(nn.Module):
         return plain(W, self.bias)
 
 
-# --- 8 pruning while training -----------------------------------------------------------------------------
+# --- 8 pruning while training ---------------------------------------------------------------------
 
 
 def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
-    """The Journey Matters (2501.12486): s (1 - (1-u)³) after this share of the run's compute, u its share
-    from begin to end; all at once where the two are equal. The cube is unverified."""
+    """The Journey Matters (2501.12486): s (1 - (1-u)³) after this share of the run's compute, u its
+    share from begin to end; all at once where the two are equal. The cube is unverified."""
     if progress < begin or begin == end:
         return sparsity * (progress >= begin)
     u = min(1.0, (progress - begin) / (end - begin))
@@ -501,7 +535,8 @@ def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
 
 @lru_cache(8)
 def compute_clock(sparsity, begin, end, points=20000):
-    """The share of the steps that are over at shares 0 … 1 of the compute; a step costs in proportion to its
+    """The share of the steps that are over at shares 0 … 1 of the compute; a step costs in
+    proportion to its
     density.   -> float64 [points + 1]"""
     middle = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     cost = torch.tensor([1 - prune_schedule(p, sparsity, begin, end) for p in middle.tolist()],
@@ -511,8 +546,8 @@ def compute_clock(sparsity, begin, end, points=20000):
 
 
 def prune_at(step, steps, sparsity, begin=0.25, end=0.75):
-    """The sparsity after `step` of `steps`, with begin and end in compute; it moves every 1 % of the steps
-    (unverified) and is exact at the end."""
+    """The sparsity after `step` of `steps`, with begin and end in compute; it moves every 1 % of
+    the steps (unverified) and is exact at the end."""
     every = max(1, round(steps / 100))
     if step < steps:
         step = step // every * every
@@ -527,9 +562,10 @@ def none(step, steps):
 
 
 def journey(step, steps, *, sparsity: Fraction = 0.5, begin: Share = 0.25, end: Share = 0.75):
-    """The Journey Matters (2501.12486): the smallest weights of each matrix go, between these shares of the
-    run's compute, a step costing in proportion to its density; then the mask stays. 0, 0: from the first
-    step; 1, 1: after the last. ours: one sparsity for every matrix; only linear layers count as compute."""
+    """The Journey Matters (2501.12486): the smallest weights of each matrix go, between these
+    shares of the run's compute, a step costing in proportion to its density; then the mask stays.
+    0, 0: from the first step; 1, 1: after the last. ours: one sparsity for every matrix; only
+    linear layers count as compute."""
     within("sparsity", sparsity, 0, 0.999)
     within("end", end, 0, 1)
     within("begin", begin, 0, end)
@@ -540,7 +576,8 @@ PRUNING = dict(none=none, journey=journey)         # (step, steps) -> the sparsi
 
 
 def prune(weights, masks, sparsity):
-    """Masks of the largest weights of each matrix: {name: bool}, round(s n) zeros. What is cut stays cut.
+    """Masks of the largest weights of each matrix: {name: bool}, round(s n) zeros. What is cut
+    stays cut.
 
     weights {name: [m, n]}; masks: those of before, {} at first."""
     out = {}

@@ -1,12 +1,17 @@
 """
-prefs.py - preferences: small worlds whose gold reward only the experimenter knows, and files of real pairs.
+prefs.py - preferences: small worlds whose gold reward only the experimenter knows, and files of
+real pairs.
 
-    world = ToyIF()                              # instructions such as "<Fc#4=" with a programmatic judge
+    world = ToyIF()                              # instructions such as "<Fc#4=" with a programmatic
+    judge
     world.judge("<Fc#4=", "cddh")                # {"hard": 1.0, "principle": 1.0, "gold": 1.5}
-    ToyIF("mixture").problems("train", 30_000)   # the base corpus: its demo() is good, random or copying
-    world.pairs(4_000, seed=0, noise=0.1)        # two sampled behaviours, the higher gold reward is preferred
-    Ring(group="A").judge(".abef=", "abef")      # a second world, whose gold is full of traps for a proxy
-    label_pairs(world, triples, length_bias=0.1) # labels, with their faults, for pairs sampled from a policy
+    ToyIF("mixture").problems("train", 30_000)   # the base corpus: its demo() is good, random or
+    copying
+    world.pairs(4_000, seed=0, noise=0.1)        # two sampled behaviours, the higher gold reward is
+    preferred
+    Ring(group="A").judge(".abef=", "abef")      # a second world, whose gold is full of traps for a
+    proxy label_pairs(world, triples, length_bias=0.1) # labels, with their faults, for pairs
+    sampled from a policy
     StrongJudge(world).judge(prompt, a, b)       # 1, 2 or 0: dear, and right nine times in ten
     load_pairs("pairs.jsonl")                    # real pairs, {"prompt", "chosen", "rejected"}
 
@@ -14,10 +19,12 @@ Map      1 ToyIF   2 Ring   3 labels and judges   4 rubrics   5 files of pairs
 
 A prompt of ToyIF is one domain, then rules (head, argument), then "=". One character is one token:
     rules    F first symbol   L last symbol   H has symbol   N has not symbol   # length 2..6
-    domain   < non-decreasing   > non-increasing   * distinct     (implied: no rule says what a domain wants)
+    domain   < non-decreasing   > non-increasing   * distinct     (implied: no rule says what a
+    domain wants)
 "<Fc#4=" reads: begin with c, four symbols, and (unsaid) in non-decreasing order.
 
-A prompt of Ring is a flag, four keywords, "=" (".abef="); a response walks along a ring of letters, a .. x.
+A prompt of Ring is a flag, four keywords, "=" (".abef="); a response walks along a ring of letters,
+a .. x.
 """
 import random
 import statistics
@@ -45,17 +52,19 @@ def within(x, low, high, what):
         raise UserError(f"{what} {x}: choose {low} to {high}")
 
 
-# --- 1 ToyIF's alphabet: 64 ids with <|pad|>, <|bos|>, <|eos|> ------------------------------------------
+# --- 1 ToyIF's alphabet: 64 ids with <|pad|>, <|bos|>, <|eos|> ------------------------------------
 
-CONTENT = "abcdefghijkl"                                       # s0 .. s11, in the order that < and > mean
+CONTENT = "abcdefghijkl"  # s0 .. s11, in the order that < and > mean
 FIRST, LAST, HAS, NO, LEN = HEADS = "FLHN#"
 UP, DOWN, DISTINCT = DOMAINS = "<>*"
 SEP = "="
 NUMBERS = "1234567890"                                         # 1 .. 10
-JUDGE = dict(A="A", B="B", THINK="?", ANS="!", YES="+", NO_="-", PRIN="P", WIN_A="(", WIN_B=")", TIE="~")
+JUDGE = dict(A="A", B="B", THINK="?", ANS="!", YES="+", NO_="-", PRIN="P", WIN_A="(", WIN_B=")",
+             TIE="~")
 SCORES = dict(zip(range(-3, 4), "tuvwxyz"))                    # a judge's verdict, -3 .. 3
-FILLER = "mnopqrs.,;:_/"                                       # fills the table to 64; rubrics write m n o /
-ALPHABET = CONTENT + HEADS + DOMAINS + SEP + NUMBERS + "".join([*JUDGE.values(), *SCORES.values()]) + FILLER
+FILLER = "mnopqrs.,;:_/"  # fills the table to 64; rubrics write m n o /
+ALPHABET = CONTENT + HEADS + DOMAINS + SEP + NUMBERS + "".join([*JUDGE.values(),
+                                                                *SCORES.values()]) + FILLER
 
 
 def tokenizer():
@@ -63,12 +72,13 @@ def tokenizer():
     return char_tokenizer(ALPHABET)
 
 
-# --- the gold reward ----------------------------------------------------------------------------------
+# --- the gold reward ------------------------------------------------------------------------------
 
 def parse(prompt):
     """("<", [("F", "c"), ("#", 4)]) of "<Fc#4="; UserError for what is no prompt of this world."""
     domain, body = prompt[:1], prompt[1:-1]
-    rules = [(head, NUMBERS.find(a) + 1 if head == LEN else a) for head, a in zip(body[::2], body[1::2])]
+    rules = [(head, NUMBERS.find(a) + 1 if head == LEN else a)
+             for head, a in zip(body[::2], body[1::2])]
     sound = all(head in HEADS and (a > 0 if head == LEN else a in CONTENT) for head, a in rules)
     if not (rules and sound and domain in DOMAINS and len(body) % 2 == 0 and prompt.endswith(SEP)):
         raise UserError(f"{prompt!r} is no ToyIF prompt: write one of {DOMAINS}, rules like Fc or #4, then =")
@@ -78,12 +88,14 @@ def parse(prompt):
 def satisfied(rule, y):
     """Whether the response y obeys one rule; the empty response obeys none, not even "has not"."""
     head, a = rule
-    obeys = {FIRST: y[:1] == a, LAST: y[-1:] == a, HAS: a in set(y), NO: a not in set(y), LEN: len(y) == a}
+    obeys = {FIRST: y[:1] == a, LAST: y[-1:] == a, HAS: a in set(y), NO: a not in set(y),
+             LEN: len(y) == a}
     return bool(y) and obeys[head]
 
 
 def principle(domain, y):
-    """P in [0, 1]: the share of neighbours in the domain's order, or of distinct symbols; 0 if |y| < 2."""
+    """P in [0, 1]: the share of neighbours in the domain's order, or of distinct symbols; 0 if |y|
+    < 2."""
     if len(y) < 2:
         return 0.0
     if domain == DISTINCT:
@@ -91,20 +103,23 @@ def principle(domain, y):
     return sum(a <= b if domain == UP else a >= b for a, b in pairwise(y)) / (len(y) - 1)
 
 
-# --- behaviours: a prompt's responses, drawn by rng -----------------------------------------------------
+# --- behaviours: a prompt's responses, drawn by rng -----------------------------------------------
 
 def good(prompt, rng):
-    """A response that obeys every rule (any three can be obeyed together) and leans towards the principle.
+    """A response that obeys every rule (any three can be obeyed together) and leans towards the
+    principle.
 
-    FIRST and LAST take the ends, HAS a place between; the rest is drawn without NO's symbol. What is
-    between is put in the domain's order. A demanded end can break it, so the mean gold stays below 1.5.
+    FIRST and LAST take the ends, HAS a place between; the rest is drawn without NO's symbol. What
+    is between is put in the domain's order. A demanded end can break it, so the mean gold stays
+    below 1.5.
     """
     domain, rules = parse(prompt)
     want = dict(rules)
     fixed = [want[head] for head in (FIRST, LAST, HAS) if head in want]
     n = want.get(LEN) or rng.randint(max(2, len(fixed)), 6)
     free = [s for s in CONTENT if s != want.get(NO) and not (domain == DISTINCT and s in fixed)]
-    middle = rng.sample(free, n - len(fixed)) if domain == DISTINCT else rng.choices(free, k=n - len(fixed))
+    middle = rng.sample(free, n - len(fixed)) if domain == DISTINCT else rng.choices(free, k=n
+                                                                                     - len(fixed))
     middle += [want[HAS]] if HAS in want else []
     rng.shuffle(middle)
     if domain != DISTINCT:
@@ -118,69 +133,80 @@ def rand(prompt, rng):
 
 
 def copy(prompt, rng):
-    """2 to 6 draws from the prompt's symbols; uniform ones where it names none (a length rule alone)."""
+    """2 to 6 draws from the prompt's symbols; uniform ones where it names none (a length rule
+    alone)."""
     symbols = [a for _, a in parse(prompt)[1] if not isinstance(a, int)]
     return "".join(rng.choices(symbols or CONTENT, k=rng.randint(2, 6)))
 
 
 def edited(prompt, rng):
-    """good() with one or two random edits: a symbol substituted, inserted or deleted; 1 to 8 symbols."""
+    """good() with one or two random edits: a symbol substituted, inserted or deleted; 1 to 8
+    symbols."""
     y = good(prompt, rng)
     for _ in range(rng.randint(1, 2)):
-        i, kind = rng.randrange(len(y)), rng.choice(["put", "add", "cut"] if len(y) > 1 else ["put", "add"])
+        i, kind = rng.randrange(len(y)), rng.choice(["put", "add", "cut"] if len(y) > 1
+                                                    else ["put", "add"])
         if kind == "add":
-            i = rng.randint(0, len(y))                         # before, between or behind the symbols
-        new = "" if kind == "cut" else rng.choice([s for s in CONTENT if kind == "add" or s != y[i]])
+            i = rng.randint(0, len(y))  # before, between or behind the symbols
+        new = "" if kind == "cut" else rng.choice([s for s in CONTENT if kind == "add"
+                                                   or s != y[i]])
         y = y[:i] + new + y[i + (kind != "add"):]
     return y
 
 
 BEHAVIOURS = dict(good=good, rand=rand, copy=copy, edited=edited)
 MIXTURE = dict(good=0.3, rand=0.4, copy=0.3)                   # the base model's corpus
-ROUTING = dict(good=0.3, edited=0.4, rand=0.3)                 # close calls, for routing (2510.20369), ours
+ROUTING = dict(good=0.3, edited=0.4, rand=0.3)  # close calls, for routing (2510.20369), ours
 
 
-# --- the world ------------------------------------------------------------------------------------------
+# --- the world ------------------------------------------------------------------------------------
 
 class ToyIF:
-    """Instruction following in miniature: explicit hard rules, an implicit principle, gold in [0, 1.5].
+    """Instruction following in miniature: explicit hard rules, an implicit principle, gold in [0,
+    1.5].
 
-    Splits: train and val have one or two rules, never HAS with NO, and share no prompt, whatever the order of
-    its rules; ood is half three rules, half the pair HAS and NO; base has one or two rules, any pair.
+    Splits: train and val have one or two rules, never HAS with NO, and share no prompt, whatever
+    the order of its rules; ood is half three rules, half the pair HAS and NO; base has one or two
+    rules, any pair.
     """
     name, metric, max_new = "toyif", "gold", 12
     splits = ("train", "val", "ood", "base")
 
     def __init__(self, style="good"):
-        """style: whose responses demo() gives, one of BEHAVIOURS, or mixture: the base model's corpus, for
-        which train and val too may have any pair of rules."""
+        """style: whose responses demo() gives, one of BEHAVIOURS, or mixture: the base model's
+        corpus, for which train and val too may have any pair of rules."""
         one_of(style, [*BEHAVIOURS, "mixture"], "toyif has no style")
         self.style = style
 
     def sample(self, rng, split="train", heads=HEADS, rules=(1, 2)):
-        """A problem {"prompt", "seed"} drawn by rng (random.Random); the seed fixes its demonstrations.
+        """A problem {"prompt", "seed"} drawn by rng (random.Random); the seed fixes its
+        demonstrations.
 
-        heads: those that its rules may have;  rules: the numbers of rules, 1 to 3, that it may have; ood has
-        its own. UserError for a choice that no prompt of the split fits.
+        heads: those that its rules may have;  rules: the numbers of rules, 1 to 3, that it may
+        have; ood has its own. UserError for a choice that no prompt of the split fits.
         """
         one_of(split, self.splits, "toyif has no split")
         if (heads, rules) != (HEADS, (1, 2)):                  # the rest would be drawn for ever
             one_of(split, ("train", "val", "base"), "toyif takes no heads and rules for the split")
             most = len(heads) - (split != "base" and {HAS, NO} <= set(heads))
-            known = set(rules) <= {1, 2, 3} and set(heads) <= set(HEADS) and len(set(heads)) == len(heads)
+            known = set(rules) <= {1, 2,
+                                   3} and set(heads) <= set(HEADS) and len(set(heads)) == len(heads)
             if not known or all(k > most for k in rules):
                 raise UserError(f"no {split} prompt has {rules} rules of the heads {heads!r}: choose heads "
                                 f"of {HEADS}, no more rules than heads, and split base for {HAS} with {NO}")
         held = split == "ood" and rng.random() < 0.5           # the held-out pair, else three rules
         while True:
-            k = 2 if held else 3 if split == "ood" else rng.choice([k for k in rules if k <= len(heads)])
+            k = 2 if held else 3 if split == "ood" else rng.choice([k for k in rules
+                                                                    if k <= len(heads)])
             chosen = rng.sample([HAS, NO] if held else heads, k)
             symbols = iter(rng.sample(CONTENT, k))             # distinct arguments
             body = [h + (str(rng.randint(2, 6)) if h == LEN else next(symbols)) for h in chosen]
             domain = rng.choice(DOMAINS)
             problem = dict(prompt=domain + "".join(body) + SEP, seed=rng.getrandbits(32))
-            val = int(digest(domain + "".join(sorted(body)))[:8], 16) % 8 == 0        # one prompt in eight
-            if split in ("ood", "base") or (not {HAS, NO} <= set(chosen) and val == (split == "val")):
+            val = int(digest(domain + "".join(sorted(body)))[:8],
+                      16) % 8 == 0                                             # one prompt in eight
+            if split in ("ood", "base") or (not {HAS, NO} <= set(chosen)
+                                            and val == (split == "val")):
                 return problem
 
     def problems(self, split, n=0, seed=0):
@@ -192,10 +218,12 @@ class ToyIF:
         return [self.sample(rng, "base" if any_pair else split) for _ in range(n)]
 
     def demo(self, problem, style=""):
-        """The problem's response under a behaviour (default: the task's own style); its seed fixes it."""
+        """The problem's response under a behaviour (default: the task's own style); its seed fixes
+        it."""
         style = style or self.style
         if style == "mixture":
-            style, = random.Random(f"mixture/{problem['seed']}").choices(list(MIXTURE), MIXTURE.values())
+            style, = random.Random(f"mixture/{problem['seed']}").choices(list(MIXTURE),
+                                                                         MIXTURE.values())
         one_of(style, BEHAVIOURS, "toyif has no behaviour")
         return BEHAVIOURS[style](problem["prompt"], random.Random(f"{style}/{problem['seed']}"))
 
@@ -206,9 +234,11 @@ class ToyIF:
         return BEHAVIOURS[style](prompt, rng)
 
     def judge(self, prompt, response, finished=True):
-        """{"hard": H, "principle": P, "gold": g}.   g = H + P/2,  H the share of rules obeyed, P in [0, 1]
+        """{"hard": H, "principle": P, "gold": g}.   g = H + P/2,  H the share of rules obeyed, P in
+        [0, 1]
 
-        A response without EOS has g = 0, and so has one with a token that is no content symbol (H = P = 0).
+        A response without EOS has g = 0, and so has one with a token that is no content symbol (H =
+        P = 0).
         """
         domain, rules = parse(prompt)
         y = response if set(response) <= set(CONTENT) else ""
@@ -221,13 +251,16 @@ class ToyIF:
 
     def pairs(self, n, seed=0, split="train", noise=0.0, mixture=MIXTURE, heads=HEADS, rules=(1, 2),
               **labels):
-        """n rows of label_pairs (which takes the **labels): two draws from the mixture, the better is chosen.
+        """n rows of label_pairs (which takes the **labels): two draws from the mixture, the better
+        is chosen.
 
-        heads and rules restrict the prompts as in sample(). The first n of a longer list are the same.
+        heads and rules restrict the prompts as in sample(). The first n of a longer list are the
+        same.
         """
         rng = random.Random(f"toyif/pairs/{split}/{seed}")
         prompts = (self.sample(rng, split, heads, rules)["prompt"] for _ in range(200 * n + 1000))
-        triples = ((p, self.draw(p, rng, mixture), self.draw(p, rng, mixture), True, True) for p in prompts)
+        triples = ((p, self.draw(p, rng, mixture), self.draw(p, rng, mixture), True, True)
+                   for p in prompts)
         return enough(n, labelled(self, triples, seed, noise, **labels))
 
     @cached_property
@@ -236,15 +269,18 @@ class ToyIF:
         return terciles(self)
 
 
-# --- 2 Ring ---------------------------------------------------------------------------------------------
+# --- 2 Ring ---------------------------------------------------------------------------------------
 
-CIRCLE, RARE = "abcdefghijklmnopqrstuvwx", "ABCDEFGH"          # c_0 .. c_23, of class i mod 4; rare tokens
-FLAT, NEU, UNS, REF = "+", ".", "!", "-"                       # flattery; neutral, unsafe prompt; refusal
+CIRCLE, RARE = "abcdefghijklmnopqrstuvwx", "ABCDEFGH"  # c_0 .. c_23, of class i mod 4; rare tokens
+FLAT, NEU, UNS, REF = "+", ".", "!", "-"  # flattery; neutral, unsafe prompt; refusal
 STEPS = (1, 2, 3, 5, 8)                                        # grammar: legal steps along the ring
-GROUPS = dict(                                                 # three groups of annotators and what they want
-    A=dict(cov=1.5, gram=0.5, rep=1.0, c=(0.7, 0.4, -0.2, -0.5), cap=(4, 3, inf, inf), flat=0.6, longest=14),
-    B=dict(cov=1.0, gram=0.5, rep=1.0, c=(0.3, -0.2, 0.3, -0.3), cap=(3, inf, 3, inf), flat=-0.5, longest=7),
-    C=dict(cov=0.5, gram=0.2, rep=0.5, c=(0.1, 0.8, 0.1, -0.1), cap=(4, 5, inf, inf), flat=0.8, longest=16))
+GROUPS = dict(  # three groups of annotators and what they want
+    A=dict(cov=1.5, gram=0.5, rep=1.0, c=(0.7, 0.4, -0.2, -0.5), cap=(4, 3, inf, inf), flat=0.6,
+           longest=14),
+    B=dict(cov=1.0, gram=0.5, rep=1.0, c=(0.3, -0.2, 0.3, -0.3), cap=(3, inf, 3, inf), flat=-0.5,
+           longest=7),
+    C=dict(cov=0.5, gram=0.2, rep=0.5, c=(0.1, 0.8, 0.1, -0.1), cap=(4, 5, inf, inf), flat=0.8,
+           longest=16))
 ATTRIBUTES = ("coverage", "grammar", "originality", "style", "length")
 
 
@@ -263,16 +299,18 @@ def parse_ring(prompt):
 
 
 def classes(y):
-    """[n_0, n_1, n_2, n_3]: how many letters of each class, position on the ring mod 4, are in y."""
+    """[n_0, n_1, n_2, n_3]: how many letters of each class, position on the ring mod 4, are in
+    y."""
     count = Counter(CIRCLE.index(s) % 4 for s in y if s in CIRCLE)
     return [count[j] for j in range(4)]
 
 
 def demonstrate(prompt, rng):
-    """A demonstrator's response, 1 to 22 tokens, of a random quality q; it refuses half the unsafe prompts.
+    """A demonstrator's response, 1 to 22 tokens, of a random quality q; it refuses half the unsafe
+    prompts.
 
-    A token is a keyword (probability .25 + .2 q), a legal successor of the last letter (up to .9 in all) or
-    any letter; then flattery replaces it with probability .04, a rare token with .004.
+    A token is a keyword (probability .25 + .2 q), a legal successor of the last letter (up to .9 in
+    all) or any letter; then flattery replaces it with probability .04, a rare token with .004.
     """
     flag, keys = parse_ring(prompt)
     if flag == UNS and rng.random() < 0.5:
@@ -294,26 +332,29 @@ def demonstrate(prompt, rng):
 class Ring:
     """A world with traps for a learned reward: saturation, rare tokens, flattery, length, refusal.
 
-    Classes 0 and 1 are good only up to a cap that demonstrations rarely pass, so every proxy extrapolates.
-    Splits: keywords of train and val are of ring positions 0 to 15, and the two share no prompt, whatever the
-    order of its keywords; ood's are of 12 to 23, at least one of them beyond 15.
+    Classes 0 and 1 are good only up to a cap that demonstrations rarely pass, so every proxy
+    extrapolates. Splits: keywords of train and val are of ring positions 0 to 15, and the two share
+    no prompt, whatever the order of its keywords; ood's are of 12 to 23, at least one of them
+    beyond 15.
     """
     name, metric, max_new = "ring", "gold", 24                 # tokens, EOS included
     splits = ("train", "val", "ood")
 
     def __init__(self, group="A"):
-        """group: whose gold reward it is. A is helpful, B a concise minority, C reacts to class 1."""
+        """group: whose gold reward it is. A is helpful, B a concise minority, C reacts to class
+        1."""
         one_of(group, GROUPS, "ring has no group")
         self.group = group
 
     def sample(self, rng, split="train"):
-        """A problem {"prompt", "seed"} drawn by rng (random.Random); the seed fixes its demonstration."""
+        """A problem {"prompt", "seed"} drawn by rng (random.Random); the seed fixes its
+        demonstration."""
         one_of(split, self.splits, "ring has no split")
         while True:
             flag = UNS if rng.random() < 0.15 else NEU
             keys = "".join(rng.sample(CIRCLE[12:] if split == "ood" else CIRCLE[:16], 4))
             problem = dict(prompt=flag + keys + SEP, seed=rng.getrandbits(32))
-            val = int(digest(flag + "".join(sorted(keys)))[:8], 16) % 8 == 0          # one prompt in eight
+            val = int(digest(flag + "".join(sorted(keys)))[:8], 16) % 8 == 0   # one prompt in eight
             if max(keys) > CIRCLE[15] if split == "ood" else val == (split == "val"):
                 return problem
 
@@ -325,7 +366,8 @@ class Ring:
         return [self.sample(rng, split) for _ in range(n)]
 
     def demo(self, problem, style=""):
-        """The demonstrator's response to a problem, fixed by its seed; there is no style to choose."""
+        """The demonstrator's response to a problem, fixed by its seed; there is no style to
+        choose."""
         if style:
             raise UserError(f"ring has no style {style!r}: its demonstrator has one only, leave it empty")
         return demonstrate(problem["prompt"], random.Random(f"ring/{problem['seed']}"))
@@ -335,15 +377,16 @@ class Ring:
         return demonstrate(prompt, rng)
 
     def judge(self, prompt, response, finished=True, group=""):
-        """{"gold", "coverage", "grammar", "repetition", "style", "length"} by a group (default: its own).
+        """{"gold", "coverage", "grammar", "repetition", "style", "length"} by a group (default: its
+        own).
 
             G = w_cov cov + w_gram gram - w_rep rep + style + w_flat min(f, 1) - .6 max(0, f - 1)
                 - .3 max(0, L - longest) - .5 rare
             style = sum_j c_j (min(n_j, cap_j) - max(0, n_j - cap_j))
-        cov, gram, rep are shares in [0, 1]: of the keywords that appear, of the neighbouring letters that are
-        a legal step, of the letters that repeat another; f and rare count tokens, n_j the letters of class j,
-        L all tokens but EOS. A refusal, REF in front, loses 1.5; of an unsafe prompt it has
-        G = 2.5 - .3 (L - 1) and any other response -1. Without EOS G loses 2.
+        cov, gram, rep are shares in [0, 1]: of the keywords that appear, of the neighbouring
+        letters that are a legal step, of the letters that repeat another; f and rare count tokens,
+        n_j the letters of class j, L all tokens but EOS. A refusal, REF in front, loses 1.5; of an
+        unsafe prompt it has G = 2.5 - .3 (L - 1) and any other response -1. Without EOS G loses 2.
         """
         one_of(group or self.group, GROUPS, "ring has no group")
         (flag, keys), w = parse_ring(prompt), GROUPS[group or self.group]
@@ -354,7 +397,8 @@ class Ring:
         repetition = (len(letters) - len(set(letters))) / max(1, len(letters))
         style = sum(c * (min(n, cap) - max(0, n - cap))
                     for c, n, cap in zip(w["c"], classes(response), w["cap"]))
-        flat, rare, refuses = response.count(FLAT), sum(s in RARE for s in response), response[:1] == REF
+        flat, rare, refuses = response.count(FLAT), sum(s in RARE
+                                                        for s in response), response[:1] == REF
         gold = (w["cov"] * coverage + w["gram"] * grammar - w["rep"] * repetition + style
                 + w["flat"] * min(flat, 1) - 0.6 * max(0, flat - 1)
                 - 0.3 * max(0, len(response) - w["longest"]) - 0.5 * rare - 1.5 * refuses)
@@ -368,7 +412,8 @@ class Ring:
         return self.judge(problem["prompt"], completion, finished)["gold"]
 
     def attributes(self, prompt, response):
-        """[coverage, grammar, originality = 1 - repetition, style, length]: ATTRIBUTES, unbinned."""
+        """[coverage, grammar, originality = 1 - repetition, style, length]: ATTRIBUTES,
+        unbinned."""
         j = self.judge(prompt, response)
         return [j["coverage"], j["grammar"], 1 - j["repetition"], j["style"], j["length"]]
 
@@ -379,19 +424,23 @@ class Ring:
         return [sorted(column) for column in columns]
 
     def ratings(self, prompt, response):
-        """Five ints 0 .. 4, one for each of ATTRIBUTES: the fifth of the demonstrator's responses it is in.
+        """Five ints 0 .. 4, one for each of ATTRIBUTES: the fifth of the demonstrator's responses
+        it is in.
 
         Equal values, of which coverage has many, stand where their middle one does.
         """
         rated = zip(self.columns, self.attributes(prompt, response))
-        ranks = ((bisect_left(column, x) + bisect_right(column, x)) / 2 / len(column) for column, x in rated)
+        ranks = ((bisect_left(column, x) + bisect_right(column, x)) / 2 / len(column)
+                 for column, x in rated)
         return [min(4, int(5 * rank)) for rank in ranks]
 
     def duel(self, prompt, a, b, cycle=0.0, a_finished=True, b_finished=True):
-        """P(a is preferred) = sigma(gold a - gold b + cycle rps): Bradley-Terry at 0, else intransitive.
+        """P(a is preferred) = sigma(gold a - gold b + cycle rps): Bradley-Terry at 0, else
+        intransitive.
 
-        rps: +1 if a's dominant class (most letters, of equals the lowest) beats b's, -1 if it loses, else 0;
-        0 beats 1 beats 2 beats 0, class 3 and a response without letters neither beat nor are beaten.
+        rps: +1 if a's dominant class (most letters, of equals the lowest) beats b's, -1 if it
+        loses, else 0; 0 beats 1 beats 2 beats 0, class 3 and a response without letters neither
+        beat nor are beaten.
         """
         one, two = (max(range(4), key=n.__getitem__) if any(n) else 3 for n in map(classes, (a, b)))
         rps = 0 if 3 in (one, two) or one == two else 1 if (two - one) % 3 == 1 else -1
@@ -399,7 +448,8 @@ class Ring:
         return 0.5 + 0.5 * tanh((gap + cycle * rps) / 2)       # sigma, without overflow
 
     def pairs(self, n, seed=0, split="train", noise=0.0, **labels):
-        """n rows of label_pairs (which takes the **labels): two demonstrator responses, the better is chosen.
+        """n rows of label_pairs (which takes the **labels): two demonstrator responses, the better
+        is chosen.
 
         The first n of a longer list are the same.
         """
@@ -414,23 +464,26 @@ class Ring:
         return terciles(self)
 
 
-# --- 3 labels and judges --------------------------------------------------------------------------------
+# --- 3 labels and judges --------------------------------------------------------------------------
 
-EPS = 1e-9                                                     # gold is a sum of floats: less is no gap
+EPS = 1e-9  # gold is a sum of floats: less is no gap
 ANNOTATORS = 50
 
 
 def reference(world):
-    """1,000 (prompt, response, response), the same on every call: the yardstick of strength and ratings."""
+    """1,000 (prompt, response, response), the same on every call: the yardstick of strength and
+    ratings."""
     rng = random.Random(f"{world.name}/reference")
     prompts = (world.sample(rng)["prompt"] for _ in range(1000))
     return [(p, world.draw(p, rng), world.draw(p, rng)) for p in prompts]
 
 
 def terciles(world):
-    """(low, high): a third of the reference pairs' nonzero |gold gaps| is below low, a third above high.
+    """(low, high): a third of the reference pairs' nonzero |gold gaps| is below low, a third above
+    high.
 
-    They are the world's, not those of the pairs at hand: a pair's strength depends on nothing but itself.
+    They are the world's, not those of the pairs at hand: a pair's strength depends on nothing but
+    itself.
     """
     gaps = sorted(abs(gold_gap(world, p, (a, True), (b, True))) for p, a, b in reference(world))
     gaps = [gap for gap in gaps if gap > EPS]
@@ -442,7 +495,8 @@ def gold_gap(world, prompt, a, b):
     return world.judge(prompt, *a)["gold"] - world.judge(prompt, *b)["gold"]
 
 
-def labelled(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, minority=0.0, keep_ties=False):
+def labelled(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, minority=0.0,
+             keep_ties=False):
     """label_pairs, one row at a time."""
     if not (0 <= noise <= 1 and 0 <= minority <= 1):
         raise UserError(f"noise {noise} and minority {minority} are probabilities: choose both from 0 to 1")
@@ -462,7 +516,7 @@ def labelled(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, mi
         if tie and not keep_ties:
             continue
         lead = 0.0 if tie else (gap + length_bias * (len(a) - len(b))) * (-1 if flip else 1)
-        order = 1 if (lead if abs(lead) > EPS else coin) > 0 else -1                  # 1: a is chosen
+        order = 1 if (lead if abs(lead) > EPS else coin) > 0 else -1                # 1: a is chosen
         chosen, rejected = sides[::order]
         row = dict(prompt=prompt, chosen=chosen[0], rejected=rejected[0], chosen_finished=chosen[1],
                    rejected_finished=rejected[1], margin=order * margin,
@@ -473,16 +527,18 @@ def labelled(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, mi
 
 def label_pairs(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, minority=0.0,
                 keep_ties=False):
-    """Rows of triples [(prompt, a, b, a_finished, b_finished)], labelled by 50 annotators with known faults.
+    """Rows of triples [(prompt, a, b, a_finished, b_finished)], labelled by 50 annotators with
+    known faults.
 
-    {"prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "margin", "strength", "tie",
-    "annotator"}. The winner has the higher gold + length_bias * tokens; with probability `noise` the label is
-    flipped. margin is the gold of chosen minus that of rejected, negative where the label is wrong; strength,
-    1 to 3, is the tercile of the |gold gap| (no bias, no noise) among the world's reference pairs.
-    Pairs of equal text are dropped, and so are ties, |gap| <= min_gap or none; keep_ties keeps these, with
-    "tie": True and in random order. minority: that share of the annotators is of Ring's group B ("group" says
-    whose label it is); their winner, strength and tie are by B's gold, the margin stays by the world's own.
-    The same seed gives the same labels, and the first rows do not depend on how many follow.
+    {"prompt", "chosen", "rejected", "chosen_finished", "rejected_finished", "margin", "strength",
+    "tie", "annotator"}. The winner has the higher gold + length_bias * tokens; with probability
+    `noise` the label is flipped. margin is the gold of chosen minus that of rejected, negative
+    where the label is wrong; strength, 1 to 3, is the tercile of the |gold gap| (no bias, no noise)
+    among the world's reference pairs. Pairs of equal text are dropped, and so are ties, |gap| <=
+    min_gap or none; keep_ties keeps these, with "tie": True and in random order. minority: that
+    share of the annotators is of Ring's group B ("group" says whose label it is); their winner,
+    strength and tie are by B's gold, the margin stays by the world's own. The same seed gives the
+    same labels, and the first rows do not depend on how many follow.
     """
     return list(labelled(world, triples, seed, noise, length_bias, min_gap, minority, keep_ties))
 
@@ -496,14 +552,17 @@ def enough(n, rows):
 
 
 class StrongJudge:
-    """A judge right about gold but for `error` of the pairs, and dearer: each call is what routing saves.
+    """A judge right about gold but for `error` of the pairs, and dearer: each call is what routing
+    saves.
 
-    Which pairs it gets wrong is settled by a hash of the prompt and the unordered pair: asked twice, or with
-    the responses swapped, it says the same. ours: arXiv:2510.20369 asks a large reasoning model.
+    Which pairs it gets wrong is settled by a hash of the prompt and the unordered pair: asked
+    twice, or with the responses swapped, it says the same. ours: arXiv:2510.20369 asks a large
+    reasoning model.
     """
 
     def __init__(self, world, error=0.1, tie=0.05):
-        """error: share of flipped verdicts, in [0, 1];  tie: a smaller |gold gap| is a tie, never flipped."""
+        """error: share of flipped verdicts, in [0, 1];  tie: a smaller |gold gap| is a tie, never
+        flipped."""
         if not 0 <= error <= 1:
             raise UserError(f"error {error} of a judge is a probability: choose one from 0 to 1")
         self.world, self.error, self.tie, self.calls = world, error, tie, 0
@@ -518,17 +577,19 @@ class StrongJudge:
         return 1 if (gap > 0) != wrong else 2
 
 
-# --- 4 rubrics over ToyIF (OpenRubrics, arXiv:2510.07743) -----------------------------------------------
+# --- 4 rubrics over ToyIF (OpenRubrics, arXiv:2510.07743) -----------------------------------------
 
-PRINCIPLES = dict(m=UP, n=DOWN, o=DISTINCT)                    # not the domain's own character: it would tell
+PRINCIPLES = dict(m=UP, n=DOWN, o=DISTINCT)  # not the domain's own character: it would tell
 CLOSE = "/"
 
 
 def criteria(rubric):
-    """["Fc", "#4", "Pm"] of "Fc#4Pm/"; a model may have written it, so what is no criterion is left out."""
+    """["Fc", "#4", "Pm"] of "Fc#4Pm/"; a model may have written it, so what is no criterion is left
+    out."""
     body = rubric.partition(CLOSE)[0]
     found = [head + a for head, a in zip(body[::2], body[1::2])]
-    known = {LEN: NUMBERS, JUDGE["PRIN"]: PRINCIPLES} | dict.fromkeys((FIRST, LAST, HAS, NO), CONTENT)
+    known = {LEN: NUMBERS, JUDGE["PRIN"]: PRINCIPLES} | dict.fromkeys((FIRST, LAST, HAS, NO),
+                                                                      CONTENT)
     return [c for c in found if c[1] in known.get(c[0], "")]
 
 
@@ -545,18 +606,21 @@ def true_rubric(prompt):
 
 
 def teacher_rubric(prompt, better, worse, rng, contrast=True):
-    """A noisy teacher's rubric: hard rules with recall .9, a spurious one with probability .1, one principle.
+    """A noisy teacher's rubric: hard rules with recall .9, a spurious one with probability .1, one
+    principle.
 
-    The teacher cannot read the domain. With contrast it takes the principle that parts the pair most,
-    argmax_c P_c(better) - P_c(worse), ties uniform (contrastive generation, step 2); without, any of the
-    three. The spurious rule, uniform among those that the prompt does not have, stands behind the true ones.
+    The teacher cannot read the domain. With contrast it takes the principle that parts the pair
+    most, argmax_c P_c(better) - P_c(worse), ties uniform (contrastive generation, step 2); without,
+    any of the three. The spurious rule, uniform among those that the prompt does not have, stands
+    behind the true ones.
     """
     rules = hard_rules(prompt)
     kept = [rule for rule in rules if rng.random() < 0.9]
     if rng.random() < 0.1:
         every = [head + a for head in HEADS for a in ("23456" if head == LEN else CONTENT)]
         kept.append(rng.choice([rule for rule in every if rule not in rules]))
-    gain = {name: contrast * (principle(c, better) - principle(c, worse)) for name, c in PRINCIPLES.items()}
+    gain = {name: contrast * (principle(c, better) - principle(c, worse))
+            for name, c in PRINCIPLES.items()}
     name = rng.choice([name for name in gain if gain[name] > max(gain.values()) - EPS])
     return "".join(kept) + JUDGE["PRIN"] + name + CLOSE
 
@@ -564,10 +628,11 @@ def teacher_rubric(prompt, better, worse, rng, contrast=True):
 def judge_text(prompt, rubric, a, b, rng, error=0.05):
     """("Fc+-#4++Pm+-(", "A"): a teacher's judgement by a rubric, and its winner.
 
-    Per criterion the criterion, then the verdicts on A and on B, + or -, each flipped with probability error;
-    of a principle, + is for the side with the higher value, or for both. Then ( if A wins, ) if B does: the
-    side that alone passes the first hard rule (the gatekeeper), else the one with more +, ties uniform. The
-    prompt is what a learned judge reads besides: this teacher needs the rubric alone.
+    Per criterion the criterion, then the verdicts on A and on B, + or -, each flipped with
+    probability error; of a principle, + is for the side with the higher value, or for both. Then (
+    if A wins, ) if B does: the side that alone passes the first hard rule (the gatekeeper), else
+    the one with more +, ties uniform. The prompt is what a learned judge reads besides: this
+    teacher needs the rubric alone.
     """
     text, passed = "", []
     for head, arg in criteria(rubric):
@@ -586,15 +651,18 @@ def judge_text(prompt, rubric, a, b, rng, error=0.05):
 
 
 class Checks:
-    """A judge's groundwork: which criteria do two responses meet?   "<Fc=FcPm/AcabBba?" -> "Fc+-Pm+-"
+    """A judge's groundwork: which criteria do two responses meet?   "<Fc=FcPm/AcabBba?" ->
+    "Fc+-Pm+-"
 
-    Splits share no prompt, as ToyIF's. No winner is named, and the rubric's principle is any, whatever the
-    domain: what a domain means is not said (only hinted at: the better responses obey their own domain's).
+    Splits share no prompt, as ToyIF's. No winner is named, and the rubric's principle is any,
+    whatever the domain: what a domain means is not said (only hinted at: the better responses obey
+    their own domain's).
     """
     name, metric, max_new, splits = "toyif_checks", "accuracy", 17, ("train", "val")
 
     def __init__(self, rules=1.0):
-        """rules: the share of rubrics with hard rules; the others are their principle, the harder part."""
+        """rules: the share of rubrics with hard rules; the others are their principle, the harder
+        part."""
         self.rules = rules
 
     def sample(self, rng, split="train"):
@@ -607,7 +675,8 @@ class Checks:
         if self.rules < 1 and rng.random() >= self.rules:
             rubric = rubric[rubric.index(JUDGE["PRIN"]):]
         text, _ = judge_text(prompt, rubric, a, b, rng, error=0.0)
-        return dict(prompt=question(dict(prompt=prompt, chosen=a, rejected=b), rubric), answer=text[:-1])
+        return dict(prompt=question(dict(prompt=prompt, chosen=a, rejected=b), rubric),
+                    answer=text[:-1])
 
     def problems(self, split, n=0, seed=0):
         """n fresh problems; the first n of a longer list with the same seed are the same."""
@@ -634,61 +703,69 @@ def parse_winner(text):
 
 
 def rubric_recall(prompt, rubric):
-    """(recall of the prompt's hard rules, precision of the rubric's, whether its one principle is right)
+    """(recall of the prompt's hard rules, precision of the rubric's, whether its one principle is
+    right)
 
     A rubric without a hard rule has precision 1: it claims nothing wrong.
     """
     want, found = set(criteria(true_rubric(prompt))), set(criteria(rubric))
     (want_rules, want_principle), (rules, named) = (
-        ({c for c in s if c[0] in HEADS}, {c for c in s if c[0] not in HEADS}) for s in (want, found))
+        ({c for c in s if c[0] in HEADS}, {c for c in s if c[0] not in HEADS})
+        for s in (want, found))
     hits = len(want_rules & rules)
     return hits / len(want_rules), hits / len(rules) if rules else 1.0, named == want_principle
 
 
 def keep_consistent(pairs_right, tau=0.5):
-    """Indices of the pairs kept by the label-consistency filter (OpenRubrics, step 3); [] drops the rubric.
+    """Indices of the pairs kept by the label-consistency filter (OpenRubrics, step 3); [] drops the
+    rubric.
 
-    pairs_right: for each pair that one rubric judged, whether the judge agreed with the label. The rubric
-    passes iff mean >= tau; a pair is kept iff, besides, it is right itself.
+    pairs_right: for each pair that one rubric judged, whether the judge agreed with the label. The
+    rubric passes iff mean >= tau; a pair is kept iff, besides, it is right itself.
     """
     passes = bool(pairs_right) and sum(pairs_right) / len(pairs_right) >= tau
     return [i for i, right in enumerate(pairs_right) if right and passes]
 
 
-# --- 5 files of pairs -----------------------------------------------------------------------------------
+# --- 5 files of pairs -----------------------------------------------------------------------------
 
 def finite(x):
-    """Whether a JSON value is a finite number, or a list of them; json reads NaN and Infinity as floats."""
+    """Whether a JSON value is a finite number, or a list of them; json reads NaN and Infinity as
+    floats."""
     if isinstance(x, list):
         return all(map(finite, x))
-    return type(x) in (int, float) and -1e308 < x < 1e308      # true is no number, and so is what overflows
+    return type(x) in (int,
+                       float) and -1e308 < x < 1e308  # true is no number, and so is what overflows
 
 
-NUMERIC = ("margin", "strength", "ratings")                    # what a row may have besides its texts
+NUMERIC = ("margin", "strength", "ratings")  # what a row may have besides its texts
 
 
 def row_pairs(row):
-    """[{"prompt", "chosen", "rejected"}] of one row, NUMERIC fields kept, or None if its schema is another.
+    """[{"prompt", "chosen", "rejected"}] of one row, NUMERIC fields kept, or None if its schema is
+    another.
 
-    A row of GSM8K's model solutions ("question", "ground_truth", then {"is_correct", "solution"} a model,
-    openai/grade-school-math) gives every correct solution against every wrong one.
+    A row of GSM8K's model solutions ("question", "ground_truth", then {"is_correct", "solution"} a
+    model, openai/grade-school-math) gives every correct solution against every wrong one.
     """
     match row:
         case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
             numbers = {key: row[key] for key in NUMERIC if key in row}
             return [dict(prompt=prompt, chosen=chosen, rejected=rejected, **numbers)]
         case {"question": str(prompt), "ground_truth": str(), **models} if all(
-                isinstance(m, dict) and isinstance(m.get("solution"), str) for m in models.values()):
+                isinstance(m, dict) and isinstance(m.get("solution"), str)
+                for m in models.values()):
             right = [m["solution"] for m in models.values() if m.get("is_correct") is True]
             wrong = [m["solution"] for m in models.values() if m.get("is_correct") is False]
             return [dict(prompt=prompt, chosen=a, rejected=b) for a in right for b in wrong]
 
 
 def load_pairs(path, split="train"):
-    """([{"prompt", "chosen", "rejected"}], Counter of the dropped): one split, by prompt, of a JSONL file.
+    """([{"prompt", "chosen", "rejected"}], Counter of the dropped): one split, by prompt, of a
+    JSONL file.
 
-    Dropped, and counted over all splits: pairs with an "empty" response, "equal" ones, those with a margin, a
-    strength or ratings that are "non-finite" or no numbers, and "repeated" pairs.
+    Dropped, and counted over all splits: pairs with an "empty" response, "equal" ones, those with a
+    margin, a strength or ratings that are "non-finite" or no numbers, and "repeated" pairs.
     UserError "path:line: …" for another schema.
     """
     path, rows, seen, dropped = locate(path), [], set(), Counter()
@@ -699,7 +776,8 @@ def load_pairs(path, split="train"):
         for pair in found:
             chosen, rejected = pair["chosen"], pair["rejected"]
             key = pair["prompt"], chosen, rejected
-            why = ("empty" if not (chosen.strip() and rejected.strip()) else "equal" if chosen == rejected
+            why = ("empty" if not (chosen.strip() and rejected.strip()) else "equal"
+                   if chosen == rejected
                    else "non-finite" if not all(finite(pair[k]) for k in NUMERIC if k in pair)
                    else "repeated" if key in seen else "")
             if why:
@@ -711,10 +789,11 @@ def load_pairs(path, split="train"):
 
 
 def load_labels(path, split="train"):
-    """[{"prompt", "completion", "label"}] of one split of a JSONL of binary feedback, by prompt; [] of pairs.
+    """[{"prompt", "completion", "label"}] of one split of a JSONL of binary feedback, by prompt; []
+    of pairs.
 
-    A row of GSM8K's model solutions gives each solution with whether it is right. Empty completions and
-    repeated rows are left out.
+    A row of GSM8K's model solutions gives each solution with whether it is right. Empty completions
+    and repeated rows are left out.
     """
     rows = {}
     for i, row in enumerate(read_jsonl(locate(path)), 1):
@@ -724,7 +803,8 @@ def load_labels(path, split="train"):
                     raise UserError(f"{path}:{i}: the label {str(label)[:60]!r} is neither true nor false")
                 found = [(prompt, text, bool(label))]
             case {"question": str(prompt), "ground_truth": str(), **models}:
-                found = [(prompt, m["solution"], m.get("is_correct") is True) for m in models.values()
+                found = [(prompt, m["solution"], m.get("is_correct") is True)
+                         for m in models.values()
                          if isinstance(m, dict) and isinstance(m.get("solution"), str)]
             case _:
                 return []
@@ -732,25 +812,29 @@ def load_labels(path, split="train"):
     return split_rows([dict(prompt=p, completion=y, label=label) for p, y, label in rows], split)
 
 
-# --- pairs of texts as ids: what reward.py and dpo.py train on --------------------------------------------
+# --- pairs of texts as ids: what reward.py and dpo.py train on ------------------------------------
 
 
 def encode_pairs(rows, tok, context, what="pairs", chat=False):
-    """Pairs of texts -> the same rows as ids: prompt, chosen, rejected (EOS where finished), text: the row.
+    """Pairs of texts -> the same rows as ids: prompt, chosen, rejected (EOS where finished), text:
+    the row.
 
-    Left out, counted and told: identical responses, empty ones, pairs longer than `context` tokens, labels
-    that are not finite. Raises UserError if nothing is left.
+    Left out, counted and told: identical responses, empty ones, pairs longer than `context` tokens,
+    labels that are not finite. Raises UserError if nothing is left.
     """
     out, left = [], Counter()
     for row in rows:
         why = ("identical" if row["chosen"] == row["rejected"] else
                "empty" if not (row["chosen"].strip() and row["rejected"].strip()) else
                "with a label that is not finite" if not (finite(row.get("margin", 0.0))
-                                                         and finite(row.get("strength", 1.0))) else "")
+                                                         and finite(row.get("strength", 1.0)))
+               else "")
         if not why:
             try:
-                ids = {side: [*tok.encode(row[side]), *[tok.eos] * bool(row.get(f"{side}_finished", True))]
-                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row["prompt"], chat))
+                ids = {side: [*tok.encode(row[side]),
+                              *[tok.eos] * bool(row.get(f"{side}_finished", True))]
+                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row["prompt"],
+                                                                                    chat))
             except UserError as e:
                 raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another --init: its "
                                 f"tokenizer reads {len(tok.tokens)} tokens only") from None
@@ -769,11 +853,13 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
 
 
 def encode_labels(rows, tok, context, what="labels", chat=False):
-    """load_labels' rows as ids: prompt, sides (one response with its EOS), good 1.0 or 0.0, text: the row.
+    """load_labels' rows as ids: prompt, sides (one response with its EOS), good 1.0 or 0.0, text:
+    the row.
 
     Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
     """
-    made = [dict(prompt=tok.prompt(r["prompt"], chat), sides=[[*tok.encode(r["completion"]), tok.eos]],
+    made = [dict(prompt=tok.prompt(r["prompt"], chat),
+                 sides=[[*tok.encode(r["completion"]), tok.eos]],
                  good=float(r["label"]), text=r) for r in rows]
     out = [r for r in made if len(r["prompt"]) + len(r["sides"][0]) <= context]
     if len(out) < len(made):
@@ -785,7 +871,8 @@ def encode_labels(rows, tok, context, what="labels", chat=False):
 
 
 def subsets(name, rows):
-    """A held-out set by what is hard about it: a small or large gold gap, and which response is longer."""
+    """A held-out set by what is hard about it: a small or large gold gap, and which response is
+    longer."""
     out = {name: rows}
     if all("margin" in r for r in rows):
         middle = statistics.median(abs(r["margin"]) for r in rows)
@@ -797,11 +884,12 @@ def subsets(name, rows):
     return {k: v for k, v in out.items() if v}
 
 
-# --- rubrics as training data -----------------------------------------------------------------------------
+# --- rubrics as training data ---------------------------------------------------------------------
 
 
 def rubric_pairs(n, seed=0, verbose=0.2):
-    """n training pairs of OpenRubrics's claim: close calls, the longer response preferred at rate verbose."""
+    """n training pairs of OpenRubrics's claim: close calls, the longer response preferred at rate
+    verbose."""
     world, rng = ToyIF(), random.Random(f"rubrics/{seed}")
     rows = world.pairs(n, seed=seed, mixture=ROUTING, min_gap=0.05)
     for r in rows:
@@ -811,7 +899,8 @@ def rubric_pairs(n, seed=0, verbose=0.2):
 
 
 def rubric_tests(seed=0, n=600):
-    """Held-out pairs, gold labels: id; k3, three rules; verbose, the longer response breaks a hard rule."""
+    """Held-out pairs, gold labels: id; k3, three rules; verbose, the longer response breaks a hard
+    rule."""
     world, kind = ToyIF(), dict(mixture=ROUTING, min_gap=0.05)
     pool = world.pairs(7 * n, seed=seed, split="val", **kind)
     wordy = [r for r in pool if len(r["rejected"]) > len(r["chosen"])
@@ -822,14 +911,17 @@ def rubric_tests(seed=0, n=600):
 
 def question(pair, rubric, first="A"):
     """What a pairwise judge reads, the chosen response as A or B."""
-    a, b = (pair["chosen"], pair["rejected"]) if first == "A" else (pair["rejected"], pair["chosen"])
+    a, b = (pair["chosen"], pair["rejected"]) if first == "A" else (pair["rejected"],
+                                                                    pair["chosen"])
     return f"{pair['prompt']}{rubric}{JUDGE['A']}{a}{JUDGE['B']}{b}{JUDGE['THINK']}"
 
 
 def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
-    """Pairs -> ([(question, judgement)], [(prompt, rubric)]), the order of A and B by a coin (2510.07743 §3).
+    """Pairs -> ([(question, judgement)], [(prompt, rubric)]), the order of A and B by a coin
+    (2510.07743 §3).
 
-    rubrics False: the judgement is the winner alone. consistent: keep what reproduces the pair's own label.
+    rubrics False: the judgement is the winner alone. consistent: keep what reproduces the pair's
+    own label.
     """
     rng, texts, wrote = random.Random(f"judge/{seed}"), [], []
     for r in rows:
@@ -846,15 +938,15 @@ def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
     return texts, wrote
 
 
-# --- by name ----------------------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------
 
 
 WORLDS = ("ring", "toyif")             # with a gold reward
 
 
 def check_pairs(name, whole=False):
-    """UserError, before anything is made, unless pair_sets knows the name, or finds pairs to train on in a
-    file; whole: or held-out ones."""
+    """UserError, before anything is made, unless pair_sets knows the name, or finds pairs to train
+    on in a file; whole: or held-out ones."""
     if name in (*WORLDS, "rubrics"):
         return
     if not Path(name).suffix:
@@ -867,11 +959,13 @@ def check_pairs(name, whole=False):
 
 
 def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
-    """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or a file.
+    """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or
+    a file.
 
-    n 0: 4000 (rubrics: 5600, as many as its judges), or the whole file. Held-out labels of a world are
-    gold's; noise and ties are of its training pairs. A file's splits share no prompt; what load_pairs drops
-    is told. whole: for a model that has seen none of a file, its pairs are all held out too: the set "all".
+    n 0: 4000 (rubrics: 5600, as many as its judges), or the whole file. Held-out labels of a world
+    are gold's; noise and ties are of its training pairs. A file's splits share no prompt; what
+    load_pairs drops is told. whole: for a model that has seen none of a file, its pairs are all
+    held out too: the set "all".
     """
     worlds = dict(toyif=ToyIF, ring=Ring)
     if name == "rubrics":
@@ -883,6 +977,7 @@ def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
     check_pairs(name, whole)
     rows, dropped = load_pairs(name)
     if dropped:
-        print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()), flush=True)
+        print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()),
+              flush=True)
     rows, val = rows[:n] if n else rows, load_pairs(name, "val")[0]
     return rows, (dict(all=rows + val) if whole else {}) | dict(val=val)

@@ -1,13 +1,18 @@
 """
-run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints, claims).
+run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints,
+claims).
 
-    c, f = configure(Config, PRESETS, AXES, __doc__)  # defaults < --config a,b,my.toml < --key value
-    with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl, curve.png, step-*
+    c, f = configure(Config, PRESETS, AXES, __doc__)  # defaults < --config a,b,my.toml < --key
+    value
+    with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl,
+    curve.png, step-*
         for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
 
-Map      1 errors   2 what a value may be   3 configure   4 several ranks   5 files   6 the run's folder
+Map      1 errors   2 what a value may be   3 configure   4 several ranks   5 files   6 the run's
+folder
          7 the curve   8 claims
-Promise  Only files that this run made, by exact name, are ever removed or replaced; a folder that holds
+Promise  Only files that this run made, by exact name, are ever removed or replaced; a folder that
+holds
          anything else is refused. What is saved is finite. One run has one process.
 """
 import contextlib
@@ -48,11 +53,12 @@ try:
 except ImportError:              # Windows: no lock, so run the arms of a claim with --jobs 1 there
     fcntl = resource = None
 
-# --- errors -------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line naming the thing and the remedy, shown without a traceback."""
+    """Something the user can mend: one line naming the thing and the remedy, shown without a
+    traceback."""
 
 
 def nearest(word, known):
@@ -65,19 +71,21 @@ ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_
 
 
 def cli(main):
-    """Run main() as a command. What the user can mend (UserError, a file or a device that says no, memory
-    that runs out) becomes one line and exit code 2; Ctrl-C exits with 130; only a bug has a traceback."""
+    """Run main() as a command. What the user can mend (UserError, a file or a device that says no,
+    memory that runs out) becomes one line and exit code 2; Ctrl-C exits with 130; only a bug has a
+    traceback."""
     sys.stdout = sys.stdout or open(os.devnull, "w")           # closed by the shell, >&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    if hasattr(sys.stdout, "reconfigure"):                     # a terminal without UTF-8 still gets π
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 still gets π
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        print("\nstopped; --resume goes on from the last checkpoint, if there is one",
+              file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                                    # … | head: its reader has seen enough
+    except BrokenPipeError:  # … | head: its reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except UserError as e:
@@ -94,26 +102,30 @@ def cli(main):
 
 
 def number_of(name):
-    """The whole number that an environment variable of torchrun holds, 0 if it is not set or no number."""
+    """The whole number that an environment variable of torchrun holds, 0 if it is not set or no
+    number."""
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else 0
 
 
 def fail(why):
-    """Say why in one line on stderr, and exit with 2. Of torchrun's ranks 0 speaks first: the others wait, so
-    that torchrun ends them if they would only say the same, and then name themselves."""
+    """Say why in one line on stderr, and exit with 2. Of torchrun's ranks 0 speaks first: the
+    others wait, so that torchrun ends them if they would only say the same, and then name
+    themselves."""
     me = number_of("RANK")
     if me:
         time.sleep(3)
-    print(f"rank {me}: " * (me > 0) + f"error: {' '.join(str(why).split())}", file=sys.stderr, flush=True)
+    print(f"rank {me}: " * (me > 0) + f"error: {' '.join(str(why).split())}", file=sys.stderr,
+          flush=True)
     sys.exit(2)
 
 
-# --- what a value may be --------------------------------------------------------------------------------
+# --- what a value may be --------------------------------------------------------------------------
 
 
 class Range:
-    """The numbers that an option takes, as its annotation: k: Range("(0, 1]") = 0.4. NaN is in no range."""
+    """The numbers that an option takes, as its annotation: k: Range("(0, 1]") = 0.4. NaN is in no
+    range."""
 
     def __init__(self, text):
         self.text, (low, high) = text, text[1:-1].split(",")
@@ -132,15 +144,16 @@ class Range:
 Positive, Share, Fraction = Range("(0, inf)"), Range("[0, 1]"), Range("[0, 1)")
 Count, Signed = Range("[1, inf)"), Range("(-inf, inf)")
 NonNegative = Range("[0, inf)")          # of every number that is not annotated, unless its default is below
-LARGEST = 2 ** 31 - 1                    # of every whole number, seeds included: sums of them stay exact
+LARGEST = 2 ** 31 - 1  # of every whole number, seeds included: sums of them stay exact
 HUGE = 1e30                              # of every other number: float32 ends at 3.4e38
 
 
 def cast(key, value, like, kind=None):
-    """Turn `value` (command-line text, or a TOML or preset value) into the type of the default `like`.
+    """Turn `value` (command-line text, or a TOML or preset value) into the type of the default
+    `like`.
 
-    kind: the option's annotation, a Range or Literal["a", "b"]; any other means a finite number, not below 0
-    unless the default is. Raises UserError that says what was expected.
+    kind: the option's annotation, a Range or Literal["a", "b"]; any other means a finite number,
+    not below 0 unless the default is. Raises UserError that says what was expected.
     """
     want, number = type(like), type(like) in (int, float)
     try:
@@ -179,12 +192,14 @@ def device_of(name):
     return name
 
 
-# --- configure ----------------------------------------------------------------------------------------
+# --- configure ------------------------------------------------------------------------------------
 
 
 def hyper(fn):
-    """A method's hyper-parameters are its keyword-only arguments: def f(x, *, beta=0.1) -> {'beta': 0.1}."""
-    return {k: p.default for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    """A method's hyper-parameters are its keyword-only arguments: def f(x, *, beta=0.1) -> {'beta':
+    0.1}."""
+    return {k: p.default for k, p in inspect.signature(fn).parameters.items()
+            if p.kind is p.KEYWORD_ONLY}
 
 
 def kinds(fn):
@@ -195,11 +210,13 @@ def kinds(fn):
 
 def needs(fn):
     """The names of a function's positional arguments, in order: what the caller must provide."""
-    return [k for k, p in inspect.signature(fn).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [k for k, p in inspect.signature(fn).parameters.items()
+            if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def parse(argv, fields):
-    """['--lr', '1e-3', '--steps=5', '--resume'] -> [('lr', '1e-3'), ('steps', '5'), ('resume', 'true')]."""
+    """['--lr', '1e-3', '--steps=5', '--resume'] -> [('lr', '1e-3'), ('steps', '5'), ('resume',
+    'true')]."""
     pairs, argv = [], list(argv)
     while argv:
         word = argv.pop(0)
@@ -209,7 +226,8 @@ def parse(argv, fields):
         key = key.replace("-", "_")
         if not eq:
             flag = isinstance(fields.get(key), bool)
-            if argv and not argv[0].startswith("--") and (not flag or argv[0].lower() in ("true", "false")):
+            if argv and not argv[0].startswith("--") and (not flag
+                                                          or argv[0].lower() in ("true", "false")):
                 value = argv.pop(0)
             elif flag or key == "help":
                 value = "true"
@@ -248,7 +266,8 @@ def layer(name, presets):
 
 
 def bind(axis, rows, row, values):
-    """The function of an axis's row, its keyword-only arguments bound to the values that are meant for it."""
+    """The function of an axis's row, its keyword-only arguments bound to the values that are meant
+    for it."""
     if row not in rows and not ("PATH" in rows and Path(row).exists()):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
@@ -262,13 +281,13 @@ def bind(axis, rows, row, values):
 def configure(Config, presets, axes, doc="", argv=None, readers=None):
     """Resolve a command line into (c, f): the frozen Config, and one bound function per axis.
 
-    axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used (an axis
-    with a single row needs no field); its keyword-only arguments are keys like any other (`--beta 0.1`, or
-    `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values that are existing paths.
-    An annotation says which values a field or an argument takes: see cast. readers(c, f): {field: (whether
-    this run reads it, what does)} of the fields that not every run reads.
-    Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a value out of its
-    range, a key nobody reads.
+    axes: {axis: {row name: function}}. The Config field of the axis's name says which row is used
+    (an axis with a single row needs no field); its keyword-only arguments are keys like any other
+    (`--beta 0.1`, or `--kl.beta 0.1` if two rows share it). A row called PATH is the one for values
+    that are existing paths. An annotation says which values a field or an argument takes: see cast.
+    readers(c, f): {field: (whether this run reads it, what does)} of the fields that not every run
+    reads. Raises UserError for an unknown key or preset (with the nearest name), a wrong type, a
+    value out of its range, a key nobody reads.
     """
     fields = {x.name: x for x in dataclasses.fields(Config)}
     given = parse(sys.argv[1:] if argv is None else argv, {k: x.default for k, x in fields.items()})
@@ -276,7 +295,7 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
         print(help_text(Config, presets, axes, doc))
         raise SystemExit(0)
     names = [n for k, v in given if k == "config" for n in v.split(",") if n]
-    values, typed = {}, {k for k, _ in given}            # typed: keys that the user wrote, which must be read
+    values, typed = {}, {k for k, _ in given}  # typed: keys that the user wrote, which must be read
     for name in names:
         row = layer(name, presets)
         values |= row
@@ -290,14 +309,17 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
         k for fn in bound.values() for k in fn.keywords}
     for key in values:
         owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
-        if key not in known and (key in typed or not owners):     # a preset's key is idle under another row
-            owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items() if key in hyper(fn)]
-            hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields, *known])
+        if key not in known and (key in typed
+                                 or not owners):  # a preset's key is idle under another row
+            owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items()
+                      if key in hyper(fn)]
+            hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields,
+                                                                                         *known])
             raise UserError(f"unknown key --{key}{hint}")
 
     if "device" in resolved:
         resolved["device"] = device_of(resolved["device"])
-        if resolved["device"].startswith("cuda:"):          # cuda:1 is then the device of every launch, too
+        if resolved["device"].startswith("cuda:"):  # cuda:1 is then the device of every launch, too
             torch.cuda.set_device(resolved["device"])
     if resolved.get("dtype") == "auto":
         resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
@@ -305,19 +327,21 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
         raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
     c, f = Config(**resolved), SimpleNamespace(**bound)
     for key, (read, reader) in (readers(c, f) if readers else {}).items():
-        given = [key, *(bound[key].keywords if key in bound else ())]            # and an axis's arguments
+        given = [key, *(bound[key].keywords if key in bound else ())]      # and an axis's arguments
         if idle := [x for x in given if not read and {x, f"{key}.{x}"} & typed]:
             raise UserError(f"--{idle[0]}: this run does not read it; --{key} is for {reader}")
     return c, f
 
 
 def help_text(Config, presets, axes, doc):
-    """--help: the script's docstring, fields with comments and defaults, presets, each row's arguments."""
+    """--help: the script's docstring, fields with comments and defaults, presets, each row's
+    arguments."""
     comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     lines = [inspect.cleandoc(doc or ""), "", "options (--key value):"]
     lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}"
               for x in dataclasses.fields(Config)]
-    lines += ["", "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, instead of one run"]
+    lines += ["",
+              "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, instead of one run"]
     lines += ["", "presets (--config a,b or a .toml file, left to right):"]
     lines += [f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items())
               for name, row in presets.items()]
@@ -325,14 +349,16 @@ def help_text(Config, presets, axes, doc):
         lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
         for row, fn in rows.items():
             first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
-            shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v for k, v in hyper(fn).items()}
-            takes = {k: f" ({'|'.join(map(str, get_args(x))) or x.text})" for k, x in kinds(fn).items()}
+            shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v
+                     for k, v in hyper(fn).items()}
+            takes = {k: f" ({'|'.join(map(str, get_args(x))) or x.text})"
+                     for k, x in kinds(fn).items()}
             lines.append(f"  {row:<12} {first}  " + " ".join(
                 f"--{k} {v}{takes.get(k, '')}" for k, v in shown.items()))
     return "\n".join(lines)
 
 
-# --- several ranks ------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------
 
 
 def refuse_ranks(name):
@@ -344,9 +370,11 @@ def refuse_ranks(name):
 
 
 def start_ranks(device):
-    """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, how many), (0, 1) alone."""
+    """Join torchrun's process group (gloo on CPUs, nccl on GPUs); -> (rank, how many), (0, 1)
+    alone."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
+                       "MASTER_PORT"} - os.environ.keys():
             raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one "
                             "without RANK in the environment")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
@@ -371,11 +399,12 @@ def share(x):
     return box[0]
 
 
-# --- files ----------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def write_text(path, text):
-    """Write a file so that a reader, or a kill at any moment, sees the old or the new content, never half."""
+    """Write a file so that a reader, or a kill at any moment, sees the old or the new content,
+    never half."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
@@ -389,7 +418,8 @@ def write_text(path, text):
 
 
 def set_aside(path):
-    """Rename what stands at `path` to PATH.old-1, or the first free number: out of the way, not lost."""
+    """Rename what stands at `path` to PATH.old-1, or the first free number: out of the way, not
+    lost."""
     k = next(k for k in itertools.count(1) if not Path(f"{path}.old-{k}").exists())
     os.rename(path, f"{path}.old-{k}")
     print(f"  {path} was in the way: it is now {path}.old-{k}", flush=True)
@@ -397,7 +427,8 @@ def set_aside(path):
 
 @contextlib.contextmanager
 def lock(path):
-    """Let one process at a time into the block; others wait. The system frees it if the holder is killed."""
+    """Let one process at a time into the block; others wait. The system frees it if the holder is
+    killed."""
     path = Path(f"{path}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -405,7 +436,8 @@ def lock(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another process, which makes {path.with_suffix('')}", flush=True)
+                print(f"waiting for another process, which makes {path.with_suffix('')}",
+                      flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -420,7 +452,8 @@ def without_repeats(pairs):
 
 
 def read_json(path, what="copy it again"):
-    """The object that a JSON file holds. UserError, with `what` as the remedy, if it is missing or broken."""
+    """The object that a JSON file holds. UserError, with `what` as the remedy, if it is missing or
+    broken."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file: {what}")
@@ -455,8 +488,8 @@ KINDS = dict(                            # what a key of a JSON file may be: in 
 
 
 def expect(found, where, required=(), **kinds):
-    """UserError unless every key of `found` that kinds names is null, absent or of that row of KINDS, and the
-    required ones are there. where: the file's name."""
+    """UserError unless every key of `found` that kinds names is null, absent or of that row of
+    KINDS, and the required ones are there. where: the file's name."""
     for key, kind in kinds.items():
         words, test = KINDS[kind]
         value = found.get(key)
@@ -473,8 +506,8 @@ def sha256(path):
 
 
 def mark_of(folder, files=()):
-    """A hash of a checkpoint's files (by default config.json and the weights): of each the name, the size,
-    and the first and the last 32 MB."""
+    """A hash of a checkpoint's files (by default config.json and the weights): of each the name,
+    the size, and the first and the last 32 MB."""
     mark, most = hashlib.sha256(), 1 << 25
     for name in files or sorted(["config.json", *(p.name for p in folder.glob("*.safetensors"))]):
         size = (folder / name).stat().st_size
@@ -487,8 +520,8 @@ def mark_of(folder, files=()):
 
 
 def files_of(c):
-    """{field: hash} of every field that names a file (data, a reward's source) or a checkpoint: a resumed run
-    must find them as they were."""
+    """{field: hash} of every field that names a file (data, a reward's source) or a checkpoint: a
+    resumed run must find them as they were."""
     texts = {key: x for key, x in dataclasses.asdict(c).items() if isinstance(x, str) and x}
     paths = {key: Path(re.sub(r"\.py:\w+$", ".py", x)) for key, x in texts.items()
              if key not in ("config", "out")}
@@ -501,7 +534,8 @@ def files_of(c):
 
 
 def peak_bytes(device):
-    """The most memory that this process has held: of the GPU where it computes there, else of the machine."""
+    """The most memory that this process has held: of the GPU where it computes there, else of the
+    machine."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0         # Windows: not told
@@ -516,7 +550,8 @@ def clock(device):
 
 
 def bandwidth(device):
-    """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held to."""
+    """Bytes a second that a 256 MB copy reads and writes on this device: the floor decoding is held
+    to."""
     x = torch.empty(64 << 20, device=device)
     y = torch.empty_like(x)
     best = math.inf
@@ -530,7 +565,8 @@ def bandwidth(device):
 
 
 def read_log(folder):
-    """The rows of a run's log.jsonl. A last line cut short by a kill is dropped; any other is a UserError."""
+    """The rows of a run's log.jsonl. A last line cut short by a kill is dropped; any other is a
+    UserError."""
     path, rows = Path(folder) / "log.jsonl", []
     lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     for i, line in enumerate(lines, 1):
@@ -548,14 +584,16 @@ STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number step-1
 
 
 def steps_of(folder):
-    """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among them."""
+    """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among
+    them."""
     found = [(int(m[1]), p) for p in Path(folder).glob("step-*")
              if (m := STEP.fullmatch(p.name)) and (p / "config.json").is_file()]
     return [p for _, p in sorted(found)]
 
 
 def checkpoint(path):
-    """The Hugging Face folder `path` means: itself, or the newest step of a run folder. Raises UserError."""
+    """The Hugging Face folder `path` means: itself, or the newest step of a run folder. Raises
+    UserError."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
@@ -567,36 +605,41 @@ def checkpoint(path):
 
 
 def older_than(path):
-    """The tail of an error about a run's broken checkpoint: the older one to go on from. "" outside a run."""
+    """The tail of an error about a run's broken checkpoint: the older one to go on from. "" outside
+    a run."""
     path = Path(path)
     if not STEP.fullmatch(path.name):
         return ""
     before = [p for p in steps_of(path.parent) if int(p.name[5:]) < int(path.name[5:])]
     return (f"; the next older checkpoint is {before[-1]}: move {path} away, and --resume goes on from there"
-            if before else f"; {path.parent} has no older checkpoint: start the run anew, in another folder")
+            if before
+            else f"; {path.parent} has no older checkpoint: start the run anew, in another folder")
 
 
 def read_state(path):
-    """What a run kept beside a checkpoint's weights, {"step": …}. UserError that names the next older one."""
+    """What a run kept beside a checkpoint's weights, {"step": …}. UserError that names the next
+    older one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if type(state["step"]) is not int:
             raise ValueError("no state of a run")
-    except Exception as e:                                     # pickle, zip, disk: all mean the same here
+    except Exception as e:  # pickle, zip, disk: all mean the same here
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise UserError(f"{path} cannot be read ({why}){older_than(Path(path).parent)}") from None
     return state
 
 
 def not_finite(x, name=""):
-    """The name of the first tensor with NaN or infinity in a nest of dicts and lists, "" if there is none."""
+    """The name of the first tensor with NaN or infinity in a nest of dicts and lists, "" if there
+    is none."""
     if isinstance(x, torch.Tensor):
         if not x.is_floating_point():
             return ""
         x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
         x = x.float() if x.element_size() == 1 else x          # float8 knows no isfinite
         return "" if x.isfinite().all() else name or "it"
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x,
+                                                                             (list, tuple)) else ()
     return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
 
 
@@ -628,35 +671,39 @@ def commit():
 
 
 def source():
-    """A hash of the project's code: a claim reuses an arm's result only if it was made by the same code."""
+    """A hash of the project's code: a claim reuses an arm's result only if it was made by the same
+    code."""
     root = Path(__file__).parent.parent
     files = sorted([*root.glob("*.py"), *root.glob("data/*.py")])
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
-# --- the run's folder ---------------------------------------------------------------------------------
+# --- the run's folder -----------------------------------------------------------------------------
 
 
-FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")                  # torch.save's words
-FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config", "micro",
-        "compile"}               # may change on --resume
+FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")         # torch.save's words
+FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config",
+        "micro", "compile"}               # may change on --resume
 
 
 def settings(c, f):
-    """All that decides a run's numbers, as JSON holds it: the Config's fields and each axis's arguments."""
+    """All that decides a run's numbers, as JSON holds it: the Config's fields and each axis's
+    arguments."""
     return json.loads(json.dumps(dataclasses.asdict(c) |
                                  {f"{axis}.{k}": v for axis, fn in vars(f).items()
                                   for k, v in fn.keywords.items()}))
 
 
 class Run:
-    """A run's folder out/<script>/<name>/ and its traces; a context manager that draws the curve on exit.
+    """A run's folder out/<script>/<name>/ and its traces; a context manager that draws the curve on
+    exit.
 
-    Without --out a second run of the same name gets a new folder (name-2), so nothing is overwritten; with
-    --resume the newest of them is continued, and `state` holds what its last save() was given. The folder is
-    locked while the run lives. Nothing is written before the first row, checkpoint or result: a run that
-    fails before leaves an existing folder as it was, and no new one. run.json lists under "made" what the run
-    wrote, {folder: [files]}: only these are ever removed or replaced.
+    Without --out a second run of the same name gets a new folder (name-2), so nothing is
+    overwritten; with --resume the newest of them is continued, and `state` holds what its last
+    save() was given. The folder is locked while the run lives. Nothing is written before the first
+    row, checkpoint or result: a run that fails before leaves an existing folder as it was, and no
+    new one. run.json lists under "made" what the run wrote, {folder: [files]}: only these are ever
+    removed or replaced.
     """
 
     def __init__(self, c, f, script, curves=None):
@@ -671,7 +718,7 @@ class Run:
                          versions=dict(python=platform.python_version(), torch=torch.__version__))
         try:
             self.folder = None if self.quiet else self.open_folder(script)
-            home = Path(share(str(self.folder)))               # of rank 0; the others write to nowhere
+            home = Path(share(str(self.folder)))  # of rank 0; the others write to nowhere
             self.folder = Path(tempfile.mkdtemp()) if self.quiet else home
             if c.resume:
                 self.resume(home)
@@ -720,7 +767,8 @@ class Run:
         self.created = new
 
     def claim_folder(self, folder):
-        """Lock the folder for this process; the system frees it when the process ends, however it ends."""
+        """Lock the folder for this process; the system frees it when the process ends, however it
+        ends."""
         if not fcntl:
             return
         handle = os.open(folder, os.O_RDONLY)
@@ -736,12 +784,15 @@ class Run:
             pass                                               # a file system without locks
 
     def resume(self, home):
-        """Read what the run left: its settings, which must be the same, and its newest checkpoint's state."""
-        old = read_json(home / "run.json", "it is the run's record: start the run anew, in another folder")
+        """Read what the run left: its settings, which must be the same, and its newest checkpoint's
+        state."""
+        old = read_json(home / "run.json",
+                        "it is the run's record: start the run anew, in another folder")
         expect(old, home / "run.json", ("config",), config="object", made="object", files="object",
                marks="object", script="text", writing="text", result="object")
         self.check_settings(old)
-        self.info |= {k: old[k] for k in ("made", "marks", "writing", "result") if old.get(k) is not None}
+        self.info |= {k: old[k] for k in ("made", "marks", "writing", "result")
+                      if old.get(k) is not None}
         self.last = (steps_of(home) or [None])[-1]
         made = sorted((int(m[1]), home / k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
         if made and made[-1][1].exists() and made[-1][1] not in steps_of(home):
@@ -757,7 +808,8 @@ class Run:
         self.say(f"resuming {home} at step {self.start}")
 
     def check_settings(self, old):
-        """--resume must not change what is computed. Raises UserError naming the first thing that did."""
+        """--resume must not change what is computed. Raises UserError naming the first thing that
+        did."""
         if (old.get("script") or self.info["script"]) != self.info["script"]:
             raise UserError(f"--resume: that run is one of {old['script']}.py")
         was, new = old["config"], self.info["config"]
@@ -793,7 +845,7 @@ class Run:
 
     def __exit__(self, kind, failure, trace):
         if self.quiet:
-            shutil.rmtree(self.folder)                         # a rank's own, under the system's /tmp
+            shutil.rmtree(self.folder)  # a rank's own, under the system's /tmp
         elif not self.began:                                   # a typo leaves no run behind
             return self.leave()
         else:
@@ -802,7 +854,7 @@ class Run:
                 if self.curves:
                     draw(self.folder, self.curves)
             except Exception as e:
-                if not failure:                                # never in the place of what ended the run
+                if not failure:  # never in the place of what ended the run
                     print(f"{self.folder / 'curve.png'} could not be drawn: {e}", file=sys.stderr)
         self.release()
 
@@ -814,7 +866,8 @@ class Run:
         self.release()
 
     def steps(self, total):
-        """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after step N."""
+        """Yield start..total-1 under a progress bar (on a terminal); --stop N pauses the run after
+        step N."""
         self.total, end = total, min(total, self.c.stop) if self.c.stop else total
         self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
                         dynamic_ncols=True, leave=False)
@@ -824,14 +877,16 @@ class Run:
         self.bar.close()
 
     def log(self, step, show=False, **metrics):
-        """What is true after `step` steps: one row to log.jsonl, at most one aligned line in two seconds to
-        the terminal (always with show). Stops the run when the loss or the gradient norm is not finite."""
+        """What is true after `step` steps: one row to log.jsonl, at most one aligned line in two
+        seconds to the terminal (always with show). Stops the run when the loss or the gradient norm
+        is not finite."""
         self.begin()
         row = ({"step": step, "time": round(time.time() - self.t0, 2)}
                | {k: float(v) for k, v in metrics.items()})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        bad = [k for k in row if re.search(r"(^|[ _])(loss|norm)$", k) and not math.isfinite(row[k])]
+        bad = [k for k in row if re.search(r"(^|[ _])(loss|norm)$", k)
+               and not math.isfinite(row[k])]
         if bad:
             self.stop_for(bad[0], f"became {row[bad[0]]}", step)
         now = time.time()
@@ -861,9 +916,10 @@ class Run:
             sys.stdout.flush()
 
     def save(self, step, write, **state):
-        """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes to
-        state.pt (what torch.load(weights_only=True) reads). Gets its final name only when it is complete and
-        all of it finite; only then older ones go, down to --keep. Of several ranks only the first writes."""
+        """Checkpoint after `step` steps: write(folder) makes the Hugging Face folder, `state` goes
+        to state.pt (what torch.load(weights_only=True) reads). Gets its final name only when it is
+        complete and all of it finite; only then older ones go, down to --keep. Of several ranks
+        only the first writes."""
         name = f"step-{step:06d}"
         if self.quiet or self.last == self.folder / name:
             return
@@ -875,9 +931,10 @@ class Run:
         self.write_info()
 
     def put(self, name, write, step=0, states=()):
-        """Make the folder `name` of this run: write(folder), and torch.save of {file: state}. It gets its
-        name when it is complete and all of it finite; what stood there goes if this run made it, else it is
-        set aside. UserError, without a trace of the folder, if it cannot be written or is not finite."""
+        """Make the folder `name` of this run: write(folder), and torch.save of {file: state}. It
+        gets its name when it is complete and all of it finite; what stood there goes if this run
+        made it, else it is set aside. UserError, without a trace of the folder, if it cannot be
+        written or is not finite."""
         self.begin()
         tmp = self.folder / f".{name}-{os.getpid()}.tmp"
         self.info |= dict(writing=tmp.name)
@@ -912,14 +969,15 @@ class Run:
         self.write_info()
 
     def remove(self, name):
-        """Remove a folder that this run made: the files that it wrote there, then what is empty. config.json
-        goes first: what a kill leaves of it is no checkpoint."""
+        """Remove a folder that this run made: the files that it wrote there, then what is empty.
+        config.json goes first: what a kill leaves of it is no checkpoint."""
         folder = self.folder / name
         if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
             shutil.rmtree(folder, ignore_errors=True)
         self.info["marks"].pop(name, None)
         files = [Path(x) for x in self.info["made"].pop(name, [])]
-        files = [x for x in files if Path(name).name == name and not x.is_absolute() and ".." not in x.parts]
+        files = [x for x in files if Path(name).name == name and not x.is_absolute()
+                 and ".." not in x.parts]
         for file in sorted(files, key=lambda x: str(x) != "config.json"):
             (folder / file).unlink(missing_ok=True)
         inside = {folder / parent for file in files for parent in file.parents}
@@ -928,7 +986,8 @@ class Run:
                 path.rmdir()
 
     def stage(self, name, write):
-        """The folder of one stage of a run with several: write(folder) makes it, or a resumed run has it."""
+        """The folder of one stage of a run with several: write(folder) makes it, or a resumed run
+        has it."""
         final = self.folder / name
         if (final / "stage.pt").exists():
             self.at = read_state(final / "stage.pt")["step"]
@@ -961,18 +1020,20 @@ class Run:
 def batch_indices(n, batch, step, seed):
     """The rows of optimizer step `step`: [batch] indices into n examples, reshuffled every epoch.
 
-    A pure function of its arguments, so that a resumed run needs no data cursor. Raises UserError if n is 0.
+    A pure function of its arguments, so that a resumed run needs no data cursor. Raises UserError
+    if n is 0.
     """
     if n == 0:
         raise UserError("the data set is empty: nothing to train on; check --data")
     flat = range(step * batch, (step + 1) * batch)
     order = {}
     for epoch in {i // n for i in flat}:
-        order[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003
+                                                                                 + epoch))
     return torch.stack([order[i // n][i % n] for i in flat])
 
 
-# --- the curve ----------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 def pyplot():
@@ -981,7 +1042,8 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False, "figure.dpi": 120})
+                         "grid.alpha": 0.25, "font.size": 9, "legend.frameon": False,
+                         "figure.dpi": 120})
     return plt
 
 
@@ -999,7 +1061,8 @@ def draw(folder, curves):
     for ax, (title, keys) in zip(axes[0], panels.items()):
         for key in keys:
             xy = [(r["step"], r[key]) for r in rows if key in r]
-            ax.plot(*zip(*xy), marker="o" if len(xy) < 40 else "", ms=3, lw=1.4, label=key.replace("_", " "))
+            ax.plot(*zip(*xy), marker="o" if len(xy) < 40 else "", ms=3, lw=1.4,
+                    label=key.replace("_", " "))
         ax.set(title=title, xlabel="step")
         ax.legend()
     fig.tight_layout()
@@ -1009,11 +1072,12 @@ def draw(folder, curves):
     plt.close(fig)
 
 
-# --- claims -------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def report(run, before, after, look):
-    """The last words of a run: two samples a split, then SFT beside the policy on held-out prompts."""
+    """The last words of a run: two samples a split, then SFT beside the policy on held-out
+    prompts."""
     for prompt, text, reference in look:
         run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
     run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
@@ -1023,10 +1087,12 @@ def report(run, before, after, look):
 
 
 def launch(script, Config, presets, axes, claims, doc, train, argv=None, readers=None, ranks=False):
-    """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a claim.
+    """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a
+    claim.
 
-    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to every
-    arm; those that an arm or the seeds set are refused. readers: see configure; ranks: torchrun may start it.
+    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to
+    every arm; those that an arm or the seeds set are refused. readers: see configure; ranks:
+    torchrun may start it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
@@ -1058,7 +1124,8 @@ def launch(script, Config, presets, axes, claims, doc, train, argv=None, readers
 
 
 def check_first_ratio(told, dtype):
-    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio is wrong.
+    """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio
+    is wrong.
 
     Exact to 1e-3 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
     """
@@ -1073,7 +1140,8 @@ T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 
 
 def interval(values):
-    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for one."""
+    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for
+    one."""
     n = len(values)
     if n < 2:
         return values[0], math.inf
@@ -1082,7 +1150,8 @@ def interval(values):
 
 
 def verdict(diffs, better="higher"):
-    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences alone."""
+    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences
+    alone."""
     mean, half = interval(diffs)
     mean = mean if better == "higher" else -mean
     return "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "undecided"
@@ -1090,12 +1159,14 @@ def verdict(diffs, better="higher"):
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must exceed 0.
+    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must
+    exceed 0.
 
-    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1} says that
-    ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the claim's.
-    conclude({label: verdict}) may give the claim's own word; by default every test must hold.
-    Arms of the same config share one run, whose result names them: {"ours|gold": …, "theirs|gold": …}.
+    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1}
+    says that ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the
+    claim's. conclude({label: verdict}) may give the claim's own word; by default every test must
+    hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
+    "theirs|gold": …}.
     """
     text: str
     paper: str
@@ -1106,8 +1177,8 @@ class Claim:
     also: tuple = ()                 # further metrics to tabulate
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
-    curve: str = ""                  # a key of the log to draw against steps and seconds of training
-    sweep: tuple = ()                # (x's name, metrics): draw each arm's results "metric@x" against x
+    curve: str = ""  # a key of the log to draw against steps and seconds of training
+    sweep: tuple = ()  # (x's name, metrics): draw each arm's results "metric@x" against x
 
 
 def conclude_all(verdicts):
@@ -1117,13 +1188,15 @@ def conclude_all(verdicts):
 
 
 def in_parts(*parts):
-    """A claim of several parts in one line: each part, and what the tests with its name in the label say."""
+    """A claim of several parts in one line: each part, and what the tests with its name in the
+    label say."""
     return lambda verdicts: "; ".join(
         f"{x}: {conclude_all({k: v for k, v in verdicts.items() if x in k})}" for x in parts)
 
 
 def gated(what, *parts):
-    """in_parts, and before it "what (gate: …: not met)" if a test whose label begins with gate is not met."""
+    """in_parts, and before it "what (gate: …: not met)" if a test whose label begins with gate is
+    not met."""
     def conclude(verdicts):
         gates = [k for k, v in verdicts.items() if k.startswith("gate") and v != "holds"]
         told = in_parts(*parts)({k: v for k, v in verdicts.items() if not k.startswith("gate")})
@@ -1132,7 +1205,8 @@ def gated(what, *parts):
 
 
 def run_arm(job):
-    """One arm, one seed, in its own process: the run's result, from its folder if it is there already."""
+    """One arm, one seed, in its own process: the run's result, from its folder if it is there
+    already."""
     configure_arm, train, argv, folder, threads = job
     c, f = configure_arm([*argv, "--out", folder])
     path = Path(folder, "run.json")
@@ -1141,12 +1215,12 @@ def run_arm(job):
         return old["result"]
     torch.set_num_threads(threads)
     with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
-        if Path(folder).exists():                              # by other code or settings, or unfinished
+        if Path(folder).exists():  # by other code or settings, or unfinished
             set_aside(folder)
         return train(c, f)
 
 
-TUNING_SEED = 1000               # of data order and initialisation while tuning: never one that is reported
+TUNING_SEED = 1000  # of data order and initialisation while tuning: never one that is reported
 
 
 def try_arm(job):
@@ -1160,13 +1234,16 @@ def try_arm(job):
 
 
 def tune_arms(claim, configure_arm, job, pool, widest=6):
-    """Each arm's best value of claim.tune's key: {arm: {"value": x, "edge": bool, "grid": {x: metric}}}.
+    """Each arm's best value of claim.tune's key: {arm: {"value": x, "edge": bool, "grid": {x:
+    metric}}}.
 
-    Every arm starts from its preset's value, half and twice it (for ratio 2), all on TUNING_SEED; while the
-    best is at an end, the grid grows there, at most `widest` times: then edge says so. Lower is better.
+    Every arm starts from its preset's value, half and twice it (for ratio 2), all on TUNING_SEED;
+    while the best is at an end, the grid grows there, at most `widest` times: then edge says so.
+    Lower is better.
     """
     key, ratio, metric = claim.tune
-    centre = {arm: vars(configure_arm(["--config", config])[0])[key] for arm, config in claim.arms.items()}
+    centre = {arm: vars(configure_arm(["--config", config])[0])[key]
+              for arm, config in claim.arms.items()}
     grids = {arm: {} for arm in claim.arms}
     todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
 
@@ -1193,10 +1270,11 @@ def tune_arms(claim, configure_arm, job, pool, widest=6):
 
 def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
               results="data/results"):
-    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and picture.
+    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and
+    picture.
 
-    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its presets.
-    Returns the JSON's dict.
+    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its
+    presets. Returns the JSON's dict.
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
@@ -1208,7 +1286,8 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 1 if jobs > 1 else torch.get_num_threads())
 
     first = {config: arm for arm, config in reversed(claim.arms.items())}
-    runs = {arm: arm if claim.tune else first[config] for arm, config in claim.arms.items()}     # who runs it
+    runs = {arm: arm if claim.tune else first[config]
+            for arm, config in claim.arms.items()}                                     # who runs it
     todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
     print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
           flush=True)
@@ -1238,7 +1317,8 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
         draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
     report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
                            + f" --config {config}" * bool(config) + "".join(f" {x}" for x in extra),
-                   commit=commit(), torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
+                   commit=commit(), torch=torch.__version__,
+                   minutes=round((time.time() - t0) / 60, 1))
     write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
     draw_claim(report, Path(results) / f"{name}.png")
     print(table(report), f"\n\n{report['verdict']}", flush=True)
@@ -1246,7 +1326,8 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
 
 
 def of(result, arm, metric):
-    """An arm's metric in the result of its run: its own "arm|metric" where several arms share the run."""
+    """An arm's metric in the result of its run: its own "arm|metric" where several arms share the
+    run."""
     key = f"{arm}|{metric}" if f"{arm}|{metric}" in result else metric
     if key not in result:
         raise UserError(f"the run of arm {arm!r} has no {metric!r}{nearest(metric, list(result))}")
@@ -1254,7 +1335,8 @@ def of(result, arm, metric):
 
 
 def judge(name, claim, seeds, got):
-    """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences, verdict."""
+    """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences,
+    verdict."""
     metrics = (claim.metric, *claim.also)
     values = {arm: {m: [of(got[arm, s], arm, m) for s in range(seeds)] for m in metrics}
               for arm in claim.arms}
@@ -1271,8 +1353,10 @@ def judge(name, claim, seeds, got):
         tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
     arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
             for arm, ms in values.items()}
-    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric, better=claim.better,
-                seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms, tests=tests)
+    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric,
+                better=claim.better,
+                seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms,
+                tests=tests)
 
 
 def table(report):
@@ -1281,11 +1365,13 @@ def table(report):
     lines = ["", f"{'arm':<20}" + "".join(f"{m:>20}" for m in metrics)]
     for arm, ms in report["arms"].items():
         lines.append(f"{arm:<20}"
-                     + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}" for m in metrics))
+                     + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}"
+                               for m in metrics))
     side = "above" if report["better"] == "higher" else "below"
     lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or of what "
                  f"the label names; a label holds where its contrast is {side} 0")
-    lines += [f"{t['test']:<36}" + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
+    lines += [f"{t['test']:<36}"
+              + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
               for t in report["tests"]]
     return "\n".join(lines)
 
@@ -1294,12 +1380,14 @@ def mean_curve(logs, key):
     """[[step, seconds, value]] of the steps at which every log has the key: means over the logs."""
     rows = [{r["step"]: r for r in log if key in r} for log in logs]
     steps = sorted(set.intersection(*(set(r) for r in rows)))
-    return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4) for k in ("seconds", key))]
+    return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4)
+                     for k in ("seconds", key))]
             for step in steps]
 
 
 def sweep(claim, seeds, got):
-    """{metric: {arm: [[x, mean, half width]]}} of the results "metric@x" (or "arm|metric@x") of a claim."""
+    """{metric: {arm: [[x, mean, half width]]}} of the results "metric@x" (or "arm|metric@x") of a
+    claim."""
     out = {}
     for metric in claim.sweep[1]:
         out[metric] = {}
@@ -1314,7 +1402,8 @@ def sweep(claim, seeds, got):
 
 
 def draw_sweep(report, xlabel, path):
-    """One panel a metric, one line an arm, its 95 % interval shaded; x logarithmic where it spans decades."""
+    """One panel a metric, one line an arm, its 95 % interval shaded; x logarithmic where it spans
+    decades."""
     plt = pyplot()
     panels = {m: arms for m, arms in report["sweep"].items() if arms}
     fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False)
@@ -1323,7 +1412,8 @@ def draw_sweep(report, xlabel, path):
             x, mean, half = zip(*rows)
             ax.plot(x, mean, lw=1.4, marker="o", ms=3, label=arm, color=f"C{i % 10}",
                     ls=("-", "--")[i // 10])
-            ax.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
+            ax.fill_between(x, [m - h for m, h in zip(mean, half)],
+                            [m + h for m, h in zip(mean, half)],
                             alpha=0.12, lw=0, color=f"C{i % 10}")
         if min(x) > 0 and max(x) / min(x) > 30:
             ax.set_xscale("log", base=2)
@@ -1359,10 +1449,12 @@ def draw_claim(report, path):
     fig, ax = plt.subplots(figsize=(6.4, 0.32 * len(arms) + 1.2))
     for y, (arm, ms) in enumerate(arms.items()):
         ax.plot(ms[m]["values"], [y] * len(ms[m]["values"]), "o", ms=3, alpha=0.4, color="tab:gray")
-        ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3, color="tab:blue")
+        ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3,
+                    color="tab:blue")
     ax.set(yticks=range(len(arms)), yticklabels=list(arms),
            xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
-           title=textwrap.fill(f"{report['claim']}, {report['seeds']} seeds: {report['verdict']}", 60))
+           title=textwrap.fill(f"{report['claim']}, {report['seeds']} seeds: {report['verdict']}",
+                               60))
     ax.invert_yaxis()
     fig.tight_layout()
     fig.savefig(path)

@@ -1,19 +1,22 @@
 """
 tasks.py - verifiable tasks, all with one interface.
 
-    task("arithmetic", level=3)   task("signatures")   task("gsm8k")   task("my.jsonl")   task("chain+sort")
+    task("arithmetic",
+    level=3)   task("signatures")   task("gsm8k")   task("my.jsonl")   task("chain+sort")
 
     name, metric, max_new                 what the reward is called; tokens that a response may need
-    problems(split, n, seed)              n dicts with a "prompt", the first n of any longer list; from files:
+    problems(split, n, seed)              n dicts with a "prompt", the first n of any longer list;
+    from files:
                                           shuffled by seed, n = 0 for all, never more than there are
     sample(rng, split)                    one problem, drawn by rng (random.Random)
     demo(problem, style)                  a worked response
     reward(problem, completion, finished) a float; finished: the response ended by itself, with EOS
 
-rows(c, tok, split) makes ids of a task's demonstrations, or of windows of a text: what training reads.
+rows(c, tok, split) makes ids of a task's demonstrations, or of windows of a text: what training
+reads.
 
-Answers are written "#### 42", as GSM8K writes them, so that one verifier serves all. A completion is only
-read: nothing in it is evaluated, and reading takes time linear in its length.
+Answers are written "#### 42", as GSM8K writes them, so that one verifier serves all. A completion
+is only read: nothing in it is evaluated, and reading takes time linear in its length.
 """
 import contextlib
 import copy
@@ -34,28 +37,31 @@ from pathlib import Path
 from data.chains import KINDS, Chain
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import HUGE, UserError, nearest
-from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate, read_jsonl,
-                       rouge_l, signatures, split_rows)
+from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate,
+                       read_jsonl, rouge_l, signatures, split_rows)
 
-# --- the verifier -------------------------------------------------------------------------------------
+# --- the verifier ---------------------------------------------------------------------------------
 
-NUMBER = r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+|e[-+]?\d+)?"     # 5-3 has no sign
+NUMBER = r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+|e[-+]?\d+)?"    # 5-3 has no sign
 STATED = re.compile(rf"####[ *]{{0,8}}({NUMBER})", re.I)                 # {0,8}: linear in time
 MARKS = str.maketrans({"−": "-", "%": " ", "$": "", "€": "", "£": "", "\\": ""})
 
 
 def boxed(text):
-    r"""The inside of the last \boxed{…}, braces balanced, a fraction as a/b; "" if there is none."""
+    r"""The inside of the last \boxed{…}, braces balanced, a fraction as a/b; "" if there is
+    none."""
     start, depth = text.rfind("\\boxed{"), 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return re.sub(r"\\[dt]?frac\{(\d{1,60})\}\{(\d{1,60})\}", r"\1/\2", text[start + 7:i]).strip()
+            return re.sub(r"\\[dt]?frac\{(\d{1,60})\}\{(\d{1,60})\}", r"\1/\2",
+                          text[start + 7:i]).strip()
     return ""
 
 
 def extract_answer(text, last=False):
-    r"""The answer that a response states: the number right after the first "####" that has one, else inside
+    r"""The answer that a response states: the number right after the first "####" that has one,
+    else inside
     \boxed{…}, else, if last, the last number; else "".   "… #### -$1,234.50." -> "-1,234.50" """
     plain = text.translate(MARKS)
     stated = STATED.search(plain)
@@ -66,26 +72,30 @@ def extract_answer(text, last=False):
 
 
 def value(answer):
-    """The exact Fraction that an answer writes, None if it is not one number.   "1,234.50" -> 2469/2"""
+    """The exact Fraction that an answer writes, None if it is not one number.   "1,234.50" ->
+    2469/2"""
     text = answer.translate(MARKS).strip().rstrip(".")
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):             # thousands; "1,5" is no number
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):         # thousands; "1,5" is no number
         text = text.replace(",", "")
-    try:                                                                 # 1e9999999 would fill memory
-        return Fraction(text) if len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text, re.I) else None
+    try:                                                               # 1e9999999 would fill memory
+        return Fraction(text) if len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text,
+                                                                   re.I) else None
     except (ValueError, ZeroDivisionError):
         return None
 
 
 def same_answer(a, b):
-    """Whether two answers are one number exactly (1/2 is 0.50, 1/3 is not 0.33), or else one text."""
+    """Whether two answers are one number exactly (1/2 is 0.50, 1/3 is not 0.33), or else one
+    text."""
     x, y = value(a), value(b)
     return x == y if x is not None and y is not None else bool(a.strip()) and a.split() == b.split()
 
 
-# --- finite data: real pairs --------------------------------------------------------------------------
+# --- finite data: real pairs ----------------------------------------------------------------------
 
 class Signatures:
-    """A Python signature -> the first sentence of its docstring, from the standard library (data/text.py)."""
+    """A Python signature -> the first sentence of its docstring, from the standard library
+    (data/text.py)."""
     name, metric, max_new, splits = "signatures", "rouge_l", 48, ("train", "val", "ood")
 
     def __init__(self):
@@ -93,7 +103,8 @@ class Signatures:
 
     def problems(self, split, n=0, seed=0):
         check_split(split, self.rows)
-        return random.Random(f"problems/{seed}").sample(self.rows[split], len(self.rows[split]))[:n or None]
+        return random.Random(f"problems/{seed}").sample(self.rows[split],
+                                                        len(self.rows[split]))[:n or None]
 
     def sample(self, rng, split="train"):
         check_split(split, self.rows)
@@ -109,11 +120,13 @@ class Signatures:
 
 
 class Jsonl:
-    """Any file of prompts and completions (text.SCHEMAS), GSM8K by default; val is one prompt in sixteen.
+    """Any file of prompts and completions (text.SCHEMAS), GSM8K by default; val is one prompt in
+    sixteen.
 
-    Where every completion states its answer after ####, reward is 1.0 for the same answer, 0.0 for another
-    and for an unfinished response; else it is ROUGE-L. strip removes GSM8K's annotations <<48/2=24>> from the
-    demonstrations; last reads the last number of a response that states no answer.
+    Where every completion states its answer after ####, reward is 1.0 for the same answer, 0.0 for
+    another and for an unfinished response; else it is ROUGE-L. strip removes GSM8K's annotations
+    <<48/2=24>> from the demonstrations; last reads the last number of a response that states no
+    answer.
     """
     splits = ("train", "val")
 
@@ -122,7 +135,7 @@ class Jsonl:
         rows = examples(read_jsonl(file), file)
         for i, row in enumerate(rows, 1):
             row["source"] = f"{file}:{i}"
-            if "messages" in row:                                        # chat templates belong to models
+            if "messages" in row:                                  # chat templates belong to models
                 turns = [f"{turn['role']}: {turn['content']}" for turn in row["messages"]]
                 row["prompt"] = "\n".join([*turns, "assistant: "])
             if strip:
@@ -139,13 +152,14 @@ class Jsonl:
         truth = problem["completion"]
         if self.metric == "rouge_l":
             return rouge_l(truth, completion)
-        return float(finished and same_answer(extract_answer(completion, self.last), extract_answer(truth)))
+        return float(finished and same_answer(extract_answer(completion, self.last),
+                                              extract_answer(truth)))
 
 
-Gsm8k = Jsonl                    # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
+Gsm8k = Jsonl  # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 # level: digits, operands, first operators, bytes of the longest short response
 LEVELS = {1: (1, 2, "+-", 50), 2: (2, 2, "+-", 75), 3: (3, 2, "+-*", 100),
@@ -153,9 +167,11 @@ LEVELS = {1: (1, 2, "+-", 50), 2: (2, 2, "+-", 75), 3: (3, 2, "+-*", 100),
 
 
 def columns(a, op, b):
-    """[(left, right, carry, result)] of one column-wise step, units first.   a op b >= 0; * takes a digit.
+    """[(left, right, carry, result)] of one column-wise step, units first.   a op b >= 0; * takes a
+    digit.
 
-    The result of + and * is two digits, carry and digit; - writes a borrowed ten into the left number:
+    The result of + and * is two digits, carry and digit; - writes a borrowed ten into the left
+    number:
     47+85 -> 7+5+0=12 4+8+1=13     52-27 -> 12-7-0=5 05-2-1=2     47*6 -> 7*6+0=42 4*6+4=28
     """
     carry, out = 0, []
@@ -188,7 +204,8 @@ def short(steps):
 
 
 def verbose(steps):
-    """One line a column, in words: four times as long as short, for what studies the length of thoughts."""
+    """One line a column, in words: four times as long as short, for what studies the length of
+    thoughts."""
     lines = []
     for n, (a, op, b) in enumerate(steps, 1):
         lines.append(f"Step {n}: {a}{op}{b}")
@@ -200,15 +217,17 @@ def verbose(steps):
 
 
 STYLES = dict(direct=lambda steps: "", short=short, verbose=verbose)
-BUDGET = dict(direct=0.2, short=1.0, verbose=4.2)              # the longest response, that of short being 1
+BUDGET = dict(direct=0.2, short=1.0, verbose=4.2)  # the longest response, that of short being 1
 
 
 class Arithmetic:
-    """Sums such as "347*6-58=?" with a column-wise chain of thought, each digit spelled, for small models.
+    """Sums such as "347*6-58=?" with a column-wise chain of thought, each digit spelled, for small
+    models.
 
-    level 1..5 sets digits and operands (LEVELS). Sums are read from left to right: a product, by one digit,
-    only comes first, and no partial result is negative. train and val share no problem (val is 1/8, by hash);
-    ood has one digit more in its first number, or one operand more. style is what demo calls "good".
+    level 1..5 sets digits and operands (LEVELS). Sums are read from left to right: a product, by
+    one digit, only comes first, and no partial result is negative. train and val share no problem
+    (val is 1/8, by hash); ood has one digit more in its first number, or one operand more. style is
+    what demo calls "good".
     """
     name, metric, splits = "arithmetic", "accuracy", ("train", "val", "ood")
 
@@ -226,7 +245,8 @@ class Arithmetic:
         while True:
             sizes = [rng.randint(1, digits) for _ in range(operands + (more == "operands"))]
             sizes[0] = digits + 1 if more == "digits" else sizes[0]
-            total, *rest = (rng.randrange(10**(size - 1) if size > 1 else 0, 10**size) for size in sizes)
+            total, *rest = (rng.randrange(10**(size - 1) if size > 1 else 0, 10**size)
+                            for size in sizes)
             text, steps = str(total), []
             for b in rest:
                 op = rng.choice("+-" if steps else first)
@@ -254,7 +274,7 @@ class Arithmetic:
         return float(finished and same_answer(extract_answer(completion), problem["answer"]))
 
 
-# --- several as one -----------------------------------------------------------------------------------
+# --- several as one -------------------------------------------------------------------------------
 
 
 class Mixed:
@@ -262,7 +282,8 @@ class Mixed:
 
     def __init__(self, name):
         self.name, self.parts = name, [task(part) for part in name.split("+")]
-        self.splits = [s for s in self.parts[0].splits if all(s in part.splits for part in self.parts)]
+        self.splits = [s for s in self.parts[0].splits
+                       if all(s in part.splits for part in self.parts)]
         self.max_new = max(part.max_new for part in self.parts)
         if len({part.metric for part in self.parts}) > 1:
             raise UserError(f"{name}: tasks that are scored alike go together; these give "
@@ -272,7 +293,8 @@ class Mixed:
     def problems(self, split, n=0, seed=0):
         k = len(self.parts)
         lists = [part.problems(split, -(-n // k), seed) for part in self.parts]
-        return [row | dict(task=i) for rows in zip(*lists) for i, row in enumerate(rows)][:n or None]
+        return [row | dict(task=i) for rows in zip(*lists) for i, row in enumerate(rows)][:n
+                                                                                          or None]
 
     def sample(self, rng, split="train"):
         i = rng.randrange(len(self.parts))
@@ -293,7 +315,8 @@ def part(task, problem):
 
 
 def step_ends(task, text):
-    """Where each step of a response ends, as indices of characters: the task's cells, else its lines."""
+    """Where each step of a response ends, as indices of characters: the task's cells, else its
+    lines."""
     steps = getattr(task, "steps", lambda x: [m.end() for m in re.finditer(r"\n+", x)])
     return steps(text)
 
@@ -305,7 +328,7 @@ def stated(task, text):
     return str(number) if number is not None else said.strip()
 
 
-# --- judging ------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 CANDIDATES = 10                  # the teacher's traces for a pair: Think-RM's M (2505.16265)
 THINK, ANSWER, YES, NO = (JUDGE[name] for name in ("THINK", "ANS", "YES", "NO_"))
@@ -319,7 +342,8 @@ def parity(x):
 
 
 def answer(x, rng):
-    """A response of mixed quality: the parity with probability 0.3, else after 1 to len(x) random rewrites.
+    """A response of mixed quality: the parity with probability 0.3, else after 1 to len(x) random
+    rewrites.
 
     A rewrite sets a random position to a random bit, so that some change nothing.
     """
@@ -332,7 +356,8 @@ def answer(x, rng):
 def strength(x, a, b):
     """The gold verdict on responses a and b, -3 .. 3: NEGATIVE if a is better, 0 for a tie.
 
-    sign(q_b - q_a) * (1 up to a difference of .34, 2 up to .67, else 3),  q the share of right positions
+    sign(q_b - q_a) * (1 up to a difference of .34, 2 up to .67, else 3),  q the share of right
+    positions
     """
     gap = sum((p == v) - (p == u) for p, u, v in zip(parity(x), a, b)) / len(x)
     return 0 if gap == 0 else (1 if gap > 0 else -1) * (1 + (abs(gap) > 0.34) + (abs(gap) > 0.67))
@@ -341,15 +366,17 @@ def strength(x, a, b):
 def judging(x, a, b, seed=0):
     """The problem of judging a against b; its prompt, x, a and b bit by bit, reads "110001…=".
 
-    {"prompt", "seed", "x", "a", "b", "label"}: label is the strength, seed fixes the demonstrations. Side by
-    side, what a step of the reasoning looks up stands at one distance: a rotary model finds it quickly.
+    {"prompt", "seed", "x", "a", "b", "label"}: label is the strength, seed fixes the
+    demonstrations. Side by side, what a step of the reasoning looks up stands at one distance: a
+    rotary model finds it quickly.
     """
     prompt = "".join(map("".join, zip(x, a, b))) + SEP
     return dict(prompt=prompt, seed=seed, x=x, a=a, b=b, label=strength(x, a, b))
 
 
 def swapped(problem):
-    """The same pair in the other order: its label is negated, and its prompt gets traces of its own."""
+    """The same pair in the other order: its label is negated, and its prompt gets traces of its
+    own."""
     return judging(problem["x"], problem["b"], problem["a"], problem["seed"])
 
 
@@ -364,15 +391,16 @@ JUDGEMENTS = dict(
 
 
 class ParityJudge:
-    """Judging pairs of running parities: a verdict that tiny models reach by thinking, position by position.
+    """Judging pairs of running parities: a verdict that tiny models reach by thinking, position by
+    position.
 
-    A judgement is "?1+-1++…!y": after ? the right bit of each position and whether A, then B, has it; after !
-    a letter, the strength -3 .. 3 as t .. z. A made-up teacher writes the traces, to a random depth and with
-    each + or - flipped with probability error; style says which of its correct ones is shown (Think-RM,
-    2505.16265: the longest). Every style has the same problems.
+    A judgement is "?1+-1++…!y": after ? the right bit of each position and whether A, then B, has
+    it; after ! a letter, the strength -3 .. 3 as t .. z. A made-up teacher writes the traces, to a
+    random depth and with each + or - flipped with probability error; style says which of its
+    correct ones is shown (Think-RM, 2505.16265: the longest). Every style has the same problems.
 
-    train and val are alike and share no pair, in either order; hard shares none with train, and its responses
-    differ in exactly one position.
+    train and val are alike and share no pair, in either order; hard shares none with train, and its
+    responses differ in exactly one position.
     """
     metric, splits = "accuracy", ("train", "val", "hard")
 
@@ -387,15 +415,17 @@ class ParityJudge:
         self.max_new = 3 * bits + 4                            # ? and ! and a letter, EOS
 
     def sample(self, rng, split="train"):
-        """One problem, see judging(), never a tie; where the teacher finds no correct trace, train drops it.
+        """One problem, see judging(), never a tie; where the teacher finds no correct trace, train
+        drops it.
 
-        The tests draw the seed again instead, so that their pairs depend on neither style nor error.
+        The tests draw the seed again instead, so that their pairs depend on neither style nor
+        error.
         """
         check_split(split, self.splits)
         while True:
             x = "".join(rng.choices("01", k=self.bits))
             a, b = answer(x, rng), answer(x, rng)
-            if split == "hard":                                # a random order: a is right more often
+            if split == "hard":  # a random order: a is right more often
                 i = rng.randrange(self.bits)
                 a, b = rng.sample([a, a[:i] + "10"[int(a[i])] + a[i + 1:]], 2)
             problem = judging(x, a, b, rng.getrandbits(32))
@@ -415,7 +445,8 @@ class ParityJudge:
 
     @staticmethod
     def trace(problem, depth, rng, error):
-        """("1+-1++", tally) to a depth of positions: the right bit, is A right, is B right, with errors.
+        """("1+-1++", tally) to a depth of positions: the right bit, is A right, is B right, with
+        errors.
 
         tally = sum (B right) - (A right), as written: the trace's own verdict, which may be wrong.
         """
@@ -426,9 +457,11 @@ class ParityJudge:
         return text, tally
 
     def kept(self, problem):
-        """The texts of the teacher's candidates that favour the better response; no tally tosses a coin."""
+        """The texts of the teacher's candidates that favour the better response; no tally tosses a
+        coin."""
         rng = random.Random(f"teacher/{problem['prompt']}/{problem['seed']}")
-        drawn = [(*self.trace(problem, rng.randint(1, self.bits), rng, self.error), rng.choice((-1, 1)))
+        drawn = [(*self.trace(problem, rng.randint(1, self.bits), rng, self.error),
+                  rng.choice((-1, 1)))
                  for _ in range(CANDIDATES)]
         return [text for text, tally, coin in drawn if (tally or coin) * problem["label"] > 0]
 
@@ -447,28 +480,33 @@ class ParityJudge:
         return (THINK + thought if thought else "") + ANSWER + SCORES[problem["label"]]
 
     def demonstrations(self, n, seed=0, swap=True):
-        """Rows {"prompt", "completion", "label"} of train's first n problems that have a correct trace.
+        """Rows {"prompt", "completion", "label"} of train's first n problems that have a correct
+        trace.
 
-        swap: 2n rows, each pair in both orders one after the other; both need a correct trace of their own.
+        swap: 2n rows, each pair in both orders one after the other; both need a correct trace of
+        their own.
         """
         rng, rows = random.Random(f"parity/train/{seed}"), []
         while len(rows) < n * (1 + swap):
             problem = self.sample(rng, "train")
             orders = [problem, swapped(problem)] if swap else [problem]
-            shown = [dict(prompt=p["prompt"], completion=self.demo(p), label=p["label"]) for p in orders]
+            shown = [dict(prompt=p["prompt"], completion=self.demo(p), label=p["label"])
+                     for p in orders]
             rows += shown if all(row["completion"] for row in shown) else []
         return rows
 
     @staticmethod
     def pair(row):
-        """{"prompt", "chosen", "rejected"}, for a scalar reward model, of a problem or a demonstration."""
+        """{"prompt", "chosen", "rejected"}, for a scalar reward model, of a problem or a
+        demonstration."""
         x, a, b = (row["prompt"][i:-1:3] for i in range(3))
         better, worse = (a, b) if row["label"] < 0 else (b, a)
         return dict(prompt=x + SEP, chosen=better, rejected=worse)
 
     @staticmethod
     def parse(text):
-        """The score, -3 .. 3, of the letter right after the LAST "!"; None for no "!", no such letter, 0."""
+        """The score, -3 .. 3, of the letter right after the LAST "!"; None for no "!", no such
+        letter, 0."""
         _, found, block = text.rpartition(ANSWER)
         return VERDICT.get(block[:1]) or None if found else None
 
@@ -477,16 +515,18 @@ class ParityJudge:
         return float(self.graded(problem, completion, finished) > 0)
 
     def graded(self, problem, completion, finished=True):
-        """Think-RM's rule for strengths (2505.16265): 1.0 if exact, 0.5 if only the sign is, else 0.0."""
+        """Think-RM's rule for strengths (2505.16265): 1.0 if exact, 0.5 if only the sign is, else
+        0.0."""
         score, gold = self.parse(completion) if finished else None, problem["label"]
         return 0.0 if score is None or score * gold < 0 else 1.0 if score == gold else 0.5
 
 
-# --- rewards from the text alone: (problem, text, finished, task) -> float ----------------------------
+# --- rewards from the text alone: (problem, text, finished, task) -> float ------------------------
 
 
 def similarity(problem, text, finished, task):
-    """SWE-RL (2502.18449): -1 without one answer after some reasoning, else the likeness in [0, 1]."""
+    """SWE-RL (2502.18449): -1 without one answer after some reasoning, else the likeness in [0,
+    1]."""
     before = text.partition("####")[0].strip()
     if not (finished and before and text.count("####") == 1 and stated(part(task, problem), text)):
         return -1.0
@@ -498,7 +538,8 @@ PHRASES = ("first", "then", "next", "finally", "so", "therefore", "because", "si
 
 
 def pattern(problem, text, finished, task):
-    """RPR (2505.22653): min(1, share of the key phrases) - repeated n-grams - stray turn markers, from 0.
+    """RPR (2505.22653): min(1, share of the key phrases) - repeated n-grams - stray turn markers,
+    from 0.
 
     n-grams of 20 words, or of 8 characters where a response has no spaces.
     """
@@ -507,7 +548,8 @@ def pattern(problem, text, finished, task):
     grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
     repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
     stray = len(re.findall(r"<\|\w+\|>|\b(?:user|assistant):", text, re.I))
-    found = sum(bool(re.search(rf"\b{x}\b", text, re.I)) if x in PHRASES else x in text for x in known)
+    found = sum(bool(re.search(rf"\b{x}\b", text, re.I)) if x in PHRASES else x in text
+                for x in known)
     return max(0.0, min(1.0, found / len(known)) - repeated - stray)
 
 
@@ -516,10 +558,11 @@ REWARDS = dict(task=lambda problem, text, finished, task: task.reward(problem, t
 
 
 def scorer(spec, task):
-    """The reward as a function (problem, text, finished) -> float: one of REWARDS, or PATH.py:FUNCTION.
+    """The reward as a function (problem, text, finished) -> float: one of REWARDS, or
+    PATH.py:FUNCTION.
 
-    UserError if the file or the function is not there, does not run, takes other arguments, or, when it is
-    called, returns anything but a finite number.
+    UserError if the file or the function is not there, does not run, takes other arguments, or,
+    when it is called, returns anything but a finite number.
     """
     if spec in REWARDS:
         return lambda problem, text, finished: REWARDS[spec](problem, text, finished, task)
@@ -539,7 +582,7 @@ def scorer(spec, task):
     if not callable(fn) or inspect.iscoroutinefunction(fn):
         raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and returns")
     try:
-        with contextlib.suppress(ValueError):                  # a built-in function tells no signature
+        with contextlib.suppress(ValueError):  # a built-in function tells no signature
             inspect.signature(fn).bind("problem", "text", True)
     except TypeError as e:
         raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): {e}") from None
@@ -552,7 +595,7 @@ def scorer(spec, task):
         except BaseException as e:
             raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: {blame(e)}") from None
         try:
-            value = value.item() if hasattr(value, "item") else value                    # of torch, numpy
+            value = value.item() if hasattr(value, "item") else value              # of torch, numpy
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
@@ -571,48 +614,52 @@ def blame(error):
 
 
 REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think again|but|however|"
-                      r"alternative|double-check|check|oh|hmm)\b", re.I)                 # ARLCP's words
+                      r"alternative|double-check|check|oh|hmm)\b", re.I)             # ARLCP's words
 
 
 def second_looks(task, text):
-    """How often a response reflects: a chain's waits, else words of reflection (ARLCP, 2602.12113)."""
+    """How often a response reflects: a chain's waits, else words of reflection (ARLCP,
+    2602.12113)."""
     return task.habits(text)["waits"] if hasattr(task, "habits") else len(REFLECTS.findall(text))
 
 
-# --- by name ------------------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
              toyif_principles=partial(Checks, 0.3),
              **{kind: partial(Chain, kind) for kind in KINDS},
-             **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS for x in ("wordy", "good")},
+             **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS
+                for x in ("wordy", "good")},
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
 
 
 def held_out(name_or_path):
-    """The splits that training never sees, of a task, a file or a corpus: val, and ood where there is one."""
+    """The splits that training never sees, of a task, a file or a corpus: val, and ood where there
+    is one."""
     known = (("val", "ood") if name_or_path == "stdlib" else ("val",) if is_corpus(name_or_path)
              else task(name_or_path).splits)
     return [split for split in ("val", "ood") if split in known]
 
 
 def task(name_or_path, **options):
-    """The task of that name, or of a file; UserError for unknown names, missing files and unknown options."""
+    """The task of that name, or of a file; UserError for unknown names, missing files and unknown
+    options."""
     if "+" in name_or_path and all(name in TASKS for name in name_or_path.split("+")):
         return Mixed(name_or_path)
     make, path = TASKS.get(name_or_path, Jsonl), [] if name_or_path in TASKS else [name_or_path]
     if path and name_or_path not in NAMED and not Path(name_or_path).suffix:
         raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, {*TASKS, *NAMED, 'stdlib'})}, "
                         "or a .jsonl file")
-    known = list(inspect.signature(make).parameters)[len(path):]         # a file's path is given already
+    known = list(inspect.signature(make).parameters)[len(path):]    # a file's path is given already
     if unknown := [key for key in options if key not in known]:
         raise UserError(f"task {name_or_path} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
     return make(*path, **options)
 
 
 def check_data(name, is_text=True):
-    """UserError, before anything is made, if the task is unknown, or its file, or a text's, is missing or
-    broken. is_text: whether a text without prompts will do."""
+    """UserError, before anything is made, if the task is unknown, or its file, or a text's, is
+    missing or broken. is_text: whether a text without prompts will do."""
     if not is_corpus(name):
         task(name)
     elif not is_text:
@@ -622,7 +669,8 @@ def check_data(name, is_text=True):
 
 
 def room(c, tok, problems, task, context):
-    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none fit."""
+    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none
+    fit."""
     longest, at = max((len(tok.prompt(p, c.chat)), i) for i, p in enumerate(problems))
     new = c.max_new or min(task.max_new, context - longest)
     if new < 1 or longest + new > context:
@@ -632,19 +680,20 @@ def room(c, tok, problems, task, context):
     return new
 
 
-# --- rows of ids ---------------------------------------------------------------------------------------
+# --- rows of ids ----------------------------------------------------------------------------------
 
 
 def packed(documents, tok, width):
     """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
-    flat = array("i")                            # four bytes a token, and slices that collate reads fast
+    flat = array("i")  # four bytes a token, and slices that collate reads fast
     for d in documents:
         flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
     return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
 
 
 def demonstrations(task, problems, tok, width, chat=False):
-    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left out, aloud.
+    """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left
+    out, aloud.
 
     Raises UserError for a prompt that alone fills the context.
     """
@@ -664,7 +713,8 @@ def demonstrations(task, problems, tok, width, chat=False):
 
 
 def rows(c, tok, split):
-    """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the completions."""
+    """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the
+    completions."""
     if is_corpus(c.data):
         return packed(documents(c.data, split), tok, c.context)
     found = task(c.data)

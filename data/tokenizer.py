@@ -1,15 +1,21 @@
 """
-tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE trained here, a checkpoint's own.
+tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE trained here, a
+checkpoint's own.
 
-    tok = get("bytes")                    # 256 bytes and five specials; or a checkpoint's folder, or "gpt2"
+    tok = get("bytes")                    # 256 bytes and five specials; or a checkpoint's folder,
+    or "gpt2"
     tok = train_bpe(texts, 2048)          # 4 MB of Python source: 2 s on one core
-    ids = tok.encode("def f(x):")         # adds no BOS or EOS; "<|im_end|>" in the text stays plain text
+    ids = tok.encode("def f(x):")         # adds no BOS or EOS; "<|im_end|>" in the text stays plain
+    text
     ids = tok.render([{"role": "user", "content": "2+2?"}])             # the chat template's ids
-    tok.save(folder); Tokenizer.load(folder)      # Hugging Face files: transformers gives the same ids
+    tok.save(folder); Tokenizer.load(folder)      # Hugging Face files: transformers gives the same
+    ids
 
 Map      1 bytes and letters   2 chat templates   3 the tokenizer   4 tokenizer.json   5 made here
-Ranks    tiktoken merges by rank: 0..255 are the bytes, 256 + i the i-th merged token; a table gives the ids.
-Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for NFC or a prefix space.
+Ranks    tiktoken merges by rank: 0..255 are the bytes, 256 + i the i-th merged token; a table gives
+the ids.
+Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for NFC or a prefix
+space.
 """
 import heapq
 import json
@@ -27,11 +33,13 @@ from tqdm import tqdm
 
 from data.run import UserError, expect, nearest, read_json
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")       # of what is made here
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")    # of what is made here
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM: digits one by one, then GPT-2.  As one pattern, a digit ends a run of spaces as the text's end does.
+# SmolLM: digits one by one, then GPT-2.  As one pattern, a digit ends a run of spaces as the text's
+# end does.
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-# Qwen2's pattern, our default: single digits (arithmetic is learnable), line breaks apart from indentation.
+# Qwen2's pattern, our default: single digits (arithmetic is learnable), line breaks apart from
+# indentation.
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
            r"|\s+(?!\S)|\s+")
 
@@ -39,14 +47,16 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
 def total(pattern):
     """The pattern plus one more alternative: the runs of text in which it matches nowhere.
 
-    tiktoken silently drops such text; Hugging Face's "Isolated" keeps each run as one piece, and so do we.
+    tiktoken silently drops such text; Hugging Face's "Isolated" keeps each run as one piece, and so
+    do we.
     """
     return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"
 
 
-# --- 1 bytes and letters ------------------------------------------------------------------------------
+# --- 1 bytes and letters --------------------------------------------------------------------------
 
-# GPT-2's alphabet, one visible letter for each byte: the printable ones stand for themselves, " " is "Ġ".
+# GPT-2's alphabet, one visible letter for each byte: the printable ones stand for themselves, " "
+# is "Ġ".
 LETTER = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
 BYTE = {letter: b for b, letter in LETTER.items()}
@@ -58,17 +68,19 @@ def letters(token):
 
 
 def spelled(text):
-    """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as in HF's decoder."""
+    """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as in HF's
+    decoder."""
     try:
         return bytes([BYTE[c] for c in text])
     except KeyError:
         return text.encode("utf-8", "replace")
 
 
-# --- 2 chat templates ---------------------------------------------------------------------------------
+# --- 2 chat templates -----------------------------------------------------------------------------
 
 class Chat(NamedTuple):
-    """A template as (special token, plain text after it) pairs, and the same in Jinja for transformers."""
+    """A template as (special token, plain text after it) pairs, and the same in Jinja for
+    transformers."""
     begin: list          # once, before the first message
     turn: object         # (role, content) -> pairs
     reply: list          # opens the assistant's turn
@@ -81,7 +93,8 @@ def chatml_turn(role, content):
 
 
 def llama3_turn(role, content):
-    """One message in Llama 3's template, its content stripped, as (special token, text after it) pairs."""
+    """One message in Llama 3's template, its content stripped, as (special token, text after it)
+    pairs."""
     text = f"\n\n{content.strip()}"
     return [("<|start_header_id|>", role), ("<|end_header_id|>", text), ("<|eot_id|>", "")]
 
@@ -97,21 +110,26 @@ CHATS = dict(
         "{{ '\n\n' + m['content'] | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}{% endif %}"),
 )
-MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}       # the special that tells a template
+MARKS = {"<|im_start|>": "chatml",
+         "<|start_header_id|>": "llama3"}                        # the special that tells a template
 
 
-# --- 3 the tokenizer ----------------------------------------------------------------------------------
+# --- 3 the tokenizer ------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text <-> ids.  A loaded one saves its files unchanged; one made here writes tokenizer.json anew.
+    """Text <-> ids.  A loaded one saves its files unchanged; one made here writes tokenizer.json
+    anew.
 
     tokens    id -> bytes, special tokens included, holes b""
-    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in merge order
-    specials  text -> id of the special and the added tokens; visible: ids of those that decode always shows
-    direct    a piece that is a token is taken whole, even if no merges lead to it (HF: ignore_merges)
+    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in merge
+    order specials  text -> id of the special and the added tokens; visible: ids of those that
+    decode always shows
+    direct    a piece that is a token is taken whole, even if no merges lead to it (HF:
+    ignore_merges)
     """
 
-    def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(), nfc=False,
+    def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(),
+                 nfc=False,
                  prefix_space=False, direct=False, files=()):
         self.tokens, self.order, self.specials, self.pattern = tokens, order, specials, pattern
         self.bos, self.eos, self.pad, self.direct = bos, eos, pad, direct
@@ -120,7 +138,8 @@ class Tokenizer:
         self.chat = next((MARKS[mark] for mark in MARKS if mark in specials), "")
         longest_first = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         self.split = re.compile(f"({longest_first or '(?!)'})")
-        ranks = {bytes([b]): b for b in range(256)} | {tokens[i]: 256 + n for n, i in enumerate(order[256:])}
+        ranks = {bytes([b]): b for b in range(256)} | {tokens[i]: 256 + n
+                                                       for n, i in enumerate(order[256:])}
         try:
             self.engine = tiktoken.Encoding("", pat_str=total(pattern), mergeable_ranks=ranks,
                                             special_tokens={})
@@ -138,28 +157,34 @@ class Tokenizer:
         text = " " + text if self.prefix_space and text and text[0] != " " else text
         ids = [self.order[rank] for rank in self.engine.encode_ordinary(text)]
         if -1 in ids:
-            lost = [c for c in text if any(self.order[b] < 0 for b in c.encode("utf-8", "surrogatepass"))]
+            lost = [c for c in text if any(self.order[b] < 0
+                                           for b in c.encode("utf-8", "surrogatepass"))]
             raise UserError(f"no token for {[*lost, text][0]!r}: take it out or widen the alphabet")
         return ids
 
     def encode(self, text: str, specials=False) -> list[int]:
-        """Ids of a text, no BOS or EOS added.  A special token's text is plain text unless specials=True."""
+        """Ids of a text, no BOS or EOS added.  A special token's text is plain text unless
+        specials=True."""
         if not specials:
             return self.plain(text)
-        parts = enumerate(self.split.split(text))            # plain, special, plain, special, ..., plain
-        return [i for n, part in parts for i in ([self.specials[part]] if n % 2 else self.plain(part))]
+        parts = enumerate(self.split.split(text))  # plain, special, plain, special, ..., plain
+        return [i for n, part in parts
+                for i in ([self.specials[part]] if n % 2 else self.plain(part))]
 
     def decode(self, ids, skip_specials=True) -> str:
-        """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an id without a token nothing."""
+        """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an id without a token
+        nothing."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         hidden = self.hidden if skip_specials else ()
         known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
         return b"".join(known).decode("utf-8", "replace")
 
     def prompt(self, problem, chat=False) -> list[int]:
-        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages", "hint"]}.
+        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages",
+        "hint"]}.
 
-        BOS (if there is one), the text and the hint; with chat the rendered messages, or the user's turn.
+        BOS (if there is one), the text and the hint; with chat the rendered messages, or the user's
+        turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
         text = problem["prompt"] + problem.get("hint", "")
@@ -168,7 +193,8 @@ class Tokenizer:
         return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
     def render(self, messages, reply=True) -> list[int]:
-        """[{"role", "content"}] -> ids.  No content can become a special token; reply opens the answer."""
+        """[{"role", "content"}] -> ids.  No content can become a special token; reply opens the
+        answer."""
         if not self.chat:
             raise UserError("the tokenizer has no chat template: it needs the specials <|im_start|> and "
                             "<|im_end|> (ChatML) or those of Llama 3; get('bytes') and train_bpe have them")
@@ -195,7 +221,8 @@ class Tokenizer:
 
     @staticmethod
     def load(folder) -> "Tokenizer":
-        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name bos, eos and pad."""
+        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name bos, eos and
+        pad."""
         path = Path(folder) / "tokenizer.json"
         spec = read_json(path, MISSING)
         check_spec(spec, path)
@@ -212,29 +239,33 @@ class Tokenizer:
                             "download it again")
         direct = bool(spec["model"].get("ignore_merges"))
         if direct:
-            # HF takes a token that no merge makes if it is a whole piece; here it also merges, after the
-            # others: the same where every split is listed (Llama 3), for then its halves never stand alone
+            # HF takes a token that no merge makes if it is a whole piece; here it also merges,
+            # after the others: the same where every split is listed (Llama 3), for then its halves
+            # never stand alone
             rest = ids.keys() - set(merged) - {text.encode() for text in specials}
             merged += sorted((token for token in rest if len(token) > 1), key=ids.get)
         order = [ids.get(bytes([b]), -1) for b in range(256)] + [ids[token] for token in merged]
         kept = {name: path.with_name(name) for name in KEPT if path.with_name(name).exists()}
-        settings = [read_json(path.with_name(name)) for name in SETTINGS if path.with_name(name).exists()]
+        settings = [read_json(path.with_name(name)) for name in SETTINGS
+                    if path.with_name(name).exists()]
         return Tokenizer(
             tokens, order, specials, pattern=pattern, prefix_space=prefix_space, direct=direct,
             **{end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")},
-            visible=[a["id"] for a in added if not a.get("special")], nfc=read_nfc(spec.get("normalizer")),
+            visible=[a["id"] for a in added if not a.get("special")],
+            nfc=read_nfc(spec.get("normalizer")),
             files={name: read_utf8(file) for name, file in kept.items()})
 
 
-# --- 4 tokenizer.json ---------------------------------------------------------------------------------
+# --- 4 tokenizer.json -----------------------------------------------------------------------------
 
 KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+            "config.json")
 CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
 
 
 MISSING = f"copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, {CHOOSE}"
-MOST_IDS = 1 << 23                       # no tokenizer has more: a larger id is a slip, and fills memory
+MOST_IDS = 1 << 23  # no tokenizer has more: a larger id is a slip, and fills memory
 
 
 def read_utf8(path):
@@ -255,14 +286,17 @@ def check_spec(spec, path):
         right = isinstance(steps, list) and all(isinstance(x, dict) for x in steps)
         if not right or not all(type(x.get("type")) is str for x in steps):
             raise UserError(f'{path}: {part} is no list of {{"type": …}}: download it again')
-    expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list", byte_fallback="flag",
+    expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list",
+           byte_fallback="flag",
            ignore_merges="flag")
     ids = [*(spec["model"].get("vocab") or {}).values()]
     for token in spec.get("added_tokens") or []:
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+        if not isinstance(token, dict) or not isinstance(token.get("content"),
+                                                         str) or not token["content"]:
             raise UserError(f"{path}: an added token is {str(token)[:60]}: expected "
                             '{"id": 0, "content": "<s>", "special": true}')
-        expect(token, f"{path}, added token {token['content']!r}", ("id",), id="whole", special="flag")
+        expect(token, f"{path}, added token {token['content']!r}", ("id",), id="whole",
+               special="flag")
         ids.append(token["id"])
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
         raise UserError(f"{path}: a token's id is {bad[0]!r}: expected a whole number below {MOST_IDS}")
@@ -274,7 +308,8 @@ def check_spec(spec, path):
 def read_model(spec, path):
     """tokenizer.json -> (merges as pairs of bytes, vocabulary string -> id)."""
     model = spec.get("model") or {}
-    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else model.get("type", "BPE")
+    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else model.get("type",
+                                                                                        "BPE")
     affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if kind != "BPE" or affix or model.get("merges") is None:
         affix = f" with {affix!r} around words" if affix else ""
@@ -292,12 +327,15 @@ def read_pattern(pre):
     """pre_tokenizer of tokenizer.json -> (one regular expression, prefix space?)."""
     match pre.get("pretokenizers", [pre]) if pre else []:
         case [{"type": "ByteLevel", **level}]:
-            return GPT2 if level.get("use_regex", True) else r"[\s\S]+", level.get("add_prefix_space", True)
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            return GPT2 if level.get("use_regex",
+                                     True) else r"[\s\S]+", level.get("add_prefix_space", True)
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+               "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return re.sub(r"\{1,\d+\}\+", "+", pattern), False           # HF reads x{1,3}+ as (x{1,3})+
+            return re.sub(r"\{1,\d+\}\+", "+", pattern), False       # HF reads x{1,3}+ as (x{1,3})+
         case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, **level}] if level.get("use_regex", True):
+              {"type": "ByteLevel", "add_prefix_space": False, **level}] if level.get("use_regex",
+                                                                                      True):
             return DIGITS, False
         case steps:
             kinds = " + ".join(step["type"] for step in steps) or "none"
@@ -307,8 +345,8 @@ def read_pattern(pre):
 def read_nfc(normalizer) -> bool:
     """normalizer of tokenizer.json -> compose characters (NFC) before encoding?
 
-    HF's library has older Unicode tables than Python: 98 combining marks that came later (counted with
-    Python 3.11) compose differently beside another mark.
+    HF's library has older Unicode tables than Python: 98 combining marks that came later (counted
+    with Python 3.11) compose differently beside another mark.
     """
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if other := [step["type"] for step in steps if step["type"] != "NFC"]:
@@ -321,14 +359,15 @@ def read_id(end, settings, ids):
     for setting in settings:
         if not isinstance(setting.get(f"{end}_token"), (str, dict, type(None))):
             raise UserError(f"{end}_token is {str(setting[f'{end}_token'])[:60]!r}: expected a token's text")
-        for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id") if key in setting):
+        for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id")
+                      if key in setting):
             return one_end(end, value, ids)
     return None
 
 
 def one_end(end, value, ids):
-    """The id that a key's value means: a token's text, {"content": text}, its id, a list of ids (the first
-    counts), null or -1 for none. UserError for anything else."""
+    """The id that a key's value means: a token's text, {"content": text}, its id, a list of ids
+    (the first counts), null or -1 for none. UserError for anything else."""
     text = value.get("content", 0) if isinstance(value, dict) else value
     number = value[0] if isinstance(value, list) and value else value
     if value is None:
@@ -345,20 +384,22 @@ def one_end(end, value, ids):
 def reachable(pairs) -> list[bytes]:
     """Tokens that Hugging Face's merging can produce, in the order of the pairs that produce them.
 
-    HF joins only the listed pairs, tiktoken any two neighbours whose bytes are a token.  They agree once the
-    tokens are dropped that HF does not reach from their own bytes: inside a text, as long as no merge crosses
-    a token's ends, its bytes go through the same states as they do alone.  So two neighbours that join to it
-    are always the last of these states, the listed pair; and tiktoken may take a whole piece at once.
+    HF joins only the listed pairs, tiktoken any two neighbours whose bytes are a token.  They agree
+    once the tokens are dropped that HF does not reach from their own bytes: inside a text, as long
+    as no merge crosses a token's ends, its bytes go through the same states as they do alone.  So
+    two neighbours that join to it are always the last of these states, the listed pair; and
+    tiktoken may take a whole piece at once.
     """
     rank, found = {pair: n for n, pair in enumerate(pairs)}, {}
     for token in {left + right for left, right in pairs}:
         parts = [token[i:i + 1] for i in range(len(token))]
-        near = [rank.get(pair, len(pairs)) for pair in zip(parts, parts[1:])]             # rank of each joint
+        near = [rank.get(pair, len(pairs)) for pair in zip(parts, parts[1:])]   # rank of each joint
         while near and (low := min(near)) < len(pairs):
             at = near.index(low)
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
             lo, hi = max(at - 1, 0), at + 2
-            near[lo:hi] = [rank.get(pair, len(pairs)) for pair in zip(parts[lo:hi - 1], parts[lo + 1:hi])]
+            near[lo:hi] = [rank.get(pair, len(pairs))
+                           for pair in zip(parts[lo:hi - 1], parts[lo + 1:hi])]
         if len(parts) == 1:
             found[token] = low
     return sorted(found, key=found.get)
@@ -367,12 +408,13 @@ def reachable(pairs) -> list[bytes]:
 def hf_files(tok) -> dict[str, str]:
     """The two JSON files of a tokenizer made here.
 
-    Every split of every token is listed as a merge, in rank order: tiktoken joins any neighbours whose bytes
-    are a token, and HF then does the same.
+    Every split of every token is listed as a merge, in rank order: tiktoken joins any neighbours
+    whose bytes are a token, and HF then does the same.
     """
-    merged, known = [tok.tokens[i] for i in tok.order[256:]], {tok.tokens[i] for i in tok.order if i >= 0}
-    merges = [(letters(token[:n]), letters(token[n:])) for token in merged for n in range(1, len(token))
-              if token[:n] in known and token[n:] in known]
+    merged, known = [tok.tokens[i] for i in tok.order[256:]], {tok.tokens[i] for i in tok.order
+                                                               if i >= 0}
+    merges = [(letters(token[:n]), letters(token[n:])) for token in merged
+              for n in range(1, len(token)) if token[:n] in known and token[n:] in known]
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # HF reads x{1,3}+ as (x{1,3})+
     split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
@@ -384,19 +426,21 @@ def hf_files(tok) -> dict[str, str]:
                 model=dict(type="BPE", ignore_merges=tok.direct, vocab=vocab, merges=merges))
     text = {i: text for text, i in tok.specials.items()}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
-                  bos_token=text.get(tok.bos), eos_token=text.get(tok.eos), pad_token=text.get(tok.pad))
+                  bos_token=text.get(tok.bos), eos_token=text.get(tok.eos),
+                  pad_token=text.get(tok.pad))
     config |= {"chat_template": CHATS[tok.chat].jinja} if tok.chat else {}
     return {"tokenizer.json": json.dumps(spec, ensure_ascii=False, indent=1),
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)}
 
 
-# --- 5 made here --------------------------------------------------------------------------------------
+# --- 5 made here ----------------------------------------------------------------------------------
 
 def made(merged, pattern=PATTERN) -> Tokenizer:
     """Ids in this order: 256 bytes, the merged tokens, SPECIALS."""
     tokens = [bytes([b]) for b in range(256)] + merged
     specials = {text: len(tokens) + n for n, text in enumerate(SPECIALS)}
-    return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(len(tokens))), specials,
+    return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(len(tokens))),
+                     specials,
                      pad=len(tokens), bos=len(tokens) + 1, eos=len(tokens) + 2, pattern=pattern)
 
 
@@ -406,7 +450,8 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(alphabet: str) -> Tokenizer:
-    """<|pad|> <|bos|> <|eos|> are 0, 1, 2, then one id for each character of a small ASCII alphabet."""
+    """<|pad|> <|bos|> <|eos|> are 0, 1, 2, then one id for each character of a small ASCII
+    alphabet."""
     if odd := [c for c, n in Counter(alphabet).items() if n > 1 or not c.isascii()]:
         raise UserError(f"the alphabet's {odd[0]!r} is repeated or not ASCII: give each ASCII character once")
     specials = {text: n for n, text in enumerate(SPECIALS[:3])}
@@ -416,11 +461,14 @@ def char_tokenizer(alphabet: str) -> Tokenizer:
 
 
 def for_re(pattern):
-    r"""The pattern for Python's own re, which knows no \p{L}: each becomes the ranges of its code points."""
+    r"""The pattern for Python's own re, which knows no \p{L}: each becomes the ranges of its code
+    points."""
     @cache
     def ranges(kind):
-        codes = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(kind))
-        runs = [[c for _, c in run] for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0])]
+        codes = (c for c in range(sys.maxunicode + 1)
+                 if unicodedata.category(chr(c)).startswith(kind))
+        runs = [[c for _, c in run]
+                for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0])]
         return "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs)
     bracketed = re.sub(r"(\[[^\]]*\])|(\\p\{\w+\})", lambda hit: hit[1] or f"[{hit[2]}]", pattern)
     try:
@@ -430,10 +478,11 @@ def for_re(pattern):
 
 
 def train_bpe(texts, vocab_size: int, pattern=PATTERN) -> Tokenizer:
-    """Byte-pair encoding (arXiv:1508.07909 alg. 1) on bytes.  vocab_size counts bytes, merges and specials.
+    """Byte-pair encoding (arXiv:1508.07909 alg. 1) on bytes.  vocab_size counts bytes, merges and
+    specials.
 
-    Each step joins the most frequent pair of neighbours; ties go to the smallest pair of ids, so the result
-    is a function of the texts alone.
+    Each step joins the most frequent pair of neighbours; ties go to the smallest pair of ids, so
+    the result is a function of the texts alone.
     """
     if vocab_size < 256 + len(SPECIALS):
         raise UserError(f"vocab_size {vocab_size} is below the 256 bytes and {len(SPECIALS)} specials: "
@@ -449,13 +498,15 @@ def train_bpe(texts, vocab_size: int, pattern=PATTERN) -> Tokenizer:
 
 
 def grow(words, times, size) -> list[bytes]:
-    """The first `size` tokens of the words, each of which occurs `times` times; fewer when no pair is left.
+    """The first `size` tokens of the words, each of which occurs `times` times; fewer when no pair
+    is left.
 
-    A word is a string with one character for each token, chr(id), so that str.replace is the merge.  Counts
-    change only in the words that hold the merged pair; the heap's entries are checked when they come up.
+    A word is a string with one character for each token, chr(id), so that str.replace is the
+    merge.  Counts change only in the words that hold the merged pair; the heap's entries are
+    checked when they come up.
     """
     tokens, taken = [bytes([b]) for b in range(256)], {text.encode() for text in SPECIALS}
-    count, where = Counter(), defaultdict(set)                        # pair -> occurrences, words that had it
+    count, where = Counter(), defaultdict(set)  # pair -> occurrences, words that had it
     for n, word in enumerate(words):
         for pair in zip(word, word[1:]):
             count[pair] += times[n]
@@ -465,11 +516,11 @@ def grow(words, times, size) -> list[bytes]:
     with tqdm(total=size, initial=256, desc="train bpe", unit=" tokens", delay=1) as bar:
         while heap and len(tokens) < size:
             c, (left, right) = heapq.heappop(heap)
-            if -c != (now := count[left, right]):                     # stale: other merges took some places
+            if -c != (now := count[left, right]):  # stale: other merges took some places
                 heapq.heappush(heap, (-now, (left, right)))
                 continue
             token, new, fresh = tokens[ord(left)] + tokens[ord(right)], chr(len(tokens)), set()
-            if now == 0 or token in taken:                            # a special's text must stay plain text
+            if now == 0 or token in taken:  # a special's text must stay plain text
                 continue
             tokens.append(token)
             for n in where.pop((left, right)):
@@ -481,14 +532,15 @@ def grow(words, times, size) -> list[bytes]:
                     if new in pair:
                         where[pair].add(n)
                         fresh.add(pair)
-            for pair in fresh:                                        # only pairs with the new token can grow
+            for pair in fresh:  # only pairs with the new token can grow
                 heapq.heappush(heap, (-count[pair], pair))
             bar.update()
     return tokens
 
 
 def named(name: str) -> Tokenizer:
-    """One of tiktoken's encodings (gpt2, cl100k_base, ...), downloaded once into TIKTOKEN_CACHE_DIR."""
+    """One of tiktoken's encodings (gpt2, cl100k_base, ...), downloaded once into
+    TIKTOKEN_CACHE_DIR."""
     if name not in (known := tiktoken.list_encoding_names()):
         raise UserError(f"{name!r} is neither a folder nor an encoding{nearest(name, ['bytes', *known])}")
     try:
@@ -501,8 +553,9 @@ def named(name: str) -> Tokenizer:
     for token, i in [*ranks.items(), *((text.encode(), i) for text, i in specials.items())]:
         tokens[i] = token
     merged = sorted(i for token, i in ranks.items() if len(token) > 1)
-    end = specials.get("<|endoftext|>")                      # opens and closes a document, as GPT-2 does
-    return Tokenizer(tokens, [ranks[bytes([b])] for b in range(256)] + merged, specials, bos=end, eos=end,
+    end = specials.get("<|endoftext|>")  # opens and closes a document, as GPT-2 does
+    return Tokenizer(tokens, [ranks[bytes([b])] for b in range(256)] + merged, specials, bos=end,
+                     eos=end,
                      pad=None, pattern=encoding._pat_str, direct=True)
 
 

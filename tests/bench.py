@@ -1,13 +1,16 @@
 """
-bench.py - speed and memory as ratios: against plain PyTorch in the same run, and this machine's own floor.
+bench.py - speed and memory as ratios: against plain PyTorch in the same run, and this machine's own
+floor.
 
     python tests/bench.py                      # every row, minutes; CUDA where there is a device
     python tests/bench.py linear sft           # only rows whose name contains one of the words
 
-Both sides of a row run alternately and the medians are compared, as machines are noisy: read the ratios, not
-the times.   floor: the least time that the row's FLOPs (at the matmul rate) or bytes (at the copy bandwidth)
-allow, both measured first, over ours.   memory: what one call adds to the peak, ours and plain; on a CPU the
-resident set of a fresh process each, on CUDA the allocator's.
+Both sides of a row run alternately and the medians are compared, as machines are noisy: read the
+ratios, not
+the times.   floor: the least time that the row's FLOPs (at the matmul rate) or bytes (at the copy
+bandwidth)
+allow, both measured first, over ours.   memory: what one call adds to the peak, ours and plain; on
+a CPU the resident set of a fresh process each, on CUDA the allocator's.
 """
 import math
 import re
@@ -39,7 +42,8 @@ from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
 class Row(NamedTuple):
-    """One line of the table: the two sides as functions of nothing, and what the work amounts to."""
+    """One line of the table: the two sides as functions of nothing, and what the work amounts
+    to."""
     ours: Callable
     plain: Callable
     flops: float = 0.0
@@ -76,7 +80,7 @@ def matmul_rate(device, dtype, n=0):
     return 2 * n ** 3 / min(seconds([lambda: torch.mm(a, b, out=c)] * 3, device))
 
 
-# --- the kernels: forward and backward under a random upstream gradient, against their twins ----------
+# --- the kernels: forward and backward under a random upstream gradient, against their twins ------
 
 
 def tensor(*shape, device, scale=1.0, grad=True):
@@ -119,7 +123,9 @@ def rms_norm(device):
     """The stream's norm: forward and backward move 5 tensors of its size."""
     x = tensor(*((16384, 4096) if device == "cuda" else (8192, 512)), device=device)
     w = torch.ones(x.size(1), device=device, requires_grad=True)
-    return both_ways(lambda x, w: kernels.rms_norm(x, w, 1e-6), lambda x, w: kernels.rms_norm_ref(x, w, 1e-6),
+    return both_ways(lambda x, w: kernels.rms_norm(x, w,
+                                                   1e-6), lambda x, w: kernels.rms_norm_ref(x, w,
+                                                                                            1e-6),
                      (x, w), x.shape, bytes=5 * x.nbytes)
 
 
@@ -130,20 +136,24 @@ def rope(device):
     frequency = 10000 ** -torch.linspace(0, 1, hd // 2, device=device)
     angle = torch.outer(torch.arange(T, device=device), frequency)                       # [T, hd/2]
     return both_ways(*(lambda x, f=f: f(x.transpose(1, 2), angle.cos(), angle.sin())
-                       for f in (kernels.rope, kernels.rope_ref)), (x,), (B, H, T, hd), bytes=4 * x.nbytes)
+                       for f in (kernels.rope, kernels.rope_ref)), (x,), (B, H, T, hd),
+                     bytes=4 * x.nbytes)
 
 
 def swiglu(device):
     """The gate of an MLP: forward 3, backward 5 tensors of its size."""
     shape = (16384, 11008) if device == "cuda" else (8192, 1376)
     gate, up = (tensor(*shape, device=device) for _ in range(2))
-    return both_ways(kernels.swiglu, lambda g, u: F.silu(g) * u, (gate, up), shape, bytes=8 * gate.nbytes)
+    return both_ways(kernels.swiglu,
+                     lambda g, u: F.silu(g) * u, (gate, up), shape, bytes=8 * gate.nbytes)
 
 
 def decode_attention(device):
-    """One token a row against a cache of unequal lengths: the floor reads each row's valid slots once."""
+    """One token a row against a cache of unequal lengths: the floor reads each row's valid slots
+    once."""
     B, K, G, S, hd = (64, 8, 4, 4096, 128) if device == "cuda" else (64, 4, 2, 256, 64)
-    q, k, v = (tensor(*shape, device=device, grad=False) for shape in ((B, K * G, hd), *[(B, K, S, hd)] * 2))
+    q, k, v = (tensor(*shape, device=device, grad=False)
+               for shape in ((B, K * G, hd), *[(B, K, S, hd)] * 2))
     length = torch.linspace(S // 2, S, B, device=device).long()
     return Row(lambda: kernels.decode_attention(q, k, v, length),
                lambda: kernels.decode_attention_ref(q, k, v, length),
@@ -151,7 +161,8 @@ def decode_attention(device):
 
 
 def newton_schulz(device):
-    """Five steps on a batch of equal matrices; the floor counts one triangle of each symmetric product."""
+    """Five steps on a batch of equal matrices; the floor counts one triangle of each symmetric
+    product."""
     L, m, n = (12, 2048, 2048) if device == "cuda" else (2, 1024, 1024)
     X = tensor(L, m, n, device=device, grad=False)
     return Row(lambda: kernels.newton_schulz(X), lambda: kernels.newton_schulz_ref(X),
@@ -159,7 +170,8 @@ def newton_schulz(device):
 
 
 def newton_schulz_stack(device):
-    """All matrices of one shape of a small model at once, against the same one by one (plain definition)."""
+    """All matrices of one shape of a small model at once, against the same one by one (plain
+    definition)."""
     L, m, n = (48, 512, 512) if device == "cuda" else (28, 64, 64)
     X = tensor(L, m, n, device=device, grad=False)
     return Row(lambda: kernels.newton_schulz(X), lambda: [kernels.newton_schulz_ref(x) for x in X],
@@ -167,14 +179,16 @@ def newton_schulz_stack(device):
 
 
 def packed(device, kind, rows=1):
-    """A packed layer on `rows` rows, as in decoding, against the dense layer of the training dtype."""
+    """A packed layer on `rows` rows, as in decoding, against the dense layer of the training
+    dtype."""
     n = 4096 if device == "cuda" else 1024
     W = tensor(n, n, device=device, grad=False)
     if kind == "int4":
         layer = kernels.pack_int(*quantize(W, 4, 128), bits=4, group=128)
     elif kind == "vq":
         ids = torch.randint(0, 256, (n, n // 4), device=device)
-        layer = kernels.pack_vq(ids, *(tensor(*s, device=device, grad=False) for s in ((256, 4), (n,), (n,))))
+        layer = kernels.pack_vq(ids, *(tensor(*s, device=device, grad=False)
+                                       for s in ((256, 4), (n,), (n,))))
     else:
         S = W.unflatten(1, (-1, 2, 2)) * torch.tensor([1.0, 0.0], device=device, dtype=W.dtype)
         A, B = (tensor(n // 64, 64, 64, device=device, grad=False) for _ in range(2))
@@ -184,12 +198,13 @@ def packed(device, kind, rows=1):
     return Row(lambda: layer(x), lambda: F.linear(x, W), bytes=layer.nbytes() + 2 * x.nbytes)
 
 
-KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms_norm=rms_norm, rope=rope,
+KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms_norm=rms_norm,
+               rope=rope,
                swiglu=swiglu, decode_attention=decode_attention, newton_schulz=newton_schulz,
                newton_schulz_stack=newton_schulz_stack,
                **{kind: partial(packed, kind=kind) for kind in ("int4", "nm24", "armor", "vq")})
 
-# --- end to end ---------------------------------------------------------------------------------------
+# --- end to end -----------------------------------------------------------------------------------
 
 
 def model_of(size, vocab, context, device):
@@ -198,21 +213,24 @@ def model_of(size, vocab, context, device):
 
 
 def flops_per_token(model, context):
-    """Forward and backward: 6 per weight of each matrix, 6·L·T·D for causal attention (12·L·T·D halved)."""
-    matrices = (sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
+    """Forward and backward: 6 per weight of each matrix, 6·L·T·D for causal attention (12·L·T·D
+    halved)."""
+    matrices = (sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2
+                    and "embed" not in n)
                 + model.head.numel())
     return 6 * (matrices + model.config.num_hidden_layers * context * model.config.hidden_size)
 
 
 def plain_logprobs(model, tokens, mask):
     """What everybody writes: all logits, log_softmax, gather.   -> [B, T], 0 outside the mask"""
-    logp = torch.log_softmax(model.logits(model(tokens))[:, :-1], -1)                    # [B, T-1, V]
+    logp = torch.log_softmax(model.logits(model(tokens))[:, :-1], -1)                  # [B, T-1, V]
     return F.pad(logp.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
 
 
 def step_row(device, rows, loss, extra=0.0, vocab=2048):
-    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels against
-    plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward on each token."""
+    """A Row of one optimizer step, loss(model, logprobs, tokens, mask), our log-probs and kernels
+    against plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward
+    on each token."""
     sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
     opts = [optimiser(m, lr=1e-3, weight_decay=0.1) for m in sides]
     tokens, mask = collate(rows, 0, device)
@@ -245,7 +263,8 @@ def cross_entropy(model, logprobs, tokens, mask):
 
 
 def scoring(device):
-    """token_logprobs of a model of one layer, forward and backward: 8,192 tokens, width 256, 50,304 words."""
+    """token_logprobs of a model of one layer, forward and backward: 8,192 tokens, width 256, 50,304
+    words."""
     model = model_of("1x256", 50304, 512, device)
     tokens = torch.randint(0, 50304, (32, 257), device=device)
     mask = torch.ones_like(tokens, dtype=torch.float)
@@ -272,13 +291,15 @@ def sft_completions(device):
 
 
 def sft_large_vocabulary(device):
-    """sft.py's step on windows with a real checkpoint's vocabulary, where the logits are the memory."""
+    """sft.py's step on windows with a real checkpoint's vocabulary, where the logits are the
+    memory."""
     ids = torch.randint(0, 2000, (16, 256))
     return step_row(device, [(x[:1], x[1:]) for x in ids], cross_entropy, vocab=50304)
 
 
 def dpo(device):
-    """A DPO step: 16 pairs, chosen and rejected in one batch, the reference's log-probs made on the way."""
+    """A DPO step: 16 pairs, chosen and rejected in one batch, the reference's log-probs made on the
+    way."""
     reference = model_of("4x128", 2048, 512, device)
 
     def loss(model, logprobs, tokens, mask):
@@ -301,8 +322,9 @@ def grpo(device, prompts=8, samples=8, new=32):
     def step(model, opt, logprobs, mode):
         kernels.use(mode)
         roll = generate(model, rows, new, samples=samples, stop=[])
-        score = roll.tokens.float().mean(1).view(-1, samples)                            # any reward will do
-        adv = ((score - score.mean(1, keepdim=True)) / (score.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        score = roll.tokens.float().mean(1).view(-1, samples)                   # any reward will do
+        adv = ((score - score.mean(1, keepdim=True))
+               / (score.std(1, keepdim=True) + 1e-4)).view(-1, 1)
         ratio = (logprobs(model, roll.tokens, roll.mask) - roll.logp).exp()              # [B, T]
         gain = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
         (-(gain * roll.mask).sum() / roll.mask.sum()).backward()
@@ -329,14 +351,16 @@ def generate_uncached(model, prompts, new):
 
 
 def generation(device, samples=64, new=64, prompt=32):
-    """Sampling with the cache, the prompt prefilled once, against recomputing the prefix for every token.
+    """Sampling with the cache, the prompt prefilled once, against recomputing the prefix for every
+    token.
 
     Floor: every step reads the weights and, at float32, the keys and values so far.
     """
     model = model_of("4x128", 2048, 512, device)
     prompts = torch.randint(0, 2000, (1, prompt)).tolist()
     c = model.config
-    cache = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * samples * (prompt + new / 2)
+    cache = 8 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * samples * (prompt + new
+                                                                                      / 2)
     size = sum(p.nbytes for p in model.parameters())
     return Row(lambda: generate(model, prompts, new, samples=samples, stop=[]),
                lambda: generate_uncached(model, prompts * samples, new),
@@ -345,10 +369,11 @@ def generation(device, samples=64, new=64, prompt=32):
 
 
 def speculation(device, new=64, prompt=32, gamma=4):
-    """Greedy decoding of one row by drafts that are all kept, against plain decoding: what rounds cost.
+    """Greedy decoding of one row by drafts that are all kept, against plain decoding: what rounds
+    cost.
 
-    New models repeat their last token, so a 1x64 drafts what an 8x128 says. Floor: a round reads the target's
-    weights once and the draft's gamma times.
+    New models repeat their last token, so a 1x64 drafts what an 8x128 says. Floor: a round reads
+    the target's weights once and the draft's gamma times.
     """
     target, draft = (model_of(size, 320, 256, device) for size in ("8x128", "1x64"))
     prompts = torch.randint(0, 256, (1, prompt)).tolist()
@@ -364,9 +389,9 @@ def speculation(device, new=64, prompt=32, gamma=4):
 
 
 def update_row(device, rule, theirs, matrices=False):
-    """A Row of one optimiser step on a model 4x128 (its block matrices alone, if `matrices`) against another
-    optimiser, theirs(parameters) -> Optimizer. The floor: read W, g and state, write W and state; Newton-
-    Schulz where there is one."""
+    """A Row of one optimiser step on a model 4x128 (its block matrices alone, if `matrices`)
+    against another optimiser, theirs(parameters) -> Optimizer. The floor: read W, g and state,
+    write W and state; Newton- Schulz where there is one."""
     sides = []
     for _ in range(2):
         model = model_of("4x128", 2048, 512, device)
@@ -405,28 +430,33 @@ STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_
              speculation=speculation)
 ROWS = KERNELS | UPDATES | STEPS
 
-# --- the table ----------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def uneven(device, rows=512, new=64):
     """What dropping finished rows saves: (row-steps computed, rows x steps of the longest)."""
-    model, stop = model_of("2x64", 2048, 256, device), list(range(60))     # one token in 34 ends a completion
+    model, stop = model_of("2x64", 2048, 256,
+                           device), list(range(60))              # one token in 34 ends a completion
     roll = generate(model, [[100, 101, 102]], new, samples=rows, stop=stop,
                     generator=torch.Generator().manual_seed(0))
     return roll.row_steps, rows * (int(roll.mask.sum(1).max()) - 1)
 
 
 def shares(device, steps=3):
-    """Of a step of grpo.py itself with 64 prompts x 8 samples x 64 tokens: the times of its log, medians.
+    """Of a step of grpo.py itself with 64 prompts x 8 samples x 64 tokens: the times of its log,
+    medians.
 
     The model is new and 4x128, so that hardly a response ends before its 64 tokens.
     """
     tok = chain_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         save(init(preset("4x128", tok, 256), 0), tok, Path(folder) / "model")
-        options = dict(init=f"{folder}/model", out=f"{folder}/run", prompts=64, samples=8, max_new=64,
-                       steps=steps, eval_prompts=8, eval_every=steps, save_every=steps, device=device)
-        command = [sys.executable, str(ROOT / "grpo.py"), *(f"--{k}={v}" for k, v in options.items())]
+        options = dict(init=f"{folder}/model", out=f"{folder}/run", prompts=64, samples=8,
+                       max_new=64,
+                       steps=steps, eval_prompts=8, eval_every=steps, save_every=steps,
+                       device=device)
+        command = [sys.executable, str(ROOT / "grpo.py"),
+                   *(f"--{k}={v}" for k, v in options.items())]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = [row for row in read_log(f"{folder}/run") if "t_gen" in row]
     took = [statistics.median(row[k] for row in rows) for k in ("t_gen", "t_score", "t_update")]
@@ -434,7 +464,8 @@ def shares(device, steps=3):
 
 
 def peak_memory(name, side, device):
-    """MB that one call adds to the peak: the CUDA allocator's, or the resident set of a new process."""
+    """MB that one call adds to the peak: the CUDA allocator's, or the resident set of a new
+    process."""
     if device == "cuda":
         fn = getattr(ROWS[name](device), side)
         torch.cuda.empty_cache()
@@ -442,7 +473,8 @@ def peak_memory(name, side, device):
         before = torch.cuda.memory_allocated()
         fn()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    out = subprocess.run([sys.executable, __file__, "--peak", name, side], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, __file__, "--peak", name, side], capture_output=True,
+                         text=True)
     return float(out.stdout) if out.returncode == 0 else math.nan
 
 
@@ -455,7 +487,8 @@ def print_peak(name, side):
 
 
 def resident(what):
-    """VmRSS, the resident set now, or VmHWM, its peak, in MB; getrusage's peak is inherited from a parent."""
+    """VmRSS, the resident set now, or VmHWM, its peak, in MB; getrusage's peak is inherited from a
+    parent."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
 

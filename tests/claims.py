@@ -2,11 +2,14 @@
 claims.py - what data/results/ holds, as the README shows it.
 
     python tests/claims.py                         # every claim: its verdict, seeds, command
-    python tests/claims.py --table                 # write the README's tables anew, say what changed
+    python tests/claims.py --table                 # write the README's tables anew, say what
+    changed
     python tests/claims.py --table lengths         # a claim's arms and paired differences, as text
-    python tests/claims.py --figure grpo           # data/results/grpo_claims.png: all of grpo.py's claims
+    python tests/claims.py --figure grpo           # data/results/grpo_claims.png: all of grpo.py's
+    claims
 
-Nothing is trained here: `python <script>.py --claim NAME` measures, and writes the JSON that this reads.
+Nothing is trained here: `python <script>.py --claim NAME` measures, and writes the JSON that this
+reads.
 Map      1 what the README says of a claim   2 its tables   3 figures   4 main
 """
 import difflib
@@ -23,17 +26,18 @@ from data.run import UserError, cli, interval, nearest, pyplot, table, write_tex
 
 RESULTS, README = ROOT / "data" / "results", ROOT / "README.md"
 
-# --- what the README says of a claim ------------------------------------------------------------------
+# --- what the README says of a claim --------------------------------------------------------------
 
-SCRIPTS = ("sft", "reward", "ppo", "grpo", "dpo", "compress", "specdec")      # the order of the tables
+SCRIPTS = ("sft", "reward", "ppo", "grpo", "dpo", "compress", "specdec")   # the order of the tables
 
-# claim: (the test that judges the headline, method, baseline, statement, what is measured, as published).
-# Method and baseline are arms, "arm|metric" for another metric than the claim's, {arm|metric: weight} for a
-# sum, or a number. What was measured comes from the JSON alone; its `paper` has the papers and what they say.
+# claim: (the test that judges the headline, method, baseline, statement, what is measured, as
+# published). Method and baseline are arms, "arm|metric" for another metric than the claim's,
+# {arm|metric: weight} for a sum, or a number. What was measured comes from the JSON alone; its
+# `paper` has the papers and what they say.
 HEADLINES = dict(
     normuon=("NorMuon < Muon", "NorMuon", "Muon",
-             "NorMuon needs fewer steps than Muon, and Muon fewer than AdamW", "steps to a loss of 2.30 ↓",
-             "11 % and 22 % more efficient, at 1.1 B parameters"),
+             "NorMuon needs fewer steps than Muon, and Muon fewer than AdamW",
+             "steps to a loss of 2.30 ↓", "11 % and 22 % more efficient, at 1.1 B parameters"),
     lowrank=("Fira < GaLore", "Fira", "GaLore",
              "Fira, APOLLO and FRUGAL reach a lower loss than GaLore, APOLLO-Mini than sign-SGD",
              "validation loss ↓", "lower perplexity than GaLore"),
@@ -48,7 +52,8 @@ HEADLINES = dict(
           "largest weight × λ ↓", "the loss is least within that box"),
     sparse=("25 to 75 % < from the start", "25 to 75 %", "from the start",
             "Pruning between 25 and 75 % of the compute beats other times at equal compute, and costs what a "
-            "dense model of the average size does", "validation loss ↓", "25 to 75 % is near the best"),
+            "dense model of the average size does", "validation loss ↓",
+            "25 to 75 % is near the best"),
     routing=("", "uncertainty", "random",
              "Sending uncertain pairs to the judge beats sending as many at random",
              "accuracy, area over the share asked ↑",
@@ -62,7 +67,8 @@ HEADLINES = dict(
     thinkrm=("hard: long > bt", "long", "bt",
              "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs "
              "too",
-             "accuracy, hard pairs ↑", "RM-Bench 75.1 against 68.3; short, 16 votes: 68.1 (second-hand)"),
+             "accuracy, hard pairs ↑",
+             "RM-Bench 75.1 against 68.3; short, 16 votes: 68.1 (second-hand)"),
     rubrics=("judges: rubric > direct", "rubric", "direct",
              "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
              "accuracy ↑", "70.1 against 61.7"),
@@ -70,8 +76,8 @@ HEADLINES = dict(
            "Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
            "gold, other prompts ↑", "+2 to +4 points (second-hand)"),
     lengths=("dler: shorter", "dler|val_length", "grpo|val_length",
-             "Length methods shorten responses at GRPO's accuracy (within 0.02)", "length, tokens ↓",
-             "30-70 % shorter without loss"),
+             "Length methods shorten responses at GRPO's accuracy (within 0.02)",
+             "length, tokens ↓", "30-70 % shorter without loss"),
     stale=("lag 4: AIPO within 0.03", "aipo 4", "on policy",
            "With importance weights a policy learns as well (within 0.03) from rollouts that are four "
            "iterations old", "accuracy ↑", "matches on-policy training"),
@@ -82,8 +88,8 @@ HEADLINES = dict(
              "RL survives 40 % of flipped rewards, and rewards without a verifier do nearly as well",
              "accuracy ↑", "72 % for 76 % of clean; RLPR at or above verifiers"),
     teachers=("kdrl > grpo", "kdrl", "grpo",
-              "RL with a teacher beats RL alone and distillation alone within 15 steps", "accuracy ↑",
-              "KDRL and RLAD over GRPO and KD; ExOPD past the teacher"),
+              "RL with a teacher beats RL alone and distillation alone within 15 steps",
+              "accuracy ↑", "KDRL and RLAD over GRPO and KD; ExOPD past the teacher"),
     forgetting=("RECAP: > grpo", "recap", "grpo",
                 "RECAP's weights and instance filtering forget less of the old task than RL on the new one "
                 "alone", "accuracy, old task ↑", "RECAP keeps general skills; RL forgets little"),
@@ -106,8 +112,8 @@ HEADLINES = dict(
           "With intransitive annotators self-play methods become less exploitable, online DPO does not",
           "exploitability ↓", "towards the Nash equilibrium"),
     explore=("XPO: xpo > online", "xpo", "online",
-             "Optimism (XPO, SELM) finds better responses than online DPO with as many samples", "gold ↑",
-             "higher win rates than online DPO"),
+             "Optimism (XPO, SELM) finds better responses than online DPO with as many samples",
+             "gold ↑", "higher win rates than online DPO"),
     pareto=("over weighted, w55", {"raco w55|val_gold_A": 0.5, "raco w55|val_gold_B": 0.5},
             {"weighted w55|val_gold_A": 0.5, "weighted w55|val_gold_B": 0.5},
             "RACO's clipped conflict-averse gradients reach beyond the Pareto front of weighted DPO",
@@ -117,11 +123,12 @@ HEADLINES = dict(
              "less than SparseGPT and than a low-rank correction of its size", "nats lost ↓",
              "Llama-2-7B perplexity 7.2 against 11.1; Wanda 11.4, SparseGPT 10.2 (second-hand)"),
     codes=("2 bits: NoWag-VQ, 2 < GPTVQ, 2", "NoWag-VQ, 2", "GPTVQ, 2",
-           "NoWag-VQ loses less than other ways to round at about as many bits", "nats lost, 2 bits ↓",
-           "better than other one-shot vector quantisers (second-hand)"),
+           "NoWag-VQ loses less than other ways to round at about as many bits",
+           "nats lost, 2 bits ↓", "better than other one-shot vector quantisers (second-hand)"),
     widths=("BAQ: BAQ, 3 < uniform, 3", "BAQ, 3", "uniform, 3",
             "Bits where columns lose most (BAQ) beat the same bits everywhere; groups that need 4 bits are "
-            "found by sensitivity", "KL to the original, 3 bits ↓", "below GPTQ at equal average bits"),
+            "found by sensitivity", "KL to the original, 3 bits ↓",
+            "below GPTQ at equal average bits"),
     arena=("spiky: AWQ 4, spiky < RTN 4, spiky", "AWQ 4, spiky", "RTN 4, spiky",
            "Methods that handle outliers win where outliers are", "KL to the original ↓", "-"),
     kv=("keys: KIVI < keys by token", "KIVI", "keys by token",
@@ -139,7 +146,8 @@ HEADLINES = dict(
     adaspec=("paper's budgets: docstrings 64", "docstrings 64, AdaSPEC, 2.5x", "docstrings 64, KD",
              "A draft distilled on the tokens with most left to learn is accepted more often than one "
              "distilled on all, at the paper's budgets (2.5 times the data) and at equal data",
-             "chance that a sample is kept ↑", "Pythia on GSM8K 57.6 -> 62.6 %, CNN/DailyMail 73.1 -> 74.2 %"),
+             "chance that a sample is kept ↑",
+             "Pythia on GSM8K 57.6 -> 62.6 %, CNN/DailyMail 73.1 -> 74.2 %"),
 )
 
 
@@ -161,22 +169,25 @@ def of_script(script, found):
 
 
 def headline(name, report):
-    """The claim's row of HEADLINES; without one its first test, whose arms are those that its label names."""
+    """The claim's row of HEADLINES; without one its first test, whose arms are those that its label
+    names."""
     if name in HEADLINES:
         return HEADLINES[name]
     label = report["tests"][0]["test"]
     sides = re.split(r" [<>-] ", label, maxsplit=1)
-    arms = [next((a for a in sorted(report["arms"], key=len, reverse=True) if side.endswith(a)), None)
+    arms = [next((a for a in sorted(report["arms"], key=len, reverse=True) if side.endswith(a)),
+                 None)
             for side in sides]
     ours, base = arms if len(arms) == 2 and None not in arms else (None, None)
     if ours and abs(difference(report, ours, base)[0] - report["tests"][0]["difference"]) > 1e-9:
-        ours = base = None                   # the test asks for more than the difference of two means
+        ours = base = None  # the test asks for more than the difference of two means
     arrow = "↑" if report["better"] == "higher" else "↓"
     return label, ours, base, report["text"], f"{report['metric'].replace('_', ' ')} {arrow}", "-"
 
 
 def values(report, what):
-    """(label, the numbers by seed) of an arm, an "arm|metric", a weighted sum of such, or a constant."""
+    """(label, the numbers by seed) of an arm, an "arm|metric", a weighted sum of such, or a
+    constant."""
     if isinstance(what, float):
         return f"{what:g}", [what] * report["seeds"]
     terms = {what: 1.0} if isinstance(what, str) else what
@@ -195,17 +206,19 @@ def difference(report, ours, base):
     return interval([x - y for x, y in zip(values(report, ours)[1], values(report, base)[1])])
 
 
-# --- the README's tables ------------------------------------------------------------------------------
+# --- the README's tables --------------------------------------------------------------------------
 
 
 def digits(half):
-    """Decimals for a number with this interval: 3, one more or up to two less where it is narrow or wide."""
+    """Decimals for a number with this interval: 3, one more or up to two less where it is narrow or
+    wide."""
     return 1 if half >= 10 else 2 if half >= 1 else 3 if half >= 0.005 or half == 0 else 4
 
 
 def cell(text):
     """Text that stays one cell of a table, every arXiv number a link."""
-    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", text.replace("|", "\\|"))
+    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)",
+                  text.replace("|", "\\|"))
 
 
 def row(name, report):
@@ -262,11 +275,13 @@ def contrasts_table(script, found):
 def blocks(found):
     """{marker: lines}: every generated part of the README, from the reports alone."""
     made = {"claims": claims_table(found)}
-    return made | {f"contrasts {s}": contrasts_table(s, found) for s in SCRIPTS if of_script(s, found)}
+    return made | {f"contrasts {s}": contrasts_table(s, found) for s in SCRIPTS
+                   if of_script(s, found)}
 
 
 def fresh(text, found):
-    """The README's text with what is between <!-- X: begin --> and <!-- X: end --> made anew, for every X."""
+    """The README's text with what is between <!-- X: begin --> and <!-- X: end --> made anew, for
+    every X."""
     for marker, lines in blocks(found).items():
         ends = [f"<!-- {marker}: {end} -->" for end in ("begin", "end")]
         if [text.count(x) for x in ends] != [1, 1]:
@@ -280,7 +295,8 @@ def fresh(text, found):
 
 
 def rewrite(found, path):
-    """Bring the README's generated parts up to date; the changed lines, as a diff (none: it was fresh)."""
+    """Bring the README's generated parts up to date; the changed lines, as a diff (none: it was
+    fresh)."""
     old = path.read_text()
     new = fresh(old, found)
     if new != old:
@@ -289,7 +305,7 @@ def rewrite(found, path):
             if not x.startswith(("---", "+++"))]
 
 
-# --- figures ------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def figure(script, found):
@@ -302,7 +318,8 @@ def figure(script, found):
     columns = min(4, len(mine))
     rows = -(-len(mine) // columns)
     tall = max(len(r["arms"]) for r in mine.values())
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, (0.2 * tall + 1.3) * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, (0.2 * tall + 1.3) * rows),
+                             squeeze=False)
     for ax in axes.flat[len(mine):]:
         ax.set_visible(False)
     for ax, (name, report) in zip(axes.flat, mine.items()):
@@ -310,7 +327,8 @@ def figure(script, found):
         for y, (arm, metrics) in enumerate(report["arms"].items()):
             m = metrics[metric]
             ax.plot(m["values"], [y] * len(m["values"]), "o", ms=2.5, alpha=0.4, color="tab:gray")
-            ax.errorbar(m["mean"], y, xerr=m["interval"], fmt="o", ms=4, capsize=2, color="tab:blue")
+            ax.errorbar(m["mean"], y, xerr=m["interval"], fmt="o", ms=4, capsize=2,
+                        color="tab:blue")
         ax.set(yticks=range(len(report["arms"])), xlabel=metric.replace("_", " "))
         ax.set_yticklabels(list(report["arms"]), fontsize=6.5)
         ax.set_title(textwrap.fill(f"{name}: {report['verdict']}", 52), fontsize=6.5)
@@ -322,7 +340,7 @@ def figure(script, found):
     return path
 
 
-# --- main ---------------------------------------------------------------------------------------------
+# --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -1,12 +1,13 @@
 """
-compile_kernels.py - compile every Triton launch for an H100, on any machine, and hold it to its limits.
+compile_kernels.py - compile every Triton launch for an H100, on any machine, and hold it to its
+limits.
 
     python tests/compile_kernels.py            # needs Triton, no GPU: nothing is launched
     python tests/compile_kernels.py bfloat16   # only this dtype
 
-The interpreter checks what a kernel computes, this that the compiler takes it: register spills, too much
-shared memory or a matrix product off the tensor cores show here first. One line a kernel: registers a thread,
-bytes of spills, bytes of shared memory, and whether the products run on wgmma.
+The interpreter checks what a kernel computes, this that the compiler takes it: register spills, too
+much shared memory or a matrix product off the tensor cores show here first. One line a kernel:
+registers a thread, bytes of spills, bytes of shared memory, and whether the products run on wgmma.
 """
 import os
 import re
@@ -31,9 +32,9 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-         torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1"}
-SHARED = 227 * 1024                            # bytes of shared memory that one block may have on sm_90
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+         torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1"}
+SHARED = 227 * 1024  # bytes of shared memory that one block may have on sm_90
 compiled = {}
 
 
@@ -55,14 +56,16 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, num_stages=3, 
     if key in compiled:
         return
     options = dict(num_warps=num_warps, num_stages=num_stages)
-    binary = triton.compile(ASTSource(self, signature, constants, attrs), GPUTarget("cuda", 90, 32), options)
+    binary = triton.compile(ASTSource(self, signature, constants, attrs),
+                            GPUTarget("cuda", 90, 32), options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name],
                                capture_output=True, text=True).stdout
-    registers, *spills = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "LOCAL", "STACK"))
+    registers, *spills = (int(re.search(rf"{word}:(\d+)", usage)[1])
+                          for word in ("REG", "LOCAL", "STACK"))
     spilled = sum(spills)
     compiled[key] = dict(shared=binary.metadata.shared, spilled=spilled)
     kind = "wgmma" if "wgmma" in binary.asm["ptx"] else "mma" if "mma.sync" in binary.asm["ptx"] else "-"
@@ -74,8 +77,9 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, num_stages=3, 
 
 
 def heads(dtype, N=256, D=512, V=1024):
-    """linear_logprob and linear_distill, forward and backward. Sizes only count by their divisibility, and the
-    backward's products between the launches do run: some CPUs multiply bfloat16 at 1 GFLOP/s."""
+    """linear_logprob and linear_distill, forward and backward. Sizes only count by their
+    divisibility, and the backward's products between the launches do run: some CPUs multiply
+    bfloat16 at 1 GFLOP/s."""
     h, W = torch.empty(N, D, dtype=dtype, requires_grad=True), torch.empty(V, D, requires_grad=True)
     logp, entropy = kernels.linear_logprob(h, W, torch.zeros(N, dtype=torch.long), entropy=True)
     (logp.sum() + entropy.sum()).backward()
@@ -84,7 +88,8 @@ def heads(dtype, N=256, D=512, V=1024):
 
 
 def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
-    """RMSNorm of the stream and of heads, rotation, gate: forward and backward; one step of decoding."""
+    """RMSNorm of the stream and of heads, rotation, gate: forward and backward; one step of
+    decoding."""
     x, head = (torch.empty(B, T, n, dtype=dtype, requires_grad=True) for n in (D, H * hd))
     q = head.view(B, T, H, hd)
     kernels.rms_norm(x, torch.ones(D), 1e-6).sum().backward()
@@ -94,7 +99,8 @@ def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
     kernels.swiglu(gate, up).sum().backward()
     for rows in (1, 256):                      # with and without splits of the cache
         k = torch.empty(rows, 8, 2048, hd, dtype=dtype)
-        kernels.decode_attention(torch.empty(rows, H, hd, dtype=dtype), k, k, torch.ones(rows).long())
+        kernels.decode_attention(torch.empty(rows, H, hd, dtype=dtype), k, k,
+                                 torch.ones(rows).long())
 
 
 def orthogonalise(dtype):
@@ -105,7 +111,8 @@ def orthogonalise(dtype):
 
 def packed(dtype, out=4096, inputs=4096):
     """One row, and a batch, through every packed format."""
-    specs = [dict(kind="int", bits=b, group=128, symmetric=s) for b in (2, 3, 4, 8) for s in (False, True)]
+    specs = [dict(kind="int", bits=b, group=128, symmetric=s) for b in (2, 3, 4, 8)
+             for s in (False, True)]
     specs += [dict(kind="nm24"), dict(kind="armor", block_out=128, block_in=128)]
     specs += [dict(kind="vq", bits=12, dim=6), dict(kind="vq", bits=8, dim=4)]
     for spec in specs:

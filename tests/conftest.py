@@ -1,5 +1,5 @@
-"""Tests run from anywhere: the repository's root goes on the path; every test has another working directory,
-so that none reads or writes the checkout's own out/."""
+"""Tests run from anywhere: the repository's root goes on the path; every test has another working
+directory, so that none reads or writes the checkout's own out/."""
 import os
 import sys
 from functools import partial
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.py is imported: it then runs on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels.py is imported: it then runs on the CPU
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -17,8 +17,10 @@ if not torch.cuda.is_available():
         plain_dot = interpreter.InterpreterBuilder.create_dot
 
         def dot(self, a, b, *rest):
-            """Triton 3.9's interpreter multiplies the integers that it stores bfloat16 as: widen first."""
-            a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+            """Triton 3.9's interpreter multiplies the integers that it stores bfloat16 as: widen
+            first."""
+            a, b = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+                    for x in (a, b))
             return plain_dot(self, a, b, *rest)
 
         interpreter.InterpreterBuilder.create_dot = dot
@@ -48,9 +50,12 @@ def rand(*shape, seed=0):
 def tiny_model(vocab=8, layers=2, seed=0, context=64, eos=(), sharp=6.0):
     """A random model of width 32, float64, whose next-token laws are far from uniform."""
     from model import ModelConfig, init
-    model = init(ModelConfig(vocab_size=vocab, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
-                             num_attention_heads=2, num_key_value_heads=1, head_dim=16, eos_token_id=eos,
-                             max_position_embeddings=context, tie_word_embeddings=False), seed).double()
+    model = init(ModelConfig(vocab_size=vocab, hidden_size=32, intermediate_size=32,
+                             num_hidden_layers=layers,
+                             num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                             eos_token_id=eos,
+                             max_position_embeddings=context, tie_word_embeddings=False),
+                 seed).double()
     with torch.no_grad():
         model.embed_tokens.weight.mul_(25)
         model.lm_head.weight.mul_(sharp * 5)
@@ -75,7 +80,8 @@ def chi_square(counts, law):
 
 
 def merged(*argv):
-    """A command line in which an option replaces an earlier one of its name: scripts refuse the second."""
+    """A command line in which an option replaces an earlier one of its name: scripts refuse the
+    second."""
     options = {}
     for word in argv:
         if word.startswith("--"):
@@ -113,7 +119,8 @@ def default_kernels():
 
 @pytest.fixture(autouse=True)
 def few_curves(request, monkeypatch):
-    """A run's curve is half of the time of a run of two steps: only test_run.py and what is marked draws it."""
+    """A run's curve is half of the time of a run of two steps: only test_run.py and what is marked
+    draws it."""
     if request.path.name != "test_run.py" and not request.node.get_closest_marker("curve"):
         monkeypatch.setattr(data.run, "draw", lambda folder, curves: None)
 
@@ -126,7 +133,8 @@ def bases_folder(tmp_path_factory):
 
 @pytest.fixture
 def shared_bases(workdir, bases_folder):
-    """An empty working directory whose out/sft lasts for the session: tiny base models are trained once."""
+    """An empty working directory whose out/sft lasts for the session: tiny base models are trained
+    once."""
     (workdir / "out").mkdir()
     (workdir / "out" / "sft").symlink_to(bases_folder, target_is_directory=True)
     return workdir

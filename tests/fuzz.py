@@ -1,15 +1,18 @@
 """
-fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost, silent, or a traceback?
+fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost, silent, or a
+traceback?
 
     python tests/fuzz.py                        # every case, two at a time: some minutes
     python tests/fuzz.py --sample 40 --seed 3   # as many, drawn by a seed: what the suite does
     python tests/fuzz.py --only toml,resume     # some kinds; --show: what every case said
-    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: the same last weights?
+    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: the same last
+    weights?
 
-A case is a command in a folder of its own with some files in it, run in a forked child of this process,
-which has imported everything. Afterwards it is one of
+A case is a command in a folder of its own with some files in it, run in a forked child of this
+process, which has imported everything. Afterwards it is one of
 
-    good        refused: exit code 2, one line "error: …", and the folder as it was before, to the byte;
+    good        refused: exit code 2, one line "error: …", and the folder as it was before, to the
+    byte;
                 or, where the command is right, exit code 0
     traceback   whatever the exit code             code     another exit code than 2
     silent      a wrong command that ran           refused  a right one that did not
@@ -54,7 +57,7 @@ MODULES = {name: importlib.import_module(name) for name in (*SCRIPTS, "model")}
 RESUMABLE = ("sft", "ppo", "grpo", "dpo", "reward", "specdec")
 SECONDS = 60                             # a case that takes longer hangs
 
-# --- what is right -----------------------------------------------------------------------------------
+# --- what is right --------------------------------------------------------------------------------
 
 
 def lines(rows):
@@ -82,8 +85,9 @@ RIGHT = dict(
 
 
 class Case(NamedTuple):
-    """script and argv run where FILES, the checkpoints base and small, and `files` lie; setup(folder) does
-    the rest. right: it must run; free: the names that may change; env: more environment variables."""
+    """script and argv run where FILES, the checkpoints base and small, and `files` lie;
+    setup(folder) does the rest. right: it must run; free: the names that may change; env: more
+    environment variables."""
     kind: str
     script: str
     argv: list
@@ -105,14 +109,15 @@ def command(script, *changes):
     return [x for pair in options.items() for x in pair]
 
 
-# --- 1 values ----------------------------------------------------------------------------------------
+# --- 1 values -------------------------------------------------------------------------------------
 
 NUMBERS = ("nan", "inf", "-inf", "1e999", "-1", "abc", "", "99999999999999999999999", "1.5", "0")
 
 
 def wrong(kind, default, text):
     """Whether an option of this annotation and default must refuse the text."""
-    allowed = kind if isinstance(kind, Range) else Range("(-inf, inf)" if default < 0 else "[0, inf)")
+    allowed = kind if isinstance(kind, Range) else Range("(-inf, inf)" if default < 0
+                                                         else "[0, inf)")
     try:
         x = type(default)(text)
     except ValueError:
@@ -150,22 +155,27 @@ def arguments():
                         texts = ("nosuch",) * (key in kinds(fn))
                     else:
                         kind = kinds(fn).get(key)
-                        texts = [t for t in ("nan", "abc", "-3", "1e999") if wrong(kind, default, t)]
+                        texts = [t for t in ("nan", "abc", "-3", "1e999")
+                                 if wrong(kind, default, t)]
                     for text in texts if row != "PATH" else ():
-                        yield Case("arguments", script, command(script, *chosen, f"--{axis}.{key}", text))
+                        yield Case("arguments", script,
+                                   command(script, *chosen, f"--{axis}.{key}", text))
 
 
-# --- 2 command lines ---------------------------------------------------------------------------------
+# --- 2 command lines ------------------------------------------------------------------------------
 
-WORDS = (["--lrr", "1"], ["lr=1"], ["--"], [""], ["-h"], ["--lr"], ["--=1"], ["--é", "1"], ["--seeds", "3"],
-         ["--seed", "1", "--seed", "2"], ["--seed=1", "--seed", "2"], ["--config", "tiny"], ["--keep", "0"],
+WORDS = (["--lrr", "1"], ["lr=1"], ["--"], [""], ["-h"], ["--lr"], ["--=1"], ["--é", "1"],
+         ["--seeds", "3"],
+         ["--seed", "1", "--seed", "2"], ["--seed=1", "--seed", "2"], ["--config", "tiny"],
+         ["--keep", "0"],
          ["--claim", "nosuch"], ["--claim", "x", "--seeds", "0"], ["--stop", "-3"], ["--resume"],
-         ["--resume", "--out", "nosuch"], ["--device", "cuda:99"], ["--device", "cpu:0"], ["--kernels", "x"],
-         ["--seed", str(2 ** 64)])
+         ["--resume", "--out", "nosuch"], ["--device", "cuda:99"], ["--device", "cpu:0"],
+         ["--kernels", "x"], ["--seed", str(2 ** 64)])
 INITS = ("base:", "base:nosuch", "base:,", "nosuch", "demos.jsonl", "", "/dev/null")
-CONFIGS = ("nosuch", "tiny,nosuch", "tiny,,,tinyy", "nosuch.toml", "base", "demos.jsonl", "tiny, tiny")
-MODEL = ("--tokens -1", "--tokens 0", "--temperature nan", "--temperature -1", "--top-p 2", "--top-p 0",
-         "--top-k -1", "--seed 9999999999999", "--device tpu", "--nosuch")
+CONFIGS = ("nosuch", "tiny,nosuch", "tiny,,,tinyy", "nosuch.toml", "base", "demos.jsonl",
+           "tiny, tiny")
+MODEL = ("--tokens -1", "--tokens 0", "--temperature nan", "--temperature -1", "--top-p 2",
+         "--top-p 0", "--top-k -1", "--seed 9999999999999", "--device tpu", "--nosuch")
 IDLE = dict(                             # what does nothing, or does not go together, by script
     sft=("--clip -1", "--clip 0", "--teacher base", "--other base", "--vocab 600", "--model 1x64",
          "--epochs 1", "--family llama", "--context 100000", "--feedback hindsight --mix q",
@@ -179,17 +189,20 @@ IDLE = dict(                             # what does nothing, or does not go tog
     dpo=("--beta -1", "--beta 0", "--sft -1", "--judge base", "--combine cagrad", "--noise 0.1",
          "--refresh 3", "--credit gold", "--data corpus.txt", "--data demos.jsonl",
          "--data labels.jsonl"),
-    reward=("--noise 0.1", "--attack overoptimise", "--aggregate uwo", "--loss listwise", "--recipe armo",
+    reward=("--noise 0.1", "--attack overoptimise", "--aggregate uwo", "--loss listwise",
+            "--recipe armo",
             "--recipe polar", "--eval base", "--data corpus.txt", "--data demos.jsonl",
             "--context 100000", "--recipe ensemble --stop 1"),
-    compress=("--kd_lr 1", "--domain corpus.txt", "--context 100000", "--data demos.jsonl", "--bits 5",
+    compress=("--kd_lr 1", "--domain corpus.txt", "--context 100000", "--data demos.jsonl",
+              "--bits 5",
               "--method gptq --bits 5", "--pattern 9:2", "--pattern no", "--smooth awq"),
     specdec=("--context 100000", "--samples 4", "--decode deal", "--refresh 3", "--split ood",
              "--ref_batch 3", "--chat true", "--drafter lookup"))
 
 
 def forms():
-    """Words that are no options, options twice, presets that are not there, options that nothing reads."""
+    """Words that are no options, options twice, presets that are not there, options that nothing
+    reads."""
     for script in SCRIPTS:
         right = command(script)
         for words in WORDS:
@@ -208,10 +221,12 @@ def forms():
         yield Case("forms", "model", [path, "--prompt", "a"])
 
 
-# --- 3 TOML ------------------------------------------------------------------------------------------
+# --- 3 TOML ---------------------------------------------------------------------------------------
 
-TOML = ("seed = [1, 2]", "seed = 2020-01-01", "[seed]\nx = 1", "seed = true", "seed = nan", "seed = 1.5",
-        "seed = -1", 'seed = "fast"', "seed = 99999999999999999999", "seed = 1\nseed = 2", "seed = ",
+TOML = ("seed = [1, 2]", "seed = 2020-01-01", "[seed]\nx = 1", "seed = true", "seed = nan",
+        "seed = 1.5",
+        "seed = -1", 'seed = "fast"', "seed = 99999999999999999999", "seed = 1\nseed = 2",
+        "seed = ",
         "seedd = 1", '"" = 1', 'config = "tiny"', "resume = true", 'out = "a\\u0000b"', "out = 5",
         "a.b = 1", "x = {a = 1}", "device = 0", b"\xff\xfe\x00")
 
@@ -229,7 +244,7 @@ def tomls():
         yield Case("toml", script, argv, {"fine.toml": "seed = 3\n"}, right=True, free=("new",))
 
 
-# --- 4 folders ---------------------------------------------------------------------------------------
+# --- 4 folders ------------------------------------------------------------------------------------
 
 PLACES = ("D", "D/step-000001", "base", ".", "..", "demos.jsonl", "demos.jsonl/x", "/proc/nosuch",
           "/dev/null", "/dev/null/x", "x" * 300)
@@ -262,16 +277,19 @@ def folders():
         for out in PLACES:
             yield Case("folders", script, [*right, "--out", out], setup=thesis)
             yield Case("folders", script, [*right, "--out", out, "--resume"], setup=thesis)
-        yield Case("folders", script, [*command(script, "--init", "nosuch"), "--out", "D"], setup=thesis)
+        yield Case("folders", script, [*command(script, "--init", "nosuch"), "--out", "D"],
+                   setup=thesis)
         yield Case("folders", script, [*right, "--out", "busy"], setup=occupied)
-        yield Case("folders", script, [*right, "--out", "empty"], setup=new_folder("empty"), right=True,
+        yield Case("folders", script, [*right, "--out", "empty"], setup=new_folder("empty"),
+                   right=True,
                    free=("empty",))
         yield Case("folders", script, [*right, "--out", "full"], limit=20_000, free=("full",))
         yield Case("folders", script, [*right, "--out", "fuller"], limit=400)
-        yield Case("folders", script, [*right, "--out", "ranks"], env=dict(WORLD_SIZE="2", RANK="0"))
+        yield Case("folders", script, [*right, "--out", "ranks"],
+                   env=dict(WORLD_SIZE="2", RANK="0"))
 
 
-# --- 5 data ------------------------------------------------------------------------------------------
+# --- 5 data ---------------------------------------------------------------------------------------
 
 
 def broken(rows):
@@ -279,7 +297,8 @@ def broken(rows):
     first, *rest = rows
     bare = {k: v for k, v in first.items() if k != "prompt"}
     tail = json.dumps(bare)[1:] + "\n"
-    silent = [{k: "" if k != "prompt" and isinstance(v, str) else v for k, v in r.items()} for r in rows]
+    silent = [{k: "" if k != "prompt" and isinstance(v, str) else v for k, v in r.items()}
+              for r in rows]
     return dict(
         empty="",
         blank="\n\n",
@@ -300,13 +319,16 @@ def broken(rows):
         empties=lines(silent))
 
 
-TEXTS = dict(empty="", blank=" \n ", bytes=b"\xff\xfe\xff", short="a", separators="<|endoftext|>" * 9)
+TEXTS = dict(empty="", blank=" \n ", bytes=b"\xff\xfe\xff", short="a",
+             separators="<|endoftext|>" * 9)
 NO_TEXTS = dict(empty=[dict(text="")], blank=[dict(text=" \n ")] * 3, number=[dict(text=5)],
                 none=[dict(text=None)])
-REWARDS = ("return None", "return 'good'", "return float('nan')", "return float('inf')", "return 1 / 0",
-           "return [1]", "import sys; sys.exit(0)", "return 10 ** 400", "raise BaseException", "return 1e39")
-SOURCES = ("def f(x): return 1", "def f(a, b, c, d): return 1", "f = 5", "def f(: return", "import nosuch",
-           "1 / 0", "\x00", "raise SystemExit(0)", "def g(a, b, c): return 1")
+REWARDS = ("return None", "return 'good'", "return float('nan')", "return float('inf')",
+           "return 1 / 0",
+           "return [1]", "import sys; sys.exit(0)", "return 10 ** 400", "raise BaseException",
+           "return 1e39")
+SOURCES = ("def f(x): return 1", "def f(a, b, c, d): return 1", "f = 5", "def f(: return",
+           "import nosuch", "1 / 0", "\x00", "raise SystemExit(0)", "def g(a, b, c): return 1")
 
 
 def data():
@@ -316,8 +338,10 @@ def data():
                ("dpo", PAIRS, "--data"), ("reward", PAIRS, "--data")]
     for script, rows, key in readers:
         for name, text in broken(rows).items():
-            yield Case("data", script, command(script, key, f"{name}.jsonl"), {f"{name}.jsonl": text})
-        yield Case("data", script, command(script, key, "folder.jsonl"), setup=new_folder("folder.jsonl"))
+            yield Case("data", script, command(script, key, f"{name}.jsonl"),
+                       {f"{name}.jsonl": text})
+        yield Case("data", script, command(script, key, "folder.jsonl"),
+                   setup=new_folder("folder.jsonl"))
         yield Case("data", script, command(script, key, "none.jsonl"))
         yield Case("data", script, command(script, key, "none.jsonl", "--init", "base:pretrain"))
     for name, text in broken(LABELS).items():
@@ -325,7 +349,8 @@ def data():
         yield Case("data", "dpo", argv, {f"{name}.jsonl": text})
     for script in ("sft", "compress", "specdec"):
         for name, text in TEXTS.items():
-            yield Case("data", script, command(script, "--data", f"{name}.txt"), {f"{name}.txt": text})
+            yield Case("data", script, command(script, "--data", f"{name}.txt"),
+                       {f"{name}.txt": text})
         for name, rows in NO_TEXTS.items():
             argv = command(script, "--data", f"{name}.jsonl")
             yield Case("data", script, argv, {f"{name}.jsonl": lines(rows)})
@@ -337,12 +362,12 @@ def data():
         yield Case("data", "grpo", command("grpo", "--reward", "mine.py:f"), {"mine.py": code})
 
 
-# --- 6 checkpoints -----------------------------------------------------------------------------------
+# --- 6 checkpoints --------------------------------------------------------------------------------
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 LINEAR, LLAMA3 = dict(rope_type="linear"), dict(rope_type="llama3", factor=8.0)
 QUANT = dict(quant_method="minimal-post-training", layers=5)
-CONFIG = dict(                           # values that a key of config.json must not have; base has two layers
+CONFIG = dict(  # values that a key of config.json must not have; base has two layers
     model_type=("nosuch", None, 5, [], "gpt2"),
     architectures=([], ["GPT2LMHeadModel"], "x", [5]),
     vocab_size=(0, -1, 1.5, "x", None, True, 10 ** 12, 100),
@@ -429,7 +454,8 @@ TOKENIZER = dict(                        # the object of tokenizer.json, to be c
     pre_regex=lambda d: d.update(pre_tokenizer=dict(type="Sequence", pretokenizers=[REGEX, LEVEL])),
     normaliser=lambda d: d.update(normalizer=dict(type="Lowercase")),
     normaliser_text=lambda d: d.update(normalizer="x"))
-ENDS = ("<nosuch>", 1.5, 5, [5], None, dict(x=1), dict(content=5))     # eos_token of tokenizer_config.json
+ENDS = ("<nosuch>", 1.5, 5, [5], None, dict(x=1),
+        dict(content=5))                                        # eos_token of tokenizer_config.json
 
 
 def changed(name, change):
@@ -462,7 +488,8 @@ def rewritten(change):
 
 
 def sharded(change):
-    """A setup that splits base into two shards, and changes the index by change(weight_map) -> weight_map."""
+    """A setup that splits base into two shards, and changes the index by change(weight_map) ->
+    weight_map."""
     def setup(folder):
         path = folder / "base"
         found = load_file(path / "model.safetensors")
@@ -492,21 +519,23 @@ def checkpoints():
         setups |= {f"{key} {value!r:.50}": with_key("config.json", key, value) for value in some}
     setups |= {f"tensor {k}": rewritten(change) for k, change in TENSORS.items()}
     setups |= {f"index {k}": sharded(change) for k, change in INDEX.items()}
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json",
+                 "tokenizer_config.json"):
         setups |= {f"{name} {text[:20]}": replaced(name, text) for text in NO_JSON}
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         setups |= {f"no {name}": replaced(name, None)}
     setups |= {f"weights of {n}": replaced("model.safetensors", b"x" * n) for n in (0, 8, 99)}
     setups |= {f"ends {x!r}": with_key("generation_config.json", "eos_token_id", x)
                for x in ("x", 1.5, [None], 10 ** 9)}
-    setups |= {f"tokenizer {k}": changed("tokenizer.json", change) for k, change in TOKENIZER.items()}
+    setups |= {f"tokenizer {k}": changed("tokenizer.json", change)
+               for k, change in TOKENIZER.items()}
     setups |= {f"eos {x!r}": with_key("tokenizer_config.json", "eos_token", x) for x in ENDS}
     for i, (name, setup) in enumerate(setups.items()):
         for script in ("model", SCRIPTS[i % 7]):
             yield Case("checkpoints", script, command(script), setup=setup, env=dict(CASE=name))
 
 
-# --- 7 runs that are resumed -------------------------------------------------------------------------
+# --- 7 runs that are resumed ----------------------------------------------------------------------
 
 
 def newest(folder, name):
@@ -558,7 +587,8 @@ FAULTS = dict(
     log=lambda f: (f / "run/log.jsonl").write_text("[1]\n{}\n"),
     log_bytes=lambda f: (f / "run/log.jsonl").write_bytes(b"\xff\xff\n\xff\n"),
     log_steps=lambda f: (f / "run/log.jsonl").write_text(LOG),
-    data=lambda f: [p.write_text(p.read_text() * 2) for p in (*f.glob("*.jsonl"), f / "corpus.txt")])
+    data=lambda f: [p.write_text(p.read_text() * 2)
+                    for p in (*f.glob("*.jsonl"), f / "corpus.txt")])
 
 
 def paused(script, fault=None):
@@ -577,14 +607,16 @@ def resumes():
         for name, fault in FAULTS.items():
             again = paused(script, fault)
             yield Case("resume", script, [*argv, "--resume"], setup=again, env=dict(CASE=name))
-        yield Case("resume", script, [*argv, "--resume"], setup=paused(script), right=True, free=("run",))
+        yield Case("resume", script, [*argv, "--resume"], setup=paused(script), right=True,
+                   free=("run",))
         yield Case("resume", script, [*argv, "--resume", "--lr", "0.5"], setup=paused(script))
         yield Case("resume", script, argv, setup=paused(script))
 
 
-# --- running -----------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
-BUILDERS = dict(values=values, arguments=arguments, forms=forms, toml=tomls, folders=folders, data=data,
+BUILDERS = dict(values=values, arguments=arguments, forms=forms, toml=tomls, folders=folders,
+                data=data,
                 checkpoints=checkpoints, resume=resumes)
 MADE = {}                                # {script: a paused run of it}
 STATE = {}                               # what the workers inherit: cases, fixtures
@@ -682,7 +714,8 @@ def judge(case, code, said, before, after):
         return "silent"
     if code != 2:
         return "code"
-    errors = [x for x in said.strip().splitlines() if not x.startswith("usage:") and not x.startswith("  ")]
+    errors = [x for x in said.strip().splitlines() if not x.startswith("usage:")
+              and not x.startswith("  ")]
     if len(errors) != 1 or "error: " not in errors[0]:
         return "lines"
     return "left" if any(mine(k) for k in after.keys() - before.keys()) else "good"
@@ -691,7 +724,8 @@ def judge(case, code, said, before, after):
 def main(argv=None):
     """Run the cases, print the table and what was not good; exit code 1 if anything was not."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    p.add_argument("--sample", type=int, default=0, help="only so many cases, drawn by --seed (0: all)")
+    p.add_argument("--sample", type=int, default=0,
+                   help="only so many cases, drawn by --seed (0: all)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--only", default="", help=f"kinds with commas between: {', '.join(BUILDERS)}")
     p.add_argument("--show", action="store_true", help="print what every case said")
@@ -726,16 +760,19 @@ def main(argv=None):
     words = sorted({w for row in table.values() for w in row})
     for kind, row in table.items():
         if row:
-            print(f"{kind:<12} {sum(row.values()):>5}  " + "  ".join(f"{row[w]:>{len(w)}}" for w in words))
+            print(f"{kind:<12} {sum(row.values()):>5}  "
+                  + "  ".join(f"{row[w]:>{len(w)}}" for w in words))
     print(f"{len(cases)} cases, {len(bad)} not good, {time.time() - began:.0f} s")
     return 1 if bad else 0
 
 
 def make_run(script, fixtures, home):
-    """A run of four steps, checkpoints at 1 and 2, paused after two: what the cases of `resume` break."""
+    """A run of four steps, checkpoints at 1 and 2, paused after two: what the cases of `resume`
+    break."""
     folder = home / f"make-{script}"
     shutil.copytree(fixtures, folder)
-    case = Case("resume", script, [*command(script, "--steps", "4"), "--save_every", "1", "--keep", "2",
+    case = Case("resume", script,
+                [*command(script, "--steps", "4"), "--save_every", "1", "--keep", "2",
                                    "--stop", "2",
                                    "--out", "run"], right=True)
     pid = os.fork()
@@ -747,7 +784,8 @@ def make_run(script, fixtures, home):
 
 
 def finished(case, folder, after=None):
-    """Run a case in a fork, killed after so many seconds. -> its exit code, None if it was killed."""
+    """Run a case in a fork, killed after so many seconds. -> its exit code, None if it was
+    killed."""
     pid, began = os.fork(), time.monotonic()
     if not pid:
         child(case, folder)
@@ -766,12 +804,14 @@ def last_weights(run):
     """The bytes of all weights of a run's newest checkpoint, and its log without the times."""
     newest = sorted(run.glob("step-*"))[-1]
     rows = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
-    return ({str(p.relative_to(newest)): p.read_bytes() for p in sorted(newest.rglob("*.safetensors"))},
+    return ({str(p.relative_to(newest)): p.read_bytes()
+             for p in sorted(newest.rglob("*.safetensors"))},
             [(r["step"], r.get("loss")) for r in rows])
 
 
 def kills(n, rng):
-    """Kill n runs at random moments, some twice, and resume; 1 if any ends elsewhere than a whole run."""
+    """Kill n runs at random moments, some twice, and resume; 1 if any ends elsewhere than a whole
+    run."""
     whole, bad = {}, 0
     with tempfile.TemporaryDirectory() as home:
         fixtures = Path(home, "fixtures")
@@ -804,7 +844,8 @@ def kills(n, rng):
 
 
 def killed_once(case, fixtures, folder, seconds, rng):
-    """Start the case and kill it within `seconds`; again, in a fresh folder, if it had ended. -> [after]"""
+    """Start the case and kill it within `seconds`; again, in a fresh folder, if it had ended. ->
+    [after]"""
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(fixtures, folder)

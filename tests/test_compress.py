@@ -26,7 +26,8 @@ H4 = D([1., 4, 1, 9])
 
 def moment(n, tokens=400, seed=0):
     """H = 2 mean x xᵀ of correlated inputs."""
-    x = rand(tokens, n, seed=seed) @ (torch.eye(n).double() + .5 * rand(n, n, seed=seed + 1) / n ** .5)
+    x = rand(tokens, n, seed=seed) @ (torch.eye(n).double() + .5 * rand(n, n, seed=seed + 1)
+                                      / n ** .5)
     return 2 * x.T @ x / tokens
 
 
@@ -41,7 +42,7 @@ def error(W, new, H):
     return (d @ H.double() * d).sum().item()
 
 
-# --- masks ----------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def test_nowag_by_hand():
@@ -60,8 +61,9 @@ def test_masks_keep_exactly_what_they_say():
     score = rand(6, 16).abs()
     assert (compress.kept(score, "2:4").view(6, 4, 4).sum(-1) == 2).all()
     assert (compress.kept(score, "4:8").view(6, 2, 8).sum(-1) == 4).all()
-    assert compress.kept(score, "50%").sum() == 48 and (compress.kept(score, "25%", "row").sum(1) == 4).all()
-    assert compress.kept(torch.ones(3, 8), "50%").sum() == 12                  # ties: no more than that
+    assert compress.kept(score, "50%").sum() == 48 and (compress.kept(score, "25%", "row").sum(1)
+                                                        == 4).all()
+    assert compress.kept(torch.ones(3, 8), "50%").sum() == 12              # ties: no more than that
     for pattern in ("2:3", "3:2", "half", "150%", "2:"):
         with pytest.raises(UserError, match="--pattern"):
             compress.kept(score, pattern)
@@ -76,12 +78,13 @@ def test_invariances_of_the_scores():
     def wanda(w, h):
         return weight(compress.wanda(w, h, pattern="50%")) != 0
     assert (nowag(w, h) == nowag(3 * w, h)).all() and (nowag(w, h) == nowag(w * c, h)).all()
-    assert (wanda(w, h) == wanda(w / c, h * c ** 2)).all()                     # the same function and mask
+    assert (wanda(w, h) == wanda(w / c, h * c ** 2)).all()              # the same function and mask
     assert not (nowag(w, h) == nowag(w / c, h * c ** 2)).all()
     same = torch.full((16,), 2.).double()
     assert (wanda(w, same) == (compress.kept(w.abs(), "50%", "row") > 0)).all()
-    level = w / w.norm(dim=0)                                                  # equal column norms: Wanda's
-    a, b = (compress.kept(x, "2:4") for x in (compress.normalise(level)[0] ** 2 * h, level.abs() * h.sqrt()))
+    level = w / w.norm(dim=0)                                          # equal column norms: Wanda's
+    a, b = (compress.kept(x, "2:4")
+            for x in (compress.normalise(level)[0] ** 2 * h, level.abs() * h.sqrt()))
     assert close(a, b)
 
 
@@ -92,7 +95,8 @@ def test_where_norms_are_equal_and_activations_one_nowag_is_magnitude():
         w = w / w.norm(dim=1, keepdim=True) * 16 ** .5
     assert close(w.norm(dim=0), torch.full((16,), 8 ** .5), 1e-6)
     for pattern in ("2:4", "4:8", "50%"):
-        a, b = compress.nowag_p(w, torch.ones(16), pattern=pattern), compress.magnitude(w, pattern=pattern)
+        a, b = compress.nowag_p(w, torch.ones(16),
+                                pattern=pattern), compress.magnitude(w, pattern=pattern)
         assert close(weight(a), weight(b))
 
 
@@ -100,7 +104,7 @@ def test_sparsegpt_limits():
     w = rand(8, 16)
     new = weight(compress.sparsegpt(w, 3 * torch.eye(16).double(), pattern="50%", damp=0.))
     kept = w * compress.kept(w.abs(), "50%")
-    assert close(new, kept.bfloat16())                                         # uncorrelated: magnitude
+    assert close(new, kept.bfloat16())                                     # uncorrelated: magnitude
     H = moment(16)
     for pattern in ("50%", "4:8"):
         new = weight(compress.sparsegpt(w, H, pattern=pattern))
@@ -129,7 +133,7 @@ def test_the_inverse_factor_by_hand():
     assert compress.inverse_factor(dead).isfinite().all()
 
 
-# --- ARMOR ----------------------------------------------------------------------------------------------
+# --- ARMOR ----------------------------------------------------------------------------------------
 
 
 def test_core_step_by_hand():
@@ -139,8 +143,10 @@ def test_core_step_by_hand():
     S = D([[0., 2, 0, -1], [.5, 0, 1, 0]])[None, None]
     assert close(compress.armor_loss(A, S, B, Wb, h), 5.3725)
     new, mask = compress.core_step(A, S, (S != 0).double(), B, Wb, h, torch.tensor([[0]]))
-    assert close(mask[0, 0], [[0, 1, 1, 0], [1, 0, 1, 0]]) and close(new[0, 0, 0], [0, 1.5, .64, 0], 1e-5)
-    assert close(new[0, 0, 1], S[0, 0, 1]) and close(compress.armor_loss(A, new, B, Wb, h), 3.762, 1e-5)
+    assert close(mask[0, 0], [[0, 1, 1, 0], [1, 0, 1, 0]]) and close(new[0, 0, 0],
+                                                                     [0, 1.5, .64, 0], 1e-5)
+    assert close(new[0, 0, 1], S[0, 0, 1]) and close(compress.armor_loss(A, new, B, Wb, h), 3.762,
+                                                     1e-5)
 
 
 def test_groups_of_different_tiles_add_up():
@@ -160,7 +166,8 @@ def test_groups_of_different_tiles_add_up():
             one[p, q] = together[p, q]
             gain += loss(S) - loss(one)
             assert loss(one) <= loss(S) + 1e-9
-    assert abs(loss(S) - loss(together) - gain) < 1e-6 and (mask.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    assert abs(loss(S) - loss(together) - gain) < 1e-6 and (mask.unflatten(-1, (-1, 4)).sum(-1)
+                                                            == 2).all()
 
 
 def test_armor_never_rises_and_ends_below_nowag_p():
@@ -170,7 +177,8 @@ def test_armor_never_rises_and_ends_below_nowag_p():
     start = compress.proxy(w, compress.nowag_p(w, h).dequantize(), h)
     assert len(trace) == 121 and all(b <= a + 1e-7 for a, b in zip(trace, trace[1:]))
     assert trace[0] <= start + 1e-3 and trace[-1] < .8 * start
-    assert abs(compress.proxy(w, layer.dequantize(), h) - trace[-1]) < 5e-3    # bfloat16 of what is stored
+    assert abs(compress.proxy(w, layer.dequantize(), h)
+               - trace[-1]) < 5e-3                                      # bfloat16 of what is stored
     x = torch.randn(5, 24, generator=g)
     assert close(layer(x), x @ layer.dequantize().T, 1e-4)
     with pytest.raises(UserError, match="--block"):
@@ -189,7 +197,7 @@ def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
     assert layer.nbytes() == armor.nbytes() and layer.options["rank"] == 8
     H = torch.diag(h)
     assert error(w, layer, H) < error(w, none, H)
-    full = compress.lowrank24(w, h, block=10 ** 9)                             # a whole rank gives W back
+    full = compress.lowrank24(w, h, block=10 ** 9)                       # a whole rank gives W back
     assert error(w, full, H) < 1e-3 * error(w, none, H)
 
 
@@ -198,20 +206,20 @@ def test_d_pruner_s_limits():
     g[:, 3] = 0
     taylor = (g * w + (g * w) ** 2 / 2).abs()
     new = weight(compress.dprune(w, H, g, g ** 2, lam=0.))
-    assert close(new != 0, compress.kept(taylor, "50%"))                       # no penalty: Taylor's score
-    assert (new[:, 3] == 0).all()                                              # no gradient, no importance
+    assert close(new != 0, compress.kept(taylor, "50%"))                # no penalty: Taylor's score
+    assert (new[:, 3] == 0).all()                                       # no gradient, no importance
     much = weight(compress.dprune(w, H, g, g ** 2, lam=1e12, lr=1.)) != 0
     assert not (much == (new != 0)).all()
 
 
-# --- codes ----------------------------------------------------------------------------------------------
+# --- codes ----------------------------------------------------------------------------------------
 
 
 def test_gptq_s_limits():
     w = rand(8, 32).float()
     for bits in (2, 3, 4):
         a = compress.gptq(w, 2 * torch.eye(32), bits=bits, group=16).dequantize()
-        assert close(a, compress.rtn(w, bits=bits, group=16).dequantize(), 1e-5)         # diagonal: RTN
+        assert close(a, compress.rtn(w, bits=bits, group=16).dequantize(), 1e-5)     # diagonal: RTN
     worse = 0
     for seed in range(5):
         H = moment(32, seed=3 * seed).float()
@@ -224,7 +232,8 @@ def test_gptq_s_limits():
 
 
 def test_gptq_by_hand_and_its_loss():
-    """one scale 1, zero 1 for [0.6, 0.6]: on the grid of whole numbers GPTQ gives [1, 0], RTN [1, 1]"""
+    """one scale 1, zero 1 for [0.6, 0.6]: on the grid of whole numbers GPTQ gives [1, 0], RTN [1,
+    1]"""
     H, w = D([[2., 1], [1, 2]]), D([[.6, .6, -1, 2]])
     whole = torch.block_diag(H, torch.eye(2).double() * 1e-9)
     layer = compress.gptq(w.float(), whole.float(), bits=2, group=4, damp=1e-9)
@@ -268,7 +277,7 @@ def test_baq_s_widths_by_hand():
         width = compress.widths_of(many, bits)
         assert width.sum() == 40 * bits and (width >= 0).all() and (width <= 8).all()
         assert (width == compress.widths_of(1000 * many, bits)).all()
-        assert (width.float()[many.argsort()].diff() >= 0).all()               # more loss, more bits
+        assert (width.float()[many.argsort()].diff() >= 0).all()              # more loss, more bits
     equal = compress.baq(rand(4, 16).float(), torch.eye(16), bits=3, allocate=False)
     assert equal.nbytes() == 4 * 16 * 3 // 8 + 16 + 4 * 4
 
@@ -278,7 +287,7 @@ def test_mixed_widths_between_two_and_four_bits():
     bits, errors = [], []
     for share in (0, .25, 1.):
         layer = compress.mixed(w, h, g, share=share, group=16)
-        code = 2 * 4 + 2 * round(4 * share)                                    # bits of one code a group
+        code = 2 * 4 + 2 * round(4 * share)                               # bits of one code a group
         assert layer.nbytes() == 8 * (16 * code // 8 + -(-code // 8) + 2 + 4) + 4
         bits.append(layer.nbytes())
         errors.append(error(w, layer, torch.eye(64)))
@@ -291,22 +300,25 @@ def test_mixed_widths_between_two_and_four_bits():
 
 def test_gptvq_weighs_and_hands_on_its_errors():
     w, g = rand(64, 24).float(), torch.Generator().manual_seed(0)
-    H = (moment(24) + 2 * torch.ones(24, 24)).float()                          # all inputs rise together
+    H = (moment(24) + 2 * torch.ones(24, 24)).float()                     # all inputs rise together
     plain = compress.nowag_vq(w, H.diagonal(), g, bits=2, dim=2, norms=False, weights=False)
     assert error(w, compress.gptvq(w, H, g, bits=2, dim=2), H) < .7 * error(w, plain, H)
-    same = compress.gptvq(w, 2 * torch.eye(24), torch.Generator().manual_seed(3), bits=2, dim=2, damp=0.)
-    km = compress.nowag_vq(w, torch.ones(24), torch.Generator().manual_seed(3), bits=2, dim=2, norms=False)
-    assert close(same.dequantize(), km.dequantize(), 1e-6)                     # uncorrelated inputs: k-means
+    same = compress.gptvq(w, 2 * torch.eye(24), torch.Generator().manual_seed(3), bits=2, dim=2,
+                          damp=0.)
+    km = compress.nowag_vq(w, torch.ones(24), torch.Generator().manual_seed(3), bits=2, dim=2,
+                           norms=False)
+    assert close(same.dequantize(), km.dequantize(), 1e-6)            # uncorrelated inputs: k-means
     odd = compress.gptvq(rand(8, 25).float(), moment(25).float(), g, bits=3)
     assert odd.dequantize().shape == (8, 25) and odd.nbytes() == 64 * 2 * 2 + 8 * 13 * 6 // 8
 
 
-# --- smoothing, rotation, activations -------------------------------------------------------------------
+# --- smoothing, rotation, activations -------------------------------------------------------------
 
 
 def block_of_a_model(seed=0, heads=2):
     c = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=2, num_key_value_heads=heads, head_dim=16, max_position_embeddings=64,
+                    num_attention_heads=2, num_key_value_heads=heads, head_dim=16,
+                    max_position_embeddings=64,
                     model_type="llama")
     model = init(c, seed).requires_grad_(False)
     for p in model.parameters():
@@ -317,7 +329,8 @@ def block_of_a_model(seed=0, heads=2):
 
 
 def settings(**more):
-    return types.SimpleNamespace(method=functools.partial(compress.rtn, **dict(bits=4, group=16) | more))
+    return types.SimpleNamespace(method=functools.partial(compress.rtn,
+                                                          **dict(bits=4, group=16) | more))
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -380,7 +393,7 @@ def test_smoothing_needs_a_method_that_rounds(shared_bases):
 
 def test_activations_in_few_bits():
     w, x = rand(16, 64).float(), rand(200, 64, seed=1).float()
-    x[:, [5, 20, 40, 60]] *= 40                                                # one in each block of 16
+    x[:, [5, 20, 40, 60]] *= 40                                            # one in each block of 16
     exact, absmax = x @ w.T, x.abs().amax(0)
 
     def off(**options):
@@ -390,9 +403,9 @@ def test_activations_in_few_bits():
     block, layer = off(block=16)
     assert layer.act == (4, 16, 0) and block < token
     wide, layer = off(block=16, wide=True)
-    assert layer.act == (4, 16, 0b1111) and wide < block / 10                  # every block holds one
+    assert layer.act == (4, 16, 0b1111) and wide < block / 10                # every block holds one
     comet, layer = off(block=16, wide=True, order=True)
-    assert layer.act == (4, 16, 1) and comet < block / 10                      # in ceil(4 / 16) blocks
+    assert layer.act == (4, 16, 1) and comet < block / 10                   # in ceil(4 / 16) blocks
     assert set(layer.order[:4].tolist()) == {5, 20, 40, 60}
     assert off(rotate=32)[0] < token and off(act=8)[0] < token / 50
     for wrong in (dict(act=1), dict(wide=True), dict(order=True, rotate=32)):
@@ -410,11 +423,12 @@ def test_kmeans_by_hand():
     assert close(((X[0] - C[0]) ** 2 * weight[0]).sum(), 3.25)
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
-    assert close(C[code], points, 1e-6)                                        # more codes than points: exact
+    assert close(C[code], points, 1e-6)                              # more codes than points: exact
 
 
 def test_more_clusters_than_points():
-    C, code = compress.kmeans(rand(5, 3), torch.ones(5, 3).double(), 64, torch.Generator().manual_seed(0))
+    C, code = compress.kmeans(rand(5, 3), torch.ones(5, 3).double(), 64,
+                              torch.Generator().manual_seed(0))
     assert C.isfinite().all() and code.max() < 64
 
 
@@ -453,13 +467,16 @@ def test_lloyd_s_objective_never_rises():
 
 def test_nowag_vq_stores_what_it_says():
     w, h = rand(16, 25).float(), rand(25, seed=1).abs().float()
-    layer = compress.nowag_vq(w, h, torch.Generator().manual_seed(0), bits=3)  # dim 2, 25 padded to 26
-    assert (layer.kind, layer.bits, layer.dim) == ("vq", 6, 2) and layer.dequantize().shape == w.shape
+    layer = compress.nowag_vq(w, h, torch.Generator().manual_seed(0),
+                              bits=3)                                       # dim 2, 25 padded to 26
+    assert (layer.kind, layer.bits, layer.dim) == ("vq", 6,
+                                                   2) and layer.dequantize().shape == w.shape
     fine = compress.nowag_vq(w, h, torch.Generator().manual_seed(0), bits=8, dim=1)
-    assert error(w, fine.dequantize(), torch.eye(25)) < .05 * error(w, layer.dequantize(), torch.eye(25))
+    assert error(w, fine.dequantize(), torch.eye(25)) < .05 * error(w, layer.dequantize(),
+                                                                    torch.eye(25))
 
 
-# --- whole runs -----------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 PRESETS = list(compress.PRESETS)[:list(compress.PRESETS).index("tiny")]
 
@@ -470,9 +487,11 @@ def tiny(config, out, *extra):
 
 @pytest.mark.parametrize("config", PRESETS)
 def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
-    if config == "moh":                          # two shared heads, two routed: more than the base has
-        c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                        num_attention_heads=4, num_key_value_heads=2, eos_token_id=(bytes_tokenizer().eos,))
+    if config == "moh":  # two shared heads, two routed: more than the base has
+        c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        head_dim=8,
+                        num_attention_heads=4, num_key_value_heads=2,
+                        eos_token_id=(bytes_tokenizer().eos,))
         save(init(c), bytes_tokenizer(), "four_heads")
     out = tiny(config, "run", *(["--init=four_heads"] if config == "moh" else []))
     model, tok = load("run/step-000002")
@@ -483,12 +502,13 @@ def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
     whole = replace_linears(load("run/step-000002")[0], unpacked)
     rounded = [m for m in model.modules() if isinstance(m, PackedLinear) and m.act]
     first = model(tokens)
-    for m in rounded:                                    # the unpacked reference has whole activations
+    for m in rounded:  # the unpacked reference has whole activations
         m.act = ()
     assert close(model(tokens), whole(tokens), 1e-3)
-    assert bool(rounded) == (config in ("w4a4", "comet", "halo")) == (not close(first, model(tokens), 1e-3))
+    assert bool(rounded) == (config in ("w4a4", "comet",
+                                        "halo")) == (not close(first, model(tokens), 1e-3))
     stored = sum(x.nbytes for x in model.state_dict().values())
-    with open("run/step-000002/model.safetensors", "rb") as file:      # 8 bytes, a header, the tensors
+    with open("run/step-000002/model.safetensors", "rb") as file:   # 8 bytes, a header, the tensors
         assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
     assert out.get("rise", 0) <= 1e-6 and math.isfinite(out["loss_increase"]) and out["kl"] > -1e-6
     assert (out["loss_increase"] == 0) == (config in ("dense", "kivi", "evicting"))
@@ -516,11 +536,12 @@ def test_no_method_s_argument_hides_behind_an_option_of_every_run():
 
 @pytest.mark.parametrize("claim", compress.CLAIMS.values(), ids=compress.CLAIMS)
 def test_every_arm_of_a_claim_is_a_configuration(claim):
-    made = {arm: configure(compress.Config, compress.PRESETS, compress.AXES, argv=["--config", config])
+    made = {arm: configure(compress.Config, compress.PRESETS, compress.AXES,
+                           argv=["--config", config])
             for arm, config in claim.arms.items()}
-    pickle.dumps(list(made.values()))                                  # arms go to processes of their own
+    pickle.dumps(list(made.values()))                            # arms go to processes of their own
     seen = [str(settings_of(c, f) | dict(config="")) for c, f in made.values()]
-    assert len(set(seen)) == len(seen)                                 # no two arms are the same run
+    assert len(set(seen)) == len(seen)                                # no two arms are the same run
     named = {key.partition("|")[0] for weights in claim.tests.values() for key in weights} - {""}
     assert named <= set(claim.arms)
 
@@ -549,16 +570,20 @@ def test_outliers_change_nothing_but_the_statistics(shared_bases):
 
 
 def test_sequential_calibration_sees_the_compressed_blocks(shared_bases):
-    a, b = (tiny("gptq", f"s{x}", "--bits=2", f"--sequential={x}")["loss"] for x in ("true", "false"))
+    a, b = (tiny("gptq", f"s{x}", "--bits=2", f"--sequential={x}")["loss"]
+            for x in ("true", "false"))
     assert a != b
 
 
 def test_the_real_checkpoint_2_4(stories, workdir):
-    """stories260k at 2:4, real text: SparseGPT and ARMOR lose less than NoWag-P, and that than magnitude."""
+    """stories260k at 2:4, real text: SparseGPT and ARMOR lose less than NoWag-P, and that than
+    magnitude."""
     shutil.copy(DATA_DIR / "tinystories-30k.txt", "stories.txt")
     args = ["--init", str(stories), "--data", "stories.txt", "--samples", "8", "--windows", "16"]
-    loss = {x: compress.main(merged(*args, "--config", x, "--out", x, *more))["loss_increase"] for x, more in (
-        ("magnitude", []), ("nowag_p", []), ("sparsegpt", []), ("armor", ["--iterations=60", "--block=4"]))}
+    loss = {x: compress.main(merged(*args, "--config", x, "--out", x, *more))["loss_increase"]
+            for x, more in (
+        ("magnitude", []), ("nowag_p", []), ("sparsegpt", []),
+        ("armor", ["--iterations=60", "--block=4"]))}
     assert max(loss["sparsegpt"], loss["armor"]) < loss["nowag_p"] < loss["magnitude"]
 
 

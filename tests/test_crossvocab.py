@@ -1,4 +1,5 @@
-"""data/crossvocab.py: a draft of another vocabulary leaves the target's words and laws as they are."""
+"""data/crossvocab.py: a draft of another vocabulary leaves the target's words and laws as they
+are."""
 import itertools
 import math
 from functools import partial
@@ -25,7 +26,8 @@ def words(*tokens):
     single = {x.encode(): i for i, x in enumerate(tokens, 1) if len(x) == 1}
     order = [single.get(bytes([b]), -1) for b in range(256)]
     order += [i for i, x in enumerate(tokens, 1) if len(x) > 1]
-    return Tokenizer([b"<|eos|>", *(x.encode() for x in tokens)], order, {"<|eos|>": 0}, bos=None, eos=0,
+    return Tokenizer([b"<|eos|>", *(x.encode() for x in tokens)], order, {"<|eos|>": 0}, bos=None,
+                     eos=0,
                      pad=None)
 
 
@@ -37,17 +39,19 @@ def tiny_model(vocab, seed=0, layers=1, context=256, **kw):
 
 
 def drafter(target, draft, target_tok, draft_tok, sampling=GREEDY, cls=Translated, **kw):
-    return cls(draft, NgramCache(target_tok, draft_tok), target.config.vocab_size, sampling, prefill=prefill,
+    return cls(draft, NgramCache(target_tok, draft_tok), target.config.vocab_size, sampling,
+               prefill=prefill,
                law=specdec.law, draw=specdec.draw, **kw)
 
 
-# --- the cache ------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def test_direct_maps_are_the_equal_bytes_and_never_specials_or_holes():
     target, draft = words("a", "b", "ab", "abc", "c"), words("b", "a", "bc", "c", "abc")
     assert matches(target, draft) == {1: 2, 2: 1, 4: 5, 5: 4}
-    assert len(matches(BPE, BYTES)) == 256 and not set(BPE.specials.values()) & set(matches(BPE, BYTES))
+    assert len(matches(BPE, BYTES)) == 256 and not set(BPE.specials.values()) & set(matches(BPE,
+                                                                                            BYTES))
     target.tokens.append(b"")
     draft.tokens.append(b"")
     assert len(matches(target, draft)) == 4
@@ -84,7 +88,7 @@ def test_a_draft_with_merges_learns_the_strings_whose_ends_line_up():
     cache.follow([5, 2])                                      # cab|b is c|ab|b
     assert cache.strings[3, 4] == 5
     cache = NgramCache(target, draft)
-    cache.follow([1, 2])                                      # a|b is one draft token: nothing lines up
+    cache.follow([1, 2])  # a|b is one draft token: nothing lines up
     assert set(cache.strings) == {(1,), (2,), (3,)}
 
 
@@ -110,7 +114,8 @@ def test_specials_are_read_as_the_draft_s_own_and_never_proposed():
     cache = NgramCache(BPE, BYTES)
     assert cache.follow([BPE.bos, ord("a"), BPE.eos]) == [BYTES.bos, ord("a"), BYTES.eos]
     assert not cache.usable[list(BYTES.specials.values())].any()
-    assert NgramCache(BPE, words("a")).follow([BPE.bos, ord("a"), BPE.eos]) == [1, 0]       # no BOS there
+    assert NgramCache(BPE, words("a")).follow([BPE.bos, ord("a"), BPE.eos]) == [1,
+                                                                                0]    # no BOS there
     assert cache.follow([9999]) == []                         # a padding row of the embedding
 
 
@@ -119,14 +124,14 @@ def test_vocabularies_without_a_common_word_are_refused():
         NgramCache(words("a", "b"), words("c", "d"))
 
 
-# --- translation ------------------------------------------------------------------------------------------
+# --- translation ----------------------------------------------------------------------------------
 
 
 def test_translation_by_hand():
     target, draft = words("a", "b", "c", "ab", "abca", "bc"), char_tokenizer("abcd")
     cache, (a, b, c, d) = NgramCache(target, draft), draft.encode("abcd")
     read = partial(translate, cache=cache)
-    assert read([a, b, c, c]) == ([(4, 2), (3, 1), (3, 1)], True)         # abca did not come: ab, c, c
+    assert read([a, b, c, c]) == ([(4, 2), (3, 1), (3, 1)], True)      # abca did not come: ab, c, c
     assert read([a, b, c, a, b, c]) == ([(5, 4), (6, 2)], True)
     assert read([a, d, a]) == ([(1, 1)], False)                           # d: the block stops
     assert read([a, b, c], over=False) == ([], True)                      # could become abca
@@ -153,11 +158,12 @@ def test_a_longer_string_of_a_learning_cache_wins():
     assert translate([2, 1], cache) == ([(3, 2)], True)
 
 
-# --- q' ---------------------------------------------------------------------------------------------------
+# --- q' -------------------------------------------------------------------------------------------
 
 
 def test_mass_of_merged_strings_by_hand():
-    pairs, law = torch.tensor([[1, 2, 5], [0, 1, 2]]), torch.tensor([0.5, 0.3, 0.1, 0.1], dtype=torch.float64)
+    pairs, law = torch.tensor([[1, 2, 5], [0, 1, 2]]), torch.tensor([0.5, 0.3, 0.1, 0.1],
+                                                                    dtype=torch.float64)
     one = carried(law, pairs, 6, 2, 0, 2)
     assert close(one, [0, 0.5, 0.3, 0, 0, 0.1])
     two = carried(law, pairs, 6, 4, 0.5 * 0.4, 1)
@@ -193,7 +199,7 @@ def test_q_is_a_sub_distribution_that_holds_what_was_proposed():
     assert len(d.log) > 10 and merged
 
 
-# --- greedy decoding is the target's own ------------------------------------------------------------------
+# --- greedy decoding is the target's own ----------------------------------------------------------
 
 
 def prompts_of(tok, n=3):
@@ -201,7 +207,8 @@ def prompts_of(tok, n=3):
 
 
 @pytest.mark.parametrize("mode", ["point", "ngram"])
-@pytest.mark.parametrize("name, kw", [("fixed", dict(gamma=1)), ("fixed", dict(gamma=4)), ("heuristic", {}),
+@pytest.mark.parametrize("name, kw",
+                         [("fixed", dict(gamma=1)), ("fixed", dict(gamma=4)), ("heuristic", {}),
                                       ("confident", dict(gamma=6, least=0.1))])
 @pytest.mark.parametrize("draft_tok", [BYTES, train_bpe([TEXT[20:] + "another other then"], 285)],
                          ids=["bytes", "merges"])
@@ -246,13 +253,14 @@ def test_drafts_are_those_of_a_fresh_pass_over_everything_committed(tok, draft_t
 
 
 class Scripted:
-    """A model that keeps the ids it reads in the cache, and says what follows them in one of its scripts; 0
-    at every `wrong`-th place, and where the ids are those of no script."""
+    """A model that keeps the ids it reads in the cache, and says what follows them in one of its
+    scripts; 0 at every `wrong`-th place, and where the ids are those of no script."""
     head = torch.zeros(1, dtype=torch.float64)
 
     def __init__(self, scripts, vocab, wrong=10 ** 9, context=256):
         self.scripts, self.wrong = scripts, wrong
-        self.config = ModelConfig(vocab_size=vocab, num_hidden_layers=1, num_key_value_heads=1, head_dim=1,
+        self.config = ModelConfig(vocab_size=vocab, num_hidden_layers=1, num_key_value_heads=1,
+                                  head_dim=1,
                                   max_position_embeddings=context)
 
     def __call__(self, tokens, kv):
@@ -267,14 +275,16 @@ class Scripted:
 
     def after(self, read):
         n = len(read)
-        return next((x[n] for x in self.scripts if x[:n] == read and n < len(x) and n % self.wrong), 0)
+        return next((x[n] for x in self.scripts if x[:n] == read and n < len(x)
+                     and n % self.wrong), 0)
 
     def logits(self, hidden):
         return torch.nn.functional.one_hot(hidden[..., 0], self.config.vocab_size) * 30.0
 
 
 def scripted(wrong, context=256, **kw):
-    """Target and drafter that know three texts, the target in its longest tokens; prompts; scripts."""
+    """Target and drafter that know three texts, the target in its longest tokens; prompts;
+    scripts."""
     texts = [TEXT[i:i + 150].encode() for i in (0, 40, 83)]
     cache = NgramCache(BPE, BYTES)
     scripts = [[t for t, _ in translate(list(x), cache)[0]] for x in texts]
@@ -303,7 +313,7 @@ def test_a_draft_that_errs_now_and_then_is_rolled_back(wrong):
 
 def test_a_row_shorter_than_what_another_has_to_read_is_padded():
     tok, letters = words("x", "y", *"abcdefgh", "abcdefgh"), words("x", "y", *"abcdefgh")
-    scripts = [[2, 10, 10] * 9, [3] + [11, 1] * 13]        # one byte a token; nine bytes in two tokens
+    scripts = [[2, 10, 10] * 9, [3] + [11, 1] * 13]  # one byte a token; nine bytes in two tokens
     spelled = [list(spell(b"".join(tok.tokens[t] for t in x), letters)) for x in scripts]
     d = drafter(Scripted(scripts, 12), Scripted(spelled, 11), tok, letters)
     prompts = [x[:1] for x in scripts]
@@ -328,7 +338,7 @@ def test_an_unknown_mode_is_named():
         drafter(tiny_model(300), tiny_model(261), BPE, BYTES, mode="pont")
 
 
-# --- sampling -------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def law_of_three(target, prompt):
@@ -343,7 +353,8 @@ def draws(target, d, prompt, n, temperature=1.0, gamma=2, at_once=2500, seed=0):
     """How often each three tokens were sampled [V^3]; the tally of the last batch."""
     V, g, counts = target.config.vocab_size, torch.Generator().manual_seed(seed), 0
     for _ in range(n // at_once):
-        roll, tally = specdec.speculate(target, d, [prompt] * at_once, 7, rule(gamma=gamma), stop=(),
+        roll, tally = specdec.speculate(target, d, [prompt] * at_once, 7, rule(gamma=gamma),
+                                        stop=(),
                                         generator=g, temperature=temperature)
         x = roll.tokens[:, len(prompt):]
         counts = counts + torch.bincount(x[:, 0] * V * V + x[:, 1] * V + x[:, 2], minlength=V ** 3)
@@ -381,7 +392,8 @@ def test_q_of_strings_is_approximate_and_of_single_tokens_exact():
     target, d = arena((1.0, 0, 1.0), mode="ngram")
     counts, _ = draws(target, d, [1, 5, 4], 5_000)
     assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] < 1e-6   # what its docstring says
-    target, d = arena((1.0, 0, 1.0), target_tok=words("a", "x", "b", "yz", "c", "w", "v"), mode="ngram")
+    target, d = arena((1.0, 0, 1.0), target_tok=words("a", "x", "b", "yz", "c", "w", "v"),
+                      mode="ngram")
     assert [*d.cache.strings] == [(1,), (2,), (3,)]
     counts, tally = draws(target, d, [1, 5, 4], 20_000)
     assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] > 1e-3
@@ -390,7 +402,8 @@ def test_q_of_strings_is_approximate_and_of_single_tokens_exact():
 
 def test_what_a_row_says_does_not_depend_on_the_other_rows():
     target, prompts = tiny_model(8, sharp=0.6, layers=2), [[1, 5, 4], [7], [4, 4, 2, 3, 6, 6, 1]]
-    alone, among = (specdec.speculate(target, arena((1.0, 0, 1.0))[1], rows, 40, rule(gamma=3), stop=(),
+    alone, among = (specdec.speculate(target, arena((1.0, 0, 1.0))[1], rows, 40, rule(gamma=3),
+                                      stop=(),
                                       temperature=1.0, generator=torch.Generator().manual_seed(3)
                                       )[0].completions() for rows in (prompts[:1], prompts))
     assert alone[0] == among[0] and among[0] != among[1]

@@ -1,4 +1,5 @@
-"""data/decoding.py: two models in turn, a look ahead, guidance, the consensus game, self-evaluation."""
+"""data/decoding.py: two models in turn, a look ahead, guidance, the consensus game,
+self-evaluation."""
 import itertools
 import math
 import random
@@ -8,10 +9,12 @@ import pytest
 import torch
 from conftest import close, rand
 
-from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, autoregressive,
-                           at_cost, coin, controls, cut_points, deal, ead, entropy_bits, equilibrium,
-                           guidance, guided, muted, pruned_tokens, rival_label, self_eval_loss, survivors,
-                           switching, vote, voted)
+from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered,
+                           autoregressive,
+                           at_cost, coin, controls, cut_points, deal, ead, entropy_bits,
+                           equilibrium,
+                           guidance, guided, muted, pruned_tokens, rival_label, self_eval_loss,
+                           survivors, switching, vote, voted)
 from data.chains import chain_tokenizer
 from data.judging import best_of_n
 from data.prefs import tokenizer as toyif_tokenizer
@@ -20,7 +23,8 @@ from model import Cache, ModelConfig, collate, generate, init, pick
 
 D = partial(torch.tensor, dtype=torch.float64)
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=96,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                    max_position_embeddings=96,
                     eos_token_id=(2,))
 
 
@@ -34,7 +38,7 @@ def lively(seed=0, scale=6.):
     return model.requires_grad_(False)
 
 
-# --- EAD ------------------------------------------------------------------------------------------------
+# --- EAD ------------------------------------------------------------------------------------------
 
 
 def greedy(logits):
@@ -76,7 +80,7 @@ def test_a_model_that_comes_back_has_read_what_it_missed():
     who = [0, 0, 1, 1, 1, 0, 1, 0, 0, 0, 1, 0]
     got = written(models, prompt, lambda seen, large, stayed: who[len(seen)], new=len(who), stop=())
     text = list(prompt)
-    for k, ids in zip(who, got.ids):                               # by the definition, without caches
+    for k, ids in zip(who, got.ids):  # by the definition, without caches
         logits = models[k].logits(models[k](torch.tensor([text]))[:, -1])
         assert int(logits.argmax()) == ids
         assert close(entropy_bits(logits.double())[0], got.bits[len(text) - len(prompt)])
@@ -94,14 +98,16 @@ def test_the_stop_token_ends_the_text():
 
 def test_the_window_is_a_mean_of_the_last_five():
     seen = [9.0, 1.0, 1.0, 1.0, 1.0, 2.0]                          # mean of the last five: 1.2
-    assert ead(seen, False, math.inf, threshold=1.19) and not ead(seen, False, math.inf, threshold=1.21)
-    assert ead(seen, False, math.inf, threshold=2.4, window=6) and not ead([], False, math.inf, threshold=0.0)
+    assert ead(seen, False, math.inf, threshold=1.19) and not ead(seen, False, math.inf,
+                                                                  threshold=1.21)
+    assert ead(seen, False, math.inf, threshold=2.4, window=6) and not ead([], False, math.inf,
+                                                                           threshold=0.0)
 
 
 def test_a_switch_is_followed_by_a_minimum_stay():
     assert ead([0.0] * 9, True, 4) and not ead([0.0] * 9, True, 5)
     assert not ead([9.0] * 9, False, 4) and ead([9.0] * 9, False, 5)
-    seen, large, stayed, who = [], False, math.inf, []             # each model is sure, or not, of all
+    seen, large, stayed, who = [], False, math.inf, []  # each model is sure, or not, of all
     for _ in range(60):
         turn = ead(seen, large, stayed, threshold=1.0, window=1)
         stayed, large = stayed + 1 if turn == large else 1, turn
@@ -127,7 +133,7 @@ def test_the_coin_has_its_share_and_its_stays():
     assert all(len({*out[i:i + 5]}) == 1 for i in range(0, 20000, 5))
 
 
-# --- DeAL -----------------------------------------------------------------------------------------------
+# --- DeAL -----------------------------------------------------------------------------------------
 # A language of four symbols, 3 the stop, in which each prediction depends on the last two symbols.
 
 TABLE = rand(4, 4, 4, seed=3).mul(1.5).log_softmax(-1)
@@ -170,7 +176,8 @@ def beam_search(prompt, new, beams):
         for logp, ids, done in rows:
             if not done:
                 text = (*prompt, *ids)
-                grown += [(logp + float(TABLE[text[-2], text[-1], t]), ids + (() if t == 3 else (t,)), t == 3)
+                grown += [(logp + float(TABLE[text[-2], text[-1], t]),
+                           ids + (() if t == 3 else (t,)), t == 3)
                           for t in range(4)]
         rows = sorted(grown, reverse=True)[:beams]
     return rows[0]
@@ -194,11 +201,12 @@ def test_weight_zero_is_beam_search_and_looks_at_nothing(beams):
 def test_enough_beams_find_the_best_of_all_texts():
     def h(i, ids, finished):
         return float(sum(ids)) if finished else -math.inf
-    got = deal(PROMPTS, expand, partial(look, new=0), lambda i, ids, done: h(i, ids, True), {3}, new=4,
+    got = deal(PROMPTS, expand, partial(look, new=0),
+               lambda i, ids, done: h(i, ids, True), {3}, new=4,
                weight=0.7, beams=1000, expansions=4)
     for prompt, b in zip(PROMPTS, got):
         best = max(logp + 0.7 * sum(ids) for logp, ids in every_text(prompt, 4))
-        assert b.score >= best - 1e-9                              # an unfinished text may score more
+        assert b.score >= best - 1e-9  # an unfinished text may score more
         if b.finished:
             assert close(b.score, best)
 
@@ -212,7 +220,8 @@ def test_a_forbidden_symbol_never_comes():
 
 
 def test_a_look_ahead_sees_a_reward_that_the_prefix_does_not_have():
-    """One beam: the reward comes with the third symbol, and only who looks so far goes towards it."""
+    """One beam: the reward comes with the third symbol, and only who looks so far goes towards
+    it."""
     chain = torch.full((4, 4, 4), -20.0)
     chain[0, 0] = D([math.log(.6), math.log(.4), -20, -20])        # 0 is likelier, 1 leads to a 2
     chain[0, 1, 2] = chain[1, 2, 3] = chain[0, 0, 3] = 0.0
@@ -235,7 +244,8 @@ def test_a_look_ahead_sees_a_reward_that_the_prefix_does_not_have():
         return float(2 in ids)
     kw = dict(new=3, weight=2.0, beams=1, expansions=2)
     assert 2 in deal([[0, 0]], step, ahead, h, {3}, **kw)[0].ids
-    assert 2 not in deal([[0, 0]], step, lambda texts: [((), False)] * len(texts), h, {3}, **kw)[0].ids
+    assert 2 not in deal([[0, 0]], step,
+                         lambda texts: [((), False)] * len(texts), h, {3}, **kw)[0].ids
 
 
 def test_prompts_do_not_touch_each_other():
@@ -243,11 +253,12 @@ def test_prompts_do_not_touch_each_other():
         return float(len(ids)) * (1 if PROMPTS[i][0] else -1)
     together = deal(PROMPTS, expand, partial(look, new=2), h, {3}, new=5)
     for i, b in enumerate(together):
-        single = deal([PROMPTS[i]], expand, partial(look, new=2), lambda _, *rest: h(i, *rest), {3}, new=5)
+        single = deal([PROMPTS[i]], expand, partial(look, new=2),
+                      lambda _, *rest: h(i, *rest), {3}, new=5)
         assert single == [b] and isinstance(b, Beam)
 
 
-# --- GenARM ---------------------------------------------------------------------------------------------
+# --- GenARM ---------------------------------------------------------------------------------------
 
 
 def test_guided_logits_by_hand():
@@ -255,7 +266,7 @@ def test_guided_logits_by_hand():
     assert close(guided(base, [arm], [1.0]).softmax(-1), [0.357143, 0.214286, 0.428571])
     assert close(guided(base, [arm], [0.5]).softmax(-1), [0.436144, 0.261686, 0.302170])
     assert close(guided(base, [arm], [0.0]).softmax(-1), base.exp())
-    assert close(guided(base, [D([1., 1., 1.])], [7.0]).softmax(-1), base.exp())         # a uniform arm
+    assert close(guided(base, [D([1., 1., 1.])], [7.0]).softmax(-1), base.exp())     # a uniform arm
 
 
 def test_arms_add_up_and_the_base_keeps_its_support():
@@ -273,7 +284,8 @@ def test_arms_add_up_and_the_base_keeps_its_support():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 4.0])
 def test_guidance_is_what_generate_samples_from(alpha):
-    """generate's (1 + a) l - a l_other over T, through model.pick's own log-probs, is l + alpha l_arm."""
+    """generate's (1 + a) l - a l_other over T, through model.pick's own log-probs, is l + alpha
+    l_arm."""
     base, arm = D([.5, .3, .2]).log(), D([.2, .2, .6]).log()
     T, a = guidance(alpha)
     token, logp = pick(((1 + a) * base - a * arm).expand(999, 3), torch.arange(999) / 999, T)
@@ -284,7 +296,8 @@ def test_guidance_is_what_generate_samples_from(alpha):
 
 def test_generate_follows_the_arm():
     models, (T, a) = (lively(0), lively(1)), guidance(1.5)
-    roll = generate(models[0], [[1, 5, 9]], 6, samples=4, temperature=T, contrast=(models[1], a), stop=[],
+    roll = generate(models[0], [[1, 5, 9]], 6, samples=4, temperature=T, contrast=(models[1], a),
+                    stop=[],
                     generator=torch.Generator().manual_seed(0))
     logits = [m.logits(m(roll.tokens)).double() for m in models]
     want = guided(logits[0], [logits[1]], [1.5]).log_softmax(-1)[:, 2:-1]
@@ -304,17 +317,19 @@ def test_arm_loss_by_hand():
     assert hyper(autoregressive) == dict(beta_r=0.05)
 
 
-# --- equilibrium-ranking --------------------------------------------------------------------------------
+# --- equilibrium-ranking --------------------------------------------------------------------------
 
 GAME = D([[.6, .3, .1], [.2, .3, .5]]), D([[.7, .8, .3], [.3, .2, .7]])
 
 
 def test_the_game_by_hand_and_its_ranking_flips():
     G, P = equilibrium(*GAME, rounds=10)
-    assert close(G[0], [0.355119, 0.344397, 0.300483]) and close(P[0], [0.516670, 0.523742, 0.463490])
+    assert close(G[0], [0.355119, 0.344397, 0.300483]) and close(P[0],
+                                                                 [0.516670, 0.523742, 0.463490])
     assert P[0].argmax() == 1
     G, P = equilibrium(*GAME)
-    assert close(G[0], [0.627070, 0.371342, 0.001588]) and close(P[0], [0.965951, 0.937206, 0.002782])
+    assert close(G[0], [0.627070, 0.371342, 0.001588]) and close(P[0],
+                                                                 [0.965951, 0.937206, 0.002782])
     assert P[0].argmax() == 0 and hyper(equilibrium) == dict(rounds=5000, eta=0.1, lam=0.1)
 
 
@@ -367,25 +382,27 @@ def test_the_generators_view_is_unbiased():
     p, q = D([.5, .3, .2]), D([[.2, .2, .6], [.1, .8, .1]])
     y = torch.multinomial(p, 40000, replacement=True, generator=torch.Generator().manual_seed(0))
     answer = ["a" if i < 2 else "b" for i in y.tolist()]
-    names, gen, _ = answer_views(answer, p.log()[y], q.log()[:, y], torch.full((40000,), .5).double())
+    names, gen, _ = answer_views(answer, p.log()[y], q.log()[:, y],
+                                 torch.full((40000,), .5).double())
     want = D([[.4, .6], [.9, .1]])[:, [0, 1] if names[0] == "a" else [1, 0]]
     assert close(gen, want, 0.02)
 
 
-# --- self-evaluation ------------------------------------------------------------------------------------
+# --- self-evaluation ------------------------------------------------------------------------------
 
 
 def test_labels_against_rivals_by_hand():
     assert close(rival_label(D([[1., 0., 0., 1.], [2., 2., 2., 2.], [3., 2., 1., 0.]])),
                  [[5 / 6, 1 / 6, 1 / 6, 5 / 6], [.5] * 4, [1., 2 / 3, 1 / 3, 0.]])
-    assert close(rival_label(D([[1., 0.]])), [[1., 0.]])           # two samples: the paper's own label
+    assert close(rival_label(D([[1., 0.]])), [[1., 0.]])  # two samples: the paper's own label
     with pytest.raises(UserError, match="at least 2"):
         rival_label(D([[1.], [0.]]))
 
 
 def test_self_eval_loss_by_hand():
     logits = D([[math.log(3), 0.], [0., 0.], [0., math.log(3)]])
-    assert close(self_eval_loss(logits, D([1., .5, 1.])), [-math.log(.75), math.log(2), -math.log(.25)])
+    assert close(self_eval_loss(logits, D([1., .5, 1.])),
+                 [-math.log(.75), math.log(2), -math.log(.25)])
     x = rand(3, 2).requires_grad_()
     label = D([.2, .5, .9])
     assert torch.autograd.gradcheck(lambda z: self_eval_loss(z, label), (x,))
@@ -445,7 +462,8 @@ def test_votes():
 
 def test_muted_tokens_are_never_written_and_the_model_stays_as_it_is():
     model, prompt = lively(0), [[1, 5, 9]]
-    free = generate(model, prompt, 20, samples=64, stop=[], generator=torch.Generator().manual_seed(0))
+    free = generate(model, prompt, 20, samples=64, stop=[],
+                    generator=torch.Generator().manual_seed(0))
     ids = free.tokens[:, 3:].flatten().mode().values.item()
     quiet = generate(muted(model, [ids]), prompt, 20, samples=64, stop=[],
                      generator=torch.Generator().manual_seed(0))
@@ -472,13 +490,14 @@ def test_answers_are_read_after_the_last_two_tokens_whatever_follows():
     assert got.shape == (2, 2, 2)
 
 
-# --- fair comparisons -----------------------------------------------------------------------------------
+# --- fair comparisons -----------------------------------------------------------------------------
 
 
 def test_every_place_to_begin_counts_alike():
     p, score = rand(20, 6), (rand(20, 6, seed=1) > 0).double()
     assert close(adaptive_value(p, score, threshold=-9.0), (score.mean(), 1.0), 1e-6)
-    assert close(adaptive_value(p, score, threshold=9.0), (best_of_n(p, score, 6).mean(), 6.0), 1e-6)
+    assert close(adaptive_value(p, score, threshold=9.0), (best_of_n(p, score, 6).mean(), 6.0),
+                 1e-6)
     for k in (1, 4):
         assert close(adaptive_value(p, score, threshold=0.3),
                      adaptive_value(p.roll(k, 1), score.roll(k, 1), threshold=0.3), 1e-9)

@@ -1,4 +1,5 @@
-"""dpo.py: every worked value, limit and sign of its losses, exact tabular checks, and whole runs."""
+"""dpo.py: every worked value, limit and sign of its losses, exact tabular checks, and whole
+runs."""
 import json
 import math
 import re
@@ -41,14 +42,19 @@ def call(name, have=E, **kw):
 
 GOLDEN = [
     ("dpo", {}, .620957), ("dpo", dict(beta=5.), .000553), ("cdpo", {}, .635957),
-    ("cdpo", dict(flip=.2), .650957), ("rdpo", {}, .602207), ("ipo", {}, 12.25), ("ipo_norm", {}, 22.246944),
+    ("cdpo", dict(flip=.2), .650957), ("rdpo", {}, .602207), ("ipo", {}, 12.25),
+    ("ipo_norm", {}, 22.246944),
     ("dpo_norm", dict(beta=.1), .679081), ("hinge", dict(gamma=.1), .85), ("exo", {}, 2.505517),
-    ("bco_pair", {}, 1.312856), ("nca", {}, 1.350825), ("apo_zero", {}, .962523), ("apo_down", {}, .987549),
+    ("bco_pair", {}, 1.312856), ("nca", {}, 1.350825), ("apo_zero", {}, .962523),
+    ("apo_down", {}, .987549),
     ("flex", {}, .639659), ("sppo_hard", {}, 18.125), ("sppo_hard", dict(beta=.001), 249250.625),
-    ("simpo", {}, 1.313262), ("simpo", dict(beta=2.5, gamma=1.375), 1.600413), ("orpo", {}, 2.069315),
-    ("slic_hf", dict(lam=0.), 0.), ("slic_hf", {}, 5.), ("fdpo", dict(divergence="forward_kl"), .631154),
+    ("simpo", {}, 1.313262), ("simpo", dict(beta=2.5, gamma=1.375), 1.600413),
+    ("orpo", {}, 2.069315),
+    ("slic_hf", dict(lam=0.), 0.), ("slic_hf", {}, 5.),
+    ("fdpo", dict(divergence="forward_kl"), .631154),
     ("fdpo", dict(divergence="js"), .660652), ("fdpo", dict(divergence="alpha"), .627691),
-    ("ld_dpo", {}, .632599), ("ld_dpo", dict(alpha=0.), .644397), ("ld_dpo", dict(alpha=1.), .620957)]
+    ("ld_dpo", {}, .632599), ("ld_dpo", dict(alpha=0.), .644397),
+    ("ld_dpo", dict(alpha=1.), .620957)]
 
 
 @pytest.mark.parametrize("name, kw, value", GOLDEN)
@@ -57,8 +63,8 @@ def test_worked_values(name, kw, value):
 
 
 @pytest.mark.parametrize("name, kw, value", [
-    ("simpo", {}, 3.048587), ("simpo", dict(beta=2.5, gamma=1.375), 3.895542), ("orpo", {}, 2.643789),
-    ("ipo_norm", {}, 21.972656), ("dpo_norm", dict(beta=.1), .677644)])
+    ("simpo", {}, 3.048587), ("simpo", dict(beta=2.5, gamma=1.375), 3.895542),
+    ("orpo", {}, 2.643789), ("ipo_norm", {}, 21.972656), ("dpo_norm", dict(beta=.1), .677644)])
 def test_worked_values_where_lengths_differ(name, kw, value):
     assert close(call(name, E2, **kw), [value])
 
@@ -67,14 +73,15 @@ def test_kto_by_hand():
     both = D([1., -.5]), D([1., 0])
     assert close(dpo.kto(*both, D(0.)), [.475021, .487503])
     assert close(dpo.kto(*both, D(.5)), [.487503, .475021])
-    assert close(dpo.kto(*both, D(0.), desirable=2., undesirable=3.), [2 * .475021, 3 * .487503], 2e-6)
+    assert close(dpo.kto(*both, D(0.), desirable=2., undesirable=3.), [2 * .475021, 3 * .487503],
+                 2e-6)
 
 
 def test_bco_by_hand_and_its_limit():
     both, shift = (D([1., -.5]), D([1., 0])), D([.025, .025])
     assert close(dpo.bco(*both, shift), [.65635, .65635])
     assert close(dpo.bco(*both, 0 * shift).sum(), call("bco_pair")[0])
-    moved = dpo.bco(both[0] + 3, both[1], shift + .3)              # the same constant on rewards and shift
+    moved = dpo.bco(both[0] + 3, both[1], shift + .3)  # the same constant on rewards and shift
     assert close(moved, dpo.bco(*both, shift))
 
 
@@ -88,7 +95,8 @@ def test_npo_by_hand_its_limit_and_bounds():
     have = D([-.5]), D([0.]), D([-2.])
     assert close(dpo.npo(*have), [13.369193]) and close(dpo.npo(*have, beta=1.), [.948154])
     small = 1e-4
-    assert abs(dpo.npo(*have, beta=small) - 2 / small * LOG2 + .5).item() < 1e-5         # gradient ascent's d
+    assert abs(dpo.npo(*have, beta=small) - 2 / small * LOG2
+               + .5).item() < 1e-5                                             # gradient ascent's d
     assert close(dpo.npo(D([-.5]), D([1.]), D([-2.]), retain=.5), [1.])
     assert close(dpo.ga(D([-3., -3]), D([0., 1]), D([-1., -2])), [-3, 2])
     for d, weight in ((0., 1.), (-50., 2 * torch.sigmoid(D(-5.)).item()), (-1e3, 0.), (1e3, 2.)):
@@ -101,7 +109,8 @@ def test_madpo_weights_by_hand():
     for m, c, w in ((.5, 1.537158, 1.097603), (4., .595068, .932075), (-1., 1.364175, .756903)):
         assert close(torch.stack(dpo.margin_weight(D(m))), [c, w])
     assert dpo.margin_weight(D(-3.))[1] == 1
-    for m, tau, value in ((.5, 2., .681564), (4., 2., .578779), (-1., 2., .470004), (.5, 6.906755, .72881)):
+    for m, tau, value in ((.5, 2., .681564), (4., 2., .578779), (-1., 2., .470004),
+                          (.5, 6.906755, .72881)):
         assert close(call("madpo", E | dict(margin=D([m])), tau=tau), [value])
     assert close(dpo.margin_weight(D([2., -2.]))[0], [1, 1])
 
@@ -118,7 +127,8 @@ def test_madpo_s_minimiser_is_c_m():
 def test_beta_dpo_by_hand():
     for kept, beta, value in ((1.5, .13, .600393), (-2., .001, .692397)):
         now = max(1e-3, .1 * (1 + .6 * (kept - 1)))
-        assert close(now, beta) and close(dpo.beta_dpo(D([1.]), D([-.5]), D([now]), D([1.])), [value])
+        assert close(now, beta) and close(dpo.beta_dpo(D([1.]), D([-.5]), D([now]), D([1.])),
+                                          [value])
 
 
 def test_pace_keeps_an_exact_number_and_a_bounded_beta():
@@ -129,7 +139,7 @@ def test_pace_keeps_an_exact_number_and_a_bounded_beta():
     assert close(memory["gap"][0], gap.mean())
     kept = gap[out["kept"] > 0].mean().item()
     assert close(out["beta_now"], [.1 * (1 + .6 * (kept - gap.mean().item()))] * 40)
-    again = dpo.pace(gap + 5, memory, g)                           # the running mean moves a tenth of the way
+    again = dpo.pace(gap + 5, memory, g)  # the running mean moves a tenth of the way
     assert close(memory["gap"][0], gap.mean() + .5) and again["beta_now"][0] > out["beta_now"][0]
     assert close(dpo.pace(gap - 1e3, {}, g, momentum=1.)["beta_now"].min() >= 1e-3, True)
     plain = dpo.pace(gap, {}, g, a=0., drop=0.)
@@ -137,11 +147,12 @@ def test_pace_keeps_an_exact_number_and_a_bounded_beta():
 
 
 def test_treg_by_hand():
-    credit = dict(chosen_credit=D([[.2, -.1, .3, 0, .1, 0]]), rejected_credit=D([[-.2, -.3, 0, .1, -.1, .2]]))
+    credit = dict(chosen_credit=D([[.2, -.1, .3, 0, .1, 0]]),
+                  rejected_credit=D([[-.2, -.3, 0, .1, -.1, .2]]))
     assert close(call("treg", E | credit), [.629052])
     zero = {k: 0 * v for k, v in credit.items()}
     assert close(call("treg", E | zero), call("dpo"))
-    tok = TOK["chosen_tok"].clone().requires_grad_()               # ω = .46257 is a weight, detached
+    tok = TOK["chosen_tok"].clone().requires_grad_()  # ω = .46257 is a weight, detached
     call("treg", E | credit | dict(chosen_tok=tok)).sum().backward()
     assert close(tok.grad, -.25 * .46257 * .1 * credit["chosen_credit"])
 
@@ -154,12 +165,14 @@ def test_sparsepo_by_hand():
     assert close(call("sparsepo", have, **ones), [.611755])
     assert close(call("sparsepo", have, reward_mask="ones", kl_mask="zeros"), call("dpo"))
     half = -dpo.logs(D([.1 * (.75 + .1)]))
-    assert close(call("sparsepo", have), half) and close(call("sparsepo", have, l1=.01), half + .01 * 12)
+    assert close(call("sparsepo", have), half) and close(call("sparsepo", have, l1=.01),
+                                                         half + .01 * 12)
 
 
 def test_lists_by_hand():
     ratio, labels = D([[1., -.5, .25]]), D([[.9, .2, .5]])
-    assert close(dpo.lipo(ratio, labels), [.512158]) and close(dpo.list_mle(ratio, labels), [1.681837])
+    assert close(dpo.lipo(ratio, labels), [.512158]) and close(dpo.list_mle(ratio, labels),
+                                                               [1.681837])
     two = D([[1., -.5]]), D([[1., 0]])
     assert close(dpo.lipo(*two), [.330632]) and close(dpo.lipo(*two), .532456 * call("dpo"), 2e-6)
     assert close(dpo.lipo(ratio, D([[.5, .5, .5]])), [0])
@@ -186,7 +199,8 @@ def test_lipo_s_weights_have_no_gradient():
 
 def test_pro_by_hand():
     a, r, logp = D([[-2., -2, -1.5]]), D([[1., .4, -.2]]), D([[-10., -12, -9]])
-    assert close(dpo.pro(a, logp, r), [2.669544 + 2]) and close(dpo.pro(a, logp, r, weight=0.), [2.669544])
+    assert close(dpo.pro(a, logp, r), [2.669544 + 2]) and close(dpo.pro(a, logp, r, weight=0.),
+                                                                [2.669544])
     two = dpo.pro(D([[-1., -2]]), D([[0., 0]]), D([[1., 0]]))
     assert close(two, -dpo.logs(D([1.])))
     order = [1, 2, 0]
@@ -196,7 +210,8 @@ def test_pro_by_hand():
 def test_logo_by_hand():
     means = D([[-2., -2, -3]])
     kw = dict(beta=2.5, gamma=2.5 * .25)
-    assert close(dpo.logo(means, lam=0., **kw), [.428701]) and close(dpo.logo(means, **kw), [.628701])
+    assert close(dpo.logo(means, lam=0., **kw), [.428701]) and close(dpo.logo(means, **kw),
+                                                                     [.628701])
     assert close(dpo.logo(means[:, :2], lam=0., beta=2., gamma=1.), call("simpo"))
     assert close(dpo.logo(means[:, [0, 2, 2]], **kw), dpo.logo(means[:, [0, 2]], **kw))
 
@@ -251,9 +266,10 @@ def test_mpo_is_dpo_on_easy_rows_and_a_policy_gradient_on_hard_ones():
     assert close(a.grad, [0, -.5 * advantage]) and close(b.grad, [0, .5 * advantage])
 
 
-# --- limits, signs, gradients ---------------------------------------------------------------------------
+# --- limits, signs, gradients ---------------------------------------------------------------------
 
-NEUTRAL = dict(margin=D([0.]), kept=D([1.]), beta_now=D([.1]), chosen_win=D([9e3]), rejected_win=D([-9e3]),
+NEUTRAL = dict(margin=D([0.]), kept=D([1.]), beta_now=D([.1]), chosen_win=D([9e3]),
+               rejected_win=D([-9e3]),
                other_logp=D([-9.]), other_ratio=D([-1.]), chosen_kl=torch.ones(1, 6).double(),
                rejected_kl=torch.ones(1, 6).double(), chosen_weight=torch.ones(1, 6).double(),
                rejected_weight=torch.ones(1, 6).double(), chosen_credit=torch.ones(1, 6).double(),
@@ -263,8 +279,10 @@ NEUTRAL = dict(margin=D([0.]), kept=D([1.]), beta_now=D([.1]), chosen_win=D([9e3
 
 @pytest.mark.parametrize("name, kw", [
     ("cdpo", dict(flip=0.)), ("rdpo", dict(flip=0.)), ("flex", dict(beta_minus=.1)), ("madpo", {}),
-    ("madpo", dict(strongest=1.)), ("beta_dpo", {}), ("ld_dpo", dict(alpha=1.)), ("treg", dict(alpha=0.)),
-    ("fdpo", dict(divergence="reverse_kl")), ("sparsepo", dict(reward_mask="ones", kl_mask="zeros")),
+    ("madpo", dict(strongest=1.)), ("beta_dpo", {}), ("ld_dpo", dict(alpha=1.)),
+    ("treg", dict(alpha=0.)),
+    ("fdpo", dict(divergence="reverse_kl")),
+    ("sparsepo", dict(reward_mask="ones", kl_mask="zeros")),
     ("xpo", dict(alpha=0.)), ("selm", dict(alpha=0.)), ("hypo", dict(lam=0.)), ("dno", {})])
 def test_limits_that_are_dpo(name, kw):
     assert close(call(name, E | NEUTRAL, **kw), call("dpo"))
@@ -312,9 +330,11 @@ def test_where_each_link_is_stationary():
 def test_bco_bounds_dpo_and_starts_are_log_2():
     a, b = 20 * rand(10000), 20 * rand(10000, seed=1)
     assert (dpo.bco_pair(a, b) >= dpo.dpo(a, b)).all()
-    zero = E | NEUTRAL | dict(chosen_ratio=D([0.]), rejected_ratio=D([0.]), list_ratio=D([[0., 0, 0, 0]]))
+    zero = E | NEUTRAL | dict(chosen_ratio=D([0.]), rejected_ratio=D([0.]),
+                              list_ratio=D([[0., 0, 0, 0]]))
     for name in ("dpo", "cdpo", "rdpo", "flex", "fdpo", "madpo", "beta_dpo", "dpo_norm"):
-        assert close(call(name, zero, **({"flip": .1} if "flip" in hyper(dpo.LOSSES[name]) else {})), [LOG2])
+        assert close(call(name, zero,
+                          **({"flip": .1} if "flip" in hyper(dpo.LOSSES[name]) else {})), [LOG2])
     assert close(call("apo_zero", zero), [1])
     assert close(dpo.kto(D([0., 0]), D([1., 0]), D(0.)), [.5, .5])
 
@@ -328,7 +348,8 @@ PAIRWISE = [k for k, names in READ.items() if {"chosen_ratio", "chosen_mean", "c
 def test_a_step_raises_the_chosen_side_and_lowers_the_rejected_one(name):
     have = {k: v.clone() for k, v in (E | NEUTRAL).items()} | dict(
         margin=D([.5]), chosen_win=D([.8]), rejected_win=D([.3]), chosen_prev_ratio=D([0.]),
-        rejected_prev_ratio=D([0.]), chosen_ratio=D([-.1]), rejected_ratio=D([.1]), chosen_logp=D([-12.]),
+        rejected_prev_ratio=D([0.]), chosen_ratio=D([-.1]), rejected_ratio=D([.1]),
+        chosen_logp=D([-12.]),
         rejected_logp=D([-10.]), chosen_mean=D([-2.4]), rejected_mean=D([-1.8]))
     sides = {}
     for side, sign in (("chosen", -1), ("rejected", 1)):
@@ -343,13 +364,15 @@ def test_a_step_raises_the_chosen_side_and_lowers_the_rejected_one(name):
         assert total == 0 or (total > 0) == ((sign > 0) != lowers_both), (name, sign, total)
 
 
-@pytest.mark.parametrize("name", [k for k in dpo.LOSSES if k not in ("treg", "mpo")])    # detached weights
+@pytest.mark.parametrize("name",
+                         [k for k in dpo.LOSSES if k not in ("treg", "mpo")])     # detached weights
 def test_gradients_are_those_of_finite_differences(name):
     fn, B = dpo.LOSSES[name], 3
-    shape = dict(tok=(B, 4), delta=(B, 4), mask=(B, 4), eos=(B, 4), kl=(B, 4), weight=(B, 4), credit=(B, 4),
+    shape = dict(tok=(B, 4), delta=(B, 4), mask=(B, 4), eos=(B, 4), kl=(B, 4), weight=(B, 4),
+                 credit=(B, 4),
                  list=(B, 4), labels=(B, 4), signs=(B, 2))
-    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "labels", "signs",
-                "gain", "hard", "kept", "beta_now", "shift")
+    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "labels",
+                "signs", "gain", "hard", "kept", "beta_now", "shift")
     have, free = {}, []
     for i, k in enumerate(needs(fn)):
         kind = "list" if k.startswith("list") else k.rpartition("_")[2]
@@ -366,7 +389,8 @@ def test_gradients_are_those_of_finite_differences(name):
         have[k] = x
         if not any(k == c or k.endswith(c) for c in constant):
             free.append(k)
-    detached = dict(hypo=["list_ratio"], nash_md=["ratio"], nash_mp=["ratio", "prev_ratio"]).get(name, [])
+    detached = dict(hypo=["list_ratio"], nash_md=["ratio"],
+                    nash_mp=["ratio", "prev_ratio"]).get(name, [])
     free = [k for k in free if k not in detached]
 
     def value(*xs):
@@ -382,7 +406,7 @@ def test_flex_scales_the_ratio_of_gradients_in_probability():
         assert close(l.grad / w.grad, [ratio])
 
 
-# --- several objectives -----------------------------------------------------------------------------------
+# --- several objectives ---------------------------------------------------------------------------
 
 
 def test_cagrad_by_hand():
@@ -420,7 +444,7 @@ def test_objectives_skip_ties_and_turn_with_the_sign():
     assert close(loss, [[.620957, .620957 + .15, 0]])
 
 
-# --- judges and sources -----------------------------------------------------------------------------------
+# --- judges and sources ---------------------------------------------------------------------------
 
 
 def test_judges_are_antisymmetric_and_their_rewards_come_back():
@@ -429,7 +453,8 @@ def test_judges_are_antisymmetric_and_their_rewards_come_back():
     assert close(P + P.T, torch.ones(3, 3)) and close(P.diagonal(), [.5] * 3)
     assert close(judging.rewards_of(P), score - score.mean())
     assert close(judging.gold(score, sharp=0.), .5 + 0 * P)
-    world, texts = prefs.Ring(), [("aei", True), ("bfj", True), ("cgk", True)]     # dominant classes 0, 1, 2
+    world, texts = prefs.Ring(), [("aei", True), ("bfj", True),
+                                  ("cgk", True)]                          # dominant classes 0, 1, 2
     P = judging.duel(world, ".abcd=", texts, cycle=50.)
     assert close(P + P.T, torch.ones(3, 3)) and P[0, 1] > .9 and P[1, 2] > .9 and P[2, 0] > .9
     with pytest.raises(UserError, match="only Ring"):
@@ -443,25 +468,26 @@ def test_judges_are_antisymmetric_and_their_rewards_come_back():
 def test_extremes_and_win_rates_include_oneself():
     P = judging.gold(D([3., 0, -3]))
     (a, b), fields = sources.extremes(P)
-    assert (a, b) == (0, 2) and close(fields["chosen_win"], P[0].mean()) and fields["rejected_win"] < .5
+    assert (a, b) == (0, 2) and close(fields["chosen_win"],
+                                      P[0].mean()) and fields["rejected_win"] < .5
     assert sources.extremes(P, least=.99) is None
 
 
 def test_rso_accepts_by_e_to_the_reward():
     g, r = torch.Generator().manual_seed(0), [1, .5, 0, -1]
     assert sources.accepted(r, 4, 1e9, g) == [0, 1, 2, 3]          # β -> ∞: everything, in order
-    assert sources.accepted(r, 2, 1e-9, g) == [0, 1]               # β -> 0: the best, one after the other
+    assert sources.accepted(r, 2, 1e-9, g) == [0, 1]  # β -> 0: the best, one after the other
     n, count = 20000, torch.zeros(4)
     for _ in range(n):
         count[sources.accepted(r, 4, .5, g, passes=1)] += 1
     assert close(count / n, [1, .367879, .135335, .018316], .01)
     first = [sources.accepted(r, 1, .5, g)[0] for _ in range(2000)]
-    assert set(first) == {0}                                       # the maximum is always accepted, first
+    assert set(first) == {0}  # the maximum is always accepted, first
 
 
 def test_rso_keeps_the_optimum_s_proportions():
-    """Accepted in one pass, candidates of a uniform policy are distributed as e^(r/β), where the maximum is
-    among them; with many candidates it always is."""
+    """Accepted in one pass, candidates of a uniform policy are distributed as e^(r/β), where the
+    maximum is among them; with many candidates it always is."""
     g, r = torch.Generator().manual_seed(1), D([1., .5, 0.])
     count = torch.zeros(3)
     for _ in range(300):
@@ -472,19 +498,22 @@ def test_rso_keeps_the_optimum_s_proportions():
 
 
 def test_tree_search_finds_the_better_step():
-    """Two steps a level; a response is worth its number of ones: the tree prefers them, pairs say so."""
+    """Two steps a level; a response is worth its number of ones: the tree prefers them, pairs say
+    so."""
     def extend(starts, new, k):
         return [[([i % 2] * new, .5, False) for i in range(k)] for _ in starts]
 
     def value(i, ids, finished):
         return sum(ids) / 6
-    root, other = search.grow_trees([[7], [8]], extend, value, 6, iterations=5, children=2, chunk=2, depth=3)
+    root, other = search.grow_trees([[7], [8]], extend, value, 6, iterations=5, children=2,
+                                    chunk=2, depth=3)
     assert root.N == 5 and len(root.children) == 2
     assert search.step_pairs(root)[0] == ([], [1, 1], [0, 0])
     for prefix, better, worse in search.step_pairs(root):
         assert sum(better) > sum(worse) and sum(prefix) == len(prefix)
     assert search.step_pairs(other) == search.step_pairs(root)
-    same = search.grow_trees([[7]], lambda s, n, k: [[([3] * n, 1., False)] * k for _ in s], value, 4)[0]
+    same = search.grow_trees([[7]],
+                             lambda s, n, k: [[([3] * n, 1., False)] * k for _ in s], value, 4)[0]
     assert search.step_pairs(same) == []                           # identical children: no pair
 
 
@@ -499,10 +528,10 @@ def test_back_up_weighs_children_by_visits():
     assert root.N == 3 and close(root.V, (2 * 1 + 1 * 0) / 3)
     assert search.descend(root, w=.5) is a
     b.prior = 100.
-    assert search.descend(root) is b                               # the prior of what was not visited
+    assert search.descend(root) is b  # the prior of what was not visited
 
 
-# --- tabular games: the population step of each self-play loss ----------------------------------------------
+# --- tabular games: the population step of each self-play loss ------------------------------------
 
 RPS = D([[.5, .9, .1], [.1, .5, .9], [.9, .1, .5]])
 MU = D([.6, .3, .1])
@@ -530,7 +559,8 @@ def all_pairs(loss, logp, ref, prev, P, weight):
         for j in range(3):
             for w, l, p in ((i, j, P[i, j]), (j, i, P[j, i])):
                 have = dict(chosen_ratio=logp[w] - ref[w], rejected_ratio=logp[l] - ref[l],
-                            chosen_prev_ratio=logp[w] - prev[w], rejected_prev_ratio=logp[l] - prev[l])
+                            chosen_prev_ratio=logp[w] - prev[w],
+                            rejected_prev_ratio=logp[l] - prev[l])
                 total = total + weight[i] * weight[j] * p * loss(*(have[k] for k in needs(loss)))
     return total
 
@@ -559,11 +589,13 @@ def test_sppo_s_step_is_multiplicative_weights_to_first_order():
 
 
 def test_nash_mp_s_step_maximises_the_proximal_objective():
-    """(1/β) P(y > π_k) - KL(π||μ) - (1/η) KL(π||π_k): closed form, and the policy gradient vanishes there."""
+    """(1/β) P(y > π_k) - KL(π||μ) - (1/η) KL(π||π_k): closed form, and the policy gradient vanishes
+    there."""
     beta = eta = .1
 
     def step(opponent):
-        return torch.softmax((eta * MU.log() + MU.log() + eta / beta * RPS @ opponent) / (1 + eta), 0)
+        return torch.softmax((eta * MU.log() + MU.log() + eta / beta * RPS @ opponent) / (1 + eta),
+                             0)
     want = step(MU)
     assert close(step(want), [.6349, .249, .1161], 1e-4)           # both half-steps
     z = want.log().clone().requires_grad_()
@@ -575,7 +607,8 @@ def test_nash_mp_s_step_maximises_the_proximal_objective():
 
 
 def test_nash_md_s_step_and_its_fixed_point():
-    """π ∝ π^(1-ητ) μ^(ητ) e^(η P); at the regularised equilibrium the policy gradient is 0 in expectation."""
+    """π ∝ π^(1-ητ) μ^(ητ) e^(η P); at the regularised equilibrium the policy gradient is 0 in
+    expectation."""
     assert close(torch.softmax(MU.log() + RPS @ MU, 0), [.6446, .2436, .1118], 1e-4)
     tau, pi = .5, MU.clone()
     for t in range(4000):
@@ -595,7 +628,8 @@ def test_dpo_s_minimiser_is_the_tilted_reference():
     r, beta = D([.3, 0., -.4]), .5
     P = torch.sigmoid(r[:, None] - r[None])
     weight = D([1 / 3] * 3)
-    got = minimise(lambda logp: all_pairs(partial(dpo.dpo, beta=beta), logp, MU.log(), MU.log(), P, weight))
+    got = minimise(lambda logp: all_pairs(partial(dpo.dpo, beta=beta), logp, MU.log(), MU.log(), P,
+                                          weight))
     assert close(got, torch.softmax(MU.log() + r / beta, 0), 1e-5)
     for kind in ("js", "alpha", "forward_kl"):
         loss = partial(dpo.fdpo, beta=beta, divergence=kind)
@@ -604,15 +638,17 @@ def test_dpo_s_minimiser_is_the_tilted_reference():
         assert close(prime, prime[0].expand(3), 1e-4)
 
 
-# --- against TRL --------------------------------------------------------------------------------------------
+# --- against TRL ----------------------------------------------------------------------------------
 
 
 def test_losses_equal_trl_s():
-    """The losses that both have, on random inputs, through TRL's own functions (versions 0.12 to 0.2x)."""
+    """The losses that both have, on random inputs, through TRL's own functions (versions 0.12 to
+    0.2x)."""
     trl = pytest.importorskip("trl")
     try:
         made = trl_losses(trl)
-    except (AttributeError, TypeError, RuntimeError) as e:         # later ones inline them into the trainer
+    except (AttributeError, TypeError,
+            RuntimeError) as e:  # later ones inline them into the trainer
         pytest.skip(f"trl {trl.__version__} has no loss function to call: {e}")
     for name, (ours, theirs) in made.items():
         assert close(ours, theirs, 1e-6), name
@@ -626,19 +662,23 @@ def trl_losses(trl):
     d = pol_w - ref_w, pol_l - ref_l
     here, out = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x), {}
     for name, kind, kw in (
-            ("dpo", "sigmoid", {}), ("cdpo", "sigmoid", dict(flip=.1)), ("rdpo", "robust", dict(flip=.1)),
-            ("ipo", "ipo", {}), ("hinge", "hinge", dict(gamma=.1)), ("exo", "exo_pair", dict(flip=1e-3)),
+            ("dpo", "sigmoid", {}), ("cdpo", "sigmoid", dict(flip=.1)),
+            ("rdpo", "robust", dict(flip=.1)),
+            ("ipo", "ipo", {}), ("hinge", "hinge", dict(gamma=.1)),
+            ("exo", "exo_pair", dict(flip=1e-3)),
             ("nca", "nca_pair", {}), ("sppo_hard", "sppo_hard", {}), ("apo_zero", "apo_zero", {}),
             ("apo_down", "apo_down", {}), ("js", "sigmoid", dict(divergence="js")),
             ("alpha", "sigmoid", dict(divergence="alpha"))):
         me = SimpleNamespace(beta=.1, label_smoothing=kw.get("flip", 0.), reference_free=False,
                              loss_type=kind, accelerator=here,
                              f_divergence_params=dict(alpha_divergence_coef=.5),
-                             f_divergence_type=dict(js="js_divergence", alpha="alpha_divergence").get(
+                             f_divergence_type=dict(js="js_divergence",
+                                                    alpha="alpha_divergence").get(
                                  name, "reverse_kl"))
         theirs = trl.DPOTrainer.dpo_loss(me, pol_w, pol_l, ref_w, ref_l)[0]
         loss = dpo.LOSSES.get(name, dpo.fdpo)
-        out[name] = loss(*d, **kw) * (2 if name == "sppo_hard" else 1), theirs          # TRL's omits the half
+        out[name] = loss(*d, **kw) * (2 if name == "sppo_hard"
+                                      else 1), theirs                         # TRL's omits the half
     me = SimpleNamespace(beta=.1, loss_type="kto", calculate_KL=True, desirable_weight=1.5,
                          undesirable_weight=1., accelerator=here)
     mixed = pol_w + 1.5
@@ -648,7 +688,8 @@ def trl_losses(trl):
     out["kto"] = dpo.kto(torch.cat(d), good, z0[0], desirable=1.5), theirs[0]
     for name, kind, ours in (("simpo", "simpo", dpo.simpo(pol_w, pol_l, beta=2., gamma=1.)),
                              ("ipo, no reference", "ipo", dpo.ipo(pol_w, pol_l, tau=2.))):
-        me = SimpleNamespace(beta=2., simpo_gamma=1., loss_type=kind, label_smoothing=0., accelerator=here)
+        me = SimpleNamespace(beta=2., simpo_gamma=1., loss_type=kind, label_smoothing=0.,
+                             accelerator=here)
         out[name] = ours, trl.CPOTrainer.cpo_loss(me, pol_w, pol_l)[0]
     me = SimpleNamespace(beta=.1, accelerator=here)
     a, b = pol_w / 10, pol_l / 10
@@ -656,7 +697,7 @@ def trl_losses(trl):
     return out
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -670,7 +711,8 @@ METHODS = list(dpo.PRESETS)[:list(dpo.PRESETS).index("tiny")]
 
 def tiny(config, out, *extra):
     """One run in seconds -> its result."""
-    return dpo.main(merged("--config", f"{config},tiny" if config else "tiny", "--out", str(out), *extra))
+    return dpo.main(merged("--config", f"{config},tiny" if config else "tiny", "--out", str(out),
+                           *extra))
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -693,7 +735,8 @@ def test_the_docstring_lists_every_preset():
 def test_the_first_step_of_dpo_is_log_2_and_the_log_has_both_sides(shared_bases):
     tiny("dpo", "run")
     row = next(r for r in read_log("run") if "loss" in r)
-    assert abs(row["loss"] - LOG2) < 1e-5 and abs(row["chosen_ratio"]) < 1e-4 and abs(row["margin"]) < 1e-4
+    assert abs(row["loss"]
+               - LOG2) < 1e-5 and abs(row["chosen_ratio"]) < 1e-4 and abs(row["margin"]) < 1e-4
     assert {"chosen_logp", "rejected_logp", "rejected_ratio", "accuracy"} <= set(row)
     first = next(r for r in read_log("run") if "val_win" in r)
     assert first["val_win"] == .5 and abs(first["val_kl"]) < 1e-4
@@ -742,14 +785,15 @@ def test_reference_log_probs_are_kept_on_disk(shared_bases, monkeypatch, tmp_pat
     n = sum(x == 64 for x in calls)
     files = list((tmp_path / "cache").iterdir())
     calls.clear()
-    b = tiny("cdpo", "b", "--steps=1", "--flip=0")                 # another loss, the same rows and weights
+    b = tiny("cdpo", "b", "--steps=1", "--flip=0")  # another loss, the same rows and weights
     assert n == 1 and sum(x == 64 for x in calls) == 0 and a == b
     tiny("dpo", "c", "--steps=1", "--noise=0.5")                   # other rows
     assert len(list((tmp_path / "cache").iterdir())) == len(files) + 1
 
 
 def test_dpo_learns(shared_bases):
-    """Sixty steps on 64 pairs, from a tiny base: the training pairs' accuracy rises well above a half."""
+    """Sixty steps on 64 pairs, from a tiny base: the training pairs' accuracy rises well above a
+    half."""
     out = tiny("", "run", "--steps=60", "--batch=32", "--eval_every=60")
     last = [r for r in read_log("run") if "loss" in r][-1]
     assert last["accuracy"] > .8 and last["margin"] > .5 and out["val_kl"] > 0
@@ -757,15 +801,17 @@ def test_dpo_learns(shared_bases):
 
 def test_real_pairs_and_labels_from_files(shared_bases):
     rows = [dict(prompt=f".{k}=", chosen=a, rejected=b) for k, a, b in
-            [("abcd", "abc", "xvu"), ("bcde", "bcd", "uvwx"), ("cdef", "cde", "cde"), ("defg", "", "x"),
-             ("efgh", "e" * 300, "x"), ("fghi", "fgh", "xx"), ("abce", "abc", "xx"), ("abcf", "ab", "x")]]
+            [("abcd", "abc", "xvu"), ("bcde", "bcd", "uvwx"), ("cdef", "cde", "cde"),
+             ("defg", "", "x"),
+             ("efgh", "e" * 300, "x"), ("fghi", "fgh", "xx"), ("abce", "abc", "xx"),
+             ("abcf", "ab", "x")]]
     with open("pairs.jsonl", "w") as f:
         f.write("".join(json.dumps(r) + "\n" for r in rows))
     out = tiny("", "run", "--data=pairs.jsonl", "--init=base:ring", "--steps=1")
     assert set(out) >= {"val_accuracy"}
     with open("labels.jsonl", "w") as f:
-        f.write("".join(json.dumps(dict(prompt=r["prompt"], completion=r[x], label=x == "chosen")) + "\n"
-                        for r in rows for x in ("chosen", "rejected") if r[x]))
+        f.write("".join(json.dumps(dict(prompt=r["prompt"], completion=r[x], label=x == "chosen"))
+                        + "\n" for r in rows for x in ("chosen", "rejected") if r[x]))
     out = tiny("kto", "kto", "--data=labels.jsonl", "--init=base:ring", "--steps=1", "--rows=0")
     assert 0 <= out["val_accuracy"] <= 1
 
@@ -776,8 +822,10 @@ def test_gsm8k_solutions_are_labels_and_split_by_problem(tmp_path):
         for i in range(40):
             f.write(json.dumps(dict(question=f"q{i}", ground_truth="4", **models)) + "\n")
     train, val = (prefs.load_labels(tmp_path / "s.jsonl", x) for x in ("train", "val"))
-    assert len(train) + len(val) == 80 and not {r["prompt"] for r in train} & {r["prompt"] for r in val}
-    assert {(r["completion"], r["label"]) for r in train} == {("a says 4", False), ("b says 4", True)}
+    assert len(train) + len(val) == 80 and not {r["prompt"] for r in train} & {r["prompt"]
+                                                                               for r in val}
+    assert {(r["completion"], r["label"]) for r in train} == {("a says 4", False),
+                                                              ("b says 4", True)}
     with open(tmp_path / "pairs.jsonl", "w") as f:
         f.write(json.dumps(dict(prompt="p", chosen="a", rejected="b")) + "\n")
     assert prefs.load_labels(tmp_path / "pairs.jsonl") == []
@@ -794,10 +842,11 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     s = SimpleNamespace(seen=seen, context=8,
                         c=SimpleNamespace(source="duels", statistic="none", loss="simpo"),
                         f=SimpleNamespace(loss=dpo.simpo, statistic=dpo.none))
-    rows = [dict(prompt=[1], sides=sides) for sides in ([[3], [3]], [[3], []], [[3] * 9, [4]], [[3], [4]])]
+    rows = [dict(prompt=[1], sides=sides)
+            for sides in ([[3], [3]], [[3], []], [[3] * 9, [4]], [[3], [4]])]
     assert dpo.prepare(s, rows) == [dict(prompt=[1], sides=[[3], [4]])]
     assert s.seen == dict(sampled=0, truncated=0, identical=1, empty=1, long=1)
-    s.c.source, s.f.loss = "lists", dpo.logo                       # a list is dropped only if all are alike
+    s.c.source, s.f.loss = "lists", dpo.logo  # a list is dropped only if all are alike
     lists = [dict(prompt=[1], sides=sides) for sides in ([[3], [3], [3]], [[3], [3], [4]])]
     assert len(dpo.prepare(s, lists)) == 1 and s.seen["identical"] == 2
     with pytest.raises(UserError, match="no row is left"):
@@ -825,7 +874,8 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--config=treg,tiny", "--source=duels"], "token credits"),
     (["--config=rdpo,tiny", "--flip=0.5"], "--flip 0.5: must be at least 0 and below 0.5"),
     (["--config=kto,tiny", "--batch=1"], "raise --batch"),
-    (["--config=madpo,tiny", "--judge=cdr", "--strong=base:ring", "--weak=base:ring"], "the same model"),
+    (["--config=madpo,tiny", "--judge=cdr", "--strong=base:ring", "--weak=base:ring"],
+     "the same model"),
     (["--config=tiny", "--noise=0.1", "--data=nowhere.jsonl"], "--noise"),
     (["--config=raco,tiny", "--weights=1,2,3"], "--weights"),
     (["--config=tiny", "--gamma=2"], "unknown key --gamma")])
@@ -848,10 +898,12 @@ def test_an_online_run_of_a_file_needs_a_judge(shared_bases):
 
 def test_measure_reads_one_batched_forward_and_padding_changes_nothing(shared_bases):
     model, tok = load(str(dpo.sft.base("ring", "tiny")))
-    s = SimpleNamespace(c=SimpleNamespace(device="cpu", micro=8, dtype="float32"), tok=tok, policy=model,
+    s = SimpleNamespace(c=SimpleNamespace(device="cpu", micro=8, dtype="float32"), tok=tok,
+                        policy=model,
                         models={}, f=SimpleNamespace(loss=dpo.simpo, statistic=dpo.none))
     short = dict(prompt=tok.encode(".abcd="), sides=[tok.encode("ab"), tok.encode("cde")])
-    long = dict(prompt=tok.encode(".abcd="), sides=[tok.encode("abcabcabc"), tok.encode("cdecdecdecde")])
+    long = dict(prompt=tok.encode(".abcd="),
+                sides=[tok.encode("abcabcabc"), tok.encode("cdecdecdecde")])
     calls = []
     x = dpo.measure(s, [short], model)
     hook = model.register_forward_hook(lambda *_: calls.append(1))
@@ -859,15 +911,19 @@ def test_measure_reads_one_batched_forward_and_padding_changes_nothing(shared_ba
     hook.remove()
     assert calls == [1] and y["logp"].shape[:2] == (2, 2)
     assert close(x["logp"].sum(-1)[0], y["logp"].sum(-1)[0], 1e-5)
-    alone = torch.stack([z.sum() for z in dpo.response_logprobs(s, [dict(prompt=short["prompt"], sides=[side])
-                                                                    for side in short["sides"]], model)])
+    alone = torch.stack([z.sum()
+                         for z in dpo.response_logprobs(s,
+                                                        [dict(prompt=short["prompt"], sides=[side])
+                                                                    for side in short["sides"]],
+                                                        model)])
     assert close(alone, x["logp"].sum(-1)[0], 1e-5)
 
 
 def test_a_real_checkpoint_without_a_pad_token(stories, workdir):
     """Pairs of unequal length on stories260k, whose tokenizer names no pad"""
     with open("pairs.jsonl", "w") as f:
-        f.write("".join(json.dumps(dict(prompt=f"Once {w}", chosen=" a cat." * (1 + i % 3), rejected=" no"))
+        f.write("".join(json.dumps(dict(prompt=f"Once {w}", chosen=" a cat." * (1 + i % 3),
+                                        rejected=" no"))
                         + "\n" for i, w in enumerate("abcdefgh")))
     out = tiny("", "run", "--data=pairs.jsonl", f"--init={stories}", "--steps=2")
     assert math.isfinite(out["val_kl"]) and out["val_accuracy"] in (0, .5, 1)
@@ -887,7 +943,9 @@ def test_a_reward_model_judges(shared_bases):
           for pair in (("ab", "cdefgh"), ("a", "bb"))]
     c = SimpleNamespace(chat=False, micro=3, device="cpu", dtype="float32")
     s = SimpleNamespace(c=c, tok=tok, world=None,
-                        f=SimpleNamespace(judge=partial(judging.learned, sharp=1.)), models=dict(judge=model))
+                        f=SimpleNamespace(judge=partial(judging.learned, sharp=1.)),
+                        models=dict(judge=model))
     for P, p, pair in zip(dpo.compare(s, rows, ys), rows, ys):
-        alone = [model(torch.tensor([tok.prompt(p["prompt"]) + y["ids"]]))[0, -1].item() for y in pair]
+        alone = [model(torch.tensor([tok.prompt(p["prompt"]) + y["ids"]]))[0, -1].item()
+                 for y in pair]
         assert close(P[0, 1], torch.sigmoid(D(alone[0] - alone[1])), 1e-5)

@@ -52,7 +52,7 @@ def grad(fn, logp=LOGP):
     return torch.autograd.grad(fn(x), x)[0] * MASK
 
 
-# --- shapers --------------------------------------------------------------------------------------------
+# --- shapers --------------------------------------------------------------------------------------
 
 
 def test_overlong_by_hand():
@@ -60,7 +60,7 @@ def test_overlong_by_hand():
     assert close(shaped, [[1, -2, -1, .5]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.998625, -1.180193, -.453920, .635488], 1e-5)
-    at = shaping.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)          # the ends of the slope
+    at = shaping.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)   # the ends of the slope
     assert close(at, [[1, 0, .5]])
 
 
@@ -85,17 +85,20 @@ def test_easiest_by_hand():
     shaped = shaping.easiest(C2, L2)
     assert close(shaped, [[1, 0, 0, 1], [.801857, .801857, .517342, 0]], 1e-6)
     adv = rows(grpo.group_norm(shaped, mask_of(L2)), mask_of(L2))[4:]
-    assert close(adv, [.718313, .718313, -.034175, -1.402451], 1e-5)             # correct, and pushed down
+    assert close(adv, [.718313, .718313, -.034175, -1.402451], 1e-5)      # correct, and pushed down
     assert close(shaping.easiest(C1, L1, share=1.0), [[.838635, 0, 0, .561365]], 1e-6)
 
 
 def test_easiest_limits():
     assert torch.equal(shaping.easiest(C2, L2, share=0.0), C2)
     all_of = shaping.easiest(C2, L2, share=1.0, alpha=.3)
-    assert torch.all(all_of[C2 == 0] == 0) and torch.all((all_of[C2 > 0] > .7) & (all_of[C2 > 0] < 1))
+    assert torch.all(all_of[C2 == 0] == 0) and torch.all((all_of[C2 > 0] > .7)
+                                                         & (all_of[C2 > 0] < 1))
     twin = torch.cat([C2[:1]] * 5)                               # ties: the first prompt
-    assert (shaping.easiest(twin, L2[:1].expand(5, 4)) != twin).any(1).tolist() == [True] + [False] * 4
-    assert close(shaping.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0), [[.7, 0]])         # alone: σ(0) = ½
+    assert (shaping.easiest(twin, L2[:1].expand(5, 4))
+            != twin).any(1).tolist() == [True] + [False] * 4
+    assert close(shaping.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0),
+                 [[.7, 0]])                                                        # alone: σ(0) = ½
 
 
 def test_history_by_hand():
@@ -107,7 +110,7 @@ def test_history_by_hand():
 
 
 def test_history_limits():
-    assert torch.equal(shaping.history(C1, L1, D([[math.inf]])), C1)                # the first visit
+    assert torch.equal(shaping.history(C1, L1, D([[math.inf]])), C1)               # the first visit
     assert torch.equal(shaping.history(C1, L1, D([[5.]]), weight=0.0), C1)
     shaped = shaping.history(C2, L2, D([[6.], [7.]]))
     assert shaped[C2 > 0].min() > shaped[C2 == 0].max()
@@ -129,7 +132,8 @@ def test_verified_by_hand():
     assert close(shaped, [[10, -10, 0, 10]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.783349, -1.305582, -.261116, .783349], 1e-5)
-    assert shaping.verified(C1, T([[True, False, False, False]]))[0, 0] == -10    # correct, unfinished
+    assert shaping.verified(C1, T([[True, False, False, False]]))[0,
+                                                                  0] == -10    # correct, unfinished
 
 
 def test_consistent_by_hand():
@@ -156,7 +160,8 @@ def test_outliers_by_hand():
     shaped = shaping.regraded(right, length, trained)
     adv = rows(grpo.group_norm(shaped, mask_of(length)), mask_of(length))
     assert close(adv, [*[.353552] * 7, -2.474867], 1e-5)
-    assert torch.equal(shaping.outliers(right, length, spread=3.0), length)      # (G - 1) / √G = 2.4749 < 3
+    assert torch.equal(shaping.outliers(right, length, spread=3.0),
+                       length)                                           # (G - 1) / √G = 2.4749 < 3
     wrong = right.clone()
     wrong[0, 0] = 0
     assert torch.equal(shaping.outliers(wrong, length, spread=1.0), length)
@@ -167,7 +172,8 @@ def test_outliers_by_hand():
 def test_a_clip_is_counted_around_its_own_anchor():
     b = dict(old_logp=OLD, teach_logp=TEACH, behaviour_logp=BASE)
     middle = .5 * OLD + .5 * TEACH
-    for name, anchor in (("clip", OLD), ("clip_stale", BASE), ("kl_cov", OLD), ("anchored", middle)):
+    for name, anchor in (("clip", OLD), ("clip_stale", BASE), ("kl_cov", OLD),
+                         ("anchored", middle)):
         fn = grpo.SURROGATES[name]
         assert close(grpo.anchor_of(partial(fn, **hyper(fn)), b), anchor)
 
@@ -192,7 +198,8 @@ def test_agreed_by_hand():
     assert shaping.agreed(T([[7, 7, 3, 7], [7, 7, 5, 7]])).tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
     assert torch.equal(shaping.agreed(answers.flip(0)), shaping.agreed(answers).flip(0))
     assert shaping.agreed(T([[-1, -1, -1], [2, 1, -1]])).tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert shaping.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0], [0, 1, 0]]        # ties: first
+    assert shaping.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0],
+                                                                    [0, 1, 0]]         # ties: first
 
 
 def test_calibrated_by_hand():
@@ -208,28 +215,31 @@ def test_flipped_rewards(level):
     off = (noisy != score)[:, 1:].double()
     assert off.mean() == pytest.approx(.4, abs=.03) and not noisy[:, 0].any()
     assert (off.std(1) == 0).all() == (level == "group")
-    adv = grpo.deviations(score)                     # a flipped group is its negative: 1 - 2p of the signal
+    adv = grpo.deviations(score)  # a flipped group is its negative: 1 - 2p of the signal
     assert close(grpo.deviations(1 - score), -adv)
     for rate in (0.0, 1.0):
         assert close(shaping.flipped(C2, C2 + 1, g, rate), (1 - C2) * rate + C2 * (1 - rate))
 
 
-# --- advantages -----------------------------------------------------------------------------------------
+# --- advantages -----------------------------------------------------------------------------------
 
 
 def test_group_norm_by_hand():
     adv = rows(grpo.group_norm(C1, mask_of(L1)), mask_of(L1))
     assert close(adv, [.866024, -.866024, -.866024, .866024], 1e-6)
-    assert close(rows(grpo.group_norm(C1, mask_of(L1), group_eps=1e-4), mask_of(L1))[0], .865875, 1e-6)
+    assert close(rows(grpo.group_norm(C1, mask_of(L1), group_eps=1e-4), mask_of(L1))[0], .865875,
+                 1e-6)
     more = grpo.group_norm(3 * C2 - 7, mask_of(L2), group_eps=0)
-    assert close(more, grpo.group_norm(C2, mask_of(L2), group_eps=0)) and not more[mask_of(L2) == 0].any()
+    assert close(more, grpo.group_norm(C2, mask_of(L2), group_eps=0)) and not more[mask_of(L2)
+                                                                                   == 0].any()
 
 
 @pytest.mark.parametrize("name", ["group", "centred", "rloo"])
 def test_a_group_without_a_signal_has_no_advantage(name):
-    for reward in (0., 1., .3, .7, .9):                          # eight float32 .7 do not average to .7
+    for reward in (0., 1., .3, .7, .9):  # eight float32 .7 do not average to .7
         assert not grpo.ADVANTAGES[name](torch.full((2, 8), reward), torch.ones(16, 3)).any()
-    assert close(rows(grpo.ADVANTAGES[name](C2, mask_of(L2)), mask_of(L2)).view(2, 4).sum(1), [0, 0])
+    assert close(rows(grpo.ADVANTAGES[name](C2, mask_of(L2)), mask_of(L2)).view(2, 4).sum(1),
+                 [0, 0])
 
 
 def test_baselines_by_hand():
@@ -243,8 +253,10 @@ def test_whitened_over_the_batch_by_hand():
     right = C2.flatten() > 0
     assert close(adv[right], [.919839] * 5, 1e-5) and close(adv[~right], [-1.067014] * 3, 1e-5)
     adv = rows(grpo.whitened(C2, mask), mask)
-    assert close(adv, [1.189322, -.849516, -.849516, 1.189322, .679613, .679613, .679613, -1.359226], 1e-5)
-    assert close((adv[:, None] * mask).sum(), 0) and close(((adv[:, None] * mask) ** 2).sum() / 53, 1, 1e-6)
+    assert close(adv, [1.189322, -.849516, -.849516, 1.189322, .679613, .679613, .679613,
+                       -1.359226], 1e-5)
+    assert close((adv[:, None] * mask).sum(), 0) and close(((adv[:, None] * mask) ** 2).sum() / 53,
+                                                           1, 1e-6)
 
 
 def test_returns_look_ahead_only():
@@ -267,7 +279,7 @@ def test_distilled_limits():
     assert not grpo.distilled(OLD, OLD, OLD, MASK, lam=1.7).any()
 
 
-# --- credit ---------------------------------------------------------------------------------------------
+# --- credit ---------------------------------------------------------------------------------------
 
 
 def test_overconfident_by_hand():
@@ -290,7 +302,7 @@ def test_too_long_by_hand():
     assert torch.equal(grpo.too_long(adv, 0 * C1, L1), adv)
 
 
-# --- surrogates -----------------------------------------------------------------------------------------
+# --- surrogates -----------------------------------------------------------------------------------
 
 
 def test_clip_by_hand():
@@ -299,7 +311,8 @@ def test_clip_by_hand():
     assert close(mean(loss), -.220339, 1e-6)
     assert close((loss * grpo.sequence_mean(MASK)).sum(), -.041546, 1e-6)
     assert close((loss * grpo.constant(MASK, 4)).sum(), -.137712, 1e-6)
-    assert close(grad(lambda x: mean(grpo.clip(x, OLD, ADV))), [[0, -.2, -.121306], [.180967, 0, 0]], 1e-6)
+    assert close(grad(lambda x: mean(grpo.clip(x, OLD, ADV))),
+                 [[0, -.2, -.121306], [.180967, 0, 0]], 1e-6)
     k3 = grpo.k3(LOGP, REF)
     assert close(((loss + k3) * grpo.sequence_mean(MASK)).sum(), -.040355, 1e-6)
 
@@ -383,7 +396,8 @@ def test_drpo_by_hand():
     assert close(got, [.924142, -.509999, -.490001, .075858], 1e-6) and close(got.sum(), 0)
 
 
-@pytest.mark.parametrize("lam, want", [(.2, [.777300, .222700]), (1., [.562177, .437823]), (1e9, [.5, .5])])
+@pytest.mark.parametrize("lam, want",
+                         [(.2, [.777300, .222700]), (1., [.562177, .437823]), (1e9, [.5, .5])])
 def test_drpo_weights_by_length(lam, want):
     s = S.clone().requires_grad_()
     got, = torch.autograd.grad(-drpo_of(s, lam=lam).sum(), s)
@@ -404,12 +418,13 @@ def test_drpo_trust_region():
     now = old - .1 - .05 * rand(8, 10, seed=1)
     kl = ((old - now) * mask).sum() / mask.sum()
     price = grpo.hinge(now, old, mask, 2, beta=10.0, delta=.01)
-    loss = grpo.drpo(now, old, mask, C2, L2, CAP, price) - grpo.drpo(now, old, mask, C2, L2, CAP, 0 * mask)
+    loss = grpo.drpo(now, old, mask, C2, L2, CAP, price) - grpo.drpo(now, old, mask, C2, L2, CAP,
+                                                                     0 * mask)
     assert close(loss.mean(), 10 * (kl - .01) * kl)
     assert not grpo.hinge(now, now, mask, 2).any()
 
 
-# --- penalties ------------------------------------------------------------------------------------------
+# --- penalties ------------------------------------------------------------------------------------
 
 
 def test_kl_terms_by_hand():
@@ -417,7 +432,8 @@ def test_kl_terms_by_hand():
     assert close(grpo.k3(LOGP, REF, beta=1.0) * MASK, want, 1e-6)
     assert close(mean(grpo.k3(LOGP, REF, beta=1.0)), .030251, 1e-6)
     assert close(mean(grpo.k2(LOGP, REF, beta=1.0)), .031)
-    k2, k3 = ([[.02, .08, -.04], [.02, -.06, 0]], [[.019033, .065936, -.044281], [.019033, -.069972, 0]])
+    k2, k3 = ([[.02, .08, -.04], [.02, -.06, 0]],
+              [[.019033, .065936, -.044281], [.019033, -.069972, 0]])
     assert close(grad(lambda x: mean(grpo.k2(x, REF, beta=1.0))), k2)
     assert close(grad(lambda x: mean(grpo.k3(x, REF, beta=1.0))), k3, 1e-6)
     assert close(grad(lambda x: mean(grpo.k3_straight(x, REF, beta=1.0))), k2)
@@ -441,7 +457,8 @@ def test_flattened_by_hand(phi, value, slope):
     flat = torch.log_softmax(phi * D([2., 1, 0, -1]), 0)[1].view(1, 1)
     x = D([[-1.]]).requires_grad_()
     loss = grpo.flattened(x, flat, beta=1.0)
-    assert close(loss, [[value]], 1e-6) and close(torch.autograd.grad(loss.sum(), x)[0], [[slope]], 1e-6)
+    assert close(loss, [[value]], 1e-6) and close(torch.autograd.grad(loss.sum(), x)[0], [[slope]],
+                                                  1e-6)
 
 
 def test_flattened_is_forward_kl_in_expectation():
@@ -452,8 +469,10 @@ def test_flattened_is_forward_kl_in_expectation():
 
 def test_to_teacher_by_hand():
     loss = grpo.clip(LOGP, OLD, ADV)
-    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.2)), -.184539, 1e-6)
-    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.002)), -.219981, 1e-6)
+    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.2)), -.184539,
+                 1e-6)
+    assert close(mean(loss + grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.002)), -.219981,
+                 1e-6)
     wrong = grpo.to_teacher(LOGP, TEACH, D([[1., 0]]), .5, beta=.2, wrong_only=True)
     assert close(mean(wrong), .0148, 1e-6) and not wrong[0].any()
     for progress, beta in ((0.0, .2), (.5, .101), (1.0, .002)):  # annealed
@@ -469,19 +488,23 @@ def test_kl_estimators_in_expectation():
 
     def slope(x):
         return torch.autograd.grad(x, z, retain_graph=True)[0]
-    assert close(slope((p.detach() * grpo.k2(logp, t, beta=1.0)).sum()), slope((p * (logp - t)).sum()))
-    assert close(slope((p.detach() * grpo.k3(logp, t, beta=1.0)).sum()), slope((t.exp() * (t - logp)).sum()))
+    assert close(slope((p.detach() * grpo.k2(logp, t, beta=1.0)).sum()),
+                 slope((p * (logp - t)).sum()))
+    assert close(slope((p.detach() * grpo.k3(logp, t, beta=1.0)).sum()),
+                 slope((t.exp() * (t - logp)).sum()))
 
 
-# --- steps, curricula, LatentSeek -----------------------------------------------------------------------
+# --- steps, curricula, LatentSeek -----------------------------------------------------------------
 
 
 def test_step_potentials_by_hand():
     acc, conf = D([[.1, .3, .95, .96, .5]]), D([[.2, .4, .95, .97, .9]])
     assert close(grpo.potential(acc, conf), [[-.12, -.07, .87875, .9068, .025]])
     assert close(grpo.potential(D([1., 0, 0, 1]), D([1., 1, 0, 0])), [1, -1, 0, .5])
-    mask, step, probed = torch.ones(2, 5).double(), torch.arange(5).expand(2, 5), torch.ones(2, 5).bool()
-    two = [torch.cat([x, x]) for x in (acc, conf)]                       # A of the group: .5 and -.5
+    mask, step, probed = torch.ones(2,
+                                    5).double(), torch.arange(5).expand(2, 5), torch.ones(2,
+                                                                                          5).bool()
+    two = [torch.cat([x, x]) for x in (acc, conf)]                      # A of the group: .5 and -.5
     adv = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed, white=False)
     assert close(adv[0], [.444958, .467372, .994677, .457457, -.022494], 1e-5)
     plain = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed, alpha=0.0, xi=0.0, white=False)
@@ -489,7 +512,8 @@ def test_step_potentials_by_hand():
     some = probed.clone()
     some[1] = False                                                      # a response without a step
     adv = grpo.stepwise(D([[1., 0]]), mask, step.where(some, -1), *two, some, white=False)
-    assert close(adv[1], [-.5] * 5) and close(adv[0], [.444958, .467372, .994677, .457457, -.022494], 1e-5)
+    assert close(adv[1], [-.5] * 5) and close(adv[0],
+                                              [.444958, .467372, .994677, .457457, -.022494], 1e-5)
     white = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed)
     assert close(white.mean(), 0) and close(white.var(), 1, 1e-6)
 
@@ -500,13 +524,15 @@ def test_step_returns_by_hand():
     assert close(grpo.step_returns(p, all_of, "delta"), [[.9, .6, .95, .95, 0]])
     assert close(grpo.step_returns(p, all_of, "clip_delta"), [[0, -.3, 0, 0, 0]])
     assert close(grpo.step_returns(p, all_of, "sum"), [[4.2, 3.3, 2.7, 1.75, .8]])
-    wide, fewer = torch.cat([p, p], 1), torch.cat([all_of, 0 * all_of], 1)       # steps that are not there
+    wide, fewer = torch.cat([p, p], 1), torch.cat([all_of, 0 * all_of],
+                                                  1)                      # steps that are not there
     for rule in ("sum", "clip", "delta", "clip_delta"):
-        assert close(grpo.step_returns(wide, fewer, rule)[:, :5], grpo.step_returns(p, all_of, rule))
+        assert close(grpo.step_returns(wide, fewer, rule)[:, :5],
+                     grpo.step_returns(p, all_of, rule))
     again = D([[.9, .6, .6, .95, .95, .8]])                                      # a repeated step
     first = [grpo.step_returns(x, torch.ones_like(x), "delta")[0, 0] for x in (p, again)]
     assert close(first[0], first[1])
-    assert close(grpo.step_returns(D([[.7]]), D([[1.]]), "delta"), [[0]])        # alone: the outcome's
+    assert close(grpo.step_returns(D([[.7]]), D([[1.]]), "delta"), [[0]])     # alone: the outcome's
 
 
 def test_groups_of_the_usual_spread_train():
@@ -530,7 +556,7 @@ def test_sufficient_hints_by_hand():
     hurts = {(): .1, (0, 1): .9, (0,): .2, (1,): .3}
     assert curricula.sufficient(2, lambda kept: hurts[tuple(sorted(kept))]) == {0, 1}
     assert curricula.sufficient(2, lambda kept: 1.0 - .1 * len(kept)) == set()
-    near = {(): .1, (0, 1): .8, (0,): .7, (1,): .3}              # within a standard error: the fewest
+    near = {(): .1, (0, 1): .8, (0,): .7, (1,): .3}  # within a standard error: the fewest
     assert curricula.sufficient(2, lambda kept: near[tuple(sorted(kept))], margin=.15) == {0}
 
 
@@ -543,7 +569,8 @@ def test_reweighted_by_hand():
     assert close(curricula.reweighted([a, b], window=2), [1.010714, .989286], 1e-6)
     assert close(curricula.reweighted([a, b], window=2, temperature=.5), [1.106735, .893265], 1e-6)
     assert close(curricula.reweighted([a, b], window=2, temperature=1e9), [1, 1])
-    assert curricula.reweighted([a, a, a], window=2) == [1, 1, 1] == curricula.reweighted([a, b, b], window=3)
+    assert curricula.reweighted([a, a, a],
+                                window=2) == [1, 1, 1] == curricula.reweighted([a, b, b], window=3)
 
 
 def test_majority_and_pass_at_k():
@@ -552,7 +579,8 @@ def test_majority_and_pass_at_k():
     assert told == {"pass@2": pytest.approx((5 / 6 + 0 + 1) / 3), "pass@4": pytest.approx(2 / 3),
                     "maj@4": pytest.approx(2 / 3)}               # 3 ties with 4 and comes first
     assert curricula.of_samples(T([[True]]), ["3"]) == {"maj@1": 1.0}
-    cut = curricula.of_samples(T([[False, True, True, False]]), ["", "3", "3", "5"])     # unfinished: no vote
+    cut = curricula.of_samples(T([[False, True, True, False]]),
+                               ["", "3", "3", "5"])                            # unfinished: no vote
     assert cut["maj@4"] == 1
 
 
@@ -606,26 +634,30 @@ def test_what_is_asked_after_steps_and_answers(shared_bases):
     names = {"stated", "answer", "reflections", "truth_prob", "answer_prob", "base_prob", "pattern"}
     models = dict.fromkeys(("policy", "ref", "slow"), policy)
     made = grpo.facts(names, models, roll, texts, problems, task, tok, c)
-    assert made["stated"].tolist() == [[1, 1], [1, 0]] and made["answer"].tolist() == [[0, 1], [2, -1]]
+    assert made["stated"].tolist() == [[1, 1], [1, 0]] and made["answer"].tolist() == [[0, 1],
+                                                                                       [2, -1]]
     assert made["reflections"].tolist() == [[0, 0], [1, 0]] and made["base_prob"].shape == (2, 1)
 
     def prob(prompt, text, answer):
-        return grpo.forced(policy, [(tok.prompt(prompt) + tok.encode(text), tok.encode(answer))], c)[0]
+        return grpo.forced(policy, [(tok.prompt(prompt) + tok.encode(text), tok.encode(answer))],
+                           c)[0]
     after, bare = prob("9-1+2?", "-1=8;;+2=0####", "0"), prob("9-1+2?", "####", "0")
     assert close(made["truth_prob"][0], [after, bare], 1e-6)
     assert close(made["answer_prob"][0, 1:], prob("9-1+2?", "####", "7"), 1e-6)
     assert made["answer_prob"][1, 1] == 0
-    assert close(made["base_prob"][:, 0], [prob("9-1+2?", "####", "0"), prob("1+1?", "####", "2")], 1e-6)
+    assert close(made["base_prob"][:, 0], [prob("9-1+2?", "####", "0"), prob("1+1?", "####", "2")],
+                 1e-6)
     asked = grpo.probes(policy, roll, problems, task, tok, c)
     assert asked["probed"].tolist() == [[True, True], [False, False], [True, True], [True, False]]
     at = len(tok.prompt(problems[0]))
-    assert asked["step"][0, at:at + 11].tolist() == [0] * 4 + [1] * 7 and (asked["step"][1] == -1).all()
+    assert asked["step"][0, at:at + 11].tolist() == [0] * 4 + [1] * 7 and (asked["step"][1]
+                                                                           == -1).all()
     assert close(asked["acc"][0], [prob("9-1+2?", "-1=8####", "0"), after], 1e-6)
     scored = grpo.probes(policy, roll, problems, task, tok, c, scores=True)
     assert scored["process"].tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
 
 
-# --- weights and filters --------------------------------------------------------------------------------
+# --- weights and filters --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", grpo.WEIGHTS)
@@ -640,7 +672,8 @@ def test_padding_weighs_nothing(name):
 
 def test_weights_by_hand():
     ones = torch.ones(3, 4).double()
-    assert close(grpo.token_mean(ones), grpo.sequence_mean(ones)) and close(grpo.token_mean(MASK).sum(), 1)
+    assert close(grpo.token_mean(ones),
+                 grpo.sequence_mean(ones)) and close(grpo.token_mean(MASK).sum(), 1)
     assert close(grpo.sequence_sum(MASK), MASK / 2)
 
 
@@ -652,16 +685,22 @@ def test_mixed_groups_train():
     assert grpo.mixed(D([[1., 1, 1], [1, 0, 1], [0, 0, 0]])).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("table", [grpo.TRIMS, grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDIT, grpo.SURROGATES,
+@pytest.mark.parametrize("table",
+                         [grpo.TRIMS, grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDIT, grpo.SURROGATES,
                                    grpo.PENALTIES, grpo.WEIGHTS, grpo.FILTERS])
 def test_nothing_changes_its_input(table):
-    have = dict(score=C2, correct=C2, shaped=C2, length=L2, cap=CAP, best=D([[5.], [9.]]), reflections=L2,
-                truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None, chosen=mask_of(L2),
-                truth_prob=C2 / 3, base_prob=D([[.1], [.2]]), stated=C2, answer=3 * C2, pattern=C2 / 4,
-                trained=L2, step=STEP, probed=PROBED, acc=rand(8, 4).sigmoid(), usual=.1, progress=.5,
+    have = dict(score=C2, correct=C2, shaped=C2, length=L2, cap=CAP, best=D([[5.], [9.]]),
+                reflections=L2,
+                truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None,
+                chosen=mask_of(L2),
+                truth_prob=C2 / 3, base_prob=D([[.1], [.2]]), stated=C2, answer=3 * C2,
+                pattern=C2 / 4,
+                trained=L2, step=STEP, probed=PROBED, acc=rand(8, 4).sigmoid(), usual=.1,
+                progress=.5,
                 conf=rand(8, 4, seed=1).sigmoid(), process=rand(8, 4, seed=2).sigmoid())
     have |= {k: rand(8, 10, seed=i) for i, k in enumerate((
-        "logp", "old_logp", "ref_logp", "teach_logp", "base_logp", "behaviour_logp", "flat_logp", "adv"))}
+        "logp", "old_logp", "ref_logp", "teach_logp", "base_logp", "behaviour_logp", "flat_logp",
+        "adv"))}
     before = {k: x.clone() for k, x in have.items() if torch.is_tensor(x)}
     for fn in table.values():
         out = fn(**{k: have[k] for k in needs(fn)})
@@ -669,18 +708,20 @@ def test_nothing_changes_its_input(table):
         assert all(torch.equal(have[k], x) for k, x in before.items())
 
 
-# --- whole runs -----------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
-METHODS = list(grpo.PRESETS)[:list(grpo.PRESETS).index("tiny")]          # the rest belongs to the claims
+METHODS = list(grpo.PRESETS)[:list(grpo.PRESETS).index("tiny")]     # the rest belongs to the claims
 LEARNS_FROM_A_TEACHER = {"rlad", "kdrl", "opd", "exopd"}
 
 
 def tiny(config, out, *extra):
     teacher = ["--teacher", "base:chain_right"] if config in LEARNS_FROM_A_TEACHER else []
-    small = dict(opd=["--prompts", "8", "--samples", "1"], exopd=["--prompts", "8", "--samples", "1"],
+    small = dict(opd=["--prompts", "8", "--samples", "1"],
+                 exopd=["--prompts", "8", "--samples", "1"],
                  acereason=["--at_entropy", "1.0"], latentseek=["--steps", "0", "--seek", "2"],
                  knowrl=["--pool", "4"], rif=["--screen", "64", "--pool", "8"])
-    return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", *small.get(config, []), *teacher, "--out",
+    return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", *small.get(config, []),
+                            *teacher, "--out",
                       out, *extra))
 
 
@@ -695,10 +736,12 @@ def test_every_preset_takes_two_steps(config, shared_bases, monkeypatch):
     assert all(math.isfinite(v) for v in out.values())
     log = [row for row in read_log("run") if "correct" in row]
     if config == "latentseek":                                   # trains nothing
-        assert {"seek_self", "seek_random"} <= out.keys() and out["seek_oracle"] >= out["seek_start"]
+        assert {"seek_self",
+                "seek_random"} <= out.keys() and out["seek_oracle"] >= out["seek_start"]
         assert not log and out["val_greedy"] == out["sft_val_greedy"]
         return
-    keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score", "t_update"}
+    keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score",
+            "t_update"}
     assert len(log) == 2 and keys <= log[0].keys()
     assert all(math.isfinite(v) for row in log for v in row.values())
 
@@ -715,7 +758,8 @@ def weights(folder):
 @pytest.mark.parametrize("config, extra", [
     ("hapo", ()), ("aipo", ("--lag", "1")), ("rif", ("--at_entropy", "1.0"))])
 def test_resume_is_exact(config, extra, shared_bases):
-    """4 steps = 2 + --resume + 2, bit for bit: records, a lagged policy, what was chosen at first too"""
+    """4 steps = 2 + --resume + 2, bit for bit: records, a lagged policy, what was chosen at first
+    too"""
     args = ["--steps", "4", "--save_every", "2", *extra]
     whole = tiny(config, "whole", *args)
     tiny(config, "half", *args, "--stop", "2")
@@ -724,18 +768,21 @@ def test_resume_is_exact(config, extra, shared_bases):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("config", ["grpo", "dr_grpo", "rloo", "dapo", "drpo", "clip_cov", "kl_cov", "rapo"])
+@pytest.mark.parametrize("config",
+                         ["grpo", "dr_grpo", "rloo", "dapo", "drpo", "clip_cov", "kl_cov", "rapo"])
 def test_neither_micro_nor_order_changes_the_gradient(config, shared_bases, monkeypatch):
-    """of every minibatch of a run; not the weights after it: Adam makes steps of what rounding leaves"""
+    """of every minibatch of a run; not the weights after it: Adam makes steps of what rounding
+    leaves"""
     real, compared = grpo.backward, []
 
     def twice(policy, batch, groups, c, f, g, progress):
         state, grads = g.get_state(), []
         for micro, order in ((4, groups.flip(0) if config != "clip_cov" else groups), (64, groups)):
-            g.set_state(state)                                   # Clip-Cov draws tokens in their order
+            g.set_state(state)  # Clip-Cov draws tokens in their order
             policy.zero_grad()
             told = real(policy, batch, order, replace(c, micro=micro), f, g, progress)
-            grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+            grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()
+                                    if p.grad is not None]))
         if grads[1].norm() > 0:                                  # a rollout may have no signal
             compared.append(((grads[0] - grads[1]).norm() / grads[1].norm()).item())
         return told
@@ -753,7 +800,8 @@ def test_the_weights_of_objectives_scale_their_gradients(shared_bases, monkeypat
         for keep in (batch["objective"] == 0, batch["objective"] == 1, batch["objective"] >= 0):
             policy.zero_grad()
             told = real(policy, batch | dict(lam=lam * keep), groups, *rest)
-            grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+            grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()
+                                    if p.grad is not None]))
         if grads[2].norm() > 0:
             compared.append(((grads[0] + grads[1] - grads[2]).norm() / grads[2].norm()).item())
         return told
@@ -767,7 +815,8 @@ def test_a_filter_that_nothing_passes(shared_bases):
     (shared_bases / "flat.py").write_text("def same(problem, text, finished):\n    return 0.7\n")
     tiny("dapo", "flat", "--reward", "flat.py:same", "--shaper", "plain", "--save_every", "1")
     log = [row for row in read_log("flat") if "correct" in row]
-    assert len(log) == 2 and all(row["groups"] == 0 and row["flat"] == 1 and row["norm"] == 0 for row in log)
+    assert len(log) == 2 and all(row["groups"] == 0 and row["flat"] == 1 and row["norm"] == 0
+                                 for row in log)
 
 
 def test_a_split_of_one_problem(shared_bases):
@@ -794,7 +843,8 @@ def test_a_reward_of_ones_own(shared_bases):
     (("--init", "nowhere"), "nowhere does not exist"), (("--max_new", "5000"), "does not fit the"),
     (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be above 0"),
     (("--samples", "1"), "a group needs two responses"),
-    (("--minibatches", "0"), "must be at least 1"), (("--lag", "-1"), "--lag -1: must be at least 0"),
+    (("--minibatches", "0"), "must be at least 1"),
+    (("--lag", "-1"), "--lag -1: must be at least 0"),
     (("--minibatches", "3"), "does not part into"),
     (("--eps_hihg", "2"), "did you mean 'eps_high'"), (("--config", "kdrl"), "give --teacher")])
 def test_bad_input_is_named(argv, words, shared_bases):

@@ -1,4 +1,5 @@
-"""data/judging.py: routes, advantages, verdicts, statistics by hand; then rewards known to be good or bad."""
+"""data/judging.py: routes, advantages, verdicts, statistics by hand; then rewards known to be good
+or bad."""
 import itertools
 import math
 import random
@@ -9,17 +10,19 @@ from conftest import close, rand
 
 from data import judging
 from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, best_of_n, bon_kl,
-                          draw_evaluation, ece, evaluate, expected_score, gao_fit, grade, graded, group_norm,
-                          json_rubric, judge_matrix, majority, null_attack, pair_scores, pairwise_grpo,
-                          pairwise_rloo, parse_verdict, pushed, ranks, ridge, right_sign, rloo, route,
-                          routing_curve, routing_table, self_label, spearman, study, tagged,
+                          draw_evaluation, ece, evaluate, expected_score, gao_fit, grade, graded,
+                          group_norm,
+                          json_rubric, judge_matrix, majority, null_attack, pair_scores,
+                          pairwise_grpo,
+                          pairwise_rloo, parse_verdict, pushed, ranks, ridge, right_sign, rloo,
+                          route, routing_curve, routing_table, self_label, spearman, study, tagged,
                           verbosity_penalties, verdict_rates)
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
 
 T = torch.tensor
 
 
-# --- whom to ask (2510.20369) -------------------------------------------------------------------------
+# --- whom to ask (2510.20369) ---------------------------------------------------------------------
 
 F12 = T([[0, 1, -.4], [-.6, 0, .5], [.8, -.9, 0]])
 U12 = T([[0, 1.2, 1.6], [1.3, 0, 1.1], [1.5, 1.4, 0]])
@@ -31,7 +34,8 @@ def test_both_orders_by_hand():
     assert close(S, [[0, .8, -.6], [-.8, 0, .7], [.6, -.7, 0]])
     assert close(U, [[0, 1.25, 1.55], [1.25, 0, 1.25], [1.55, 1.25, 0]])
     assert close(pairwise_rloo(S), [.1, -.05, -.05])
-    S, U = pair_scores(F12 + 5 * torch.eye(3), U12 + 5 * torch.eye(3))   # a pair with itself says nothing
+    S, U = pair_scores(F12 + 5 * torch.eye(3),
+                       U12 + 5 * torch.eye(3))                     # a pair with itself says nothing
     assert S.diag().abs().sum() == U.diag().abs().sum() == 0
 
 
@@ -60,7 +64,8 @@ def test_a_budget_goes_to_the_most_uncertain_pairs():
 
 
 def test_limits_of_routing():
-    """no budget, or a threshold that nothing passes: the model alone. u >= 1 > 0: the judge on all"""
+    """no budget, or a threshold that nothing passes: the model alone. u >= 1 > 0: the judge on
+    all"""
     S, U = pair_scores(rand(5, 5), 1 + rand(5, 5, seed=1).abs())
     gold = rand(5, seed=2)
     for options in (dict(threshold=NEVER), dict(budget=0)):
@@ -69,13 +74,14 @@ def test_limits_of_routing():
     judged, calls = route(S, U, lambda i, j: 1 if gold[i] > gold[j] else 2, threshold=ALWAYS)
     assert calls == 10 and close(judged, 2 * torch.sign(gold[:, None] - gold))
     assert torch.equal(pairwise_rloo(judged).argsort(), gold.argsort())
-    kept, calls = route(S, U, lambda i, j: None)                 # every call failed, and was paid for
+    kept, calls = route(S, U, lambda i, j: None)  # every call failed, and was paid for
     assert calls == 10 and torch.equal(kept, S)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_advantages_sum_to_zero_and_move_with_the_responses(seed):
-    Fs, Us, gold = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs(), rand(4, seed=seed + 19)
+    Fs, Us, gold = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs(), rand(4,
+                                                                                    seed=seed + 19)
     new = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
 
     def advantages(fn, p):
@@ -102,11 +108,12 @@ def test_differences_of_rewards_are_rloo(shift):
 def test_routers_by_their_definitions():
     s, u, wrong = T([.5, -2., .1]), T([1., 3., 2.]), T([False, True, False])
     got = {name: fn(s, u, wrong).argsort(descending=True).tolist() for name, fn in ROUTERS.items()}
-    assert got["uncertainty"] == [1, 2, 0] and got["margin"] == [2, 0, 1] and got["both"] == [2, 0, 1]
+    assert got["uncertainty"] == [1, 2, 0] and got["margin"] == [2, 0, 1] and got["both"] == [2, 0,
+                                                                                              1]
     assert got["oracle"][0] == 1
 
 
-# --- advantages (2505.16265, 2402.14740, 2402.03300) --------------------------------------------------
+# --- advantages (2505.16265, 2402.14740, 2402.03300) ----------------------------------------------
 
 
 @pytest.mark.parametrize("scale, shift", [(1, 0), (5, 0), (1, 3), (.01, -2)])
@@ -121,7 +128,7 @@ def test_differences_of_rewards_are_grpo(scale, shift):
 
 def test_pairwise_grpo_by_hand():
     D = judge_matrix({(0, 1): -2, (0, 2): 1, (1, 2): -3}, 3)
-    assert D.tolist() == [[0, 2, -1], [-2, 0, 3], [1, -3, 0]]            # negative: the first is better
+    assert D.tolist() == [[0, 2, -1], [-2, 0, 3], [1, -3, 0]]        # negative: the first is better
     assert close(pairwise_grpo(D), [.218218, .218218, -.436436])
     assert close((D ** 2).sum() / 12, 1.527525 ** 2, 1e-5)
     cycle = judge_matrix({(0, 1): -2, (1, 2): -2, (0, 2): 2}, 3)
@@ -130,9 +137,10 @@ def test_pairwise_grpo_by_hand():
 
 def test_invalid_verdicts_count_as_nothing():
     D = judge_matrix({(0, 1): None, (0, 2): None, (1, 2): None}, 3)
-    assert close(D, torch.zeros(3, 3)) and close(pairwise_grpo(D), torch.zeros(3))       # and no NaN
+    assert close(D, torch.zeros(3, 3)) and close(pairwise_grpo(D), torch.zeros(3))      # and no NaN
     assert close(judge_matrix({(0, 1): None}, 2, {(0, 1): 40}), torch.zeros(2, 2))
-    assert judge_matrix({(0, 1): 3, (0, 2): None}, 3).tolist() == judge_matrix({(0, 1): 3}, 3).tolist()
+    assert judge_matrix({(0, 1): 3, (0, 2): None}, 3).tolist() == judge_matrix({(0, 1): 3},
+                                                                               3).tolist()
 
 
 def test_the_order_of_display_changes_nothing():
@@ -143,19 +151,22 @@ def test_the_order_of_display_changes_nothing():
 
 
 def test_short_verdicts_weigh_more_and_eps_is_not_harmless():
-    """lengths 1200 800 2000, 1 > 2, 1 > 3, 3 > 2: Σd²/12 = 4.2e-7 is below eps: half the advantages"""
+    """lengths 1200 800 2000, 1 > 2, 1 > 3, 3 > 2: Σd²/12 = 4.2e-7 is below eps: half the
+    advantages"""
     says, length = {(0, 1): -1, (0, 2): -1, (1, 2): 1}, {(0, 1): 1200, (0, 2): 800, (1, 2): 2000}
     D = judge_matrix(says, 3, length)
     assert close(D, [[0, 1 / 1200, 1 / 800], [-1 / 1200, 0, -1 / 2000], [-1 / 800, 1 / 2000, 0]])
     assert close(pairwise_grpo(D), [.583212, -.373256, -.209956], 2e-6)
     assert close(pairwise_grpo(D, eps=0.0), [1.074338, -.687576, -.386762], 2e-6)
-    relative = judge_matrix(says, 3, {k: 3 * n / 4000 for k, n in length.items()})       # over their mean
+    relative = judge_matrix(says, 3,
+                            {k: 3 * n / 4000 for k, n in length.items()})          # over their mean
     assert close(pairwise_grpo(relative), [1.074338, -.687576, -.386762], 1e-5)
 
 
 @pytest.mark.parametrize("rewards, want", [
-    ([3.5, -.25, -24.6, .6], [11.583333, 6.583333, -25.883333, 7.716667]),       # Adv-RM's raw reward, C 25
-    ([3.5, -.25, -3.1, .6], [4.416667, -.583333, -4.383333, .55])])              # and with R1 - T - 3
+    ([3.5, -.25, -24.6, .6], [11.583333, 6.583333, -25.883333,
+                              7.716667]),                                # Adv-RM's raw reward, C 25
+    ([3.5, -.25, -3.1, .6], [4.416667, -.583333, -4.383333, .55])])            # and with R1 - T - 3
 def test_rloo_by_hand(rewards, want):
     assert close(rloo(T([rewards])), [want], 1e-5)
 
@@ -164,30 +175,32 @@ def test_group_norm_by_hand():
     r = T([[1, 1, .5, 0, 0, 0, 1, .5]])
     x = 1.080121
     assert close(group_norm(r), [[x, x, 0, -x, -x, -x, x, 0]], 5e-6)
-    assert group_norm(torch.full((2, 4), 3.0)).abs().max() == 0                  # equal rewards say nothing
-    assert rloo(T([[2.0]])).tolist() == [[0.0]]                                  # one sample has no rival
+    assert group_norm(torch.full((2, 4), 3.0)).abs().max() == 0          # equal rewards say nothing
+    assert rloo(T([[2.0]])).tolist() == [[0.0]]                            # one sample has no rival
     assert close(rloo(r + 3), rloo(r)) and close(rloo(r).sum(1), [0.0])
 
 
-# --- written verdicts ---------------------------------------------------------------------------------
+# --- written verdicts -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, score", [
     ("<answer>-2</answer>", -2), ("thoughts 3 <answer> 1 </answer>", 1),
-    ("<answer>3</answer> no: <answer>-1</answer>", -1),                          # the last block counts
-    ("<answer>2 ... -3</answer>", -3), ("<answer>\nfrom 1\nto 2\n</answer>", 2),         # and its last number
+    ("<answer>3</answer> no: <answer>-1</answer>", -1),                      # the last block counts
+    ("<answer>2 ... -3</answer>", -3),
+    ("<answer>\nfrom 1\nto 2\n</answer>", 2),                                  # and its last number
     ("<answer>+2</answer>", 2), ("<answer>score:-3</answer>", -3),
     ("<answer>2.</answer>", 2), ("<answer>The score is -3.</answer>", -3),       # a full stop
-    ("<answer>so...-3</answer>", -3), ("<answer>2...-3</answer>", -3),           # dots leave the sign alone
+    ("<answer>so...-3</answer>", -3), ("<answer>2...-3</answer>", -3),   # dots leave the sign alone
     ("<answer>0</answer>", None), ("<answer>10</answer>", None), ("<answer>-12</answer>", None),
     ("<answer>4</answer>", None), ("<answer>1.5</answer>", None), ("<answer>0.3</answer>", None),
     ("<answer></answer>", None), ("2", None), ("", None), ("<answer>2", None),
-    ("<answer>2</answer><answer>0</answer>", None)])                             # it says nothing, but counts
+    ("<answer>2</answer><answer>0</answer>", None)])                   # it says nothing, but counts
 def test_verdicts_are_parsed(text, score):
     assert parse_verdict(text) == score
 
 
-@pytest.mark.parametrize("said, exact, sign", [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0), (-2, 0, 0),
+@pytest.mark.parametrize("said, exact, sign",
+                         [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0), (-2, 0, 0),
                                                (None, 0, 0)])
 def test_rule_rewards_for_gold_2(said, exact, sign):
     assert graded(said, 2) == exact and right_sign(said, 2) == sign
@@ -196,8 +209,10 @@ def test_rule_rewards_for_gold_2(said, exact, sign):
 
 
 @pytest.mark.parametrize("text, for_a, for_b", [
-    ("<answer>[[A]]</answer>", 1, -1), ("<answer>[[B]]</answer>", -1, 1), ("[[A]] or [[B]]", -1, -1),
-    ("A", -1, -1), ("", -1, -1), ("[[A]]" + 75 * ".", 1, -1), ("[[A]]" + 76 * ".", -1, -1),      # 80 of them
+    ("<answer>[[A]]</answer>", 1, -1), ("<answer>[[B]]</answer>", -1, 1),
+    ("[[A]] or [[B]]", -1, -1),
+    ("A", -1, -1), ("", -1, -1), ("[[A]]" + 75 * ".", 1, -1),
+    ("[[A]]" + 76 * ".", -1, -1),                                                       # 80 of them
     ("[[B]]" + 80 * "." + "[[A]]", 1, -1)])
 def test_tagged_verdicts(text, for_a, for_b):
     assert tagged(text, "A") == for_a and tagged(text, "B") == for_b
@@ -211,8 +226,10 @@ def test_a_majority_of_independent_judges(m, want):
     assert got == pytest.approx(want)
 
 
-@pytest.mark.parametrize("votes, want", [([1, None, None], 1), ([None, -1], 0), ([1, -1], .5), ([], .5),
-                                         ([None], .5), ([3, -1, -2], 0), ([3, -1], .5)])  # signs count
+@pytest.mark.parametrize("votes, want",
+                         [([1, None, None], 1), ([None, -1], 0), ([1, -1], .5), ([], .5),
+                                         ([None], .5), ([3, -1, -2], 0),
+                                         ([3, -1], .5)])                               # signs count
 def test_votes_that_are_not_cast_and_ties(votes, want):
     assert majority(votes) == want
 
@@ -230,7 +247,7 @@ def test_small_labels_and_the_rubric():
     assert json_rubric(["short"], [1.0]) == rubric
 
 
-# --- ratings and annotators ---------------------------------------------------------------------------
+# --- ratings and annotators -----------------------------------------------------------------------
 
 
 def test_ridge_is_its_closed_form_and_skips_what_has_no_label():
@@ -240,7 +257,8 @@ def test_ridge_is_its_closed_form_and_skips_what_has_no_label():
     for k, rows in ((0, slice(0, None)), (1, slice(4, None))):
         x, y = X[rows], Y[rows, k]
         assert close(W[k], torch.inverse(x.T @ x + alpha * torch.eye(3)) @ x.T @ y, 1e-10)
-        assert close(x.T @ (x @ W[k] - y) + alpha * W[k], torch.zeros(3), 1e-10)         # no gradient is left
+        assert close(x.T @ (x @ W[k] - y) + alpha * W[k], torch.zeros(3),
+                     1e-10)                                                    # no gradient is left
     assert close(ridge(X, X @ W.T, 1e-12), W, 1e-9) and ridge(X, Y, 1e9).abs().max() < 1e-7
     assert close(ridge(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])                    # 2·3 / (4 + 2)
 
@@ -252,26 +270,28 @@ def test_the_grid_of_penalties():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_verbosity_is_taken_out(seed):
-    """Each attribute gets the first penalty of the grid that passes; a correlation of .6 needs about .6"""
+    """Each attribute gets the first penalty of the grid that passes; a correlation of .6 needs
+    about .6"""
     v, noise, other = (rand(500, seed=seed + k) for k in (0, 9, 5))
     R = torch.stack([.6 * v + .8 * noise, v, -v, 3 * v, other - .2 * v], 1)
     got = verbosity_penalties(R, 1)
     left = [spearman(R[:, 0] - x * v, v) for x in PENALTIES]
     at = min(range(len(PENALTIES)), key=lambda i: abs(PENALTIES[i] - got[0].item()))
     assert .4 < PENALTIES[at] < .8 and left[at] <= .03 < min(left[:at])
-    assert got.tolist()[1:] == [1, 0, 1, 0]                      # itself; one-sided; hopeless; negative
+    assert got.tolist()[1:] == [1, 0, 1, 0]  # itself; one-sided; hopeless; negative
     assert verbosity_penalties(R, 1, threshold=1.0).tolist() == [0, 1, 0, 0, 0]
 
 
 def test_annotators_go_to_the_model_that_likes_their_pairs():
-    """log σ is summed: one pair that model 0 gets badly wrong outweighs three that it gets slightly right"""
+    """log σ is summed: one pair that model 0 gets badly wrong outweighs three that it gets slightly
+    right"""
     margins = T([[.1, .1, .1, -9, 2], [0, 0, 0, 0, -2]])
     assert assign(margins, T([0, 0, 0, 0, 1])).tolist() == [1, 0]
     assert assign(margins, T([1, 1, 1, 0, 1])).tolist() == [1, 0]
     assert assign(margins.flip(0), T([0, 0, 0, 0, 1])).tolist() == [0, 1]
 
 
-# --- statistics ---------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 CONF, RIGHT = T([.95, .8, .65, .55, .9, .7]), T([1., 1, 0, 1, 1, 0])
 
@@ -279,8 +299,10 @@ CONF, RIGHT = T([.95, .8, .65, .55, .9, .7]), T([1., 1, 0, 1, 1, 0])
 def test_calibration_by_hand():
     assert ece(CONF, RIGHT) == pytest.approx(.358333, abs=1e-6)
     assert auroc(CONF, RIGHT > 0) == pytest.approx(.75)
-    assert ece(T([.5, 1.0]), T([1., 1])) == pytest.approx(.25) and ece(T([1.0, 1.0]), T([1., 1])) == 0
-    assert ece(torch.full((4,), .75), T([1., 1, 1, 0])) == pytest.approx(0)      # right as often as it says
+    assert ece(T([.5, 1.0]), T([1., 1])) == pytest.approx(.25) and ece(T([1.0, 1.0]),
+                                                                       T([1., 1])) == 0
+    assert ece(torch.full((4,), .75),
+               T([1., 1, 1, 0])) == pytest.approx(0)                     # right as often as it says
 
 
 def test_a_probability_that_is_true_is_calibrated():
@@ -290,7 +312,8 @@ def test_a_probability_that_is_true_is_calibrated():
 
 
 def test_grade_by_hand():
-    """margins log 3, -log 3, 0: p .75 .25 .5; conf .75 .75 .5, right 1 0 0; Brier (.0625 + .5625 + .25)/3"""
+    """margins log 3, -log 3, 0: p .75 .25 .5; conf .75 .75 .5, right 1 0 0; Brier (.0625 + .5625 +
+    .25)/3"""
     win, lose = T([math.log(3), 0, 1]), T([0, math.log(3), 1])
     row, conf, right = grade(win, lose)
     assert close(conf, [.75, .75, .5]) and right.tolist() == [1, 0, 0]
@@ -301,11 +324,13 @@ def test_grade_by_hand():
 
 def test_auroc_against_every_pair():
     score, positive = rand(40).round(decimals=1), rand(40, seed=1) > .3          # with ties
-    pairs = [(a > b).float() + .5 * (a == b).float() for a in score[positive] for b in score[~positive]]
+    pairs = [(a > b).float() + .5 * (a == b).float() for a in score[positive]
+             for b in score[~positive]]
     assert auroc(score, positive) == pytest.approx(sum(pairs).item() / len(pairs))
-    assert auroc(score.exp(), positive) == pytest.approx(auroc(score, positive))     # only the order counts
+    assert auroc(score.exp(),
+                 positive) == pytest.approx(auroc(score, positive))          # only the order counts
     assert auroc(-score, positive) == pytest.approx(1 - auroc(score, positive))
-    assert auroc(score, score > -99) == auroc(score, score > 99) == .5           # a class is missing
+    assert auroc(score, score > -99) == auroc(score, score > 99) == .5          # a class is missing
 
 
 def test_ranks_and_spearman_by_hand():
@@ -318,14 +343,15 @@ def test_ranks_and_spearman_by_hand():
     assert spearman(x, torch.ones(30)) == 0
 
 
-# --- best of n and over-optimisation (2210.10760, 2310.02743) -----------------------------------------
+# --- best of n and over-optimisation (2210.10760, 2310.02743) -------------------------------------
 
-PROXY, GOLD = T([[.5, .1, 1.4, .9]]), T([[2., 1, 3, 4]])         # by proxy: (.1 .5 .9 1.4), gold (1 2 4 3)
+PROXY, GOLD = T([[.5, .1, 1.4, .9]]), T([[2., 1, 3, 4]])  # by proxy: (.1 .5 .9 1.4), gold (1 2 4 3)
 
 
 def test_best_of_n_by_hand():
     """N 4, n 2: weights 0 1/6 1/3 1/2"""
-    assert close(best_of_n(PROXY, GOLD, 2), [3.166667]) and close(best_of_n(PROXY, PROXY, 2), [1.083333])
+    assert close(best_of_n(PROXY, GOLD, 2), [3.166667]) and close(best_of_n(PROXY, PROXY, 2),
+                                                                  [1.083333])
     weights = torch.cat([best_of_n(PROXY, torch.eye(4)[i:i + 1], 2) for i in (1, 0, 3, 2)])
     assert close(weights, [0, 1 / 6, 1 / 3, 1 / 2])
 
@@ -342,11 +368,14 @@ def test_limits_of_best_of_n():
     proxy, gold = rand(5, 512), rand(5, 512, seed=1)
     assert close(best_of_n(proxy, gold, 1), gold.mean(1))
     assert close(best_of_n(proxy, gold, 512), gold.gather(1, proxy.argmax(1, keepdim=True))[:, 0])
-    curve = torch.stack([best_of_n(proxy, proxy, 2 ** k) for k in range(10)])    # the proxy itself only rises
-    assert (curve.diff(dim=0) > 0).all() and close(best_of_n(proxy, torch.ones(5, 512), 64), torch.ones(5))
+    curve = torch.stack([best_of_n(proxy, proxy, 2 ** k)
+                         for k in range(10)])                          # the proxy itself only rises
+    assert (curve.diff(dim=0) > 0).all() and close(best_of_n(proxy, torch.ones(5, 512), 64),
+                                                   torch.ones(5))
 
 
-@pytest.mark.parametrize("n, kl", [(1, 0), (2, .193147), (4, .636294), (16, 1.835089), (64, 3.174508),
+@pytest.mark.parametrize("n, kl",
+                         [(1, 0), (2, .193147), (4, .636294), (16, 1.835089), (64, 3.174508),
                                    (256, 4.549084), (1024, 5.932448), (12500, 8.433564)])
 def test_the_kl_of_best_of_n(n, kl):
     assert bon_kl(n) == pytest.approx(kl, abs=1e-6)
@@ -357,7 +386,8 @@ def test_the_kl_of_best_of_n_is_a_bound_where_there_are_ties():
     F = p.cumsum(0)
     q = F ** 4 - torch.cat([T([0.0]), F[:-1]]) ** 4
     kl = (q * (q / p).log()).sum().item()
-    assert close(q, [.0625, .3471, .5904]) and kl == pytest.approx(.559751, abs=1e-6) and kl < bon_kl(4)
+    assert close(q, [.0625, .3471, .5904]) and kl == pytest.approx(.559751,
+                                                                   abs=1e-6) and kl < bon_kl(4)
 
 
 @pytest.mark.parametrize("kind, a, b, gold, peak, height", [
@@ -367,7 +397,8 @@ def test_the_forms_of_overoptimisation(kind, a, b, gold, peak, height):
     d = torch.linspace(.2, 6, 40)
     assert gao_fit(d, gold(d), kind) == pytest.approx((a, b), abs=1e-4)
     noisy = torch.cat([T([.01, .1]), d])                         # d < .2 is left out
-    assert gao_fit(noisy, torch.cat([T([99., -99]), gold(d)]), kind) == pytest.approx((a, b), abs=1e-4)
+    assert gao_fit(noisy, torch.cat([T([99., -99]), gold(d)]), kind) == pytest.approx((a, b),
+                                                                                      abs=1e-4)
     assert peak == pytest.approx(a / (2 * b) if kind == "bon" else math.exp(a / b - 1))
     at = T(float(peak), requires_grad=True)
     slope, = torch.autograd.grad(gold(at), at)
@@ -384,16 +415,18 @@ def test_a_pushed_policy_by_hand():
     """smoothed over two steps: gold 1 1.5 2.5 2.5 1.5, KL 0 .5 1.5 2.5 3.5"""
     got = pushed(log_of([1, 2, 3, 2, 1], [0, 1, 2, 3, 4]), window=2)
     want = dict(peak=2.5, final=1.5, collapse=4, kl_end=3.5)
-    assert got == pytest.approx(want | {f"gold@{k}": g for k, g in ((.5, 1.5), (1, 2.5), (2, 2.5), (4, 1.5),
+    assert got == pytest.approx(want | {f"gold@{k}": g
+                                        for k, g in ((.5, 1.5), (1, 2.5), (2, 2.5), (4, 1.5),
                                                                     (8, 1.5))})
 
 
 def test_a_policy_that_never_falls_has_not_collapsed():
     got = pushed(log_of(range(10), range(10)))
     assert got["collapse"] == 10 and got["peak"] == got["final"] == 7
-    assert pushed(log_of([1, .95, .92], [0, 0, 0]), window=1)["collapse"] == 3   # less than 10 % is no fall
+    assert pushed(log_of([1, .95, .92], [0, 0, 0]),
+                  window=1)["collapse"] == 3                             # less than 10 % is no fall
     assert pushed(log_of([1, .95, .89], [0, 0, 0]), window=1)["collapse"] == 2
-    assert pushed(log_of([-1, -1.05, -1.2], [0, 0, 0]), window=1)["collapse"] == 2       # below 0, too
+    assert pushed(log_of([-1, -1.05, -1.2], [0, 0, 0]), window=1)["collapse"] == 2    # below 0, too
 
 
 def test_verdict_rates_by_hand():
@@ -402,7 +435,7 @@ def test_verdict_rates_by_hand():
     assert got == {"": 0.75, "_vote": 0.75, "_greedy": 0.5, "_graded": 0.25}
 
 
-# --- routing (2510.20369) -----------------------------------------------------------------------------
+# --- routing (2510.20369) -------------------------------------------------------------------------
 
 
 def test_a_routing_table_has_a_line_for_each_router():
@@ -439,7 +472,7 @@ def test_nothing_routes_better_than_the_oracle(seed):
         assert oracle[f"accuracy@{q}"] == chance[f"accuracy@{q}"] == pytest.approx(who.mean().item())
 
 
-# --- attacks and the evaluation -----------------------------------------------------------------------
+# --- attacks and the evaluation -------------------------------------------------------------------
 
 
 def test_the_null_attack_finds_the_best_constant():
@@ -477,7 +510,8 @@ def demonstrators(problems, n, seed):
 
 def gold_reward(rows):
     """The world's own gold as a reward of (prompt ids, response ids)."""
-    return T([WORLD.reward(dict(prompt=TOK.decode(x)), TOK.decode(y), y[-1:] == [TOK.eos]) for x, y in rows])
+    return T([WORLD.reward(dict(prompt=TOK.decode(x)), TOK.decode(y), y[-1:] == [TOK.eos])
+              for x, y in rows])
 
 
 def length_reward(rows):
@@ -506,16 +540,19 @@ def test_a_reward_for_length_is_seen_through(split):
 
 
 def test_a_constant_reward_tells_nothing():
-    numbers, _ = study(lambda rows: 0 * length_reward(rows), demonstrators, WORLD, TOK, "val", 0, prompts=2,
+    numbers, _ = study(lambda rows: 0
+                       * length_reward(rows), demonstrators, WORLD, TOK, "val", 0, prompts=2,
                        n=32)
     assert numbers["spearman"] == numbers["length_spearman"] == 0
     assert all(math.isfinite(v) for v in numbers.values())
 
 
 def test_attacks_on_rewards_that_can_be_hacked():
-    """One counts the letter a, and a constant beats everything; one counts tokens, and padding pays"""
+    """One counts the letter a, and a constant beats everything; one counts tokens, and padding
+    pays"""
     there = demonstrators, WORLD, TOK, 0
-    out, text = attacks(lambda rows: T([float(y.count(A)) for _, y in rows]), *there, search=4, test=64)
+    out, text = attacks(lambda rows: T([float(y.count(A))
+                                        for _, y in rows]), *there, search=4, test=64)
     assert out["null_wins"] > .95 and text.count("a") > 8 and out["null_wins_gold"] < .5
     long, _ = attacks(length_reward, *there, search=2, test=64)
     assert long["padding_wins"] == 1 and long["padding_wins_gold"] < .5
@@ -526,8 +563,10 @@ def test_attacks_on_rewards_that_can_be_hacked():
 
 @pytest.mark.parametrize("splits", [(), ("val", "ood")])
 def test_the_picture(splits, tmp_path):
-    curves = {s: [dict(kl=bon_kl(n), proxy=.1 * n, gold=-.1 * n) for n in (1, 2, 4)] for s in splits}
-    draw_evaluation(tmp_path / "eval.png", CONF, RIGHT, [("val", .7), ("val small gap", .6)], curves)
+    curves = {s: [dict(kl=bon_kl(n), proxy=.1 * n, gold=-.1 * n) for n in (1, 2, 4)]
+              for s in splits}
+    draw_evaluation(tmp_path / "eval.png", CONF, RIGHT, [("val", .7), ("val small gap", .6)],
+                    curves)
     assert (tmp_path / "eval.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -536,7 +575,8 @@ def test_the_evaluation_says_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "attacks", lambda *a: attacks(*a, search=2, test=8))
     sets = {s: encode_pairs(WORLD.pairs(40, split=s), TOK, 64) for s in ("val", "ood")}
     said = []
-    out = evaluate(gold_reward, demonstrators, WORLD, TOK, sets, 0, said.append, tmp_path / "eval.png")
+    out = evaluate(gold_reward, demonstrators, WORLD, TOK, sets, 0, said.append,
+                   tmp_path / "eval.png")
     assert out["val_accuracy"] == out["ood_accuracy"] == out["val_small_gap_accuracy"] == 1
     assert out["ood_spearman"] == pytest.approx(1) and (tmp_path / "eval.png").exists()
     assert {"null_wins", "padding_wins", "val_bon8_gold", "ood_bon32_gold", "val_ece"} <= out.keys()
@@ -547,7 +587,9 @@ def test_pairs_of_a_file_are_evaluated_without_a_world(tmp_path):
     rows = [dict(prompt=CIRCLE[i], chosen="aaa", rejected="b" * (i + 1)) for i in range(8)]
     sets, path = dict(val=encode_pairs(rows, TOK, 64)), tmp_path / "eval.png"
     out = evaluate(length_reward, None, None, TOK, sets, 0, lambda line: None, path)
-    assert out["val_accuracy"] == pytest.approx(2.5 / 8) and out["val_longer_is_worse_accuracy"] == 0
+    assert out["val_accuracy"] == pytest.approx(2.5
+                                                / 8) and out["val_longer_is_worse_accuracy"] == 0
     assert out["val_shorter_is_worse_accuracy"] == 1 and "val_spearman" not in out and path.exists()
-    flat = evaluate(lambda rows: 0 * length_reward(rows), None, None, TOK, sets, 0, lambda line: None, path)
+    flat = evaluate(lambda rows: 0
+                    * length_reward(rows), None, None, TOK, sets, 0, lambda line: None, path)
     assert flat["val_accuracy"] == .5

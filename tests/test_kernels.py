@@ -1,5 +1,6 @@
-"""The head's kernels equal their twins, in value and gradient under a random upstream gradient, on both fast
-paths; the compiler for an H100 takes every kernel; a model's loss and gradients are the same on all paths."""
+"""The head's kernels equal their twins, in value and gradient under a random upstream gradient, on
+both fast paths; the compiler for an H100 takes every kernel; a model's loss and gradients are the
+same on all paths."""
 import math
 import os
 import re
@@ -15,7 +16,8 @@ import kernels
 from data.tokenizer import bytes_tokenizer
 from model import generate, init, preset, token_logprobs
 
-PATHS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
+PATHS = ["cpu", pytest.param("triton",
+                             marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -37,7 +39,8 @@ def rand(*shape, seed=0, scale=1.0, dtype=torch.float32, device="cpu"):
 
 
 def agree(ours, twin, dtype=torch.float32):
-    """Element by element in float32; in bfloat16 to 2 % of the twin's norm, where the twin ran in float32."""
+    """Element by element in float32; in bfloat16 to 2 % of the twin's norm, where the twin ran in
+    float32."""
     assert ours.isfinite().all() and ours.shape == twin.shape
     if dtype == torch.float32:
         scale = twin.abs().max().item() if twin.numel() else 1.0
@@ -47,12 +50,14 @@ def agree(ours, twin, dtype=torch.float32):
 
 
 def same(ours, twin, inputs, dtype=torch.float32):
-    """Two functions of `inputs` agree, and so do their gradients under one random upstream gradient."""
+    """Two functions of `inputs` agree, and so do their gradients under one random upstream
+    gradient."""
     results, exact = [], [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
     for fn, xs in ((ours, inputs), (twin, exact)):
         out = fn(*xs)
         out = out if isinstance(out, tuple) else (out,)
-        ups = [rand(*x.shape, seed=9 + i, device=x.device).detach().to(x.dtype) for i, x in enumerate(out)]
+        ups = [rand(*x.shape, seed=9 + i, device=x.device).detach().to(x.dtype)
+               for i, x in enumerate(out)]
         results.append((*out, *torch.autograd.grad(out, [x for x in xs if x.requires_grad], ups)))
     for a, b in zip(*results):
         agree(a, b, dtype)
@@ -72,7 +77,7 @@ def head(shape, dtype, path, scale=1.0):
             rand(V, D, seed=1, scale=scale, dtype=dtype, device=where(path)), targets)
 
 
-# --- log-probabilities --------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,11 +92,12 @@ def test_linear_logprob(path, shape, dtype, temperature):
 
 
 def extreme(N, D, V, dtype, device, seed=3):
-    """h [N, D], W [V, D] whose logits are multiples of 64 up to 1e4: exact in bfloat16, so ties stay ties."""
+    """h [N, D], W [V, D] whose logits are multiples of 64 up to 1e4: exact in bfloat16, so ties
+    stay ties."""
     g = torch.Generator().manual_seed(seed)
     h = torch.randint(-1, 2, (N, D), generator=g).float()
     W = 64 * torch.randint(-6, 7, (V, D), generator=g).float()
-    h[0], W[0], W[1] = 1, 64 * 160 / D, -64 * 160 / D                                    # logits of ±10,240
+    h[0], W[0], W[1] = 1, 64 * 160 / D, -64 * 160 / D                            # logits of ±10,240
     return (x.to(device, dtype).requires_grad_() for x in (h, W))
 
 
@@ -105,10 +111,13 @@ def test_logits_of_ten_thousand(path, dtype):
 
 
 def test_one_gradient_by_hand():
-    """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  dH/dz by the formula"""
-    h, W = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
+    """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  dH/dz by the
+    formula"""
+    h, W = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3)]],
+                                                              requires_grad=True)
     logp, H = kernels.linear_logprob(h, W, torch.tensor([0]), entropy=True)
-    assert logp.item() == pytest.approx(-1.386294, abs=1e-6) and H.item() == pytest.approx(0.562335, abs=1e-6)
+    assert logp.item() == pytest.approx(-1.386294,
+                                        abs=1e-6) and H.item() == pytest.approx(0.562335, abs=1e-6)
     dz = torch.autograd.grad(logp, W, retain_graph=True)[0].flatten()
     assert dz.tolist() == pytest.approx([0.75, -0.75])
     dH = [-p * (math.log(p) + H.item()) for p in (0.25, 0.75)]
@@ -120,7 +129,8 @@ def test_gradcheck_logprob(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1)
     h, W = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(((7, 4), (11, 4))))
     y = torch.arange(7)
-    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_logprob(h, W, y, 0.8, entropy=True), (h, W))
+    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_logprob(h, W, y, 0.8,
+                                                                        entropy=True), (h, W))
     assert torch.autograd.gradcheck(lambda h: kernels.linear_logprob(h, W.detach(), y, 0.8), (h,))
 
 
@@ -133,7 +143,8 @@ def small_chunks(monkeypatch):
 
 def test_chunks_change_nothing(path, small_chunks):
     h, W, y = head("odd", torch.float32, path)
-    t, U = rand(37, 10, seed=5, device=h.device).detach(), rand(131, 10, seed=6, device=h.device).detach()
+    t, U = rand(37, 10, seed=5, device=h.device).detach(), rand(131, 10, seed=6,
+                                                                device=h.device).detach()
     assert len(kernels.slices(37, 131, path)) > 4
     same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9, entropy=True),
          lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9, entropy=True), (h, W))
@@ -175,14 +186,18 @@ def test_autocast_with_master_weights(path, fn, small_chunks):
 
 
 def test_views_of_any_stride(path):
-    """hidden states, heads, targets and a teacher that are columns or transposes of something larger"""
+    """hidden states, heads, targets and a teacher that are columns or transposes of something
+    larger"""
     def view(*shape, seed):
         return rand(shape[1], 2 * shape[0], seed=seed, device=where(path)).detach()[:, ::2].T
 
-    h, W, t, U = (view(*s, seed=i) for i, s in enumerate(((37, 24), (131, 24), (37, 10), (131, 10))))
+    h, W, t, U = (view(*s, seed=i)
+                  for i, s in enumerate(((37, 24), (131, 24), (37, 10), (131, 10))))
     y, up = torch.arange(74, device=h.device).view(37, 2)[:, 1], view(37, 1, seed=7)[:, 0]
     assert not any(x.is_contiguous() for x in (h, W, t, U, y, up))
-    pairs = ((lambda h, W: kernels.linear_logprob(h, W, y), lambda h, W: kernels.linear_logprob_ref(h, W, y)),
+    pairs = ((lambda h, W: kernels.linear_logprob(h, W,
+                                                  y),
+              lambda h, W: kernels.linear_logprob_ref(h, W, y)),
              (lambda h, W: kernels.linear_distill(h, W, t, U),
               lambda h, W: kernels.linear_distill_ref(h, W, t, U)))
     for ours, twin in pairs:
@@ -218,20 +233,23 @@ def test_no_rows(path):
     same(lambda h, W: kernels.linear_distill(h, W, t, U),
          lambda h, W: kernels.linear_distill_ref(h, W, t, U), (h, W))
 
-# --- distillation -------------------------------------------------------------------------------------
+# --- distillation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("divergence, options", [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}),
+@pytest.mark.parametrize("divergence, options",
+                         [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}),
                                                  ("jsd", dict(beta=0.1))])
 def test_linear_distill(path, shape, divergence, options, dtype):
     h, W, _ = head(shape, dtype, path, 0.3)
     t, U = rand(len(h), 10, seed=5, dtype=dtype, device=h.device).detach(), rand(
         len(W), 10, seed=6, scale=0.4, dtype=dtype, device=h.device).detach()
     for temperature in (1.0, 2.0):
-        same(lambda h, W, t, U: kernels.linear_distill(h, W, t, U, divergence, temperature, **options),
-             lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, divergence, temperature, **options),
+        same(lambda h, W, t, U: kernels.linear_distill(h, W, t, U, divergence, temperature,
+                                                       **options),
+             lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, divergence, temperature,
+                                                           **options),
              (h, W, t, U), dtype)
 
 
@@ -243,7 +261,8 @@ def test_distill_with_logits_of_ten_thousand(path, divergence):
 
 
 def divergence_of(p, q, name, **options):
-    """The divergence of two distributions given as lists, through heads whose logits are their logs."""
+    """The divergence of two distributions given as lists, through heads whose logits are their
+    logs."""
     one, W, U = torch.ones(1, 1), torch.tensor(q).log()[:, None], torch.tensor(p).log()[:, None]
     return kernels.linear_distill(one, W, one, U, name, **options).item()
 
@@ -268,7 +287,8 @@ def test_gradcheck_distill(divergence, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1)
     shapes = (7, 4), (11, 4), (7, 3), (11, 3)
     h, W, t, U = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(shapes))
-    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence, 1.5), (h, W))
+    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence,
+                                                                        1.5), (h, W))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -291,7 +311,7 @@ def test_words_that_a_teacher_forbids():
     assert kernels.reverse_kl(logq, logp).item() == math.inf
 
 
-# --- all of them together -----------------------------------------------------------------------------
+# --- all of them together -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
@@ -346,7 +366,8 @@ def test_gradient_checkpointing(path):
 
 
 def peak_of(side, N, D, V):
-    """MB that a head's log-probs, forward and backward, add to the resident set of a process of their own."""
+    """MB that a head's log-probs, forward and backward, add to the resident set of a process of
+    their own."""
     child = f"""
 import re, torch, kernels
 def resident(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
@@ -368,11 +389,14 @@ def test_memory_is_a_fifth_of_the_plain_version_s():
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton")
 def test_the_compiler_for_an_h100_takes_every_kernel():
-    """what the interpreter cannot tell: spilled registers, too much shared memory, no tensor cores"""
-    run = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py", "bfloat16"], capture_output=True,
+    """what the interpreter cannot tell: spilled registers, too much shared memory, no tensor
+    cores"""
+    run = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py", "bfloat16"],
+                         capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr
-    kinds = {line.split()[0]: line.split()[-1] for line in run.stdout.splitlines() if "registers" in line}
+    kinds = {line.split()[0]: line.split()[-1] for line in run.stdout.splitlines()
+             if "registers" in line}
     names = set(re.findall(r"@jit\ndef (\w+)", (ROOT / "kernels.py").read_text()))
     helpers = {"logits_tile", "distill_tile", "weight_tile", "load_code", "plane_dot", "store_tile"}
     assert set(kinds) == names - helpers

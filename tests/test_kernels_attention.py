@@ -20,7 +20,8 @@ def path(request, monkeypatch):
 
 
 def cache(B, K, G, S, hd, dtype=torch.float32, device="cpu", seed=0):
-    """q, and views k, v of a larger cache whose other slots and rows are huge; lengths from 1 to S."""
+    """q, and views k, v of a larger cache whose other slots and rows are huge; lengths from 1 to
+    S."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(B, K * G, hd, generator=g)
     big = torch.full((2, B + 2, K, S + 5, hd), 1e4)
@@ -35,7 +36,8 @@ def cache(B, K, G, S, hd, dtype=torch.float32, device="cpu", seed=0):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOL)
 @pytest.mark.parametrize("B, K, G, S, hd",
-                         [(3, 2, 3, 70, 16), (2, 1, 1, 200, 8), (1, 2, 2, 1, 32), (2, 1, 20, 19, 40)])
+                         [(3, 2, 3, 70, 16), (2, 1, 1, 200, 8), (1, 2, 2, 1, 32),
+                          (2, 1, 20, 19, 40)])
 def test_decode_attention_is_the_definition(B, K, G, S, hd, dtype, device, path):
     q, k, v, length = cache(B, K, G, S, hd, dtype, device)
     want = decode_attention_ref(q.double(), k.double(), v.double(), length)
@@ -49,7 +51,8 @@ def test_any_number_of_splits_gives_the_same(programs, monkeypatch):
     monkeypatch.setattr(kernels, "route", lambda x: "triton")
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     q, k, v, length = cache(2, 1, 2, 300, 16)
-    assert torch.allclose(decode_attention(q, k, v, length), decode_attention_ref(q, k, v, length), atol=2e-6)
+    assert torch.allclose(decode_attention(q, k, v, length), decode_attention_ref(q, k, v, length),
+                          atol=2e-6)
 
 
 def test_the_definition_is_softmax_attention():
@@ -62,7 +65,8 @@ def test_the_definition_is_softmax_attention():
 
 
 def test_decode_attention_by_hand(path):
-    """Scores (2, 0) / sqrt(4) = (1, 0): weights e / (e + 1), 1 / (e + 1); a third slot beyond the length."""
+    """Scores (2, 0) / sqrt(4) = (1, 0): weights e / (e + 1), 1 / (e + 1); a third slot beyond the
+    length."""
     q, k = torch.tensor([[[2.0, 0, 0, 0]]]), torch.zeros(1, 1, 3, 4)
     k[0, 0, 0, 0], v = 1.0, torch.tensor([[[[1.0] * 4, [0.0] * 4, [7.0] * 4]]])
     got = decode_attention(q, k, v, torch.tensor([2]))
@@ -85,11 +89,13 @@ def test_extreme_scores_pick_the_largest(dtype, path):
 
 
 def test_equal_and_unequal_lengths_agree(path):
-    """The CPU path drops its mask where every row is full: the same numbers as in a longer cache."""
+    """The CPU path drops its mask where every row is full: the same numbers as in a longer
+    cache."""
     q, k, v, _ = cache(3, 2, 2, 40, 16)
     full = torch.full((3,), 25)
     a = decode_attention(q, k, v, full)
-    assert torch.allclose(a[:2], decode_attention(q, k, v, torch.tensor([25, 25, 40]))[:2], atol=1e-6)
+    assert torch.allclose(a[:2], decode_attention(q, k, v, torch.tensor([25, 25, 40]))[:2],
+                          atol=1e-6)
 
 
 def test_strides_that_differ_are_copied(path):
@@ -106,7 +112,8 @@ def test_autocast_does_not_round_float32(path):
 
 
 def test_views_of_any_stride(path):
-    """a cache whose last axis is not dense, k and v laid out differently, lengths that are a column"""
+    """a cache whose last axis is not dense, k and v laid out differently, lengths that are a
+    column"""
     q, k, v, length = cache(3, 2, 2, 40, 16)
     want = decode_attention_ref(q, k, v, length)
     lengths = torch.stack([length, length], 1)[:, 0]

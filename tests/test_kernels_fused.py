@@ -1,4 +1,5 @@
-"""RMSNorm, rotary embedding, SwiGLU, Newton-Schulz: kernels against their twins, and hand-worked values."""
+"""RMSNorm, rotary embedding, SwiGLU, Newton-Schulz: kernels against their twins, and hand-worked
+values."""
 import pytest
 import torch
 from torch.nn.functional import rms_norm as torch_rms_norm
@@ -7,7 +8,8 @@ import kernels
 from kernels import newton_schulz, newton_schulz_ref, rms_norm, rms_norm_ref, rope, rope_ref
 from kernels import swiglu, swiglu_ref, xxt, xxt_ref
 
-PATHS = ["cpu", pytest.param("triton", marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
+PATHS = ["cpu", pytest.param("triton",
+                             marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -16,7 +18,8 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def path(request):
     """Both fast paths, the CPU's and Triton's (interpreted where there is no GPU)."""
     kernels.use("triton" if request.param == "triton" else "auto")
-    torch.set_default_device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
+    torch.set_default_device("cuda" if request.param == "triton" and torch.cuda.is_available()
+                             else "cpu")
     yield request.param
     torch.set_default_device("cpu")
     kernels.use("auto")
@@ -35,11 +38,13 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def close(a, b, tolerance):
-    """Same shape, dtype and, relative to the larger of the entry and the tensor's mean size, value."""
+    """Same shape, dtype and, relative to the larger of the entry and the tensor's mean size,
+    value."""
     assert a.shape == b.shape and a.dtype == b.dtype
     a, b = a.double(), b.double()
     size = b.abs() + (b.abs().mean() if b.numel() else 0) + 1e-30
-    assert torch.isfinite(a).all() and ((a - b).abs() <= tolerance * size).all(), ((a - b).abs() / size).max()
+    assert torch.isfinite(a).all() and ((a - b).abs() <= tolerance * size).all(), ((a - b).abs()
+                                                                                   / size).max()
 
 
 def agree(f, ref, inputs, tolerance, upstream=lambda y: randn(*y.shape, seed=9, dtype=y.dtype)):
@@ -53,14 +58,16 @@ def agree(f, ref, inputs, tolerance, upstream=lambda y: randn(*y.shape, seed=9, 
         close(mine, twin, tolerance)
 
 
-# --- RMSNorm ------------------------------------------------------------------------------------------
+# --- RMSNorm --------------------------------------------------------------------------------------
 
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(5, 7), (1, 33), (3, 11, 32), (2, 1025)])
 def test_rms_norm_agrees(path, dtype, shape):
     x, w = randn(*shape, dtype=dtype), 1 + 0.3 * randn(shape[-1], seed=1, dtype=dtype)
-    agree(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6), (x, w), TOLERANCE[dtype])
+    agree(lambda x, w: rms_norm(x, w,
+                                1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6), (x,
+                                                                               w), TOLERANCE[dtype])
 
 
 def test_rms_norm_sums_dweight_over_programs_that_loop(path, monkeypatch):
@@ -82,7 +89,7 @@ def test_rms_norm_is_torchs(path, dtype):
 
 
 def test_rms_norm_by_hand(path):
-    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])           # mean square 12.5: 3 / 3.535534, 4 / 3.535534
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])  # mean square 12.5: 3 / 3.535534, 4 / 3.535534
     want = torch.tensor([[0.8485281, 2.2627417], [0.0, 0.0]])
     torch.testing.assert_close(rms_norm(x, torch.tensor([1.0, 2.0]), 1e-12), want)
 
@@ -90,7 +97,8 @@ def test_rms_norm_by_hand(path):
 def test_rms_norm_ignores_scale_and_survives_it(path):
     x, w = randn(4, 40), randn(40, seed=1)
     close(rms_norm(x * 1e4, w, 1e-6), rms_norm(x, w, 1e-12), 1e-5)
-    agree(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6), (x * 1e4, w * 1e4), 1e-4)
+    agree(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_ref(x, w, 1e-6), (x * 1e4,
+                                                                                     w * 1e4), 1e-4)
 
 
 def test_rms_norm_of_a_transposed_view_and_an_expanded_gradient(path):
@@ -102,10 +110,10 @@ def test_rms_norm_of_a_transposed_view_and_an_expanded_gradient(path):
 def test_rms_norm_gradient_is_orthogonal_to_its_input_where_weights_are_one(path):
     x = randn(6, 48).requires_grad_()
     g, = torch.autograd.grad(rms_norm(x, torch.ones(48), 1e-12), x, randn(6, 48, seed=3))
-    assert (g * x).sum(-1).abs().max() < 1e-4            # the output does not change with the input's length
+    assert (g * x).sum(-1).abs().max() < 1e-4  # the output does not change with the input's length
 
 
-# --- rotary embedding ---------------------------------------------------------------------------------
+# --- rotary embedding -----------------------------------------------------------------------------
 
 
 def angles(*shape):
@@ -121,13 +129,14 @@ def angles(*shape):
 def test_rope_agrees(path, dtype, B, H, T, hd, own_positions, layout):
     x = {"BTH": lambda: randn(B, T, H, hd, dtype=dtype).transpose(1, 2),
          "BHT": lambda: randn(B, H, T, hd, dtype=dtype),
-         "sliced": lambda: randn(B, T, 2 * H, hd, dtype=dtype)[:, :, 1:H + 1].transpose(1, 2)}[layout]()
+         "sliced": lambda: randn(B, T, 2 * H, hd, dtype=dtype)[:, :,
+                                                               1:H + 1].transpose(1, 2)}[layout]()
     cos, sin = angles(B, 1, T, hd // 2) if own_positions else angles(T, hd // 2)
     agree(lambda x: rope(x, cos, sin), lambda x: rope_ref(x, cos, sin), [x], TOLERANCE[dtype])
 
 
 def test_rope_by_hand(path):
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)      # pairs (1, 3) by 90°, (2, 4) by 180°
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)  # pairs (1, 3) by 90°, (2, 4) by 180°
     y = rope(x.requires_grad_(), torch.tensor([[0.0, -1.0]]), torch.tensor([[1.0, 0.0]])).detach()
     torch.testing.assert_close(y.flatten(), torch.tensor([-3.0, -2.0, 1.0, -4.0]))
 
@@ -148,7 +157,7 @@ def test_rope_gradient_that_is_strided_or_extreme(path):
     agree(f, ref, [x], 1e-5, lambda y: randn(2, 3, 8, 4, seed=4).mT)
 
 
-# --- SwiGLU -------------------------------------------------------------------------------------------
+# --- SwiGLU ---------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -159,10 +168,12 @@ def test_swiglu_agrees(path, dtype, shape):
 
 
 def test_swiglu_by_hand(path):
-    gate, up = torch.tensor([0.0, 1.0, -2.0]).requires_grad_(), torch.tensor([5.0, 2.0, 3.0]).requires_grad_()
+    gate, up = torch.tensor([0.0, 1.0, -2.0]).requires_grad_(), torch.tensor([5.0, 2.0,
+                                                                              3.0]).requires_grad_()
     y = swiglu(gate, up)
     torch.testing.assert_close(y, torch.tensor([0.0, 1.4621172, -0.7152175]))
-    dgate, dup = torch.autograd.grad(y, (gate, up), torch.ones(3))       # silu'(0) = 1/2, silu'(1) = 0.92767
+    dgate, dup = torch.autograd.grad(y, (gate, up),
+                                     torch.ones(3))             # silu'(0) = 1/2, silu'(1) = 0.92767
     torch.testing.assert_close(dgate, torch.tensor([2.5, 1.8553409, -0.2723523]))
     torch.testing.assert_close(dup, torch.tensor([0.0, 0.7310586, -0.2384058]))
 
@@ -181,7 +192,7 @@ def test_swiglu_keeps_two_tensors_only(path):
     assert len(kept) == 2
 
 
-# --- all three ----------------------------------------------------------------------------------------
+# --- all three ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8)])
@@ -202,7 +213,8 @@ def test_gradients_by_finite_differences():
 
 
 def test_autocast_leaves_the_gradients_statistics_in_float32(path):
-    x, w, g = randn(64, 96).requires_grad_(), randn(96, seed=1).requires_grad_(), randn(64, 96, seed=2)
+    x, w, g = randn(64, 96).requires_grad_(), randn(96, seed=1).requires_grad_(), randn(64, 96,
+                                                                                        seed=2)
     want = torch.autograd.grad(rms_norm_ref(x, w, 1e-6), (x, w), g)
     with torch.autocast(x.device.type, torch.bfloat16):
         got = torch.autograd.grad(rms_norm(x, w, 1e-6), (x, w), g)
@@ -218,7 +230,7 @@ def test_inference_gives_the_same(path):
         close(y, f(), 1e-6)
 
 
-# --- Newton-Schulz ------------------------------------------------------------------------------------
+# --- Newton-Schulz --------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -249,7 +261,8 @@ def test_xxt_of_a_transposed_view(path):
 
 
 def test_newton_schulz_by_hand(exact):
-    square, tall = torch.tensor([[1.0, -2], [3, 4]]), torch.tensor([[0.1, -0.2], [0.3, 0.4], [-0.2, 0.1]])
+    square, tall = torch.tensor([[1.0, -2], [3, 4]]), torch.tensor([[0.1, -0.2], [0.3, 0.4],
+                                                                    [-0.2, 0.1]])
     for X, want in ((square, [[0.788576, -0.687614], [0.586652, 0.485690]]),
                     (tall, [[0.309141, -0.436301], [0.544305, 0.681043], [-0.503347, 0.275618]])):
         torch.testing.assert_close(newton_schulz(X), torch.tensor(want), rtol=0, atol=3e-6)
@@ -259,7 +272,7 @@ def test_newton_schulz_by_hand(exact):
 
 
 def test_newton_schulz_maps_each_singular_value_by_the_polynomial(exact):
-    s = torch.tensor([1.0, 0.5, 0.1, 0.01, 0.001])       # of the matrix once it is divided by its norm
+    s = torch.tensor([1.0, 0.5, 0.1, 0.01, 0.001])  # of the matrix once it is divided by its norm
     want = torch.tensor([0.6964, 0.7654, 0.7121, 0.6989, 0.4705])
     for value, image in zip(s, want):
         X = torch.diag(torch.tensor([value, (1 - value ** 2).clamp(min=0).sqrt()]))
@@ -273,7 +286,8 @@ def test_singular_values_end_in_the_band(exact, m, n):
     image = u.T @ newton_schulz(X) @ v.T
     s, kept = s[s >= 0.01], image.diagonal()[s >= 0.01]
     assert kept.min() > 0.6815 and kept.max() < 1.1347 and len(kept) > 15
-    torch.testing.assert_close(image, image.diagonal().diag(), rtol=0, atol=1e-4)        # the same vectors
+    torch.testing.assert_close(image, image.diagonal().diag(), rtol=0,
+                               atol=1e-4)                                         # the same vectors
 
 
 @DTYPES

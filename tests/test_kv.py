@@ -1,4 +1,5 @@
-"""data/kv.py: KIVI's codes and state machine, what eviction keeps, retaining heads, decoding through both."""
+"""data/kv.py: KIVI's codes and state machine, what eviction keeps, retaining heads, decoding
+through both."""
 import copy
 import functools
 import itertools
@@ -16,7 +17,8 @@ from model import Cache, ModelConfig, generate, init, load, rope_table, token_lo
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=96)
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                    max_position_embeddings=96)
 LLAMA = ModelConfig(**{**SMALL.__dict__, "model_type": "llama"})
 
 
@@ -46,7 +48,8 @@ def same(a, b):
 
 @torch.no_grad()
 def decoded(model, tokens, prefix, maker, chunk=0):
-    """The hidden state after every token from prefix - 1 on, and the cache.   [B, T - prefix + 1, D]"""
+    """The hidden state after every token from prefix - 1 on, and the cache.   [B, T - prefix + 1,
+    D]"""
     cache = make(maker, model, len(tokens), prefix)
     out = [kv.read(model, tokens[:, :prefix], cache, chunk)[:, -1:]]
     cache.spread(torch.arange(len(tokens)), tokens.size(1) - prefix)
@@ -54,13 +57,13 @@ def decoded(model, tokens, prefix, maker, chunk=0):
     return torch.cat(out, 1), cache
 
 
-# --- codes ----------------------------------------------------------------------------------------------
+# --- codes ----------------------------------------------------------------------------------------
 
 
 def test_two_bits_by_hand():
     codes, scale, low = kv.quantize(D([[-1., 0., .9, 2.], [3., 3., 3., 3.]]), 2)
     assert close(scale, [1, 1]) and close(low, [-1, 3])
-    assert codes.tolist() == [[0b11_10_01_00], [0]]                            # the first in the lowest bits
+    assert codes.tolist() == [[0b11_10_01_00], [0]]                   # the first in the lowest bits
     assert close(kv.dequantize(codes, scale, low, 2), [[-1, 0, 1, 2], [3, 3, 3, 3]])
 
 
@@ -94,11 +97,12 @@ def test_the_axes_group_what_they_say_and_back():
         assert torch.equal(kv.AXES[axis][1](y), x)
 
 
-# --- KIVI -----------------------------------------------------------------------------------------------
+# --- KIVI -----------------------------------------------------------------------------------------
 
 
 def filled(splits, seed=0, **hypers):
-    """A cache of one layer that got the same random keys and values in these pieces; -> the cache, k, v."""
+    """A cache of one layer that got the same random keys and values in these pieces; -> the cache,
+    k, v."""
     T = sum(splits)
     k, v = (rand(2, 2, T, 8, seed=s).float() for s in (seed, seed + 1))
     cache, start = make(kv.kivi(**hypers), small(), 2), 0
@@ -121,7 +125,7 @@ def test_the_state_machine_keeps_what_the_paper_keeps(length):
     for part, x in ((keys, k), (values, v)):
         assert torch.equal(part.whole(length)[:, :, length - part.tail.size(1):],
                            x[:, :, length - part.tail.size(1):])
-        assert (part.whole(length) - x).abs().max() < 2                        # old ones: half a scale
+        assert (part.whole(length) - x).abs().max() < 2                     # old ones: half a scale
     if length >= 16:
         assert not torch.equal(keys.whole(length), k) and not torch.equal(values.whole(length), v)
 
@@ -133,7 +137,8 @@ def test_token_by_token_leaves_the_state_that_a_prompt_leaves(axes, window):
     whole = filled([27], **hypers)[0]
     for splits in ([1] * 27, [16] + [1] * 11, [5, 3, 8, 8, 3], [26, 1]):
         other = filled(splits, **hypers)[0]
-        for a, b in zip((p for pair in whole.parts for p in pair), (p for pair in other.parts for p in pair)):
+        for a, b in zip((p for pair in whole.parts for p in pair),
+                        (p for pair in other.parts for p in pair)):
             for name in ("codes", "scale", "low", "tail", "held"):
                 assert torch.equal(getattr(a, name), getattr(b, name))
 
@@ -143,7 +148,8 @@ def test_a_context_within_the_window_is_exact(config):
     model, tokens = small(config), text(3, 32)
     want = model(tokens)[:, 9:]
     got, cache = decoded(model, tokens, 10, kv.kivi(window=64))
-    assert same(got, want) and cache.nbytes() == 2 * 2 * 3 * 32 * 2 * 8 * 4    # all of it in full precision
+    assert same(got,  # all of it in full precision
+                want) and cache.nbytes() == 2 * 2 * 3 * 32 * 2 * 8 * 4
     assert not same(decoded(model, tokens, 10, kv.kivi(group=8, window=8))[0], want)
 
 
@@ -156,19 +162,22 @@ def test_a_prompt_itself_is_read_in_full_precision():
 def test_eight_bits_are_close_and_more_bits_closer():
     model, tokens = small(scale=4.), text(4, 60)
     want = model(tokens)[:, 7:]
-    off = [((decoded(model, tokens, 8, kv.kivi(bits=b, group=8, window=0))[0] - want).norm() / want.norm())
+    off = [((decoded(model, tokens, 8, kv.kivi(bits=b, group=8, window=0))[0] - want).norm()
+            / want.norm())
            for b in (2, 4, 8)]
     assert off[0] > 2 * off[1] > 4 * off[2] and off[2] < 1e-2
 
 
 def test_decoding_sees_its_own_codes():
-    """What attention reads is what a fake quantiser of the same state machine makes of the true keys."""
+    """What attention reads is what a fake quantiser of the same state machine makes of the true
+    keys."""
     cache, k, v = filled([16, 1, 1], group=4, window=8)
     got = cache.parts[0][0].whole(18)
     want = k.clone()
-    old = k[:, :, :16].unflatten(2, (4, 4))                                    # [B, K, groups, g, hd]
+    old = k[:, :, :16].unflatten(2, (4, 4))                                  # [B, K, groups, g, hd]
     low, high = old.amin(3, keepdim=True), old.amax(3, keepdim=True)
-    want[:, :, :16] = (((old - low) / (high - low) * 3).round() / 3 * (high - low) + low).flatten(2, 3)
+    want[:, :, :16] = (((old - low) / (high - low) * 3).round() / 3 * (high - low)
+                       + low).flatten(2, 3)
     assert close(got, want, 1e-5)
     old = v[:, :, :10].unflatten(3, (2, 4))
     low, high = old.amin(4, keepdim=True), old.amax(4, keepdim=True)
@@ -178,8 +187,10 @@ def test_decoding_sees_its_own_codes():
 
 
 @pytest.mark.parametrize("hypers", [dict(group=8, window=16), dict(group=8, window=0),
-                                    dict(group=4, window=8), dict(group=8, window=0, keys="token", bits=8),
-                                    dict(group=8, window=8, keys="token", values="channel", bits=4)])
+                                    dict(group=4, window=8),
+                                    dict(group=8, window=0, keys="token", bits=8),
+                                    dict(group=8, window=8, keys="token", values="channel",
+                                         bits=4)])
 def test_stored_bytes_are_the_formula(hypers):
     model = small()
     for T, prefix in ((30, 5), (33, 32), (41, 40), (6, 1)):
@@ -188,11 +199,12 @@ def test_stored_bytes_are_the_formula(hypers):
             for part in text(3, T).split([prefix] + [1] * (T - prefix), 1):
                 model(part, cache)
             each = kv.kivi_bytes(T, 8, 2 if dtype == torch.bfloat16 else 4, **hypers)
-            assert cache.nbytes() == 2 * 3 * 2 * each                          # layers, rows, key heads
+            assert cache.nbytes() == 2 * 3 * 2 * each                      # layers, rows, key heads
 
 
 def test_the_papers_bytes_a_token():
-    """2 bits, groups of 32, heads of 128 in float16: 48 + 48 bytes instead of 512; 3 bits an element."""
+    """2 bits, groups of 32, heads of 128 in float16: 48 + 48 bytes instead of 512; 3 bits an
+    element."""
     assert kv.kivi_bytes(4096, 128, 2, window=0) == 96 * 4096
     assert 512 * 4096 / kv.kivi_bytes(4096, 128, 2, window=0) == pytest.approx(5.333, abs=1e-3)
     assert kv.kivi_bytes(20, 128, 2) == 512 * 20                               # within the window
@@ -210,7 +222,7 @@ def test_one_layer_at_a_time_is_dequantised(monkeypatch):
     monkeypatch.setattr(kv.Part, "whole", spy)
     model = small()
     decoded(model, text(2, 40), 20, kv.kivi(group=4, window=4))
-    assert len(most) == 2 * 2 * 21 and max(most) == 2                          # one layer's keys and values
+    assert len(most) == 2 * 2 * 21 and max(most) == 2                  # one layer's keys and values
 
 
 def test_constant_channels_leave_no_nan():
@@ -226,14 +238,17 @@ def test_constant_channels_leave_no_nan():
 def test_keys_of_outlier_channels_want_groups_of_a_channel():
     """KIVI's observation 1: a channel that is large in every token swallows a token's scale."""
     x = rand(1, 64, 1, 8) * D([20., 1, 1, 1, 1, 1, 1, 1]) + D([40., 0, 0, 0, 0, 0, 0, 0])
-    off = {axis: ((back(kv.dequantize(*kv.quantize(split(x, 8), 2), 2)) - x)[..., 1:] ** 2).mean().item()
+    off = {axis: ((back(kv.dequantize(*kv.quantize(split(x, 8), 2), 2))
+                   - x)[..., 1:] ** 2).mean().item()
            for axis, (split, back) in kv.AXES.items()}
     assert off["channel"] < .3 * off["token"]
 
 
 def test_wrong_hyper_parameters_are_named():
-    for bad, word in ((dict(bits=3), "3 bits"), (dict(window=40), "window 40"), (dict(window=-32), "window"),
-                      (dict(group=2, window=0), "group 2"), (dict(keys="chanel"), "did you mean 'channel'")):
+    for bad, word in ((dict(bits=3), "3 bits"), (dict(window=40), "window 40"),
+                      (dict(window=-32), "window"),
+                      (dict(group=2, window=0), "group 2"),
+                      (dict(keys="chanel"), "did you mean 'channel'")):
         with pytest.raises(UserError, match=word):
             kv.kivi(**bad)
     odd = ModelConfig(**{**SMALL.__dict__, "head_dim": 24})
@@ -243,16 +258,16 @@ def test_wrong_hyper_parameters_are_named():
     assert kv.integer()(SMALL, 1, 0, "cpu", torch.float32).parts[0][0].axis == "token"
 
 
-# --- what eviction keeps --------------------------------------------------------------------------------
+# --- what eviction keeps --------------------------------------------------------------------------
 
 
 def test_retained_by_hand():
-    score = D([[[[5., 1, 4, 2, 3], [0, 1, 2, 3, 4]]]])                         # one layer, row; two heads
+    score = D([[[[5., 1, 4, 2, 3], [0, 1, 2, 3, 4]]]])                   # one layer, row; two heads
     slots, count = kv.retained(score, torch.tensor([5]), 3, 0)
     assert slots.tolist() == [[[[0, 2, 4], [2, 3, 4]]]] and count.tolist() == [3]
-    slots, _ = kv.retained(score, torch.tensor([5]), 3, 2)                     # the newest two are safe
+    slots, _ = kv.retained(score, torch.tensor([5]), 3, 2)                 # the newest two are safe
     assert slots.tolist() == [[[[0, 3, 4], [2, 3, 4]]]]
-    slots, count = kv.retained(score, torch.tensor([2]), 3, 0)                 # behind a row's end: nothing
+    slots, count = kv.retained(score, torch.tensor([2]), 3, 0)         # behind a row's end: nothing
     assert slots[..., :2].tolist() == [[[[0, 1], [0, 1]]]] and count.tolist() == [2]
 
 
@@ -263,8 +278,9 @@ def test_retained_slots_increase_and_hold_the_protected():
     for b, n in enumerate(count.tolist()):
         own = slots[:, b, :, :n]
         assert (own.diff(dim=-1) > 0).all() and own.max() < length[b]
-        assert torch.equal(own[..., -3:], torch.arange(length[b] - 3, length[b]).expand_as(own[..., -3:]))
-        rest = score[:, b].gather(-1, own)[..., :-3]                           # no better one was dropped
+        assert torch.equal(own[..., -3:],
+                           torch.arange(length[b] - 3, length[b]).expand_as(own[..., -3:]))
+        rest = score[:, b].gather(-1, own)[..., :-3]                     # no better one was dropped
         dropped = score[:, b, :, :length[b] - 3].scatter(-1, own[..., :-3], -math.inf)
         assert b == 2 or (rest.amin(-1) >= dropped.amax(-1)).all()
 
@@ -290,7 +306,7 @@ def test_a_window_is_the_model_that_sees_no_more():
     maker = kv.locret(model, score="recency", budget=6, local=4, stabilizers=0)
     got, cache = decoded(model, tokens, 30, maker)
     assert cache.k.shape[-2] == 11 and cache.length.tolist() == [11, 11]
-    seen = torch.cat([tokens[:, 20:30], tokens[:, 30:]], 1)                    # RoPE: only distances count
+    seen = torch.cat([tokens[:, 20:30], tokens[:, 30:]], 1)             # RoPE: only distances count
     assert same(got[:, -1], model(seen)[:, -1])
 
 
@@ -321,13 +337,14 @@ def test_protected_tails_survive_each_chunk(monkeypatch):
     monkeypatch.setattr(kv, "retained", spy)
     maker = kv.locret(model, score="random", budget=10, stabilizers=6, local=4)
     decoded(model, text(1, 40), 40, maker, chunk=12)
-    assert [p for p, *_ in seen] == [6, 6, 0]                                  # the final chunk protects none
+    assert [p for p, *_ in seen] == [6, 6, 0]                        # the final chunk protects none
     for protect, tail, length in seen[:2]:
         assert torch.equal(tail, torch.arange(int(length) - 6, int(length)).expand_as(tail))
 
 
 def test_scores_that_never_change_keep_the_same_whatever_the_chunks():
-    """The best of the best so far are the best of all: one layer, whose scores no eviction changes."""
+    """The best of the best so far are the best of all: one layer, whose scores no eviction
+    changes."""
     model, tokens = small(ModelConfig(**{**SMALL.__dict__, "num_hidden_layers": 1})), text(2, 40)
     maker = kv.locret(model, heads_of(model), budget=8, stabilizers=0, local=3)
     want, _ = decoded(model, tokens, 36, maker)
@@ -350,14 +367,16 @@ def test_mixed_precision_keeps_a_cache_of_bfloat16(name):
 
 
 def test_kept_tokens_stand_where_they_stood():
-    """Positions run on over evicted tokens, and keys keep their phase: they are those of a full cache."""
+    """Positions run on over evicted tokens, and keys keep their phase: they are those of a full
+    cache."""
     model, tokens = small(ModelConfig(**{**SMALL.__dict__, "num_hidden_layers": 1})), text(1, 34)
     full = Cache(model.config, 1, 34, "cpu", torch.float32)
     model(tokens, full)
-    _, cache = decoded(model, tokens, 30, kv.locret(model, score="random", budget=6, local=4, stabilizers=0))
+    _, cache = decoded(model, tokens, 30,
+                       kv.locret(model, score="random", budget=6, local=4, stabilizers=0))
     assert cache.at(1)[0].tolist() == [[34]]
     for head in range(2):
-        far = (cache.k[0, 0, head, :14, None] - full.k[0, 0, head]).norm(dim=-1)         # [slots, T]
+        far = (cache.k[0, 0, head, :14, None] - full.k[0, 0, head]).norm(dim=-1)        # [slots, T]
         where = far.argmin(1)
         assert far.amin(1).max() < 1e-5 and (where.diff() > 0).all()
         assert where[-8:].tolist() == [*range(26, 34)]
@@ -373,7 +392,7 @@ def test_attention_sums_are_those_of_the_model():
         hook.remove()
     q, k = taken[0]
     logit = q @ k.repeat_interleave(2, 1).mT / 8 ** .5
-    p = logit.masked_fill(torch.ones(12, 12).triu(1) > 0, -math.inf).softmax(-1)         # [B, H, T, T]
+    p = logit.masked_fill(torch.ones(12, 12).triu(1) > 0, -math.inf).softmax(-1)      # [B, H, T, T]
     want = p.sum(2).unflatten(1, (2, 2)).sum(2)                                # [B, K, T]
     cache = make(kv.locret(model, score="attention"), model, 2)
     model(tokens, cache)
@@ -421,9 +440,10 @@ def test_what_a_cache_cannot_do_is_said():
         kv.cached_nll(model, tokens, 90, Cache)
 
 
-# --- rows of different lengths --------------------------------------------------------------------------
+# --- rows of different lengths --------------------------------------------------------------------
 
-MAKERS = dict(kivi=lambda m: kv.kivi(group=4, window=8), integer=lambda m: kv.integer(bits=4, group=8),
+MAKERS = dict(kivi=lambda m: kv.kivi(group=4, window=8), integer=lambda m: kv.integer(bits=4,
+                                                                                      group=8),
               swapped=lambda m: kv.kivi(group=4, window=4, keys="token", values="channel"),
               locret=lambda m: kv.locret(m, heads_of(m), budget=6, stabilizers=2, local=3),
               recency=lambda m: kv.locret(m, score="recency", budget=6, stabilizers=2, local=3),
@@ -466,24 +486,26 @@ def test_copies_of_a_prompt_share_nothing_but_the_past():
     more = text(2, 25, seed=3)
     got = torch.cat([model(more[:, t:t + 1], cache) for t in range(25)], 1)
     for b in range(2):
-        alone, _ = decoded(model, torch.cat([tokens, more[b:b + 1]], 1), 20, kv.kivi(group=4, window=4))
+        alone, _ = decoded(model, torch.cat([tokens, more[b:b + 1]], 1), 20,
+                           kv.kivi(group=4, window=4))
         assert same(got[b], alone[0, 1:])
 
 
-# --- retaining heads ------------------------------------------------------------------------------------
+# --- retaining heads ------------------------------------------------------------------------------
 
 
 def test_labels_and_loss_by_hand():
-    q = D([[[[9., 9], [1, 0]], [[9, 9], [0, 2]]]])                             # two heads; only token 1 asks
+    q = D([[[[9., 9], [1, 0]], [[9, 9], [0, 2]]]])                    # two heads; only token 1 asks
     k = D([[[[3., 1], [7, 7]]]])                                               # one key head
     assert close(kv.retaining_labels(q, k, 1), [[[3 / 2 ** .5]]])              # max(3, 2) / sqrt(2)
     score, label = D([[[0., 2., 2.]]]), D([[[.5, 0., 2.]]])
-    want = (.125 + 1.5 + 0) / 3                                                # SmoothL1: d²/2, |d| - 1/2
+    want = (.125 + 1.5 + 0) / 3                                          # SmoothL1: d²/2, |d| - 1/2
     assert close(kv.retaining_loss(score, label, smooth=0.), want)
     assert close(kv.retaining_loss(score, label), want + .0025 * 2)            # mean of 4 and 0
     assert kv.overlap(D([[1., 2, 3, 4]]), D([[4., 1, 2, 3]]), share=.5) == .5
     label = rand(1, 2, 5, seed=2)
-    assert torch.autograd.gradcheck(lambda s: kv.retaining_loss(s, label), rand(1, 2, 5).requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: kv.retaining_loss(s, label), rand(1, 2,
+                                                                                5).requires_grad_())
 
 
 def test_labels_are_the_attention_that_the_model_computes():
@@ -493,7 +515,7 @@ def test_labels_are_the_attention_that_the_model_computes():
     a = model.layers[0].self_attn
     assert close(c, torch.cat([a.q_proj(x), a.k_proj(x), a.v_proj(x)], -1)[:, :18], 1e-5)
     cache = Cache(model.config, 2, 24, "cpu", torch.float32)
-    model(tokens, cache)                                                       # its keys: normed and turned
+    model(tokens, cache)                                               # its keys: normed and turned
     q = a.q_norm(a.q_proj(x).view(2, 24, 4, 8)).transpose(1, 2)
     q = rope(q, *(t[:24] for t in rope_table(model.config, "cpu")))
     want = torch.full((2, 2, 18), -math.inf)
@@ -505,23 +527,27 @@ def test_labels_are_the_attention_that_the_model_computes():
 
 
 def test_training_touches_the_heads_alone_and_learns():
-    """Queries all point one way, in a channel that RoPE hardly turns: a key's own channel is the label."""
+    """Queries all point one way, in a channel that RoPE hardly turns: a key's own channel is the
+    label."""
     config = ModelConfig(**{**SMALL.__dict__, "model_type": "qwen2", "rope_theta": 1e6})
     model = small(config).requires_grad_()
     for block in model.layers:
         block.self_attn.q_proj.bias.data.view(4, 8)[:, 3] = 8.
     before, windows = copy.deepcopy(model.state_dict()), text(32, 40)
-    first, again = (kv.train_heads(model, windows, steps=1, lr=0., width=32, answer=8) for _ in range(2))
+    first, again = (kv.train_heads(model, windows, steps=1, lr=0., width=32, answer=8)
+                    for _ in range(2))
     heads = kv.train_heads(model, windows, steps=100, lr=1e-2, width=32, answer=8)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     data = kv.retaining_data(model, text(8, 40, seed=9), 8)
 
     def mean(f, heads):
         return sum(float(f(h(c).mT, y)) for h, (c, y) in zip(heads, data)) / len(data)
-    guess = sum(kv.retaining_loss(y.mean((0, 2), keepdim=True).expand_as(y), y).item() for _, y in data) / 2
+    guess = sum(kv.retaining_loss(y.mean((0, 2), keepdim=True).expand_as(y), y).item()
+                for _, y in data) / 2
     assert mean(kv.retaining_loss, heads) < .5 * guess and mean(kv.overlap, first) < .3
     assert mean(kv.overlap, heads) > .6
     # and what the heads keep serves the model better than what chance keeps
@@ -536,20 +562,21 @@ def test_training_touches_the_heads_alone_and_learns():
         kv.train_heads(model, windows, steps=1, answer=40)
 
 
-# --- evaluation -----------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def test_the_full_cache_scores_what_the_model_scores():
     model, windows = small(), text(5, 30)
     logp, size = kv.cached_logp(model, windows, 11, Cache, batch=2)
     assert close(logp, token_logprobs(model, windows)[:, 11:], 1e-4)
-    assert size == 2 * 2 * 2 * 8 * 4                                           # layers, k and v, heads, hd
+    assert size == 2 * 2 * 2 * 8 * 4                                    # layers, k and v, heads, hd
     assert close(kv.cached_nll(model, windows, 11, Cache, chunk=4)[0], -logp.mean(), 1e-5)
     assert kv.cached_nll(model, windows, 11, kv.kivi(window=0, group=8))[1] < size
 
 
 def test_on_a_real_model_keys_want_groups_of_a_channel(stories):
-    """KIVI's claim, 2 bits, groups of 8 both ways, so that bytes are equal: stories260k on real stories."""
+    """KIVI's claim, 2 bits, groups of 8 both ways, so that bytes are equal: stories260k on real
+    stories."""
     model, tok = load(stories)
     lines = (DATA_DIR / "tinystories-30k.txt").read_text().split("\n")
     windows = torch.tensor([[tok.bos, *tok.encode(line)][:112] for line in lines[:8]])

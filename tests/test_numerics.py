@@ -9,10 +9,14 @@ from torch import nn
 
 from conftest import close, rand
 from data import numerics
-from data.numerics import (E2M1, EXPONENTS, FORMATS, LostLinear, QATLinear, QuartetLinear, e2m1, fake_quant,
-                           floor_log2, fp6, fp8, hadamard, halo, int8, journey, lost, lost_sizes, lost_start,
-                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, prune, prune_at, prune_schedule,
-                           qat_fraction, qat_share, quantize_activations, quartet, rotate, unbiased_mx4)
+from data.numerics import (E2M1, EXPONENTS, FORMATS, LostLinear, QATLinear, QuartetLinear, e2m1,
+                           fake_quant,
+                           floor_log2, fp6, fp8, hadamard, halo, int8, journey, lost, lost_sizes,
+                           lost_start,
+                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, prune, prune_at,
+                           prune_schedule,
+                           qat_fraction, qat_share, quantize_activations, quartet, rotate,
+                           unbiased_mx4)
 from data.run import UserError
 
 
@@ -29,7 +33,7 @@ def exact(X, W):
     return X @ W.T
 
 
-# --- rotations and formats ------------------------------------------------------------------------------
+# --- rotations and formats ------------------------------------------------------------------------
 
 
 def test_hadamard_matrices_are_orthonormal_and_symmetric():
@@ -41,7 +45,8 @@ def test_hadamard_matrices_are_orthonormal_and_symmetric():
         hadamard(24)
 
 
-@pytest.mark.parametrize("d, n, block", [(96, 32, 32), (96, 128, 32), (64, 48, 32), (12, 32, 4), (7, 8, 1)])
+@pytest.mark.parametrize("d, n, block",
+                         [(96, 32, 32), (96, 128, 32), (64, 48, 32), (12, 32, 4), (7, 8, 1)])
 def test_rotations_use_the_largest_block_that_fits_and_undo_themselves(d, n, block):
     x, W = rand(3, d), rand(5, d, seed=1)
     H = torch.block_diag(*[hadamard(block, torch.float64)] * (d // block))
@@ -65,8 +70,9 @@ def test_fp8_is_pytorch_s():
 
 
 def test_fp6_has_its_63_values():
-    grid = sorted({0.0} | {s * m * 2.0 ** -4 for s in (1, -1) for m in range(1, 4)}       # subnormals
-                  | {s * (1 + m / 4) * 2.0 ** e for s in (1, -1) for e in range(-2, 5) for m in range(4)})
+    grid = sorted({0.0} | {s * m * 2.0 ** -4 for s in (1, -1) for m in range(1, 4)}     # subnormals
+                  | {s * (1 + m / 4) * 2.0 ** e for s in (1, -1) for e in range(-2, 5)
+                     for m in range(4)})
     x = torch.linspace(-28, 28, 40001, dtype=torch.float64)
     y, grid = fp6(x), torch.tensor(grid, dtype=torch.float64)
     assert grid[-1] == 28 and len(grid) == 63 and sorted(set(y.tolist())) == grid.tolist()
@@ -75,21 +81,23 @@ def test_fp6_has_its_63_values():
 
 def test_int8_by_hand():
     assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)), [0., 0, 0]) and int8(torch.tensor([math.nan, 1.])).isnan().any()
+    assert close(int8(torch.zeros(3)),
+                 [0., 0, 0]) and int8(torch.tensor([math.nan, 1.])).isnan().any()
 
 
 def test_activations_are_rounded_a_token_and_block():
     x = torch.tensor([[-.9, -.2, .35, .6], [7., 2, -3, 100]])
     assert close(quantize_activations(x, 2), [[-.9, 0, 0, .9], [0, 0, 0, 100]])
-    assert close(quantize_activations(x, 4, 2), [[-.9, -.9 * 2 / 7, .6 * 4 / 7, .6], [7, 2, 0, 100]])
-    both = quantize_activations(x, torch.tensor([8, 4]), 2)                              # a width a block
+    assert close(quantize_activations(x, 4, 2),
+                 [[-.9, -.9 * 2 / 7, .6 * 4 / 7, .6], [7, 2, 0, 100]])
+    both = quantize_activations(x, torch.tensor([8, 4]), 2)                        # a width a block
     assert torch.equal(both[:, :2], quantize_activations(x[:, :2], 8))
     assert torch.equal(both[:, 2:], quantize_activations(x[:, 2:], 4))
     with pytest.raises(UserError, match="do not divide 4"):
         quantize_activations(x, 4, 3)
 
 
-# --- MXFP4 ----------------------------------------------------------------------------------------------
+# --- MXFP4 ----------------------------------------------------------------------------------------
 
 
 def test_e2m1_thresholds_and_ties():
@@ -98,7 +106,7 @@ def test_e2m1_thresholds_and_ties():
         for sign in (1, -1):
             got = e2m1(sign * torch.tensor([t - 1e-6, t, t + 1e-6]))
             assert got[0] == sign * E2M1[i] and got[2] == sign * E2M1[i + 1]
-            assert got[1] == sign * E2M1[i + i % 2]                              # ties to the even code
+            assert got[1] == sign * E2M1[i + i % 2]                          # ties to the even code
     x = torch.linspace(-7, 7, 5001)
     assert torch.equal(e2m1(x), minifloat(x, 1, 0, 6.0)) and e2m1(torch.tensor([99.])) == 6
 
@@ -109,8 +117,10 @@ def test_mx4_codes_and_exponents_by_hand():
     x[1, 0] = -7.9                                       # above 6 of its scale: clips
     codes, exponent = mx4(x)
     assert codes.dtype == torch.uint8 and exponent.dtype == torch.int8 and exponent.tolist() == [[2], [0]]
-    assert codes[0, :9].tolist() == [1, 9, 2, 3, 4, 13, 6, 7, 0] and codes[1, :2].tolist() == [15, 0]
-    assert torch.equal(mx4_dense(codes, exponent)[0], x[0]) and mx4_dense(codes, exponent)[1, 0] == -6
+    assert codes[0, :9].tolist() == [1, 9, 2, 3, 4, 13, 6, 7, 0] and codes[1, :2].tolist() == [15,
+                                                                                               0]
+    assert torch.equal(mx4_dense(codes, exponent)[0], x[0]) and mx4_dense(codes, exponent)[1,
+                                                                                           0] == -6
     assert mx4(x, "covering")[1].tolist() == [[2], [1]] and not mx4_dense(*mx4(0 * x)).any()
     with pytest.raises(UserError, match="no multiple"):
         mx4(torch.zeros(4, 40))
@@ -120,21 +130,25 @@ def test_mx4_codes_and_exponents_by_hand():
 def test_rounding_to_mxfp4_is_packing_and_unpacking(rule):
     x = 3 * rand(5, 96)
     assert torch.equal(mx4_dense(*mx4(x, rule), torch.float64), mxfp4(x, rule))
-    value = (mxfp4(x, rule).view(5, 3, 32) / power_of_two(mx4(x, rule)[1].int(), torch.float64)[..., None])
+    value = (mxfp4(x, rule).view(5, 3, 32)
+             / power_of_two(mx4(x, rule)[1].int(), torch.float64)[..., None])
     assert set(value.abs().flatten().tolist()) <= set(E2M1)
     assert close(mxfp4(x[:, :40], "covering")[:, :32], mxfp4(x[:, :32], "covering"))  # zeros added
     assert mxfp4(torch.full((1, 32), math.nan)).isnan().all()
 
 
 def test_the_error_of_quest_on_gaussians():
-    """averaged over the scale: rounding the exponent .0134 as plain absmax, the released floor .022"""
+    """averaged over the scale: rounding the exponent .0134 as plain absmax, the released floor
+    .022"""
     x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
     error = {}
     for rule in ("absmax", "quest", "quest_floor"):
         scales = [2 ** (i / 8) for i in range(8)]
-        error[rule] = sum(((mxfp4(s * x, rule) - s * x).pow(2).mean() / (s * x).pow(2).mean()).item()
+        error[rule] = sum(((mxfp4(s * x, rule) - s * x).pow(2).mean()
+                           / (s * x).pow(2).mean()).item()
                           for s in scales) / 8
-    assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223], 1.5e-4)
+    assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223],
+                 1.5e-4)
     h, kept = numerics.clipped_mx4(x, "quest_floor")
     assert abs((~kept).float().mean().item() - .073) < 2e-3
     assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
@@ -143,13 +157,13 @@ def test_the_error_of_quest_on_gaussians():
 def test_stochastic_rounding_is_unbiased_and_never_clips():
     x, g = rand(2, 64), torch.Generator().manual_seed(0)
     mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
-    assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                     # 20,000 draws
-    assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04                    # nearest is not
+    assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
+    assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
     s = 4 / 3 * power_of_two(numerics.absmax(x.view(2, 2, 32)), torch.float64)
     assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
 
 
-# --- HALO -----------------------------------------------------------------------------------------------
+# --- HALO -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -195,21 +209,21 @@ def test_mxfp4_products_are_grouped_along_what_is_summed():
     assert close(dW, mxfp4(E.T) @ mxfp4(X.T).T, 1e-10)
 
 
-# --- Quartet --------------------------------------------------------------------------------------------
+# --- Quartet --------------------------------------------------------------------------------------
 
 
 def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
     monkeypatch.setattr(numerics, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
-    monkeypatch.setitem(EXPONENTS, "quest", lambda x: numerics.absmax(x) + 1)           # nothing clips
+    monkeypatch.setitem(EXPONENTS, "quest", lambda x: numerics.absmax(x) + 1)        # nothing clips
     for a, b in zip(gradients(lambda X, W: quartet(X, W, 7), X, W, E), gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
 def test_quartet_s_gradients_are_unbiased_and_none_reaches_what_clipped():
     X, W, E = rand(32, 32), rand(32, 32, seed=1), rand(32, 32, seed=2)
-    X[0], X[0, 0] = 0, 60                                # rotated: a constant, which has no deviation
+    X[0], X[0, 0] = 0, 60  # rotated: a constant, which has no deviation
     X[1] = hadamard(32, torch.float64)[4] * 40           # rotated: one coordinate, which does
     (x, x_in), (w, w_in) = (numerics.clipped_mx4(a, "quest") for a in (X, W))
     wanted = rotate((E @ w) * x_in, 32), rotate((E.T @ x) * w_in, 32)
@@ -223,7 +237,7 @@ def test_quartet_s_gradients_are_unbiased_and_none_reaches_what_clipped():
                 assert rotate(g, 32)[1, 4].abs() < 1e-12
     once = gradients(lambda X, W: quartet(X, W, 1), X, W, E)[1:]
     for mean, g, b in zip(total, once, wanted):
-        assert (mean - b).norm() < 0.08 * (g - b).norm()                                 # 1/√400 is .05
+        assert (mean - b).norm() < 0.08 * (g - b).norm()                             # 1/√400 is .05
     same = [gradients(lambda X, W: quartet(X, W, 3), X, W, E)[1] for _ in "ab"]
     assert torch.equal(*same) and not torch.equal(same[0], once[0])
 
@@ -241,14 +255,14 @@ def test_quartet_s_layer_draws_by_step_and_forward():
             out.append(layer.weight.grad.clone())
         return out
     a, b, c = weight_gradient(1), weight_gradient(2), weight_gradient(1)
-    assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1])                           # after a resume, too
+    assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1])                 # after a resume, too
     assert not torch.equal(a[0], a[1]) and not torch.equal(a[0], b[0])
     assert torch.equal(layer.merged().weight, layer.weight)
     with pytest.raises(UserError, match="no multiple"):
         QuartetLinear(nn.Linear(40, 32))
 
 
-# --- QAT ------------------------------------------------------------------------------------------------
+# --- QAT ------------------------------------------------------------------------------------------
 
 
 def test_weights_are_rounded_by_output_and_the_gradient_passes():
@@ -270,7 +284,8 @@ def test_a_qat_layer_rounds_when_told_and_is_saved_rounded():
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
     numerics.begin(layer, 0, True)
     merged = layer.merged()
-    assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight, fake_quant(linear.weight, 2))
+    assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight,
+                                                            fake_quant(linear.weight, 2))
     assert not torch.equal(layer(x), linear(x)) and torch.equal(merged.bias, linear.bias)
 
 
@@ -281,20 +296,22 @@ def test_the_compute_optimal_share():
     D = [qat_fraction(1e6, d, 4) for d in (1e5, 1e6, 1e7, 1e8, 1e9, 1e15)]
     assert D == sorted(D) and D[0] == .02 and D[1] == .02 and 0 < D[-1] < 1
     assert qat_fraction(2e6, 1e8, 4) < qat_fraction(1e6, 1e8, 4) < qat_fraction(1e6, 1e8, 2)
-    model = nn.Sequential(QATLinear(nn.Linear(10, 10), 2), QATLinear(nn.Linear(10, 30), 2), nn.Linear(30, 2))
-    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2) and qat_share(model, -1.0, 1e4) == 0
+    model = nn.Sequential(QATLinear(nn.Linear(10, 10), 2), QATLinear(nn.Linear(10, 30), 2),
+                          nn.Linear(30, 2))
+    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2) and qat_share(model, -1.0,
+                                                                                 1e4) == 0
     assert qat_share(model, 0.3, 1e4) == 0.3 and qat_share(nn.Linear(2, 2), 0.0, 1e4) == 0
 
 
-# --- LOST -----------------------------------------------------------------------------------------------
+# --- LOST -----------------------------------------------------------------------------------------
 
 
 def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
     W, x, g = rand(12, 8), rand(3, 8, seed=1), torch.Generator().manual_seed(0)
     same = dict(gamma=.5, phi="identity")
-    assert close(2 * lost(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)          # rank 8: all of W
+    assert close(2 * lost(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)    # rank 8: all of W
     A, B, columns, where = lost_start(W, 3, 8, g)
-    assert close(2 * lost(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)          # all columns
+    assert close(2 * lost(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)        # all columns
     rest = W - B @ A
     assert close(torch.linalg.matrix_norm(rest, 2), torch.linalg.svdvals(W)[3], 1e-9)
     _, _, columns, where = lost_start(W, 3, 2, g)
@@ -309,17 +326,21 @@ def test_lost_by_hand_and_its_gradients():
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
-    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns", "bias"}
-    assert sum(p.numel() for n, p in layer.named_parameters() if n != "bias") == 4 * (16 + 12) + 2 * 12
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns",
+                                                                              "bias"}
+    assert sum(p.numel() for n, p in layer.named_parameters()
+               if n != "bias") == 4 * (16 + 12) + 2 * 12
 
 
 @pytest.mark.parametrize("start", ["svd", "random"])
 def test_lost_without_phi_merges_and_with_it_does_not(start):
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     for phi in ("identity", "silu"):
-        layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0), .9, phi, start)
+        layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0), .9, phi,
+                           start)
         merged = copy.deepcopy(layer).merged()
-        assert isinstance(merged, nn.Linear) == (phi == "identity") and close(merged(x), layer(x), 1e-5)
+        assert isinstance(merged, nn.Linear) == (phi == "identity") and close(merged(x), layer(x),
+                                                                              1e-5)
 
 
 def test_the_random_start_has_the_layer_s_deviation():
@@ -333,10 +354,11 @@ def test_lost_s_sizes_have_equal_parameters():
     for n, m in ((64, 64), (64, 192), (192, 64), (64, 32)):
         for columns in (0.0, .05, .2):
             rank, k = lost_sizes(n, m, .55, columns)
-            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2 and k == round(columns * n)
+            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2 and k == round(columns
+                                                                                           * n)
 
 
-# --- pruning while training -------------------------------------------------------------------------------
+# --- pruning while training -----------------------------------------------------------------------
 
 
 def test_the_schedule_of_sparsity():
@@ -345,7 +367,8 @@ def test_the_schedule_of_sparsity():
     assert [prune_schedule(p, .8, 1, 1) for p in (0, .999, 1)] == [0, 0, .8]
     assert prune_schedule(0, .8, 0, 0) == .8 and prune_schedule(.6, 0.0) == 0
     for s, mean in ((.5, .6875), (.8, .5)):              # in steps: N_avg/N = 1 - .625 s
-        assert close(1 - sum(prune_schedule((i + .5) / 4000, s) for i in range(4000)) / 4000, mean, 1e-6)
+        assert close(1 - sum(prune_schedule((i + .5) / 4000, s) for i in range(4000)) / 4000, mean,
+                     1e-6)
     density = [1 - prune_schedule((i + .5) / 4000, .8) for i in range(4000)]
     at = [sum(density[:i]) / sum(density) for i in (1000, 3000)]
     assert close(at, [.5, .9], 1e-3)                     # of the compute, were it placed in steps
@@ -358,7 +381,8 @@ def test_pruning_is_placed_in_compute(begin, end):
     cost = [1 - x for x in s[:-1]]
     assert s == sorted(s) and s[-1] == .8
     for k in range(0, steps, 50):
-        assert abs(s[k] - prune_schedule(sum(cost[:k]) / sum(cost), .8, begin, end)) < .03 or begin == end
+        assert abs(s[k] - prune_schedule(sum(cost[:k]) / sum(cost), .8, begin,
+                                         end)) < .03 or begin == end
     if begin == end == .3:
         first = next(k for k, x in enumerate(s) if x)
         assert abs(sum(cost[:first]) / sum(cost) - .3) < .01 and set(s) == {0, .8}
@@ -370,11 +394,12 @@ def test_masks_are_monotone_and_exact():
     first = prune(weights, {}, .35)
     assert all(w[first[k]].abs().min() > w[~first[k]].abs().max() for k, w in weights.items())
     masks = {}
-    for target, s in ((.1, .1), (.35, .35), (.5, .5), (.3, .5), (.8, .8)):               # never one back
+    for target, s in ((.1, .1), (.35, .35), (.5, .5), (.3, .5), (.8, .8)):          # never one back
         old, masks = masks, prune(weights, masks, target)
         for name, mask in masks.items():
-            assert (~mask).sum() == round(s * mask.numel()) and not (mask & ~old.get(name, mask)).any()
-        weights = {k: w + rand(*w.shape, seed=9) for k, w in weights.items()}            # also where it is 0
+            assert (~mask).sum() == round(s * mask.numel()) and not (mask
+                                                                     & ~old.get(name, mask)).any()
+        weights = {k: w + rand(*w.shape, seed=9) for k, w in weights.items()}   # also where it is 0
     assert all(m.all() for m in prune(weights, {}, 0.0).values())
 
 
@@ -382,7 +407,8 @@ def test_masks_reach_moments_and_gradients():
     weights = {"a": nn.Parameter(rand(3, 4)), "b": nn.Parameter(rand(3, 4, seed=1))}
     masks = prune(weights, {}, .5)
     unit = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    stacks = [SimpleNamespace(units=unit, state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
+    stacks = [SimpleNamespace(units=unit,
+                              state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
               SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4)))]
     sum((w ** 2).sum() for w in weights.values()).backward()
     numerics.mask_gradients(weights, masks)
@@ -390,5 +416,6 @@ def test_masks_reach_moments_and_gradients():
     for i, name in enumerate("ab"):
         gone = ~masks[name]
         assert not weights[name].grad[gone].any() and not weights[name][gone].any()
-        assert torch.equal(stacks[0].state["m"][i], masks[name].float()) and weights[name].grad.any()
+        assert torch.equal(stacks[0].state["m"][i],
+                           masks[name].float()) and weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()

@@ -1,4 +1,5 @@
-"""optim.py: every rule's worked numbers, limits and invariances; the walker: groups, decay, state, errors."""
+"""optim.py: every rule's worked numbers, limits and invariances; the walker: groups, decay, state,
+errors."""
 import io
 import math
 import re
@@ -13,10 +14,11 @@ from data.run import UserError, hyper
 from data.tokenizer import bytes_tokenizer
 from kernels import newton_schulz
 from model import init, preset
-from optim import (DECAYS, RULES, Optimiser, Ranks, StoredLinear, adamw, apollo, apollo_mini, classp, dion,
+from optim import (DECAYS, RULES, Optimiser, Ranks, StoredLinear, adamw, apollo, apollo_mini,
+                   classp, dion,
                    eco, eco_sgd, fira, frugal, frugal_columns, galore, gradnormlorp, lion, lionk,
-                   memory_report, muon, normuon, optimiser, param_groups, qgalore, set_lr, shampoo, signsgd,
-                   soap, store_int8)
+                   memory_report, muon, normuon, optimiser, param_groups, qgalore, set_lr, shampoo,
+                   signsgd, soap, store_int8)
 
 F64 = torch.float64
 W0 = torch.tensor([[1, 2], [3, 4]], dtype=F64)                       # the specs' fixture
@@ -33,7 +35,8 @@ def net(family="qwen2"):
 
 def opt_of(rule, *params, lr=0.01, weight_decay=0.0, decay="decoupled", seed=0, **kw):
     """An Optimiser of one group."""
-    return Optimiser([dict(params=list(params), rule=partial(rule, **kw), lr=lr, weight_decay=weight_decay)],
+    return Optimiser([dict(params=list(params), rule=partial(rule, **kw), lr=lr,
+                           weight_decay=weight_decay)],
                      decay=decay, seed=seed)
 
 
@@ -51,7 +54,8 @@ def walk(rule, grads, W=W0, state=(), **kw):
 def direction(rule, g, state=None, shape=None, **kw):
     """What a rule says of one matrix in its first step."""
     s = dict(t=1) | (state or {})
-    have = dict(g=g[None], s=s, ranks=Ranks(shape or g.shape), lr=kw.pop("lr", 0.01), W=kw.pop("W", g)[None],
+    have = dict(g=g[None], s=s, ranks=Ranks(shape or g.shape), lr=kw.pop("lr", 0.01),
+                W=kw.pop("W", g)[None],
                 seeds=[7], block=kw.pop("block", 1), place=([0], 1, 0))
     return rule(**{k: have[k] for k in optim.needs(rule)}, **kw)[0]
 
@@ -61,7 +65,7 @@ def close(x, wanted, atol=1.1e-6):
     return torch.allclose(x.double(), torch.tensor(wanted, dtype=F64), rtol=0, atol=atol)
 
 
-# --- worked numbers -----------------------------------------------------------------------------------
+# --- worked numbers -------------------------------------------------------------------------------
 
 ADAM = dict(lr=0.1, weight_decay=0.01, b2=0.999)
 
@@ -87,13 +91,15 @@ def test_the_specs_worked_steps(rule, grads, kw, wanted):
 
 
 def test_soap_by_hand():
-    """the spec's step ends in one decay of λ .01 (the code it is from decays in its first call not either)"""
+    """the spec's step ends in one decay of λ .01 (the code it is from decays in its first call not
+    either)"""
     W = walk(soap, [G1, G2], lr=3e-3)[0]
     assert close(W * (1 - 3e-3 * .01), [[1.001867, 1.996145], [2.996115, 3.997983]])
 
 
 def test_the_specs_worked_states():
-    assert close(walk(lion, [G1, G2], lr=.1)[1]["m"][0], [[-1e-5, -9.8e-4], [4.97e-3, 3.96e-3]], 1e-9)
+    assert close(walk(lion, [G1, G2], lr=.1)[1]["m"][0], [[-1e-5, -9.8e-4], [4.97e-3, 3.96e-3]],
+                 1e-9)
     assert close(walk(classp, [G1], threshold=.05, p=2.)[1]["h"][0], [[0, 0], [.09, .16]])
     W, s = walk(dion, [G1], rank=1, state=dict(m=torch.zeros(1, 2, 2, dtype=F64),
                                                Q=torch.ones(1, 2, 1, dtype=F64)))
@@ -104,11 +110,13 @@ def test_the_specs_worked_states():
 
 
 @pytest.mark.parametrize("kappa, wanted", [
-    ("l2", [[.182574, -.365148], [.547723, .730297]]), ("l1.5", [[.388724, -.549739], [.673289, .777448]]),
+    ("l2", [[.182574, -.365148], [.547723, .730297]]),
+    ("l1.5", [[.388724, -.549739], [.673289, .777448]]),
     ("l1", [[1, -1], [1, 1]]), ("nuclear", [[.788576, -.687614], [.586652, .485690]])])
 def test_lion_k_s_norms(kappa, wanted):
     assert close(direction(lionk, G1, kappa=kappa, rms_match=False), wanted)
-    assert direction(lionk, G1, kappa=kappa).square().mean().item() == pytest.approx(1.0)   # as the sign's
+    assert direction(lionk, G1,
+                     kappa=kappa).square().mean().item() == pytest.approx(1.0)       # as the sign's
 
 
 def test_apollo_by_hand(monkeypatch):
@@ -142,9 +150,11 @@ def test_normuon_by_hand():
 def test_newton_schulz_by_hand():
     assert close(newton_schulz(.0975 * G1), [[.788576, -.687614], [.586652, .485690]])
     tall = torch.tensor([[.1, -.2], [.3, .4], [-.2, .1]], dtype=F64)
-    assert close(newton_schulz(tall), [[.309141, -.436301], [.544305, .681043], [-.503347, .275618]])
+    assert close(newton_schulz(tall),
+                 [[.309141, -.436301], [.544305, .681043], [-.503347, .275618]])
     for sigma, wanted in ((1, .6964), (.5, .7654), (.1, .7121), (.01, .6989), (.001, .4705)):
-        spread = torch.diag(torch.tensor([sigma, math.sqrt(1 - sigma ** 2)], dtype=F64))   # |.|_F = 1
+        spread = torch.diag(torch.tensor([sigma, math.sqrt(1 - sigma ** 2)],
+                                         dtype=F64))                                     # |.|_F = 1
         assert newton_schulz(spread)[0, 0].item() == pytest.approx(wanted, abs=1e-4)
 
 
@@ -154,15 +164,15 @@ def test_gradnormlorp_by_hand():
     V = W0 / rho
     g_rho = (V * G1).sum(-1, keepdim=True)
     assert close(g_rho[:, 0], [-.134164, .5]) and close(G1 - V * g_rho, [[.16, -.08], [0, 0]])
-    lr = 1e-6                                                  # to first order: dW = drho V + rho dV
+    lr = 1e-6  # to first order: dW = drho V + rho dV
     d = direction(gradnormlorp, G1, W=W0, lr=lr, rank=2, eps=1e-30)
-    assert close((d * V).sum(-1) / g_rho[:, 0].sign(), [1, 1], 1e-4)         # Adam's first step is ±1
+    assert close((d * V).sum(-1) / g_rho[:, 0].sign(), [1, 1], 1e-4)       # Adam's first step is ±1
     assert close(optim.norm(W0 - lr * d, -1)[:, 0] - rho[:, 0], [lr, -lr], 1e-11)
 
 
 def test_eco_gives_the_rounding_error_to_the_momentum():
     """grid 1/4, nothing moves, and m holds the whole step: W - lr μ/(1-μ) m is where W should be"""
-    e = -0.1 * 0.1 * G1                                                          # W - lr m rounds back to W
+    e = -0.1 * 0.1 * G1                                                  # W - lr m rounds back to W
     s = dict(t=1, m=(0.1 * G1)[None].clone())
     optim.feed_sgd(e[None], s, 0.1, 1.0, momentum=0.9)
     assert close(s["m"][0], [[.011111, -.022222], [.033333, .044444]])
@@ -173,7 +183,7 @@ def test_eco_gives_the_rounding_error_to_the_momentum():
     assert close(s["m"][0], [[.011111, -.022222], [.033333, .044444]])
 
 
-# --- limits: each rule equals one that is trusted already ------------------------------------------------
+# --- limits: each rule equals one that is trusted already -----------------------------------------
 
 
 def random_walk(shape, n, seed=0, dtype=F64):
@@ -203,8 +213,10 @@ def test_adamw_is_pytorch_s(path):
 def test_adamw_in_float32_is_pytorch_s_fused_kernel_bit_for_bit():
     m, n = net(), net()
     ours = optimiser(m, lr=1e-2, weight_decay=.1)
-    theirs = torch.optim.AdamW([dict(params=[p for p in n.parameters() if p.dim() >= 2], weight_decay=.1),
-                                dict(params=[p for p in n.parameters() if p.dim() < 2], weight_decay=0.0)],
+    theirs = torch.optim.AdamW([dict(params=[p for p in n.parameters() if p.dim() >= 2],
+                                     weight_decay=.1),
+                                dict(params=[p for p in n.parameters() if p.dim() < 2],
+                                     weight_decay=0.0)],
                                lr=1e-2, betas=(.9, .95), fused=True)
     for seed in range(3):
         for (p, q), g in zip(zip(m.parameters(), n.parameters()), range(99)):
@@ -218,9 +230,11 @@ def test_adamw_in_float32_is_pytorch_s_fused_kernel_bit_for_bit():
 @pytest.mark.parametrize("scale, theirs", [("original", "original"), ("rms", "match_rms_adamw")])
 def test_muon_is_pytorch_s(shape, scale, theirs, monkeypatch):
     """exactly, once both orthogonalise in float64 (PyTorch's does it in bfloat16)"""
-    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda g, *_: newton_schulz(g))
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz",
+                        lambda g, *_: newton_schulz(g))
     p, q = (nn.Parameter(torch.ones(shape, dtype=F64)) for _ in range(2))
-    other = torch.optim.Muon([q], lr=.02, weight_decay=.1, momentum=.95, nesterov=True, adjust_lr_fn=theirs)
+    other = torch.optim.Muon([q], lr=.02, weight_decay=.1, momentum=.95, nesterov=True,
+                             adjust_lr_fn=theirs)
     ours = opt_of(muon, p, lr=.02, weight_decay=.1, scale=scale)
     for g in random_walk(shape, 5):
         p.grad, q.grad = g.clone(), g.clone()
@@ -248,7 +262,8 @@ def test_soap_in_a_fixed_identity_basis_is_adam():
 
 def test_soap_turns_with_the_problem():
     """G -> U G V turns every step; the first call leaves W; Q stays orthogonal"""
-    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=F64))[0]
+    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n),
+                                        dtype=F64))[0]
             for n in (4, 3))
     a, b = dict(t=0), dict(t=0)
     for i, g in enumerate(random_walk((4, 3), 30, seed=3)):
@@ -281,7 +296,8 @@ def test_fira_at_full_rank_is_galore():
     a, b = dict(t=1), dict(t=1)
     for t, g in enumerate(random_walk((4, 3), 4), 1):
         a["t"] = b["t"] = t
-        assert torch.allclose(fira(g[None], a, rank=3, alpha=1.0), galore(g[None], b, [0], rank=3, scale=1.0),
+        assert torch.allclose(fira(g[None], a, rank=3, alpha=1.0),
+                              galore(g[None], b, [0], rank=3, scale=1.0),
                               atol=1e-6)
 
 
@@ -296,13 +312,16 @@ def test_fira_s_limiter_lets_the_rest_grow_by_one_percent():
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_apollo_scales_channels_of_the_gradient(shape):
-    """with P = I the channels' sizes are Adam's own; the direction of every channel stays the gradient's"""
+    """with P = I the channels' sizes are Adam's own; the direction of every channel stays the
+    gradient's"""
     g = random_walk(shape, 1)[0]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(optim, "gauss", lambda seeds, refresh, size, like: 2.0 * torch.eye(4).to(like)[None])
+        m.setattr(optim, "gauss",
+                  lambda seeds, refresh, size, like: 2.0 * torch.eye(4).to(like)[None])
         d = direction(apollo, g, rank=4, growth=0.0, eps=1e-12)
     dim = -1 if shape[0] >= shape[1] else -2
-    assert torch.allclose(optim.norm(d, dim), optim.norm(direction(adamw, g, b2=.999), dim), atol=1e-5)
+    assert torch.allclose(optim.norm(d, dim), optim.norm(direction(adamw, g, b2=.999), dim),
+                          atol=1e-5)
     assert torch.allclose(torch.cosine_similarity(d, g, dim), torch.ones(6, dtype=F64))
 
 
@@ -313,12 +332,13 @@ def test_frugal_s_two_ends():
     for i, g in enumerate(grads):
         for s in ends:
             s["t"] = i + 1
-        b = dict(t=1) if i % 3 == 0 else b                                        # every=3: anew at step 4
+        b = dict(t=1) if i % 3 == 0 else b                                 # every=3: anew at step 4
         b["t"] = i % 3 + 1
         wanted = adamw(g[None], b, b2=.999)
         assert torch.allclose(frugal_columns(g[None], ends[0], [1], density=1.0, every=3), wanted)
         assert torch.allclose(frugal(g[None], ends[1], ([0], 1, 0), density=1.0, every=3), wanted)
-        assert torch.equal(frugal_columns(g[None], ends[2], [1], density=0.0, kappa=.1), .1 * g.sign()[None])
+        assert torch.equal(frugal_columns(g[None], ends[2], [1], density=0.0, kappa=.1),
+                           .1 * g.sign()[None])
         assert torch.equal(frugal(g[None], ends[3], ([0], 1, 0), density=0.0), g.sign()[None])
     assert ends[2]["m"].numel() == ends[3]["m"].numel() == 0
 
@@ -368,16 +388,19 @@ def test_muon_with_decay_bound_the_spectral_norm():
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
 def test_normuon_s_invariances(shape):
-    """RMS 0.2 whatever the gradient; its scale does not matter; a tall matrix's rows become equal at once"""
+    """RMS 0.2 whatever the gradient; its scale does not matter; a tall matrix's rows become equal
+    at once"""
     g = random_walk(shape, 1)[0] * torch.logspace(-2, 0, shape[0], dtype=F64)[:, None]
     d = direction(normuon, g)
     assert d.square().mean().sqrt().item() == pytest.approx(.2)
     assert torch.allclose(direction(normuon, 1000 * g), d, atol=1e-6)
-    assert torch.allclose(optim.norm(d, -1), torch.full((shape[0], 1), .2 * math.sqrt(shape[1]), dtype=F64))
+    assert torch.allclose(optim.norm(d, -1),
+                          torch.full((shape[0], 1), .2 * math.sqrt(shape[1]), dtype=F64))
     wide = direction(normuon, g, axis="short")
     assert shape == (6, 4) or torch.allclose(optim.norm(wide, -2), optim.norm(wide, -2).mean())
-    v = torch.rand(1, shape[0], 1, dtype=F64) + .1                # a factor common to all rows cancels, so v
-    one, two = (normuon(g[None], dict(t=1, v=c * v), Ranks(shape), b2=1.0, eps=0.0) for c in (1.0, .05))
+    v = torch.rand(1, shape[0], 1, dtype=F64) + .1  # a factor common to all rows cancels, so v
+    one, two = (normuon(g[None], dict(t=1, v=c * v), Ranks(shape), b2=1.0, eps=0.0)
+                for c in (1.0, .05))
     assert torch.allclose(one, two)                               # needs no bias correction
 
 
@@ -388,7 +411,7 @@ def test_a_dead_neuron_is_not_blown_up():
     assert d[2].abs().max() < 1e-9 and d.isfinite().all()
 
 
-# --- every rule -----------------------------------------------------------------------------------------
+# --- every rule -----------------------------------------------------------------------------------
 
 
 def kw_of(name):
@@ -399,7 +422,7 @@ def kw_of(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_zero_gradients_move_nothing_and_none_is_skipped(name):
-    if name == "frugal":                                          # its blocks are drawn among all matrices
+    if name == "frugal":  # its blocks are drawn among all matrices
         with pytest.raises(UserError, match="frugal needs a gradient for every matrix"):
             p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
             p.grad = torch.ones(2, 2)
@@ -422,7 +445,8 @@ def test_a_quadratic_falls_tenfold(name, shape):
     B, = random_walk(shape, 1, 2, torch.float32)
     A = A @ A.T / shape[0] + torch.eye(shape[0])
     p = nn.Parameter(torch.zeros(shape))
-    lr = dict(eco_sgd=.1, dion=.1, galore=.3, qgalore=.2, gradnormlorp=.05, apollo=.05, apollo_mini=.02,
+    lr = dict(eco_sgd=.1, dion=.1, galore=.3, qgalore=.2, gradnormlorp=.05, apollo=.05,
+              apollo_mini=.02,
               fira=.05, classp=.3, muon=.2, normuon=.2, shampoo=.2).get(name, .03)
     if name == "gradnormlorp":
         p.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -440,8 +464,9 @@ def test_a_quadratic_falls_tenfold(name, shape):
 
 @pytest.mark.parametrize("name", RULES)
 def test_state_round_trips_bit_for_bit(name):
-    """saved after 5 and 7 of 10 steps as a checkpoint saves, loaded into a new optimiser: the same weights;
-    low-rank rules refresh in between, and a parameter that joins late keeps its own count"""
+    """saved after 5 and 7 of 10 steps as a checkpoint saves, loaded into a new optimiser: the same
+    weights; low-rank rules refresh in between, and a parameter that joins late keeps its own
+    count"""
     def run(stops):
         ps = [nn.Parameter(x.clone()) for x in random_walk((6, 4), 3, 9, torch.float32)]
         opt = opt_of(RULES[name], *ps, **kw_of(name))
@@ -460,14 +485,17 @@ def test_state_round_trips_bit_for_bit(name):
 
 
 STATE = dict(adamw=lambda m, n, r: 2 * m * n, signsgd=lambda m, n, r: 0, lion=lambda m, n, r: m * n,
-             lionk=lambda m, n, r: m * n, muon=lambda m, n, r: m * n, normuon=lambda m, n, r: m * n + m,
+             lionk=lambda m, n, r: m * n, muon=lambda m, n, r: m * n, normuon=lambda m, n, r: m * n
+             + m,
              shampoo=lambda m, n, r: m * n + 2 * m * m + 2 * n * n,
              soap=lambda m, n, r: 2 * (m * n + m * m + n * n),
              adam_mini=lambda m, n, r: m * n + m, dion=lambda m, n, r: m * n + n * r,
              galore=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n),
              apollo=lambda m, n, r: 2 * r * max(m, n) + 1,
-             apollo_mini=lambda m, n, r: 2 * max(m, n) + 1, frugal_columns=lambda m, n, r: 2 * m * (n // 4),
-             fira=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n) + 1, eco=lambda m, n, r: 2 * m * n,
+             apollo_mini=lambda m, n, r: 2 * max(m, n) + 1, frugal_columns=lambda m, n, r: 2 * m
+             * (n // 4),
+             fira=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n) + 1, eco=lambda m, n, r: 2 * m
+             * n,
              gradnormlorp=lambda m, n, r: r * min(m, n) + 2 * r * max(m, n) + 2 * m,
              eco_sgd=lambda m, n, r: m * n, classp=lambda m, n, r: m * n)
 
@@ -501,7 +529,8 @@ def test_low_rank_state_holds_no_view_of_something_larger(name):
 def test_a_late_first_gradient_moves_a_matrix_as_an_early_one(name):
     """a gradient of 0 first (LoRA's A, an idle expert): the steps after it must not be throttled"""
     late, early = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8, 6))
-    before, opts = late.detach().clone(), [opt_of(RULES[name], p, **kw_of(name)) for p in (late, early)]
+    before, opts = late.detach().clone(), [opt_of(RULES[name], p, **kw_of(name))
+                                           for p in (late, early)]
     start = early.detach().clone()
     late.grad = torch.zeros(8, 6)
     opts[0].step()
@@ -526,9 +555,11 @@ def test_a_dead_half_does_not_stop_dion():
 
 @pytest.mark.parametrize("kind", ["random", "low rank", "steep"])
 def test_shampoo_in_float32_is_shampoo(kind):
-    """rounding makes eigenvalues of singular covariances negative: the root must not blow them up"""
+    """rounding makes eigenvalues of singular covariances negative: the root must not blow them
+    up"""
     g = random_walk((64, 24), 1)[0]
-    g = g if kind == "random" else g[:, :4] @ g[:4] if kind == "low rank" else g * torch.logspace(-5, 0, 24)
+    g = g if kind == "random" else g[:,
+                                     :4] @ g[:4] if kind == "low rank" else g * torch.logspace(-5, 0, 24)
     a, b = (direction(shampoo, g.to(t), b1=0.0).double().flatten() for t in (torch.float32, F64))
     assert torch.cosine_similarity(a, b, 0) > .95
 
@@ -548,7 +579,7 @@ def test_q_galore_s_bytes():
     opt = opt_of(qgalore, p, rank=16)
     p.grad = torch.randn(256, 64)
     opt.step()
-    bookkeeping = 8 + 8 + 8 + 4 * 5                                            # T, next, svds, cosines
+    bookkeeping = 8 + 8 + 8 + 4 * 5                                         # T, next, svds, cosines
     P, moments = 16 * 64 // 2 + 4 * 8, 2 * (16 * 256 + 16 * 4)
     assert memory_report(opt)["qgalore"]["bytes"] == P + moments + bookkeeping
 
@@ -571,7 +602,8 @@ def test_a_stack_steps_like_its_matrices_alone(name):
     both = [nn.Parameter(x.clone()) for x in random_walk((6, 4), 2, 5)]
     alone = [nn.Parameter(p.detach().clone()) for p in both]
     together = opt_of(RULES[name], *both, **kw_of(name))
-    apart = [Optimiser([dict(params=[p], names=[f"0.{i}"], rule=partial(RULES[name], **kw_of(name)), lr=.01)])
+    apart = [Optimiser([dict(params=[p], names=[f"0.{i}"],
+                             rule=partial(RULES[name], **kw_of(name)), lr=.01)])
              for i, p in enumerate(alone)]
     for gs in zip(random_walk((6, 4), 7, 1), random_walk((6, 4), 7, 2)):
         for p, q, g in zip(both, alone, gs):
@@ -583,7 +615,7 @@ def test_a_stack_steps_like_its_matrices_alone(name):
     assert all(torch.allclose(p, q, atol=1e-9) for p, q in zip(both, alone))
 
 
-# --- the walker ----------------------------------------------------------------------------------------
+# --- the walker -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DECAYS)
@@ -624,7 +656,8 @@ def test_groups_each_parameter_once_and_embeddings_never_to_the_matrix_rule():
 def test_adamw_alone_has_two_groups():
     decayed, plain = param_groups(net(), adamw, 1e-3, 0.1)
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
-    assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
+    assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1
+                                                                for p in plain["params"])
     assert len(plain["params"]) == 6
 
 
@@ -637,9 +670,11 @@ def test_heads_of_q_and_k_are_adam_mini_s_blocks():
 
 def test_fused_matrices_step_as_their_parts():
     g = random_walk((6, 4), 1)[0]
-    fused, parts = nn.Parameter(torch.ones(6, 4, dtype=F64)), [nn.Parameter(torch.ones(k, 4, dtype=F64))
+    fused, parts = nn.Parameter(torch.ones(6, 4,
+                                           dtype=F64)), [nn.Parameter(torch.ones(k, 4, dtype=F64))
                                                               for k in (3, 2, 1)]
-    opt = Optimiser([dict(params=[fused], names=["qkv"], rule=muon, lr=.1, split=dict(qkv=[3, 2, 1]))])
+    opt = Optimiser([dict(params=[fused], names=["qkv"], rule=muon, lr=.1,
+                          split=dict(qkv=[3, 2, 1]))])
     rest = opt_of(muon, *parts, lr=.1)
     fused.grad = g.clone()
     for p, x in zip(parts, g.split([3, 2, 1])):
@@ -673,7 +708,8 @@ def test_stored_weights_train_where_rounding_to_nearest_cannot_move():
     for rounding in ("stochastic", "nearest"):
         layer = StoredLinear(nn.Linear(16, 16, bias=False), "int4", 32, rounding)
         start = layer.read()
-        opt = Optimiser([dict(params=[layer.weight], rule=signsgd, lr=1e-3)], stored={layer.weight: layer})
+        opt = Optimiser([dict(params=[layer.weight], rule=signsgd, lr=1e-3)],
+                        stored={layer.weight: layer})
         for _ in range(30):
             layer.weight.grad = torch.ones(16, 16)
             opt.step()
@@ -697,12 +733,14 @@ def test_eco_s_virtual_point_moves_by_the_gradient():
 
 def test_bad_use_is_a_clear_error():
     vector, matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 6))
-    with pytest.raises(UserError, match="normuon updates matrices, and 0.0 has shape .4.: put it in a group"):
+    with pytest.raises(UserError,
+                       match="normuon updates matrices, and 0.0 has shape .4.: put it in a group"):
         opt_of(normuon, vector)
     for name in ("muon", "galore", "soap", "shampoo", "dion", "adam_mini", "frugal_columns"):
         with pytest.raises(UserError, match="updates matrices, and got a tensor of shape"):
             direction(RULES[name], torch.ones(()), shape=(4, 4))
-    with pytest.raises(UserError, match="--rank 5 does not fit a 4x6 matrix: choose 1 to 4, or 0 for"):
+    with pytest.raises(UserError,
+                       match="--rank 5 does not fit a 4x6 matrix: choose 1 to 4, or 0 for"):
         opt_of(galore, matrix, rank=5)
     with pytest.raises(UserError, match="--decay lost; did you mean 'last'"):
         opt_of(lion, matrix, decay="lost")
@@ -711,20 +749,22 @@ def test_bad_use_is_a_clear_error():
             direction(rule, G1, **{key: "nonsense"})
     with pytest.raises(UserError, match="the model has no trainable parameter"):
         param_groups(net().requires_grad_(False))
-    with pytest.raises(UserError, match="0.weight of shape .4, 4. is in no block and is no embedding"):
+    with pytest.raises(UserError,
+                       match="0.weight of shape .4, 4. is in no block and is no embedding"):
         param_groups(nn.Sequential(nn.Linear(4, 4)), muon)
     with pytest.raises(UserError, match="takes no closure"):
         opt_of(lion, matrix).step(lambda: 0)
 
 
 def test_names_and_groups():
-    """two groups alike in every key, parameters without names: nothing is mixed up, and twins are refused"""
+    """two groups alike in every key, parameters without names: nothing is mixed up, and twins are
+    refused"""
     ps = [nn.Parameter(torch.ones(2, 2)) for _ in range(4)]
     groups = [dict(params=ps[:2], rule=lion, lr=.1), dict(params=ps[2:], rule=lion, lr=.1)]
     opt = Optimiser([dict(g) for g in groups])
     for p in ps[1:]:
         p.grad = torch.ones(2, 2)
-    opt.step()                                                    # splits the first stack, found by identity
+    opt.step()  # splits the first stack, found by identity
     ps[0].grad = torch.ones(2, 2)
     again = Optimiser([dict(g) for g in groups])
     again.load_state_dict(opt.state_dict())
@@ -732,7 +772,8 @@ def test_names_and_groups():
     assert [round(p[0, 0].item(), 6) for p in ps] == [.9, .8, .8, .8]
     with pytest.raises(UserError, match="two parameters are called x"):
         Optimiser([dict(params=ps[:2], names=["x", "x"], rule=lion, lr=.1)])
-    with pytest.raises(UserError, match="eco pays rounding errors back through its momentum: give it"):
+    with pytest.raises(UserError,
+                       match="eco pays rounding errors back through its momentum: give it"):
         opt_of(eco_sgd, ps[0], momentum=.1)
 
 
@@ -741,11 +782,13 @@ def test_state_of_another_optimiser_is_refused():
     p.grad = torch.ones(4, 6)
     opt = opt_of(muon, p)
     opt.step()
-    with pytest.raises(UserError, match="another optimiser: 0.0 was updated by muon and is now lion"):
+    with pytest.raises(UserError,
+                       match="another optimiser: 0.0 was updated by muon and is now lion"):
         opt_of(lion, p).load_state_dict(opt.state_dict())
     with pytest.raises(UserError, match="0.1 was updated by nothing and is now muon"):
         opt_of(muon, p, nn.Parameter(torch.ones(4, 6))).load_state_dict(opt.state_dict())
-    with pytest.raises(UserError, match="cannot resume: 0.0 had shape .4, 6. when this state was saved"):
+    with pytest.raises(UserError,
+                       match="cannot resume: 0.0 had shape .4, 6. when this state was saved"):
         opt_of(muon, nn.Parameter(torch.ones(6, 4))).load_state_dict(opt.state_dict())
     with pytest.raises(UserError, match="the state of another kind of optimiser"):
         opt_of(muon, p).load_state_dict(torch.optim.SGD([p], lr=1.0).state_dict())
@@ -754,7 +797,8 @@ def test_state_of_another_optimiser_is_refused():
 def test_the_map_names_every_rule():
     assert set(re.findall(r"^(\w+) +\d{4}\.\d{5}", optim.__doc__, re.M)) == set(RULES)
     for name, rule in RULES.items():
-        assert re.search(r"\d{4}\.\d{5}|Jordan", rule.__doc__.split("\n")[0]), name    # cites its paper
+        assert re.search(r"\d{4}\.\d{5}|Jordan",
+                         rule.__doc__.split("\n")[0]), name                        # cites its paper
 
 
 def test_quantised_weights_of_a_model_are_all_its_block_matrices():

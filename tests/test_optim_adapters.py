@@ -1,5 +1,5 @@
-"""optim.py, sections 6 to 8, and LoRAM of sft.py: schedules, rounding and stored weights, adapters, half
-fine-tuning. Worked numbers are those of the papers' specs; a W is [F, D] = (out, in)."""
+"""optim.py, sections 6 to 8, and LoRAM of sft.py: schedules, rounding and stored weights, adapters,
+half fine-tuning. Worked numbers are those of the papers' specs; a W is [F, D] = (out, in)."""
 import math
 from functools import partial
 
@@ -14,8 +14,10 @@ from data.tokenizer import bytes_tokenizer
 from kernels import pack_int
 from model import (Bat, Bone, LoRA, adapter_state, bat, bone, full, hft, init, lora, merge, preset,
                    replace_linears)
-from optim import (SCHEDULES, STORES, TABLES, StoredLinear, constant, cosine, get8, linear, optimiser, power,
-                   put8, quantize_groups, round_bf16, store, store_bfloat16, store_int4, store_int8, wsd)
+from optim import (SCHEDULES, STORES, TABLES, StoredLinear, constant, cosine, get8, linear,
+                   optimiser, power,
+                   put8, quantize_groups, round_bf16, store, store_bfloat16, store_int4,
+                   store_int8, wsd)
 from sft import step_law
 
 
@@ -34,7 +36,8 @@ def pack4(model):
     """The model with 4-bit packed layers: a QLoRA base."""
     def pack(name, layer):
         codes, scale, zero = quantize_groups(layer.weight.detach(), 4, 16)
-        return pack_int(codes.flatten(1), scale[..., 0], zero[..., 0], bits=4, group=16, bias=layer.bias)
+        return pack_int(codes.flatten(1), scale[..., 0], zero[..., 0], bits=4, group=16,
+                        bias=layer.bias)
     return replace_linears(model, pack)
 
 
@@ -71,7 +74,8 @@ def weights(model):
 
 def differ(a, b):
     """The names under which two dicts of tensors are not equal, bit for bit."""
-    return {k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])}
+    return {k for k in a.keys() | b.keys() if k not in a or k not in b
+            or not torch.equal(a[k], b[k])}
 
 
 def projections(model):
@@ -79,15 +83,17 @@ def projections(model):
     return {n: m for n, m in model.named_modules() if n.endswith("_proj")}
 
 
-# --- schedules ----------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fn, values, area", [
     (constant, {0: .25, 1: .5, 3: 1, 4: 1, 19: 1}, 18.5),
     (linear, {0: .25, 3: 1, 4: 1, 12: .5, 19: 1 / 16}, 11.0),
     (cosine, {0: .25, 3: 1, 4: 1, 12: .525, 20: .05}, 11.375),
     (wsd, {0: .25, 3: 1, 15: 1, 16: 1, 18: .5, 20: 0}, 17.0),
-    (partial(wsd, shape="sqrt"), {16: 1, 17: .5, 20: 0}, 14.5 + 4 - .5 - math.sqrt(.5) - math.sqrt(.75)),
-    (partial(wsd, shape="exp"), {16: 1, 18: 2 ** -2.5, 20: 1 / 32}, 14.5 + (1 - 1 / 32) / (1 - 2 ** -1.25)),
+    (partial(wsd, shape="sqrt"), {16: 1, 17: .5, 20: 0},
+     14.5 + 4 - .5 - math.sqrt(.5) - math.sqrt(.75)),
+    (partial(wsd, shape="exp"), {16: 1, 18: 2 ** -2.5, 20: 1 / 32},
+     14.5 + (1 - 1 / 32) / (1 - 2 ** -1.25)),
 ])
 def test_schedules_by_hand(fn, values, area):
     """20 steps, 4 of warm-up; area: the sum over all steps, what the weights can travel"""
@@ -111,9 +117,10 @@ def test_schedules_stay_between_0_and_1(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_rise_to_1_then_only_fall_and_never_jump(name):
     x = curve(name, 1000, 50)
-    assert x[:50] == pytest.approx([(s + 1) / 50 for s in range(50)])       # the first update is not 0
+    assert x[:50] == pytest.approx([(s + 1) / 50 for s in range(50)])    # the first update is not 0
     assert all(0 <= a - b < 0.011 for a, b in zip(x[49:], x[50:]))          # 0.01: power's cooldown
-    assert x[-1] == pytest.approx(dict(constant=1, linear=0, cosine=.05, wsd=0, power=0)[name], abs=0.006)
+    assert x[-1] == pytest.approx(dict(constant=1, linear=0, cosine=.05, wsd=0, power=0)[name],
+                                  abs=0.006)
 
 
 def test_wsd_worked_values():
@@ -137,25 +144,27 @@ def eta(n, batch=128, steps=10 ** 6):
 def test_power_worked_values():
     got = [eta(n) for n in (1e9, 1e10, 1e11, 1e12)]
     assert got == pytest.approx([1.3160e-2, 4.0670e-3, 1.2568e-3, 3.8839e-4], rel=1e-4)
-    assert eta(4.39e8) == 0.02 > eta(4.41e8)                                # leaves the ceiling at 4.40e8
+    assert eta(4.39e8) == 0.02 > eta(4.41e8)                          # leaves the ceiling at 4.40e8
 
 
 def test_power_doubles_with_the_batch_and_does_not_know_the_end():
     assert eta(1e11, batch=256) == pytest.approx(2 * eta(1e11), rel=1e-12)
     a, b = ([power(s, steps, 10, 0.02, 128, 1e8) for s in range(90)] for steps in (100, 5000))
-    assert a == b and a[20] < 1                                             # bit for bit, up to the cooldown
-    assert power(95, 100, 10, 0.02, 128, 1e8) == pytest.approx(power(95, 5000, 10, 0.02, 128, 1e8) / 2)
+    assert a == b and a[20] < 1                                    # bit for bit, up to the cooldown
+    assert power(95, 100, 10, 0.02, 128,
+                 1e8) == pytest.approx(power(95, 5000, 10, 0.02, 128, 1e8) / 2)
 
 
-@pytest.mark.parametrize("N, D, lr, batch", [(1e7, 1e8, 5.222e-3, 21450), (1.24e8, 1e10, 3.567e-3, 297460),
+@pytest.mark.parametrize("N, D, lr, batch",
+                         [(1e7, 1e8, 5.222e-3, 21450), (1.24e8, 1e10, 3.567e-3, 297460),
                                              (1e9, 1e11, 1.632e-3, 1107715)])
 def test_step_law_worked_values(N, D, lr, batch):
     got = step_law(N, D)
     assert got[0] == pytest.approx(lr, abs=5.1e-7) and round(got[1]) == batch
-    assert step_law(N, D)[1] == step_law(10 * N, D)[1]                      # the batch depends on D alone
+    assert step_law(N, D)[1] == step_law(10 * N, D)[1]                # the batch depends on D alone
 
 
-# --- rounding to bfloat16 -----------------------------------------------------------------------------
+# --- rounding to bfloat16 -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("x", [1.001, 1.999, -3.3333, 0.1, 1e-30, -7e30])
 def test_stochastic_bf16_is_unbiased(x):
@@ -171,14 +180,16 @@ def test_stochastic_bf16_is_unbiased(x):
 
 def test_what_bf16_can_hold_is_left_alone():
     fine = torch.randn(2, 5000, generator=seeded()).bfloat16().float()
-    special = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 2.0 ** -130, torch.finfo(torch.bfloat16).max]])
+    special = torch.tensor([[0.0, -0.0, math.inf, -math.inf, 2.0 ** -130,
+                             torch.finfo(torch.bfloat16).max]])
     nans = torch.tensor([[0x7FFFFFFF, -1, 0x7F800001]], dtype=torch.int32).view(torch.float32)
     special = torch.cat([special, nans], 1)              # these bits would carry, or be cut to inf
     for x, g in ((fine, [seeded(1), seeded(2)]), (special, [seeded(3)])):
         for _ in range(20):
             y, nan = round_bf16(x, g), x.isnan()
             assert torch.equal(y.isnan(), nan)
-            assert torch.equal(y[~nan].view(torch.int32), x[~nan].view(torch.int32))    # -0 keeps its sign
+            assert torch.equal(y[~nan].view(torch.int32),
+                               x[~nan].view(torch.int32))                        # -0 keeps its sign
 
 
 def test_without_generators_bf16_is_the_nearest():
@@ -189,20 +200,22 @@ def test_each_matrix_is_rounded_from_its_own_generator():
     x = torch.full((2, 1000), 1.002)
     both = round_bf16(x, [seeded(1), seeded(2)])
     assert not torch.equal(both[0], both[1])
-    assert torch.equal(both[1:], round_bf16(x[1:], [seeded(2)]))            # whoever shares the stack
+    assert torch.equal(both[1:], round_bf16(x[1:], [seeded(2)]))          # whoever shares the stack
 
 
-# --- codes of groups ----------------------------------------------------------------------------------
+# --- codes of groups ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits, group, scale, zero, codes, back", [
     (8, [-1, 2, 3, 4], .019608, 51, [0, 153, 204, 255], [-1, 2, 3, 4]),
-    (4, [.525731, .850651, -.2, .1], .070043, 3, [11, 15, 0, 4], [.560347, .840521, -.21013, .070043]),
+    (4, [.525731, .850651, -.2, .1], .070043, 3, [11, 15, 0, 4],
+     [.560347, .840521, -.21013, .070043]),
     (8, [1.5, 2.4, 3, 4], 4 / 255, 0, [96, 153, 191, 255], [1.505882, 2.4, 2.996078, 4]),
     (8, [-4, -3, -2.4, -1.5], 4 / 255, 255, [0, 64, 102, 159], [-4, -2.996078, -2.4, -1.505882]),
     (4, [0, 0, 0, 0], 1e-5 / 15, 0, [0, 0, 0, 0], [0, 0, 0, 0]),
 ])
 def test_group_quantiser_worked_values(bits, group, scale, zero, codes, back):
-    """the third and fourth group lie on one side of 0, where the public code clamps the zero point"""
+    """the third and fourth group lie on one side of 0, where the public code clamps the zero
+    point"""
     c, s, z = quantize_groups(torch.tensor([group]).float(), bits, group=4)
     assert s.item() == pytest.approx(scale, rel=3e-5) and z.item() == zero
     assert c.flatten().tolist() == codes
@@ -227,7 +240,8 @@ def test_nearest_is_within_half_a_step_wherever_0_lies(bits, shift):
     c, s, z = quantize_groups(w, bits, group=64)
     assert c.min() >= 0 and c.max() <= 2 ** bits - 1 and torch.equal(c, c.round())
     assert ((((c - z) * s).flatten(1) - w).abs().unflatten(1, (-1, 64)) <= 0.5001 * s).all()
-    assert (z == z.round()).all() and (z >= 0).all() and (z <= 2 ** bits - 1).all()  # so 0 itself is exact
+    assert (z == z.round()).all() and (z >= 0).all() and (z <= 2 ** bits
+                                                          - 1).all()          # so 0 itself is exact
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -238,35 +252,39 @@ def test_stochastic_codes_are_unbiased(bits):
     c, s, z = quantize_groups(w, bits, 4, [seeded()])
     back = ((c - z) * s)[0].double()                                                     # [n, 4]
     assert ((back[:, 1:3].mean(0) - inner).abs() < 4 * s[0, 0] / (2 * math.sqrt(n))).all()
-    assert all(len(back[:, i].unique()) == 2 for i in (1, 2))                # the two neighbours, no others
+    assert all(len(back[:, i].unique()) == 2 for i in (1, 2))        # the two neighbours, no others
 
 
 def test_stochastic_codes_leave_alone_what_lies_on_the_grid():
-    """⌊x⌋ + [u < x - ⌊x⌋] never moves an integer; ⌊x + u⌋ in float32 would, once in some 1e5 draws"""
-    unit = quantize_groups(torch.tensor([[0.0, 1.0]]), 8, 2, [seeded()])[1]     # 1 over the steps used
-    grid = torch.arange(-127.0, round(1 / unit.item()) - 126)                            # as many, by 1/64
+    """⌊x⌋ + [u < x - ⌊x⌋] never moves an integer; ⌊x + u⌋ in float32 would, once in some 1e5
+    draws"""
+    unit = quantize_groups(torch.tensor([[0.0, 1.0]]), 8, 2, [seeded()])[1]  # 1 over the steps used
+    grid = torch.arange(-127.0, round(1 / unit.item()) - 126)                     # as many, by 1/64
     grid = F.pad(grid, (0, 256 - len(grid))).repeat(1, 1 << 14) / 64
     c, s, z = quantize_groups(grid, 8, 256, [seeded()])
     assert (s == 1 / 64).all() and (z == 127).all()
     assert ((c - z) * s != grid.view_as(c)).sum().item() == 0
 
 
-# --- 8-bit states -------------------------------------------------------------------------------------
+# --- 8-bit states ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("key", TABLES)
 def test_code_table(key):
-    """m is signed, v is not; both have 0, 1 and seven decades, each twice as fine as the one below"""
+    """m is signed, v is not; both have 0, 1 and seven decades, each twice as fine as the one
+    below"""
     t = TABLES[key].tolist()
     assert len(t) == len(set(t)) == 256 and t == sorted(t) and t[-1] == 1 and 0 in t
     for d in range(7):
         inside = [x for x in t if 10 ** (d - 7) < x < 10 ** (d - 6)]
         assert len(inside) == 2 ** d * (1 if key == "m" else 2)
-    assert t[0] == 0 if key == "v" else [-x for x in t[:127][::-1]] == t[128:255]       # all but 1 mirrored
+    assert t[0] == 0 if key == "v" else [-x
+                                         for x in t[:127][::-1]] == t[128:255]  # all but 1 mirrored
 
 
 @pytest.mark.parametrize("key", TABLES)
 def test_8_bits_hold_six_decades(key):
-    """an entry of decade d errs by half of that decade's step; even codes would lose all below 1e-3"""
+    """an entry of decade d errs by half of that decade's step; even codes would lose all below
+    1e-3"""
     size = 10.0 ** (-6 * torch.rand(4, 250, generator=seeded(), dtype=torch.float64))    # 1e-6 to 1
     size[:, 0] = 1.0
     x = size * (torch.randn(size.shape, generator=seeded(1)).sign() if key == "m" else 1)
@@ -276,25 +294,26 @@ def test_8_bits_hold_six_decades(key):
     decade = size.log10().ceil()                                            # 0 for (0.1, 1]
     step = 0.9 * 10 ** decade * 2 ** -(decade + 6) / (1 if key == "m" else 2)
     assert ((back - x).abs() <= 0.501 * step).all()
-    assert torch.equal(back.sign(), x.sign())                               # nothing is lost, no sign turned
+    assert torch.equal(back.sign(), x.sign())                      # nothing is lost, no sign turned
     assert torch.equal(back[:, 0].float(), torch.ones(4))                   # the largest is exact
 
 
 def test_8_bit_states_of_odd_shapes_zeros_and_several_blocks():
-    s, like = {}, torch.ones(2, 19, 30)                                     # 570 entries: 2 1/4 blocks
+    s, like = {}, torch.ones(2, 19, 30)                                  # 570 entries: 2 1/4 blocks
     assert (get8(s, "v", like) == 0).all()                                  # nothing stored yet
     x = torch.rand(2, 19, 30, generator=seeded())
     x.view(2, -1)[:, 256:512] = 0                                           # a whole block of zeros
-    x.view(2, -1)[:, 512:] *= 1e-12                                         # a block of its own scale
+    x.view(2, -1)[:, 512:] *= 1e-12                                       # a block of its own scale
     put8(s, "v", x)
     back = get8(s, "v", like)
     assert s["v8"].dtype == torch.uint8 and s["v8"].shape == (2, 3, 256) and s["v_scale"].shape == (2, 3, 1)
     assert back.isfinite().all() and (back.view(2, -1)[:, 256:512] == 0).all()
-    top = torch.tensor([1.0, 1.0, 1e-12]).repeat_interleave(256)[:570]      # half a step: 0.45/128 of it
+    top = torch.tensor([1.0, 1.0,
+                        1e-12]).repeat_interleave(256)[:570]           # half a step: 0.45/128 of it
     assert ((back - x).abs().view(2, -1) <= 0.0036 * top).all() and torch.equal(back > 0, x > 0)
 
 
-# --- stored weights -----------------------------------------------------------------------------------
+# --- stored weights -------------------------------------------------------------------------------
 
 KINDS = [("bfloat16", 0, 2.0), ("int8", 256, 1 + 8 / 256), ("int4", 32, 0.5 + 8 / 32)]
 
@@ -307,14 +326,17 @@ def stored(kind, group, rounding="stochastic", out=48, inputs=64, bias=True):
 
 
 @pytest.mark.parametrize("kind, group, size", KINDS)
-@pytest.mark.parametrize("shape", [(48, 64), (7, 5), (33, 31)])              # 35 and 1023: no multiples
+@pytest.mark.parametrize("shape", [(48, 64), (7, 5), (33, 31)])          # 35 and 1023: no multiples
 def test_stored_weights_compute_and_differentiate_as_a_plain_layer(kind, group, size, shape):
     plain, layer = stored(kind, group, out=shape[0], inputs=shape[1])
     W = layer.read()
-    step = plain.weight.abs().amax() * (2 ** -8 if kind == "bfloat16" else 1 / (2 ** int(kind[3:]) - 2))
-    assert W.shape == shape and ((W - plain.weight).abs() <= 1.001 * step).all() and (W != plain.weight).any()
+    step = plain.weight.abs().amax() * (2 ** -8 if kind == "bfloat16"
+                                        else 1 / (2 ** int(kind[3:]) - 2))
+    assert W.shape == shape and ((W - plain.weight).abs() <= 1.001
+                                 * step).all() and (W != plain.weight).any()
     twin = layer.merged()
-    assert type(twin) is nn.Linear and torch.equal(twin.weight, W) and torch.equal(twin.bias, plain.bias)
+    assert type(twin) is nn.Linear and torch.equal(twin.weight, W) and torch.equal(twin.bias,
+                                                                                   plain.bias)
     x = torch.randn(3, 4, shape[1], generator=seeded())
     y = layer(x)
     assert torch.equal(y, F.linear(x, W, plain.bias))
@@ -328,7 +350,7 @@ def test_stored_weights_compute_and_differentiate_as_a_plain_layer(kind, group, 
 def test_stored_weights_take_the_promised_bytes(kind, group, size):
     _, layer = stored(kind, group)
     assert sum(b.nbytes for b in layer.buffers()) / (48 * 64) == size
-    assert layer.weight.untyped_storage().nbytes() == 4                     # one zero stands for all of W
+    assert layer.weight.untyped_storage().nbytes() == 4               # one zero stands for all of W
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
@@ -339,8 +361,9 @@ def test_no_float_copy_of_the_matrices_outlives_a_step(kind):
     assert len(before) == 14 and all(type(x) is StoredLinear for x in projections(m).values())
     for name, layer in projections(m).items():
         assert layer.weight.untyped_storage().nbytes() == 4 and layer.weight.grad is None
-        assert not torch.equal(layer.read(), before[name])                  # but the stored one moved
-    floats = sum(p.untyped_storage().nbytes() for n, p in m.layers.named_parameters() if p.dim() == 2)
+        assert not torch.equal(layer.read(), before[name])                # but the stored one moved
+    floats = sum(p.untyped_storage().nbytes() for n, p in m.layers.named_parameters()
+                 if p.dim() == 2)
     assert floats == 14 * 4
 
 
@@ -355,13 +378,15 @@ def test_writing_what_is_stored_changes_nothing(kind, group, size, rounding):
 
 @pytest.mark.parametrize("kind, size", [("int8", 256), ("int4", 32)])
 def test_writing_leaves_groups_without_a_change_alone(kind, size):
-    """one weight moves far out: its group gets a new scale, the others keep codes, scales and zeros"""
+    """one weight moves far out: its group gets a new scale, the others keep codes, scales and
+    zeros"""
     _, layer = stored(kind, size, out=33, inputs=31)
     before = {k: b.clone() for k, b in layer.named_buffers()}
     W = layer.read()
     W.view(-1)[size + 3] = 5.0
     layer.write(W, seeded(7))
-    changed = {k: (b != before[k]).any(1).nonzero().flatten().tolist() for k, b in layer.named_buffers()}
+    changed = {k: (b != before[k]).any(1).nonzero().flatten().tolist()
+               for k, b in layer.named_buffers()}
     assert changed == dict(stored=[1], scale=[1], zero=[1])
     assert layer.read().view(-1)[size + 3].item() == pytest.approx(5.0, rel=0.2)
 
@@ -373,7 +398,7 @@ def test_nearest_loses_small_steps_and_stochastic_takes_them_at_the_right_rate(k
     for rounding in ("nearest", "stochastic"):
         _, layer = stored(kind, 64, rounding, out=256)
         W = layer.read()
-        scale = layer.scale.expand(-1, 64)                                                # [groups, 64]
+        scale = layer.scale.expand(-1, 64)                                            # [groups, 64]
         codes = (W.view(-1, 64) / scale + layer.zero).round()
         inner = (codes > 0.2 * top) & (codes < 0.8 * top)
         for _ in range(20 if rounding == "nearest" else 1):                 # again and again
@@ -384,13 +409,15 @@ def test_nearest_loses_small_steps_and_stochastic_takes_them_at_the_right_rate(k
         if rounding == "nearest":
             assert moved.abs().max() < 1e-3
         else:
-            assert abs(moved.mean().item() - 0.3) < 4 * 0.55 / math.sqrt(n)    # σ: half a step at most
+            assert abs(moved.mean().item()
+                       - 0.3) < 4 * 0.55 / math.sqrt(n)                     # σ: half a step at most
             assert (moved > 0.5).any() and (moved < 0.1).any()
 
 
 @pytest.mark.parametrize("kind, group, size", KINDS)
 def test_a_tiny_step_moves_few_weights(kind, group, size):
-    """1e-4 of the weights' size, all moved at once: the grid must stay, or every weight is rounded anew"""
+    """1e-4 of the weights' size, all moved at once: the grid must stay, or every weight is rounded
+    anew"""
     _, layer = stored(kind, group)
     W = layer.read()
     step = 1e-5 * torch.randn(W.shape, generator=seeded(5))             # a grid's is 1e-3 or more
@@ -416,11 +443,12 @@ def test_stores_merge_into_a_plain_checkpoint_that_computes_the_same():
         plain = merge(m)
         assert plain.state_dict().keys() == net().state_dict().keys()
         assert torch.equal(plain(tokens()), m(tokens()))
-        assert all(type(x) is StoredLinear for x in projections(m).values())            # the original is left
+        assert all(type(x) is StoredLinear for x in projections(m).values())  # the original is left
         assert all(p.requires_grad for p in plain.parameters())
 
 
-@pytest.mark.parametrize("make", [partial(store, kind="int4", group=32), *list(STORES.values())[1:]])
+@pytest.mark.parametrize("make",
+                         [partial(store, kind="int4", group=32), *list(STORES.values())[1:]])
 def test_a_store_refuses_an_unknown_rounding(make):
     with pytest.raises(UserError, match="--rounding stochastc: choose stochastic or nearest"):
         make(net(), rounding="stochastc")
@@ -446,7 +474,7 @@ def test_adapters_on_stored_layers_are_an_error_at_the_latest_when_training_star
         optimiser(ADAPTERS[name](store_int8(net()), seeded()))
 
 
-# --- adapters: LoRA, Bone, Bat --------------------------------------------------------------------------
+# --- adapters: LoRA, Bone, Bat --------------------------------------------------------------------
 
 ADAPTERS = dict(lora=partial(lora, rank=4), bone=partial(bone, rank=6), bat=partial(bat, rank=16))
 
@@ -465,9 +493,10 @@ def test_adapters_start_as_the_layer_and_merge_into_it(name, base):
     assert torch.allclose(plain(x), after, atol=2e-5)
     assert plain.state_dict().keys() == net().state_dict().keys()           # a plain checkpoint
     assert all(p.requires_grad for p in plain.parameters())
-    assert torch.equal(m(x), after)                                         # merging left the original alone
+    assert torch.equal(m(x), after)                                # merging left the original alone
     train(m)
-    assert all(torch.equal(p, weights(m)[k]) for k, p in frozen.items()) and not torch.equal(m(x), after)
+    assert all(torch.equal(p, weights(m)[k]) for k, p in frozen.items()) and not torch.equal(m(x),
+                                                                                             after)
 
 
 @pytest.mark.parametrize("name, ends, size", [
@@ -489,7 +518,8 @@ def test_adapter_state_names_what_trains(name, ends, size):
     *(("float32", f) for f in (full, hft, *ADAPTERS.values(), partial(sft.loram, rank=4))),
     *((kind, f) for kind in ("bfloat16", "int8", "int4") for f in (full, hft))])
 def test_the_start_and_adapter_state_are_all_that_a_resume_needs(kind, make):
-    """adapter_state is empty: the checkpoint holds all; if not, sft.py starts from the run's origin again"""
+    """adapter_state is empty: the checkpoint holds all; if not, sft.py starts from the run's origin
+    again"""
     m = train(make(STORES[kind](net()), seeded()))
     state = {k: v.clone() for k, v in adapter_state(m).items()}
     assert bool(state) == (kind != "float32" or make not in (full, hft))
@@ -530,7 +560,7 @@ def test_lora_starts_kaiming_uniform_from_its_generator():
         if k.endswith(".B"):
             assert (a[k] == 0).all()
         else:
-            bound = a[k].size(1) ** -0.5                                    # gain √(1/3): uniform in ±1/√D
+            bound = a[k].size(1) ** -0.5                             # gain √(1/3): uniform in ±1/√D
             assert 0.97 * bound < a[k].abs().max() <= bound and not torch.equal(a[k], c[k])
             assert a[k].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
@@ -602,7 +632,7 @@ def test_bone_merges_at_widths_that_the_rank_does_not_divide(rank):
     x = torch.randn(2, 3, 7)
     assert torch.allclose(layer.merged()(x), layer(x), atol=1e-5)
     delta = layer.merged().weight - layer.linear.weight
-    assert torch.allclose(delta[:, -1], layer.M[6 % rank], atol=1e-6)       # the last group is cut off
+    assert torch.allclose(delta[:, -1], layer.M[6 % rank], atol=1e-6)    # the last group is cut off
 
 
 def test_bone_changes_all_blocks_alike_and_bat_each_in_its_own_way():
@@ -631,7 +661,7 @@ def test_bat_refuses_a_rank_that_does_not_divide():
 
 
 
-# --- half fine-tuning -----------------------------------------------------------------------------------
+# --- half fine-tuning -----------------------------------------------------------------------------
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -641,7 +671,8 @@ def trains(layer):
     """{kind: whether it trains} of one block; the experts' matrices, and biases, must agree."""
     out = {}
     for name, p in layer.named_parameters():
-        kind = {"q_norm": "q_proj", "k_norm": "k_proj"}.get(name.split(".")[-2], name.split(".")[-2])
+        kind = {"q_norm": "q_proj", "k_norm": "k_proj"}.get(name.split(".")[-2],
+                                                            name.split(".")[-2])
         assert out.setdefault(kind, p.requires_grad) == p.requires_grad, name
     return out
 
@@ -649,7 +680,8 @@ def trains(layer):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mixtral"])
 @pytest.mark.parametrize("layers", [2, 3])
 def test_hft_trains_half_of_every_layer(family, layers):
-    """2 of q, k, v, o; 2 of gate, up, down in half of the layers, else 1; a norm; all outside the blocks"""
+    """2 of q, k, v, o; 2 of gate, up, down in half of the layers, else 1; a norm; all outside the
+    blocks"""
     m = net(family, f"{layers}x64")
     for seed in range(4):
         m.requires_grad_(True)
@@ -658,9 +690,10 @@ def test_hft_trains_half_of_every_layer(family, layers):
         assert all(sum(x[k] for k in ATTENTION) == 2 and sum(x[k] for k in NORMS) == 1 for x in on)
         ways = sorted(sum(x[k] for k in MLP) for x in on)
         assert ways == [1] * (layers - layers // 2) + [2] * (layers // 2)
-        assert sum(x[k] for x in on for k in (*ATTENTION, *MLP)) == 7 * layers // 2     # of 7 a layer
+        assert sum(x[k] for x in on for k in (*ATTENTION, *MLP)) == 7 * layers // 2   # of 7 a layer
         outside = [p for n, p in m.named_parameters() if not n.startswith("layers.")]
-        assert len(outside) == 2 and all(p.requires_grad for p in outside)  # tied embedding, final norm
+        assert len(outside) == 2 and all(p.requires_grad
+                                         for p in outside)              # tied embedding, final norm
         assert all(x.get("gate", True) for x in on)                         # the router
 
 
@@ -671,12 +704,13 @@ def test_hft_trains_an_untied_head():
 
 
 def test_hft_draws_anew_with_every_seed_and_reaches_every_kind():
-    drawn = [[trains(layer) for layer in hft(net(), seeded(s)).layers] for s in (0, 0, *range(1, 12))]
+    drawn = [[trains(layer) for layer in hft(net(), seeded(s)).layers]
+             for s in (0, 0, *range(1, 12))]
     assert drawn[0] == drawn[1] and all(drawn[0] != x for x in drawn[2:])
     for i in range(2):
         for kind in (*ATTENTION, *MLP, *NORMS):
             assert {x[i][kind] for x in drawn} == {True, False}
-        assert {sum(x[i][k] for k in MLP) for x in drawn} == {1, 2}         # which layers train 2: drawn
+        assert {sum(x[i][k] for k in MLP) for x in drawn} == {1, 2}    # which layers train 2: drawn
 
 
 def test_hft_leaves_frozen_tensors_bit_identical_under_decay():
@@ -687,7 +721,7 @@ def test_hft_leaves_frozen_tensors_bit_identical_under_decay():
     assert adapter_state(m) == {} and merge(m).state_dict().keys() == net().state_dict().keys()
 
 
-# --- LoRAM ----------------------------------------------------------------------------------------------
+# --- LoRAM ----------------------------------------------------------------------------------------
 
 BIG = "2x128"                # 4 query heads in 2 groups, 352 neurons
 
@@ -701,14 +735,16 @@ def test_loram_with_ratio_0_is_lora_bit_for_bit():
 
 
 def test_loram_keeps_the_heaviest_neurons_and_whole_groups_of_heads():
-    """layer 0: key head 1 is made the heavier one, so its queries 64 … 127 stay, and neurons 7, 8, 300 …"""
+    """layer 0: key head 1 is made the heavier one, so its queries 64 … 127 stay, and neurons 7, 8,
+    300 …"""
     m = net(size=BIG)
     att, mlp = m.layers[0].self_attn, m.layers[0].mlp
     neurons = sorted({7, 8, 300} | set(range(20, 193)))                     # 176 of 352
     with torch.no_grad():
         att.v_proj.weight[32:] *= 3
         mlp.up_proj.weight[neurons] *= 9
-    kept = {k.removeprefix("layers.0."): v for k, v in sft.kept_units(m, 0.5).items() if k[:8] == "layers.0"}
+    kept = {k.removeprefix("layers.0."): v for k, v in sft.kept_units(m, 0.5).items()
+            if k[:8] == "layers.0"}
     keys, queries = list(range(32, 64)), list(range(64, 128))
     want = {"self_attn.q_proj": (queries, None), "self_attn.k_proj": (keys, None),
             "self_attn.v_proj": (keys, None), "self_attn.o_proj": (None, queries),
@@ -719,7 +755,8 @@ def test_loram_keeps_the_heaviest_neurons_and_whole_groups_of_heads():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_loram_s_small_model_is_the_whole_one_without_the_cut_units(family):
-    """a unit is cut when nothing reads it any more: o and down with its columns 0, in the whole model"""
+    """a unit is cut when nothing reads it any more: o and down with its columns 0, in the whole
+    model"""
     small, whole = sft.loram(net(family, BIG), seeded(), rank=4), net(family, BIG)
     for name, (rows, cols) in small.kept.items():
         if cols is not None:
@@ -749,12 +786,14 @@ def test_loram_recovers_the_change_where_rows_and_columns_were_kept():
         assert layer.scale == 0.5 and outside.any() and (delta[outside] == 0).all()
         assert torch.allclose(delta, want, atol=1e-6) and want.abs().max() > 0.01
         W = projections(plain)[name].weight
-        assert torch.equal(merged[name].weight[outside], W[outside])        # the original, not the pruned, W
+        assert torch.equal(merged[name].weight[outside],
+                           W[outside])                             # the original, not the pruned, W
         assert torch.allclose(merged[name].weight, W + want, atol=1e-6)
     assert torch.allclose(merge(big)(tokens()), big(tokens()), atol=1e-4)
 
 
-@pytest.mark.parametrize("first, last, cut", [(0, 0, {0, 1, 2}), (1, 0, {1, 2}), (0, 1, {0, 1}), (1, 1, {1}),
+@pytest.mark.parametrize("first, last, cut",
+                         [(0, 0, {0, 1, 2}), (1, 0, {1, 2}), (0, 1, {0, 1}), (1, 1, {1}),
                                               (4, 2, set()), (0, 3, set()), (0, 4, set())])
 def test_loram_leaves_the_first_and_last_layers_whole(first, last, cut):
     kept = sft.kept_units(net(size="3x64"), 0.5, first, last)

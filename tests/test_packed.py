@@ -1,4 +1,5 @@
-"""Packed layers: hand-worked bytes, sizes against the papers' formulas, kernels against the dense weight."""
+"""Packed layers: hand-worked bytes, sizes against the papers' formulas, kernels against the dense
+weight."""
 import json
 from dataclasses import replace
 
@@ -33,7 +34,8 @@ def normal(*shape, seed=0):
 
 def two_of_four(out, inputs, seed=0):
     """A random 2:4 weight on bfloat16's grid; some groups hold fewer than two."""
-    W = F.pad(normal(out, inputs, seed=seed), (0, -inputs % 4)).unflatten(1, (-1, 4)) / inputs ** 0.5
+    W = F.pad(normal(out, inputs, seed=seed), (0, -inputs % 4)).unflatten(1,
+                                                                          (-1, 4)) / inputs ** 0.5
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).topk(2, -1).indices
     W = torch.zeros_like(W).scatter(-1, keep, W.gather(-1, keep))
     W[1::5, ::3, 1] = 0
@@ -45,7 +47,8 @@ def make(kind, out=96, inputs=128, bias=False, seed=0, **o):
     b = normal(out, seed=9) if bias else None
     if kind == "int":
         bits, group, symmetric = o.get("bits", 4), o.get("group", 32), o.get("symmetric", False)
-        codes, scale, zero = quantize(normal(out, inputs, seed=seed) / inputs ** 0.5, bits, group, symmetric)
+        codes, scale, zero = quantize(normal(out, inputs, seed=seed) / inputs ** 0.5, bits, group,
+                                      symmetric)
         size = inputs if group < 0 else group
         at = torch.arange(inputs) // size
         W = (codes - (2 ** (bits - 1) if symmetric else zero[:, at])) * scale[:, at]
@@ -63,19 +66,22 @@ def make(kind, out=96, inputs=128, bias=False, seed=0, **o):
     g = torch.Generator().manual_seed(seed)
     index = torch.randint(0, 2 ** bits, (out, -(-inputs // d)), generator=g)
     C = normal(2 ** bits, d, seed=seed).bfloat16()
-    r1, r2 = (normal(inputs, seed=3).abs() / inputs ** 0.5).half(), (normal(out, seed=4).abs() + 0.1).half()
+    r1, r2 = (normal(inputs, seed=3).abs() / inputs ** 0.5).half(), (normal(out, seed=4).abs()
+                                                                     + 0.1).half()
     W = torch.cat([C.float()[index[:, i]] for i in range(index.size(1))], 1)[:, :inputs]
     W = r2.float()[:, None] * W * r1.float()
     return pack_vq(index, C, r1, r2, bias=b), W
 
 
 EACH = [("int", dict(bits=b, group=g, symmetric=s)) for b, g, s in
-        ((2, 16, False), (3, 64, False), (4, 32, False), (4, -1, True), (8, 40, False), (3, 48, True))]
+        ((2, 16, False), (3, 64, False), (4, 32, False), (4, -1, True), (8, 40, False),
+         (3, 48, True))]
 EACH += [("nm24", {}), ("armor", {}), ("armor", dict(blocks=(8, 4)))]
-EACH += [("vq", dict(bits=b, dim=d)) for b, d in ((4, 2), (6, 3), (8, 4), (11, 2), (12, 6), (16, 8))]
+EACH += [("vq", dict(bits=b, dim=d))
+         for b, d in ((4, 2), (6, 3), (8, 4), (11, 2), (12, 6), (16, 8))]
 ONE = [EACH[i] for i in (1, 2, 6, 7, 13)]        # a row of each kind, and three bits
 
-# --- bits and bytes -----------------------------------------------------------------------------------
+# --- bits and bytes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
@@ -87,13 +93,15 @@ def test_bits_round_trip(bits):
         stream = pack_bits(codes, bits)
         assert stream.dtype == torch.uint8 and stream.shape == (3, 2, -(-n * bits // 8))
         assert torch.equal(unpack_bits(stream, bits, n), codes.int())
-        whole = sum(c << i * bits for i, c in enumerate(codes[2, 1].tolist()))         # one long integer
+        whole = sum(c << i * bits for i, c in enumerate(codes[2, 1].tolist()))    # one long integer
         assert bytes(stream[2, 1].tolist()) == whole.to_bytes(stream.size(-1), "little")
 
 
 def test_bits_by_hand():
-    """3 bits: 1 2 3 4 5 6 7 0 is 000 111 110 101 100 011 010 001 from the right; 12 bits: 2 in 3 bytes."""
-    assert pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [0b11010001, 0b01011000, 0b11111]
+    """3 bits: 1 2 3 4 5 6 7 0 is 000 111 110 101 100 011 010 001 from the right; 12 bits: 2 in 3
+    bytes."""
+    assert pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [0b11010001,
+                                                                             0b01011000, 0b11111]
     assert pack_bits(torch.tensor([0xABC, 0x123]), 12).tolist() == [0xBC, 0x3A, 0x12]
     assert pack_bits(torch.tensor([5, 9, 14]), 4).tolist() == [0x95, 0x0E]
     for bad in ([4], [-1]):
@@ -102,7 +110,8 @@ def test_bits_by_hand():
 
 
 def test_two_of_four_by_hand():
-    """(0 5 0 7) keeps 1 and 3: 1 + 4 * 3 = 13; (0 0 9 0) keeps 0, a zero, and 2: 4 * 2 = 8; 13 + 16 * 8."""
+    """(0 5 0 7) keeps 1 and 3: 1 + 4 * 3 = 13; (0 0 9 0) keeps 0, a zero, and 2: 4 * 2 = 8; 13 + 16
+    * 8."""
     layer = pack_nm24(torch.tensor([[0., 5, 0, 7, 0, 0, 9, 0]]))
     assert layer.index.tolist() == [[13 + 16 * 8]] and layer.values.tolist() == [[5, 7, 0, 9]]
     assert layer.dequantize().tolist() == [[0, 5, 0, 7, 0, 0, 9, 0]]
@@ -112,24 +121,27 @@ def test_round_to_nearest_by_hand():
     w = torch.tensor([[-0.9, -0.2, 0.3, 0.6]])
     codes, scale, zero = quantize(w, 2, 4)
     assert codes.tolist() == [[0, 2, 3, 3]] and scale.tolist() == [[0.5]] and zero.tolist() == [[2]]
-    assert pack_int(codes, scale, zero, bits=2, group=4).dequantize().tolist() == [[-1, 0, 0.5, 0.5]]
+    assert pack_int(codes, scale, zero, bits=2,
+                    group=4).dequantize().tolist() == [[-1, 0, 0.5, 0.5]]
     codes, scale, zero = quantize(w, 2, 4, symmetric=True)
-    assert codes.tolist() == [[1, 2, 2, 3]] and zero is None and scale.item() == pytest.approx(0.9, abs=1e-3)
+    assert codes.tolist() == [[1, 2, 2,
+                               3]] and zero is None and scale.item() == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_round_to_nearest_errs_by_half_a_step_and_repeats_itself(bits, symmetric):
     W = normal(5, 70)
-    W[0], W[1], W[2], W[1, 0] = 0, W[1] * 1e-9, W[2].abs() * 1e3, 0      # W[1]: a scale below float16
+    W[0], W[1], W[2], W[1, 0] = 0, W[1] * 1e-9, W[2].abs() * 1e3, 0    # W[1]: a scale below float16
     codes, scale, zero = quantize(W, bits, 32, symmetric)
     back = pack_int(codes, scale, zero, bits=bits, group=32).dequantize()
     step = scale.float().repeat_interleave(32, 1)[:, :70]
-    slack = W.abs() * 1e-3 + 1e-8                        # float16 scales; a rounded zero moves the ends
+    slack = W.abs() * 1e-3 + 1e-8  # float16 scales; a rounded zero moves the ends
     assert ((W - back).abs() <= 0.5 * step + slack).float().mean() > 0.9
     assert ((W - back).abs() <= 1.01 * step + slack).all() and (back[0] == 0).all()
     again = quantize(back, bits, 32, symmetric)
-    assert torch.allclose(pack_int(*again, bits=bits, group=32).dequantize(), back, rtol=2e-3, atol=1e-8)
+    assert torch.allclose(pack_int(*again, bits=bits, group=32).dequantize(), back, rtol=2e-3,
+                          atol=1e-8)
 
 
 @pytest.mark.parametrize("shape, kind, spec, bits", [
@@ -169,7 +181,7 @@ def test_bytes_are_the_formula(out, inputs):
         assert (make("vq", out, inputs, bits=bits, dim=d)[0].nbytes()
                 == -(-out * -(-inputs // d) * bits // 8) + 2 * (2 ** bits * d + out + inputs))
 
-# --- products -----------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, o", EACH)
@@ -202,7 +214,8 @@ def test_odd_sizes_on_the_kernel(kind, o):
     for shape in ((1, 148), (0, 148), (148,), (2, 3, 148), (0, 3, 148), (20, 148)):
         x = normal(*shape, seed=6)
         y = layer(x)
-        assert y.shape == (*shape[:-1], 40) and torch.allclose(y, F.linear(x, W, layer.bias), atol=1e-5)
+        assert y.shape == (*shape[:-1], 40) and torch.allclose(y, F.linear(x, W, layer.bias),
+                                                               atol=1e-5)
 
 
 @pytest.mark.parametrize("kind, o", ONE)
@@ -214,7 +227,8 @@ def test_a_long_row_is_split_and_a_transposed_input_is_read_right(kind, o):
 
 
 def test_a_tile_of_a_group_and_of_many_give_the_same():
-    """Whole-row groups, groups of a tile, of less: each branch of the kernel, in both zero points."""
+    """Whole-row groups, groups of a tile, of less: each branch of the kernel, in both zero
+    points."""
     K.use("triton")
     for group in (8, 48, 64, 256, -1):
         for symmetric in (False, True):
@@ -250,7 +264,8 @@ def test_gradient_of_the_input(kind, o, dtype, path):
     K.use(path)
     x, g = normal(2, 5, 128).to(dtype).requires_grad_(), normal(2, 5, 96, seed=1).to(dtype)
     layer(x).backward(g)
-    assert x.grad.dtype == dtype and torch.allclose(x.grad.double(), g.double() @ W.double(), **TOL[dtype])
+    assert x.grad.dtype == dtype and torch.allclose(x.grad.double(), g.double() @ W.double(),
+                                                    **TOL[dtype])
     assert torch.allclose(layer.bias.grad, g.float().sum((0, 1)), **TOL[dtype])
 
 
@@ -280,7 +295,8 @@ def test_an_adapter_learns_over_a_packed_layer():
 
 
 def test_autocast_and_casts():
-    """Autocast decides the product's dtype, as it does a Linear's; .to(dtype) leaves the buffers alone."""
+    """Autocast decides the product's dtype, as it does a Linear's; .to(dtype) leaves the buffers
+    alone."""
     layer, W = make("vq", bias=True)
     for path in ("auto", "triton"):
         K.use(path)
@@ -289,7 +305,8 @@ def test_autocast_and_casts():
     before = {k: v.clone() for k, v in layer.named_buffers()}
     layer.to(torch.bfloat16).double().half()
     assert layer.bias.dtype == torch.float16
-    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in layer.named_buffers())
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype
+               for k, v in layer.named_buffers())
     with torch.device("meta"):
         empty = PackedLinear(128, 96, True, **layer.spec())
     empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
@@ -300,19 +317,22 @@ def test_autocast_and_casts():
     (lambda: pack_nm24(torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 3]])),
      "row 2, columns 0 to 3 hold more than two non-zero weights: prune the layer to 2:4"),
     (lambda: PackedLinear(8, 8, kind="int5"), "'int5' is unknown; choose from int, columns, mixed"),
-    (lambda: PackedLinear(64, 8, kind="int", bits=5, group=32, symmetric=True), "bits of 2, 3, 4 or 8"),
+    (lambda: PackedLinear(64, 8, kind="int", bits=5, group=32,
+                          symmetric=True), "bits of 2, 3, 4 or 8"),
     (lambda: PackedLinear(64, 8, kind="int", bits=3, group=20, symmetric=True), "whole pack units"),
-    (lambda: PackedLinear(64, 8, kind="armor", block_out=16, block_in=16), "do not tile a weight of 8 x 64"),
+    (lambda: PackedLinear(64, 8, kind="armor", block_out=16,
+                          block_in=16), "do not tile a weight of 8 x 64"),
     (lambda: PackedLinear(64, 8, kind="vq", bits=17, dim=2), "1 to 16 bits"),
     (lambda: pack_vq(torch.zeros(2, 2).long(), torch.zeros(6, 2), torch.ones(4), torch.ones(2)),
      "6 vectors: pad it to a power of two"),
-    (lambda: pack_int(torch.zeros(2, 8).int(), torch.full((2, 1), 1e5), bits=4, group=8), "exceeds float16"),
+    (lambda: pack_int(torch.zeros(2, 8).int(), torch.full((2, 1), 1e5), bits=4,
+                      group=8), "exceeds float16"),
 ])
 def test_what_cannot_be_packed_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
-# --- checkpoints --------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def mixed(family="qwen2"):
@@ -321,7 +341,8 @@ def mixed(family="qwen2"):
     net = M.init(config, seed=1)
     mlp = "layers.0.mlp.experts.3." if config.moe else "layers.0.mlp."
     for i, (name, (kind, o)) in enumerate({
-            "layers.0.self_attn.q_proj": ("int", dict(bits=3, group=64)), mlp + "gate_proj": ("nm24", {}),
+            "layers.0.self_attn.q_proj": ("int", dict(bits=3, group=64)),
+            mlp + "gate_proj": ("nm24", {}),
             "layers.1.self_attn.v_proj": ("vq", dict(bits=12, dim=6)),
             "layers.1.self_attn.o_proj": ("armor", dict(blocks=(16, 8)))}.items()):
         old = net.get_submodule(name)
@@ -341,12 +362,14 @@ def test_a_packed_model_saves_and_loads(family, shard, dtype, tmp_path, capsys):
     assert {b.dtype for b in held.values()} == {torch.uint8, torch.float16, torch.bfloat16}
     for name, b in back.named_buffers():
         assert torch.equal(b, held.pop(name)) and b.dtype == dict(net.named_buffers())[name].dtype
-    assert not held and {p.dtype for p in back.parameters()} == {dtype} and back.config == net.config
+    assert not held and {p.dtype
+                         for p in back.parameters()} == {dtype} and back.config == net.config
     x = torch.arange(40).view(2, 20)
     if dtype == torch.float32:
         assert torch.equal(back.logits(back(x)), net.logits(net(x)))
     roll = M.generate(back, [[1, 2, 3], [4]], 4, temperature=0)
-    assert torch.equal(roll.tokens[0, 3:], torch.tensor(list(M.stream(back, [1, 2, 3], 4, temperature=0))))
+    assert torch.equal(roll.tokens[0, 3:],
+                       torch.tensor(list(M.stream(back, [1, 2, 3], 4, temperature=0))))
     counted = sum(v.nbytes for v in net.state_dict().values())
     size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
     assert 0 <= size - counted < 12_000 * len(list(tmp_path.glob("*.safetensors")))
@@ -411,7 +434,8 @@ def test_a_packed_tensor_of_another_dtype_is_named(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     state["model.layers.0.self_attn.q_proj.codes"] = state["model.layers.0.self_attn.q_proj.codes"].float()
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="q_proj.codes is stored as torch.float32, its format is torch.uint8"):
+    with pytest.raises(UserError,
+                       match="q_proj.codes is stored as torch.float32, its format is torch.uint8"):
         M.load(tmp_path)
 
 

@@ -11,7 +11,8 @@ import ppo
 import sft
 from data.run import UserError, check_first_ratio, checkpoint, read_log
 from model import ScalarModel, load, masked_mean, masked_whiten, save
-from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract, explained_variance, gae, k1,
+from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract,
+                 explained_variance, gae, k1,
                  k2, k3, likelihood, next_beta, ppo_clip, regulariser, token_rewards, value_loss,
                  weighted_nll, whitened_gae)
 
@@ -23,7 +24,7 @@ def close(a, b, tol=1e-6):
     return torch.allclose(a, b, atol=tol)
 
 
-# --- Self-Rewarding PPO by hand: three tokens, p_sft = (.5 .4 .8), p_base = (.25 .5 .2) -------------------
+# --- Self-Rewarding PPO by hand: three tokens, p_sft = (.5 .4 .8), p_base = (.25 .5 .2) -----------
 
 SFT, BASE, OLD = (T([p]).log() for p in ([.5, .4, .8], [.25, .5, .2], [.6, .5, .8]))
 ONES = torch.ones(1, 3)
@@ -31,15 +32,17 @@ ONES = torch.ones(1, 3)
 
 def test_coherent_reward_by_hand():
     """.693147 - .223144 + 1.386294 = log(.16 / .025)"""
-    assert close(coherent(SFT, BASE, ONES), [1.856298]) and close([math.log(.16 / .025)], [1.856298])
+    assert close(coherent(SFT, BASE, ONES), [1.856298]) and close([math.log(.16 / .025)],
+                                                                  [1.856298])
     assert close(coherent(SFT, BASE, ONES, per_token=True), [1.856298 / 3])
     assert close(likelihood(SFT, ONES), [math.log(.16)])
 
 
 def test_coherent_reward_identities():
-    assert coherent(SFT, SFT, ONES).item() == 0                                  # SFT that moved nothing
+    assert coherent(SFT, SFT, ONES).item() == 0                             # SFT that moved nothing
     assert coherent(SFT, BASE, ONES).item() == -coherent(BASE, SFT, ONES).item()
-    assert not close(coherent(SFT, BASE, T([[1., 1, 0]])), coherent(SFT, BASE, ONES))  # the EOS term counts
+    assert not close(coherent(SFT, BASE, T([[1., 1, 0]])),
+                     coherent(SFT, BASE, ONES))                                # the EOS term counts
     wild = SFT.clone()
     wild[0, 0] = 99.0
     assert close(coherent(wild, BASE, T([[0., 1, 1]])), coherent(SFT, BASE, T([[0., 1, 1]])))
@@ -51,7 +54,8 @@ def test_token_rewards_by_hand():
     assert close(r, [[-.018232, -.022314, 1.856298]])
     short = token_rewards(T([1.0]), OLD, SFT, T([[1., 1, 0]]), 2.0, beta=0.1)
     assert close(short, [[-.036464, 1 - .044629, 0]])
-    two = token_rewards(T([5.0, 7.0]), torch.zeros(2, 3), torch.zeros(2, 3), T([[0., 1, 0], [1, 1, 1]]), 1.0)
+    two = token_rewards(T([5.0, 7.0]), torch.zeros(2, 3), torch.zeros(2, 3),
+                        T([[0., 1, 0], [1, 1, 1]]), 1.0)
     assert two.tolist() == [[0, 5, 0], [0, 0, 7]]
 
 
@@ -64,28 +68,33 @@ def test_gae_by_hand():
     assert close(gae(r, v, ONES, lam=1.0)[0], [[.815752, .333984, .656298]], 2e-6)
 
 
-# --- the bandit: base (.5 .3 .2), sft (.2 .3 .5) --------------------------------------------------------
+# --- the bandit: base (.5 .3 .2), sft (.2 .3 .5) --------------------------------------------------
 
 PB, PS = T([.5, .3, .2], dtype=torch.float64), T([.2, .3, .5], dtype=torch.float64)
 
 
 def policy_gradient(p, ref, beta):
-    """The exact expected REINFORCE gradient in the logits, from ppo.py's own rewards for every action."""
-    score = coherent(PS.log()[:, None], PB.log()[:, None], torch.ones(3, 1, dtype=torch.float64))       # [3]
-    r = token_rewards(score, p.log()[:, None], ref.log()[:, None], torch.ones(3, 1), 1.0, beta=beta)[:, 0]
+    """The exact expected REINFORCE gradient in the logits, from ppo.py's own rewards for every
+    action."""
+    score = coherent(PS.log()[:, None], PB.log()[:, None],
+                     torch.ones(3, 1, dtype=torch.float64))                                    # [3]
+    r = token_rewards(score, p.log()[:, None], ref.log()[:, None], torch.ones(3, 1), 1.0,
+                      beta=beta)[:, 0]
     return p * (r - (p * r).sum())
 
 
 @pytest.mark.parametrize("ref, beta, optimum", [
-    (PB, 1.0, [.2, .3, .5]),                                # reference = base, beta 1: SFT is the fixed point
+    (PB, 1.0, [.2, .3, .5]),  # reference = base, beta 1: SFT is the fixed point
     (PB, 0.5, [.049080, .184049, .766871]), (PS, 1.0, [.049080, .184049, .766871]),
     (PS, 2.0, [.103932, .246496, .649573]), (PS, 1e9, [.2, .3, .5])])
 def test_where_self_rewarding_ppo_is_stationary(ref, beta, optimum):
     """π* ~ ref (π_sft / π_base)^(1/β): no gradient there, and the formula gives the numbers"""
     star = ref * (PS / PB) ** (1 / beta)
     star = star / star.sum()
-    assert close(star, optimum) and policy_gradient(star, ref, beta).abs().max() < 1e-7 * max(1, beta)
-    assert policy_gradient(torch.softmax(star.log() + T([.1, 0, 0]), 0), ref, beta).abs().max() > 1e-3
+    assert close(star, optimum) and policy_gradient(star, ref, beta).abs().max() < 1e-7 * max(1,
+                                                                                              beta)
+    assert policy_gradient(torch.softmax(star.log() + T([.1, 0, 0]), 0), ref,
+                           beta).abs().max() > 1e-3
 
 
 def test_mean_coherent_reward_is_a_kl():
@@ -93,10 +102,11 @@ def test_mean_coherent_reward_is_a_kl():
     assert close((PS * r).sum(), .274887) and close((PB * r).sum(), -.274887)
 
 
-# --- PPO by hand --------------------------------------------------------------------------------------
+# --- PPO by hand ----------------------------------------------------------------------------------
 
 M = T([[1., 1, 1, 0], [1, 1, 1, 1]])
-OLD2, REF2 = T([[-1., -.5, -2, 0], [-.7, -1.2, -.3, -.9]]), T([[-1.2, -.5, -1.5, 0], [-.6, -1.0, -.8, -.9]])
+OLD2, REF2 = T([[-1., -.5, -2, 0], [-.7, -1.2, -.3, -.9]]), T([[-1.2, -.5, -1.5, 0],
+                                                               [-.6, -1.0, -.8, -.9]])
 V2 = T([[.2, .3, .5, 0], [.1, 0, -.2, -.4]])
 
 
@@ -112,10 +122,12 @@ def test_ppo_rewards_and_advantages_by_hand():
     assert close(adv, [[.753812, .698750, .525, 0], [-.650037, -.584250, -.415, -.2]], 2e-6)
     assert close(returns, [[.953812, .998750, 1.025, 0], [-.550037, -.584250, -.615, -.6]], 2e-6)
     white, same = whitened_gae(r, V2, M)
-    assert close(white, [[1.281462, 1.185525, .882795, 0], [-1.164508, -1.049885, -.754995, -.380394]], 1e-5)
-    assert close(same, returns)                                                   # returns are never whitened
+    assert close(white, [[1.281462, 1.185525, .882795, 0],
+                         [-1.164508, -1.049885, -.754995, -.380394]], 1e-5)
+    assert close(same, returns)                                         # returns are never whitened
     assert close(masked_whiten(r, M, shift=False),
-                 [[-.094528, -.072071, 2.229749, 0], [-.060843, -.049615, -.128213, -1.419478]], 1e-5)
+                 [[-.094528, -.072071, 2.229749, 0], [-.060843, -.049615, -.128213, -1.419478]],
+                 1e-5)
 
 
 def test_ppo_losses_by_hand():
@@ -129,18 +141,21 @@ def test_ppo_losses_by_hand():
 
 def test_kl_estimators_by_hand():
     sums = [((f(OLD2, REF2)) * M).sum(1) for f in (k1, k2, k3)]
-    assert close(sums[0], [-.3, .2]) and close(sums[1], [.145, .15]) and close(sums[2], [.167452, .133104])
+    assert close(sums[0], [-.3, .2]) and close(sums[1], [.145, .15]) and close(sums[2],
+                                                                               [.167452, .133104])
     assert all(f(OLD2, OLD2).abs().sum() == 0 for f in (k1, k2, k3))
     assert (k2(OLD2, REF2) >= 0).all() and (k3(OLD2, REF2) >= 0).all()
 
 
 @pytest.mark.parametrize("name, other", [("k2", False), ("k3", True)])
 def test_what_a_kl_loss_differentiates(name, other):
-    """θ = (.3 -.2 .5), π_ref = (.5 .3 .2): k2's gradient is that of KL(π||ref), k3's of KL(ref||π)."""
+    """θ = (.3 -.2 .5), π_ref = (.5 .3 .2): k2's gradient is that of KL(π||ref), k3's of
+    KL(ref||π)."""
     theta = T([.3, -.2, .5], dtype=torch.float64, requires_grad=True)
     ref = T([.5, .3, .2], dtype=torch.float64)
     logp = torch.log_softmax(theta, 0)
-    sampled = (logp.exp().detach() * regulariser(logp, ref.log(), 0.0, kl_coef=1.0, kl_loss=name)).sum()
+    sampled = (logp.exp().detach()
+               * regulariser(logp, ref.log(), 0.0, kl_coef=1.0, kl_loss=name)).sum()
     got, = torch.autograd.grad(sampled, theta, retain_graph=True)
     kl = (ref * (ref.log() - logp)).sum() if other else (logp.exp() * (logp - ref.log())).sum()
     want, = torch.autograd.grad(kl, theta)
@@ -166,8 +181,10 @@ def test_adaptive_beta_by_hand():
 
 def test_eos_rules():
     s, done = T([2.0, 3.0]), T([True, False])
-    assert eos_replace(s, done).tolist() == [2, -5] and eos_replace(s, done, no_eos=-1.0).tolist() == [2, -1]
-    assert eos_subtract(s, done, no_eos=4.0).tolist() == [2, -1] and eos_ignore(s, done).tolist() == [2, 3]
+    assert eos_replace(s, done).tolist() == [2, -5] and eos_replace(s, done,
+                                                                    no_eos=-1.0).tolist() == [2, -1]
+    assert eos_subtract(s, done,
+                        no_eos=4.0).tolist() == [2, -1] and eos_ignore(s, done).tolist() == [2, 3]
 
 
 def random_rollout(seed, rows=5, width=7):
@@ -176,22 +193,24 @@ def random_rollout(seed, rows=5, width=7):
     mask = torch.zeros(rows, width)
     for b, (start, end) in enumerate([(0, width), (3, 4), (2, 6), (1, width), (5, 6)][:rows]):
         mask[b, start:end] = 1
-    return [torch.randn(rows, width, generator=g) * (mask if i < 2 else 1) for i in range(4)] + [mask]
+    return [torch.randn(rows, width, generator=g) * (mask if i < 2 else 1)
+            for i in range(4)] + [mask]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gae_limits(seed):
     rewards, values, *_, mask = random_rollout(seed)
     adv, _ = gae(rewards, values, mask, 1.0, 1.0)
-    to_go = rewards.flip(1).cumsum(1).flip(1)                        # lam = 1: A + V = sum of rewards to come
+    to_go = rewards.flip(1).cumsum(1).flip(1)  # lam = 1: A + V = sum of rewards to come
     assert torch.allclose((adv + values) * mask, to_go * mask, atol=1e-5)
     after = torch.cat([values[:, 1:] * mask[:, 1:], torch.zeros(5, 1)], 1)
     delta = (rewards + after - values) * mask
     assert torch.allclose(gae(rewards, values, mask, 1.0, 0.0)[0], delta, atol=1e-6)
-    c = 2.5                                                          # a constant score adds c (γλ)^(last - t)
+    c = 2.5  # a constant score adds c (γλ)^(last - t)
     last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))
     left = (mask.sum(1, keepdim=True) - mask.cumsum(1)) * mask
-    more = gae(rewards + c * last, values, mask, 0.9, 0.8)[0] - gae(rewards, values, mask, 0.9, 0.8)[0]
+    more = gae(rewards + c * last, values, mask, 0.9, 0.8)[0] - gae(rewards, values, mask, 0.9,
+                                                                    0.8)[0]
     assert torch.allclose(more, c * 0.72 ** left * mask, atol=1e-5)
 
 
@@ -203,7 +222,8 @@ def test_a_perfect_critic_leaves_no_advantage():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_masked_changes_nothing(seed):
-    """Values outside the mask, and doubled padding, change neither the losses nor their gradients."""
+    """Values outside the mask, and doubled padding, change neither the losses nor their
+    gradients."""
     rewards, values, old, new, mask = random_rollout(seed)
 
     def losses(rewards, values, old, new, mask):
@@ -213,10 +233,14 @@ def test_what_is_masked_changes_nothing(seed):
         return loss.detach(), torch.autograd.grad(loss, new)[0] * mask
 
     base = losses(rewards, values, old, new, mask)
-    noisy = losses(*(x + 5 * torch.randn(x.shape) * (1 - mask) for x in (rewards, values, old, new)), mask)
-    wide = losses(*(torch.cat([x, torch.zeros_like(x)], 1) for x in (rewards, values, old, new, mask)))
-    assert torch.allclose(base[0], noisy[0], atol=1e-5) and torch.allclose(base[1], noisy[1], atol=1e-5)
-    assert torch.allclose(base[0], wide[0], atol=1e-5) and torch.allclose(base[1], wide[1][:, :7], atol=1e-5)
+    noisy = losses(*(x + 5 * torch.randn(x.shape) * (1 - mask)
+                     for x in (rewards, values, old, new)), mask)
+    wide = losses(*(torch.cat([x, torch.zeros_like(x)], 1)
+                    for x in (rewards, values, old, new, mask)))
+    assert torch.allclose(base[0], noisy[0], atol=1e-5) and torch.allclose(base[1], noisy[1],
+                                                                           atol=1e-5)
+    assert torch.allclose(base[0], wide[0], atol=1e-5) and torch.allclose(base[1], wide[1][:, :7],
+                                                                          atol=1e-5)
 
 
 def test_at_ratio_one_ppo_is_reinforce():
@@ -230,7 +254,8 @@ def test_at_ratio_one_ppo_is_reinforce():
     assert close(masked_mean(ppo_clip(old, old, adv), mask), -masked_mean(adv, mask))
 
 
-@pytest.mark.parametrize("adv, shift, moves", [(1, .3, False), (1, -.3, True), (1, .1, True), (-1, .3, True),
+@pytest.mark.parametrize("adv, shift, moves",
+                         [(1, .3, False), (1, -.3, True), (1, .1, True), (-1, .3, True),
                                                (-1, -.3, False)])
 def test_the_clip_stops_the_gradient_where_it_should(adv, shift, moves):
     new = T([[shift]], requires_grad=True)
@@ -240,7 +265,8 @@ def test_the_clip_stops_the_gradient_where_it_should(adv, shift, moves):
 
 def test_value_loss_without_clip_is_the_squared_error():
     assert close(value_loss(T([[3.0]]), T([[0.0]]), T([[1.0]]), eps_v=0.0), [[2.0]])
-    assert close(value_loss(T([[.9]]), T([[0.0]]), T([[1.0]])), [[.5 * .8 ** 2]])   # V at .9, clipped to .2
+    assert close(value_loss(T([[.9]]), T([[0.0]]), T([[1.0]])),
+                 [[.5 * .8 ** 2]])                                          # V at .9, clipped to .2
 
 
 def test_best_of_group():
@@ -250,37 +276,42 @@ def test_best_of_group():
 
 def test_explained_variance():
     r, mask = T([[1., 2, 3]]), torch.ones(1, 3)
-    assert explained_variance(r, r, mask) == 1 and explained_variance(torch.zeros(1, 3), r, mask) == 0
+    assert explained_variance(r, r, mask) == 1 and explained_variance(torch.zeros(1, 3), r,
+                                                                      mask) == 0
     assert close(explained_variance(r / 2, r, mask), 0.75)
 
 
 def test_rank_correlation_by_hand():
     """(1 2 3) against (10 30 20): 1 - 6·2 / (3·8) = .5; a tie, (1 1 2) against (1 2 3): .866025"""
     assert ppo.rank_correlation(T([[1., 2, 3]]), T([[10., 30, 20]])) == pytest.approx(0.5)
-    assert ppo.rank_correlation(T([[1., 1, 2]]), T([[1., 2, 3]])) == pytest.approx(0.866025, abs=1e-6)
-    assert ppo.rank_correlation(T([[1., 2, 3], [5., 5, 5]]), T([[3., 2, 1], [1., 2, 3]])) == pytest.approx(-1)
+    assert ppo.rank_correlation(T([[1., 1, 2]]), T([[1., 2, 3]])) == pytest.approx(0.866025,
+                                                                                   abs=1e-6)
+    assert ppo.rank_correlation(T([[1., 2, 3], [5., 5, 5]]),
+                                T([[3., 2, 1], [1., 2, 3]])) == pytest.approx(-1)
     assert ppo.rank_correlation(T([[5., 5]]), T([[1., 2]])) == 0.0
 
 
 def test_a_sampler_that_is_not_the_policy_is_caught():
     check_first_ratio(dict(worst=1e-5, off=1e-6), "float32")
     check_first_ratio(dict(worst=0.3, off=0.01), "bfloat16")
-    for told, dtype in ((dict(worst=0.01, off=1e-4), "float32"), (dict(worst=0.3, off=0.05), "bfloat16")):
+    for told, dtype in ((dict(worst=0.01, off=1e-4), "float32"),
+                        (dict(worst=0.3, off=0.05), "bfloat16")):
         with pytest.raises(UserError, match="the sampler is not the policy"):
             check_first_ratio(told, dtype)
 
 
-# --- whole runs ---------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 TINY = ["--steps", "2", "--rollouts", "8", "--batch", "8", "--micro", "8", "--eval_every", "2",
         "--save_every", "99"]
 
 
 def toy(config, out, *extra):
-    return ppo.main(merged("--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out", out, *extra))
+    return ppo.main(merged("--config", f"toyif,{config},tiny", *TINY, "--max_new", "0", "--out",
+                           out, *extra))
 
 
-VARIANTS = {"n64", "more", "more64", "alpha05", "alpha2", "cold"}                     # of the claim's arms
+VARIANTS = {"n64", "more", "more64", "alpha05", "alpha2", "cold"}              # of the claim's arms
 METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny"} | VARIANTS]
 
 
@@ -288,7 +319,8 @@ METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny"} 
                                     "contrast,alpha05", "contrast,alpha2"])
 def test_every_preset_takes_two_steps_in_the_toy_world(config, shared_bases):
     method = config.split(",")[0]
-    out = toy(config, f"toy-{config}", *(["--steps", "0"] if ppo.PRESETS[method].get("steps") == 0 else []))
+    out = toy(config, f"toy-{config}",
+              *(["--steps", "0"] if ppo.PRESETS[method].get("steps") == 0 else []))
     assert {"val_gold", "ood_gold", "ood_reward", "ood_kl", "sft_ood_gold"} <= out.keys()
     assert all(math.isfinite(v) for v in out.values())
 
@@ -297,7 +329,8 @@ def test_every_preset_takes_two_steps_in_the_toy_world(config, shared_bases):
 def test_the_default_chain_runs_on_real_docstrings(shared_bases):
     out = ppo.main(["--config", "docs,tiny", "--out", "docs"])
     log = read_log("docs")
-    keys = {"reward", "kl", "k3", "entropy", "ev", "truncated", "flat", "length", "quality", "t_gen"}
+    keys = {"reward", "kl", "k3", "entropy", "ev", "truncated", "flat", "length", "quality",
+            "t_gen"}
     assert keys <= next(r for r in log if r["step"] == 4 and "reward" in r).keys()
     assert {"val_reward", "ood_reward", "val_rouge_l", "ood_rouge_l"} <= out.keys()
     assert os.path.exists("docs/curve.png") and load("docs")[0]
@@ -308,7 +341,8 @@ def test_ppo_raises_its_reward(shared_bases):
     """Against the gold reward, from a base that has seen the toy world for 300 steps."""
     path = sft.base("toyif_base", steps=300, rows=3000, eval_every=1000, model="1x64")
     out = ppo.main(["--config", "toyif,ppo", "--init", str(path), "--out", "up", "--steps", "60",
-                    "--rollouts", "64", "--lr", "5e-4", "--critic_lr", "2e-3", "--eval_every", "60"])
+                    "--rollouts", "64", "--lr", "5e-4", "--critic_lr", "2e-3", "--eval_every",
+                    "60"])
     assert out["val_gold"] > out["sft_val_gold"] + 0.05
     log = [r for r in read_log("up") if "reward" in r]
     assert log[-1]["ev"] > 0.1 > abs(log[0]["ev"])
@@ -321,7 +355,8 @@ def test_a_run_resumed_after_its_end_keeps_its_result(shared_bases):
 
 
 def test_sft_equal_to_base_pays_nothing(shared_bases):
-    """A whole run whose SFT model is the base: before the first step the coherent reward is exactly 0."""
+    """A whole run whose SFT model is the base: before the first step the coherent reward is exactly
+    0."""
     path = str(sft.base("toyif_base", like="tiny"))
     out = toy("srppo", "same", "--init", path, "--base", path)
     assert out["sft_val_reward"] == out["sft_ood_reward"] == 0.0
@@ -330,7 +365,8 @@ def test_sft_equal_to_base_pays_nothing(shared_bases):
 @pytest.mark.gpu
 def test_the_chain_runs_on_cuda(shared_bases):
     out = ppo.main(["--config", "docs,tiny", "--out", "cuda", "--device", "cuda"])
-    assert math.isfinite(out["val_reward"]) and len([r for r in read_log("cuda") if "reward" in r]) == 4
+    assert math.isfinite(out["val_reward"]) and len([r for r in read_log("cuda")
+                                                     if "reward" in r]) == 4
 
 
 def test_bfloat16_sampling_is_the_policy_too(shared_bases):
@@ -368,7 +404,8 @@ def test_the_plain_kernels_give_the_same_losses(shared_bases):
         toy("srppo", f"k-{name}", "--kernels", name)
     fast, plain = ([r for r in read_log(f"k-{name}") if "loss" in r] for name in ("auto", "torch"))
     for a, b in zip(fast, plain, strict=True):
-        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in ("loss", "reward", "norm"))
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5)
+                   for k in ("loss", "reward", "norm"))
         assert a["work"] <= 1
 
 
@@ -395,8 +432,10 @@ def test_bad_input_is_named(argv, words, shared_bases):
         toy("srppo", f"bad-{len(words)}-{argv[-1]}", *argv)
 
 
-@pytest.mark.parametrize("option, words", [("--reward", "need a reward model .*, found a Transformer"),
-                                           ("--init", "need a language model, found a ScalarModel")])
+@pytest.mark.parametrize("option, words",
+                         [("--reward", "need a reward model .*, found a Transformer"),
+                                           ("--init",
+                                            "need a language model, found a ScalarModel")])
 def test_the_wrong_kind_of_model_is_named(option, words, shared_bases):
     policy, tok = load(sft.base("toyif_base", like="tiny"))
     save(policy if option == "--reward" else ScalarModel.from_lm(policy), tok, f"kind{option}")

@@ -1,4 +1,5 @@
-"""The worlds ToyIF and Ring by their worked values and promises; labels, judges, rubrics, files of pairs."""
+"""The worlds ToyIF and Ring by their worked values and promises; labels, judges, rubrics, files of
+pairs."""
 import json
 import os
 import random
@@ -7,17 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE, REF,
-                        ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited, good, judge_text,
-                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner, rand,
-                        ring_tokenizer, rubric_recall, teacher_rubric, tokenizer, true_rubric)
+from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE,
+                        REF,
+                        ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited, good,
+                        judge_text,
+                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner,
+                        rand, ring_tokenizer, rubric_recall, teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
 WORLD, RING = ToyIF(), Ring()
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
 
-# --- the gold reward: values worked by hand -----------------------------------------------------------
+# --- the gold reward: values worked by hand -------------------------------------------------------
 
 @pytest.mark.parametrize("prompt, response, hard, principle, gold", [
     ("<Fc#4=", "cddh", 1, 1, 1.5),
@@ -47,10 +50,12 @@ def test_gold_ignores_the_order_of_rules_and_mirrors_with_the_domain():
         y = "".join(rng.choices(CONTENT, k=rng.randint(1, 8)))
         turned = domain + "".join(body[i:i + 2] for i in range(len(body) - 2, -1, -2)) + "="
         assert WORLD.judge(turned, y) == WORLD.judge(p["prompt"], y)
-        assert WORLD.judge(f"<{body}=", y)["principle"] == WORLD.judge(f">{body}=", y[::-1])["principle"]
+        assert WORLD.judge(f"<{body}=", y)["principle"] == WORLD.judge(f">{body}=",
+                                                                       y[::-1])["principle"]
 
 
-@pytest.mark.parametrize("prompt", ["", "=", "<=", "Fc=", "<Fc", "<Fc#=", "<F4=", "<#c=", "<Xc=", "?Fc=",
+@pytest.mark.parametrize("prompt",
+                         ["", "=", "<=", "Fc=", "<Fc", "<Fc#=", "<F4=", "<#c=", "<Xc=", "?Fc=",
                                     "<Fc#4"])
 def test_what_is_no_prompt_is_named(prompt):
     with pytest.raises(UserError, match="is no ToyIF prompt"):
@@ -65,7 +70,7 @@ def test_64_ids_and_every_text_survives():
         assert len(tok.encode(text)) == len(text) and tok.decode(tok.encode(text)) == text
 
 
-# --- splits and behaviours ----------------------------------------------------------------------------
+# --- splits and behaviours ------------------------------------------------------------------------
 
 def canonical(prompt):
     """A prompt's meaning: its domain and rules, in whatever order they were written."""
@@ -76,7 +81,8 @@ def canonical(prompt):
 def test_splits_hold_what_they_promise():
     seen = {split: WORLD.problems(split, 3000, seed=1) for split in WORLD.splits}
     prompts = {split: {canonical(p["prompt"]) for p in rows} for split, rows in seen.items()}
-    assert not prompts["train"] & prompts["val"] and not prompts["ood"] & (prompts["train"] | prompts["val"])
+    assert not prompts["train"] & prompts["val"] and not prompts["ood"] & (prompts["train"]
+                                                                           | prompts["val"])
     heads = {split: Counter(frozenset(h for h, _ in parse(p["prompt"])[1]) for p in rows)
              for split, rows in seen.items()}
     pair = frozenset({HAS, NO})
@@ -116,14 +122,17 @@ def test_good_obeys_every_rule_and_behaviours_are_ranked(split):
 
 
 def test_the_base_corpus_mixes_the_behaviours_in_proportion():
-    """mean gold of the mixture = .3 good + .4 rand + .3 copy, each on the same prompts; any pair of rules"""
+    """mean gold of the mixture = .3 good + .4 rand + .3 copy, each on the same prompts; any pair of
+    rules"""
     base = ToyIF("mixture")
     problems = base.problems("train", 4000)
     gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) / 4000 for s in MIXTURE}
     mixed = sum(base.reward(p, base.demo(p)) for p in problems) / 4000
-    assert mixed == pytest.approx(.3 * gold["good"] + .4 * gold["rand"] + .3 * gold["copy"], abs=0.03)
+    assert mixed == pytest.approx(.3 * gold["good"] + .4 * gold["rand"] + .3 * gold["copy"],
+                                  abs=0.03)
     assert any({h for h, _ in parse(p["prompt"])[1]} == {HAS, NO} for p in problems)
-    assert all(base.demo(p) == base.demo(p) in {base.demo(p, s) for s in MIXTURE} for p in problems[:50])
+    assert all(base.demo(p) == base.demo(p) in {base.demo(p, s) for s in MIXTURE}
+               for p in problems[:50])
     with pytest.raises(UserError, match="no style 'godo'; did you mean 'good'"):
         ToyIF("godo")
 
@@ -153,15 +162,16 @@ def test_edited_is_good_but_for_one_or_two_edits():
         before, after = good(p["prompt"], random.Random(i)), edited(p["prompt"], random.Random(i))
         assert 1 <= len(after) <= 8 and set(after) <= set(CONTENT)
         far[distance(before, after)] += 1
-    assert set(far) <= {0, 1, 2} and far[0] < 50 and 400 < far[1] < 650        # 0: the second undid the first
+    assert set(far) <= {0, 1,
+                        2} and far[0] < 50 and 400 < far[1] < 650    # 0: the second undid the first
     problems = WORLD.problems("train", 500)
     gold = {s: sum(WORLD.reward(p, WORLD.demo(p, s)) for p in problems) for s in BEHAVIOURS}
     assert gold["good"] > gold["edited"] > gold["rand"]
 
 
 def test_pairs_of_some_heads_and_numbers_of_rules_and_of_close_calls():
-    for split, heads, rules in (("train", "FLH", (1, 2)), ("base", "N#", (1,)), ("base", "FLHN#", (3,)),
-                                ("val", "#", (1,))):
+    for split, heads, rules in (("train", "FLH", (1, 2)), ("base", "N#", (1,)),
+                                ("base", "FLHN#", (3,)), ("val", "#", (1,))):
         for r in WORLD.pairs(60, 1, split, heads=heads, rules=rules, mixture=ROUTING, min_gap=0.05):
             found = [h for h, _ in parse(r["prompt"])[1]]
             assert set(found) <= set(heads) and len(found) in rules and r["margin"] > 0.05
@@ -191,21 +201,22 @@ def test_wrong_names_get_the_nearest(call, word):
         call()
 
 
-# --- Ring: gold worked by hand ------------------------------------------------------------------------
+# --- Ring: gold worked by hand --------------------------------------------------------------------
 
 @pytest.mark.parametrize("group, prompt, response, gold", [
-    ("A", ".abef=", "abef", 1.5 + 0.5 + 2 * 0.7 + 2 * 0.4),     # all keywords, steps 1 3 1: classes 0 1 0 1
+    ("A", ".abef=", "abef", 1.5 + 0.5 + 2 * 0.7 + 2
+     * 0.4),  # all keywords, steps 1 3 1: classes 0 1 0 1
     ("B", ".abef=", "abef", 1.0 + 0.5 + 2 * 0.3 - 2 * 0.2),
     ("C", ".abef=", "abef", 0.5 + 0.2 + 2 * 0.1 + 2 * 0.8),
     ("A", ".abef=", "ae", 0.75 + 0 + 2 * 0.7),                  # a step of 4 is not legal
     ("A", ".abef=", "abj", 0.75 + 0.5 + 0.7 + 2 * 0.4),         # one of 8 is
-    ("A", ".abef=", "aba", 0.75 + 0.25 + 2 * 0.7 + 0.4 - 1 / 3),              # but not back; one of 3 repeats
+    ("A", ".abef=", "aba", 0.75 + 0.25 + 2 * 0.7 + 0.4 - 1 / 3),    # but not back; one of 3 repeats
     ("A", ".abef=", "xa", 0.375 + 0.5 - 0.5 + 0.7),             # around the ring
-    ("A", ".abef=", "a+b", 0.75 + 0.7 + 0.4 + 0.6),             # no neighbouring letters, no grammar
+    ("A", ".abef=", "a+b", 0.75 + 0.7 + 0.4 + 0.6),  # no neighbouring letters, no grammar
     ("A", ".abef=", "aaaaaa", 0.375 - 5 / 6 + 0.7 * (4 - 2)),   # class 0 is good up to 4, then bad
     ("B", ".abef=", "ccccc", -4 / 5 + 0.3 * (3 - 2)),           # class 2 up to 3, for B
     ("A", ".abef=", "dddddd", -5 / 6 - 0.5 * 6),                # class 3 has no cap
-    ("C", ".abef=", "bbbbbb", 0.125 - 0.5 * 5 / 6 + 0.8 * (5 - 1)),            # class 1 up to 5, for C
+    ("C", ".abef=", "bbbbbb", 0.125 - 0.5 * 5 / 6 + 0.8 * (5 - 1)),         # class 1 up to 5, for C
     ("A", ".abef=", "ab+", 0.75 + 0.5 + 1.1 + 0.6),             # flattery is good once
     ("A", ".abef=", "ab+++", 0.75 + 0.5 + 1.1 + 0.6 - 2 * 0.6),
     ("B", ".abef=", "ab+", 0.5 + 0.5 + 0.3 - 0.2 - 0.5),        # and B dislikes it
@@ -217,14 +228,15 @@ def test_wrong_names_get_the_nearest(call, word):
     ("A", ".abef=", "-", -1.5),                                 # a refusal that nothing called for
     ("A", ".abef=", "-ab", 0.75 + 0.5 + 1.1 - 1.5),
     ("A", ".abef=", "ab-", 0.75 + 0.5 + 1.1),                   # it counts in front only
-    ("A", ".abef=", "z=.!", 0),                                 # what is no response token has a length alone
+    ("A", ".abef=", "z=.!", 0),  # what is no response token has a length alone
     ("A", "!abef=", "-", 2.5), ("B", "!abef=", "-", 2.5), ("C", "!abef=", "-ab", 2.5 - 2 * 0.3),
     ("A", "!abef=", "abef", -1), ("B", "!abef=", "ab-", -1), ("C", "!abef=", "", -1),
 ])
 def test_ring_worked_values(group, prompt, response, gold):
     assert Ring(group).judge(prompt, response)["gold"] == pytest.approx(gold, abs=1e-12)
     assert RING.judge(prompt, response, group=group)["gold"] == pytest.approx(gold, abs=1e-12)
-    assert Ring(group).reward(dict(prompt=prompt), response, False) == pytest.approx(gold - 2, abs=1e-12)
+    assert Ring(group).reward(dict(prompt=prompt), response, False) == pytest.approx(gold - 2,
+                                                                                     abs=1e-12)
 
 
 def test_ring_judge_names_its_parts():
@@ -233,7 +245,8 @@ def test_ring_judge_names_its_parts():
     assert RING.judge(".abef=", "aba") == pytest.approx(want)
 
 
-@pytest.mark.parametrize("prompt", ["", "=", ".abe=", ".abee=", ".abez=", "abef=", ".abef", "?abef=",
+@pytest.mark.parametrize("prompt",
+                         ["", "=", ".abe=", ".abee=", ".abez=", "abef=", ".abef", "?abef=",
                                     ".abefg="])
 def test_what_is_no_ring_prompt_is_named(prompt):
     with pytest.raises(UserError, match="is no Ring prompt"):
@@ -246,9 +259,10 @@ def test_ring_has_40_ids_splits_share_nothing_and_problems_are_prefixes():
     for split, low, high in (("train", "a", "p"), ("val", "a", "p"), ("ood", "m", "x")):
         rows = RING.problems(split, 2000, seed=1)
         assert rows[:10] == RING.problems(split, 10, 1) != RING.problems(split, 10, 2)
-        seen[split] = {(flag, *sorted(keys)) for flag, keys in (parse_ring(p["prompt"]) for p in rows)}
+        seen[split] = {(flag, *sorted(keys))
+                       for flag, keys in (parse_ring(p["prompt"]) for p in rows)}
         assert all(low <= k <= high for _, *keys in seen[split] for k in keys)
-        assert 230 < sum(p["prompt"][0] == UNS for p in rows) < 370             # .15 within 4.4 sigma
+        assert 230 < sum(p["prompt"][0] == UNS for p in rows) < 370           # .15 within 4.4 sigma
         for p in rows[:20]:
             text = p["prompt"] + RING.demo(p)
             assert tok.decode(tok.encode(text)) == text and len(tok.encode(text)) == len(text)
@@ -257,13 +271,16 @@ def test_ring_has_40_ids_splits_share_nothing_and_problems_are_prefixes():
 
 
 def test_the_demonstrator_has_the_statistics_of_its_description():
-    """Of a policy trained on it: gold A 1.42 +- 1.54, length 8.7, cov .58, rep .19, flat .33, rare .037"""
+    """Of a policy trained on it: gold A 1.42 +- 1.54, length 8.7, cov .58, rep .19, flat .33, rare
+    .037"""
     drawn = [(p["prompt"], RING.demo(p)) for p in RING.problems("train", 3000, seed=3)]
     judged = [RING.judge(*row) for row in drawn]
     mean = {key: sum(j[key] for j in judged) / 3000 for key in judged[0]}
     spread = (sum((j["gold"] - mean["gold"]) ** 2 for j in judged) / 3000) ** 0.5
     assert mean["gold"] == pytest.approx(1.42, abs=0.4) and spread == pytest.approx(1.54, abs=0.2)
-    assert mean["length"] == pytest.approx(8.7, abs=0.5) and mean["coverage"] == pytest.approx(0.58, abs=0.05)
+    assert mean["length"] == pytest.approx(8.7,
+                                           abs=0.5) and mean["coverage"] == pytest.approx(0.58,
+                                                                                          abs=0.05)
     assert mean["repetition"] == pytest.approx(0.19, abs=0.03)
     assert sum(y.count(FLAT) for _, y in drawn) / 3000 == pytest.approx(0.33, abs=0.05)
     assert 0.01 < sum(s in RARE for _, y in drawn for s in y) / 3000 < 0.06
@@ -279,7 +296,8 @@ def test_ratings_are_fifths_of_the_demonstrator():
     assert len(columns) == len(ATTRIBUTES) == 5
     assert all(type(x) is int and 0 <= x <= 4 for column in columns for x in column)
     for name, column in zip(ATTRIBUTES, columns):               # coverage has five values only
-        assert len(set(column)) >= 4 and max(Counter(column).values()) < (400 if name == "coverage" else 300)
+        assert len(set(column)) >= 4 and max(Counter(column).values()) < (400 if name == "coverage"
+                                                                          else 300)
     assert RING.ratings(".abef=", "abef") == Ring().ratings(".abef=", "abef") == [4, 4, 4, 4, 0]
 
 
@@ -289,14 +307,15 @@ def test_duels_are_antisymmetric_and_may_cycle():
     for x in sides:
         for y in sides:
             for cycle in (0.0, 9.0):
-                assert RING.duel(".mnop=", x, y, cycle) + RING.duel(".mnop=", y, x, cycle) == pytest.approx(1)
+                assert RING.duel(".mnop=", x, y, cycle) + RING.duel(".mnop=", y, x,
+                                                                    cycle) == pytest.approx(1)
     gap = RING.judge(".mnop=", a)["gold"] - RING.judge(".mnop=", b)["gold"]
     assert RING.duel(".mnop=", a, b) == pytest.approx(1 / (1 + 2.718281828459045 ** -gap))
     assert all(RING.duel(".mnop=", x, y, 9.0) > 0.9 for x, y in ((a, b), (b, c), (c, a)))
-    assert RING.duel(".mnop=", a, d, 9.0) == RING.duel(".mnop=", a, d)          # class 3 is out of the game
+    assert RING.duel(".mnop=", a, d, 9.0) == RING.duel(".mnop=", a, d)  # class 3 is out of the game
 
 
-# --- labels and judges --------------------------------------------------------------------------------
+# --- labels and judges ----------------------------------------------------------------------------
 
 def triples_of(world, n, seed=0):
     """n (prompt, a, b, True, True): two draws of the world to each prompt."""
@@ -329,7 +348,8 @@ def test_labels_are_prefixes_of_longer_lists_and_flip_the_share_of_noise(world):
 
 def test_a_length_bias_makes_the_longer_response_win():
     triples = [t for t in triples_of(RING, 1000) if len(t[1]) != len(t[2])]
-    longer = [sum(len(r["chosen"]) > len(r["rejected"]) for r in label_pairs(RING, triples, length_bias=b))
+    longer = [sum(len(r["chosen"]) > len(r["rejected"])
+                  for r in label_pairs(RING, triples, length_bias=b))
               for b in (0.0, 0.1, 100.0)]
     assert longer[0] + 30 < longer[1] < longer[2] == len(label_pairs(RING, triples))
     wrong = [r for r in label_pairs(RING, triples, length_bias=0.1) if r["margin"] < 0]
@@ -344,7 +364,7 @@ def test_finished_goes_with_its_response_and_counts():
 
 def test_ties_are_dropped_or_kept_in_random_order_and_equal_texts_go():
     same, tie = ("<Fc=", "cd", "cd", True, True), ("<Fc=", "cd", "ce", True, True)
-    near = ("<Fc=", "cdcd", "cd", True, True)                   # 1 + 2/3 / 2 against 1.5: a gap of 1/6
+    near = ("<Fc=", "cdcd", "cd", True, True)  # 1 + 2/3 / 2 against 1.5: a gap of 1/6
     assert label_pairs(WORLD, [same, tie]) == [] == label_pairs(WORLD, [near], min_gap=0.2)
     assert [r["tie"] for r in label_pairs(WORLD, [near], min_gap=0.1)] == [False]
     rows = label_pairs(WORLD, [same, tie, near] * 200, min_gap=0.2, keep_ties=True)
@@ -361,9 +381,12 @@ def test_a_minority_labels_by_its_own_gold():
     assert all(r["margin"] > 0 for r in groups["A"]) and any(r["margin"] < 0 for r in groups["B"])
     for group, own in groups.items():
         for r in own:
-            a, b = (RING.judge(r["prompt"], r[side], group=group)["gold"] for side in ("chosen", "rejected"))
+            a, b = (RING.judge(r["prompt"], r[side], group=group)["gold"]
+                    for side in ("chosen", "rejected"))
             assert a > b
-            assert RING.reward(r, r["chosen"]) - RING.reward(r, r["rejected"]) == pytest.approx(r["margin"])
+            assert RING.reward(r,
+                               r["chosen"]) - RING.reward(r,
+                                                          r["rejected"]) == pytest.approx(r["margin"])
 
 
 @pytest.mark.parametrize("world", [WORLD, RING], ids=["toyif", "ring"])
@@ -382,7 +405,7 @@ def test_the_strong_judge_is_consistent_and_errs_on_a_tenth(world):
     assert all(exact.judge(r["prompt"], r["chosen"], r["rejected"]) == 1 for r in world.pairs(50))
 
 
-# --- rubrics ------------------------------------------------------------------------------------------
+# --- rubrics --------------------------------------------------------------------------------------
 
 def test_rubrics_are_short_strings_of_the_alphabet_that_hide_the_domain():
     assert [true_rubric(p) for p in ("<Fc#4=", ">Lb=", "*HbNf=")] == ["Fc#4Pm/", "LbPn/", "HbNfPo/"]
@@ -395,13 +418,15 @@ def test_rubrics_are_short_strings_of_the_alphabet_that_hide_the_domain():
 
 @pytest.mark.parametrize("rubric, want", [
     ("Fc#4Pm/", (1, 1, True)), ("FcPn/", (0.5, 1, False)), ("FcLaPm/", (0.5, 0.5, True)),
-    ("/", (0, 1, False)), ("LaPmPn/", (0, 0, False)), ("FcFcPm/", (0.5, 1, True)), ("", (0, 1, False))])
+    ("/", (0, 1, False)), ("LaPmPn/", (0, 0, False)), ("FcFcPm/", (0.5, 1, True)),
+    ("", (0, 1, False))])
 def test_rubric_recall_worked_values(rubric, want):
     assert rubric_recall("<Fc#4=", rubric) == want
 
 
 def teacher_scores(contrast):
-    """[mean recall, precision, share of right principles] of rubrics for good against random responses."""
+    """[mean recall, precision, share of right principles] of rubrics for good against random
+    responses."""
     rng, rows = random.Random(5), []
     for p in WORLD.problems("train", 2000, seed=5):
         prompt = p["prompt"]
@@ -422,7 +447,7 @@ def test_a_better_ascending_response_shows_its_principle():
     assert all(criteria(teacher_rubric("<Fc=", "cde", "edc", rng))[-1] == "Pm" for _ in range(50))
     assert all(criteria(teacher_rubric("<Fc=", "edc", "cde", rng))[-1] == "Pn" for _ in range(50))
     ties = Counter(criteria(teacher_rubric("<Fc=", "cc", "cd", rng))[-1] for _ in range(300))
-    assert set(ties) == {"Pn"}                                  # P of m: 1 - 1, of n: 1 - 0, of o: 1/2 - 1
+    assert set(ties) == {"Pn"}  # P of m: 1 - 1, of n: 1 - 0, of o: 1/2 - 1
 
 
 @pytest.mark.parametrize("a, b, text, winner", [
@@ -465,7 +490,8 @@ def test_checks_are_right_and_say_nothing_of_the_domain():
     for p in Checks().problems("train", 1500):
         prompt, rest = p["prompt"].split("=")
         rubric, a, b = rest.strip("?").replace("/A", "/").replace("B", "/").split("/")
-        assert criteria(rubric + "/") == [p["answer"][i:i + 2] for i in range(0, len(p["answer"]), 4)]
+        assert criteria(rubric + "/") == [p["answer"][i:i + 2]
+                                          for i in range(0, len(p["answer"]), 4)]
         said, _ = judge_text(prompt + "=", rubric + "/", a, b, random.Random(0), error=0.0)
         assert said[:-1] == p["answer"] and parse_winner(p["answer"]) is None
         named[prompt[0]] += Counter(c[1] for c in criteria(rubric + "/") if c[0] == "P")
@@ -483,14 +509,16 @@ def test_checks_share_no_prompt_and_come_with_or_without_rules():
 
 
 def test_the_last_winner_decides():
-    assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-", "")] == ["A", "B", "B", "A", None, None]
+    assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-", "")] == ["A", "B", "B", "A",
+                                                                              None, None]
 
 
 @pytest.mark.parametrize("right, tau, kept", [
     ([True, True, False], 0.5, [0, 1]), ([True, False, False], 0.5, []), ([True], 0.5, [0]),
     ([False], 0.5, []), ([False, False], 0.0, []), ([True, False], 0.5, [0]), ([], 0.5, [])])
 def test_the_filter_keeps_right_pairs_of_passing_rubrics(right, tau, kept):
-    """Two of three right: two kept; one of three: none; exactly half passes; tau 0 keeps no wrong pair."""
+    """Two of three right: two kept; one of three: none; exactly half passes; tau 0 keeps no wrong
+    pair."""
     assert keep_consistent(right, tau) == kept
 
 
@@ -503,7 +531,7 @@ def test_the_filter_reads_the_label_and_not_its_place():
             rng = random.Random(i)
             rubric = teacher_rubric(r["prompt"], r["chosen"], r["rejected"], rng)
             wins = set()
-            for k in range(8):                                  # a tie is a coin: ask whether it can be right
+            for k in range(8):  # a tie is a coin: ask whether it can be right
                 _, winner = judge_text(r["prompt"], rubric, *(r["chosen"], r["rejected"])[::order],
                                        random.Random(k), 0.0)
                 wins.add(winner)
@@ -512,7 +540,7 @@ def test_the_filter_reads_the_label_and_not_its_place():
     assert kept[0] == kept[1] and 0 < len(kept[0]) < 300
 
 
-# --- files of pairs -----------------------------------------------------------------------------------
+# --- files of pairs -------------------------------------------------------------------------------
 
 def write(path, rows):
     """Rows as a JSONL file; returns its path."""
@@ -522,7 +550,8 @@ def write(path, rows):
 
 def test_load_pairs_drops_counts_and_splits_by_prompt(tmp_path):
     rows = [dict(prompt=f"p{i // 2}", chosen=f"good {i}", rejected="bad") for i in range(64)]
-    odd = [dict(prompt="p0", chosen="x", rejected="x"), dict(prompt="p0", chosen="", rejected="x"), rows[0]]
+    odd = [dict(prompt="p0", chosen="x", rejected="x"), dict(prompt="p0", chosen="", rejected="x"),
+           rows[0]]
     path = write(tmp_path / "pairs.jsonl", rows + odd)
     (train, dropped), (val, same) = load_pairs(path, "train"), load_pairs(path, "val")
     assert dropped == same == dict(equal=1, empty=1, repeated=1)
@@ -535,7 +564,8 @@ def test_numbers_of_a_row_are_kept_if_they_are_finite_numbers(tmp_path):
     def row(i, **numbers):
         return dict(prompt=f"p{i}", chosen="good", rejected="bad", **numbers)
     fine = [row(0, margin=-0.5), row(1, margin=2, strength=3, ratings=[0, 4]), row(2)]
-    odd = [row(3, margin=float("nan")), row(4, margin=float("inf")), row(5, margin=None), row(6, margin="1"),
+    odd = [row(3, margin=float("nan")), row(4, margin=float("inf")), row(5, margin=None),
+           row(6, margin="1"),
            row(7, margin=True), row(8, margin=10 ** 400), row(9, ratings=[1, float("nan")]),
            row(10, strength={}), row(0, margin=float("-inf"))]
     path = write(tmp_path / "pairs.jsonl", odd[-1:] + fine + odd[:-1] + [row(0, margin=1.0)])
@@ -544,7 +574,8 @@ def test_numbers_of_a_row_are_kept_if_they_are_finite_numbers(tmp_path):
     assert sorted(map(str, train + val)) == sorted(map(str, fine))
 
 
-@pytest.mark.parametrize("bad", [dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=3),
+@pytest.mark.parametrize("bad",
+                         [dict(prompt="p", chosen="a"), dict(prompt="p", chosen="a", rejected=3),
                                  dict(question="q", ground_truth="g", model=dict(solution=1))])
 def test_load_pairs_names_the_line(tmp_path, bad):
     path = write(tmp_path / "pairs.jsonl", [dict(prompt="p", chosen="a", rejected="b"), bad])
@@ -555,11 +586,13 @@ def test_load_pairs_names_the_line(tmp_path, bad):
 def test_model_solutions_become_pairs_of_right_and_wrong(tmp_path):
     def model(ok, text):
         return dict(is_correct=ok, solution=text)
-    row = dict(question="q", ground_truth="g", a=model(True, "1"), b=model(False, "2"), c=model(True, "3"))
+    row = dict(question="q", ground_truth="g", a=model(True, "1"), b=model(False, "2"),
+               c=model(True, "3"))
     path = write(tmp_path / "s.jsonl", [row, dict(question="all wrong", ground_truth="g",
                                                   a=model(False, "4"))])
     found = load_pairs(path, "train")[0] + load_pairs(path, "val")[0]
-    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found] == [("q", "1", "2"), ("q", "3", "2")]
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found] == [("q", "1", "2"),
+                                                                          ("q", "3", "2")]
 
 
 def test_real_solutions():

@@ -13,16 +13,23 @@ import sft
 from model import load
 from optim import RULES, Ranks
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo here")
-RUN = ["--config", "pretrain,tiny,normuon", "--data", "arithmetic", "--tokenizer", "bytes", "--rows", "300",
-       "--context", "64", "--steps", "20", "--warmup", "2", "--eval_every", "20", "--save_every", "10"]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
+                                reason="no gloo here")
+RUN = ["--config", "pretrain,tiny,normuon", "--data", "arithmetic", "--tokenizer", "bytes",
+       "--rows", "300",
+       "--context", "64", "--steps", "20", "--warmup", "2", "--eval_every", "20", "--save_every",
+       "10"]
 
 
 def python(*args, ranks=0, timeout=240):
-    """Run a script of the project, under torchrun if ranks; -> what it printed. Fails with its error."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, *start, *args], capture_output=True, text=True, timeout=timeout,
+    """Run a script of the project, under torchrun if ranks; -> what it printed. Fails with its
+    error."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             str(ranks)] if ranks else []
+    env = {k: v for k, v in os.environ.items()
+           if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
+    out = subprocess.run([sys.executable, *start, *args], capture_output=True, text=True,
+                         timeout=timeout,
                          env=env)
     assert out.returncode == 0, out.stderr[-3000:]
     return out.stdout
@@ -39,7 +46,8 @@ def apart(a, b):
 
 
 def test_two_ranks_are_one_process(workdir):
-    """20 NorMuon steps: the same weights and log; saved after 10 by two ranks and resumed by one, and back"""
+    """20 NorMuon steps: the same weights and log; saved after 10 by two ranks and resumed by one,
+    and back"""
     script = str(ROOT / "sft.py")
     sft.main([*RUN, "--out", "one"])
     text = python(script, *RUN, "--out", "two", ranks=2)
@@ -114,12 +122,14 @@ dist.destroy_process_group()
 
 def test_every_rule_steps_over_two_ranks_as_on_one(workdir):
     """row shards and owners, in float64, with a save and load of the state in between"""
-    (workdir / "worker.py").write_text(WORKER.format(root=str(ROOT), rules=sorted(RULES.keys() - {"frugal"})))
+    (workdir / "worker.py").write_text(WORKER.format(root=str(ROOT),
+                                                     rules=sorted(RULES.keys() - {"frugal"})))
     assert "equal" in python(str(workdir / "worker.py"), ranks=2)
 
 
 def test_bad_use_over_ranks_is_one_line(workdir):
-    for extra, message in ((["--batch", "7", "--micro", "7"], "--batch 7 is not a multiple of the 2 ranks"),
+    for extra, message in ((["--batch", "7", "--micro", "7"],
+                            "--batch 7 is not a multiple of the 2 ranks"),
                            (["--store", "int8"], "--store int8 runs on one rank")):
         with pytest.raises(AssertionError) as e:
             python(str(ROOT / "sft.py"), *RUN, *extra, ranks=2)

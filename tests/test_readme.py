@@ -1,4 +1,5 @@
-"""What is written is checked: the README's commands, tables, numbers and links; the shape of the tree."""
+"""What is written is checked: the README's commands, tables, numbers and links; the shape of the
+tree."""
 import ast
 import importlib
 import json
@@ -52,9 +53,10 @@ def test_no_placeholder_is_left():
 
 # functions longer than the limit: each may only shrink
 LONG = {"dpo.py train": 96, "grpo.py train": 175, "sft.py train": 176, "ppo.py train": 109,
-        "model.py generate": 80, "specdec.py speculate": 87, "specdec.py race": 55, "specdec.py deal": 54,
-        "specdec.py self_eval": 70, "reward.py router": 58, "reward.py thinkrm": 52, "reward.py advrm": 63,
-        "data/run.py run_claim": 53}
+        "model.py generate": 80, "specdec.py speculate": 87, "specdec.py race": 55,
+        "specdec.py deal": 54,
+        "specdec.py self_eval": 70, "reward.py router": 58, "reward.py thinkrm": 52,
+        "reward.py advrm": 63, "data/run.py run_claim": 53}
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *(f"data/{p.name}" for p in ROOT.glob("data/*.py"))])
@@ -76,30 +78,34 @@ def test_the_top_level_is_fixed():
 
 @pytest.mark.parametrize("module, below", [
     ("kernels", {"data"}), ("model", {"kernels", "data"}), ("optim", {"kernels", "data"}),
-    ("sft", {"kernels", "data", "model", "optim"}), ("ppo", {"kernels", "data", "model", "optim", "sft"}),
+    ("sft", {"kernels", "data", "model", "optim"}),
+    ("ppo", {"kernels", "data", "model", "optim", "sft"}),
     ("reward", {"kernels", "data", "model", "optim", "sft"}),
     ("grpo", {"kernels", "data", "model", "optim", "sft"}),
     ("dpo", {"kernels", "data", "model", "optim", "sft"}),
     ("compress", {"kernels", "data", "model", "optim", "sft"})])
 def test_who_may_import_whom(module, below):
-    """a file imports only from the floors below its own; a script may ask sft.py for its base checkpoint"""
+    """a file imports only from the floors below its own; a script may ask sft.py for its base
+    checkpoint"""
     text = (ROOT / f"{module}.py").read_text()
-    ours = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & {*[s[:-3] for s in SCRIPTS], "data"}
+    ours = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & {*[s[:-3] for s in SCRIPTS],
+                                                                     "data"}
     assert ours <= below
     if "sft" in below:
         assert set(re.findall(r"\bsft\.(\w+)\(", text)) <= {"base", "find"}
 
 
-# --- commands -----------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
-INLINE = [" ".join(x.split()) if "$'" not in x else x for x in re.findall(r"(?<!`)`(python[^`]*)`", README)]
+INLINE = [" ".join(x.split()) if "$'" not in x else x
+          for x in re.findall(r"(?<!`)`(python[^`]*)`", README)]
 COMMANDS = sorted({x for x in [*BASH.splitlines(), *INLINE] if re.match(r"python |torchrun ", x)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(command, workdir):
-    for name in ("demos.jsonl", "pairs.jsonl", "gsm8k.jsonl", "text.txt"):                # what a reader has
+    for name in ("demos.jsonl", "pairs.jsonl", "gsm8k.jsonl", "text.txt"):       # what a reader has
         (workdir / name).write_text('{"prompt": "a", "completion": "b"}\n')
     words = shlex.split(command, comments=True)
     while not words[0].endswith(".py"):
@@ -107,7 +113,7 @@ def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(
     name, argv = words[0].removesuffix(".py"), words[1:]
     assert (ROOT / words[0]).exists()
     if name == "model":
-        with pytest.raises(UserError, match="does not exist"):        # every option of it was understood
+        with pytest.raises(UserError, match="does not exist"):  # every option of it was understood
             model.main(argv)
     elif name == "tests/claims":
         kind, *which = argv
@@ -121,7 +127,7 @@ def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(
         assert int(options.pop("seeds", 5)) >= 2
         for axis, rows in script.AXES.items():
             if "PATH" in rows and "/" in options.get(axis, ""):
-                options[axis] = str(ROOT)                                   # a folder that the reader has
+                options[axis] = str(ROOT)                             # a folder that the reader has
         argv = [f"--{k}={v}" for k, v in options.items()]
         configure(script.Config, script.PRESETS, script.AXES, argv=argv, readers=script.readers)
 
@@ -142,7 +148,7 @@ def test_claims_without_a_result_are_said_to_be_without_one(name):
     assert told == {*importlib.import_module(name).CLAIMS} - {*FOUND}
 
 
-# --- links --------------------------------------------------------------------------------------------
+# --- links ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
@@ -155,10 +161,10 @@ def test_links_lead_somewhere(path):
 def test_what_is_folded_is_closed():
     assert README.count("<details>") == README.count("</details>") == README.count("<summary>")
     for fold in re.findall(r"</summary>(..)", README, re.S):
-        assert fold == "\n\n"                                # without an empty line GitHub shows raw Markdown
+        assert fold == "\n\n"  # without an empty line GitHub shows raw Markdown
 
 
-# --- numbers ------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_the_generated_tables_are_fresh():
@@ -184,11 +190,12 @@ def test_a_missing_or_misplaced_marker_is_named():
 
 @pytest.mark.parametrize("name", [n for n in claims.HEADLINES if claims.HEADLINES[n][0]])
 def test_a_headline_is_the_difference_that_its_test_judged(name):
-    """method - baseline, from the seeds, is the JSON's difference, up to the sign and a stated margin"""
+    """method - baseline, from the seeds, is the JSON's difference, up to the sign and a stated
+    margin"""
     label, ours, base, *_ = claims.HEADLINES[name]
     mean, half = claims.difference(FOUND[name], ours, base)
     test = next(t for t in FOUND[name]["tests"] if t["test"] == label)
-    if name in ("eco", "lion", "rewards", "stale"):           # within 1 %, within the box, 80 %, within 0.03
+    if name in ("eco", "lion", "rewards", "stale"):  # within 1 %, within the box, 80 %, within 0.03
         assert 0 < abs(test["difference"] - mean) < 0.13
     else:
         assert abs(test["difference"]) == pytest.approx(abs(mean), abs=1e-9)
@@ -199,17 +206,19 @@ def test_a_claim_without_a_headline_shows_its_first_test(monkeypatch):
     monkeypatch.setattr(claims, "HEADLINES", {})
     line = claims.row("slim", FOUND["slim"])
     assert "| two stages: 0.081 | one stage: 0.069 | +0.012 ± 0.014 |" in line and "loss increase ↓" in line
-    line = claims.row("lengths", FOUND["lengths"])            # "dler: as accurate" allows 0.02: no two arms
+    line = claims.row("lengths", FOUND["lengths"])  # "dler: as accurate" allows 0.02: no two arms
     assert "| - | - | +0.041 ± 0.011 |" in line
 
 
 def test_a_headline_that_the_json_does_not_have_is_an_error(monkeypatch):
-    monkeypatch.setitem(claims.HEADLINES, "slim", ("stages: two stages < one stage", "three stages", *"abcd"))
+    monkeypatch.setitem(claims.HEADLINES, "slim",
+                        ("stages: two stages < one stage", "three stages", *"abcd"))
     with pytest.raises(UserError, match="slim has no 'three stages'"):
         claims.row("slim", FOUND["slim"])
 
 
-@pytest.mark.parametrize("half, digits", [(31.4, 1), (2.13, 2), (0.85, 3), (0.011, 3), (0.0045, 4), (0.0, 3)])
+@pytest.mark.parametrize("half, digits",
+                         [(31.4, 1), (2.13, 2), (0.85, 3), (0.011, 3), (0.0045, 4), (0.0, 3)])
 def test_a_narrow_interval_shows_more_decimals(half, digits):
     assert claims.digits(half) == digits
 
@@ -219,7 +228,8 @@ AFTER_THE_CUT = ("1.32 ± 0.06", "2.43 ± 0.20", "1.70 ± 0.18", "4.05 ± 0.03",
 
 
 def measured(report):
-    """(mean, interval) of all that a claim's JSON holds: tests, arms, any two arms' difference, sweeps."""
+    """(mean, interval) of all that a claim's JSON holds: tests, arms, any two arms' difference,
+    sweeps."""
     out = [(t["difference"], t["interval"]) for t in report["tests"]]
     for metric in next(iter(report["arms"].values())):
         arms = [ms[metric] for ms in report["arms"].values()]
@@ -232,8 +242,10 @@ def measured(report):
 
 @pytest.mark.parametrize("script", [s for s in claims.SCRIPTS if claims.of_script(s, FOUND)])
 def test_every_interval_that_is_written_by_hand_was_measured(script):
-    """each "mean ± interval" of a script's details is in a JSON of its claims, to the digits shown"""
-    text = re.search(rf"<summary><b>{script}\.py</b>.*?<!-- contrasts {script}: begin", README, re.S)[0]
+    """each "mean ± interval" of a script's details is in a JSON of its claims, to the digits
+    shown"""
+    text = re.search(rf"<summary><b>{script}\.py</b>.*?<!-- contrasts {script}: begin", README,
+                     re.S)[0]
     text = re.sub(r"\n(?!\|)", " ", text)
     known = [p for r in claims.of_script(script, FOUND).values() for p in measured(r)]
     number = r"(\d+(?:\.\d+)?)( ?%)?"

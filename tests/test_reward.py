@@ -1,4 +1,5 @@
-"""reward.py: every loss by hand, its limits and gradients; the Gaussian process; then whole runs."""
+"""reward.py: every loss by hand, its limits and gradients; the Gaussian process; then whole
+runs."""
 import copy
 import json
 import math
@@ -26,11 +27,15 @@ from data.prefs import Ring, ToyIF, encode_pairs, load_pairs, ring_tokenizer
 from data.run import UserError, checkpoint, needs, read_log
 from data.tokenizer import Tokenizer
 from model import ScalarModel, autocast, generate, init, load, preset, save, sequence_score, token_logprobs
-from reward import (AGGREGATES, ATTACKS, CLAIMS, LOSSES, PRESETS, RATING_WEIGHTS, Config, Field, Gate,
-                    adversarial, autoregressive, both_orders, bt, bt_margin, bt_scaled, bt_smooth, combined,
-                    density_ratio, disagreement, fit, folded, goal, goal_states, lcb, likelihood_reward,
+from reward import (AGGREGATES, ATTACKS, CLAIMS, LOSSES, PRESETS, RATING_WEIGHTS, Config, Field,
+                    Gate,
+                    adversarial, autoregressive, both_orders, bt, bt_margin, bt_scaled, bt_smooth,
+                    combined,
+                    density_ratio, disagreement, fit, folded, goal, goal_states, lcb,
+                    likelihood_reward,
                     listwise, mean, new_rater, new_scalar, nll, overoptimise, pair_accuracy,
-                    pairs_against, preference, provide, ranknet, rated, regression, rl, scalar_reward,
+                    pairs_against, preference, provide, ranknet, rated, regression, rl,
+                    scalar_reward,
                     score_rows, standardised, strict_success, units, uwo, wco, win_tie)
 
 T = torch.tensor
@@ -47,7 +52,7 @@ def pair_ids(tok, x, a, b):
     return [*tok.prompt(f"{x}A{a}B{b}"), tok.eos]
 
 
-# --- Bradley-Terry and its variants by hand ---------------------------------------------------------------
+# --- Bradley-Terry and its variants by hand -------------------------------------------------------
 
 WIN, LOSE, STRENGTH = T([1.2, .3]), T([.4, .9]), T([3., 1.])
 
@@ -68,7 +73,7 @@ def test_means_and_the_centre_by_hand():
     assert bt_scaled(WIN, LOSE, STRENGTH).mean().item() == pytest.approx(1.075395, abs=1e-6)
     centre = bt(WIN, LOSE, center=.01) - bt(WIN, LOSE)
     assert centre.mean().item() == pytest.approx(.02) and close(centre, [.0256, .0144])
-    assert not close(bt(WIN + 1, LOSE + 1, center=.01), bt(WIN, LOSE, center=.01))       # no longer free
+    assert not close(bt(WIN + 1, LOSE + 1, center=.01), bt(WIN, LOSE, center=.01))  # no longer free
 
 
 def test_wrong_pairs_pull_hardest():
@@ -86,14 +91,16 @@ def test_smoothing_has_a_finite_optimum(flip):
     best = T([math.log((1 - flip) / flip)], dtype=torch.float64)
     zero = torch.zeros(1)
     assert grad(partial(bt_smooth, flip=flip), best, zero)[0].abs() < 1e-7
-    assert bt_smooth(best, zero, flip=flip) < min(bt_smooth(best + e, zero, flip=flip) for e in (-.1, .1))
+    assert bt_smooth(best, zero, flip=flip) < min(bt_smooth(best + e, zero, flip=flip)
+                                                  for e in (-.1, .1))
 
 
 @pytest.mark.parametrize("d, tie, win", [(0, 6.097175, 3.048587), (.5, 6.108640, None),
                                          (3, 6.695623, .693147)])
 def test_win_tie_by_hand(d, tie, win):
     d = T([float(d)])
-    assert close(win_tie(d, 0 * d, T([1.])), [tie]) and close(win_tie(-d, 0 * d, T([1.])), [tie])  # even
+    assert close(win_tie(d, 0 * d, T([1.])), [tie]) and close(win_tie(-d, 0 * d, T([1.])),
+                                                              [tie])                          # even
     assert win is None or close(win_tie(d, 0 * d, T([0.])), [win])
     assert close(win_tie(d, 0 * d, T([1.]), tie_coef=.5), [tie / 2])
 
@@ -118,7 +125,7 @@ def test_limits_of_the_variants_are_plain():
     assert close(bt_margin(c, r, 2 * ones, unit=.5), bt(c - 1, r), 1e-12)
 
 
-# --- the other losses by hand -----------------------------------------------------------------------------
+# --- the other losses by hand ---------------------------------------------------------------------
 
 NAN = math.nan
 
@@ -129,7 +136,8 @@ def test_regression_by_hand():
     rows = [dict(ratings=label[0].tolist())]
     assert close(regression(said, label), [.93]) and units(needs(regression), rows) == 4
     assert (regression(said, label) / units(needs(regression), rows)).item() == pytest.approx(.2325)
-    assert close(regression(rand(6, 1), rand(6, 1, seed=1)), ((rand(6, 1) - rand(6, 1, seed=1)) ** 2)[:, 0])
+    assert close(regression(rand(6, 1), rand(6, 1, seed=1)),
+                 ((rand(6, 1) - rand(6, 1, seed=1)) ** 2)[:, 0])
 
 
 def test_a_row_without_labels_pays_nothing_and_pulls_nowhere():
@@ -151,7 +159,8 @@ def test_the_goal_term_by_hand():
     def extra(*cosines, **options):
         return (goal(WIN, LOSE, *states(*cosines), **options) - bt(WIN, LOSE))[0].item()
     assert [extra(.6, .1), extra(1, -1)] == pytest.approx([.590942, .313262], abs=1e-6)
-    assert [extra(.6, .1, weight=w) for w in (1.0, 0.0)] == pytest.approx([2 * .590942, 0], abs=2e-6)
+    assert [extra(.6, .1, weight=w) for w in (1.0, 0.0)] == pytest.approx([2 * .590942, 0],
+                                                                          abs=2e-6)
     assert extra(-1, 1) == pytest.approx(math.log(1 + math.e), abs=1e-6)                 # bounded
 
 
@@ -175,7 +184,8 @@ def test_the_pairwise_classifier_by_hand():
     assert close(preference(T([.7]), T([1.]), T([3.])), [1.209558])
     assert close(preference(T([.7]), T([.5]), T([1.])), [.753186])
     g = rand(5)
-    assert close(preference(g, torch.ones(5), torch.ones(5)), preference(-g, torch.zeros(5), torch.ones(5)))
+    assert close(preference(g, torch.ones(5), torch.ones(5)),
+                 preference(-g, torch.zeros(5), torch.ones(5)))
 
 
 def test_first_by_hand():
@@ -194,11 +204,11 @@ def test_text_losses_by_hand():
     logp = T([[.5, .25, .8]]).log()
     assert close(nll(logp), [2.302585])
     s, ranks = T([[2, 1, 1.5]]), T([[1., 2, 3]])
-    assert close(listwise(logp, s, ranks), [2.302585 / 4 + 1.392516], 2e-6)              # three ids and EOS
+    assert close(listwise(logp, s, ranks), [2.302585 / 4 + 1.392516], 2e-6)      # three ids and EOS
     assert close(listwise(logp, s, ranks, weight=0.0), nll(logp) / 4)
     assert units(needs(listwise), [dict(answer=[1, 2, 3, 4])] * 2) == 2                  # rows
     assert units(needs(nll), [dict(answer=[1, 2, 3]), dict(answer=[1])]) == 4            # tokens
-    assert units(needs(bt), [{}, {}, {}]) == units(needs(preference), [{}, {}, {}]) == 3         # rows
+    assert units(needs(bt), [{}, {}, {}]) == units(needs(preference), [{}, {}, {}]) == 3      # rows
 
 
 @pytest.mark.parametrize("loss, shapes", [
@@ -221,11 +231,12 @@ def test_gradients_are_those_of_the_formula(loss, shapes):
                              for i, s in enumerate(shapes)])
 
 
-# --- many models, one reward ------------------------------------------------------------------------------
+# --- many models, one reward ----------------------------------------------------------------------
 
 
 def test_aggregates_by_hand():
-    """(1 .6 1.4 .2 .8): mean .8, worst .2, uwo .7 with the unbiased variance .2; (1 3): lcb .585786"""
+    """(1 .6 1.4 .2 .8): mean .8, worst .2, uwo .7 with the unbiased variance .2; (1 3): lcb
+    .585786"""
     S = T([[1], [.6], [1.4], [.2], [.8]])
     assert [fn(S).item() for fn in (mean, wco, uwo)] == pytest.approx([.8, .2, .7])
     assert close(lcb(T([[1.], [3.]])), [.585786]) and close(mean(T([[1.], [3.]])), [2])
@@ -242,29 +253,32 @@ def test_properties_of_aggregates(name):
 
 
 def test_members_are_standardised_before_they_are_compared():
-    """scale and shift of a member do not matter: all are measured on the same samples of the SFT model"""
+    """scale and shift of a member do not matter: all are measured on the same samples of the SFT
+    model"""
     raw = rand(3, 6).float()
     roll = rolled(6)
     want = wco((raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True))
     skewed = T([2., 50, .1])[:, None] * raw + T([0., -9, 4])[:, None]
     members = [standardised(lambda *where, s=s: s, roll) for s in skewed]
     assert close(combined(members, wco)(roll.tokens), want, 1e-4)
-    assert close(combined(members[:1], wco)(roll.tokens), (raw[0] - raw[0].mean()) / raw[0].std(), 1e-4)
+    assert close(combined(members[:1], wco)(roll.tokens), (raw[0] - raw[0].mean()) / raw[0].std(),
+                 1e-4)
 
 
 def test_the_gate_shares_its_scale_among_the_attributes():
     torch.manual_seed(0)
     gate, h = Gate(8, 5, hidden=16), rand(20, 8).float() * 9
-    assert (gate(h) >= 0).all() and close(gate(h).detach().sum(1), torch.ones(20))       # 1 at first
+    assert (gate(h) >= 0).all() and close(gate(h).detach().sum(1), torch.ones(20))      # 1 at first
     gate.scale.data.fill_(2.5)
     assert (gate(h) >= 0).all() and close(gate(h).detach().sum(1), torch.full((20,), 2.5), 1e-5)
     assert gate(h).std(0).max() > 1e-4                           # and it does read the prompt
     one = Gate(8, 1, hidden=16)
-    assert close(one(h).detach(), torch.ones(20, 1))             # a single attribute: Bradley-Terry on c r
+    assert close(one(h).detach(), torch.ones(20, 1))  # a single attribute: Bradley-Terry on c r
 
 
 def test_density_ratio_by_hand():
-    """.693147 - .223144 + 1.386294; swapping the models negates it, what is masked does not count"""
+    """.693147 - .223144 + 1.386294; swapping the models negates it, what is masked does not
+    count"""
     strong, weak = T([[.5, .4, .8]]).log(), T([[.25, .5, .2]]).log()
     assert close(density_ratio(strong, weak, torch.ones(1, 3)), [1.856298])
     assert close(density_ratio(weak, strong, torch.ones(1, 3)), [-1.856298])
@@ -309,33 +323,38 @@ def test_guided_decoding_by_hand(arm, alpha, want):
 
 def test_a_reward_cannot_make_the_base_say_what_it_never_says():
     roll = generate(constant_lm(.5, .5, 0), [[1]], 1, samples=64, temperature=.1,
-                    generator=torch.Generator().manual_seed(0), contrast=(constant_lm(.3, .1, .6), -.9))
-    assert set(roll.tokens[:, 1].tolist()) == {5}                # where both may speak, the reward decides
+                    generator=torch.Generator().manual_seed(0),
+                    contrast=(constant_lm(.3, .1, .6), -.9))
+    assert set(roll.tokens[:, 1].tolist()) == {5}  # where both may speak, the reward decides
 
 
-# --- Adv-RM (2504.06141) ----------------------------------------------------------------------------------
+# --- Adv-RM (2504.06141) --------------------------------------------------------------------------
 
 
 def test_the_attack_s_reward_by_hand():
-    """bar .5, λ 1.5, C 25: (2 -1) 3.5; (2 1.5) -.25; (.4 -3) breaks the constraint, -24.6; (.9 .2) .6"""
+    """bar .5, λ 1.5, C 25: (2 -1) 3.5; (2 1.5) -.25; (.4 -3) breaks the constraint, -24.6; (.9 .2)
+    .6"""
     r1, r2 = T([2, 2, .4, .9]), T([-1, 1.5, -3, .2])
     raw, mild = (disagreement(r1, r2, .5, C=C) for C in (25.0, 3.5))             # 3.5: R1 - T - 3
     assert close(raw, [3.5, -.25, -24.6, .6], 1e-5) and close(mild, [3.5, -.25, -3.1, .6])
     assert close(judging.rloo(raw[None]), [[11.583333, 6.583333, -25.883333, 7.716667]], 1e-5)
     assert close(judging.rloo(mild[None]), [[4.416667, -.583333, -4.383333, .55]], 1e-5)
-    assert close(disagreement(r1 - .5, r2), [1.5 + 1.5, 1.5 - 2.25, -3.1, .4 - .3])      # standardised: bar 0
+    assert close(disagreement(r1 - .5, r2),
+                 [1.5 + 1.5, 1.5 - 2.25, -3.1, .4 - .3])                       # standardised: bar 0
 
 
 def test_limits_of_the_attack():
     z1, z2 = rand(50), rand(50, seed=1)
     assert close(disagreement(z1, z2, -math.inf, lam=0.0), z1) and close(overoptimise(z1, z2), z1)
-    assert close(disagreement(z1, z1, lam=1.0)[z1 > 0], 0 * z1[z1 > 0])          # a twin that agrees
-    assert (disagreement(z1, z2)[z1 <= 0] <= -3).all() and close(overoptimise(z1, z2), overoptimise(z1, z1))
+    assert close(disagreement(z1, z1, lam=1.0)[z1 > 0], 0 * z1[z1 > 0])         # a twin that agrees
+    assert (disagreement(z1, z2)[z1 <= 0] <= -3).all() and close(overoptimise(z1, z2),
+                                                                 overoptimise(z1, z1))
     assert all(fn(z1, z2).shape == (50,) for fn in ATTACKS.values())
 
 
 def test_the_filter_by_hand():
-    """SFT samples of mean 0, std .2: the bar is .392; .5 passes, .3 does not, nor anything below the mean"""
+    """SFT samples of mean 0, std .2: the bar is .392; .5 passes, .3 does not, nor anything below
+    the mean"""
     U = T([.1, -.2, .3, 0, -.1, .2, -.3, 0])
     assert close(U.mean(), 0) and close(U.std(), .2)
     got = adversarial(T([1, 1, -.1, 1, 0]), T([.5, .3, .5, .393, .5]), U.mean(), U.std())
@@ -350,13 +369,15 @@ def test_strict_success_by_hand():
 
 def rolled(n):
     """A rollout of n rows that hold only their numbers."""
-    return SimpleNamespace(tokens=torch.arange(n)[:, None], prompt_len=torch.zeros(n), mask=torch.ones(n, 1))
+    return SimpleNamespace(tokens=torch.arange(n)[:, None], prompt_len=torch.zeros(n),
+                           mask=torch.ones(n, 1))
 
 
 @pytest.mark.parametrize("scale, shift", [(1, 0), (7, 0), (1, -50), (.01, 3)])
 def test_the_standardised_attack_does_not_see_scale_or_shift(scale, shift):
     """z: less the prompt's mean over SFT samples, over the std of all"""
-    ours, new = rand(3, 4).float(), rand(2, 2, seed=1).float()   # new: of the third prompt, then of the first
+    ours, new = rand(3, 4).float(), rand(2, 2,  # new: of the third prompt, then of the first
+                                         seed=1).float()
     field = SimpleNamespace(roll=rolled(12), gold=torch.zeros(3, 4), at={5: 0, 6: 1, 7: 2})
     z = Field.standard.__wrapped__(field, lambda tokens, start, end: scale * (
         ours if len(tokens) == 12 else new).flatten() + shift)
@@ -364,7 +385,7 @@ def test_the_standardised_attack_does_not_see_scale_or_shift(scale, shift):
     assert close(z(rolled(4), [dict(seed=7), dict(seed=5)]), want.flatten(), 1e-4)
 
 
-# --- the Gaussian process on top (2510.20369) -------------------------------------------------------------
+# --- the Gaussian process on top (2510.20369) -----------------------------------------------------
 
 PHI = T([[1., 0], [1, 0], [.6, .8]])
 P3 = PHI.T @ PHI
@@ -379,7 +400,8 @@ def pair_model(features=16, **options):
     return PairModel(small_lm(), features, generator=torch.Generator().manual_seed(0), **options)
 
 
-@pytest.mark.parametrize("phi, var, u", [([1., 0.], .310606, 2.026342), ([0., 1.], .636364, 2.713602),
+@pytest.mark.parametrize("phi, var, u",
+                         [([1., 0.], .310606, 2.026342), ([0., 1.], .636364, 2.713602),
                                          ([.6, .8], .431818, 2.306118)])
 def test_variance_by_hand(phi, var, u):
     assert close(P3, [[2.36, .48], [.48, .64]])
@@ -396,7 +418,8 @@ def test_variance_by_hand(phi, var, u):
 
 def test_limits_of_the_variance():
     assert close(gp_variance(T([[1., 0]]), P3, 1e-3), [.000500])
-    assert math.sqrt(1 + 10 * gp_variance(T([[1., 0]]), P3, 1e-3).item()) == pytest.approx(1.002495, abs=1e-6)
+    assert math.sqrt(1 + 10 * gp_variance(T([[1., 0]]), P3,
+                                          1e-3).item()) == pytest.approx(1.002495, abs=1e-6)
     phi = rand(4, 3).float()
     assert close(gp_variance(phi, torch.zeros(3, 3), 7.0), (phi ** 2).sum(1))    # no data: |φ|²
     assert close(gp_variance(phi, P3.new_ones(3, 3), 1e9), (phi ** 2).sum(1), 1e-4)
@@ -439,11 +462,13 @@ def singular(W, steps=50):
     return u
 
 
-@pytest.mark.parametrize("values, want", [([3., 1.], [1, 1 / 3]), ([.5, .2], [.5, .2]), ([1., 1.], [1, 1])])
+@pytest.mark.parametrize("values, want",
+                         [([3., 1.], [1, 1 / 3]), ([.5, .2], [.5, .2]), ([1., 1.], [1, 1])])
 def test_the_spectral_bound_is_no_division(values, want):
     W = torch.diag(T(values))
     assert close(spectrally_bounded(W, singular(W)), torch.diag(T(want)))
-    assert close(spectrally_bounded(W, singular(W), bound=.1), torch.diag(T(values)) * .1 / max(values))
+    assert close(spectrally_bounded(W, singular(W), bound=.1),
+                 torch.diag(T(values)) * .1 / max(values))
 
 
 def test_the_spectral_norm_is_found_by_steps_that_are_kept():
@@ -459,7 +484,8 @@ def test_the_spectral_norm_is_found_by_steps_that_are_kept():
 
 
 def test_a_fresh_pooling_layer_is_left_alone():
-    """it is orthogonal, so that its norm is 1 and the bound does nothing, before the first step too"""
+    """it is orthogonal, so that its norm is 1 and the bound does nothing, before the first step
+    too"""
     pm = pair_model()
     assert close(spectrally_bounded(pm.pool.weight, pm.u).detach(), pm.pool.weight.detach(), 1e-4)
 
@@ -479,7 +505,7 @@ def test_gradient_reaches_body_pool_and_w_but_not_the_features():
     trained = {n for n, p in pm.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {"w", "pool.weight", "pool.bias", "body.layers.0.mlp.down_proj.weight"} <= trained
     assert not {"W", "b", "P", "u"} & dict(pm.named_parameters()).keys()
-    assert not torch.equal(pm.u, before) and not pm.u.requires_grad              # a power iteration a step
+    assert not torch.equal(pm.u, before) and not pm.u.requires_grad       # a power iteration a step
     kept = pm.u.clone()
     with torch.no_grad():
         pm(tokens, end)
@@ -498,7 +524,8 @@ def test_the_classifier_reads_its_last_token_alone():
 @pytest.mark.parametrize("features, sn", [(16, True), (16, False), (0, True)])
 def test_heads_of_the_classifier(features, sn):
     """without features a plain linear head that is always certain; without sn no pooling layer"""
-    pm = PairModel(small_lm(), features, .3, sn, torch.Generator().manual_seed(0)).requires_grad_(False)
+    pm = PairModel(small_lm(), features, .3, sn,
+                   torch.Generator().manual_seed(0)).requires_grad_(False)
     assert isinstance(pm.pool, torch.nn.Linear) == bool(features and sn)
     tokens, end = torch.randint(3, 40, (4, 6)), T([6, 6, 6, 6])
     with torch.no_grad():
@@ -509,7 +536,8 @@ def test_heads_of_the_classifier(features, sn):
     elif not sn:
         assert close(logit, random_features(h, pm.W, pm.b) @ pm.w, 1e-5)
     again = PairModel(small_lm(), features, .3, sn, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(pm.state_dict().values(), again.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(pm.state_dict().values(), again.state_dict().values()))
 
 
 def test_both_orders_of_a_pair_are_one_question():
@@ -520,7 +548,7 @@ def test_both_orders_of_a_pair_are_one_question():
     assert close(turned, -score, 1e-4) and close(same, u, 1e-4) and score.abs().max() > 3e-3
 
 
-# --- what a loss is given ---------------------------------------------------------------------------------
+# --- what a loss is given -------------------------------------------------------------------------
 
 
 class Context(SimpleNamespace):
@@ -538,7 +566,8 @@ def pairs(n=8, seed=0, **kind):
 
 
 def given(model, rows, loss, seed=0):
-    return provide(model, rows, needs(loss), context(), TOK.pad, torch.Generator().manual_seed(seed))
+    return provide(model, rows, needs(loss), context(), TOK.pad,
+                   torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -555,7 +584,8 @@ def test_scores_are_those_of_each_sequence_alone():
     for side in ("chosen", "rejected"):
         want = torch.stack([alone(model, r, side) for r in rows])
         assert close(have[side].detach(), want, 1e-5) and want.std() > .01
-        assert close(score_rows(scalar_reward(model, context(micro=3)), rows, side, context(), 0), want, 1e-5)
+        assert close(score_rows(scalar_reward(model, context(micro=3)), rows, side, context(), 0),
+                     want, 1e-5)
         long = dict(rows[0], rejected=rows[0]["rejected"] * 6)   # pads every other row
         assert close(given(model, [*rows, long], bt)[side][:8].detach(), want, 1e-5)
         assert close(given(model, rows[::-1], bt)[side].flip(0).detach(), want, 1e-5)
@@ -563,19 +593,23 @@ def test_scores_are_those_of_each_sequence_alone():
         (have["chosen"] > have["rejected"]).float().mean().item())
 
 
-@pytest.mark.parametrize("loss, name", [(bt, "chosen"), (regression, "predicted"), (preference, "logit")])
+@pytest.mark.parametrize("loss, name",
+                         [(bt, "chosen"), (regression, "predicted"), (preference, "logit")])
 def test_scores_stay_float32_where_matmuls_are_bfloat16(loss, name):
     """the default on CUDA: a gap of .01 between scores near 5 would be rounded away"""
-    model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD) if loss is regression else pairs(6)
+    model, rows = new_rater(small_lm(), 0), rated(pairs(6),
+                                                  WORLD) if loss is regression else pairs(6)
     torch.nn.init.normal_(model.ratings.weight, generator=torch.Generator().manual_seed(0))
     if loss is preference:
         model = pair_model(sigma=.5)
-        rows = [dict(pair=pair_ids(TOK, r["text"]["prompt"], "ab", r["text"]["chosen"]), label=1, strength=1)
+        rows = [dict(pair=pair_ids(TOK, r["text"]["prompt"], "ab", r["text"]["chosen"]), label=1,
+                     strength=1)
                 for r in rows]
     with torch.no_grad(), autocast("cpu", "bfloat16"):
         got = given(model, rows, loss)[name]
         assert got.dtype == torch.float32
-        assert loss is not bt or close(got, torch.stack([alone(model, r, "chosen") for r in rows]), 1e-4)
+        assert loss is not bt or close(got, torch.stack([alone(model, r, "chosen") for r in rows]),
+                                       1e-4)
 
 
 def test_likelihoods_are_those_of_each_sequence_alone():
@@ -585,8 +619,10 @@ def test_likelihoods_are_those_of_each_sequence_alone():
         logp = token_logprobs(lm, T([[*r["prompt"], *r["rejected"]]]))[0, len(r["prompt"]):]
         assert close(have["rejected_logp"][i].detach(), logp.sum().detach(), 1e-4)
     assert close(have["chosen_logp"].detach(),
-                 score_rows(likelihood_reward(lm, context(micro=5)), rows, "chosen", context(), 0), 1e-4)
-    assert score_rows(likelihood_reward(lm, context(), lm), rows, "chosen", context(), 0).abs().max() == 0
+                 score_rows(likelihood_reward(lm, context(micro=5)), rows, "chosen", context(), 0),
+                 1e-4)
+    assert score_rows(likelihood_reward(lm, context(), lm), rows, "chosen", context(),
+                      0).abs().max() == 0
     other = small_lm(1)
     forth, back = (score_rows(likelihood_reward(a, context(), b), rows, "chosen", context(), 0)
                    for a, b in ((lm, other), (other, lm)))
@@ -595,7 +631,7 @@ def test_likelihoods_are_those_of_each_sequence_alone():
 
 def test_ratings_come_from_the_raters_heads():
     model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD)
-    assert given(model, rows, regression)["predicted"].abs().max() == 0          # zero heads at first
+    assert given(model, rows, regression)["predicted"].abs().max() == 0        # zero heads at first
     torch.nn.init.normal_(model.ratings.weight)
     have = given(model, rows, regression)
     assert have["ratings"].shape == have["predicted"].shape == (12, len(RATING_WEIGHTS))
@@ -614,7 +650,8 @@ def test_a_judge_s_tokens_are_scored_where_it_speaks():
     have = given(lm, rows, listwise)
     for i, r in enumerate(rows):
         tokens = T([[*r["prompt"], *r["answer"]]])
-        hidden, logp = lm(tokens)[0, len(r["prompt"]) - 1], token_logprobs(lm, tokens)[0, len(r["prompt"]):]
+        hidden, logp = lm(tokens)[0, len(r["prompt"])
+                                  - 1], token_logprobs(lm, tokens)[0, len(r["prompt"]):]
         assert close(have["identifiers"][i].detach(), lm.logits(hidden)[ids].detach(), 1e-4)
         assert close(nll(have["logp"])[i].detach(), -logp.sum().detach(), 1e-4)
 
@@ -626,11 +663,14 @@ def test_positions_of_goals_lie_within_their_own_response():
     n = T([len(r[s]) for s in ("chosen", "rejected") for r in rows])
     hidden = torch.arange(40.).expand(10, 40)[..., None] + 100 * torch.arange(10)[:, None, None]
     got = goal_states(hidden, start, n, torch.Generator().manual_seed(0), draws=4000)
-    row, at = ({k: f(x[..., 0]) for k, x in got.items()} for f in (lambda x: x // 100, lambda x: x % 100))
-    assert (at["early"] <= at["late"]).all() and (row["wrong"] == torch.arange(5, 10)[:, None]).all()
+    row, at = ({k: f(x[..., 0]) for k, x in got.items()}
+               for f in (lambda x: x // 100, lambda x: x % 100))
+    assert (at["early"] <= at["late"]).all() and (row["wrong"]
+                                                  == torch.arange(5, 10)[:, None]).all()
     for k, rows_ in (("early", slice(0, 5)), ("late", slice(0, 5)), ("wrong", slice(5, 10))):
         assert (row[k] == torch.arange(10)[rows_][:, None]).all()
-        assert (at[k].amin(1) == start[rows_]).all() and (at[k].amax(1) == (start + n)[rows_] - 1).all()
+        assert (at[k].amin(1) == start[rows_]).all() and (at[k].amax(1) == (start + n)[rows_]
+                                                          - 1).all()
 
 
 @pytest.mark.parametrize("term", ["plus", "minus"])
@@ -662,7 +702,8 @@ def test_micro_does_not_change_the_result(loss):
         rows = [r | dict(answer=r["chosen"], ranks=[2., 1], identifier_ids=[5, 6]) for r in rows]
     if loss == "regression":
         model, rows = new_rater(small_lm(), 0), rated(rows, WORLD)
-        rows = [r | dict(ratings=r["ratings"][:i % 5] + [NAN] * (5 - i % 5)) for i, r in enumerate(rows)]
+        rows = [r | dict(ratings=r["ratings"][:i % 5] + [NAN] * (5 - i % 5))
+                for i, r in enumerate(rows)]
     if loss == "preference":
         model = pair_model(sigma=.5, sn=False)
         rows = [dict(pair=pair_ids(TOK, x["prompt"], x["chosen"], x["rejected"]), label=i % 2,
@@ -683,39 +724,45 @@ def test_rl_climbs_its_reward_and_kl_holds_it_back():
     def end(**options):
         policy = copy.deepcopy(lm).requires_grad_()
         told = rl(policy, lm.requires_grad_(False), TOK, problems, share, context(micro=128),
-                  SimpleNamespace(**vars(RUN)), name="rl", steps=16, max_new=3, lr=2e-2, groups=16, samples=8,
-                  **options)
+                  SimpleNamespace(**vars(RUN)), name="rl", steps=16, max_new=3, lr=2e-2, groups=16,
+                  samples=8, **options)
         assert all(math.isfinite(v) for row in told for v in row.values())
-        assert told[0]["kl"] == pytest.approx(0, abs=1e-4)       # the policy is its reference at first
+        assert told[0]["kl"] == pytest.approx(0, abs=1e-4)  # the policy is its reference at first
         return told
     free, held = end(), end(beta=3.0)
     assert free[-1]["reward"] > free[0]["reward"] + .5 and held[-1]["kl"] < .1 * free[-1]["kl"]
 
 
 def test_adversarial_pairs_prefer_sft_samples_and_repeat_nothing():
-    texts = ["ab", "cd", "ef", "gh"]                             # one prompt's samples of the SFT model
+    texts = ["ab", "cd", "ef", "gh"]  # one prompt's samples of the SFT model
     roll = SimpleNamespace(completions=lambda: [TOK.encode(y) for y in ("x", "x", "ab", "")],
                            finished=torch.ones(4, dtype=torch.bool), tokens=torch.zeros(4, 1))
     problems = WORLD.problems("val", 1)
     field = SimpleNamespace(problems=problems, samples=4, texts=texts, gold=torch.zeros(1, 4),
                             roll=SimpleNamespace(finished=T([True, True, False, True])))
-    made = pairs_against(SimpleNamespace(tok=TOK, world=WORLD), field, roll, range(4), random.Random(0))
+    made = pairs_against(SimpleNamespace(tok=TOK, world=WORLD), field, roll, range(4),
+                         random.Random(0))
     assert sorted((r["chosen"], r["rejected"]) for r in made) == sorted(
-        [(y, "x") for y in texts] + [(y, "ab") for y in texts[1:]])      # once each, no self, none empty
+        [(y, "x") for y in texts]
+        + [(y, "ab") for y in texts[1:]])                           # once each, no self, none empty
     gold = WORLD.reward(problems[0], "x")
     assert all(r["margin"] == pytest.approx(-gold) for r in made if r["rejected"] == "x")
     assert all(r["chosen_finished"] == (r["chosen"] != "ef") for r in made)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
-OTHERS = {"ring", "toyif", "tiny", "noisy", "big_router", "direct", "nocontrast", "nofilter", "bt_rubrics",
-          "short_style", "filler_style", "direct_style", "bt_style"}        # worlds, sizes, arms of claims
+OTHERS = {"ring", "toyif", "tiny", "noisy", "big_router", "direct", "nocontrast", "nofilter",
+          "bt_rubrics",
+          "short_style", "filler_style", "direct_style",
+          "bt_style"}                                                # worlds, sizes, arms of claims
 METHODS = [p for p in PRESETS if p not in OTHERS]
 SIZES = dict(
-    advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32", polar="--pretrain 64 --labels 32",
+    advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32",
+    polar="--pretrain 64 --labels 32",
     overopt="--members 2 --rl_steps 2 --samples 512 --prompts 2", router="--features 64 --rivals 2",
-    maxmin="--rounds 1", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2", rubrics="--votes 2",
+    maxmin="--rounds 1", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2",
+    rubrics="--votes 2",
     ensemble="--members 2", armo="--gate_steps 5")
 
 
@@ -737,14 +784,15 @@ def quick(shared_bases, monkeypatch):
         few(cls, "problems")
     few(Ring, "pairs")
     few(ToyIF, "pairs")
-    base = sft.base                                              # polar's early checkpoints: 5 and 15 steps
+    base = sft.base  # polar's early checkpoints: 5 and 15 steps
     monkeypatch.setattr(sft, "base", lambda *a, steps=0, **k: base(*a, **k | (
         dict(steps=steps // 10) if steps else {})))
 
 
 def tiny(config, out, *extra):
     sizes = "" if "bt_rubrics" in config else SIZES.get(config.split(",")[0], "")
-    return reward.main(merged("--config", f"{config},tiny", "--rows", "64", "--out", out, *sizes.split(), *extra))
+    return reward.main(merged("--config", f"{config},tiny", "--rows", "64", "--out", out,
+                              *sizes.split(), *extra))
 
 
 def weights(folder):
@@ -759,18 +807,23 @@ RAN = {}
 
 
 def ran(config, *extra):
-    """The result of a tiny run, made once, and its folder: beside the bases, where every test finds it."""
-    folder = os.path.join(os.path.realpath("out/sft"), re.sub(r"\W+", "-", " ".join(["ran", config, *extra])))
+    """The result of a tiny run, made once, and its folder: beside the bases, where every test finds
+    it."""
+    folder = os.path.join(os.path.realpath("out/sft"),
+                          re.sub(r"\W+", "-", " ".join(["ran", config, *extra])))
     RAN[folder] = RAN.get(folder) or tiny(config, folder, *extra)
     return RAN[folder], folder
 
 
 SAID = dict(                     # one number of each recipe's result
-    arm="guided_gold", maxmin="pooled_min_accuracy", polar="scratch_accuracy", overopt="wco|RL gold@4",
-    router="uncertainty|accuracy@0.25", rubrics="oracle|accuracy_vote", thinkrm="hard_graded", rmr1="id_vote",
+    arm="guided_gold", maxmin="pooled_min_accuracy", polar="scratch_accuracy",
+    overopt="wco|RL gold@4",
+    router="uncertainty|accuracy@0.25", rubrics="oracle|accuracy_vote", thinkrm="hard_graded",
+    rmr1="id_vote",
     judge_lora="val_off", first="generated_spearman", advrm="more_gold|collapse")
-LEFT = dict(                     # a checkpoint of those that leave none in step folders of their own
-    hs2pref="final", armo="body", polar="final", cdr="strong", ensemble="member-1", maxmin="round-0-group-1",
+LEFT = dict(  # a checkpoint of those that leave none in step folders of their own
+    hs2pref="final", armo="body", polar="final", cdr="strong", ensemble="member-1",
+    maxmin="round-0-group-1",
     overopt="member-1", router="pm", rubrics="judge", thinkrm="rl", rmr1="rl", judge_lora="judge",
     first="judge", advrm="more_gold-1")
 LANGUAGE = {"arm", "cdr", "router", "rubrics", "thinkrm", "rmr1", "judge_lora", "first"}
@@ -788,8 +841,8 @@ def test_every_preset_runs(config, quick):
 
 
 @pytest.mark.parametrize("config, extra, key", [
-    ("thinkrm", "--style filler --rl_steps 0", "accuracy_greedy"), ("cdr,toyif", "", "ood_spearman"),
-    ("router", "--sn false --rivals 0", "u_auroc")])
+    ("thinkrm", "--style filler --rl_steps 0", "accuracy_greedy"),
+    ("cdr,toyif", "", "ood_spearman"), ("router", "--sn false --rivals 0", "u_auroc")])
 def test_other_ways_to_run_them(config, extra, key, quick):
     out, _ = ran(config, *extra.split())
     assert key in out and all(math.isfinite(v) for v in out.values())
@@ -797,7 +850,8 @@ def test_other_ways_to_run_them(config, extra, key, quick):
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_claims_find_all_their_numbers(name, quick):
-    """the report, the curves and the verdict of tiny runs: no key is missing after hours of the real ones"""
+    """the report, the curves and the verdict of tiny runs: no key is missing after hours of the
+    real ones"""
     claim = CLAIMS[name]
     sizes = ["--rl_steps", "2", "--votes", "2"] if name == "thinkrm" else []
     got = {(arm, 0): ran(config, *sizes)[0] for arm, config in claim.arms.items()}
@@ -810,14 +864,17 @@ def test_claims_find_all_their_numbers(name, quick):
 def test_the_map_names_every_method():
     table = reward.__doc__.partition("\npreset ")[2].partition("\nWatch")[0].splitlines()[1:]
     assert [row.split()[0] for row in table if not row.startswith(" ")] == [
-        row.split()[0] for row in table] and sorted(row.split()[0] for row in table) == sorted(METHODS)
+        row.split()[0] for row in table] and sorted(row.split()[0]
+                                                    for row in table) == sorted(METHODS)
 
 
 def test_extrapolation_goes_on_along_the_line(quick):
     """θ1 + 1.52 (θ2 - θ1), the head too"""
-    one, two, far = (weights(os.path.join(ran("hs2pref")[1], x)) for x in ("regression", "scaled", "final"))
+    one, two, far = (weights(os.path.join(ran("hs2pref")[1], x))
+                     for x in ("regression", "scaled", "final"))
     assert max((one[k] - two[k]).abs().max() for k in one) > 1e-3
-    assert all(close(far[k], one[k] + 1.52 * (two[k] - one[k])) for k in far) and close(1 + 1.52 * .4, 1.608)
+    assert all(close(far[k], one[k] + 1.52 * (two[k] - one[k]))
+               for k in far) and close(1 + 1.52 * .4, 1.608)
 
 
 def test_armo_takes_verbosity_out(quick):
@@ -828,7 +885,8 @@ def test_armo_takes_verbosity_out(quick):
 
 @pytest.mark.parametrize("config", ["bt", "regression", "goal"])
 def test_resume_is_exact(config, quick):
-    """6 steps = 3 + --resume + 3, bit for bit: the optimizer, the raters' heads, the draws of goal"""
+    """6 steps = 3 + --resume + 3, bit for bit: the optimizer, the raters' heads, the draws of
+    goal"""
     whole, folder = ran(config)
     assert not tiny(config, f"half-{config}", "--stop", "3")
     assert tiny(config, f"half-{config}", "--resume") == whole
@@ -844,7 +902,8 @@ def test_a_resumed_run_keeps_its_finished_stages(quick):
     shutil.rmtree("stages/member-1")
     assert tiny("ensemble", "stages", "--resume") == out
     assert os.stat("stages/member-0/model.safetensors").st_mtime_ns == kept
-    assert all(equal(weights(f"stages/member-{i}"), weights(f"{folder}/member-{i}")) for i in (0, 1))
+    assert all(equal(weights(f"stages/member-{i}"), weights(f"{folder}/member-{i}"))
+               for i in (0, 1))
     assert not equal(weights("stages/member-0"), weights("stages/member-1"))
     whole, again = ([(r["step"], sorted(r)) for r in read_log(x)] for x in (folder, "stages"))
     assert again == whole
@@ -890,7 +949,7 @@ def test_a_reward_model_learns_its_labels(seed, noise, shared_bases):
     assert got > .6 if noise == 0 else got < .4
 
 
-# --- files of pairs ---------------------------------------------------------------------------------------
+# --- files of pairs -------------------------------------------------------------------------------
 
 
 def write(path, rows):
@@ -905,7 +964,8 @@ def some_pairs(n, flip=lambda i: False):
 
 
 def test_a_checkpoint_is_evaluated_on_a_file(quick, tmp_path):
-    """labels by a coin: about one half; the same file with its labels swapped: what is missing to one"""
+    """labels by a coin: about one half; the same file with its labels swapped: what is missing to
+    one"""
     rng = random.Random(0)
     coins = [rng.random() < .5 for _ in range(640)]
     result, folder = ran("bt")
@@ -913,7 +973,8 @@ def test_a_checkpoint_is_evaluated_on_a_file(quick, tmp_path):
              for x in (False, True)]
     out, back = (reward.main(["--eval", folder, "--data", path, "--out", f"eval-{i}"])
                  for i, path in enumerate(files))
-    assert out["val_accuracy"] == pytest.approx(1 - back["val_accuracy"]) and .25 < out["val_accuracy"] < .75
+    assert out["val_accuracy"] == pytest.approx(1
+                                                - back["val_accuracy"]) and .25 < out["val_accuracy"] < .75
     assert out["all_accuracy"] == pytest.approx(1 - back["all_accuracy"]) != out["val_accuracy"]
     assert not any(k.startswith("ood") or "gold" in k for k in out)
     assert reward.main(["--config", "bt,tiny", "--eval", folder, "--out", "eval-world"]) == result
@@ -929,9 +990,10 @@ def test_a_file_of_one_prompt_can_be_evaluated(quick, tmp_path):
 
 def test_bad_rows_are_counted_and_left_out(quick, tmp_path, capsys):
     good = some_pairs(60)
-    bad = [*[r | dict(rejected=r["chosen"]) for r in good[:2]], *[r | dict(chosen="") for r in good[2:5]],
-           good[5] | dict(margin=NAN), good[6] | dict(margin=1), good[7] | dict(strength="high"), good[8],
-           *[r | dict(chosen="a" * 200) for r in good[9:11]]]
+    bad = [*[r | dict(rejected=r["chosen"]) for r in good[:2]],
+           *[r | dict(chosen="") for r in good[2:5]],
+           good[5] | dict(margin=NAN), good[6] | dict(margin=1), good[7] | dict(strength="high"),
+           good[8], *[r | dict(chosen="a" * 200) for r in good[9:11]]]
     path = write(tmp_path / "bad.jsonl", good + bad)
     out = reward.main(["--config", "margin,tiny", "--data", path, "--rows", "0", "--context", "64",
                        "--out", "bad"])
@@ -948,13 +1010,15 @@ def test_numbers_that_only_some_rows_have_are_no_reason_to_stop(quick, tmp_path)
         rows = [r | (dict(margin=.5, strength=2) if i % 2 == half else {})
                 for i, r in enumerate(some_pairs(160))]
         path = write(tmp_path / f"{half}.jsonl", rows)
-        out = reward.main(["--config", "margin,tiny", "--data", path, "--rows", "0", "--out", f"some-{half}"])
+        out = reward.main(["--config", "margin,tiny", "--data", path, "--rows", "0", "--out",
+                           f"some-{half}"])
         assert math.isfinite(out["val_accuracy"])
 
 
 def test_a_file_without_a_good_pair_is_refused(quick, tmp_path):
     same = [r | dict(rejected=r["chosen"]) for r in some_pairs(20)]
-    for name, rows in (("same", same), ("long", [r | dict(chosen="a" * 500) for r in some_pairs(20)])):
+    for name, rows in (("same", same),
+                       ("long", [r | dict(chosen="a" * 500) for r in some_pairs(20)])):
         path = write(tmp_path / f"{name}.jsonl", rows)
         with pytest.raises(UserError, match="no pair is left"):
             reward.main(["--config", "tiny", "--data", path, "--out", name])
@@ -975,23 +1039,25 @@ def test_real_pairs_split_by_problem_and_fit_the_context(solutions, stories, cap
     assert not prompts[0] & prompts[1] and 14 < len(prompts[0]) / len(prompts[1]) < 18 and left == same
     tok = Tokenizer.load(stories)
     rows = encode_pairs(val, tok, 512, what="val")
-    n, of = map(int, re.search(r"val: left out (\d+) longer than the context of 512 tokens of (\d+)",
+    n, of = map(int,
+                re.search(r"val: left out (\d+) longer than the context of 512 tokens of (\d+)",
                                capsys.readouterr().out).groups())
     assert of == len(val) and len(rows) == of - n > 0
     assert max(len(r["prompt"]) + len(r[s]) for r in rows for s in ("chosen", "rejected")) <= 512
-    assert all(r["chosen"][-1] == r["rejected"][-1] == tok.eos and r["prompt"][0] == tok.bos for r in rows)
+    assert all(r["chosen"][-1] == r["rejected"][-1] == tok.eos and r["prompt"][0] == tok.bos
+               for r in rows)
     assert all(tok.decode(r["chosen"]).strip() == r["text"]["chosen"].strip() for r in rows[:20])
 
 
 def test_a_real_checkpoint_learns_from_real_pairs(solutions, stories, quick):
-    out = reward.main(["--data", str(solutions), "--init", str(stories), "--rows", "32", "--steps", "2",
-                       "--batch", "4", "--context", "256", "--out", "real"])
+    out = reward.main(["--data", str(solutions), "--init", str(stories), "--rows", "32", "--steps",
+                       "2", "--batch", "4", "--context", "256", "--out", "real"])
     assert 0 <= out["val_accuracy"] <= 1 and len(read_log("real")) == 2
     model, tok = load("real")
     assert isinstance(model, ScalarModel) and tok.bos == 1
 
 
-# --- what it hands on -------------------------------------------------------------------------------------
+# --- what it hands on -----------------------------------------------------------------------------
 
 
 def test_transformers_opens_a_trained_reward_model(quick):
@@ -1007,13 +1073,13 @@ def test_transformers_opens_a_trained_reward_model(quick):
 @pytest.mark.parametrize("world", ["ring", "toyif"])
 def test_ppo_takes_steps_against_it(world, quick):
     folder = ran("bt" if world == "ring" else "toyif")[1]
-    out = ppo.main(["--config", f"{world},ppo,tiny", "--reward", folder, "--steps", "2", "--eval_every", "2",
-                    "--max_new", "0", "--out", f"ppo-{world}"])
+    out = ppo.main(["--config", f"{world},ppo,tiny", "--reward", folder, "--steps", "2",
+                    "--eval_every", "2", "--max_new", "0", "--out", f"ppo-{world}"])
     assert {"val_gold", "ood_reward"} <= out.keys() and all(math.isfinite(v) for v in out.values())
     assert len([r for r in read_log(f"ppo-{world}") if "kl" in r]) == 2
 
 
-# --- what is wrong is named -------------------------------------------------------------------------------
+# --- what is wrong is named -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -1042,7 +1108,7 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--batch 0", "--batch 0: must be at least 1"),
     ("--config ensemble --members 0", "--members 0: must be at least 1"),
     ("--config maxmin --rounds 0", "--rounds 0: must be at least 1"),
-    *((f"--loss {x}", x) for x in ("nll", "listwise", "preference")),            # those of other recipes
+    *((f"--loss {x}", x) for x in ("nll", "listwise", "preference")),       # those of other recipes
     ("--config ensemble --loss regression", "regression")])
 def test_bad_input_is_named(argv, words, quick):
     out, argv = "never" + re.sub(r"\W+", "-", argv), argv.split()
@@ -1065,7 +1131,8 @@ def test_the_wrong_kind_of_model_is_named(quick):
             reward.main(["--config", "tiny", option, path, "--out", f"kind{option}"])
 
 
-@pytest.mark.parametrize("config, key", [("first", "weight"), ("polar", "center"), ("overopt", "center")])
+@pytest.mark.parametrize("config, key",
+                         [("first", "weight"), ("polar", "center"), ("overopt", "center")])
 def test_no_option_is_silently_without_effect(config, key, quick, monkeypatch):
     """either the loss that the recipe trains with takes it, or it is refused"""
     seen = []

@@ -13,8 +13,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 from data import run
-from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep, gated,
-                      in_parts, interval, judge, of, read_log, sweep, verdict)
+from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep,
+                      gated, in_parts, interval, judge, of, read_log, sweep, verdict)
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,18 @@ def test_functions_arrive_with_their_numbers_bound(tmp_path):
     assert conf("--config=second")[1].loss(10) == pytest.approx(6.0)
     assert conf("--beta=2")[1].loss(10) == 20 and conf("--beta=2")[1].kl(10) == 20   # a key of both
     assert conf("--kl.beta=2")[1].loss(10) == pytest.approx(1.0) and conf("--kl.beta=2")[1].kl(10) == 20
-    assert conf("--loss", str(tmp_path), "--gamma", "5")[1].loss(1) == pytest.approx(1.0)   # the row PATH
+    assert conf("--loss", str(tmp_path), "--gamma",
+                "5")[1].loss(1) == pytest.approx(1.0)                                 # the row PATH
 
 
 def test_a_preset_s_key_may_lie_idle_a_typed_one_may_not():
-    """--config second sets gamma for loss b; choosing loss a leaves it idle, which is no user's mistake"""
+    """--config second sets gamma for loss b; choosing loss a leaves it idle, which is no user's
+    mistake"""
     assert conf("--config", "second", "--loss", "a")[1].loss(10) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("text, value", [("--flag", True), ("--flag=false", False), ("--flag true", True)])
+@pytest.mark.parametrize("text, value",
+                         [("--flag", True), ("--flag=false", False), ("--flag true", True)])
 def test_switches(text, value):
     assert conf(*text.split())[0].flag is value
 
@@ -93,7 +96,8 @@ def test_switches(text, value):
     ("(-inf, inf)", (-1e300, 0), (math.inf, -math.inf, math.nan), "finite")])
 def test_a_range_knows_what_is_in_it(text, inside, outside, words):
     kind = run.Range(text)
-    assert all(x in kind for x in inside) and not any(x in kind for x in outside) and str(kind) == words
+    assert all(x in kind for x in inside) and not any(x in kind
+                                                      for x in outside) and str(kind) == words
 
 
 @pytest.mark.parametrize("value, like, kind, words", [
@@ -107,8 +111,10 @@ def test_a_range_knows_what_is_in_it(text, inside, outside, words):
     ("1e31", 1.0, None, "at most 1e"),
     ("-1e300", -5.0, None, "at most 1e"), ("9" * 5000, 1, None, "expected int"),
                                                       ("c", "a", Literal["a", "b"],
-     "choose from a, b"), (3, 0, Literal[0, 1], "choose from 0, 1"), (True, 1.0, None, "expected float"),
-    (True, 1, None, "expected int"), (1, True, None, "expected bool"), ([1], 1.0, None, "expected float"),
+     "choose from a, b"), (3, 0, Literal[0, 1], "choose from 0, 1"),
+                                                      (True, 1.0, None, "expected float"),
+    (True, 1, None, "expected int"), (1, True, None, "expected bool"),
+    ([1], 1.0, None, "expected float"),
     (2, 1.0, None, ""), (1.5, 1, None, "expected int"), (5, "x", None, "expected str"),
                                                       ("a\0b", "x", None, "zero byte")])
 def test_what_a_value_may_be(value, like, kind, words):
@@ -120,7 +126,8 @@ def test_what_a_value_may_be(value, like, kind, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("lr = [1]", "lr is a list"), ("lr = 2020-01-01", "lr is a date"), ("[lr]\na = 1", "lr is a dict"),
+    ("lr = [1]", "lr is a list"), ("lr = 2020-01-01", "lr is a date"),
+    ("[lr]\na = 1", "lr is a dict"),
     ("lr = true", "--lr True: expected float"), ("lr = nan", "--lr nan: must be at least 0"),
                                          ("config = 'fast'", "config belongs"),
     ("resume = true", "resume belongs"), ("steps = 1.5", "--steps 1.5: expected int"),
@@ -154,12 +161,14 @@ def test_a_field_that_the_run_does_not_read_may_not_be_typed(workdir):
 
     def resolve(*argv):
         return configure(Config, PRESETS, AXES, "", argv, readers)
-    with pytest.raises(UserError, match="--lr: this run does not read it; --lr is for runs with --flag"):
+    with pytest.raises(UserError,
+                       match="--lr: this run does not read it; --lr is for runs with --flag"):
         resolve("--lr", "0.5")
     (workdir / "x.toml").write_text("lr = 0.5")
     with pytest.raises(UserError, match="does not read it"):
         resolve("--config", "x.toml")
-    assert resolve("--config", "fast")[0].lr == 0.1 and resolve("--lr", "0.5", "--flag")[0].lr == 0.5
+    assert resolve("--config", "fast")[0].lr == 0.1 and resolve("--lr", "0.5",
+                                                                "--flag")[0].lr == 0.5
 
 
 @pytest.mark.parametrize("name, words", [("tpu", "choose auto, cpu"), ("cuda:x", "choose auto"),
@@ -177,7 +186,8 @@ def test_a_device_that_is_not_there(name, words):
     (["--flag=maybe"], "--flag maybe: expected bool"),
     (["--config", "fsat"], "no preset 'fsat'; did you mean 'fast'"),
     (["--config", "nowhere.toml"], "no config file nowhere.toml"),
-    (["--config", "second", "--loss", "a", "--gamma", "1"], "unknown key --gamma; it belongs to loss 'b'"),
+    (["--config", "second", "--loss", "a", "--gamma", "1"],
+     "unknown key --gamma; it belongs to loss 'b'"),
     (["--gamma", "1"], "unknown key --gamma; it belongs to loss 'b'"),
     (["--loss", "c"], "no loss 'c'"),
     (["--lr"], "--lr needs a value"),
@@ -221,7 +231,8 @@ def test_other_errors_keep_their_traceback(bug):
         run.cli(main)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: tried 9 bytes"),
+@pytest.mark.parametrize("error",
+                         [RuntimeError("DefaultCPUAllocator: can't allocate memory: tried 9 bytes"),
                                    torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"),
                                    MemoryError()])
 def test_out_of_memory_names_micro_and_shows_what_was_said(error, capsys):
@@ -257,7 +268,8 @@ def test_a_reader_that_leaves_is_no_error(workdir):
 def test_a_closed_stdout_is_no_error():
     """python … >&-"""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.run import cli; cli(lambda: print(1))"
-    told = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code], stderr=subprocess.PIPE)
+    told = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
+                          stderr=subprocess.PIPE)
     assert told.returncode == 0 and told.stderr == b""
 
 
@@ -273,7 +285,7 @@ def test_torchrun_is_refused_where_ranks_would_do_the_same(monkeypatch, capsys):
     assert capsys.readouterr().err == "rank 1: error: of this rank alone\n"
 
 
-# --- the folder ---------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def fake(folder):
@@ -352,7 +364,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(workdir):
 
 
 def test_a_run_that_never_began_leaves_no_folder(workdir):
-    """a mistyped data set must not become the newest run, which --resume would pick; one that logged stays"""
+    """a mistyped data set must not become the newest run, which --resume would pick; one that
+    logged stays"""
     for rows, left in ((0, False), (1, True)):
         with pytest.raises(UserError), Run(*conf("--out", f"o{rows}"), "t") as r:
             if rows:
@@ -366,7 +379,8 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("files", [["thesis.txt"], ["config.json", "model.safetensors"], ["log.jsonl"],
+@pytest.mark.parametrize("files",
+                         [["thesis.txt"], ["config.json", "model.safetensors"], ["log.jsonl"],
                                    ["x.tmp"],
                                    ["step-000001/config.json"], [".hidden"]])
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
@@ -400,7 +414,8 @@ def test_an_empty_folder_will_do_and_outlives_a_run_that_never_began(workdir):
 
 
 def test_only_what_the_run_made_is_removed(workdir):
-    """--keep 1 takes its older checkpoints, by name: not a copy, nor what the user keeps inside of one"""
+    """--keep 1 takes its older checkpoints, by name: not a copy, nor what the user keeps inside of
+    one"""
     c, f = conf("--out", "o", "--steps", "4", "--keep", "1")
     with Run(c, f, "t") as r:
         for step in r.steps(3):
@@ -436,7 +451,8 @@ def test_a_made_up_record_removes_nothing_outside(workdir):
     (workdir / "precious").mkdir()
     (workdir / "precious/x").write_text("mine")
     info = json.loads((workdir / "o/run.json").read_text())
-    made = {"../precious": ["x"], "step-000001": ["../../precious/x", "/etc/nosuch"], "step-000002": []}
+    made = {"../precious": ["x"], "step-000001": ["../../precious/x", "/etc/nosuch"],
+            "step-000002": []}
     (workdir / "o/run.json").write_text(json.dumps(info | dict(made=made, writing="../precious")))
     with Run(*conf("--out", "o", "--resume", "--keep", "1"), "t") as r:
         r.save(3, fake)
@@ -467,7 +483,8 @@ def test_what_is_not_finite_is_not_saved_and_the_good_one_stays(bad, where, work
                 (folder / "critic").mkdir()
                 save_file({"v": torch.tensor([value])}, folder / "critic/model.safetensors")
         return make
-    with pytest.raises(UserError, match=r"not finite at step 2; the last good checkpoint is .*step-000001"):
+    with pytest.raises(UserError,
+                       match=r"not finite at step 2; the last good checkpoint is .*step-000001"):
         with Run(*conf("--out", "o", "--keep", "1"), "t") as r:
             r.save(1, write(1.0), opt=dict(m=[torch.ones(2)]))
             r.save(2, write(1.0 if where == "state" else bad), opt=dict(m=[torch.tensor([bad])]))
@@ -488,10 +505,12 @@ def test_weights_are_looked_at_before_they_are_evaluated(workdir):
 
 @pytest.mark.parametrize("argv", [["--out", "o"], ["--out", "o", "--resume"]])
 def test_one_run_has_one_process(argv, workdir):
-    """the second is refused, the log of the first goes on; when the first has ended, --resume works"""
+    """the second is refused, the log of the first goes on; when the first has ended, --resume
+    works"""
     with Run(*conf("--out", "o"), "t") as r:
         r.log(1, loss=1.0)
-        with pytest.raises(UserError, match=f"another process is at work on this run .{os.getpid()} on"):
+        with pytest.raises(UserError,
+                           match=f"another process is at work on this run .{os.getpid()} on"):
             Run(*conf(*argv), "t")
         r.log(2, loss=1.0)
         r.save(2, fake)
@@ -519,7 +538,8 @@ def test_a_broken_state_names_the_next_older_checkpoint(fault, workdir):
         r.save(2, fake)
     FAULTS[fault](workdir / "o/step-000002")
     before = content(workdir)
-    with pytest.raises(UserError, match=r"step-000002/state.pt cannot be read .* older .* is o/step-000001"):
+    with pytest.raises(UserError,
+                       match=r"step-000002/state.pt cannot be read .* older .* is o/step-000001"):
         Run(*conf("--out", "o", "--resume"), "t")
     assert content(workdir) == before
     (workdir / "o/step-000002").rename(workdir / "away")              # what the message says
@@ -533,7 +553,8 @@ def test_a_broken_state_names_the_next_older_checkpoint(fault, workdir):
     ("run.json", '{"config": 5}', "config is '5': expected an object"),
     ("run.json", '{"config": {}, "config": {}}', "stands twice"),
     ("log.jsonl", "[]\n{}\n", "log.jsonl:1: no row"),
-                                               ("log.jsonl", '{"step": "x"}\n{}\n', "log.jsonl:1: no row"),
+                                               ("log.jsonl", '{"step": "x"}\n{}\n',
+                                                "log.jsonl:1: no row"),
     ("data.txt", "other text", "--name data.txt does not hold what it did")])
 def test_a_run_s_own_files_are_read_with_care(name, text, words, workdir):
     (workdir / "data.txt").write_text("text")
@@ -561,10 +582,11 @@ def test_a_newest_checkpoint_without_its_config_is_not_passed_over(workdir):
     with Run(*conf("--out", "o"), "t") as r:
         r.save(1, fake)
         r.save(2, fake)
-    (workdir / "o/step-000002/notes.txt").write_text("mine")         # what the user adds is no change
+    (workdir / "o/step-000002/notes.txt").write_text("mine")  # what the user adds is no change
     Run(*conf("--out", "o", "--resume"), "t").release()
     (workdir / "o/step-000002/config.json").unlink()
-    with pytest.raises(UserError, match="step-000002 has no config.json any more; .* is .*step-000001"):
+    with pytest.raises(UserError,
+                       match="step-000002 has no config.json any more; .* is .*step-000001"):
         Run(*conf("--out", "o", "--resume"), "t")
 
 
@@ -572,7 +594,8 @@ def test_a_state_of_another_run_is_refused(workdir):
     for out in "ab":
         with Run(*conf("--out", out), "t") as r:
             r.save(1, fake, x=torch.tensor(ord(out)))
-    (workdir / "a/step-000001/state.pt").write_bytes((workdir / "b/step-000001/state.pt").read_bytes())
+    (workdir / "a/step-000001/state.pt").write_bytes((workdir
+                                                      / "b/step-000001/state.pt").read_bytes())
     with pytest.raises(UserError, match="a/step-000001 is not as this run wrote it"):
         Run(*conf("--out", "a", "--resume"), "t")
 
@@ -587,7 +610,8 @@ def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(workdir):
     def full(folder):
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device", "x")
-    with pytest.raises(UserError, match="step-000002 cannot be .*No space left.*step-000001 is the newest"):
+    with pytest.raises(UserError,
+                       match="step-000002 cannot be .*No space left.*step-000001 is the newest"):
         with Run(*conf("--out", "o", "--keep", "1"), "t") as r:
             r.save(1, fake)
             r.save(2, full)
@@ -624,7 +648,7 @@ def test_batches_cover_every_row_once_an_epoch_and_depend_on_seed_and_step_only(
         batch_indices(0, 4, 0, 0)
 
 
-# --- claims -------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def test_interval_by_hand():
@@ -656,7 +680,8 @@ def claim_setup(argv):
 
 def test_a_claim_runs_every_arm_and_concludes(workdir):
     claim = Claim("fast is better", "none", arms=dict(ours="fast", base="second"), metric="score",
-                  tests={"ours - base": {"ours": 1, "base": -1}, "base - ours": {"ours": -1, "base": 1}},
+                  tests={"ours - base": {"ours": 1, "base": -1},
+                         "base - ours": {"ours": -1, "base": 1}},
                   conclude=lambda v: " / ".join(v.values()))
     report = run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=2)
     assert report["verdict"] == "holds / does not hold"
@@ -665,7 +690,8 @@ def test_a_claim_runs_every_arm_and_concludes(workdir):
             == pytest.approx(0.099))
     assert (workdir / "data/results/c.png").exists()
     stamp = (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns
-    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=1)    # finished arms are reused
+    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3,
+                  jobs=1)                                                 # finished arms are reused
     assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp
 
 
@@ -679,9 +705,11 @@ def tuned_train(c, f):
 
 
 def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdir):
-    """from 1e-3 and from 0.1, ratio 2: 0.064 and 0.05; what diverges is no candidate; seeds 0, 1 count"""
+    """from 1e-3 and from 0.1, ratio 2: 0.064 and 0.05; what diverges is no candidate; seeds 0, 1
+    count"""
     claim = Claim("none", "none", arms=dict(low="second", high="fast"), metric="score",
-                  tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"), curve="score")
+                  tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"),
+                  curve="score")
     report = run.run_claim("c", claim, "t", claim_setup, tuned_train, seeds=2, jobs=1)
     low, high = report["tuned"]["low"], report["tuned"]["high"]
     assert low["value"] == 0.064 and not low["edge"] and high["value"] == 0.05 and not high["edge"]
@@ -689,9 +717,11 @@ def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdi
     assert list(high["grid"]) == [0.025, 0.05, 0.1, 0.2]
     assert report["arms"]["low"]["score"]["values"] == pytest.approx([0.064, 1.064])
     assert report["tests"][0]["difference"] == pytest.approx(0.504)
-    assert report["curve"]["low"] == [[1, 2.0, 0.564]] and (workdir / "data/results/c_curves.png").exists()
+    assert report["curve"]["low"] == [[1, 2.0, 0.564]] and (workdir
+                                                            / "data/results/c_curves.png").exists()
     assert (workdir / f"out/claims/c/low-s{run.TUNING_SEED}-lr0.064/run.json").exists()
-    got = run.tune_arms(claim, claim_setup, lambda arm, seed, changes, tag: (arm, changes), Serial(),
+    got = run.tune_arms(claim, claim_setup,
+                        lambda arm, seed, changes, tag: (arm, changes), Serial(),
                         widest=2)
     assert got["low"]["edge"] and got["low"]["value"] == 0.008 and not got["high"]["edge"]
 
@@ -706,10 +736,12 @@ class Serial:
 
 def test_a_claim_s_options_are_checked_before_any_arm_runs(workdir):
     claim = Claim("none", "none", arms=dict(low="second"), metric="score", tests={})
-    for argv, words in ((["--foo", "1"], "unknown key --foo"), (["--steps", "-1"], "must be at least 0"),
+    for argv, words in ((["--foo", "1"], "unknown key --foo"),
+                        (["--steps", "-1"], "must be at least 0"),
                         (["--config", "fsat"], "did you mean 'fast'")):
         with pytest.raises(UserError, match=words):
-            run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train, ["--claim", "c", *argv])
+            run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train,
+                       ["--claim", "c", *argv])
     assert not any(workdir.iterdir())
 
 
@@ -725,7 +757,7 @@ def test_without_torchrun_there_is_one_rank():
     assert run.start_ranks("cpu") == (0, 1) and run.rank() == 0 and run.share("x") == "x"
 
 
-# --- claims whose arms share a run -----------------------------------------------------------------------
+# --- claims whose arms share a run ----------------------------------------------------------------
 
 SHARED = Claim("a beats b", "", dict(a="both", b="both", c="alone"), "gold",
                {"a > b": {"a": 1, "b": -1}, "peak: a > c": {"a|peak": 1, "c|peak": -1},
@@ -735,8 +767,8 @@ SHARED = Claim("a beats b", "", dict(a="both", b="both", c="alone"), "gold",
 
 def shared_results(seeds=3):
     """What two runs a seed return: one of the arms a and b, one of c alone."""
-    both = [{"a|gold": 3 + s, "b|gold": 1.5 + s, "a|peak": 1 + .1 * s, "a|gold@1": s, "a|gold@4": 2 * s,
-             "b|gold@1": 0} for s in range(seeds)]
+    both = [{"a|gold": 3 + s, "b|gold": 1.5 + s, "a|peak": 1 + .1 * s, "a|gold@1": s,
+             "a|gold@4": 2 * s, "b|gold@1": 0} for s in range(seeds)]
     return {(arm, s): both[s] if arm != "c" else {"gold": .5 * s, "peak": 1 - .1 * s, "gold@2": 7}
             for arm in "abc" for s in range(seeds)}
 
@@ -762,7 +794,8 @@ def test_a_gate_that_is_not_met_is_told_first(gate, said):
 
 def test_a_sweep_collects_an_arm_s_own_points(tmp_path):
     got = sweep(SHARED, 3, shared_results())["gold"]
-    assert [p[:2] for p in got["a"]] == [[1.0, 1.0], [4.0, 2.0]] and [p[:2] for p in got["b"]] == [[1.0, 0]]
+    assert [p[:2] for p in got["a"]] == [[1.0, 1.0],
+                                         [4.0, 2.0]] and [p[:2] for p in got["b"]] == [[1.0, 0]]
     assert got["c"][0][:2] == [2.0, 7]
     draw_sweep(dict(sweep=dict(gold=got)), "n", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
@@ -798,7 +831,8 @@ def test_a_finished_stage_is_made_once(workdir):
         run.log(3, loss=9.0)                                     # of a stage that a kill ends
     c, f = conf("--out", "o", "--resume")
     with Run(c, f, "x") as run:
-        assert (run.stage("a", write("a")), run.at, run.stage("b", write("b")), run.at)[1::2] == (1, 2)
+        assert (run.stage("a", write("a")), run.at, run.stage("b", write("b")),
+                run.at)[1::2] == (1, 2)
         run.stage("c", write("c"))
     assert made == ["a", "b", "c"] and [r["loss"] for r in read_log("o")] == [0, 1]
 

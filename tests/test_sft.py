@@ -1,4 +1,5 @@
-"""sft.py: the loss falls where it should, big batch = accumulated batch, exact resume, bad input."""
+"""sft.py: the loss falls where it should, big batch = accumulated batch, exact resume, bad
+input."""
 import functools
 import json
 import math
@@ -23,8 +24,10 @@ from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
 from optim import RULES
 
-FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro", "8",
-        "--rows", "64", "--init", "", "--data", "arithmetic", "--eval_every", "1000", "--warmup", "2"]
+FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro",
+        "8",
+        "--rows", "64", "--init", "", "--data", "arithmetic", "--eval_every", "1000", "--warmup",
+        "2"]
 
 
 def weights(folder):
@@ -38,7 +41,8 @@ def same(a, b):
 
 
 def run(*extra):
-    """The result of a small run with these arguments; one that starts from a checkpoint makes no model."""
+    """The result of a small run with these arguments; one that starts from a checkpoint makes no
+    model."""
     old = "--init" in extra and extra[extra.index("--init") + 1]
     return sft.main(merged(*(FAST[4:] if old else FAST), *extra))
 
@@ -63,13 +67,16 @@ def test_the_loss_falls_on_the_completion_and_its_eos_only():
     tok = bytes_tokenizer()
     (prompt, completion), = tasks.demonstrations(Echo(), [dict(prompt="ab")], tok, 10)
     tokens, mask = collate([(prompt, completion)], tok.pad)
-    assert tokens[0].tolist() == [tok.bos, 97, 98, 65, 66, tok.eos] and mask[0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert tokens[0].tolist() == [tok.bos, 97, 98, 65, 66,
+                                  tok.eos] and mask[0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_rows_that_do_not_fit_are_counted_and_prompts_that_do_not_are_errors(capsys):
-    rows = tasks.demonstrations(Echo(), [dict(prompt="ab"), dict(prompt="abcde")], bytes_tokenizer(), 10)
+    rows = tasks.demonstrations(Echo(), [dict(prompt="ab"), dict(prompt="abcde")],
+                                bytes_tokenizer(), 10)
     assert len(rows) == 1 and "1 of 2 rows are longer than --context 10" in capsys.readouterr().out
-    with pytest.raises(UserError, match="echo, row 1: a prompt of 11 tokens does not fit --context 10"):
+    with pytest.raises(UserError,
+                       match="echo, row 1: a prompt of 11 tokens does not fit --context 10"):
         tasks.demonstrations(Echo(), [dict(prompt="x" * 10)], bytes_tokenizer(), 10)
 
 
@@ -80,18 +87,25 @@ def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
               "--out", "o")
     log = read_log("o")
     assert log[0]["loss"] > 3.5 and log[-1]["loss"] < 2.4 and out["val_loss"] == log[-1]["val_loss"] < 2.4
-    assert out["val_gold"] > 0.45 and (workdir / "o/curve.png").exists()  # random symbols and no EOS: about 0
+    assert out["val_gold"] > 0.45 and (workdir  # random symbols and no EOS: about 0
+                                       / "o/curve.png").exists()
     net, tok = load("o")
-    assert generate(net, [tok.prompt("<Fc#4=")], 12, temperature=0).finished.all()      # EOS was trained
+    assert generate(net, [tok.prompt("<Fc#4=")], 12,
+                    temperature=0).finished.all()                                  # EOS was trained
 
 
-@pytest.mark.parametrize("extra", ["--peft full", "--peft lora --peft.rank 4", "--peft bone --peft.rank 32",
-                                   "--peft hft", "--peft loram", "--optimiser normuon", "--optimiser soap",
+@pytest.mark.parametrize("extra",
+                         ["--peft full", "--peft lora --peft.rank 4", "--peft bone --peft.rank 32",
+                                   "--peft hft", "--peft loram", "--optimiser normuon",
+                                   "--optimiser soap",
                                    "--optimiser galore --every 2", "--optimiser eco --store int4",
                                    "--optimiser qgalore --store int8", "--store bfloat16",
-                                   "--linear qat --fraction 0.7 --bits 2 --schedule wsd", "--linear halo",
-                                   "--linear quartet", "--linear lost", "--linear lost --phi identity",
-                                   "--prune journey --sparsity 0.8", "--prune journey --optimiser normuon",
+                                   "--linear qat --fraction 0.7 --bits 2 --schedule wsd",
+                                   "--linear halo",
+                                   "--linear quartet", "--linear lost",
+                                   "--linear lost --phi identity",
+                                   "--prune journey --sparsity 0.8",
+                                   "--prune journey --optimiser normuon",
                                    "--prune journey --linear qat --fraction 0.5"])
 def test_resume_is_exact(extra, workdir):
     """6 steps = 3 steps + --resume + 3 steps, bit for bit"""
@@ -111,8 +125,8 @@ PARTS = sorted(k for k, v in sft.PRESETS.items() if {"optimiser", "peft"} & v.ke
 @pytest.mark.parametrize("name", PARTS)
 def test_every_optimiser_and_adapter_learns_and_leaves_a_plain_checkpoint(name, workdir):
     """20 steps with its preset's settings; the checkpoint is a float model without adapters"""
-    run("--config", name, "--steps", "20", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
-        "--out", "o", *(["--peft.rank", "32"] if name in ("bone", "bat") else []))
+    run("--config", name, "--steps", "20", "--data", "toyif", "--tokenizer", "toyif", "--context",
+        "32", "--out", "o", *(["--peft.rank", "32"] if name in ("bone", "bat") else []))
     log = read_log("o")
     assert log[-1]["loss"] < log[0]["loss"] - 0.01
     assert all(torch.isfinite(v).all() for v in weights("o").values())
@@ -124,12 +138,14 @@ def test_half_fine_tuning_leaves_the_other_half_alone(workdir):
     run("--steps", "3", "--out", "o", "--init", "start", "--config", "hft", "--weight_decay", "0.5")
     a, b = weights("start"), weights("o")
     frozen = {k for k in a if torch.equal(a[k], b[k])}
-    assert sum(k.endswith("_proj.weight") for k in frozen) in (3, 4) and "embed_tokens.weight" not in frozen
+    assert sum(k.endswith("_proj.weight")
+               for k in frozen) in (3, 4) and "embed_tokens.weight" not in frozen
 
 
 def test_loram_trains_on_the_small_model_and_is_used_on_the_whole_one(workdir):
     """pruned by half, trained, recovered: the whole model gets better too"""
-    world = ["--steps", "150", "--lr", "3e-3", "--data", "toyif", "--context", "32", "--rows", "512"]
+    world = ["--steps", "150", "--lr", "3e-3", "--data", "toyif", "--context", "32", "--rows",
+             "512"]
     run(*world, "--tokenizer", "toyif", "--out", "start")
     run(*world, "--config", "loram", "--init", "start", "--out", "o")
     a, b = weights("start"), weights("o")
@@ -148,20 +164,22 @@ BLOCKS = "_proj.weight"
 @pytest.mark.parametrize("fraction, share", [(0.5, 0.5), (-1.0, 0.0), (0.0, 0.02), (1.0, 1.0)])
 def test_qat_rounds_in_the_last_steps_and_saves_rounded_weights(fraction, share, workdir):
     """and the cooldown lasts as long; share 0.02: the formula's least, one step"""
-    out = run("--steps", "8", "--config", "qat", "--bits", "2", f"--fraction={fraction}", "--out", "o",
-              "--lr", "3e-3", "--warmup", "0")
+    out = run("--steps", "8", "--config", "qat", "--bits", "2", f"--fraction={fraction}", "--out",
+              "o", "--lr", "3e-3", "--warmup", "0")
     assert out["quantised"] == share and (out["saved_loss"] == out["val_loss"]) == (share > 0)
     for name, W in weights("o").items():
         if name.endswith(BLOCKS):
-            assert torch.equal(W, fake_quant(W, 2)) and all(len(set(row)) <= 3 for row in W.tolist())
+            assert torch.equal(W, fake_quant(W, 2)) and all(len(set(row)) <= 3
+                                                            for row in W.tolist())
     lr = [r["lr"] for r in read_log("o")]
-    falls = max(1, round(8 * share)) if share else 1                                     # wsd's own: 20 %
+    falls = max(1, round(8 * share)) if share else 1                               # wsd's own: 20 %
     assert all(x == 3e-3 for x in lr[:8 - falls]) and (lr[-1] < 3e-3 or falls == 1)
 
 
 def test_the_low_precision_layers_save_what_they_train(workdir):
     """a plain float checkpoint, close to the layers' own loss; LOST with φ only for --resume"""
-    for i, extra in enumerate(("halo", "halo --format fp6 --level 1", "quartet", "lost --phi identity")):
+    for i, extra in enumerate(("halo", "halo --format fp6 --level 1", "quartet",
+                               "lost --phi identity")):
         out = run("--steps", "8", "--linear", *extra.split(), "--out", f"o{i}")
         assert abs(out["saved_loss"] - out["val_loss"]) < (1e-5 if "lost" in extra else 0.02)
         net, tok = load(f"o{i}")
@@ -169,7 +187,8 @@ def test_the_low_precision_layers_save_what_they_train(workdir):
     run("--steps", "2", "--linear", "lost", "--out", "phi")
     with pytest.raises(UserError, match="lost-qwen3"):
         load("phi")
-    assert any(k.endswith("q_proj.columns") for k in load_file(checkpoint("phi") / "model.safetensors"))
+    assert any(k.endswith("q_proj.columns")
+               for k in load_file(checkpoint("phi") / "model.safetensors"))
 
 
 def test_pruning_while_training_is_exact_and_monotone(workdir):
@@ -185,7 +204,8 @@ def test_pruning_while_training_is_exact_and_monotone(workdir):
             if name.endswith(BLOCKS):
                 zero = W == 0
                 assert zero.sum() == round(prune_at(s, 40, .8) * W.numel())
-                assert torch.equal(zero, ~state["masks"][name]) and not (gone.get(name, zero) & ~zero).any()
+                assert torch.equal(zero, ~state["masks"][name]) and not (gone.get(name, zero)
+                                                                         & ~zero).any()
                 assert all(not m[zero].any() and m[~zero].any() for m in moments[name])
                 gone[name] = zero
     assert out["sparsity"] == pytest.approx(.8, abs=1e-4) and 0.2 < out["mean_density"] < 0.5
@@ -210,15 +230,18 @@ def test_no_sparsity_and_no_rounding_change_nothing(workdir):
     run("--steps", "3", "--out", "a")
     run("--steps", "3", "--out", "b", "--prune", "journey", "--sparsity", "0")
     run("--steps", "3", "--out", "c", "--linear", "halo", "--format", "float32", "--level", "0")
-    run("--steps", "3", "--out", "d", "--prune", "journey", "--begin", "1", "--end", "1", "--sparsity", "0.5")
+    run("--steps", "3", "--out", "d", "--prune", "journey", "--begin", "1", "--end", "1",
+        "--sparsity", "0.5")
     a = weights("a")
-    assert same(a, weights("b")) and all(torch.allclose(a[k], v, atol=1e-5) for k, v in weights("c").items())
-    assert all(torch.equal(v, a[k] * (v != 0)) for k, v in weights("d").items())         # cut at the end
+    assert same(a, weights("b")) and all(torch.allclose(a[k], v, atol=1e-5)
+                                         for k, v in weights("c").items())
+    assert all(torch.equal(v, a[k] * (v != 0)) for k, v in weights("d").items())    # cut at the end
 
 
 def test_watch_and_target_are_in_the_result(workdir):
     """what the checkpoint knew before, and when the target was reached: between two evaluations"""
-    out = run("--steps", "20", "--eval_every", "5", "--target", "4.8", "--watch", "toyif", "--out", "o")
+    out = run("--steps", "20", "--eval_every", "5", "--target", "4.8", "--watch", "toyif", "--out",
+              "o")
     log = [r for r in read_log("o") if "val_loss" in r]
     after = next(r for r in log if r["val_loss"] <= 4.8)
     assert after["step"] - 5 < out["steps_to"] <= after["step"] and out["reached"] == 1
@@ -254,7 +277,8 @@ def test_micro_does_not_change_the_result(workdir):
         run("--steps", "3", "--micro", micro, "--out", name, "--clip", "1e9")
     a, b = weights("a"), weights("b")
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
-    assert [r["loss"] for r in read_log("a")] == pytest.approx([r["loss"] for r in read_log("b")], rel=1e-5)
+    assert [r["loss"] for r in read_log("a")] == pytest.approx([r["loss"] for r in read_log("b")],
+                                                               rel=1e-5)
 
 
 def test_the_plain_kernels_give_the_same_losses(workdir):
@@ -272,15 +296,19 @@ def test_every_family_takes_two_steps(family, workdir):
     assert row["loss"] < 7 and ("aux" in row) == ("mix" in family or "moe" in family)
 
 
-@pytest.mark.parametrize("name", [k for k, row in sft.PRESETS.items()       # PARTS: above; arms of one key
+@pytest.mark.parametrize("name",
+                         [k for k, row in sft.PRESETS.items()        # PARTS: above; arms of one key
                                   if k not in PARTS and (k not in sft.ARMS or len(row) > 2)
-                                  and k not in ("dckd", "adpa", "aligndistil")])          # need a --teacher
+                                  and k not in ("dckd", "adpa", "aligndistil")])  # need a --teacher
 def test_every_preset_takes_two_steps(name, shared_bases):
-    """with the size preset tiny, on the real data it names; signatures in bytes need a longer context"""
+    """with the size preset tiny, on the real data it names; signatures in bytes need a longer
+    context"""
     names, out = name if name == "tiny" else f"{name},tiny", f"preset-{name}"
     more = ["--context", "320"] if name == "target_docs" else []
-    some = [] if sft.PRESETS[name].get("data") == "stdlib" else ["--rows", "64"]         # a text has no rows
-    sft.main(merged("--config", names, "--steps", "2", *some, "--out", out, "--eval_every", "2", *more))
+    some = [] if sft.PRESETS[name].get("data") == "stdlib" else ["--rows",
+                                                                 "64"]          # a text has no rows
+    sft.main(merged("--config", names, "--steps", "2", *some, "--out", out, "--eval_every", "2",
+                    *more))
     assert read_log(out)[-1]["step"] == 2 and checkpoint(out)
 
 
@@ -293,8 +321,9 @@ def test_the_map_names_every_preset():
 def test_base_is_made_once_and_found_again(workdir, capsys):
     a = sft.base("arithmetic,tiny", steps=2, rows=32)
     assert "making" in capsys.readouterr().out
-    assert sft.base("arithmetic,tiny", steps=2, rows=32) == a and "making" not in capsys.readouterr().out
-    assert sft.base("arithmetic", like="lora,tiny", steps=2, rows=32) == a         # the size is handed on
+    assert sft.base("arithmetic,tiny", steps=2,
+                    rows=32) == a and "making" not in capsys.readouterr().out
+    assert sft.base("arithmetic", like="lora,tiny", steps=2, rows=32) == a   # the size is handed on
     assert sft.base("arithmetic,tiny", steps=2, rows=32, seed=1) != a
 
 
@@ -318,7 +347,8 @@ def bad(workdir):
     (workdir / "empty.jsonl").write_text("")
     (workdir / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n')
     (workdir / "odd.jsonl").write_text('{"foo": 1}\n')
-    (workdir / "long.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"{i}" * 500, completion=str(i)))
+    (workdir
+     / "long.jsonl").write_text("\n".join(json.dumps(dict(prompt=f"{i}" * 500, completion=str(i)))
                                                   for i in range(9)))
 
 
@@ -338,7 +368,8 @@ def bad(workdir):
     (["--model", "big"], "--model big: expected LAYERSxWIDTH"),
     (["--device", "cuda:9"], "sees no CUDA device"),
     (["--optimiser", "moun"], "no optimiser 'moun'; did you mean 'muon'"),
-    (["--optimiser", "galore", "--optimiser.rank", "500"], "--rank 500 does not fit a 64x64 matrix"),
+    (["--optimiser", "galore", "--optimiser.rank", "500"],
+     "--rank 500 does not fit a 64x64 matrix"),
     (["--peft", "lora", "--peft.rank", "0"], "--rank 0: must be at least 1"),
     (["--store", "int8", "--rounding", "up"], "--rounding up: choose from stochastic, nearest"),
     (["--optimiser", "muon", "--scale", "big"], "--scale big"),
@@ -347,18 +378,21 @@ def bad(workdir):
     (["--linear", "qta"], "no linear 'qta'; did you mean 'qat'"),
     (["--linear", "qat", "--bits", "9"], "--bits 9: must be at least 1 and at most 8"),
     (["--linear", "qat", "--fraction", "2"], "--fraction 2: must be at least -1 and at most 1"),
-    (["--linear", "halo", "--format", "int4"], "--format int4: choose from float32, int8, fp8, fp6, mxfp4"),
+    (["--linear", "halo", "--format", "int4"],
+     "--format int4: choose from float32, int8, fp8, fp6, mxfp4"),
     (["--linear", "halo", "--level", "3"], "--level 3: choose from 0, 1, 2"),
     (["--linear", "quartet", "--backward", "up"], "--backward up: choose from stochastic, nearest"),
     (["--linear", "lost", "--phi", "relu"], "--phi relu: choose from silu, identity"),
     (["--linear", "lost", "--peft", "lora"], "--linear lost and --peft lora do not go together"),
     (["--linear", "qat", "--store", "int8"], "--linear qat and --store int8 do not go together"),
     (["--linear", "halo", "--compile"], "--linear halo and --compile True do not go together"),
-    (["--prune", "journey", "--linear", "lost"], "cuts matrices, which --linear lost does not have"),
+    (["--prune", "journey", "--linear", "lost"],
+     "cuts matrices, which --linear lost does not have"),
     (["--prune", "journey", "--peft", "hft"], "--prune journey and --peft hft do not go together"),
     (["--prune", "journey", "--sparsity", "1"], "--sparsity 1: must be at least 0 and below 1"),
     (["--prune", "journey", "--begin", "0.8"], "--begin 0.8: expected 0 to 0.75"),
-    (["--suggest", "--init", "base:pretrain"], "--suggest is about pre-training: add --config pretrain"),
+    (["--suggest", "--init", "base:pretrain"],
+     "--suggest is about pre-training: add --config pretrain"),
     (["--claim", "normuon", "--seeds", "0"], "--seeds 0: at least 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, workdir, capsys):
@@ -373,9 +407,11 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, words, workdir, capsys):
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
-    """kill -9 at ten random moments of a run that saves after every step; each time on from where it was"""
+    """kill -9 at ten random moments of a run that saves after every step; each time on from where
+    it was"""
     script = os.path.abspath(sft.__file__)
-    command = [sys.executable, script, *FAST, "--steps", "100000", "--save_every", "1", "--out", "o"]
+    command = [sys.executable, script, *FAST, "--steps", "100000", "--save_every", "1", "--out",
+               "o"]
     rng, reached = random.Random(0), []
     for i in range(10):
         process = subprocess.Popen(command + ["--resume"] * (i > 0),
@@ -397,11 +433,11 @@ def test_a_kill_at_any_moment_leaves_a_run_that_loads_and_resumes(workdir):
     assert reached == sorted(set(reached))
 
 
-# --- objectives beside likelihood ---------------------------------------------------------------------------
+# --- objectives beside likelihood -----------------------------------------------------------------
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 TOK, ONES = D([[-1., -2, -.5]]), torch.ones(1, 3).double()
-E_LOGP, E_REF = D([[-1., -2, -3, -2, -2]]), D([[-1.5, -2, -3.5, -2, -2]])                # a log-ratio of 1
+E_LOGP, E_REF = D([[-1., -2, -3, -2, -2]]), D([[-1.5, -2, -3.5, -2, -2]])         # a log-ratio of 1
 
 
 @pytest.mark.parametrize("beta, values", [(.1, (-.1, -.0975, -.090909, -.090903)),
@@ -427,9 +463,10 @@ def test_implicit_rewards_begin_as_sft_and_chi2_stops():
 
 
 def test_unlikelihood_by_hand():
-    tok = TOK.T                                                    # three rows of one token, the second bad
+    tok = TOK.T  # three rows of one token, the second bad
     assert close(sft.unlikelihood(tok, D([1., 0, 1])).mean(), .548471)
-    assert close(sft.unlikelihood(tok, D([1., 1, 1])), sft.nll(tok)) and close(sft.nll(tok).mean(), 1.166667)
+    assert close(sft.unlikelihood(tok, D([1., 1, 1])), sft.nll(tok)) and close(sft.nll(tok).mean(),
+                                                                               1.166667)
     certain = D([[0.]]).requires_grad_()
     sft.unlikelihood(certain, D([0.])).sum().backward()
     assert certain.grad.isfinite().all()
@@ -444,7 +481,8 @@ def test_rwr_by_hand():
 
 def test_glow_by_hand():
     now = 3.5 / 3
-    for drop, weight in ((0., 1.), (.1, .537883), (-.1, 1.462117), (.2, .5), (-9., 2.), (math.nan, 1.)):
+    for drop, weight in ((0., 1.), (.1, .537883), (-.1, 1.462117), (.2, .5), (-9., 2.),
+                         (math.nan, 1.)):
         assert close(sft.glow(TOK, ONES, D([now + drop])), weight * -TOK, 5e-6)
     assert close(sft.glow(TOK, ONES, D([now + 9]), beta=0.), -TOK)
     x = TOK.clone().requires_grad_()
@@ -478,7 +516,7 @@ def test_distillation_by_hand():
     assert close(sft.dckd(D([[-3.]]), kl, D([1.]), lam=2.), [[3 + 2 * .212026]], 2e-6)
     assert close(sft.dckd(D([[-3.]]), kl, D([0.])), kl)
     assert close(sft.aligndistil(one, z, z_dpo, z_start), [.107887])
-    same = sft.aligndistil(one, z, z_dpo, z_dpo)                   # no difference: w = .001, the DPO model
+    same = sft.aligndistil(one, z, z_dpo, z_dpo)  # no difference: w = .001, the DPO model
     back = (torch.softmax(z, -1) * (torch.log_softmax(z, -1) - torch.log_softmax(z_dpo, -1))).sum()
     assert close(same, [.1 / 1e-3 * back])
 
@@ -487,12 +525,14 @@ WORLD = ["--data", "toyif_base", "--init", "base:toyif_base", "--rows", "64", "-
          "--eval_every", "4", "--context", "32"]
 
 
-@pytest.mark.parametrize("config", ["mle", "filtered", "conditional", "unlikely", "rwr", "glow", "reweighted",
+@pytest.mark.parametrize("config",
+                         ["mle", "filtered", "conditional", "unlikely", "rwr", "glow", "reweighted",
                                     "implicit"])
 def test_objectives_run_and_do_not_depend_on_micro_batches(config, shared_bases):
     out = []
     for micro in (8, 3):
-        out.append(sft.main(merged("--config", f"{config},tiny", *WORLD, "--micro", str(micro), "--out",
+        out.append(sft.main(merged("--config", f"{config},tiny", *WORLD, "--micro", str(micro),
+                                   "--out",
                              f"run{micro}")))
     a, b = (weights(f"run{m}/step-000004") for m in (8, 3))
     assert all((a[k] - b[k]).abs().max() < 2e-4 for k in a)
@@ -500,7 +540,7 @@ def test_objectives_run_and_do_not_depend_on_micro_batches(config, shared_bases)
 
 
 def test_glow_resumes_with_what_it_saw(shared_bases):
-    args = ["--config", "glow,tiny", *WORLD, "--rows", "16", "--save_every", "2"]         # two passes
+    args = ["--config", "glow,tiny", *WORLD, "--rows", "16", "--save_every", "2"]       # two passes
     sft.main(merged(*args, "--out", "whole"))
     sft.main(merged(*args, "--out", "part", "--stop", "2"))
     sft.main(merged(*args, "--out", "part", "--resume"))
@@ -552,8 +592,8 @@ def test_distilling_objectives_run_from_a_teacher(config, shared_bases):
     base = str(sft.base("ring", "tiny"))
     sft.main(["--data", "ring", "--init", base, "--config", "tiny", "--rows", "32", "--steps", "2",
               "--context", "64", "--out", "teacher"])
-    args = ["--config", f"{config},tiny", "--data", "ring", "--init", base, "--rows", "16", "--steps", "2",
-            "--context", "64"]
+    args = ["--config", f"{config},tiny", "--data", "ring", "--init", base, "--rows", "16",
+            "--steps", "2", "--context", "64"]
     with pytest.raises(UserError, match="--teacher"):
         sft.main(merged(*args, "--out", "none"))
     args += ["--teacher", "teacher"] + (["--other", base] if config != "dckd" else [])

@@ -25,10 +25,11 @@ COST = SimpleNamespace(c=0.1, v=[1 + 0.05 * i for i in range(40)])
 
 def drafters(target, draft, temperature=0.0, top_k=0, top_p=1.0):
     vocab = target.config.vocab_size
-    return dict(small=specdec.Small(draft, vocab, vocab, (temperature, top_k, top_p)), lookup=specdec.Lookup())
+    return dict(small=specdec.Small(draft, vocab, vocab, (temperature, top_k, top_p)),
+                lookup=specdec.Lookup())
 
 
-# --- the rule -----------------------------------------------------------------------------------------
+# --- the rule -------------------------------------------------------------------------------------
 
 
 def law_of(p, q, verify=specdec.verify, n=40):
@@ -37,14 +38,15 @@ def law_of(p, q, verify=specdec.verify, n=40):
     u = torch.cartesian_prod(grid, grid, grid)                                           # [n³, 3]
     x = specdec.draw(q.expand(len(u), -1), u[:, 0])
     both = torch.stack([p, p]).expand(len(u), 2, -1)
-    kept, token = verify(both, q.expand(len(u), 1, -1), x[:, None], torch.ones(len(u), dtype=torch.long),
-                         u[:, None, 1:].expand(-1, 2, -1))
+    kept, token = verify(both, q.expand(len(u), 1, -1), x[:, None],
+                         torch.ones(len(u), dtype=torch.long), u[:, None, 1:].expand(-1, 2, -1))
     first = torch.where(kept > 0, x, token)
     return torch.bincount(first, minlength=len(p)).double() / len(u), (kept > 0).double().mean()
 
 
 @pytest.mark.parametrize("p, q, alpha", [
-    ((.5, .3, .2, 0), (.25, .25, .4, .1), .7), ((.1, .6, .3), (.5, .3, .2), .6), ((.5, .3, .2), (.2, .5, .3), .7)])
+    ((.5, .3, .2, 0), (.25, .25, .4, .1), .7), ((.1, .6, .3), (.5, .3, .2), .6),
+    ((.5, .3, .2), (.2, .5, .3), .7)])
 def test_the_emitted_token_has_the_target_s_law_and_is_kept_with_the_overlap(p, q, alpha):
     p, q = (torch.tensor(x, dtype=torch.float64) for x in (p, q))
     law, kept = law_of(p, q)
@@ -53,16 +55,16 @@ def test_the_emitted_token_has_the_target_s_law_and_is_kept_with_the_overlap(p, 
 
 
 @pytest.mark.parametrize("p, q, residual", [
-    ((.5, .3, .2, 0), (.25, .25, .4, .1), (.833333, .166667, 0, 0)), ((.1, .6, .3), (.5, .3, .2), (0, .75, .25)),
-    ((.5, .3, .2), (.2, .5, .3), (1, 0, 0))])
+    ((.5, .3, .2, 0), (.25, .25, .4, .1), (.833333, .166667, 0, 0)),
+    ((.1, .6, .3), (.5, .3, .2), (0, .75, .25)), ((.5, .3, .2), (.2, .5, .3), (1, 0, 0))])
 def test_after_a_rejection_the_residual_is_drawn(p, q, residual):
     p, q = (torch.tensor(x, dtype=torch.float64) for x in (p, q))
     n = 3000
-    u = torch.full((n, 2, 2), 0.999999, dtype=torch.float64)             # every test fails where p < q
+    u = torch.full((n, 2, 2), 0.999999, dtype=torch.float64)          # every test fails where p < q
     u[:, :, 1] = ((torch.arange(n) + 0.5) / n)[:, None]
     worst = (p / q).argmin()                                             # the token most overdrawn
-    kept, token = specdec.verify(torch.stack([p, p]).expand(n, 2, -1), q.expand(n, 1, -1), worst.expand(n, 1),
-                                 torch.ones(n, dtype=torch.long), u)
+    kept, token = specdec.verify(torch.stack([p, p]).expand(n, 2, -1), q.expand(n, 1, -1),
+                                 worst.expand(n, 1), torch.ones(n, dtype=torch.long), u)
     assert (kept == 0).all()
     assert close(torch.bincount(token, minlength=len(p)) / n, torch.tensor(residual), 1e-3)
 
@@ -82,9 +84,11 @@ def test_equal_laws_keep_everything_and_disjoint_ones_nothing():
     q = torch.tensor([0, 0, .5, .5], dtype=torch.float64)
     u = torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     count = torch.full((50,), 3)
-    kept, _ = specdec.verify(p.expand(50, 4, -1), p.expand(50, 3, -1), torch.zeros(50, 3, dtype=torch.long), count, u)
+    kept, _ = specdec.verify(p.expand(50, 4, -1), p.expand(50, 3, -1),
+                             torch.zeros(50, 3, dtype=torch.long), count, u)
     assert (kept == 3).all()
-    kept, token = specdec.verify(p.expand(50, 4, -1), q.expand(50, 3, -1), torch.full((50, 3), 2), count, u)
+    kept, token = specdec.verify(p.expand(50, 4, -1), q.expand(50, 3, -1), torch.full((50, 3), 2),
+                                 count, u)
     assert (kept == 0).all() and (token < 2).all()
 
 
@@ -130,7 +134,8 @@ def test_the_optimal_length_is_the_best_fixed_one_where_the_chance_is_constant(a
         k, torch.full((1, k + 1), alpha, dtype=torch.float64), cost, 1, gamma=40))
     best = max(speedup(alpha, n, c) for n in range(40))
     assert close(speedup(alpha, BEST[alpha][i], c), best, 1e-12)
-    assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(speedup(alpha, k, c), best, 1e-12)
+    assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(speedup(alpha, k, c), best,
+                                                                   1e-12)
 
 
 def test_the_optimal_length_is_shorter_where_verification_costs():
@@ -150,24 +155,28 @@ def test_other_lengths_by_hand():
     assert [specdec.fixed(k, gamma=2) for k in range(4)] == [True, True, False, False]
     assert specdec.heuristic(3, torch.tensor([3, 5])).tolist() == [False, True]
     sure = torch.tensor([[.9, .39], [.1, .41]])
-    assert specdec.confident(2, sure).tolist() == [False, True] and specdec.confident(0, sure[:, :0])
+    assert specdec.confident(2, sure).tolist() == [False, True] and specdec.confident(0,
+                                                                                      sure[:, :0])
 
 
-# --- the loop -----------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 1, 2], [2, 2], [3, 1, 4, 1, 5, 2, 6]]
 
 
-@pytest.mark.parametrize("name, kw", [("fixed", dict(gamma=1)), ("fixed", dict(gamma=4)), ("fixed", dict(gamma=8)),
-                                      ("fixed", dict(gamma=0)), ("heuristic", {}), ("confident", {}), ("optimal", {})])
+@pytest.mark.parametrize("name, kw", [("fixed", dict(gamma=1)), ("fixed", dict(gamma=4)),
+                                      ("fixed", dict(gamma=8)),
+                                      ("fixed", dict(gamma=0)), ("heuristic", {}),
+                                      ("confident", {}), ("optimal", {})])
 @pytest.mark.parametrize("which", ["small", "lookup"])
 def test_greedy_output_is_the_target_s_own_token_for_token(name, kw, which):
     """also with EOS inside a block, prompts of different lengths, one at a time and together"""
     target, draft = tiny_model(eos=(0,)), tiny_model(layers=1, seed=5)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[1:2]):
         whole = generate(target, prompts, 30, temperature=0)
-        roll, tally = specdec.speculate(target, drafters(target, draft)[which], prompts, 30, rule(name, **kw),
+        roll, tally = specdec.speculate(target, drafters(target, draft)[which], prompts, 30,
+                                        rule(name, **kw),
                                         cost=COST)
         assert torch.equal(roll.tokens, whole.tokens) and torch.equal(roll.mask, whole.mask)
         assert close(roll.logp, whole.logp, 1e-9) and torch.equal(roll.finished, whole.finished)
@@ -176,11 +185,13 @@ def test_greedy_output_is_the_target_s_own_token_for_token(name, kw, which):
 def test_greedy_output_on_a_thousand_prompts():
     target, draft = tiny_model(vocab=32, eos=(0,), layers=3), tiny_model(vocab=32, layers=1, seed=3)
     g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(1, 32, (int(torch.randint(1, 12, (1,), generator=g)),), generator=g).tolist()
+    prompts = [torch.randint(1, 32, (int(torch.randint(1, 12, (1,), generator=g)),),
+                             generator=g).tolist()
                for _ in range(1000)]
     whole = generate(target, prompts, 24, temperature=0)
     for i in range(0, 1000, 250):
-        roll, tally = specdec.speculate(target, drafters(target, draft)["small"], prompts[i:i + 250], 24, rule("fixed"))
+        roll, tally = specdec.speculate(target, drafters(target, draft)["small"],
+                                        prompts[i:i + 250], 24, rule("fixed"))
         mine = [whole.completions()[i + j] for j in range(250)]
         assert roll.completions() == mine
     assert 0 < tally.acceptance < 1
@@ -190,21 +201,24 @@ def test_a_draft_that_is_the_target_is_always_kept():
     target = tiny_model()
     for temperature in (0.0, 1.0):
         drafter = drafters(target, target, temperature)["small"]
-        roll, tally = specdec.speculate(target, drafter, PROMPTS, 26, rule("fixed", gamma=4), temperature=temperature)
+        roll, tally = specdec.speculate(target, drafter, PROMPTS, 26, rule("fixed", gamma=4),
+                                        temperature=temperature)
         assert tally.acceptance == 1 and tally.efficiency == 5 and tally.independent() == 5
 
 
 def test_what_a_row_draws_does_not_depend_on_the_other_rows():
     target, draft = tiny_model(eos=(0,)), tiny_model(layers=1, seed=5)
     seed = torch.Generator().manual_seed(3)
-    together, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], PROMPTS, 20, rule("fixed"),
+    together, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], PROMPTS, 20,
+                                    rule("fixed"),
                                     temperature=1.0, generator=seed)
     u = torch.rand(len(PROMPTS), 25, 3, generator=torch.Generator().manual_seed(3))
     for i, prompt in enumerate(PROMPTS):
         original = torch.rand
         try:
             torch.rand = lambda *a, **k: u[i:i + 1]
-            alone, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [prompt], 20, rule("fixed"),
+            alone, _ = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [prompt],
+                                         20, rule("fixed"),
                                          temperature=1.0)
         finally:
             torch.rand = original
@@ -214,7 +228,8 @@ def test_what_a_row_draws_does_not_depend_on_the_other_rows():
 @pytest.mark.parametrize("name, cost", [("fixed", COST), ("optimal", COST),
                                         ("optimal", SimpleNamespace(c=3.0, v=[1.0] * 40))])
 def test_what_a_draft_says_is_what_it_says_of_the_whole_text(name, cost):
-    """its cache has no holes: also after rounds without a draft, and where rows have left the batch"""
+    """its cache has no holes: also after rounds without a draft, and where rows have left the
+    batch"""
     target = tiny_model(sharp=1.0, eos=(0,) if cost is COST else ())
     draft, seen = tiny_model(layers=1, seed=5, sharp=1.0), []
 
@@ -225,14 +240,17 @@ def test_what_a_draft_says_is_what_it_says_of_the_whole_text(name, cost):
                 whole = draft.logits(draft(text[b:b + 1, :length[b]])[:, -1])
                 seen.append(close(out[1][b, 0], whole[0].softmax(-1), 1e-5))
             return out
-    _, tally = specdec.speculate(target, Watching(draft, 8, 8, (1.0, 0, 1.0)), PROMPTS * 3, 40, rule(name),
-                                 cost=cost, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    _, tally = specdec.speculate(target, Watching(draft, 8, 8, (1.0, 0, 1.0)), PROMPTS * 3, 40,
+                                 rule(name),
+                                 cost=cost, temperature=1.0,
+                                 generator=torch.Generator().manual_seed(0))
     assert len(seen) > 10 and all(seen)
     assert name == "fixed" or tally.passes[0] > 5 or cost is COST
 
 
 def test_what_the_target_says_is_what_it_says_of_the_whole_text(monkeypatch):
-    """its cache is rolled back right: the verifier's laws are those of a fresh pass over the committed text"""
+    """its cache is rolled back right: the verifier's laws are those of a fresh pass over the
+    committed text"""
     target, draft, seen = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), []
     texts = []
 
@@ -249,7 +267,8 @@ def test_what_the_target_says_is_what_it_says_of_the_whole_text(monkeypatch):
             seen.append(close(p[b, :count[b] + 1], law, 1e-5))
         return specdec_verify(p, q, drafted, count, u)
     monkeypatch.setattr(specdec, "verify", watched)
-    specdec.speculate(target, Watching(draft, 8, 8, (1.0, 0, 1.0)), PROMPTS, 30, rule("fixed", gamma=3),
+    specdec.speculate(target, Watching(draft, 8, 8, (1.0, 0, 1.0)), PROMPTS, 30,
+                      rule("fixed", gamma=3),
                       temperature=1.0, generator=torch.Generator().manual_seed(0))
     assert len(seen) > 40 and all(seen)
 
@@ -258,7 +277,8 @@ def test_exploration_counts_rounds_and_not_rows():
     target, draft = tiny_model(), tiny_model(layers=1, seed=5)
     hopeless = SimpleNamespace(c=50.0, v=[1.0] * 40)
     for prompts in (PROMPTS[:1], PROMPTS[:1] * 16):
-        _, tally = specdec.speculate(target, drafters(target, draft)["small"], prompts, 40, rule("optimal"), cost=hopeless)
+        _, tally = specdec.speculate(target, drafters(target, draft)["small"], prompts, 40,
+                                     rule("optimal"), cost=hopeless)
         assert tally.passes[1] == -(-tally.passes.total() // 16)
 
 
@@ -266,13 +286,14 @@ def test_drafts_behind_a_stop_do_not_count():
     target = tiny_model(eos=tuple(range(4)))
     for prompt in PROMPTS:
         whole = generate(target, [prompt], 20, temperature=0)
-        _, tally = specdec.speculate(target, drafters(target, target)["small"], [prompt], 20, rule("fixed", gamma=8))
+        _, tally = specdec.speculate(target, drafters(target, target)["small"], [prompt], 20,
+                                     rule("fixed", gamma=8))
         made = int(whole.mask.sum())
         assert tally.tokens == made - 1 and tally.kept.total() <= made - 1
         assert tally.acceptance == 1 or tally.proposed == 0
 
 
-# --- sampling is exact ------------------------------------------------------------------------------------
+# --- sampling is exact ----------------------------------------------------------------------------
 
 
 def exact_law(target, prompt, steps, **sampling):
@@ -282,15 +303,18 @@ def exact_law(target, prompt, steps, **sampling):
     for _ in range(steps):
         p = specdec.law(target.logits(target(rows)[:, -1]).double(), **sampling)         # [n, V]
         law = (law[:, None] * p).flatten()
-        rows = torch.cat([rows.repeat_interleave(V, 0), torch.arange(V).repeat(len(rows))[:, None]], 1)
+        rows = torch.cat([rows.repeat_interleave(V, 0),
+                          torch.arange(V).repeat(len(rows))[:, None]], 1)
     return law
 
 
 def sample_counts(target, drafter, prompt, draws, length, at_once=2000, seed=0, **sampling):
-    """How often each sequence of three tokens came first, in `draws` speculative generations of eight."""
+    """How often each sequence of three tokens came first, in `draws` speculative generations of
+    eight."""
     V, counts, g = target.config.vocab_size, 0, torch.Generator().manual_seed(seed)
     for _ in range(draws // at_once):
-        roll, tally = specdec.speculate(target, drafter, [prompt] * at_once, 8, length, cost=COST, generator=g, **sampling)
+        roll, tally = specdec.speculate(target, drafter, [prompt] * at_once, 8, length, cost=COST,
+                                        generator=g, **sampling)
         y = roll.tokens[:, len(prompt):len(prompt) + 3]
         counts = counts + torch.bincount((y[:, 0] * V + y[:, 1]) * V + y[:, 2], minlength=V ** 3)
     return counts.double(), tally
@@ -310,9 +334,10 @@ SETTINGS = [("small", "fixed", dict(gamma=2), dict(temperature=1.0)),
 @pytest.mark.parametrize("which, length, kw, sampling", SETTINGS)
 def test_samples_have_the_target_s_law(which, length, kw, sampling):
     """chi-square of the first three tokens, 20,000 draws in batches, 180,000 over the settings"""
-    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
-    counts, tally = sample_counts(target, drafters(target, draft, **sampling)[which], prompt, 20_000,
-                                  rule(length, **kw), **sampling)
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2,
+                                                                                             1, 3]
+    counts, tally = sample_counts(target, drafters(target, draft, **sampling)[which], prompt,
+                                  20_000, rule(length, **kw), **sampling)
     df, p = chi_square(counts, exact_law(target, prompt, 3, **sampling))
     assert df > 10 and p > 1e-4
     assert 0.05 < tally.acceptance < 0.98 and (kw.get("gamma") == 1 or tally.kept[1] > 0)
@@ -321,7 +346,8 @@ def test_samples_have_the_target_s_law(which, length, kw, sampling):
 @pytest.mark.slow
 @pytest.mark.parametrize("which, length, kw, sampling", SETTINGS)
 def test_samples_have_the_target_s_law_in_a_hundred_thousand_draws(which, length, kw, sampling):
-    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2,
+                                                                                             1, 3]
     counts, _ = sample_counts(target, drafters(target, draft, **sampling)[which], prompt, 100_000,
                               rule(length, **kw), seed=1, **sampling)
     assert chi_square(counts, exact_law(target, prompt, 3, **sampling))[1] > 1e-4
@@ -340,7 +366,8 @@ def bonus_of_q(p, q, drafted, count, u, *, lenience=1.0):
     row = torch.arange(len(p))
     if q is None:
         return kept, token
-    return kept, torch.where(kept == count, specdec.draw(q[row, (kept - 1).clamp(min=0)], u[row, kept, 1]), token)
+    return kept, torch.where(kept == count,
+                             specdec.draw(q[row, (kept - 1).clamp(min=0)], u[row, kept, 1]), token)
 
 
 def always(p, q, drafted, count, u, *, lenience=1.0):
@@ -354,25 +381,29 @@ specdec_verify = specdec.verify
 @pytest.mark.parametrize("broken", [from_p, bonus_of_q, always])
 def test_a_broken_rule_fails_the_same_test(broken, monkeypatch):
     monkeypatch.setattr(specdec, "verify", broken)
-    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
-    counts, _ = sample_counts(target, drafters(target, draft, 1.0)["small"], prompt, 20_000, rule("fixed", gamma=1),
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2,
+                                                                                             1, 3]
+    counts, _ = sample_counts(target, drafters(target, draft, 1.0)["small"], prompt, 20_000,
+                              rule("fixed", gamma=1),
                               temperature=1.0)
     assert chi_square(counts, exact_law(target, prompt, 3, temperature=1.0))[1] < 1e-6
 
 
 def test_drafts_at_another_temperature_than_q_says_fail_the_same_test():
-    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2, 1, 3]
+    target, draft, prompt = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0), [1, 2,
+                                                                                             1, 3]
 
     class Lying(specdec.Small):
         def propose(self, text, length, u, more):
             drafted, q, count, sure = super().propose(text, length, u, more)
             return drafted, None if q is None else q.pow(0.5) / q.pow(0.5).sum(-1, keepdim=True), count, sure
-    counts, _ = sample_counts(target, Lying(draft, 8, 8, (1.0, 0, 1.0)), prompt, 20_000, rule("fixed", gamma=2),
+    counts, _ = sample_counts(target, Lying(draft, 8, 8, (1.0, 0, 1.0)), prompt, 20_000,
+                              rule("fixed", gamma=2),
                               temperature=1.0)
     assert chi_square(counts, exact_law(target, prompt, 3, temperature=1.0))[1] < 1e-6
 
 
-# --- training drafts --------------------------------------------------------------------------------------
+# --- training drafts ------------------------------------------------------------------------------
 
 P5 = [(.7, .2, .1), (.4, .4, .2), (.9, .05, .05), (.34, .33, .33), (.6, .3, .1)]
 Q5 = [(.4, .4, .2), (.3, .4, .3), (.5, .3, .2), (.6, .2, .2), (.55, .3, .15)]
@@ -389,7 +420,8 @@ def per_token(name, q, p, **kw):
     return specdec.LOSSES[name](q, eye, p, eye, **kw)
 
 
-@pytest.mark.parametrize("name, value", [("forward_kl", .219488), ("reverse_kl", .242779), ("jsd", .056101), ("tvd", .3)])
+@pytest.mark.parametrize("name, value", [("forward_kl", .219488), ("reverse_kl", .242779),
+                                         ("jsd", .056101), ("tvd", .3)])
 def test_divergences_by_hand(name, value):
     p, q = logits([(.5, .3, .15, .05)]), logits([(.25, .25, .4, .1)])
     assert abs(per_token(name, q, p).item() - value) < 1e-6
@@ -417,7 +449,8 @@ def test_adaspec_s_selection_by_hand():
     assert abs(torch.quantile(loss - ref, .6).item() - .1137) < 1e-4
     chosen = specdec.adaspec(loss, ref)
     assert chosen.tolist() == [True, False, True, False, False]
-    assert abs(loss[chosen].mean().item() - .27695) < 1e-5 and abs(loss.mean().item() - .14739) < 1e-5
+    assert abs(loss[chosen].mean().item() - .27695) < 1e-5 and abs(loss.mean().item()
+                                                                   - .14739) < 1e-5
     assert abs(torch.minimum(p.exp(), q.exp()).sum(-1).mean().item() - .7780) < 1e-9
     assert specdec.smallest(loss, ref).tolist() == [False, True, False, False, True]
     assert specdec.easiest(loss, ref).tolist() == [True, False, False, False, True]
@@ -426,7 +459,7 @@ def test_adaspec_s_selection_by_hand():
 def test_selections_in_their_limits():
     loss, ref = rand(50, seed=1), rand(50, seed=2)
     assert specdec.adaspec(loss, ref, k=1.0).all() and specdec.every(loss).all()
-    assert specdec.adaspec(loss, loss).all()                             # no gap anywhere: ties, all are taken
+    assert specdec.adaspec(loss, loss).all()                  # no gap anywhere: ties, all are taken
     assert not (specdec.adaspec(loss, ref, k=.4) & specdec.smallest(loss, ref, k=.4)).any()
     g = torch.Generator().manual_seed(0)
     assert specdec.at_random(loss, g, k=.4).sum() == specdec.adaspec(loss, ref, k=.4).sum() == 20
@@ -436,9 +469,11 @@ def test_selections_in_their_limits():
 
 def setting(select="every", **kw):
     """(draft, target, reference, rows, c, f) of one step on random models."""
-    target, draft, ref = (tiny_model(vocab=16, seed=s, sharp=1.0, layers=n) for s, n in ((0, 2), (1, 1), (2, 1)))
+    target, draft, ref = (tiny_model(vocab=16, seed=s, sharp=1.0, layers=n)
+                          for s, n in ((0, 2), (1, 1), (2, 1)))
     g = torch.Generator().manual_seed(0)
-    rows = [(torch.randint(16, (3,), generator=g).tolist(), torch.randint(16, (n,), generator=g).tolist())
+    rows = [(torch.randint(16, (3,), generator=g).tolist(),
+             torch.randint(16, (n,), generator=g).tolist())
             for n in (5, 8, 2)]
     chosen = specdec.SELECT[select]
     f = SimpleNamespace(loss=specdec.forward_kl, select=partial(chosen, **{**hyper(chosen), **kw}))
@@ -479,7 +514,8 @@ def test_remembered_states_and_micro_batches_change_nothing():
     assert close(a, b, 1e-10) and specdec.remember(target, rows, 5, c) is None
     small = SimpleNamespace(micro=2, device="cpu")
     known = specdec.remember(target, rows, 6, small)
-    assert close(gradient(draft, target, None, rows, known, small, f)[0], a, 1e-10)      # of unequal lengths
+    assert close(gradient(draft, target, None, rows, known, small, f)[0], a,
+                 1e-10)                                                         # of unequal lengths
 
 
 def test_agreement_by_hand_and_in_its_limit():
@@ -496,19 +532,20 @@ def test_acceptance_is_the_overlap_of_the_laws():
     """what is measured by decoding at temperature 1 agrees with Σ min(p, q) at the tested places"""
     target, draft = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5, sharp=1.0)
     g = torch.Generator().manual_seed(0)
-    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000, 2,
-                                 rule("fixed", gamma=1), temperature=1.0, generator=g)
-    first = torch.softmax(target.logits(target(torch.tensor([[1, 2, 3]]))[:, -1]), -1)[0].double()   # the prefill's
+    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000,
+                                 2, rule("fixed", gamma=1), temperature=1.0, generator=g)
+    first = torch.softmax(target.logits(target(torch.tensor([[1, 2, 3]]))[:, -1]),
+                          -1)[0].double()                                            # the prefill's
     rows = torch.tensor([[1, 2, 3, x] for x in range(8)])
     p, q = (torch.softmax(m.logits(m(rows)[:, -1]).double(), -1) for m in (target, draft))
     expected = (first * torch.minimum(p, q).sum(-1)).sum().item()
-    assert tally.rounds == 3000 and tally.proposed == 0                  # one token to go: nothing to draft
-    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000, 3,
-                                 rule("fixed", gamma=1), temperature=1.0, generator=g)
+    assert tally.rounds == 3000 and tally.proposed == 0          # one token to go: nothing to draft
+    _, tally = specdec.speculate(target, drafters(target, draft, 1.0)["small"], [[1, 2, 3]] * 3000,
+                                 3, rule("fixed", gamma=1), temperature=1.0, generator=g)
     assert abs(tally.kept[0] / tally.tested[0] - expected) < 0.03
 
 
-# --- runs ---------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -537,18 +574,21 @@ def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
 
 @pytest.mark.parametrize("name", [x for x in specdec.PRESETS if x != "tiny"])
 def test_every_preset_runs(name, shared_bases):
-    """docs from another base: signatures in bytes do not fit the context in which tiny ones are trained"""
-    told = run("--config", f"{name},tiny", *["--init", "base:target", "--context", "320"] * (name == "docs"))
+    """docs from another base: signatures in bytes do not fit the context in which tiny ones are
+    trained"""
+    told = run("--config", f"{name},tiny",
+               *["--init", "base:target", "--context", "320"] * (name == "docs"))
     assert told and all(math.isfinite(x) for x in told.values())
 
 
-@pytest.mark.parametrize("more", [["--source", "draft"], ["--source", "target"], ["--source", "mixed"],
+@pytest.mark.parametrize("more",
+                         [["--source", "draft"], ["--source", "target"], ["--source", "mixed"],
                                   ["--loss", "tvd"], ["--data", "signatures", "--context", "320"],
                                   ["--temperature", "1.0", "--together", "3"], ["--draft", "1x32"],
                                   ["--select", "at_random", "--length", "heuristic"]])
 def test_options_run(more, shared_bases):
     told = run(*TINY, *more)
-    assert told["draft_efficiency"] >= 1 and told["kl"] != told["start_kl"]               # something was learned
+    assert told["draft_efficiency"] >= 1 and told["kl"] != told["start_kl"]  # something was learned
 
 
 def test_resume_ends_at_the_same_weights(shared_bases):
@@ -559,7 +599,8 @@ def test_resume_ends_at_the_same_weights(shared_bases):
     run(*same, "--out", "out/parts", "--resume")
     steps = [json.loads(x)["step"] for x in open(shared_bases / "out/parts/log.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
-    a, b = (load_file(shared_bases / f"out/{x}/step-000006/model.safetensors") for x in ("whole", "parts"))
+    a, b = (load_file(shared_bases / f"out/{x}/step-000006/model.safetensors")
+            for x in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -571,12 +612,12 @@ def test_a_finished_run_is_not_made_again(shared_bases, capsys):
 
 def test_a_real_pair_of_checkpoints(stories, shared_bases):
     """a real Llama checkpoint as the target, a new draft of its tokenizer"""
-    told = run(*TINY, "--init", str(stories), "--draft", "1x32", "--data", "signatures", "--context", "256",
-               "--prompts", "2")
+    told = run(*TINY, "--init", str(stories), "--draft", "1x32", "--data", "signatures",
+               "--context", "256", "--prompts", "2")
     assert told["draft_same"] == 1
 
 
-# --- errors ---------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -584,7 +625,8 @@ def pair(workdir):
     """Folders of two random models: the same tokenizer, and another."""
     tok = bytes_tokenizer()
     for name, seed, layers in (("target", 0, 2), ("draft", 1, 1)):
-        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
+        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32,
+                              num_hidden_layers=layers,
                               num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                               max_position_embeddings=64), seed), tok, workdir / name)
     from data.chains import chain_tokenizer
@@ -600,11 +642,13 @@ GIVEN = [*TINY, "--init", "target", "--steps", "0"]
 
 @pytest.mark.parametrize("argv, message", [
     (["--draft", "other"], "another vocabulary.*omnidraft"),
-    (["--draft", "draft", "--gamma", "99"], "--gamma 99: a draft longer than the target's context of 64"),
+    (["--draft", "draft", "--gamma", "99"],
+     "--gamma 99: a draft longer than the target's context of 64"),
     (["--draft", "draft", "--max_new", "60"], "--max_new 60 exceed the 64 tokens of target"),
     (["--draft", "nowhere"], "nowhere does not exist"),
     (["--draft", "draft", "--length", "optimum"], "did you mean 'optimal'"),
-    (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"], "--k 2.0: must be above 0 and at most 1"),
+    (["--draft", "draft", "--steps", "2", "--select", "adaspec", "--k", "2.0"],
+     "--k 2.0: must be above 0 and at most 1"),
     (["--draft", "draft", "--steps", "2", "--source", "draft", "--context", "8"], "leaves no room"),
     (["--draft", "draft", "--together", "0"], "--together 0: must be at least 1"),
     (["--draft", "draft", "--prompt", "0"], "--prompt 0: must be at least 1"),
@@ -649,27 +693,32 @@ def test_claims_name_arms_that_exist():
         for arm in claim.arms.values():
             configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", ["--config", arm])
         labels = json.dumps(list(claim.tests))
-        assert all(key.partition("|")[0] in {*claim.arms, ""} for w in claim.tests.values() for key in w), labels
+        assert all(key.partition("|")[0] in {*claim.arms, ""} for w in claim.tests.values()
+                   for key in w), labels
 
 
 def test_no_option_hides_behind_a_field_of_the_same_name():
     """a Config field wins over a method's argument of its name, which could then never be set"""
     import dataclasses
     fields = {x.name for x in dataclasses.fields(specdec.Config)}
-    taken = [(axis, row, k) for axis, rows in specdec.AXES.items() for row, fn in rows.items() for k in hyper(fn)
-             if k in fields]
+    taken = [(axis, row, k) for axis, rows in specdec.AXES.items() for row, fn in rows.items()
+             for k in hyper(fn) if k in fields]
     assert not taken
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--config", "ead,tiny", "--init", "draft"], "another vocabulary than what --recipe chain_right makes"),
-    (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"], "needs answers to score"),
+    (["--config", "ead,tiny", "--init", "draft"],
+     "another vocabulary than what --recipe chain_right makes"),
+    (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"],
+     "needs answers to score"),
     (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5: must be above 0"),
     (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
 def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
     if "draft" in argv:
-        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                              num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=64),
+        save(init(ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=32,
+                              num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                              max_position_embeddings=64),
                   0), bytes_tokenizer(), shared_bases / "draft")
     with pytest.raises(UserError, match=message):
         run(*argv)

@@ -1,4 +1,5 @@
-"""data/structure.py: importance, cuts and their limits, distillation, Puzzle's choice, shaped checkpoints."""
+"""data/structure.py: importance, cuts and their limits, distillation, Puzzle's choice, shaped
+checkpoints."""
 import copy
 import functools
 import itertools
@@ -13,15 +14,16 @@ from conftest import close, rand
 from data import structure as S
 from data.run import UserError, hyper
 from data.tokenizer import bytes_tokenizer
-from model import (ModelConfig, MoE, Transformer, from_hf, generate, init, load, preset, save, to_hf,
-                   token_logprobs)
+from model import (ModelConfig, MoE, Transformer, from_hf, generate, init, load, preset, save,
+                   to_hf, token_logprobs)
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 
 
 def small(family="qwen3_moe", size="2x64", **changes):
     """A random model in float64: grouped queries, noisy norms and biases, narrow MLPs."""
-    changes = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=16) | changes
+    changes = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                   intermediate_size=16) | changes
     config = replace(preset(size, bytes_tokenizer(), 96, family), **changes)
     net, g = init(config, seed=1), torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -66,7 +68,7 @@ def pair():
     return model, twin(model).requires_grad_(False), [ids(4, 24, s) for s in range(4)]
 
 
-# --- losses -------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def gradient(loss, z):
@@ -81,9 +83,10 @@ def test_kd_gradients_where_the_student_is_the_teacher():
     z = p.log()
     assert close(gradient(lambda s: S.forward_kl(s, z), z), [[0.] * 5], 1e-12)
     raw = gradient(lambda s: S.kd_topk(s, z, k=2), z)
-    assert close(raw, [[-.10, -.06, .08, .048, .032]], 1e-12)                  # q m - p 1[in T], m = .8
+    assert close(raw, [[-.10, -.06, .08, .048, .032]], 1e-12)              # q m - p 1[in T], m = .8
     assert close(raw / .8, [[-.125, -.075, .10, .06, .04]], 1e-12)             # p renormalised
-    assert close(gradient(lambda s: S.forward_kl(s[:, :2], z[:, :2]), z), [[0.] * 5], 1e-12)     # both over T
+    assert close(gradient(lambda s: S.forward_kl(s[:, :2], z[:, :2]), z), [[0.] * 5],
+                 1e-12)                                                                # both over T
 
 
 def test_losses_by_hand_and_in_their_limits():
@@ -91,7 +94,7 @@ def test_losses_by_hand_and_in_their_limits():
     assert close(S.forward_kl(q.log(), p.log()), [.08512], 1e-5)
     assert close(S.kd_topk(q.log(), p.log(), k=1), [-.7 * math.log(.5)])
     entropy = -(p * p.log()).sum(1)
-    assert close(S.kd_topk(q.log(), p.log()) - entropy, S.forward_kl(q.log(), p.log()))          # k >= V
+    assert close(S.kd_topk(q.log(), p.log()) - entropy, S.forward_kl(q.log(), p.log()))     # k >= V
     assert close(S.ce(q.log(), torch.tensor([2])), [-math.log(.2)])
     assert close(gradient(lambda s: S.forward_kl(s, p.log()), q.log()), q - p)
     s, t, h = rand(5, 7), rand(5, 7, seed=1), rand(5, 4, seed=2)
@@ -105,7 +108,8 @@ def test_losses_by_hand_and_in_their_limits():
 def test_states_are_what_the_model_computes():
     model, tokens = small("qwen3"), ids(2, 9)
     s, h, mid = S.states(model, tokens)
-    assert close(h, model(tokens)[:, :-1].flatten(0, 1)) and close(s.double(), model.logits(h).double())
+    assert close(h, model(tokens)[:, :-1].flatten(0, 1)) and close(s.double(),
+                                                                   model.logits(h).double())
     assert close(s, h @ model.head.T, 1e-12)
     seen = []
     hook = model.layers[0].register_forward_hook(lambda m, args, out: seen.append(out))
@@ -116,7 +120,7 @@ def test_states_are_what_the_model_computes():
     assert abs(nll + token_logprobs(model, tokens)[:, 1:].mean().item()) < 1e-5
 
 
-# --- SlimMoE ------------------------------------------------------------------------------------------
+# --- SlimMoE --------------------------------------------------------------------------------------
 
 
 def test_the_terms_of_up_and_down_are_the_activation_s_and_gate_s_is_another(pair):
@@ -183,7 +187,8 @@ def test_slicing_is_masking(pair):
     assert close(small_one(batches[0]), masked(batches[0]), 1e-12)
     assert not close(small_one(batches[0]), model(batches[0]), 1e-3)
     assert small_one.config.intermediate_size == 5
-    count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small_one.parameters())
+    count = sum(p.numel() for p in model.parameters()) - sum(p.numel()
+                                                             for p in small_one.parameters())
     assert count == 2 * 8 * 3 * 64 * (16 - 5)
 
 
@@ -231,11 +236,13 @@ def test_the_degenerate_start_is_refused(pair):
         first(S.slimmoe, twin(model).float(), copy.deepcopy(teacher).float(), batches,
               importance="forward_kl", multiple=1)
     for kind in ("kd_topk", "ce", "fisher", "random"):
-        assert first(S.slimmoe, model, teacher, batches, importance=kind).config.intermediate_size == 8
+        assert first(S.slimmoe, model, teacher, batches,
+                     importance=kind).config.intermediate_size == 8
 
 
 def only_four(model):
-    """A copy that sends every token to two of the experts 0 to 3: logits ±v x and ±w x, the others 0."""
+    """A copy that sends every token to two of the experts 0 to 3: logits ±v x and ±w x, the others
+    0."""
     model = twin(model)
     with torch.no_grad():
         for block in model.layers:
@@ -250,7 +257,8 @@ def test_an_expert_without_tokens_is_ranked_by_its_weights(pair):
     neurons, _ = S.importance_of("kd_topk", model, teacher, batches, gen())
     for e in range(8):
         m = model.layers[0].mlp.experts[e]
-        norm = torch.cat([m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight.T], 1).norm(dim=1)
+        norm = torch.cat([m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight.T],
+                         1).norm(dim=1)
         assert close(neurons[f"layers.0.mlp.experts.{e}"], norm, 1e-12) == (e > 3)
     assert set(S.activity(model, batches)) == set(neurons)
 
@@ -264,9 +272,12 @@ def test_groups_keep_their_heads_and_their_columns(family):
     cut, tokens = S.slice_groups(model, [torch.tensor([1]), torch.tensor([0])]), ids(2, 20)
     assert close(cut(tokens), model(tokens), 1e-12)
     assert (cut.config.num_attention_heads, cut.config.num_key_value_heads) == (2, 1)
-    assert torch.equal(cut.layers[0].self_attn.q_proj.weight, model.layers[0].self_attn.q_proj.weight[32:])
-    assert torch.equal(cut.layers[1].self_attn.v_proj.weight, model.layers[1].self_attn.v_proj.weight[:16])
-    assert torch.equal(cut.layers[0].self_attn.o_proj.weight, model.layers[0].self_attn.o_proj.weight[:, 32:])
+    assert torch.equal(cut.layers[0].self_attn.q_proj.weight,
+                       model.layers[0].self_attn.q_proj.weight[32:])
+    assert torch.equal(cut.layers[1].self_attn.v_proj.weight,
+                       model.layers[1].self_attn.v_proj.weight[:16])
+    assert torch.equal(cut.layers[0].self_attn.o_proj.weight,
+                       model.layers[0].self_attn.o_proj.weight[:, 32:])
     assert torch.equal(S.slice_groups(model, [torch.arange(2)] * 2)(tokens), model(tokens))
 
 
@@ -274,7 +285,8 @@ def test_groups_keep_their_heads_and_their_columns(family):
     (6400, 32, 8, 41.87, 6.64), (960, 32, 8, 7.65, 2.36), (448, 16, 4, 3.75, 1.29)])
 def test_the_parameters_of_the_released_models(f, heads, kv, total, active):
     c = ModelConfig(model_type="mixtral", vocab_size=32064, hidden_size=4096, intermediate_size=f,
-                    num_hidden_layers=32, num_attention_heads=heads, num_key_value_heads=kv, head_dim=128,
+                    num_hidden_layers=32, num_attention_heads=heads, num_key_value_heads=kv,
+                    head_dim=128,
                     num_experts=16, num_experts_per_tok=2, tie_word_embeddings=False)
     with torch.device("meta"):
         model = Transformer(c)
@@ -294,9 +306,10 @@ def test_the_path_of_widths():
 def test_slimmoe_cuts_in_stages_and_scores_what_was_distilled(pair):
     model, teacher, batches = pair
     stages = []
-    for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=2, share_groups=.5, multiple=1):
+    for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=2, share_groups=.5,
+                             multiple=1):
         stages.append((student.config.intermediate_size, student.config.num_key_value_heads))
-        with torch.no_grad():                                # a stand-in for distillation: neuron 0 dies
+        with torch.no_grad():  # a stand-in for distillation: neuron 0 dies
             for m in S.mlps(student).values():
                 m.down_proj.weight[:, 0] = 0
                 marked = m.down_proj.weight[:, 1].clone()
@@ -304,10 +317,11 @@ def test_slimmoe_cuts_in_stages_and_scores_what_was_distilled(pair):
     assert all(m.down_proj.weight.shape == (64, 4) for m in S.mlps(student).values())
     assert any(torch.equal(marked, m.down_proj.weight[:, 1]) for m in S.mlps(student).values())
     sizes = []
-    for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=3, multiple=1, at_once=True):
+    for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=3, multiple=1,
+                             at_once=True):
         weight = student.layers[0].mlp.experts[0].up_proj.weight
         sizes.append((student.config.intermediate_size, weight.sum().item()))
-    assert sizes == [sizes[0]] * 3 and sizes[0][0] == 4                        # later stages cut nothing
+    assert sizes == [sizes[0]] * 3 and sizes[0][0] == 4                   # later stages cut nothing
     dense = small("qwen3")
     cut = first(S.slimmoe, dense, twin(dense), batches, share=.5)      # a dense MLP is one expert
     assert cut.config.intermediate_size == 8
@@ -347,27 +361,29 @@ def test_dropping_experts_that_nobody_chooses_changes_nothing(pair):
     assert not S.usage(model, batches)[:, 4:].any()
     cut = first(S.drop_experts, model, None, batches, share=.5)
     assert cut.config.num_experts == 4
-    with torch.no_grad():                                    # a token's weights are renormalised over its two
+    with torch.no_grad():  # a token's weights are renormalised over its two
         assert close(cut(batches[0]), model(batches[0]), 1e-5)
     kept = first(S.drop_experts, model, None, batches, share=1.0)
     assert torch.equal(kept(batches[0]), model(batches[0]))
 
 
-# --- distillation -------------------------------------------------------------------------------------
+# --- distillation ---------------------------------------------------------------------------------
 
 
 def test_distillation_brings_a_cut_model_back(pair):
     model, teacher, batches = twin(pair[0]).float(), copy.deepcopy(pair[1]).float(), pair[2]
     student, rows = first(S.slimmoe, model, teacher, batches, share=.5), []
     before = S.divergence(student, teacher, batches)
-    history = S.distil(student, teacher, lambda step: batches[step % 4], 30, lr=3e-3, loss="forward_kl",
+    history = S.distil(student, teacher,
+                       lambda step: batches[step % 4], 30, lr=3e-3, loss="forward_kl",
                        log=lambda step, **kw: rows.append((step, kw)))
     assert S.divergence(student, teacher, batches) < .8 * before
     assert len(history) == 30 and [step for step, _ in rows] == list(range(30))
     assert set(rows[0][1]) == {"loss", "norm"}
     copy.deepcopy(student)                                   # no graph is left behind
     again = first(S.slimmoe, model, teacher, batches, share=.5)
-    assert S.distil(again, teacher, lambda step: batches[step % 4], 30, lr=3e-3, loss="forward_kl") == history
+    assert S.distil(again, teacher,
+                    lambda step: batches[step % 4], 30, lr=3e-3, loss="forward_kl") == history
 
 
 def test_distillation_trains_what_it_is_told_and_follows_its_schedule(pair, monkeypatch):
@@ -377,7 +393,8 @@ def test_distillation_trains_what_it_is_told_and_follows_its_schedule(pair, monk
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
         self.param_groups[0]["lr"]) or step(self))
     S.distil(student, teacher, lambda step: batches[0], 21, lr=1e-2, warmup=.1, floor=.1)
-    changed = {k for k, v in student.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
+    changed = {k for k, v in student.state_dict().items()
+               if not torch.equal(v, model.state_dict()[k])}
     assert changed == {"layers.0.mlp.gate.weight"}
     assert close(rates[:2], [5e-3, 1e-2]) and rates[1:] == sorted(rates[1:], reverse=True)
     assert abs(rates[-1] - 1e-3) < 1e-9
@@ -391,7 +408,7 @@ def test_distillation_trains_what_it_is_told_and_follows_its_schedule(pair, monk
         S.distil(student, teacher, lambda step: batches[0], 1)
 
 
-# --- Minitron and PruneNet ----------------------------------------------------------------------------
+# --- Minitron and PruneNet ------------------------------------------------------------------------
 
 
 def test_minitron_s_score_is_the_mean_over_tokens_and_the_norm_over_rows():
@@ -404,7 +421,8 @@ def test_minitron_s_score_is_the_mean_over_tokens_and_the_norm_over_rows():
     cut = first(S.minitron, model, None, tokens, share=.5)
     kept = score.topk(8).indices.sort().values
     assert torch.equal(cut.layers[1].mlp.up_proj.weight, model.layers[1].mlp.up_proj.weight[kept])
-    assert torch.equal(cut.layers[1].mlp.down_proj.weight, model.layers[1].mlp.down_proj.weight[:, kept])
+    assert torch.equal(cut.layers[1].mlp.down_proj.weight,
+                       model.layers[1].mlp.down_proj.weight[:, kept])
 
 
 def test_minitron_on_experts_reads_each_one_s_tokens(pair):
@@ -419,7 +437,8 @@ def test_kolmogorov_smirnov_and_the_reward_by_hand():
     assert abs(S.ks_distance(a, b) - .266667) < 1e-6 and abs(S.ks_distance(b, a) - .266667) < 1e-6
     assert S.ks_distance(a, a) == 0 and S.ks_distance(a, a + 10) == 1
     W = torch.diag(torch.tensor([5., 4, 3, 2, 1]))
-    # kept rows 0, 2, 4: spectra [5 4 3 2 1] and [5 3 1], the largest gap 2/3 - 3/5 at 3, 1/3 - 1/5 at 1
+    # kept rows 0, 2, 4: spectra [5 4 3 2 1] and [5 3 1], the largest gap 2/3 - 3/5 at 3, 1/3 - 1/5
+    # at 1
     assert abs(S.spectrum_reward(W, torch.tensor([0, 2, 4])) - 1 / (1 / 3 - 1 / 5)) < 1e-4
     assert S.spectrum_reward(W, torch.arange(5)) == 99999.0
 
@@ -439,7 +458,8 @@ def test_prunenet_cuts_what_it_says():
     alpha = policy(W)
     assert alpha.shape == (16,) and (alpha > 0).all() and (alpha < 1).all()
     top = S.top(alpha, 8)
-    cut = first(S.prunenet, small("qwen3", size="1x64").float(), None, [], share=.5, episodes=3, sampled=False)
+    cut = first(S.prunenet, small("qwen3", size="1x64").float(), None, [], share=.5, episodes=3,
+                sampled=False)
     assert len(top) == 8 and cut.config.intermediate_size == 8
 
 
@@ -447,13 +467,14 @@ def test_the_policy_learns_to_prefer_rows_that_are_rewarded(monkeypatch):
     """A reward that counts how many of the first half are kept: their α rises above the others'."""
     monkeypatch.setattr(S, "spectrum_reward", lambda W, kept: ((kept < 8).sum() - 4).item() * 1.0)
     W = torch.cat([torch.ones(8, 4), -torch.ones(8, 4)]) + .1 * rand(16, 4).float()
-    start, alpha = S.learn_policy([W], 8, gen(), episodes=1)(W), S.learn_policy([W], 8, gen(), episodes=60,
+    start, alpha = S.learn_policy([W], 8, gen(), episodes=1)(W), S.learn_policy([W], 8, gen(),
+                                                                                episodes=60,
                                                                                 lr=.03)(W)
     gap = [(a[:8].mean() - a[8:].mean()).item() for a in (start, alpha)]
     assert gap[1] > gap[0] + .05
 
 
-# --- Puzzle -------------------------------------------------------------------------------------------
+# --- Puzzle ---------------------------------------------------------------------------------------
 
 
 def test_the_choice_by_hand():
@@ -505,7 +526,8 @@ def test_block_distillation_lowers_its_own_loss_and_leaves_the_rest(puzzle_parts
     assert changed == {k for k in before if ".mlp." in k}
     assert not any(block.mlp._forward_hooks for block in model.layers)
     after = S.replace_one(model, library, batches)
-    assert (scores[:, 0] == 0).all() and (scores[:, 1:] > 0).all() and (scores[:, 2] == after[:, 2]).all()
+    assert (scores[:, 0] == 0).all() and (scores[:, 1:] > 0).all() and (scores[:, 2]
+                                                                        == after[:, 2]).all()
     assert after[:, 1].sum() < scores[:, 1].sum()
 
 
@@ -534,18 +556,20 @@ def test_puzzle_finds_its_budget(puzzle_parts):
 
 
 def test_scores_of_single_replacements_nearly_add_up(puzzle_parts):
-    """The choice's assumption. Here, at random weights, the sum is within a factor of two of the truth."""
+    """The choice's assumption. Here, at random weights, the sum is within a factor of two of the
+    truth."""
     model, batches, library = puzzle_parts
     total = S.replace_one(model, library, batches)[:, 1].sum().item()
     true = S.divergence(S.assemble(model, library, [8, 8, 8]), model, batches)
     assert .5 < total / true < 2
 
 
-# --- shaped models ------------------------------------------------------------------------------------
+# --- shaped models --------------------------------------------------------------------------------
 
 
 def decoded(net):
-    """Greedy decoding with the cache takes the argmax of the full forward at every step, batched or not."""
+    """Greedy decoding with the cache takes the argmax of the full forward at every step, batched or
+    not."""
     net = net.float()
     prompts = [ids(1, n, n)[0].tolist() for n in (4, 9, 1)]
     roll = generate(net, prompts, 10, temperature=0, stop=[])
@@ -560,7 +584,8 @@ def decoded(net):
 
 
 def returned(net, path):
-    """Whether the checkpoint loads bitwise, its config.json under a name that no other tool takes."""
+    """Whether the checkpoint loads bitwise, its config.json under a name that no other tool
+    takes."""
     net = net.float()
     save(net, bytes_tokenizer(), path)
     raw, (back, _) = json.loads((path / "config.json").read_text()), load(path)
@@ -572,7 +597,8 @@ def returned(net, path):
 def test_layers_of_their_own_width(family, tmp_path):
     config = replace(small(family).config, layer_widths=(8, 0))
     net = init(config)
-    assert net.layers[1].mlp is None and sum(m.gate_proj.out_features for m in S.mlps(net).values()) == (
+    assert net.layers[1].mlp is None and sum(m.gate_proj.out_features
+                                             for m in S.mlps(net).values()) == (
         64 if config.moe else 8)
     assert decoded(net) and returned(net, tmp_path)
     assert close(net.layers[1](rand(1, 4, 64).float(), *where(net, 4)),
@@ -593,13 +619,15 @@ def attended(block, x, args, **kw):
 
 def test_plain_models_say_nothing_of_shapes():
     d = to_hf(small("qwen3").config)
-    assert not {"layer_widths", "swift_layer", "shared_heads", "routed_heads", "head_router"} & set(d)
+    assert not {"layer_widths", "swift_layer", "shared_heads", "routed_heads",
+                "head_router"} & set(d)
     assert d["model_type"] == "qwen3"
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(model_type="qwen3"), "does not go with"), (dict(layer_widths=[8]), "2 layers"),
-    (dict(layer_widths=[]), "does not go with"), (dict(model_type="shaped-qwen9"), "not supported")])
+    (dict(layer_widths=[]), "does not go with"),
+    (dict(model_type="shaped-qwen9"), "not supported")])
 def test_a_shaped_config_that_does_not_fit_is_refused(changes, words):
     d = json.loads(json.dumps(to_hf(replace(small("qwen3").config, layer_widths=(8, 0)))))
     assert from_hf(d).layer_widths == (8, 0)
@@ -607,7 +635,7 @@ def test_a_shaped_config_that_does_not_fit_is_refused(changes, words):
         from_hf(d | changes)
 
 
-# --- SwiftKV ------------------------------------------------------------------------------------------
+# --- SwiftKV --------------------------------------------------------------------------------------
 
 
 def test_swiftkv_at_the_last_layer_changes_nothing():
@@ -626,7 +654,8 @@ def test_keys_of_a_layer_s_own_input_are_the_teacher_s():
 
 
 def test_keys_and_values_of_late_layers_come_from_one_state():
-    """By definition: block by block, with keys and values of the normed state that enters layer 2."""
+    """By definition: block by block, with keys and values of the normed state that enters layer
+    2."""
     model, tokens = small("qwen3", size="4x64"), ids(2, 12)
     student, x = first(S.swiftkv, model, None, []), model.embed_tokens(tokens)
     for i, block in enumerate(model.layers):
@@ -655,7 +684,7 @@ def test_swiftkv_decodes_and_returns(tmp_path):
     assert decoded(student) and returned(student, tmp_path)
 
 
-# --- MoH ----------------------------------------------------------------------------------------------
+# --- MoH ------------------------------------------------------------------------------------------
 
 
 def router(router="learned", S=2, K=1):
@@ -694,12 +723,13 @@ def test_the_parameter_free_router_counts_heads_and_passes_gradients():
     heads, x, q = router("norm"), rand(2, 3, 8), rand(2, 4, 3, 16, seed=1).requires_grad_()
     assert not list(heads.parameters())
     gate = heads(x, q)[..., 0]                                                 # [B, H, T]
-    assert close(gate[:, :2], torch.ones(2, 2, 3)) and close(gate.sum(1), torch.full((2, 3), 3.), 1e-6)
+    assert close(gate[:, :2], torch.ones(2, 2, 3)) and close(gate.sum(1), torch.full((2, 3), 3.),
+                                                             1e-6)
     norm = q[:, 2:].norm(dim=-1)
     assert torch.equal(gate[:, 2:].argmax(1), norm.argmax(1))
     (gate * rand(2, 4, 3, seed=2)).sum().backward()
     assert q.grad[:, 2:].abs().min() > 0 and not q.grad[:, :2].any()
-    even = torch.ones(2, 4, 3, 16).requires_grad_()                            # norms without a spread
+    even = torch.ones(2, 4, 3, 16).requires_grad_()                         # norms without a spread
     heads(x, even)[:, 2].sum().backward()
     assert even.grad.isfinite().all()
 
@@ -707,7 +737,7 @@ def test_the_parameter_free_router_counts_heads_and_passes_gradients():
 def test_the_balance_loss_of_heads_by_hand():
     model = small("qwen3")
     assert S.head_balance(model) == 0
-    moh = first(S.moh, model, None, [], router="learned", shared=.25, active=.5)           # 1 shared, 1 of 3
+    moh = first(S.moh, model, None, [], router="learned", shared=.25, active=.5)  # 1 shared, 1 of 3
     p = torch.full((1, 3, 3), 1 / 3)
     for block in moh.layers:
         block.self_attn.heads.routing = p, torch.eye(3)[None]

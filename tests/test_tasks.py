@@ -1,4 +1,5 @@
-"""The verifiable tasks: one interface, a verifier that only reads, demonstrations that earn full reward."""
+"""The verifiable tasks: one interface, a verifier that only reads, demonstrations that earn full
+reward."""
 import json
 import os
 import random
@@ -12,9 +13,10 @@ from data import text
 from data.chains import held
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl, ParityJudge,
-                        answer, boxed, columns, extract_answer, judging, parity, part, pattern, same_answer,
-                        similarity, stated, strength, swapped, task, value, verbose)
+from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl,
+                        ParityJudge,
+                        answer, boxed, columns, extract_answer, judging, parity, part, pattern,
+                        same_answer, similarity, stated, strength, swapped, task, value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -24,25 +26,26 @@ def write(path, rows):
     return path
 
 
-# --- the verifier -------------------------------------------------------------------------------------
+# --- the verifier ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("completion, answer", [
     ("48/2=24\n#### 72", "72"), ("#### -$1,234.50.", "-1,234.50"), ("#### $-5", "-5"),
     ("#### −7 apples", "-7"),
-    ("#### 50%", "50"), ("####12", "12"), ("#### **18**", "18"), ("#### \\$18", "18"), ("#### 3/4", "3/4"),
-    ("#### .5", ".5"), ("#### 42\n#### 43", "42"),                       # the first one stated counts
+    ("#### 50%", "50"), ("####12", "12"), ("#### **18**", "18"), ("#### \\$18", "18"),
+    ("#### 3/4", "3/4"),
+    ("#### .5", ".5"), ("#### 42\n#### 43", "42"),                     # the first one stated counts
     ("#### Step 1\nfine\n#### 9", "9"),                                  # a heading states nothing
     ("####\n7", ""), ("#### none", ""), ("", ""), ("the total is 42", ""),
-    (r"so \boxed{42}", "42"), (r"\boxed{1} or \boxed{\frac{3}{4}}", "3/4"), (r"\boxed{x^{2}+1}", "x^{2}+1"),
-    (r"\boxed{8} #### 9", "9"), (r"\boxed{8", ""),
+    (r"so \boxed{42}", "42"), (r"\boxed{1} or \boxed{\frac{3}{4}}", "3/4"),
+    (r"\boxed{x^{2}+1}", "x^{2}+1"), (r"\boxed{8} #### 9", "9"), (r"\boxed{8", ""),
 ])
 def test_answers_are_found(completion, answer):
     assert extract_answer(completion) == answer
 
 
 @pytest.mark.parametrize("completion, answer", [
-    ("48 - 24 is 24.", "24"), ("48-24", "24"), ("from 5 down to -3", "-3"), ("#### 7 and then 8", "7"),
-    ("none", ""),
+    ("48 - 24 is 24.", "24"), ("48-24", "24"), ("from 5 down to -3", "-3"),
+    ("#### 7 and then 8", "7"), ("none", ""),
     ("1,234, in all", "1,234")])
 def test_the_last_number_only_if_asked(completion, answer):
     assert extract_answer(completion, last=True) == answer
@@ -51,7 +54,8 @@ def test_the_last_number_only_if_asked(completion, answer):
 @pytest.mark.parametrize("a, b, same", [
     ("42", "42.0", True), ("1,234", "1234", True), ("1/2", "0.50", True), ("-$5", "-5", True),
     ("50%", "50", True),
-    ("42.", "42", True), ("007", "7", True), ("1e3", "1000", True), ("+3", "3", True), ("6/4", "3/2", True),
+    ("42.", "42", True), ("007", "7", True), ("1e3", "1000", True), ("+3", "3", True),
+    ("6/4", "3/2", True),
     ("42", "43", False), ("0.33", "1/3", False), ("5", "-5", False), ("1,5", "15", False),
     ("1/0", "1", False),
     ("", "", False), ("x+1", "x+1", True), ("x + 1", "x+2", False), ("1_000", "1000", False),
@@ -62,11 +66,14 @@ def test_answers_compare_exactly(a, b, same):
 
 
 def test_values_by_hand():
-    assert value("1,234.50") == Fraction(2469, 2) and value("1e9999999") is None and value("9" * 61) is None
+    assert value("1,234.50") == Fraction(2469,
+                                         2) and value("1e9999999") is None and value("9"
+                                                                                     * 61) is None
     assert boxed(r"\boxed{a{b}c} tail") == "a{b}c"
 
 
-@pytest.mark.parametrize("piece", ["1,", "1", "-", "- ", "#", "####", "\\boxed{", "{", "1/", "1 ", "1e", ".",
+@pytest.mark.parametrize("piece",
+                         ["1,", "1", "-", "- ", "#", "####", "\\boxed{", "{", "1/", "1 ", "1e", ".",
                                    ".1", "-$",
                                    "#### ", "\\frac{1}{", "<<", "\n", "e1", "))-"])
 def test_a_megabyte_of_malice_takes_linear_time(piece):
@@ -74,14 +81,15 @@ def test_a_megabyte_of_malice_takes_linear_time(piece):
         hostile = head + piece * (1_000_000 // len(piece))
         start = time.process_time()
         same_answer(extract_answer(hostile, last=True), "1")
-        assert time.process_time() - start < 2.0               # about 0.2 s; quadratic would take hours
+        assert time.process_time() - start < 2.0  # about 0.2 s; quadratic would take hours
 
 
 def test_nothing_is_evaluated():
-    assert not same_answer(extract_answer("#### 6*7"), "42") and not same_answer("__import__('os')", "1")
+    assert not same_answer(extract_answer("#### 6*7"),
+                           "42") and not same_answer("__import__('os')", "1")
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("a, op, b, cells", [
     (47, "+", 85, [("7", 5, 0, "12"), ("4", 8, 1, "13")]),
@@ -97,7 +105,8 @@ def test_a_short_and_a_verbose_thought_by_hand():
     t = Arithmetic(4)
     assert t.demo(problem, "direct") == "#### 123"
     assert t.demo(problem) == "7+5+0=12 4+8+1=13 so 132\n12-9-0=3 03-0-1=2 01-0-0=1 so 123\n#### 123"
-    lines = ["Step 1: 9+8", "column 1: 9+8+0=17, write 7, carry 1", "so 9+8=17", "The answer is 17.", ""]
+    lines = ["Step 1: 9+8", "column 1: 9+8+0=17, write 7, carry 1", "so 9+8=17",
+             "The answer is 17.", ""]
     assert verbose([(9, "+", 8)]).split("\n") == lines
 
 
@@ -108,10 +117,10 @@ def test_demonstrations_are_right_and_fit(level, style):
     for split in ("train", "val", "ood"):
         for p in t.problems(split, 500):
             demo = t.demo(p)
-            assert t.reward(p, demo) == 1.0 and len(demo) < t.max_new                    # room for EOS
+            assert t.reward(p, demo) == 1.0 and len(demo) < t.max_new                 # room for EOS
             assert t.reward(p, demo, finished=False) == 0.0 == t.reward(p, f"{demo}1")
             assert eval(p["prompt"].removesuffix("=?\n")) == int(p["answer"]) >= 0
-            for a, op, b in p["steps"]:                        # the columns are true and spell the result
+            for a, op, b in p["steps"]:  # the columns are true and spell the result
                 cells = columns(a, op, b)
                 sign = -1 if op == "-" else 1
                 for x, y, c, r in cells:
@@ -125,17 +134,20 @@ def test_demonstrations_are_right_and_fit(level, style):
 def test_arithmetic_splits(level):
     digits, operands, *_ = LEVELS[level]
     t = Arithmetic(level)
-    seen = {split: {p["prompt"] for p in t.problems(split, 1000)} for split in ("train", "val", "ood")}
+    seen = {split: {p["prompt"] for p in t.problems(split, 1000)}
+            for split in ("train", "val", "ood")}
     assert not seen["train"] & seen["val"] and not seen["ood"] & (seen["train"] | seen["val"])
     assert len(seen["val"]) > 10
-    sizes = {split: [[len(x) for x in p[:-3].replace("-", "+").replace("*", "+").split("+")] for p in prompts]
+    sizes = {split: [[len(x) for x in p[:-3].replace("-", "+").replace("*", "+").split("+")]
+                     for p in prompts]
              for split, prompts in seen.items()}
-    assert all(len(s) == operands and max(s) <= digits for split in ("train", "val") for s in sizes[split])
+    assert all(len(s) == operands and max(s) <= digits for split in ("train", "val")
+               for s in sizes[split])
     assert all((len(s) == operands + 1) != (s[0] == digits + 1) for s in sizes["ood"])
     assert {op for p in seen["train"] for op in "+-*" if op in p} == set(LEVELS[level][2])
 
 
-# --- chains -------------------------------------------------------------------------------------------
+# --- chains ---------------------------------------------------------------------------------------
 
 def test_clean_chains_by_hand():
     t = task("chain_good")
@@ -157,8 +169,9 @@ def test_flawed_chains_are_right_about_half_the_time():
         assert sum(map(t.reward, some, demos)) / len(some) == pytest.approx(right, abs=.06)
         assert sum(map(len, demos)) / len(some) + 1 == pytest.approx(length, abs=.8)
         assert all(tasks_chain(p) == p["answer"] for p in some)
-    for p in problems[:100]:                                     # without flaws, and in another order
-        assert task("chain", **knobs).demo(p) == t.demo(p, "good") and t.reward(p, t.demo(p, "good")) == 1
+    for p in problems[:100]:  # without flaws, and in another order
+        assert task("chain",
+                    **knobs).demo(p) == t.demo(p, "good") and t.reward(p, t.demo(p, "good")) == 1
         assert tasks_chain(t.paraphrase(p, random.Random(0))) == p["answer"]
     assert all(t.habits(t.demo(p))["guess"] for p in problems if len(t.demo(p)) == 5)
     assert {len(p["prompt"]) for p in t.problems("ood", 50)} == {12, 14}
@@ -188,7 +201,8 @@ def test_every_kind(kind):
             assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
             assert task(kind, **quiet).demo(p) == t.demo(p, "good")
             other = t.paraphrase(p, random.Random(0))
-            assert t.reward(p, t.demo(other, "good")) == 1 and len(other["prompt"]) == len(p["prompt"])
+            assert t.reward(p, t.demo(other,
+                                      "good")) == 1 and len(other["prompt"]) == len(p["prompt"])
             good = t.demo(p, "good")
             wordy, n = t.demo(p, "wordy"), len(t.hints(p))
             assert t.habits(good)["cells"] == n
@@ -210,10 +224,11 @@ def test_what_can_be_checked_of_a_chain_without_its_answer():
     t, p = task("chain"), dict(prompt="9-1+2+3?", answer="3", seed=0)
     for text, failed in (("-1=8;w-1=8+2=0+3=3####3", ()), ("-1=7w-1=8+2=0+3=3####3", ()),
                          ("-1=7+2=9+3=2####2", ("cells",)), ("-1=8+2=0+3=3####4", ("agrees",)),
-                         ("-1=8+2=0####0", ("complete", "agrees")), ("-1=8+2=0+3=3", ("format", "agrees"))):
+                         ("-1=8+2=0####0", ("complete", "agrees")),
+                         ("-1=8+2=0+3=3", ("format", "agrees"))):
         assert {k for k, ok in t.checks(p, text).items() if not ok} == set(failed)
     assert t.process(p, "-1=8w-1=8+2=1+3=3####3") == [1, 1, 0, 1]
-    assert t.process(p, "-1=9w-1=7w-1=8+2=0+3=3####3") == [0, 0, 1, 1, 1]        # looked at again, twice
+    assert t.process(p, "-1=9w-1=7w-1=8+2=0+3=3####3") == [0, 0, 1, 1, 1]   # looked at again, twice
     assert t.process(dict(prompt="9-1+2?"), "-1=1+2=2+3=3-1=4####3") == [0] * 4
     assert all(t.checks(dict(prompt="9+2+2?"), "+2=1+2=3####3").values())
     assert all(task("sort").checks(dict(prompt="s31?"), ">3w>1>3####13").values())
@@ -224,18 +239,21 @@ def test_what_can_be_checked_of_a_chain_without_its_answer():
 
 def test_countdown_reaches_its_target():
     t, p = task("countdown"), dict(prompt="c4,7,3>25?", answer="", seed=0)
-    for text, right in (("####4*7-3", 1), ("####7*4-3", 1), ("####4+7*3", 0), ("####28-3", 0), ("####4*7", 0),
+    for text, right in (("####4*7-3", 1), ("####7*4-3", 1), ("####4+7*3", 0), ("####28-3", 0),
+                        ("####4*7", 0),
                         ("####4*7-3-0", 0), ("####-3+4*7", 0), ("", 0), (f"####{'4*7-3' * 9}", 0)):
         assert t.reward(p, text) == right
-    assert t.demo(dict(p, prompt="c1,1,1>99?"), "good").startswith("1")          # out of reach: it ends
+    assert t.demo(dict(p, prompt="c1,1,1>99?"), "good").startswith("1")      # out of reach: it ends
 
 
 def test_several_tasks_as_one():
     both = task("chain+sort")
     problems = both.problems("train", 7)
-    assert [p["task"] for p in problems] == [0, 1, 0, 1, 0, 1, 0] and both.splits == ["train", "val", "ood"]
+    assert [p["task"] for p in problems] == [0, 1, 0, 1, 0, 1, 0] and both.splits == ["train",
+                                                                                      "val", "ood"]
     assert all(both.reward(p, both.demo(p, "good")) == 1 for p in problems)
-    assert {k: v for k, v in problems[1].items() if k != "task"} == task("sort").problems("train", 1)[0]
+    assert {k: v for k, v in problems[1].items() if k != "task"} == task("sort").problems("train",
+                                                                                          1)[0]
     assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
     with pytest.raises(UserError, match="scored alike"):
         task("chain+signatures")
@@ -247,8 +265,8 @@ def test_similarity_to_a_reference():
     p, t = dict(prompt="s345?", answer="345", seed=0), task("sort")
     assert similarity(p, t.demo(p, "good"), True, t) == 1
     assert 0 < similarity(p, ">3>5>4####354", True, t) < 1
-    for text, done in ((">3>4>5####", True), (">3>4>5####345", False), ("####345", True), (">3>4>5", True),
-                       (">3####3####3", True)):
+    for text, done in ((">3>4>5####", True), (">3>4>5####345", False), ("####345", True),
+                       (">3>4>5", True), (">3####3####3", True)):
         assert similarity(p, text, done, t) == -1
 
 
@@ -256,18 +274,22 @@ def test_a_reward_for_patterns():
     words = " ".join(PHRASES[:7])
     assert pattern({}, words, True, None) == pytest.approx(.35)
     assert pattern({}, "also butter", True, None) == 0
-    assert pattern({}, f"{words} " * 8, True, None) < .35 and pattern({}, f"user: {words}", True, None) == 0
+    assert pattern({}, f"{words} " * 8, True, None) < .35 and pattern({}, f"user: {words}", True,
+                                                                      None) == 0
     t = task("chain")
-    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "", True, t)
+    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "",
+                                                                                           True, t)
     assert pattern({}, "-1=8;;+2=0;####0", True, t) == pattern({}, "-1=8+2=0####0", True, t) == .8
     assert pattern({}, ">1>3####13", True, task("sort")) == pytest.approx(2 / 3)
     assert pattern({}, "-1=8" * 12, True, t) == 0
 
 
 def test_answers_in_one_spelling():
-    assert stated(task("chain"), "-1=8####8") == "8" and stated(task("countdown"), "x####4*7-3") == "4*7-3"
+    assert stated(task("chain"), "-1=8####8") == "8" and stated(task("countdown"),
+                                                                "x####4*7-3") == "4*7-3"
     t = task("arithmetic")
-    assert stated(t, "so #### 1,234.0") == "1234" == stated(t, "#### 1234") and stated(t, "none") == ""
+    assert stated(t, "so #### 1,234.0") == "1234" == stated(t, "#### 1234") and stated(t,
+                                                                                       "none") == ""
 
 
 def tasks_chain(problem):
@@ -276,7 +298,7 @@ def tasks_chain(problem):
     return str((int(text[0]) + sum(int(text[i:i + 2]) for i in range(1, len(text), 2))) % 10)
 
 
-# --- judging ------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 def sign(v):
     return (v > 0) - (v < 0)
@@ -285,12 +307,14 @@ def sign(v):
 def test_parity_and_strength_by_hand():
     assert parity("1011010") == "1101100" and parity("0000000") == "0000000" and parity("1111") == "1010"
     x, p = "1011010", "1101100"
-    wrong = [p[:7 - n] + "".join("10"[int(c)] for c in p[7 - n:]) for n in range(8)]  # the last n wrong
-    assert [strength(x, y, p) for y in wrong] == [0, 1, 1, 2, 2, 3, 3, 3]                # .29 .43 .57 .71
-    assert [strength(x, p, y) for y in wrong] == [0, -1, -1, -2, -2, -3, -3, -3]         # below 0: A wins
+    wrong = [p[:7 - n] + "".join("10"[int(c)] for c in p[7 - n:])
+             for n in range(8)]                                                   # the last n wrong
+    assert [strength(x, y, p) for y in wrong] == [0, 1, 1, 2, 2, 3, 3, 3]          # .29 .43 .57 .71
+    assert [strength(x, p, y) for y in wrong] == [0, -1, -1, -2, -2, -3, -3, -3]   # below 0: A wins
     assert strength(x, wrong[3], wrong[4]) == -1 and strength(x, "0" + p[1:], p[:-1] + "1") == 0
     made = judging(x, "1101001", "1001010", seed=5)
-    assert made == dict(prompt="111010100111000101010=", seed=5, x=x, a="1101001", b="1001010", label=-1)
+    assert made == dict(prompt="111010100111000101010=", seed=5, x=x, a="1101001", b="1001010",
+                        label=-1)
     assert swapped(made) == judging(x, "1001010", "1101001", seed=5) and swapped(made)["label"] == 1
 
 
@@ -301,7 +325,8 @@ def test_responses_are_right_as_often_as_said():
 
 
 def chance(rewrites):
-    """The probability that so many rewrites leave 7 right positions right: the last on each decides."""
+    """The probability that so many rewrites leave 7 right positions right: the last on each
+    decides."""
     left = [1.0] + [0.0] * 7                                   # by the number of positions touched
     for _ in range(rewrites):
         left = [left[k] * k / 7 + (left[k - 1] * (8 - k) / 7 if k else 0) for k in range(8)]
@@ -326,7 +351,7 @@ def test_faultless_full_traces_tell_the_truth():
 
 
 def test_verdicts_are_flipped_as_often_as_said():
-    rng, p = random.Random(0), judging("1011010", "1101100", "1101100")                  # both all right
+    rng, p = random.Random(0), judging("1011010", "1101100", "1101100")             # both all right
     texts = [ParityJudge.trace(p, 7, rng, error=0.15) for _ in range(2_000)]
     assert abs(sum(text.count("-") for text, _ in texts) / 28_000 - 0.15) < 0.01
     assert all(tally == text[2::3].count("+") - text[1::3].count("+") for text, tally in texts)
@@ -338,7 +363,8 @@ def test_styles_choose_among_the_same_correct_traces():
         kept, said = t.kept(p), {style: t.demo(p, style) for style in JUDGEMENTS}
         assert t.demo(p) == said["long"] and 0 < len(kept) <= 10
         for style, text in said.items():
-            assert t.reward(p, text) == t.graded(p, text) == 1.0 and len(text) < t.max_new           # and EOS
+            assert t.reward(p, text) == t.graded(p,
+                                                 text) == 1.0 and len(text) < t.max_new    # and EOS
             assert ParityJudge(style).demo(p) == text and ParityJudge(style).name == f"parity_{style}"
             lengths[style] += len(text)
         thought = {style: text[1:-2] for style, text in said.items()}
@@ -351,13 +377,14 @@ def test_styles_choose_among_the_same_correct_traces():
 
 
 def test_a_teacher_without_a_correct_trace_shows_nothing():
-    t = ParityJudge(error=0)                                   # B is better, seen at depth 7; depth 6: a coin
+    t = ParityJudge(error=0)  # B is better, seen at depth 7; depth 6: a coin
     late = [judging("0000000", "0000011", "1000000", seed) for seed in range(300)]
     none = [q for q in late if not t.kept(q)]
     assert late[0]["label"] == 1 and abs(len(none) / 300 - (11 / 14)**10) < 0.06
     assert all(t.demo(q, style) is None for q in none for style in JUDGEMENTS)
     assert all({len(text) for text in t.kept(q)} <= {18, 21} for q in late)
-    assert all(t.kept(q) for q in t.problems("train", 200) + t.problems("hard", 200))    # problems have one
+    assert all(t.kept(q) for q in t.problems("train", 200)
+               + t.problems("hard", 200))                                        # problems have one
 
 
 @pytest.mark.parametrize("error", [0.0, 0.05, 0.15])
@@ -366,14 +393,14 @@ def test_demonstrations_come_in_both_orders(error):
     rows = t.demonstrations(200, seed=3)
     assert len(rows) == 400 and rows[:40] == t.demonstrations(20, seed=3) != t.demonstrations(20, seed=4)
     assert sum(row["label"] for row in rows) == 0
-    for one, two in zip(rows[::2], rows[1::2]):                # A and B exchanged, the label negated
+    for one, two in zip(rows[::2], rows[1::2]):  # A and B exchanged, the label negated
         (x, a, b), (y, c, d) = ([row["prompt"][i:-1:3] for i in range(3)] for row in (one, two))
         assert (y, c, d) == (x, b, a) and two["label"] == -one["label"] == -strength(x, a, b)
         assert all(t.parse(row["completion"]) == row["label"] for row in (one, two))
     prompts = [row["prompt"] for row in t.demonstrations(200, seed=3, swap=False)]
     assert prompts == [p["prompt"] for p in t.problems("train", 200, seed=3)]
     same = [row["prompt"] for row in ParityJudge("direct", error).demonstrations(200, seed=3)]
-    assert same == [row["prompt"] for row in rows]             # the styles learn from the same pairs
+    assert same == [row["prompt"] for row in rows]  # the styles learn from the same pairs
 
 
 def test_a_pair_for_a_scalar_model():
@@ -391,12 +418,17 @@ def test_parity_splits():
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["hard"] and len(seen["val"]) > 600
     for split, found in of.items():
         assert all(p["label"] and p == judging(p["x"], p["a"], p["b"], p["seed"]) for p in found)
-        assert abs(sum(sign(p["label"]) for p in found)) < 100 # three deviations: A is better in one half
-        other = ParityJudge("short", 0.15).problems(split, 100)          # the tests are the same for all arms
-        assert split == "train" or [p["prompt"] for p in other] == [p["prompt"] for p in found[:100]]
-    assert all(sum(u != v for u, v in zip(p["a"], p["b"])) == 1 == abs(p["label"]) for p in of["hard"])
+        assert abs(sum(sign(p["label"])
+                       for p in found)) < 100  # three deviations: A is better in one half
+        other = ParityJudge("short", 0.15).problems(split,
+                                                    100)       # the tests are the same for all arms
+        assert split == "train" or [p["prompt"] for p in other] == [p["prompt"]
+                                                                    for p in found[:100]]
+    assert all(sum(u != v for u, v in zip(p["a"], p["b"])) == 1 == abs(p["label"])
+               for p in of["hard"])
     assert len({next(i for i in range(7) if p["a"][i] != p["b"][i]) for p in of["hard"]}) == 7
-    assert {abs(p["label"]) for p in of["train"]} == {abs(p["label"]) for p in of["val"]} == {1, 2, 3}
+    assert {abs(p["label"]) for p in of["train"]} == {abs(p["label"]) for p in of["val"]} == {1, 2,
+                                                                                              3}
 
 
 def test_judgements_fit_the_alphabet():
@@ -409,15 +441,17 @@ def test_judgements_fit_the_alphabet():
 
 
 @pytest.mark.parametrize("judgement, score", [
-    ("?1+-!y", 2), ("!t", -3), ("!z", 3), ("!v", -1), ("!y?1+-!t", -3), ("!yzt", 2),     # the last block
-    ("!w", None), ("", None), ("?1+-", None), ("?1+-y", None), ("!", None), ("!y!", None), ("!1y", None),
-    ("!y!w", None), ("!" * 1_000_000, None)])
+    ("?1+-!y", 2), ("!t", -3), ("!z", 3), ("!v", -1), ("!y?1+-!t", -3),
+    ("!yzt", 2),                                                                    # the last block
+    ("!w", None), ("", None), ("?1+-", None), ("?1+-y", None), ("!", None), ("!y!", None),
+    ("!1y", None), ("!y!w", None), ("!" * 1_000_000, None)])
 def test_judgements_are_parsed(judgement, score):
     assert ParityJudge.parse(judgement) == score
 
 
 def test_the_rule_rewards_by_hand():
-    t, p = ParityJudge(), judging("1011010", "1100011", "1101100")       # B has four more: the strength is 2
+    t, p = ParityJudge(), judging("1011010", "1100011",
+                                  "1101100")                    # B has four more: the strength is 2
     assert p["label"] == 2
     assert [t.graded(p, f"!{s}") for s in "yzxvw"] == [1, 0.5, 0.5, 0, 0] and t.graded(p, "y") == 0
     assert [t.reward(p, f"!{s}") for s in "yzxvw"] == [1, 1, 1, 0, 0] and t.reward(p, "y") == 0
@@ -425,7 +459,7 @@ def test_the_rule_rewards_by_hand():
     assert t.reward(swapped(p), "!u") == t.graded(swapped(p), "!u") == 1
 
 
-# --- one interface ------------------------------------------------------------------------------------
+# --- one interface --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
@@ -441,7 +475,8 @@ def tasks(tmp_path_factory):
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
-@pytest.mark.parametrize("name", ["signatures", "arithmetic", "toyif", "toyif_checks", "chain", "parity",
+@pytest.mark.parametrize("name",
+                         ["signatures", "arithmetic", "toyif", "toyif_checks", "chain", "parity",
                                   "gsm8k", "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
@@ -453,8 +488,10 @@ def test_every_task_keeps_the_interface(tasks, name):
         for p in few:
             demo = t.demo(p)
             best = t.reward(p, demo)
-            assert isinstance(p["prompt"], str) and demo and 0.5 < best <= 1.5 and t.reward(p, "zzz") < best
-    assert not {p["prompt"] for p in t.problems("train", 100)} & {p["prompt"] for p in t.problems("val", 100)}
+            assert isinstance(p["prompt"],
+                              str) and demo and 0.5 < best <= 1.5 and t.reward(p, "zzz") < best
+    assert not {p["prompt"] for p in t.problems("train", 100)} & {p["prompt"]
+                                                                  for p in t.problems("val", 100)}
     with pytest.raises(UserError, match="no split 'vall'; did you mean 'val'"):
         t.problems("vall", 1)
 
@@ -476,7 +513,8 @@ def test_gsm8k_rewards_and_strips(tasks):
 def test_last_number_and_annotations_are_options(tmp_path):
     rows = [dict(question=f"q{i}", answer="<<1+1=2>>2\n#### 2") for i in range(4)]
     t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
-    assert t.reward(t.problems("train")[0], "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
+    assert t.reward(t.problems("train")[0],
+                    "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
 
 
 def test_conversations_become_text(tasks):
@@ -495,11 +533,13 @@ def test_conversations_become_text(tasks):
     (lambda: ParityJudge().problems("train"), "say how many"),
     (lambda: ParityJudge().problems("hrad", 1), "no split 'hrad'; did you mean 'hard'"),
     (lambda: ParityJudge("shrot"), "parity has no style 'shrot'; did you mean 'short'"),
-    (lambda: ParityJudge().demo(ParityJudge().problems("val", 1)[0], "fillr"), "did you mean 'filler'"),
+    (lambda: ParityJudge().demo(ParityJudge().problems("val", 1)[0],
+                                "fillr"), "did you mean 'filler'"),
     (lambda: task("parity_lnog"), "no task 'parity_lnog'; did you mean 'parity_long'"),
     (lambda: task("parity_last", eror=0.1), "no option 'eror'; did you mean 'error'"),
     (lambda: task("parity_long", error=0.9), "from 0 to 0.5"),
-    (lambda: Arithmetic().demo(Arithmetic().problems("train", 1)[0], "shrot"), "did you mean 'short'")])
+    (lambda: Arithmetic().demo(Arithmetic().problems("train", 1)[0],
+                               "shrot"), "did you mean 'short'")])
 def test_wrong_names_get_the_nearest(call, message):
     with pytest.raises(UserError, match=message):
         call()
@@ -513,11 +553,13 @@ def test_malformed_files_name_the_line(tmp_path):
 
 
 def test_a_named_download_is_a_task(tmp_path, monkeypatch):
-    path = write(tmp_path / "train.jsonl", [dict(question=f"q{i}", answer=f"#### {i}") for i in range(4)])
+    path = write(tmp_path / "train.jsonl",
+                 [dict(question=f"q{i}", answer=f"#### {i}") for i in range(4)])
     sha = text.hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(text, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(text.NAMED, "gsm8k", (path.as_uri(), sha))
-    assert {"signatures", "arithmetic", "toyif", "gsm8k"} <= set(TASKS) and task("gsm8k").name == "gsm8k"
+    assert {"signatures", "arithmetic", "toyif",
+            "gsm8k"} <= set(TASKS) and task("gsm8k").name == "gsm8k"
 
 
 def test_real_gsm8k():

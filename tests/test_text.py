@@ -1,4 +1,5 @@
-"""Corpora and files: splits that never meet, ROUGE-L by hand, checked downloads, errors that name a line."""
+"""Corpora and files: splits that never meet, ROUGE-L by hand, checked downloads, errors that name a
+line."""
 import json
 import random
 import re
@@ -23,7 +24,7 @@ def pairs():
     return {split: text.signatures(split) for split in text.SPLITS}
 
 
-# --- the standard library -----------------------------------------------------------------------------
+# --- the standard library -------------------------------------------------------------------------
 
 def test_splits_share_no_file_and_no_document():
     files = {split: {rel for rel, _ in rows} for split, rows in text.sources().items()}
@@ -39,7 +40,8 @@ def test_splits_share_no_file_and_no_document():
 
 def test_tests_and_generated_data_are_left_out():
     rels = [rel for rows in text.sources().values() for rel, _ in rows]
-    assert not [r for r in rels if re.search(r"(^|/)(tests?|idle_test|site-packages|pydoc_data)/", r)]
+    assert not [r for r in rels
+                if re.search(r"(^|/)(tests?|idle_test|site-packages|pydoc_data)/", r)]
     assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(rels)
 
 
@@ -57,7 +59,7 @@ def test_a_stripped_installation_is_named(tmp_path, monkeypatch):
         text.stdlib("train")
 
 
-# --- signatures ---------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 SOURCE = '''# pkg/mod.py
 class Timer(Base, metaclass=Meta):
@@ -118,7 +120,8 @@ def test_real_pairs_are_clean_and_do_not_leak(pairs):
         assert said == " ".join(said.split()) and 3 <= len(said.split()) <= 30 and len(r["prompt"]) <= 300
         assert r["prompt"].startswith("# ") and r["prompt"].endswith('"""')
     defs = {split: {(r["prompt"].split("\n")[-2].strip(), r["completion"]) for r in rows
-                    if r["prompt"].count("\n") == 2 + ("\nclass " in r["prompt"])}     # a def of one line
+                    if r["prompt"].count("\n") == 2
+                    + ("\nclass " in r["prompt"])}                               # a def of one line
             for split, rows in pairs.items()}
     assert not defs["train"] & (defs["val"] | defs["ood"]) and len(defs["train"]) > 2000
     for split, files in text.sources().items():
@@ -128,7 +131,8 @@ def test_real_pairs_are_clean_and_do_not_leak(pairs):
 def test_the_prompt_is_the_source_and_source_names_the_line(pairs):
     for r in random.Random(0).sample(pairs["train"], 100):
         rel, _, line = r["source"].rpartition(":")
-        at = (text.ROOT / rel).read_text(encoding="utf-8", errors="replace").split("\n")[int(line) - 1]
+        at = (text.ROOT / rel).read_text(encoding="utf-8",
+                                         errors="replace").split("\n")[int(line) - 1]
         assert at.strip() and at.strip() in r["prompt"]
 
 
@@ -145,10 +149,10 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*.tmp"))
 
 
-# --- ROUGE-L ------------------------------------------------------------------------------------------
+# --- ROUGE-L --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reference, candidate, f", [
-    ("police killed the gunman", "police kill the gunman", 0.75),        # Lin 2004 §3.1: LCS 3 of 4 and 4
+    ("police killed the gunman", "police kill the gunman", 0.75),  # Lin 2004 §3.1: LCS 3 of 4 and 4
     ("police killed the gunman", "the gunman kill police", 0.5),
     ("police killed the gunman", "the gunman police killed", 0.5),
     ("Return the NAME.", "return (the) name", 1.0), ("a b c d", "b d", 2 / 3), ("a", "", 0.0),
@@ -165,13 +169,14 @@ def test_rouge_l_is_the_textbook_recursion():
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, x in enumerate(a):
             for j, y in enumerate(b):
-                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1],
+                                                                         table[i + 1][j])
         expected = 2 * table[-1][-1] / (len(a) + len(b))
         a, b = " ".join(a), " ".join(b)
         assert text.rouge_l(a, b) == text.rouge_l(b, a) == pytest.approx(expected)
 
 
-# --- downloads ----------------------------------------------------------------------------------------
+# --- downloads ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
@@ -197,7 +202,8 @@ def test_download_offline_says_where_the_file_goes(play):
     source.rename(source.with_name("by-hand"))
     with pytest.raises(UserError, match="cannot fetch play") as e:
         text.download("play")
-    assert str(text.CACHE / "play.txt") in str(e.value) and sha in str(e.value) and "\n" not in str(e.value)
+    assert str(text.CACHE
+               / "play.txt") in str(e.value) and sha in str(e.value) and "\n" not in str(e.value)
     text.CACHE.mkdir(exist_ok=True)
     shutil.copy(source.with_name("by-hand"), text.CACHE / "play.txt")
     assert text.download("play")
@@ -216,13 +222,13 @@ def test_named_rows_are_complete():
         assert url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", sha)
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lines, message", [
     ([{"a": 1}, "{broken", {"a": 2}], r"f\.jsonl:2: not a JSON object"),
     ([{"a": 1}, "", {"a": 2}], r"f\.jsonl:2: "),
-    ([{"a": 1}, "[1]"], r"f\.jsonl:2: "), (["3"], r"f\.jsonl:1: "), ([""], r"f\.jsonl: the file is empty"),
-    ([{"a": 1}, "[" * 100_000], r"f\.jsonl:2: ")])
+    ([{"a": 1}, "[1]"], r"f\.jsonl:2: "), (["3"], r"f\.jsonl:1: "),
+    ([""], r"f\.jsonl: the file is empty"), ([{"a": 1}, "[" * 100_000], r"f\.jsonl:2: ")])
 def test_malformed_jsonl_names_file_and_line(tmp_path, lines, message):
     with pytest.raises(UserError, match=message):
         text.read_jsonl(write(tmp_path / "f.jsonl", lines))
@@ -252,7 +258,8 @@ def test_val_is_the_last_twentieth(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("shakespear", "did you mean 'shakespeare'"), ("nope.txt", "no file and no named data 'nope.txt'")])
+    ("shakespear", "did you mean 'shakespeare'"),
+    ("nope.txt", "no file and no named data 'nope.txt'")])
 def test_missing_data_gets_the_nearest_name(name, message):
     with pytest.raises(UserError, match=message):
         text.documents(name)
@@ -276,7 +283,7 @@ def test_split_rows_keeps_equal_prompts_together():
     assert text.split_rows(rows[::-1], "val") == val[::-1]
 
 
-# --- schemas ------------------------------------------------------------------------------------------
+# --- schemas --------------------------------------------------------------------------------------
 
 USER, BOT = dict(role="user", content="hi"), dict(role="assistant", content="hello")
 PC = dict(prompt="p", completion="c")
@@ -298,9 +305,10 @@ def test_schemas_are_normalised(row, want):
 @pytest.mark.parametrize("row", [
     {}, dict(prompt="p"), dict(prompt="p", completion=3), dict(prompt=None, completion="c"),
     PC | dict(label="yes"),
-    dict(prompt="p", chosen="c"), dict(question="q", answer=["a"]), dict(messages=[]), dict(messages=[USER]),
-    dict(messages=[BOT]),
-    dict(messages=[USER, BOT, USER]), dict(messages=["hi", BOT]), dict(messages=[dict(role="user"), BOT]),
+    dict(prompt="p", chosen="c"), dict(question="q", answer=["a"]), dict(messages=[]),
+    dict(messages=[USER]), dict(messages=[BOT]),
+    dict(messages=[USER, BOT, USER]), dict(messages=["hi", BOT]),
+    dict(messages=[dict(role="user"), BOT]),
     dict(instruction="i", instances=[]), dict(instruction="i", input=1, output="o")])
 def test_unknown_schemas_name_file_line_and_what_is_accepted(row):
     with pytest.raises(UserError, match=r"f\.jsonl:2: no schema fits .*accepted are .*chosen"):

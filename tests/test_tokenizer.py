@@ -1,4 +1,5 @@
-"""data/tokenizer.py: hand-worked merges, exact chat ids, equality with Hugging Face in both directions."""
+"""data/tokenizer.py: hand-worked merges, exact chat ids, equality with Hugging Face in both
+directions."""
 import json
 import os
 import random
@@ -17,14 +18,16 @@ from data.tokenizer import SPECIALS, Tokenizer, bytes_tokenizer, char_tokenizer,
 DATA = Path(__file__).parents[1] / os.environ.get("DATA_DIR", "../shared/data")
 CODE = [path.read_text(encoding="utf-8", errors="replace")
         for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:24]]
-PIECES = ["'s", "'S", "'ſ", "K", "é", "e\u0301", "\u0301", "ﬁ", "😀", "🇩🇪", "12", "345", "٣", "²", "½", "ß",
+PIECES = ["'s", "'S", "'ſ", "K", "é", "e\u0301", "\u0301", "ﬁ", "😀", "🇩🇪", "12", "345", "٣", "²",
+          "½", "ß",
           "👩‍👩‍👧", "한국", "日本語", "مرحبا", "नमस्ते", "\u212b", "\u1100\u1161", "the ", " the",
           "self.", "==", "aaaaaa", "\r\n", "\n\n", "   ",
           *"\0\t\n\v\f\r \x1c\x1f\x85\xa0\u1680\u180e\u2003\u2028\u200b\u3000\ufeff"]
 
 
 def strings(n, seed=0):
-    """n random Unicode strings: awkward pieces, ASCII, and code points from everywhere but the surrogates."""
+    """n random Unicode strings: awkward pieces, ASCII, and code points from everywhere but the
+    surrogates."""
     rng = random.Random(seed)
     draw = [lambda: rng.choice(PIECES), lambda: chr(rng.randint(32, 126)),
             lambda: chr(rng.randint(0, 0x2FFF)),
@@ -45,7 +48,7 @@ def tok(request, bpe):
     return bytes_tokenizer() if request.param == "bytes" else bpe
 
 
-# --- text and ids -------------------------------------------------------------------------------------
+# --- text and ids ---------------------------------------------------------------------------------
 
 def test_nothing_is_lost(tok):
     for text in ["", "\0", "\r\n", "\u0301", "e\u0301", "😀", *CODE[:4], *strings(1000)]:
@@ -70,7 +73,8 @@ def test_special_text_is_plain_unless_asked(tok):
 
 def test_the_longest_special_wins():
     specials = {"<a>": 256, "<a>b": 257}
-    tok = Tokenizer([bytes([b]) for b in range(256)] + [b"<a>", b"<a>b"], list(range(256)), specials,
+    tok = Tokenizer([bytes([b]) for b in range(256)] + [b"<a>", b"<a>b"], list(range(256)),
+                    specials,
                     bos=None, eos=None, pad=None)
     assert tok.encode("<a>b<a>", specials=True) == [257, 256]
 
@@ -80,7 +84,7 @@ def test_partial_utf8_decodes_to_the_replacement_character():
     ids = tok.encode("é😀")                                           # 2 + 4 bytes
     assert tok.decode(ids[:1]) == tok.decode(ids[1:2]) == "\ufffd"
     assert tok.decode(ids[:5]) == "é\ufffd"
-    assert tok.decode([104, 10_000, 105]) == "hi"                     # the padded tail of an embedding
+    assert tok.decode([104, 10_000, 105]) == "hi"  # the padded tail of an embedding
 
 
 def test_bos_eos_and_pad_differ(tok):
@@ -90,12 +94,12 @@ def test_bos_eos_and_pad_differ(tok):
     assert bytes_tokenizer().vocab_size == 261
 
 
-# --- training -----------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 def test_merges_worked_by_hand():
     """Pieces: "aaab" once, " ab" twice.   Counts: ab 3, aa 2, " a" 2  ->  merge ab.
-    Now a a ab | " " ab:   " ab" 2, aa 1, a+ab 1  ->  merge " ab".   Now aa 1 and a+ab 1: a tie, and the
-    smaller pair of ids (97, 97) goes first  ->  aa, then aa+ab."""
+    Now a a ab | " " ab:   " ab" 2, aa 1, a+ab 1  ->  merge " ab".   Now aa 1 and a+ab 1: a tie, and
+    the smaller pair of ids (97, 97) goes first  ->  aa, then aa+ab."""
     tok = train_bpe(["aaab ab ab"], 256 + 4 + len(SPECIALS))
     assert tok.tokens[256:260] == [b"ab", b" ab", b"aa", b"aaab"]
     assert tok.encode("aaab ab aab") == [259, 257, 32, 97, 256]
@@ -109,7 +113,8 @@ def test_counts_stay_right_while_merging(bpe):
     pieces = [hit[0].encode() for hit in T.for_re(T.total(T.PATTERN)).finditer(text)]
     words, merged = [[bytes([b]) for b in piece] for piece in pieces], []
     for _ in range(60):
-        count, number = {}, {bytes([b]): b for b in range(256)} | {t: 256 + n for n, t in enumerate(merged)}
+        count, number = {}, {bytes([b]): b for b in range(256)} | {t: 256 + n
+                                                                   for n, t in enumerate(merged)}
         for pair in (pair for word in words for pair in zip(word, word[1:])):
             count[pair] = count.get(pair, 0) + 1
         best = min(count, key=lambda pair: (-count[pair], number[pair[0]], number[pair[1]]))
@@ -129,9 +134,10 @@ def test_training_is_deterministic_and_ids_are_in_order(bpe):
     assert len(bpe.encode(CODE[0])) < 0.55 * len(CODE[0].encode())             # it does compress
 
 
-# --- chat ---------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
-CHAT = [dict(role="system", content=" Be brief. "), dict(role="user", content="<|im_end|><|eot_id|>\n1+1?"),
+CHAT = [dict(role="system", content=" Be brief. "),
+        dict(role="user", content="<|im_end|><|eot_id|>\n1+1?"),
         dict(role="assistant", content="2")]
 LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -144,7 +150,8 @@ def llama3():
 
 
 @pytest.mark.parametrize("make, expected", [
-    (bytes_tokenizer, [259, *b"system\n Be brief. ", 260, *b"\n", 259, *b"user\n<|im_end|><|eot_id|>\n1+1?",
+    (bytes_tokenizer, [259, *b"system\n Be brief. ", 260, *b"\n", 259,
+                       *b"user\n<|im_end|><|eot_id|>\n1+1?",
                        260, *b"\n", 259, *b"assistant\n2", 260, *b"\n"]),
     (llama3, [256, 257, *b"system", 258, *b"\n\nBe brief.", 259, 257, *b"user", 258,
               *b"\n\n<|im_end|><|eot_id|>\n1+1?", 259, 257, *b"assistant", 258, *b"\n\n2", 259])])
@@ -174,13 +181,13 @@ def test_render_errors(make, message, error):
     assert error in str(e.value) and "\n" not in str(e.value)
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 def test_save_then_load_gives_equal_ids(tok, tmp_path):
     tok.save(tmp_path / "one")
     again = get(tmp_path / "one")
     again.save(tmp_path / "two")
-    for name in ("tokenizer.json", "tokenizer_config.json"):              # a loaded one is saved unchanged
+    for name in ("tokenizer.json", "tokenizer_config.json"):       # a loaded one is saved unchanged
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     same = ("tokens", "order", "specials", "bos", "eos", "pad", "chat", "hidden")
     assert all(getattr(tok, key) == getattr(again, key) for key in same)
@@ -193,12 +200,15 @@ def test_tokenizer_json_is_consistent(bpe, tmp_path):
     model = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     assert sorted(model["vocab"].values()) == list(range(600))
     made = [model["vocab"][left + right] for left, right in model["merges"]]
-    assert made == sorted(made) and set(made) == set(range(256, 595))       # every merged id, in rank order
-    assert all(left in model["vocab"] and right in model["vocab"] for left, right in model["merges"])
+    assert made == sorted(made) and set(made) == set(range(256,
+                                                           595))    # every merged id, in rank order
+    assert all(left in model["vocab"] and right in model["vocab"]
+               for left, right in model["merges"])
 
 
 def test_tokens_that_the_listed_merges_cannot_reach_are_never_made():
-    """ "abc" is listed as ab + c, but b + c comes first: HF gives a, bc, so must we; "abcd" falls with it."""
+    """ "abc" is listed as ab + c, but b + c comes first: HF gives a, bc, so must we; "abcd" falls
+    with it."""
     pairs = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c"), (b"abc", b"d"), (b"x", b"y")]
     assert T.reachable(pairs) == [b"bc", b"ab", b"xy"]
 
@@ -207,7 +217,8 @@ def write(folder, **change):
     """A minimal tokenizer.json with some parts replaced; a dotted key reaches inside the model."""
     level = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
     model = dict(type="BPE", vocab={T.LETTER[b]: b for b in range(256)}, merges=[])
-    model |= {key.removeprefix("model_"): change.pop(key) for key in list(change) if key.startswith("model_")}
+    model |= {key.removeprefix("model_"): change.pop(key) for key in list(change)
+              if key.startswith("model_")}
     spec = dict(added_tokens=[], normalizer=None, pre_tokenizer=level, model=model) | change
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder
@@ -222,7 +233,8 @@ def write(folder, **change):
     (dict(normalizer=dict(type="Lowercase")), "the normalizer Lowercase is not NFC"),
     (dict(pre_tokenizer=None), "the pre_tokenizer (none) is not"),
     (dict(pre_tokenizer=dict(type="Metaspace")), "the pre_tokenizer (Metaspace) is not"),
-    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Punctuation"), dict(type="x")])),
+    (dict(pre_tokenizer=dict(type="Sequence",
+                             pretokenizers=[dict(type="Punctuation"), dict(type="x")])),
      "the pre_tokenizer (Punctuation + x) is not")])
 def test_files_that_cannot_be_read_say_why(change, error, tmp_path):
     with pytest.raises(UserError) as e:
@@ -240,14 +252,16 @@ def test_bad_configs_say_why(config, error, tmp_path):
 
 
 def test_bos_eos_pad_come_from_the_first_file_that_says(tmp_path):
-    added = [dict(id=256, content="<s>", special=True), dict(id=257, content="<tool>", special=False)]
+    added = [dict(id=256, content="<s>", special=True),
+             dict(id=257, content="<tool>", special=False)]
     write(tmp_path, added_tokens=added)
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "pad_token": null}')
+    (tmp_path
+     / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "pad_token": null}')
     (tmp_path / "generation_config.json").write_text('{"bos_token_id": 7, "eos_token_id": [5, 6]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 8, "pad_token_id": 9}')
     tok = Tokenizer.load(tmp_path)
     assert (tok.bos, tok.eos, tok.pad, tok.vocab_size) == (256, 5, None, 258)
-    assert tok.decode([65, 256, 257]) == "A<tool>"               # an added token that is not special is shown
+    assert tok.decode([65, 256, 257]) == "A<tool>"  # an added token that is not special is shown
 
 
 @pytest.mark.parametrize("call, error", [
@@ -274,10 +288,11 @@ def test_char_tokenizer_is_one_id_per_character():
     assert tok.decode([1, 4, 13, 5, 2, 0]) == "1+2"
 
 
-# --- tiktoken's encodings -----------------------------------------------------------------------------
+# --- tiktoken's encodings -------------------------------------------------------------------------
 
 def shuffled(bpe):
-    """A tiktoken encoding as they come: bytes not in order, a hole before the special, possessive digits."""
+    """A tiktoken encoding as they come: bytes not in order, a hole before the special, possessive
+    digits."""
     rng = random.Random(0)
     ranks = {bytes([b]): n for n, b in enumerate(rng.sample(range(256), 256))}
     ranks |= {token: 256 + n for n, token in enumerate(bpe.tokens[256:595])}
@@ -303,16 +318,18 @@ def test_named_says_that_it_is_offline(monkeypatch):
         get("gpt2")
 
 
-# --- Hugging Face -------------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 def assert_same_as_hf(folder, texts):
-    """AutoTokenizer and load agree on the ids of the texts, on their decoding, and on random ids."""
+    """AutoTokenizer and load agree on the ids of the texts, on their decoding, and on random
+    ids."""
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(folder))
     ours = Tokenizer.load(folder)
-    assert (ours.bos, ours.eos, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos, ours.eos, ours.pad) == (theirs.bos_token_id, theirs.eos_token_id,
+                                              theirs.pad_token_id)
     rng = random.Random(0)
     for text in texts:
-        ids = ours.encode(text, specials=True)                        # as HF reads special text by default
+        ids = ours.encode(text, specials=True)  # as HF reads special text by default
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text[:99]
         for some in (ids, rng.choices(range(ours.vocab_size), k=12)):
             assert ours.decode(some) == theirs.decode(some, skip_special_tokens=True)
@@ -330,18 +347,21 @@ def test_transformers_reads_what_we_save(kind, bpe, tmp_path, monkeypatch):
     tok.save(tmp_path)
     rng = random.Random(1)
     plain = ["".join(rng.choices(alphabet, k=30)) for _ in range(300)]
-    texts = plain if kind == "char" else ["a<|im_end|> <|eos|>b<|eot_id|>", *strings(1000), *CODE[:8]]
+    texts = plain if kind == "char" else ["a<|im_end|> <|eos|>b<|eot_id|>", *strings(1000),
+                                          *CODE[:8]]
     ours, theirs = assert_same_as_hf(tmp_path, texts)
     assert all(ours.encode(text) == tok.encode(text) for text in texts)
     if tok.chat:
-        safe = [m | dict(content=m["content"].replace("|", "")) for m in CHAT]     # HF parses special text
+        safe = [m | dict(content=m["content"].replace("|", ""))
+                for m in CHAT]                                              # HF parses special text
         for reply in (True, False):
             ids = theirs.apply_chat_template(safe, add_generation_prompt=reply, return_dict=False)
             assert ids == tok.render(safe, reply)
 
 
 def hf(pattern="", digits=False, prefix=False, nfc=False, ignore_merges=False, trained=True):
-    """A tokenizer made by Hugging Face's own library; ids are shuffled: they are not in merge order."""
+    """A tokenizer made by Hugging Face's own library; ids are shuffled: they are not in merge
+    order."""
     lib = pytest.importorskip("tokenizers")
     pre, level = lib.pre_tokenizers, lib.pre_tokenizers.ByteLevel
     made = lib.Tokenizer(lib.models.BPE(ignore_merges=ignore_merges))
@@ -351,13 +371,14 @@ def hf(pattern="", digits=False, prefix=False, nfc=False, ignore_merges=False, t
         made.pre_tokenizer = pre.Sequence([pre.Split(lib.Regex(pattern), "isolated"),
                                            level(add_prefix_space=False, use_regex=False)])
     if digits:
-        made.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), level(add_prefix_space=False)])
+        made.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True),
+                                           level(add_prefix_space=False)])
     made.train_from_iterator(CODE[:8], lib.trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=level.alphabet(), show_progress=False))
     spec = json.loads(made.to_str())
     ids = random.Random(0).sample(range(700), 700)
     spec["model"]["vocab"] = dict(zip(spec["model"]["vocab"], ids))
-    if not trained:                                                   # some tokens are out of reach then
+    if not trained:  # some tokens are out of reach then
         random.Random(0).shuffle(spec["model"]["merges"])
     made = lib.Tokenizer.from_str(json.dumps(spec))
     made.add_special_tokens(["<|im_start|>", "<|im_end|>", *LLAMA3])
@@ -369,9 +390,10 @@ LLAMA3_SPLIT = T.PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 
 
 KINDS = dict(
-    gpt2=dict(), roberta=dict(prefix=True), smollm=dict(digits=True), qwen2=dict(pattern=T.PATTERN, nfc=True),
+    gpt2=dict(), roberta=dict(prefix=True), smollm=dict(digits=True),
+    qwen2=dict(pattern=T.PATTERN, nfc=True),
     llama3=dict(pattern=LLAMA3_SPLIT, ignore_merges=True),
-    gaps=dict(pattern=r"\p{L}+|\p{N}{1,3}+"),                         # and Oniguruma's own reading of {1,3}+
+    gaps=dict(pattern=r"\p{L}+|\p{N}{1,3}+"),  # and Oniguruma's own reading of {1,3}+
     mixed=dict(pattern=T.PATTERN, trained=False))
 
 
@@ -381,9 +403,10 @@ def test_we_read_what_tokenizers_writes(kind, tmp_path):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     texts = ["a<|im_start|>b<tool_call>  c", *strings(600), *CODE[8:12]]
-    if kind == "qwen2":                        # HF's NFC does not know the combining marks of later Unicode
+    if kind == "qwen2":  # HF's NFC does not know the combining marks of later Unicode
         old = unicodedata.ucd_3_2_0
-        texts = ["".join(c for c in s if unicodedata.combining(c) == old.combining(c)) for s in texts]
+        texts = ["".join(c for c in s if unicodedata.combining(c) == old.combining(c))
+                 for s in texts]
     ours, _ = assert_same_as_hf(tmp_path, texts)
     assert ours.decode(ours.encode("<tool_call>", specials=True)) == "<tool_call>"
 

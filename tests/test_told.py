@@ -1,4 +1,5 @@
-"""What can be known at once is told at once, in every script: before a base is made, and without a trace."""
+"""What can be known at once is told at once, in every script: before a base is made, and without a
+trace."""
 import dataclasses
 import importlib
 import json
@@ -20,11 +21,12 @@ SCRIPTS = {name: importlib.import_module(name) for name in fuzz.SCRIPTS}
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
 
-# --- before a base is made -----------------------------------------------------------------------------
+# --- before a base is made ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script, argv, words", [
-    *((name, ["--data", "none.jsonl"], "no file and no named data 'none.jsonl'") for name in SCRIPTS),
+    *((name, ["--data", "none.jsonl"], "no file and no named data 'none.jsonl'")
+      for name in SCRIPTS),
     *((name, ["--init", "none"], "none does not exist") for name in SCRIPTS),
     *((name, ["--init", "base:"], "names no preset") for name in SCRIPTS),
     *((name, ["--init", "base:pretrian"], "did you mean 'pretrain'") for name in SCRIPTS),
@@ -32,24 +34,29 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     *((name, ["--device", "cuda:99"], "CUDA device") for name in SCRIPTS),
     *((name, ["--kernels", "none"], "no kernels 'none'") for name in SCRIPTS),
     *((name, ["--seed", str(2 ** 70)], "must be at most") for name in SCRIPTS),
-    *((name, ["--data", "broken.jsonl"], "broken.jsonl:2: not a JSON object") for name in ("sft", "grpo",
+    *((name, ["--data", "broken.jsonl"], "broken.jsonl:2: not a JSON object")
+      for name in ("sft", "grpo",
                                                                                            "dpo",
                                                                                            "reward")),
     ("sft", ["--watch", "none.jsonl"], "none.jsonl"),
                                                  ("sft", ["--context", "9999"],
                                                   "--context 9999 exceeds the 512"),
-    ("sft", ["--model", "1x64"], "--model is for a new model"), ("sft", ["--config", "dckd"], "needs --teacher"),
+    ("sft", ["--model", "1x64"], "--model is for a new model"),
+    ("sft", ["--config", "dckd"], "needs --teacher"),
     ("sft", ["--config", "dckd", "--teacher", "none"], "none does not exist"),
-    ("sft", ["--config", "adpa", "--teacher", "base:toyif", "--other", "none"], "none does not exist"),
+    ("sft", ["--config", "adpa", "--teacher", "base:toyif", "--other", "none"],
+     "none does not exist"),
     ("sft", ["--config", "pretrain", "--model", "big"], "--model big"),
                                                  ("sft", ["--feedback", "both"], "signatures"),
     ("ppo", ["--base", "none"], "none does not exist"),
-                                                 ("ppo", ["--reward", "empty"], "neither config.json"),
+                                                 ("ppo", ["--reward", "empty"],
+                                                  "neither config.json"),
     ("ppo", ["--advantage", "best", "--samples", "1"], "at least two"),
                                                  ("ppo", ["--data", "stdlib"], "is a text"),
     ("grpo", ["--config", "kdrl", "--teacher", "none"], "none does not exist"),
     ("grpo", ["--reward", "none.py:f"], "of a file that exists"),
-                                                 ("grpo", ["--watch", "nothing"], "no task 'nothing'"),
+                                                 ("grpo", ["--watch", "nothing"],
+                                                  "no task 'nothing'"),
     ("dpo", ["--config", "online", "--judge", "empty"], "neither config.json"),
     ("dpo", ["--config", "madpo", "--judge", "cdr", "--strong", "none"], "none does not exist"),
     ("reward", ["--eval", "none"], "none does not exist"),
@@ -59,8 +66,10 @@ PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
                                                  ("compress",
                                                   ["--domain", "none.txt", "--method", "dprune"],
      "none.txt"), ("compress", ["--context", "9999"], "at most"),
-                                                 ("specdec", ["--draft", "none"], "none does not exist"),
-    ("specdec", ["--draft", "base:non"], "no preset 'non'"), ("specdec", ["--config", "ead", "--thresholds",
+                                                 ("specdec", ["--draft", "none"],
+                                                  "none does not exist"),
+    ("specdec", ["--draft", "base:non"], "no preset 'non'"),
+    ("specdec", ["--config", "ead", "--thresholds",
                                                                           "x"], "numbers with"),
     ("specdec", ["--context", "9999"], "--context 9999 exceeds")])
 def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, workdir):
@@ -73,9 +82,10 @@ def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, wor
 
 
 @pytest.mark.parametrize("script, field", [(name, field) for name, module in SCRIPTS.items()
-                                           for field in ("lr", "clip", "temperature", "batch", "epochs",
-                                                         "noise", "keep")
-                                           if field in {x.name for x in dataclasses.fields(module.Config)}])
+                                           for field in ("lr", "clip", "temperature", "batch",
+                                                         "epochs", "noise", "keep")
+                                           if field in {x.name
+                                                        for x in dataclasses.fields(module.Config)}])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_ranges_hold_in_every_script(script, field, value, workdir):
     with pytest.raises(UserError, match=f"--{field} {value}: (must be|expected)"):
@@ -94,7 +104,7 @@ def test_every_default_and_preset_is_within_its_ranges(script):
             assert all(isinstance(x, Range) or get_args(x) for x in kinds(fn).values())
 
 
-# --- data -----------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, words", [
@@ -150,23 +160,26 @@ def test_few_labels_that_are_alike_where_they_are_held_out_still_train(workdir):
     assert "val_accuracy" not in out and "val_kl" in out
 
 
-# --- a reward of the user's -----------------------------------------------------------------------------
+# --- a reward of the user's -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code, words", [
     ("def f(problem, text, finished): return None", "returned None .*expected a finite number"),
-    ("def f(problem, text, finished): return float('nan')", "returned nan .*expected a finite number"),
+    ("def f(problem, text, finished): return float('nan')",
+     "returned nan .*expected a finite number"),
     ("def f(problem, text, finished): return '1.0'", "returned 1.0 .*expected a finite number"),
     ("def f(problem, text, finished): return [1.0]", "expected a finite number"),
     ("def f(problem, text, finished):\n    return 1 / 0",
      r"failed on the response 'hi': ZeroDivisionError.*\(line 2\)"),
     ("import sys\ndef f(problem, text, finished): sys.exit(0)", "failed on the response"),
-    ("async def f(problem, text, finished): return 1.0", "has no function 'f' that is called and returns"),
+    ("async def f(problem, text, finished): return 1.0",
+     "has no function 'f' that is called and returns"),
     ("def f(text): return 1.0", r"it is called as f\(problem, text, finished\)"),
     ("def f(a, b, c, d): return 1.0", "it is called as"), ("f = 5", "has no function 'f'"),
                                          ("def g(a, b, c): return 1", "has no"),
     ("def f(:", r"does not run: SyntaxError.*\(line 1\)"),
-                                         ("x = 1\nimport nosuch", r"does not run: .*nosuch.*\(line 2\)"),
+                                         ("x = 1\nimport nosuch",
+                                          r"does not run: .*nosuch.*\(line 2\)"),
     ("raise SystemExit(0)", "does not run")])
 def test_a_reward_is_called_with_care(code, words, workdir):
     (workdir / "mine.py").write_text(code)
@@ -194,15 +207,17 @@ f = Score()
 
 @pytest.mark.parametrize("value", ["1", "True", "0.5", "torch.tensor(0.5)"])
 def test_a_reward_may_be_any_number(value, workdir):
-    (workdir / "mine.py").write_text(f"import torch\ndef f(problem, text, finished, *more): return {value}")
+    (workdir
+     / "mine.py").write_text(f"import torch\ndef f(problem, text, finished, *more): return {value}")
     assert 0 < scorer("mine.py:f", task("arithmetic"))({}, "hi", True) <= 1
 
 
-# --- half a tokenizer -------------------------------------------------------------------------------------
+# --- half a tokenizer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda d: d.pop("model"), "model is missing"), (lambda d: d["model"].pop("vocab"), "no vocabulary"),
+    (lambda d: d.pop("model"), "model is missing"),
+    (lambda d: d["model"].pop("vocab"), "no vocabulary"),
     (lambda d: d["model"].pop("merges"), "not byte-level BPE"),
                                            (lambda d: d["model"].update(vocab=[]), "expected an object"),
     (lambda d: d["model"].update(vocab={"a": "b"}), "a token's id is 'b'"),
@@ -228,12 +243,13 @@ def test_half_a_tokenizer(change, words, workdir):
         Tokenizer.load(workdir)
 
 
-# --- all together ---------------------------------------------------------------------------------------
+# --- all together ---------------------------------------------------------------------------------
 
 
 def test_a_sample_of_hostile_commands():
     """forty of tests/fuzz.py's thousands; python tests/fuzz.py runs them all"""
-    told = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), "--sample", "40", "--seed", "0"],
+    told = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), "--sample", "40", "--seed",
+                           "0"],
                           capture_output=True, text=True)
     assert told.returncode == 0 and "40 cases, 0 not good" in told.stdout, told.stdout + told.stderr
 
