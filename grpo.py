@@ -71,8 +71,8 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import curricula, tasks
-from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices,
-                      check_first_ratio, cli, in_parts, launch, needs, read_log, report)
+from data.run import (Count, Positive, Run, Share, UserError, batch_indices,
+                      check_first_ratio, cli, launch, needs, read_log, report)
 from data.shaping import SHAPERS, TRIMS, among_correct, flipped
 from model import Rollout, Transformer, autocast, collate, generate, load, save, token_logprobs
 from optim import optimiser, set_lr
@@ -1215,108 +1215,12 @@ def seek(policy, task, tok, c, max_new, run, share=0.2, rounds=10, lr=0.03, enou
     return out
 
 
-# --- claims ---------------------------------------------------------------------------------------
-
-
-def arms(**presets):
-    """Arms as --config strings, each evaluated with eight samples a prompt after its last step."""
-    return {name.replace("_", " "): f"{names},wide" for name, names in presets.items()}
-
-
-def above(label, ours, theirs, on="", by=0.0):
-    """{label: contrast}: ours + by > theirs on a metric ("": the claim's)."""
-    return {label: {f"{ours}|{on}": 1, f"{theirs}|{on}": -1} | ({"": by} if by else {})}
-
-
-def gain(label, ours, theirs="", share=0.0):
-    """{label: contrast}: our rise over the SFT model is at least a share of theirs (or just above
-    0)."""
-    return {label: {ours: 1, f"{ours}|sft_val_accuracy": share - 1}
-            | ({theirs: -share} if theirs else {})}
-
-
-LENGTHS = ("dler", "dot", "drpo", "easy", "hapo", "arlcp", "linear")
-CLAIMS = dict(
-    lengths=Claim(
-        "Length methods shorten responses at GRPO's accuracy (within 0.02)",
-        "2510.15110, 2601.03969, 2510.04474, 2505.18086, 2505.11225, 2602.12113: 30-70 % shorter, no loss",
-        arms(grpo="grpo", **{x: x for x in LENGTHS}), "val_accuracy",
-        {k: v for x in LENGTHS for k, v in (above(f"{x}: as accurate", x, "grpo", by=0.02)
-                                            | above(f"{x}: shorter", "grpo", x,
-                                                    "val_length")).items()},
-        also=("val_length", "val_guess", "val_fillers", "ood_accuracy"),
-        conclude=in_parts(*LENGTHS)),
-    exploration=Claim(
-        "Clip-Cov and KL-Cov keep the entropy at GRPO's accuracy (within 0.02), ACE and RAPO raise pass@8",
-        "2505.22617: higher entropy and plateau; 2602.21420, 2510.03865: higher pass@k",
-        arms(grpo="grpo,tokens", clip_cov="clip_cov,tokens", kl_cov="kl_cov,tokens",
-             kl_cov_off="kl_cov,tokens,no_penalty", ace="ace,tokens", harsher="harsher,tokens",
-             rapo="rapo,tokens", reverse_kl="reverse,tokens"), "ood_pass@8",
-        {k: v for part, x in (("Clip-Cov", "clip cov"), ("KL-Cov", "kl cov")) for k, v in (
-            above(f"{part}: entropy", x, "grpo", "train_entropy")
-            | above(f"{part}: accuracy", x, "grpo", "val_accuracy", 0.02)).items()}
-        | above("KL-Cov: entropy over no penalty", "kl cov", "kl cov off", "train_entropy")
-        | above("ACE: pass@8", "ace", "grpo")
-        | above("ACE: pass@8 over its control", "ace", "harsher")
-        | above("RAPO: pass@8", "rapo", "grpo")
-        | above("RAPO: pass@8 over reverse KL", "rapo", "reverse kl"),
-        also=("ood_accuracy", "val_pass@8", "val_accuracy", "train_entropy"),
-        conclude=in_parts("Clip-Cov", "KL-Cov", "ACE", "RAPO")),
-    rewards=Claim(
-        "RL survives 40 % of flipped rewards, and rewards without a verifier do nearly as well",
-        "2505.22653: 72 % for 76 % of clean; 2506.18254: RLPR at or above verifiers; 2508.00410",
-        arms(grpo="grpo", noisy="noisy", noisy_each="noisy,each", rpr="rpr", rpr_noisy="rpr_noisy",
-             rlpr="rlpr", co_reward="co_reward"), "val_accuracy",
-        gain("noise: 80 % of the gain", "noisy", "grpo", 0.8)
-        | gain("noise by response: 80 % of the gain", "noisy each", "grpo", 0.8)
-        | above("RPR: helps a noisy reward", "rpr noisy", "noisy")
-        | gain("RPR: alone raises", "rpr")
-        | gain("RLPR: 80 % of the gain", "rlpr", "grpo", 0.8)
-        | gain("Co-Reward: raises", "co reward"),
-        also=("val_greedy", "val_pass@8", "val_length", "val_guess"),
-        conclude=in_parts("noise", "RPR", "RLPR", "Co-Reward")),
-    stale=Claim(
-        "With importance weights a policy learns as well from rollouts that are four iterations old",
-        "2505.24034: AIPO matches on-policy training in an asynchronous system",
-        arms(on_policy="aipo,lag0", aipo_1="aipo,lag1", aipo_4="aipo", ppo_4="aipo,behind",
-             none_4="aipo,blind"), "val_accuracy",
-        above("lag 1: AIPO within 0.03", "aipo 1", "on policy", by=0.03)
-        | above("lag 4: AIPO within 0.03", "aipo 4", "on policy", by=0.03)
-        | above("harm without it: on policy > none", "on policy", "none 4")
-        | above("correction: AIPO > none", "aipo 4", "none 4")
-        | above("clip: AIPO > PPO's", "aipo 4", "ppo 4"),
-        also=("train_kl", "train_entropy", "val_length"),
-        conclude=in_parts("lag 1", "lag 4", "harm", "correction", "clip")),
-    teachers=Claim(
-        "RL with a teacher beats RL alone and distillation alone within 15 steps",
-        "2506.02208: KDRL over GRPO and KD; 2602.22495: RLAD over both; 2602.12125: ExOPD past the teacher",
-        arms(grpo="grpo,brief", kd="opd,taught,brief", exopd="exopd,taught,brief",
-             kdrl="kdrl,taught,brief",
-             rlad="rlad,taught,brief"),
-        "val_accuracy",
-        {f"{x} > {y}": {x: 1, y: -1} for x in ("kdrl", "rlad") for y in ("grpo", "kd")} | above(
-            "exopd > kd", "exopd", "kd"),
-        also=("val_greedy", "train_kl", "val_length", "ood_accuracy"),
-        conclude=in_parts("kdrl", "rlad", "exopd")),
-    forgetting=Claim(
-        "RECAP's weights and instance filtering forget less of the old task than RL on the new one alone",
-        "2510.21978: RECAP keeps general skills; 2507.05386: RL forgets little, filtering stabilises it",
-        arms(grpo="grpo,on_sort", rif="rif,on_sort", replay="replay", recap="recap",
-             recap_05="recap,sharp"),
-        "chain_val_accuracy",
-        above("RECAP: > grpo", "recap", "grpo") | above("weights: > replay", "recap", "replay")
-        | above("weights, T = .5: > replay", "recap 05", "replay")
-        | above("filtering: > grpo", "rif", "grpo")
-        | {"RL: forgets": {"grpo|sft_chain_val_accuracy": 1, "grpo": -1}},
-        also=("sort_val_accuracy", "sft_chain_val_accuracy", "sft_sort_val_accuracy"),
-        conclude=in_parts("RECAP", "weights", "filtering", "RL")))
-
 # --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     """python grpo.py …: see the docstring above, or --help."""
-    return launch("grpo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
+    return launch("grpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import kernels
 import sft
 from data import tasks
 from data.judging import spearman
-from data.run import (Claim, Count, Positive, Run, Share, UserError, batch_indices,
+from data.run import (Count, Positive, Run, Share, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, report)
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten,
                    peek, save, sequence_score, token_logprobs, token_values)
@@ -652,66 +652,12 @@ def train(c, f):
         return run.finish(**scores, **sft_scores, agreement=scale["agreement"])
 
 
-# --- claims ---------------------------------------------------------------------------------------
-
-
-def srppo_arms():
-    """Every arm of the claim at both sizes of the demonstration set, 512 and 64."""
-    arms = dict(srppo="srppo", srppo_greedy="srppo,cold", sft="sft", sft_more="sft,more",
-                greedy="greedy",
-                half="half", likelihood="likelihood", bon16="bon", raft="raft",
-                contrast05="contrast,alpha05",
-                contrast1="contrast", contrast2="contrast,alpha2")
-    few = {name: f"{row}64" if name == "sft_more" else f"{row},n64" for name, row in arms.items()}
-    return {f"{x} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few))
-            for x, row in rows.items()}
-
-
-CONTROLS = ("greedy", "half", "likelihood", "contrast05", "contrast1", "contrast2")
-
-
-def srppo_tests():
-    """srppo (sampled) against every other arm at both sizes, greedy against greedy, and whether its
-    gain over SFT is larger with fewer demonstrations."""
-    others = [a.rsplit(" ", 1)[0] for a in srppo_arms() if a.endswith(" 64")
-              and not a.startswith("srppo")]
-    tests = {f"srppo - {x}, {n}": {f"srppo {n}": 1, f"{x} {n}": -1} for n in (512, 64)
-             for x in others}
-    tests |= {f"greedy: srppo - sft, {n}": {f"srppo_greedy {n}": 1, f"greedy {n}": -1}
-              for n in (512, 64)}
-    tests["gain at 64 - gain at 512"] = {"srppo 64": 1, "sft 64": -1, "srppo 512": -1, "sft 512": 1}
-    return tests
-
-
-def srppo_conclusion(v):
-    """Per size: 'holds' if srppo beats sft, sft_more and every control that merely sharpens the SFT
-    model; 'sharpening only' if it beats sft but a control beats it; else 'undecided'. Then the
-    scarcity claim.
-    """
-    def at(n):
-        gain, more = v[f"srppo - sft, {n}"], v[f"srppo - sft_more, {n}"]
-        controls = {v[f"srppo - {x}, {n}"] for x in CONTROLS}
-        if gain != "holds" or more == "does not hold":
-            return gain if gain != "holds" else "does not hold"
-        if "does not hold" in controls:
-            return "sharpening only"
-        return "holds" if controls | {more} == {"holds"} else "undecided"
-    scarce = v["gain at 64 - gain at 512"]
-    return f"{at(512)} (512 demonstrations), {at(64)} (64); larger gain when scarce: {scarce}"
-
-
-CLAIMS = dict(
-    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
-                "2510.21090: about +2 to +4 points over SFT on averaged benchmarks (second-hand)",
-                arms=srppo_arms(), metric="ood_gold", tests=srppo_tests(),
-                also=("val_gold", "ood_length", "ood_truncated"), conclude=srppo_conclusion))
-
 # --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
-    return launch("ppo", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
+    return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, au
                           routing_curve,
                           routing_table, spearman, verbosity_penalties, verdict_rates)
 from data.prefs import StrongJudge
-from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices, cli,
-                      gated, in_parts, launch, needs)
+from data.run import (Count, Positive, Range, Run, Share, UserError, batch_indices, cli,
+                      launch, needs)
 from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
                    peek, preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
@@ -1280,94 +1280,11 @@ def train(c, f):
         return run.finish(**out)
 
 
-# --- claims ---------------------------------------------------------------------------------------
-
-def versus(ours, *others, on="", tag=""):
-    """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
-    return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
-
-NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded",
-                                                                       tag="RL: ")
-CLAIMS = dict(
-    routing=Claim(
-        "Sending uncertain pairs to the judge beats sending as many at random",
-        "2510.20369: 89.2 against 87.5 with 9 % of the calls, 91.6 against 89.1 with 42 % (second-hand)",
-        dict.fromkeys(("uncertainty", "margin", "both", "random", "shuffled", "oracle"),
-                      "router,big_router"),
-        "area", {f"over random, {q:.0%}": {f"uncertainty|accuracy@{q}": 1,
-                                           f"random|accuracy@{q}": -1}
-                 for q in (0.1, 0.25, 0.4)} | versus("uncertainty", "margin", tag="over margin: ")
-        | versus("shuffled", "random", tag="control: ") | {
-            "gate: id accuracy > 0.8": {"uncertainty|id_accuracy": 1, "": -0.8},
-            "gate: u(ood) > u(id)": {"uncertainty|u_shift": 1}},
-        also=("id_accuracy", "ood_accuracy", "u_auroc", "margin_auroc"),
-        conclude=gated("uninformative model", "over random", "over margin"),
-        sweep=("share of pairs that the judge answers", ("accuracy",))),
-    rubrics=Claim(
-        "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
-        "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten benchmarks",
-        dict(rubric="rubrics", oracle="rubrics", direct="rubrics,direct", bt="rubrics,bt_rubrics")
-        | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
-           "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
-        versus("rubric", "direct", "bt", tag="judges: ")
-        | versus("rubric", "no contrast", tag="contrast: ")
-        | versus("no filter", "neither", tag="contrast alone: ")
-        | versus("rubric", "no filter", tag="consistency: ")
-        | versus("rubric", "no filter", on="verbose", tag="consistency, verbose pairs: ") | {
-            "votes: five > one": {"rubric|accuracy_vote": 1, "rubric": -1},
-            "gate: oracle > 0.9 on id": {"oracle|id": 1, "": -0.9},
-            "gate: direct > 0.6 on id": {"direct|id": 1, "": -0.6}},
-        also=("id", "k3", "verbose"),
-        conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency",
-                       "votes")),
-    thinkrm=Claim(
-        "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs too",
-        "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
-        {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL")
-         for x in ("long", "short")}
-        | {x: f"thinkrm,{x}_style" for x in ("filler", "direct", "bt")}, "hard",
-        versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
-            "votes: long > short, 16 votes": {"long|hard": 1, "short|hard_vote": -1},
-            "in domain: long > short, majority of 16": {"long|id": 1, "short|id_vote": -1}}
-        | versus("long", "bt", "filler", on="id", tag="in domain: ")
-        | versus("long+RL", "long", **GRADED) | versus("short+RL", "short", **GRADED)
-        | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02,
-                                           f"{x}+RL|accuracy_length": -1}
-           for x in ("long", "short")},
-        also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
-    advrm=Claim(
-        "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",
-        "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, over-optimisation 1-3 %",
-        dict.fromkeys(("plain", "mean", "lcb", "more_random", "more_gold", "adv"), "advrm"),
-        "collapse", versus("adv", "plain", "more_random", tag="steps: ")
-        | versus("adv", "plain", "more_random", on="gold@4", tag="gold at 4 nats: ") | {
-            "attack: stronger than over-optimising": {"adv|strict_0": 1, "adv|strict_overopt": -1},
-            "later: fewer succeed": {"adv|strict_0": 1, "adv|strict_last": -1},
-            "clean accuracy kept to 0.02": {"adv|adv_accuracy": 1, "adv|plain_accuracy": -1,
-                                            "": 0.02},
-            "gate: 80 % of the pairs confirmed": {"adv|confirmed_0": 1, "": -0.8}},
-        also=("gold@1", "gold@4", "peak", "final", "strict_0", "strict_last", "pairs_0",
-              "confirmed_0"),
-        conclude=in_parts("steps", "nats", "attack", "later", "clean", "gate"),
-        sweep=("KL to the SFT model, nats", ("gold",))),
-    ensembles=Claim(
-        "Ensembles of reward models mitigate over-optimisation, with and without label noise",
-        "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they reduce it",
-        {x + tail: "overopt" + ",noisy" * bool(tail) for tail in ("", NOISY)
-         for x in ("single", *ENSEMBLES)},
-        "best-of-n gold@256",
-        {f"{how}: {x}{tail} > single": {f"{x}{tail}|{on}": 1, f"single{tail}|{on}": -1}
-         for how, on in (("best-of-n", "best-of-n gold@256"), ("RL", "RL gold@4"))
-         for tail in ("", NOISY) for x in ENSEMBLES},
-        also=("RL gold@4", "RL peak", "RL final", "RL kl_end", "clean_accuracy"),
-        conclude=in_parts(*(f"{how}: {x}" for how in ("best-of-n", "RL") for x in ENSEMBLES)),
-        sweep=("n", ("best-of-n gold",))))
-
 # --- main -----------------------------------------------------------------------------------------
 
 def main(argv=None):
     """python reward.py …: see the docstring above, or --help."""
-    return launch("reward", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
+    return launch("reward", Config, PRESETS, AXES, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

@@ -79,9 +79,9 @@ from torch.nn.utils import clip_grad_norm_
 
 import kernels
 from data import chains, numerics, prefs, tasks, text, tokenizer
-from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices,
-                      checkpoint, cli, configure, launch, lock, needs, rank, read_json, read_log,
-                      result, settings, share, start_ranks)
+from data.run import (Count, Fraction, Positive, Range, Run, Share, UserError, batch_indices,
+                      changed, checkpoint, cli, code_of, configure, launch, lock, needs, rank,
+                      read_json, read_log, result, share, start_ranks)
 from kernels import PackedLinear
 from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank,
                    collate,
@@ -402,143 +402,6 @@ def aligndistil(mask, logits, teacher, other, *, beta: Positive = 0.1, beta2=10.
 LOSSES = dict(nll=nll, implicit=implicit, unlikelihood=unlikelihood, rwr=rwr, glow=glow,
               reweighted=reweighted, dckd=dckd, adpa=adpa, aligndistil=aligndistil)
 
-# --- claims ---------------------------------------------------------------------------------------
-
-
-def versus(*pairs):
-    """Tests 'a < b' of arms: {label: contrast}."""
-    return {f"{a} < {b}": {a: 1, b: -1} for a, b in pairs}
-
-
-COST = ("val_loss", "reached", "seconds_to", "state_bytes", "opt_share", "ns_share")
-SHARES = dict(never=",never", formula="", all=",last100") | {
-    f"last {x} %": f",last{x}" for x in (5, 10, 20, 40, 70)}
-OTHER_TIMES = {  # and the steps that cost as much as 240 of 25 to 75 %, from prune_at
-    "0 to 50 %": ("prune0_50", 316), "50 to 100 %": ("prune50_100", 164),
-    "at the end": ("prune100_100", 78), "from the start": ("prune0_0", 389)}
-TUNE = ("lr", 2.0, "tune_loss")          # validation rows that no other number comes from
-CLAIMS = dict(
-    normuon=Claim(
-        "NorMuon needs fewer steps than Muon, and Muon fewer than AdamW, to the same validation loss",
-        "2510.05491: 21.74 % more efficient than Adam and 11.31 % than Muon at 1.1 B parameters",
-        {"AdamW, one lr": "pretrain,adamw,race,one_lr", "AdamW": "pretrain,adamw,race",
-         "NorMuon": "pretrain,normuon,race,lr12e3", "Muon": "pretrain,muon,race,lr12e3",
-         "Muon, no NS": "pretrain,muon,race,no_ns,lr12e3",
-         "SOAP": "pretrain,soap,race", "Shampoo": "pretrain,shampoo,race",
-         "Dion": "pretrain,dion,race",
-         "Lion": "pretrain,lion,race", "sign-SGD": "pretrain,signsgd,race",
-         "Adam-mini": "pretrain,adam_mini,race"},
-        "steps_to", versus(("NorMuon", "Muon"), ("Muon", "AdamW"), ("NorMuon", "AdamW"),
-                           ("NorMuon", "Muon, no NS")),
-        better="lower", also=COST, tune=TUNE, curve="val_loss"),
-    lowrank=Claim(
-        "Fira, APOLLO and FRUGAL reach a lower loss than GaLore with no more state; "
-        "APOLLO-Mini beats sign-SGD",
-        "2410.01623, 2412.05270, 2411.07837: each reports lower perplexity than GaLore in pre-training",
-        {"AdamW": "pretrain,adamw,race", "GaLore": "pretrain,galore,race,every40",
-         "GaLore, random": "pretrain,galore,race,every40,random_basis",
-         "Fira": "pretrain,fira,race,every40",
-         "APOLLO": "pretrain,apollo,race,every40",
-         "APOLLO-Mini": "pretrain,apollo_mini,race,every40",
-         "FRUGAL, columns": "pretrain,frugal_columns,race,every40",
-         "FRUGAL, blocks": "pretrain,frugal,race,every40",
-         "GradNormLoRP": "pretrain,gradnormlorp,race,every40",
-         "Q-GaLore, int8": "pretrain,qgalore,race,every40",
-         "sign-SGD": "pretrain,signsgd,race"},
-        "val_loss", versus(("Fira", "GaLore"), ("APOLLO", "GaLore"), ("FRUGAL, columns", "GaLore"),
-                           ("APOLLO-Mini", "sign-SGD"), ("GaLore", "GaLore, random"))
-        | {"Q-GaLore < 1.02 GaLore": {"Q-GaLore, int8": 1, "GaLore": -1.02}},
-        better="lower", also=("steps_to", *COST[1:]), tune=TUNE, curve="val_loss"),
-    lion=Claim(
-        "Lion with decay λ keeps every weight of the matrices within 1/λ, "
-        "and fills that box when it is small",
-        "2310.05898: Lion minimises the loss subject to |W|_inf <= 1/λ",
-        {f"{name}, λ {x}": f"pretrain,{name.lower()},race,decay{x},lr1e3" for name, x in (
-            ("Lion", 3), ("Lion", 10), ("Lion", 30), ("AdamW", 30), ("Muon", 30))},
-        "box", {f"Lion, λ {x}: inside": {f"Lion, λ {x}": 1, "": -1.001} for x in (3, 10, 30)}
-        | {"Lion, λ 30: the wall is reached": {"Lion, λ 30": -1, "": 0.95}},
-        better="lower", also=("at_wall", "val_loss")),
-    eco=Claim(
-        "ECO trains weights that exist only in 4 bits to within 1 % of float32, "
-        "where plain rounding is worse",
-        "2601.22101: matches training with master weights from 30 M to 2.1 B parameters (second-hand)",
-        {"AdamW, float32": "pretrain,adamw,race", "ECO, int4": "pretrain,eco,race,int4",
-         "AdamW, int4, stochastic": "pretrain,adamw,race,int4",
-         "AdamW, int4, nearest": "pretrain,adamw,race,int4,nearest",
-         "ECO, int4, nearest": "pretrain,eco,race,int4,nearest"},
-        "val_loss", {"ECO < 1.01 float32": {"ECO, int4": 1, "AdamW, float32": -1.01}}
-        | versus(("ECO, int4", "AdamW, int4, stochastic"),
-                 ("AdamW, int4, stochastic", "AdamW, int4, nearest")),
-        better="lower", also=("steps_to", *COST[1:]), tune=TUNE),
-    hft=Claim(
-        "Half fine-tuning forgets less than full fine-tuning at the same learning rate",
-        "2404.18466: less forgetting, and no worse on the new task (second-hand)",
-        {f"{name}, lr {lr}": f"{preset},forget,{key}"
-         for lr, key in (("3e-4", "lr3e4"), ("1e-3", "lr1e3"), ("3e-3", "lr3e3"))
-         for name, preset in (("full", "adamw"), ("HFT", "hft"))},
-        "watch_loss", versus(*((f"HFT, lr {lr}", f"full, lr {lr}")
-                               for lr in ("3e-4", "1e-3", "3e-3"))),
-        better="lower", also=("val_loss",)),
-    qat=Claim(
-        "At 2 bits rounding weights in the last steps of training beats rounding them at the end, "
-        "and the paper's share of the steps is as good as any",
-        "2509.22935: the optimal share follows from tokens per byte of weights, exp(-6.73 / ln S)",
-        {f"{name}, 2 bits": f"pretrain,adamw,race,qat,calm,long,bits2{preset}"
-         for name, preset in SHARES.items()}
-        | {f"{name}, 4 bits": f"pretrain,adamw,race,qat,calm,long{SHARES[name]}"
-           for name in ("never", "formula", "last 20 %", "all")}
-        | {f"last {x} %, cooldown 30 %, 2 bits": f"pretrain,adamw,race,qat,calm,long,bits2,last{x},apart"
-           for x in (20, 40)},
-        "saved_loss", versus(("last 20 %, 2 bits", "never, 2 bits"),
-                             ("last 20 %, 2 bits", "all, 2 bits"),
-                             *(("formula, 2 bits", f"{x}, 2 bits") for x in (
-                                 "last 5 %", "last 10 %", "last 20 %", "last 40 %", "last 70 %",
-                                 "all")),
-                             ("last 20 %, 4 bits", "never, 4 bits"),
-                             ("last 20 %, 4 bits", "all, 4 bits")),
-        better="lower", also=("val_loss", "quantised")),
-    lowbit=Claim(
-        "Training with all products in INT8 costs nothing, in MXFP4 less with Quartet than without",
-        "2501.02625, 2505.14669: INT8 and MXFP4 training near full precision from 30 M parameters up",
-        {"float32": "pretrain,adamw,race,calm,light",
-         **{f"HALO {level}, {name}": f"pretrain,adamw,race,halo,calm,light,level{level}{preset}"
-            for name, preset in (("INT8", ""), ("FP6", ",fp6")) for level in (0, 1, 2)},
-         "MXFP4": "pretrain,adamw,race,halo,calm,light,level0,mxfp4",
-         "Quartet": "pretrain,adamw,race,quartet,calm,light",
-         "Quartet, nearest backward": "pretrain,adamw,race,quartet,calm,light,backward_nearest",
-         "Quartet, floored scale": "pretrain,adamw,race,quartet,calm,light,floored"},
-        "val_loss", {"HALO 2, INT8 < 1.005 float32": {"HALO 2, INT8": 1, "float32": -1.005}}
-        | versus(("HALO 1, FP6", "HALO 0, FP6"), ("Quartet", "MXFP4"),
-                 ("Quartet", "Quartet, floored scale"), ("Quartet", "Quartet, nearest backward")),
-        better="lower", also=("saved_loss",)),
-    lost=Claim(
-        "LOST's initialisation, its dense columns and φ each help at equal parameters",
-        "2508.02668: better than low-rank pre-training at equal memory, close to full rank (second-hand)",
-        {"dense": "pretrain,adamw,race,calm"}
-        | {f"{a}, {b}, {c}": f"pretrain,adamw,race,lost,calm{x}{y}{z}"
-           for a, x in (("SVD", ""), ("random", ",from_random"))
-           for b, y in (("columns", ""), ("no columns", ",no_columns"))
-           for c, z in (("φ", ""), ("no φ", ",no_phi"))},
-        "val_loss", versus(*(("SVD, columns, φ", x)
-                             for x in ("random, columns, φ", "SVD, no columns, φ",
-                             "SVD, columns, no φ", "random, no columns, no φ"))),
-        better="lower"),
-    sparse=Claim(
-        "Pruning between 25 and 75 % of the compute beats other times at equal compute, "
-        "and costs what a dense model of the average size does at equal tokens, too",
-        "2501.12486: 25 to 75 % is near the best; one scaling law with the average size (abstract)",
-        {"25 to 75 %": "pretrain,adamw,race,journey,calm,deep,sparsity80",
-         "dense, average size": "pretrain,adamw,race,calm,shallow",
-         "dense": "pretrain,adamw,race,calm,deep"}
-        | {name + said: f"pretrain,adamw,race,journey,calm,deep,sparsity80,{preset}{length}"
-           for name, (preset, steps) in OTHER_TIMES.items() for said, length in (
-               ("", f",steps{steps}"), (", equal tokens", ""))},
-        "val_loss", versus(*(("25 to 75 %", name + said) for name in OTHER_TIMES for said in (
-            "", ", equal tokens")))
-        | {"25 to 75 % < 1.01 dense, average size": {"25 to 75 %": 1,
-                                                     "dense, average size": -1.01}},
-        better="lower"))
-
 # --- data -----------------------------------------------------------------------------------------
 
 
@@ -852,11 +715,12 @@ def configured(presets, like="", **changes):
 
 
 def fingerprint(c, f):
-    """Eight digits of a run's settings and of the base it starts from."""
-    said = repr(sorted(settings(replace(c, device=""), f).items()))
+    """Eight digits of what makes a base: the settings that differ from their defaults and change a
+    result, the code that trains it, the base that it starts from."""
+    mark = repr(sorted(changed(c, f).items())) + code_of("sft", c, AXES)
     if c.init.startswith("base:"):
-        said += fingerprint(*configured(c.init.removeprefix("base:"), c.config)[2])
-    return hashlib.sha256(said.encode()).hexdigest()[:8]
+        mark += fingerprint(*configured(c.init.removeprefix("base:"), c.config)[2])
+    return hashlib.sha256(mark.encode()).hexdigest()[:8]
 
 
 def base(presets, like="", **changes):
@@ -1331,7 +1195,7 @@ def train(c, f):
 
 def main(argv=None):
     """python sft.py …: see the docstring above, or --help."""
-    return launch("sft", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers, ranks=True)
+    return launch("sft", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
 
 
 if __name__ == "__main__":

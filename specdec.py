@@ -55,8 +55,8 @@ from data.decoding import at_cost, numbers, tabled, voted
 from data.drafting import COLUMNS, Lookup, Tally, first_difference, line
 from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from data.run import (Claim, Count, Positive, Range, Run, Share, UserError, batch_indices,
-                      checkpoint, cli, clock, in_parts, launch, needs)
+from data.run import (Count, Positive, Range, Run, Share, UserError, batch_indices,
+                      checkpoint, cli, clock, launch, needs)
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset,
                    save, tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
@@ -1303,47 +1303,12 @@ def train(c, f):
         return run.finish(**told)
 
 
-# --- 11 claims ------------------------------------------------------------------------------------
-
-CELLS = {f"{name} {size}": f"{preset}draft{size}"
-         for name, preset in (("text", ""), ("docstrings", "docs,")) for size in (64, 32)}
-DRAFTS = {"KD": "distillspec,arena", "AdaSPEC": "adaspec,arena",
-          "KD, 2.5x": "distillspec,arena,wide", "AdaSPEC, 2.5x": "adaspec,arena,wide"}
-CONTROLS = {"random, 2.5x": "adaspec,arena,wide,by_chance",
-            "smallest, 2.5x": "adaspec,arena,wide,smallest_gap"}
-TOLD = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup",
-        "draft_predicted")
-
-
-def over(part, cells, ours, theirs):        # tests: ours above theirs in each cell
-    return {f"{part}: {cell}": {f"{cell}, {ours}": 1, f"{cell}, {theirs}": -1} for cell in cells}
-
-
-CLAIMS = dict(
-    adaspec=Claim(
-        "A draft distilled on the tokens with most left to learn is accepted more often than one distilled "
-        "on all, at the paper's budgets and at equal data",
-        "2510.19779: acceptance of DistillSpec -> AdaSPEC: GSM8K 57.6 -> 62.6, CNN/DailyMail 73.1 -> 74.2, "
-        "XSum 47.2 -> 49.1 % (Pythia, 3 epochs); the code gives AdaSPEC 2.5 times the data",
-        {f"{cell}, {arm}": f"{presets},{config}" for cell, config in CELLS.items()
-         for arm, presets in (
-            DRAFTS | (CONTROLS if cell == "docstrings 64" else {})).items()},
-        "overlap",
-        over("paper's budgets", CELLS, "AdaSPEC, 2.5x", "KD")
-        | over("equal data", CELLS, "AdaSPEC, 2.5x", "KD, 2.5x")
-        | over("same batch", CELLS, "AdaSPEC", "KD")
-        | over("selection", ["docstrings 64"], "AdaSPEC, 2.5x", "random, 2.5x")
-        | over("order", ["docstrings 64"], "AdaSPEC, 2.5x", "smallest, 2.5x"),
-        also=TOLD, conclude=in_parts("paper's budgets", "equal data", "same batch", "selection",
-                                     "order")),
-)
-
 # --- main -----------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, CLAIMS, __doc__, train, argv, readers)
+    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
 
 
 if __name__ == "__main__":

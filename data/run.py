@@ -1,34 +1,33 @@
 """
-run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints,
-claims).
+run.py - what goes into a run (configuration) and what comes out of it (log, curve, checkpoints).
 
-    c, f = configure(Config, PRESETS, AXES, __doc__)  # defaults < --config a,b,my.toml < --key
-    value
-    with Run(c, f, "sft", CURVES) as run:             # out/sft/<name>: run.json, log.jsonl,
-    curve.png, step-*
-        for step in run.steps(c.steps): ...; run.log(step, loss=...); run.save(step, write, **state)
+    c, f = configure(Config, PRESETS, AXES, __doc__)   # defaults < --config a,b,k=v < --key value
+    with Run(c, f, "sft", CURVES) as run:              # out/sft/<name>: run.json, log.jsonl, step-*
+        for step in run.steps(c.steps):
+            run.log(step, loss=...)
+            run.save(step, write, **state)
 
-Map      1 errors   2 what a value may be   3 configure   4 several ranks   5 files   6 the run's
-folder
-         7 the curve   8 claims
+Map      1 errors   2 what a value may be   3 configure   4 several ranks   5 files
+         6 the run's folder   7 the curve   8 a script's source: chapters, --eject   9 its main
 Promise  Only files that this run made, by exact name, are ever removed or replaced; a folder that
-holds
-         anything else is refused. What is saved is finite. One run has one process.
+         holds anything else is refused. What is saved is finite. One run has one process.
 """
+import ast
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,6 @@ import textwrap
 import time
 import tomllib
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,29 +238,45 @@ def parse(argv, fields):
     return pairs
 
 
-def layer(name, presets):
-    """One --config entry, a preset's name or a TOML file's path, as a dict of keys."""
-    if name.endswith(".toml"):
-        if Path(name).exists() and not Path(name).is_file():
-            raise UserError(f"{name} is no TOML file: give a text file in UTF-8")
-        try:
-            row = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no config file {name}: check the path") from None
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{name} is no TOML file ({e}): give a text file in UTF-8") from None
-        except tomllib.TOMLDecodeError as e:
-            raise UserError(f"{name} is not valid TOML: {e}") from None
-        for key, value in row.items():
-            if not isinstance(value, (bool, int, float, str)):
-                raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, false "
-                                "or a text")
+def read_toml(name):
+    """A TOML file of settings as a dict of keys."""
+    if Path(name).exists() and not Path(name).is_file():
+        raise UserError(f"{name} is no TOML file: give a text file in UTF-8")
+    try:
+        row = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {name}: check the path") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{name} is no TOML file ({e}): give a text file in UTF-8") from None
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{name} is not valid TOML: {e}") from None
+    for key, value in row.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, "
+                            "false or a text")
+    return row
+
+
+def layer(name, presets, axes):
+    """One --config entry, as a dict of keys: a preset's name, a TOML file's path, key=value, or the
+    name of a row that only one axis has (`ipo` for loss=ipo)."""
+    key, equals, value = name.partition("=")
+    if equals or name.endswith(".toml"):
+        row = {key.replace("-", "_"): value} if equals else read_toml(name)
         for key in row.keys() & {"config", "resume"}:
-            raise UserError(f"{name}: {key} belongs on the command line, not in a file")
+            raise UserError(f"{name}: {key} belongs on the command line, not in "
+                            + ("--config" if equals else "a file"))
         return row
-    if name not in presets:
-        raise UserError(f"no preset {name!r}{nearest(name, presets)}")
-    return presets[name]
+    if name in presets:
+        return presets[name]
+    owners = [axis for axis, rows in axes.items() if name in rows and name != "PATH"]
+    if len(owners) == 1:
+        return {owners[0]: name}
+    if owners:
+        raise UserError(f"{name!r} is no preset, but a row of {' and '.join(owners)}: write "
+                        f"--config {owners[0]}={name}")
+    rows = {row for table in axes.values() for row in table}
+    raise UserError(f"no preset {name!r}{nearest(name, [*presets, *rows])}")
 
 
 def bind(axis, rows, row, values):
@@ -276,6 +290,36 @@ def bind(axis, rows, row, values):
         value = values.get(f"{axis}.{key}", values.get(key, default))
         numbers[key] = cast(key, value, default, kinds(fn).get(key))
     return partial(fn, **numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """What every run has; a script's Config adds its own, and gives a default where it has
+    another."""
+    config: str = ""             # presets, TOML files and key=value, left to right
+    data: str = ""               # what it learns from or is measured on
+    init: str = ""               # the checkpoint to start from; base:PRESETS makes it first
+    out: str = ""                # run folder (default out/<script>/<presets>)
+    seed: int = 0                # of initialisation, data order and sampling
+    device: str = "auto"         # cpu or cuda
+    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
+    keep: Count = 2              # checkpoints to keep
+    resume: bool = False         # go on from the newest checkpoint of the run folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Common):
+    """What every run has that takes optimizer steps."""
+    chat: bool = False           # wrap prompts in the checkpoint's chat template
+    steps: int = 0               # optimizer steps, or iterations
+    micro: Count = 64            # rows a forward pass: lower it if memory runs out, results stay
+    lr: Positive = 1e-3          # peak learning rate
+    warmup: int = 0              # steps of linear warm-up
+    eval_every: Count = 20       # steps between evaluations
+    save_every: Count = 200      # steps between checkpoints
+    stop: int = 0                # pause after this step (0: no); --resume goes on
+    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 (autocast, default on CUDA)
+    compile: bool = False        # torch.compile the model that is trained
 
 
 def configure(Config, presets, axes, doc="", argv=None, readers=None):
@@ -297,9 +341,9 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
     names = [n for k, v in given if k == "config" for n in v.split(",") if n]
     values, typed = {}, {k for k, _ in given}  # typed: keys that the user wrote, which must be read
     for name in names:
-        row = layer(name, presets)
+        row = layer(name, presets, axes)
         values |= row
-        typed |= set(row) if name.endswith(".toml") else set()
+        typed |= set() if name in presets else set(row)
     values |= dict(given) | dict(config=",".join(names))
 
     resolved = {k: cast(k, values.pop(k, x.default), x.default, x.type) for k, x in fields.items()}
@@ -333,29 +377,41 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
     return c, f
 
 
+def comments_of(Config):
+    """{field: its comment}, of the Config and of what it adds to."""
+    out = {}
+    for kind in reversed([x for x in Config.__mro__ if dataclasses.is_dataclass(x)]):
+        out |= dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(kind), re.M))
+    return out
+
+
 def help_text(Config, presets, axes, doc):
-    """--help: the script's docstring, fields with comments and defaults, presets, each row's
-    arguments."""
-    comments = dict(re.findall(r"^ +(\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    lines = [inspect.cleandoc(doc or ""), "", "options (--key value):"]
+    """--help: the script's docstring, the map of its chapters, fields with comments and defaults,
+    presets, each row's arguments."""
+    comments, lines = comments_of(Config), [inspect.cleandoc(doc or ""), ""]
+    text = Path(inspect.getsourcefile(Config)).read_text()
+    lines += [f"{names:<14} {about}" for names, about in headings(text)]
+    lines += ["", "options (--key value, or key=value inside --config):"]
     lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}"
               for x in dataclasses.fields(Config)]
-    lines += ["",
-              "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, instead of one run"]
-    lines += ["", "presets (--config a,b or a .toml file, left to right):"]
-    lines += [f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items())
-              for name, row in presets.items()]
+    lines += ["", "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, not one run",
+              "  --eject FILE: write this configuration as a script of its own, and stop"]
+    lines += ["", "presets (--config a,b,file.toml,key=value, left to right):"]
+    for name, row in presets.items():
+        lines.append(f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items()))
     for axis, rows in axes.items():
         lines += ["", f"--{axis}, and what each reads:" if axis in comments else f"{axis}:"]
-        for row, fn in rows.items():
-            first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
-            shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v
-                     for k, v in hyper(fn).items()}
-            takes = {k: f" ({'|'.join(map(str, get_args(x))) or x.text})"
-                     for k, x in kinds(fn).items()}
-            lines.append(f"  {row:<12} {first}  " + " ".join(
-                f"--{k} {v}{takes.get(k, '')}" for k, v in shown.items()))
+        lines += [help_of_row(row, fn) for row, fn in rows.items()]
     return "\n".join(lines)
+
+
+def help_of_row(row, fn):
+    """A row's line of --help: its function's first sentence and arguments."""
+    first = " ".join((inspect.getdoc(fn) or "").split("\n\n")[0].split())
+    takes = {k: f" ({'|'.join(map(str, get_args(x))) or x.text})" for k, x in kinds(fn).items()}
+    shown = {k: repr(v) if isinstance(v, str) and "\n" in v else v for k, v in hyper(fn).items()}
+    return f"  {row:<12} {first}  " + " ".join(
+        f"--{k} {v}{takes.get(k, '')}" for k, v in shown.items())
 
 
 # --- several ranks --------------------------------------------------------------------------------
@@ -683,15 +739,28 @@ def source():
 
 FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")         # torch.save's words
 FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config",
-        "micro", "compile"}               # may change on --resume
+        "micro", "compile"}      # may change on --resume
 
 
 def settings(c, f):
     """All that decides a run's numbers, as JSON holds it: the Config's fields and each axis's
     arguments."""
-    return json.loads(json.dumps(dataclasses.asdict(c) |
-                                 {f"{axis}.{k}": v for axis, fn in vars(f).items()
-                                  for k, v in fn.keywords.items()}))
+    bound = {f"{axis}.{k}": v for axis, fn in vars(f).items() for k, v in fn.keywords.items()}
+    return json.loads(json.dumps(dataclasses.asdict(c) | bound))
+
+
+def defaults(c, f):
+    """settings() of a run of the same rows that gives no value of its own."""
+    bound = {f"{axis}.{k}": v for axis, fn in vars(f).items() for k, v in hyper(fn.func).items()}
+    fields = {x.name: x.default for x in dataclasses.fields(c)}
+    return json.loads(json.dumps(fields | bound))
+
+
+def changed(c, f):
+    """The settings that differ from their defaults and change a result: what a base is known by."""
+    usual = defaults(c, f) | dict(dtype="float32")
+    return {k: v for k, v in settings(c, f).items()
+            if v != usual[k] and (k == "steps" or k not in FREE)}
 
 
 class Run:
@@ -711,7 +780,7 @@ class Run:
         self.quiet, self.began, self.created = rank() > 0, False, []
         self.state, self.start, self.last = None, 0, None
         self.at = 0                                            # steps of a run's earlier stages
-        self.release, rows = (lambda: None), []
+        self.release, rows, self.usual = (lambda: None), [], defaults(c, f)
         self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, marks={},
                          command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
                          source=source(), process=f"{os.getpid()} on {platform.node()}",
@@ -812,7 +881,7 @@ class Run:
         did."""
         if (old.get("script") or self.info["script"]) != self.info["script"]:
             raise UserError(f"--resume: that run is one of {old['script']}.py")
-        was, new = old["config"], self.info["config"]
+        was, new = self.usual | old["config"], self.info["config"]     # fields since added: at rest
         for key in sorted(new.keys() | was.keys()):
             if key not in FREE and was.get(key) != new.get(key):
                 raise UserError(f"--resume: {key} was {was.get(key)!r} and is now {new.get(key)!r}; "
@@ -1072,7 +1141,352 @@ def draw(folder, curves):
     plt.close(fig)
 
 
-# --- claims ---------------------------------------------------------------------------------------
+# --- a script's source: its chapters, what a run reaches of it, --eject ---------------------------
+
+
+HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
+SIZES = ("tiny",)                        # presets of size: they go with every method
+HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
+
+
+def headings(text):
+    """[(names, what it says)] of a script's chapters."""
+    return [(m[1], m[2]) for line in text.splitlines() if (m := HEADING.match(line))]
+
+
+class Unit:
+    """A statement at the top level of a module: what it defines, what it uses, its source.
+
+    rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value.
+    """
+
+    def __init__(self, node, first):
+        self.node, self.first, self.last = node, first, node.end_lineno
+        self.defines, self.rows = set(), []
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            self.defines = {node.name}
+        elif imports(node):
+            self.defines = {(x.asname or x.name).partition(".")[0] for x in node.names}
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                self.assign(target, node.value)
+        else:
+            self.defines = {x.id for x in ast.walk(node)
+                            if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
+        self.uses = set() if self.rows else names_in(node)
+
+    def assign(self, target, value):
+        """Note what an assignment defines: names, or rows of tables."""
+        if isinstance(target, ast.Tuple):
+            same = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+            for i, x in enumerate(target.elts):
+                self.assign(x, value.elts[i] if same else value)
+        elif isinstance(target, ast.Name):
+            self.defines.add(target.id)
+        elif isinstance(target, ast.Subscript) and isinstance(target.value,
+                                                              (ast.Name, ast.Attribute)):
+            key = target.slice.value if isinstance(target.slice, ast.Constant) else None
+            self.rows.append((last_name(target.value), key, value))
+
+    def parameters(self):
+        """The positional arguments of the functions in it: what they ask the loop for."""
+        found = [x for x in ast.walk(self.node) if isinstance(x, ast.FunctionDef)]
+        return {a.arg for x in found for a in x.args.args}
+
+
+def imports(node):
+    """Whether a statement is an import."""
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def last_name(node):
+    """RULES of RULES and of optim.RULES."""
+    return node.id if isinstance(node, ast.Name) else node.attr
+
+
+def names_in(node):
+    """The names that a piece of syntax reads, and "module.name" of attributes of a name."""
+    out = {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}
+    return out | {f"{x.value.id}.{x.attr}" for x in ast.walk(node)
+                  if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)}
+
+
+@functools.lru_cache(64)
+def units_of(text):
+    """The statements of a module's text, each with the comments that stand right before it."""
+    tree, lines, out, after = ast.parse(text), text.splitlines(), [], 0
+    for node in tree.body:
+        first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
+        while first - 2 >= after and re.match(r"#(?! (===|---))", lines[first - 2]):
+            first -= 1
+        out.append(Unit(node, first))
+        after = node.end_lineno
+    return out
+
+
+def table_rows(unit, tables):
+    """{key: value} of a statement TABLE = dict(key=value, …) of one of the tables, else None."""
+    if not (unit.defines & tables.keys() and isinstance(unit.node, ast.Assign)):
+        return None
+    call = unit.node.value
+    if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "dict"):
+        return None
+    return {x.arg: x.value for x in call.keywords if x.arg}
+
+
+def reach(text, roots, tables, values=()):
+    """What of a module the roots (names) come to: ({index of unit: kept rows or None}, names used).
+
+    tables: {an axis's table: the row that is used}; of another table that chapters fill, a row is
+    kept if a function that is kept has an argument of its name, or it is among `values`.
+    """
+    units, kept, names, asked = units_of(text), {}, set(roots), set(values)
+    while True:
+        before = len(kept), len(names), len(asked), sum(len(x or ()) for x in kept.values())
+        for i, unit in enumerate(units):
+            rows = [x for x in unit.rows if x[0] in names and row_is_used(x, tables, asked)]
+            if rows:
+                kept[i] = rows
+                names |= set().union(*(names_in(value) for *_, value in rows))
+            elif unit.defines & names:
+                own = table_rows(unit, tables)
+                if own is None:
+                    kept[i] = None
+                    names |= unit.uses
+                else:
+                    table = next(iter(unit.defines))
+                    kept[i] = [(table, k, v) for k, v in own.items() if k == tables[table]]
+                    names |= set().union(*(names_in(v) for _, _, v in kept[i]))
+                asked |= unit.parameters()
+        if before == (len(kept), len(names), len(asked), sum(len(x or ()) for x in kept.values())):
+            return kept, names
+
+
+def row_is_used(row, tables, asked):
+    """Whether a run reads TABLE["key"] = …: the row of its axis, or a name that something asks
+    for."""
+    table, key, _ = row
+    if table in tables:
+        return tables[table] == key
+    return key in SIZES if table == "PRESETS" else key is None or key in asked
+
+
+def tables_of(text, c, axes):
+    """{name of an axis's table: the row that this run uses}, read from AXES = dict(axis=TABLE,
+    …)."""
+    out = {}
+    for unit in units_of(text):
+        if "AXES" in unit.defines:
+            for x in unit.node.value.keywords:
+                if isinstance(x.value, (ast.Name, ast.Attribute)):
+                    out[last_name(x.value)] = getattr(c, x.arg, next(iter(axes[x.arg])))
+    return out
+
+
+def without_prose(node):
+    """A statement's syntax tree as text, without docstrings: comments and line breaks are not in
+    it."""
+    node = copy.deepcopy(node)
+    for x in ast.walk(node):
+        body = getattr(x, "body", None)
+        if isinstance(body, list) and len(body) > 1 and isinstance(body[0],
+                                                                   ast.Expr) and isinstance(
+                body[0].value, ast.Constant):
+            del body[0]
+    return ast.dump(node)
+
+
+def code_of(script, c, axes, root="train"):
+    """A hash of the code that a run of `script` goes through, in it and in the modules below it."""
+    home = Path(__file__).parent.parent
+    tables = tables_of((home / f"{script}.py").read_text(), c, axes)
+    values = {x for x in dataclasses.asdict(c).values() if isinstance(x, str)}
+    return code_reached(home, script, root, tuple(sorted(tables.items())), frozenset(values))
+
+
+@functools.lru_cache
+def code_reached(home, script, root, tables, values):
+    """code_of, of the rows of tables that are used and the values that name rows of others."""
+    tables, done, mark = dict(tables), {}, hashlib.sha256()
+    todo = [(script, {root, *tables})]
+    while todo:
+        module, roots = todo.pop()
+        path = home / f"{module.replace('.', '/')}.py"
+        if not path.exists() or module == "data.run" or roots <= done.get(module, set()):
+            continue
+        done[module] = done.get(module, set()) | roots
+        kept, names = reach(path.read_text(), done[module] - APART, tables, values)
+        units = units_of(path.read_text())
+        todo += [x for i in kept for x in imports_of(units[i].node, names)]
+    for module in sorted(done):
+        path = home / f"{module.replace('.', '/')}.py"
+        kept, _ = reach(path.read_text(), done[module] - APART, tables, values)
+        units = units_of(path.read_text())
+        for i in sorted(kept):
+            if not units[i].defines & APART and not imports(units[i].node):
+                rows = kept[i]
+                mark.update(without_prose(units[i].node).encode() if rows is None else
+                            "".join(f"{t} {k} {ast.dump(v)}" for t, k, v in rows).encode())
+    return mark.hexdigest()
+
+
+def imports_of(node, names):
+    """[(module, names of it)] that an import statement brings to code that uses `names`."""
+    if isinstance(node, ast.ImportFrom):
+        wanted = [x for x in node.names if (x.asname or x.name) in names]
+        inside = {x.name for x in wanted}
+        below = [(f"{node.module}.{x.name}", attributes(x.asname or x.name, names)) for x in wanted]
+        return [(node.module, inside), *below]
+    if isinstance(node, ast.Import):
+        return [(x.name, attributes(x.asname or x.name, names)) for x in node.names]
+    return []
+
+
+def attributes(module, names):
+    """{name} of every "module.name" among names."""
+    return {x.partition(".")[2] for x in names if x.startswith(f"{module}.")}
+
+
+def eject(path, file, c, f, axes, options):
+    """Write the script of one configuration: what of `path` it uses, its values as defaults.
+
+    The file stands beside model.py, kernels.py, optim.py, sft.py and data/. Raises UserError if it
+    exists, or has no name for a script.
+    """
+    file = Path(file)
+    if file.suffix != ".py" or not file.stem.isidentifier():
+        raise UserError(f"--eject {file}: give the name of a script, for example {c.config or 'mine'}.py")
+    if file.exists():
+        raise UserError(f"--eject {file}: it is there already; choose another name")
+    text = path.read_text()
+    units, tables = units_of(text), tables_of(text, c, axes)
+    values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
+    kept, names = reach(text, {"train", "main", *tables}, tables, values)
+    lines = text.splitlines()
+    pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
+    for i in sorted(kept):
+        gap = "\n" * (not lines[units[i].first - 2].strip()) if imports(units[i].node) else ""
+        pieces.append((units[i].first, gap + source_of(units[i], kept[i], lines, names, c, f)))
+    for k, line in enumerate(lines, 1):                        # headings of what is left
+        if re.match(r"# (===|---)", line):
+            end = next((j for j, x in enumerate(lines[k:], k + 1) if re.match(r"# (===|---)", x)),
+                       len(lines) + 1)
+            if any(k < first < end for first, _ in pieces):
+                pieces.append((k, line))
+    pieces.append((len(lines) + 1, 'if __name__ == "__main__":\n    cli(main)'))
+    write_text(file, joined_pieces(sorted(pieces)))
+    print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
+          f"python {file} --config tiny shows that it turns")
+    return file
+
+
+def joined_pieces(pieces):
+    """The text of a script: two blank lines around definitions and headings, none between
+    imports."""
+    out, before = "", ""
+    for _, piece in pieces:
+        kind = piece.lstrip().split(None, 1)[0]
+        kind = "import" if kind in ("import", "from") else "big" if re.match(
+            r"(#.*\n)*(@|def |class |# (===|---)|if __name__)", piece) else "small"
+        gap = "" if not out else "\n" if kind == before == "import" else (
+            "\n\n\n" if "big" in (kind, before) else "\n")
+        out, before = out + gap + piece, kind
+    return out + "\n"
+
+
+def docstring_of(path, file, text, units, kept, c, options):
+    """The docstring of an ejected script: the method, its paper, where it comes from, the
+    letters."""
+    marks = [(i, m) for i, line in enumerate(text.splitlines(), 1) if (m := HEADING.match(line))]
+    ends = [i for i, _ in marks[1:]] + [len(text.splitlines()) + 1]
+    asked = {x.partition("=")[0] for x in c.config.split(",")}
+    used = [m for (i, m), end in zip(marks, ends) if any(i < units[k].first < end for k in kept)]
+    named = [m for m in used if asked & set(re.split(r", *", m[1]))] or used[:1]
+    doc = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
+    about = "; ".join(f"{m[1]} ({m[2]})" for m in named) or doc.splitlines()[0].partition(" - ")[2]
+    words = textwrap.wrap(f"{file.name} - {about}", 98)
+    given = " ".join(f"--{k} {v}" for k, v in options.items())
+    come = textwrap.wrap(f"Written by `python {path.name} {given} --eject {file.name}`, commit "
+                         f"{commit() or 'unknown'}: the spine and the chapters that it uses. It stands "
+                         "beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
+    rest = re.search(r"^(Letters|Watch)\b.*", doc, re.M | re.S)
+    runs = [f"    python {file.name}", f"    python {file.name} --config tiny"]
+    return "\n".join(['"""', *words, "", *runs, "", *come, *([rest[0].rstrip()] if rest else []),
+                      '"""'])
+
+
+def source_of(unit, rows, lines, names, c, f):
+    """A statement's text in an ejected script: rows, imports and defaults cut to what is used."""
+    node, text = unit.node, "\n".join(lines[unit.first - 1:unit.last])
+    if imports(node):
+        used = [x for x in node.names if (x.asname or x.name).partition(".")[0] in names]
+        words = ", ".join(f"{x.name} as {x.asname}" if x.asname else x.name for x in used)
+        words = words.replace("launch", "configure")           # the one name that main has changed
+        whole = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
+        if len(whole + words) <= 100:
+            return whole + words
+        return textwrap.fill(f"{whole}({words})", 100, subsequent_indent=" " * (len(whole) + 1))
+    if unit.defines == {"PRESETS"}:
+        rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
+        return "PRESETS = dict(" + ", ".join(segment(x, lines) for x in rows) + ")"
+    if unit.defines == {"main"}:
+        name = re.search(r'launch\(\s*"(\w+)"', text)[1]
+        return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
+                '--help."""\n    return train(*configure(Config, PRESETS, AXES, __doc__, argv, readers))')
+    if rows is not None and not unit.rows:
+        table = next(iter(unit.defines))
+        return f"{table} = dict(" + ", ".join(
+            f"{k}={segment(v, lines)}" for _, k, v in rows) + ")"
+    if rows is not None:
+        return "\n".join(f'{t}["{k}"] = {segment(v, lines)}' for t, k, v in rows)
+    if unit.defines == {"Config"}:
+        return config_with(node, unit, lines, c)
+    places = []
+    if isinstance(node, ast.FunctionDef):
+        mine = [fn for fn in vars(f).values() if fn.func.__name__ == node.name]
+        for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults):
+            if mine and mine[0].keywords[arg.arg] != hyper(mine[0].func)[arg.arg]:
+                places.append((default, mine[0].keywords[arg.arg]))
+    return replaced(unit, lines, places)
+
+
+def config_with(node, unit, lines, c):
+    """The Config's source with this run's values as its defaults; those of every run are added."""
+    own = {x.target.id: x for x in node.body if isinstance(x, ast.AnnAssign)}
+    places, more = [], []
+    for x in dataclasses.fields(c):
+        value = getattr(c, x.name)
+        if x.name in HERE or value == x.default:
+            continue
+        if x.name in own:
+            places.append((own[x.name].value, value))
+        else:
+            kind = x.type.__name__ if isinstance(x.type, type) else type(x.default).__name__
+            more.append(f"    {x.name}: {kind} = {literal(value)}")
+    return "\n".join([replaced(unit, lines, places), *more])
+
+
+def replaced(unit, lines, places):
+    """A statement's source with (syntax node, value) written in the nodes' places."""
+    out = [line.encode() for line in lines[unit.first - 1:unit.last]]
+    for node, value in sorted(places, key=lambda x: (x[0].lineno, x[0].col_offset), reverse=True):
+        i = node.lineno - unit.first
+        out[i] = out[i][:node.col_offset] + literal(value).encode() + out[i][node.end_col_offset:]
+    return b"\n".join(out).decode()
+
+
+def literal(value):
+    """A default as it stands in a script."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def segment(node, lines):
+    """The source of a piece of syntax."""
+    return ast.get_source_segment("\n".join(lines), node)
+
+
+# --- a script's main ------------------------------------------------------------------------------
 
 
 def report(run, before, after, look):
@@ -1086,41 +1500,40 @@ def report(run, before, after, look):
     run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
 
 
-def launch(script, Config, presets, axes, claims, doc, train, argv=None, readers=None, ranks=False):
-    """A script's main: train one run, or with --claim NAME [--seeds 5] [--jobs 0] every arm of a
-    claim.
+def claims_of(script):
+    """The module of a script's claims, tests/claims/<script>.py, loaded only when it is asked
+    for."""
+    tests = Path(__file__).parent.parent / "tests"
+    if not (tests / "claims" / f"{script}.py").exists():
+        raise UserError(f"--claim: the claims of {script}.py are in {tests}/claims/{script}.py, which "
+                        "is not there: take the folder tests/ along")
+    if str(tests) not in sys.path:
+        sys.path.append(str(tests))
+    return importlib.import_module(f"claims.{script}")
 
-    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other keys go to
-    every arm; those that an arm or the seeds set are refused. readers: see configure; ranks:
-    torchrun may start it.
+
+def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, ranks=False):
+    """A script's main: train one run, with --claim NAME every arm of a claim, or --eject FILE.
+
+    readers: see configure; ranks: torchrun may start it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
     options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
     if not ranks or "claim" in options:
         refuse_ranks(f"{script}.py" + " --claim" * ("claim" in options))
-    if "claim" not in options or "help" in options:
-        if "help" in options and claims:
-            print(f"claims (--claim NAME): {', '.join(claims)}\n")
-        return train(*setup(argv))
-    name = options.pop("claim")
-    if name not in claims:
-        raise UserError(f"no claim {name!r}{nearest(name, claims)}")
-    seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: at least 1, and 2 for an interval")
-    layers = [layer(n, presets) for n in options.get("config", "").split(",") if n] + [options]
-    fixed = {"seed", "out", "resume", "stop", *claims[name].tune[:1]} | {
-        k for arm in claims[name].arms.values() for n in arm.split(",") for k in presets[n]}
-    for key in {k for row in layers for k in row} & fixed:
-        raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
-                        "an arm would not be what its name says")
-    more = options.pop("config", "")
-    extra = [f"--{k}={v}" for k, v in options.items()]
-    for arm in claims[name].arms.values():                       # all options, before any arm runs
-        setup(["--config", ",".join(filter(None, (arm, more))), *extra])
-    return run_claim(name, claims[name], script, setup, train, seeds=seeds, jobs=jobs, extra=extra,
-                     config=more)
+    if "help" in options:
+        with contextlib.suppress(UserError):
+            print(f"claims (--claim NAME): {', '.join(claims_of(script).CLAIMS)}\n")
+    elif "claim" in options:
+        claims = claims_of(script).CLAIMS
+        return sys.modules["claims"].run_from_options(script, claims, setup, presets, train,
+                                                      options)
+    elif "eject" in options:
+        path = options.pop("eject")
+        c, f = setup([f"--{k}={v}" for k, v in options.items()])
+        return eject(Path(inspect.getsourcefile(Config)), path, c, f, axes, options)
+    return train(*setup(argv))
 
 
 def check_first_ratio(told, dtype):
@@ -1133,329 +1546,3 @@ def check_first_ratio(told, dtype):
     if off > limit:
         raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not the policy "
                         f"(another temperature, dtype or weights?)")
-
-
-T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-        2.201, 2.179, 2.160, 2.145, 2.131]
-
-
-def interval(values):
-    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for
-    one."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.inf
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
-
-
-def verdict(diffs, better="higher"):
-    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences
-    alone."""
-    mean, half = interval(diffs)
-    mean = mean if better == "higher" else -mean
-    return "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "undecided"
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must
-    exceed 0.
-
-    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1}
-    says that ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the
-    claim's. conclude({label: verdict}) may give the claim's own word; by default every test must
-    hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
-    "theirs|gold": …}.
-    """
-    text: str
-    paper: str
-    arms: dict
-    metric: str
-    tests: dict
-    better: str = "higher"
-    also: tuple = ()                 # further metrics to tabulate
-    conclude: object = None
-    tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
-    curve: str = ""  # a key of the log to draw against steps and seconds of training
-    sweep: tuple = ()  # (x's name, metrics): draw each arm's results "metric@x" against x
-
-
-def conclude_all(verdicts):
-    """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
-    words = set(verdicts.values())
-    return "holds" if words == {"holds"} else "does not hold" if "does not hold" in words else "undecided"
-
-
-def in_parts(*parts):
-    """A claim of several parts in one line: each part, and what the tests with its name in the
-    label say."""
-    return lambda verdicts: "; ".join(
-        f"{x}: {conclude_all({k: v for k, v in verdicts.items() if x in k})}" for x in parts)
-
-
-def gated(what, *parts):
-    """in_parts, and before it "what (gate: …: not met)" if a test whose label begins with gate is
-    not met."""
-    def conclude(verdicts):
-        gates = [k for k, v in verdicts.items() if k.startswith("gate") and v != "holds"]
-        told = in_parts(*parts)({k: v for k, v in verdicts.items() if not k.startswith("gate")})
-        return f"{what} ({'; '.join(gates)}: not met), {told}" if gates else told
-    return conclude
-
-
-def run_arm(job):
-    """One arm, one seed, in its own process: the run's result, from its folder if it is there
-    already."""
-    configure_arm, train, argv, folder, threads = job
-    c, f = configure_arm([*argv, "--out", folder])
-    path = Path(folder, "run.json")
-    old = read_json(path) if path.exists() else {}
-    if "result" in old and old["config"] == settings(c, f) and old["source"] == source():
-        return old["result"]
-    torch.set_num_threads(threads)
-    with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
-        if Path(folder).exists():  # by other code or settings, or unfinished
-            set_aside(folder)
-        return train(c, f)
-
-
-TUNING_SEED = 1000  # of data order and initialisation while tuning: never one that is reported
-
-
-def try_arm(job):
-    """run_arm, or {} for a run that diverged: the grid goes on without it."""
-    try:
-        return run_arm(job)
-    except UserError as e:
-        if "became" not in str(e):
-            raise
-        return {}
-
-
-def tune_arms(claim, configure_arm, job, pool, widest=6):
-    """Each arm's best value of claim.tune's key: {arm: {"value": x, "edge": bool, "grid": {x:
-    metric}}}.
-
-    Every arm starts from its preset's value, half and twice it (for ratio 2), all on TUNING_SEED;
-    while the best is at an end, the grid grows there, at most `widest` times: then edge says so.
-    Lower is better.
-    """
-    key, ratio, metric = claim.tune
-    centre = {arm: vars(configure_arm(["--config", config])[0])[key]
-              for arm, config in claim.arms.items()}
-    grids = {arm: {} for arm in claim.arms}
-    todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
-
-    def value(arm, i):
-        return float(f"{centre[arm] * ratio ** i:.3g}")
-
-    for _ in range(widest + 1):
-        jobs = [job(arm, TUNING_SEED, [f"--{key}={value(arm, i)}"], f"-{key}{value(arm, i)}")
-                for arm, i in todo]
-        with tqdm(total=len(jobs), desc=f"tuning {key}", dynamic_ncols=True) as bar:
-            for (arm, i), out in zip(todo, pool.map(try_arm, jobs)):
-                grids[arm][i] = out.get(metric, math.inf)
-                bar.set_postfix_str(f"{arm} {value(arm, i)}: {grids[arm][i]:.4g}")
-                bar.update()
-        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
-        todo = [(arm, best[arm] + side) for arm, grid in grids.items() for side in (-1, 1)
-                if best[arm] + side not in grid]
-        if not todo:
-            break
-    return {arm: dict(value=value(arm, best[arm]), edge=any(t[0] == arm for t in todo),
-                      grid={value(arm, i): x for i, x in sorted(grid.items())})
-            for arm, grid in grids.items()}
-
-
-def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
-              results="data/results"):
-    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and
-    picture.
-
-    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its
-    presets. Returns the JSON's dict.
-    """
-    Path("out/claims", name).mkdir(parents=True, exist_ok=True)
-    jobs = jobs or max(1, min(4, os.cpu_count() or 1))
-
-    def job(arm, seed, changes, tag=""):
-        presets = ",".join(filter(None, (claim.arms[arm], config)))
-        return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
-                f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
-                1 if jobs > 1 else torch.get_num_threads())
-
-    first = {config: arm for arm, config in reversed(claim.arms.items())}
-    runs = {arm: arm if claim.tune else first[config]
-            for arm, config in claim.arms.items()}                                     # who runs it
-    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
-    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
-          flush=True)
-    t0, got, tuned = time.time(), [], {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        if claim.tune:
-            tuned = tune_arms(claim, configure_arm, job, pool)
-        work = [job(arm, seed, [f"--{claim.tune[0]}={tuned[arm]['value']}"] if tuned else [])
-                for arm, seed in todo]
-        with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
-            for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
-                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {of(out, arm, claim.metric):.4g}")
-                bar.update()
-                got.append(out)
-    Path(results).mkdir(parents=True, exist_ok=True)
-    got = dict(zip(todo, got))
-    got = {(arm, seed): got[runs[arm], seed] for arm in claim.arms for seed in range(seeds)}
-    report = judge(name, claim, seeds, got)
-    report |= dict(tuned=tuned) if tuned else {}
-    if claim.curve:
-        logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
-        report["curve"] = {arm: mean_curve([logs[arm, s] for s in range(seeds)], claim.curve)
-                           for arm in claim.arms}
-        draw_curves(report, claim.curve, Path(results) / f"{name}_curves.png")
-    if claim.sweep:
-        report["sweep"] = sweep(claim, seeds, got)
-        draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
-    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
-                           + f" --config {config}" * bool(config) + "".join(f" {x}" for x in extra),
-                   commit=commit(), torch=torch.__version__,
-                   minutes=round((time.time() - t0) / 60, 1))
-    write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
-    draw_claim(report, Path(results) / f"{name}.png")
-    print(table(report), f"\n\n{report['verdict']}", flush=True)
-    return report
-
-
-def of(result, arm, metric):
-    """An arm's metric in the result of its run: its own "arm|metric" where several arms share the
-    run."""
-    key = f"{arm}|{metric}" if f"{arm}|{metric}" in result else metric
-    if key not in result:
-        raise UserError(f"the run of arm {arm!r} has no {metric!r}{nearest(metric, list(result))}")
-    return result[key]
-
-
-def judge(name, claim, seeds, got):
-    """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences,
-    verdict."""
-    metrics = (claim.metric, *claim.also)
-    values = {arm: {m: [of(got[arm, s], arm, m) for s in range(seeds)] for m in metrics}
-              for arm in claim.arms}
-
-    def value(key, s):
-        arm, _, metric = key.partition("|")
-        return of(got[arm, s], arm, metric or claim.metric) if arm else 1.0
-
-    tests, verdicts = [], {}
-    for label, weights in claim.tests.items():
-        diffs = [sum(w * value(key, s) for key, w in weights.items()) for s in range(seeds)]
-        mean, half = interval(diffs)
-        verdicts[label] = verdict(diffs, claim.better)
-        tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
-    arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
-            for arm, ms in values.items()}
-    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric,
-                better=claim.better,
-                seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms,
-                tests=tests)
-
-
-def table(report):
-    """The report as aligned text: mean ± 95 % per arm and metric, then the paired differences."""
-    metrics = list(next(iter(report["arms"].values())))
-    lines = ["", f"{'arm':<20}" + "".join(f"{m:>20}" for m in metrics)]
-    for arm, ms in report["arms"].items():
-        lines.append(f"{arm:<20}"
-                     + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}"
-                               for m in metrics))
-    side = "above" if report["better"] == "higher" else "below"
-    lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or of what "
-                 f"the label names; a label holds where its contrast is {side} 0")
-    lines += [f"{t['test']:<36}"
-              + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
-              for t in report["tests"]]
-    return "\n".join(lines)
-
-
-def mean_curve(logs, key):
-    """[[step, seconds, value]] of the steps at which every log has the key: means over the logs."""
-    rows = [{r["step"]: r for r in log if key in r} for log in logs]
-    steps = sorted(set.intersection(*(set(r) for r in rows)))
-    return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4)
-                     for k in ("seconds", key))]
-            for step in steps]
-
-
-def sweep(claim, seeds, got):
-    """{metric: {arm: [[x, mean, half width]]}} of the results "metric@x" (or "arm|metric@x") of a
-    claim."""
-    out = {}
-    for metric in claim.sweep[1]:
-        out[metric] = {}
-        for arm in claim.arms:
-            marks = (f"{arm}|{metric}@", f"{metric}@")
-            keys = [k for k in got[arm, 0] if k.startswith(marks[0])] or [
-                k for k in got[arm, 0] if k.startswith(marks[1])]
-            points = sorted((float(k.rpartition("@")[2]), k) for k in keys)
-            rows = [[x, *interval([got[arm, s][k] for s in range(seeds)])] for x, k in points]
-            out[metric] |= {arm: rows} if rows else {}
-    return out
-
-
-def draw_sweep(report, xlabel, path):
-    """One panel a metric, one line an arm, its 95 % interval shaded; x logarithmic where it spans
-    decades."""
-    plt = pyplot()
-    panels = {m: arms for m, arms in report["sweep"].items() if arms}
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False)
-    for ax, (metric, arms) in zip(axes[0], panels.items()):
-        for i, (arm, rows) in enumerate(arms.items()):
-            x, mean, half = zip(*rows)
-            ax.plot(x, mean, lw=1.4, marker="o", ms=3, label=arm, color=f"C{i % 10}",
-                    ls=("-", "--")[i // 10])
-            ax.fill_between(x, [m - h for m, h in zip(mean, half)],
-                            [m + h for m, h in zip(mean, half)],
-                            alpha=0.12, lw=0, color=f"C{i % 10}")
-        if min(x) > 0 and max(x) / min(x) > 30:
-            ax.set_xscale("log", base=2)
-        ax.set(xlabel=xlabel, ylabel=metric.replace("_", " "))
-    axes[0][-1].legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
-
-
-def draw_curves(report, key, path):
-    """The arms' mean curves, against steps and against seconds of training."""
-    plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
-    for i, (arm, points) in enumerate(report["curve"].items()):
-        for ax, x in zip(axes, (0, 1)):
-            ax.plot([p[x] for p in points], [p[2] for p in points], lw=1.4, label=arm,
-                    ls=("-", "--")[i // 10], color=f"C{i % 10}")
-    ends = sorted(p[2] for points in report["curve"].values() for p in points)
-    axes[0].set(xlabel="step", ylabel=key.replace("_", " "),
-                ylim=(ends[0] - 0.05, ends[int(0.8 * (len(ends) - 1))]))
-    axes[1].set(xlabel="seconds of training")
-    axes[1].legend(fontsize=7, ncol=2)
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
-
-
-def draw_claim(report, path):
-    """One dot a seed, mean and 95 % interval, a row an arm."""
-    plt = pyplot()
-    arms, m = report["arms"], report["metric"]
-    fig, ax = plt.subplots(figsize=(6.4, 0.32 * len(arms) + 1.2))
-    for y, (arm, ms) in enumerate(arms.items()):
-        ax.plot(ms[m]["values"], [y] * len(ms[m]["values"]), "o", ms=3, alpha=0.4, color="tab:gray")
-        ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3,
-                    color="tab:blue")
-    ax.set(yticks=range(len(arms)), yticklabels=list(arms),
-           xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
-           title=textwrap.fill(f"{report['claim']}, {report['seeds']} seeds: {report['verdict']}",
-                               60))
-    ax.invert_yaxis()
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)

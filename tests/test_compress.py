@@ -13,7 +13,7 @@ from conftest import DATA_DIR, close, merged, rand
 
 import compress
 from data import structure
-from data.run import UserError, configure, hyper
+from data.run import UserError, claims_of, configure, hyper
 from data.run import settings as settings_of
 from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear
@@ -534,7 +534,10 @@ def test_no_method_s_argument_hides_behind_an_option_of_every_run():
                 for row, fn in rows.items() if fields & set(hyper(fn))]
 
 
-@pytest.mark.parametrize("claim", compress.CLAIMS.values(), ids=compress.CLAIMS)
+CLAIMS = claims_of("compress").CLAIMS
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
 def test_every_arm_of_a_claim_is_a_configuration(claim):
     made = {arm: configure(compress.Config, compress.PRESETS, compress.AXES,
                            argv=["--config", config])

@@ -1,5 +1,6 @@
-"""How the house is built: spines, chapters, functions and lines of a size that can be understood at once; data/ that holds
-data; nobody who imports upwards. On every .py that is there, so that a copy of a script is held to the same."""
+"""How the house is built: spines, chapters, functions and lines of a size that can be understood at
+once; data/ that holds data; nobody who imports upwards. On every .py that is there, so that a copy
+of a script is held to the same."""
 import ast
 import re
 import symtable
@@ -12,14 +13,16 @@ TOP = sorted(ROOT.glob("*.py"))
 DATA = sorted(ROOT.glob("data/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
-CORE = {"srppo", "route", "adaspec", "openrubrics", "armor", "normuon", "slimmoe", "thinkrm", "nowag_p", "advrm"}
+CORE = {"srppo", "route", "adaspec", "openrubrics", "armor", "normuon", "slimmoe", "thinkrm",
+        "nowag_p", "advrm"}
 SPINE, CHAPTER, CORE_CHAPTER, DOCSTRING, FUNCTION, TRAIN, FIELDS, COLUMNS = 450, 80, 150, 25, 50, 120, 25, 100
 VAGUE = {"told", "have", "made", "said", "look", "s"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def parts(text):
-    """The pieces of a script: {"docstring", "spine", and each chapter's heading: number of lines}."""
+    """The pieces of a script: {"docstring", "spine", and each chapter's heading: number of
+    lines}."""
     tree, lines = ast.parse(text), text.splitlines()
     begin = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
     heads = [i for i, line in enumerate(lines) if HEADING.match(line)]
@@ -31,7 +34,8 @@ def parts(text):
 
 def too_long(text):
     """Lines over the columns, functions over their lines."""
-    wide = [f"line {i}: {len(x)} columns" for i, x in enumerate(text.splitlines(), 1) if len(x) > COLUMNS]
+    wide = [f"line {i}: {len(x)} columns" for i, x in enumerate(text.splitlines(), 1)
+            if len(x) > COLUMNS]
     long = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -42,7 +46,8 @@ def too_long(text):
 
 
 def blank_lines(text):
-    """Definitions at the top level that are not two blank lines from what is before and after them."""
+    """Definitions at the top level that are not two blank lines from what is before and after
+    them."""
     tree, lines, out = ast.parse(text), text.splitlines(), []
     kinds = (ast.FunctionDef, ast.ClassDef)
     for before, node in zip(tree.body, tree.body[1:]):
@@ -77,14 +82,16 @@ def closures(text):
 def vague(text):
     """Names that tell nothing."""
     tree = ast.parse(text)
-    names = {(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names = {(n.id, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.Name)
+             and isinstance(n.ctx, ast.Store)}
     names |= {(n.arg, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.arg)}
-    return [f"line {line}: {name!r} tells nothing" for name, line in sorted(names, key=lambda x: x[1])
-            if name in VAGUE - {"s"}]
+    return [f"line {line}: {name!r} tells nothing"
+            for name, line in sorted(names, key=lambda x: x[1]) if name in VAGUE - {"s"}]
 
 
 def own_fields(text):
-    """How many fields the Config of a script has of its own: those that every run has stand in data/run.py."""
+    """How many fields the Config of a script has of its own: those that every run has stand in
+    data/run.py."""
     common = set()
     for node in ast.parse((ROOT / "data" / "run.py").read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name in ("Common", "Training"):
@@ -119,7 +126,7 @@ def violations(path):
     return out
 
 
-if __name__ == "__main__":                    # python tests/test_house.py FILE …: what is left to do
+if __name__ == "__main__":  # python tests/test_house.py FILE …: what is left to do
     import sys
     for name in sys.argv[1:] or [*TOP, *DATA, *TESTS]:
         for line in violations(name):

@@ -9,7 +9,7 @@ import torch
 
 import ppo
 import sft
-from data.run import UserError, check_first_ratio, checkpoint, read_log
+from data.run import UserError, check_first_ratio, checkpoint, claims_of, read_log
 from model import ScalarModel, load, masked_mean, masked_whiten, save
 from ppo import (best_of_group, coherent, eos_ignore, eos_replace, eos_subtract,
                  explained_variance, gae, k1,
@@ -450,7 +450,7 @@ def test_models_with_different_tokenizers_are_refused(shared_bases):
 
 
 def test_the_claim_compares_every_arm():
-    claim = ppo.CLAIMS["srppo"]
+    claim = claims_of("ppo").CLAIMS["srppo"]
     assert len(claim.arms) == 24 and len(claim.tests) == 23
     assert all(set(w) <= set(claim.arms) and sum(w.values()) == 0 for w in claim.tests.values())
     v = {t: "holds" for t in claim.tests}

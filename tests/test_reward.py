@@ -17,6 +17,7 @@ from conftest import DATA_DIR, close, merged, rand
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
+import claims
 import data.run
 import ppo
 import reward
@@ -24,10 +25,10 @@ import sft
 from data import judging, prefs, tasks
 from data.judging import PairModel, gp_variance, random_features, spectrally_bounded
 from data.prefs import Ring, ToyIF, encode_pairs, load_pairs, ring_tokenizer
-from data.run import UserError, checkpoint, needs, read_log
+from data.run import UserError, checkpoint, claims_of, needs, read_log
 from data.tokenizer import Tokenizer
 from model import ScalarModel, autocast, generate, init, load, preset, save, sequence_score, token_logprobs
-from reward import (AGGREGATES, ATTACKS, CLAIMS, LOSSES, PRESETS, RATING_WEIGHTS, Config, Field,
+from reward import (AGGREGATES, ATTACKS, LOSSES, PRESETS, RATING_WEIGHTS, Config, Field,
                     Gate,
                     adversarial, autoregressive, both_orders, bt, bt_margin, bt_scaled, bt_smooth,
                     combined,
@@ -848,16 +849,16 @@ def test_other_ways_to_run_them(config, extra, key, quick):
     assert key in out and all(math.isfinite(v) for v in out.values())
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", claims_of("reward").CLAIMS)
 def test_claims_find_all_their_numbers(name, quick):
     """the report, the curves and the verdict of tiny runs: no key is missing after hours of the
     real ones"""
-    claim = CLAIMS[name]
+    claim = claims_of("reward").CLAIMS[name]
     sizes = ["--rl_steps", "2", "--votes", "2"] if name == "thinkrm" else []
     got = {(arm, 0): ran(config, *sizes)[0] for arm, config in claim.arms.items()}
-    report = data.run.judge(name, claim, 1, got)
+    report = claims.judge(name, claim, 1, got)
     assert len(report["tests"]) == len(claim.tests) and isinstance(report["verdict"], str)
-    lines = data.run.sweep(claim, 1, got) if claim.sweep else {}
+    lines = claims.sweep(claim, 1, got) if claim.sweep else {}
     assert all(arms and all(arms.values()) for arms in lines.values())
 
 

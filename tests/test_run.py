@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+import claims
+from claims import (Claim, conclude_all, draw_sweep, gated, in_parts, interval, judge, of, sweep,
+                    verdict)
 from data import run
-from data.run import (Claim, Run, UserError, batch_indices, conclude_all, configure, draw_sweep,
-                      gated, in_parts, interval, judge, of, read_log, sweep, verdict)
+from data.run import Run, UserError, batch_indices, configure, read_log
 
 
 @dataclass(frozen=True)
@@ -276,8 +279,8 @@ def test_a_closed_stdout_is_no_error():
 def test_torchrun_is_refused_where_ranks_would_do_the_same(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="t.py runs on one rank, and would do the same 2 times"):
-        run.launch("t", Config, PRESETS, AXES, {}, "", lambda c, f: 1, [])
-    assert run.launch("t", Config, PRESETS, AXES, {}, "", lambda c, f: 1, [], ranks=True) == 1
+        run.launch("t", Config, PRESETS, AXES, "", lambda c, f: 1, [])
+    assert run.launch("t", Config, PRESETS, AXES, "", lambda c, f: 1, [], ranks=True) == 1
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit):
@@ -678,19 +681,27 @@ def claim_setup(argv):
     return configure(Config, PRESETS, AXES, "", argv)
 
 
+def launch_claim(claim, train, *argv):
+    """A script's main, asked for its only claim, c."""
+    options = dict(run.parse(["--claim", "c", *argv], {}))
+    setup = partial(configure, Config, PRESETS, AXES, "")
+    return claims.run_from_options("t", dict(c=claim), setup, (PRESETS, AXES), train,
+                                   options)
+
+
 def test_a_claim_runs_every_arm_and_concludes(workdir):
     claim = Claim("fast is better", "none", arms=dict(ours="fast", base="second"), metric="score",
                   tests={"ours - base": {"ours": 1, "base": -1},
                          "base - ours": {"ours": -1, "base": 1}},
                   conclude=lambda v: " / ".join(v.values()))
-    report = run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=2)
+    report = claims.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3, jobs=2)
     assert report["verdict"] == "holds / does not hold"
     assert report["arms"]["ours"]["score"]["values"] == pytest.approx([0.1, 0.11, 0.12])
     assert (json.loads((workdir / "data/results/c.json").read_text())["tests"][0]["difference"]
             == pytest.approx(0.099))
     assert (workdir / "data/results/c.png").exists()
     stamp = (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns
-    run.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3,
+    claims.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3,
                   jobs=1)                                                 # finished arms are reused
     assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp
 
@@ -710,7 +721,7 @@ def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdi
     claim = Claim("none", "none", arms=dict(low="second", high="fast"), metric="score",
                   tests={"constant": {"low": 1, "": -0.06}}, tune=("lr", 2.0, "tune"),
                   curve="score")
-    report = run.run_claim("c", claim, "t", claim_setup, tuned_train, seeds=2, jobs=1)
+    report = claims.run_claim("c", claim, "t", claim_setup, tuned_train, seeds=2, jobs=1)
     low, high = report["tuned"]["low"], report["tuned"]["high"]
     assert low["value"] == 0.064 and not low["edge"] and high["value"] == 0.05 and not high["edge"]
     assert list(low["grid"]) == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128]
@@ -719,8 +730,8 @@ def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdi
     assert report["tests"][0]["difference"] == pytest.approx(0.504)
     assert report["curve"]["low"] == [[1, 2.0, 0.564]] and (workdir
                                                             / "data/results/c_curves.png").exists()
-    assert (workdir / f"out/claims/c/low-s{run.TUNING_SEED}-lr0.064/run.json").exists()
-    got = run.tune_arms(claim, claim_setup,
+    assert (workdir / f"out/claims/c/low-s{claims.TUNING_SEED}-lr0.064/run.json").exists()
+    got = claims.tune_arms(claim, claim_setup,
                         lambda arm, seed, changes, tag: (arm, changes), Serial(),
                         widest=2)
     assert got["low"]["edge"] and got["low"]["value"] == 0.008 and not got["high"]["edge"]
@@ -740,8 +751,7 @@ def test_a_claim_s_options_are_checked_before_any_arm_runs(workdir):
                         (["--steps", "-1"], "must be at least 0"),
                         (["--config", "fsat"], "did you mean 'fast'")):
         with pytest.raises(UserError, match=words):
-            run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train,
-                       ["--claim", "c", *argv])
+            launch_claim(claim, tuned_train, *argv)
     assert not any(workdir.iterdir())
 
 
@@ -749,8 +759,7 @@ def test_a_claim_s_tuned_key_cannot_be_set(workdir):
     claim = Claim("none", "none", arms=dict(low="second"), metric="score", tests={},
                   tune=("lr", 2.0, "tune"))
     with pytest.raises(UserError, match="--claim c with lr: the claim sets it itself"):
-        run.launch("t", Config, PRESETS, AXES, dict(c=claim), "", tuned_train,
-                   ["--claim", "c", "--lr", "1"])
+        launch_claim(claim, tuned_train, "--lr", "1")
 
 
 def test_without_torchrun_there_is_one_rank():
@@ -808,7 +817,7 @@ def test_a_metric_that_no_run_has_is_named():
 
 def test_an_arm_of_other_settings_is_set_aside_not_deleted(workdir):
     for lr in (0.1, 0.2):
-        run.run_arm((claim_setup, claim_train, ["--config", "fast", f"--lr={lr}"], "arm", 1))
+        claims.run_arm((claim_setup, claim_train, ["--config", "fast", f"--lr={lr}"], "arm", 1))
         (workdir / "arm/notes.txt").write_text("mine")
     assert (workdir / "arm.old-1/notes.txt").exists() and run.result("arm")["score"] == 0.2
 

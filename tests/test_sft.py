@@ -19,7 +19,7 @@ import sft
 from conftest import close, merged
 from data import tasks
 from data.numerics import fake_quant, prune_at
-from data.run import UserError, checkpoint, configure, read_log
+from data.run import UserError, checkpoint, claims_of, configure, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
 from optim import RULES
@@ -258,9 +258,9 @@ def test_suggest_prints_step_law_and_trains_nothing(workdir, capsys):
     assert 1e-3 < out["lr"] < 1 and out["batch_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", sft.CLAIMS)
+@pytest.mark.parametrize("name", claims_of("sft").CLAIMS)
 def test_claims_are_made_of_presets_and_their_tests_of_arms(name):
-    claim = sft.CLAIMS[name]
+    claim = claims_of("sft").CLAIMS[name]
     for config in claim.arms.values():
         sft.configure(sft.Config, sft.PRESETS, sft.AXES, "", ["--config", config])
     assert all(set(weights) <= {*claim.arms, ""} for weights in claim.tests.values())

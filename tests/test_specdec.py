@@ -13,7 +13,7 @@ import specdec
 from conftest import chi_square, close, merged, rand, rule, tiny_model
 from data import text
 from data.drafting import block_efficiency, speedup
-from data.run import UserError, configure, hyper
+from data.run import UserError, claims_of, configure, hyper
 from data.tokenizer import bytes_tokenizer
 from model import ModelConfig, generate, init, save
 
@@ -689,7 +689,7 @@ def test_predictions_by_hand():
 
 
 def test_claims_name_arms_that_exist():
-    for claim in specdec.CLAIMS.values():
+    for claim in claims_of("specdec").CLAIMS.values():
         for arm in claim.arms.values():
             configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", ["--config", arm])
         labels = json.dumps(list(claim.tests))

@@ -1,0 +1,383 @@
+"""
+claims - a paper's claim as an experiment: arms over seeds, paired differences, a verdict from the
+intervals alone.
+
+    python grpo.py --claim lengths --seeds 5       # data/results/lengths.json and .png
+
+claims/<script>.py holds the claims of a script, as CLAIMS, and what the tables say of them, as
+HEADLINES.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import textwrap
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.run import (UserError, cast, commit, layer, nearest, pyplot, read_json, read_log,
+                      set_aside, settings, source, write_text)
+
+T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+        2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def interval(values):
+    """(mean, half width of the 95 % interval) by Student's t over the values; the width is inf for
+    one."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.inf
+    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def verdict(diffs, better="higher"):
+    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences
+    alone."""
+    mean, half = interval(diffs)
+    mean = mean if better == "higher" else -mean
+    return "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "undecided"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A paper's claim as an experiment: arms (name -> --config string), a metric, and what must
+    exceed 0.
+
+    tests: {label: {arm: weight}}, each a contrast of arms paired by seed; {"ours": 1, "theirs": -1}
+    says that ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the
+    claim's. conclude({label: verdict}) may give the claim's own word; by default every test must
+    hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
+    "theirs|gold": …}.
+    """
+    text: str
+    paper: str
+    arms: dict
+    metric: str
+    tests: dict
+    better: str = "higher"
+    also: tuple = ()                 # further metrics to tabulate
+    conclude: object = None
+    tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
+    curve: str = ""  # a key of the log to draw against steps and seconds of training
+    sweep: tuple = ()  # (x's name, metrics): draw each arm's results "metric@x" against x
+
+
+def conclude_all(verdicts):
+    """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
+    words = set(verdicts.values())
+    return "holds" if words == {"holds"} else "does not hold" if "does not hold" in words else "undecided"
+
+
+def in_parts(*parts):
+    """A claim of several parts in one line: each part, and what the tests with its name in the
+    label say."""
+    return lambda verdicts: "; ".join(
+        f"{x}: {conclude_all({k: v for k, v in verdicts.items() if x in k})}" for x in parts)
+
+
+def gated(what, *parts):
+    """in_parts, and before it "what (gate: …: not met)" if a test whose label begins with gate is
+    not met."""
+    def conclude(verdicts):
+        gates = [k for k, v in verdicts.items() if k.startswith("gate") and v != "holds"]
+        told = in_parts(*parts)({k: v for k, v in verdicts.items() if not k.startswith("gate")})
+        return f"{what} ({'; '.join(gates)}: not met), {told}" if gates else told
+    return conclude
+
+
+def run_arm(job):
+    """One arm, one seed, in its own process: the run's result, from its folder if it is there
+    already."""
+    configure_arm, train, argv, folder, threads = job
+    c, f = configure_arm([*argv, "--out", folder])
+    path = Path(folder, "run.json")
+    old = read_json(path) if path.exists() else {}
+    if "result" in old and old["config"] == settings(c, f) and old["source"] == source():
+        return old["result"]
+    torch.set_num_threads(threads)
+    with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
+        if Path(folder).exists():  # by other code or settings, or unfinished
+            set_aside(folder)
+        return train(c, f)
+
+
+TUNING_SEED = 1000  # of data order and initialisation while tuning: never one that is reported
+
+
+def try_arm(job):
+    """run_arm, or {} for a run that diverged: the grid goes on without it."""
+    try:
+        return run_arm(job)
+    except UserError as e:
+        if "became" not in str(e):
+            raise
+        return {}
+
+
+def tune_arms(claim, configure_arm, job, pool, widest=6):
+    """Each arm's best value of claim.tune's key: {arm: {"value": x, "edge": bool, "grid": {x:
+    metric}}}.
+
+    Every arm starts from its preset's value, half and twice it (for ratio 2), all on TUNING_SEED;
+    while the best is at an end, the grid grows there, at most `widest` times: then edge says so.
+    Lower is better.
+    """
+    key, ratio, metric = claim.tune
+    centre = {arm: vars(configure_arm(["--config", config])[0])[key]
+              for arm, config in claim.arms.items()}
+    grids = {arm: {} for arm in claim.arms}
+    todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
+
+    def value(arm, i):
+        return float(f"{centre[arm] * ratio ** i:.3g}")
+
+    for _ in range(widest + 1):
+        jobs = [job(arm, TUNING_SEED, [f"--{key}={value(arm, i)}"], f"-{key}{value(arm, i)}")
+                for arm, i in todo]
+        with tqdm(total=len(jobs), desc=f"tuning {key}", dynamic_ncols=True) as bar:
+            for (arm, i), out in zip(todo, pool.map(try_arm, jobs)):
+                grids[arm][i] = out.get(metric, math.inf)
+                bar.set_postfix_str(f"{arm} {value(arm, i)}: {grids[arm][i]:.4g}")
+                bar.update()
+        best = {arm: min(grid, key=grid.get) for arm, grid in grids.items()}
+        todo = [(arm, best[arm] + side) for arm, grid in grids.items() for side in (-1, 1)
+                if best[arm] + side not in grid]
+        if not todo:
+            break
+    return {arm: dict(value=value(arm, best[arm]), edge=any(t[0] == arm for t in todo),
+                      grid={value(arm, i): x for i, x in sorted(grid.items())})
+            for arm, grid in grids.items()}
+
+
+def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
+              results="data/results"):
+    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and
+    picture.
+
+    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its
+    presets. Returns the JSON's dict.
+    """
+    Path("out/claims", name).mkdir(parents=True, exist_ok=True)
+    jobs = jobs or max(1, min(4, os.cpu_count() or 1))
+
+    def job(arm, seed, changes, tag=""):
+        presets = ",".join(filter(None, (claim.arms[arm], config)))
+        return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
+                f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
+                1 if jobs > 1 else torch.get_num_threads())
+
+    first = {config: arm for arm, config in reversed(claim.arms.items())}
+    runs = {arm: arm if claim.tune else first[config]
+            for arm, config in claim.arms.items()}                                     # who runs it
+    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
+    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
+          flush=True)
+    t0, got, tuned = time.time(), [], {}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        if claim.tune:
+            tuned = tune_arms(claim, configure_arm, job, pool)
+        work = [job(arm, seed, [f"--{claim.tune[0]}={tuned[arm]['value']}"] if tuned else [])
+                for arm, seed in todo]
+        with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
+            for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
+                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {of(out, arm, claim.metric):.4g}")
+                bar.update()
+                got.append(out)
+    Path(results).mkdir(parents=True, exist_ok=True)
+    got = dict(zip(todo, got))
+    got = {(arm, seed): got[runs[arm], seed] for arm in claim.arms for seed in range(seeds)}
+    report = judge(name, claim, seeds, got)
+    report |= dict(tuned=tuned) if tuned else {}
+    if claim.curve:
+        logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
+        report["curve"] = {arm: mean_curve([logs[arm, s] for s in range(seeds)], claim.curve)
+                           for arm in claim.arms}
+        draw_curves(report, claim.curve, Path(results) / f"{name}_curves.png")
+    if claim.sweep:
+        report["sweep"] = sweep(claim, seeds, got)
+        draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
+    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
+                           + f" --config {config}" * bool(config) + "".join(f" {x}" for x in extra),
+                   commit=commit(), torch=torch.__version__,
+                   minutes=round((time.time() - t0) / 60, 1))
+    write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
+    draw_claim(report, Path(results) / f"{name}.png")
+    print(table(report), f"\n\n{report['verdict']}", flush=True)
+    return report
+
+
+def run_from_options(script, claims, setup, known, train, options):
+    """What `--claim NAME [--seeds 5] [--jobs 0]` asks for: the claim's report.
+
+    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other options go
+    to every arm; those that an arm or the seeds set are refused. setup(argv) -> (c, f); known: the
+    script's presets and axes.
+    """
+    name = options.pop("claim")
+    if name not in claims:
+        raise UserError(f"no claim {name!r}{nearest(name, claims)}")
+    claim = claims[name]
+    seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least 1, and 2 for an interval")
+    entries = [x for x in options.get("config", "").split(",") if x]
+    fixed = {"seed", "out", "resume", "stop", "eject", *claim.tune[:1]}
+    for arm in claim.arms.values():
+        for entry in filter(None, arm.split(",")):
+            fixed |= layer(entry, *known).keys()
+    for row in [*(layer(x, *known) for x in entries), options]:
+        for key in row.keys() & fixed:
+            raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
+                            "an arm would not be what its name says")
+    more = options.pop("config", "")
+    extra = [f"--{k}={v}" for k, v in options.items()]
+    for arm in claim.arms.values():                              # all options, before any arm runs
+        setup(["--config", ",".join(filter(None, (arm, more))), *extra])
+    return run_claim(name, claim, script, setup, train, seeds=seeds, jobs=jobs, extra=extra,
+                     config=more)
+
+
+def of(result, arm, metric):
+    """An arm's metric in the result of its run: its own "arm|metric" where several arms share the
+    run."""
+    key = f"{arm}|{metric}" if f"{arm}|{metric}" in result else metric
+    if key not in result:
+        raise UserError(f"the run of arm {arm!r} has no {metric!r}{nearest(metric, list(result))}")
+    return result[key]
+
+
+def judge(name, claim, seeds, got):
+    """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences,
+    verdict."""
+    metrics = (claim.metric, *claim.also)
+    values = {arm: {m: [of(got[arm, s], arm, m) for s in range(seeds)] for m in metrics}
+              for arm in claim.arms}
+
+    def value(key, s):
+        arm, _, metric = key.partition("|")
+        return of(got[arm, s], arm, metric or claim.metric) if arm else 1.0
+
+    tests, verdicts = [], {}
+    for label, weights in claim.tests.items():
+        diffs = [sum(w * value(key, s) for key, w in weights.items()) for s in range(seeds)]
+        mean, half = interval(diffs)
+        verdicts[label] = verdict(diffs, claim.better)
+        tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
+    arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
+            for arm, ms in values.items()}
+    return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric,
+                better=claim.better,
+                seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms,
+                tests=tests)
+
+
+def table(report):
+    """The report as aligned text: mean ± 95 % per arm and metric, then the paired differences."""
+    metrics = list(next(iter(report["arms"].values())))
+    lines = ["", f"{'arm':<20}" + "".join(f"{m:>20}" for m in metrics)]
+    for arm, ms in report["arms"].items():
+        lines.append(f"{arm:<20}"
+                     + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}"
+                               for m in metrics))
+    side = "above" if report["better"] == "higher" else "below"
+    lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or of what "
+                 f"the label names; a label holds where its contrast is {side} 0")
+    lines += [f"{t['test']:<36}"
+              + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
+              for t in report["tests"]]
+    return "\n".join(lines)
+
+
+def mean_curve(logs, key):
+    """[[step, seconds, value]] of the steps at which every log has the key: means over the logs."""
+    rows = [{r["step"]: r for r in log if key in r} for log in logs]
+    steps = sorted(set.intersection(*(set(r) for r in rows)))
+    return [[step, *(round(statistics.fmean(r[step][k] for r in rows), 4)
+                     for k in ("seconds", key))]
+            for step in steps]
+
+
+def sweep(claim, seeds, got):
+    """{metric: {arm: [[x, mean, half width]]}} of the results "metric@x" (or "arm|metric@x") of a
+    claim."""
+    out = {}
+    for metric in claim.sweep[1]:
+        out[metric] = {}
+        for arm in claim.arms:
+            marks = (f"{arm}|{metric}@", f"{metric}@")
+            keys = [k for k in got[arm, 0] if k.startswith(marks[0])] or [
+                k for k in got[arm, 0] if k.startswith(marks[1])]
+            points = sorted((float(k.rpartition("@")[2]), k) for k in keys)
+            rows = [[x, *interval([got[arm, s][k] for s in range(seeds)])] for x, k in points]
+            out[metric] |= {arm: rows} if rows else {}
+    return out
+
+
+def draw_sweep(report, xlabel, path):
+    """One panel a metric, one line an arm, its 95 % interval shaded; x logarithmic where it spans
+    decades."""
+    plt = pyplot()
+    panels = {m: arms for m, arms in report["sweep"].items() if arms}
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.8), squeeze=False)
+    for ax, (metric, arms) in zip(axes[0], panels.items()):
+        for i, (arm, rows) in enumerate(arms.items()):
+            x, mean, half = zip(*rows)
+            ax.plot(x, mean, lw=1.4, marker="o", ms=3, label=arm, color=f"C{i % 10}",
+                    ls=("-", "--")[i // 10])
+            ax.fill_between(x, [m - h for m, h in zip(mean, half)],
+                            [m + h for m, h in zip(mean, half)],
+                            alpha=0.12, lw=0, color=f"C{i % 10}")
+        if min(x) > 0 and max(x) / min(x) > 30:
+            ax.set_xscale("log", base=2)
+        ax.set(xlabel=xlabel, ylabel=metric.replace("_", " "))
+    axes[0][-1].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def draw_curves(report, key, path):
+    """The arms' mean curves, against steps and against seconds of training."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True)
+    for i, (arm, points) in enumerate(report["curve"].items()):
+        for ax, x in zip(axes, (0, 1)):
+            ax.plot([p[x] for p in points], [p[2] for p in points], lw=1.4, label=arm,
+                    ls=("-", "--")[i // 10], color=f"C{i % 10}")
+    ends = sorted(p[2] for points in report["curve"].values() for p in points)
+    axes[0].set(xlabel="step", ylabel=key.replace("_", " "),
+                ylim=(ends[0] - 0.05, ends[int(0.8 * (len(ends) - 1))]))
+    axes[1].set(xlabel="seconds of training")
+    axes[1].legend(fontsize=7, ncol=2)
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def draw_claim(report, path):
+    """One dot a seed, mean and 95 % interval, a row an arm."""
+    plt = pyplot()
+    arms, m = report["arms"], report["metric"]
+    fig, ax = plt.subplots(figsize=(6.4, 0.32 * len(arms) + 1.2))
+    for y, (arm, ms) in enumerate(arms.items()):
+        ax.plot(ms[m]["values"], [y] * len(ms[m]["values"]), "o", ms=3, alpha=0.4, color="tab:gray")
+        ax.errorbar(ms[m]["mean"], y, xerr=ms[m]["interval"], fmt="o", ms=5, capsize=3,
+                    color="tab:blue")
+    ax.set(yticks=range(len(arms)), yticklabels=list(arms),
+           xlabel=f"{m.replace('_', ' ')} ({report['better']} is better)",
+           title=textwrap.fill(f"{report['claim']}, {report['seeds']} seeds: {report['verdict']}",
+                               60))
+    ax.invert_yaxis()
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
