@@ -341,7 +341,7 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
     names = [n for k, v in given if k == "config" for n in v.split(",") if n]
     values, typed = {}, {k for k, _ in given}  # typed: keys that the user wrote, which must be read
     for name in names:
-        row = layer(name, presets, axes)
+        row = layer(name, presets, {axis: rows for axis, rows in axes.items() if axis in fields})
         values |= row
         typed |= set() if name in presets else set(row)
     values |= dict(given) | dict(config=",".join(names))
