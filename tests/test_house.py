@@ -74,7 +74,10 @@ def closures(text):
     while todo:
         table = todo.pop()
         todo += table.get_children()
-        if table.get_type() == "function" and len(free := table.get_frees()) >= 5:
+        kind = table.get_name()
+        if table.get_type() != "function" or kind in ("genexpr", "listcomp", "setcomp", "dictcomp"):
+            continue
+        if len(free := table.get_frees()) >= 5:
             out.append(f"line {table.get_lineno()}: {table.get_name()} closes over {', '.join(sorted(free))}")
     return out
 

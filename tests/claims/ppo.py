@@ -48,7 +48,8 @@ def srppo_conclusion(v):
 
 
 CLAIMS = dict(
-    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
+    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few "
+                "demonstrations",
                 "2510.21090: about +2 to +4 points over SFT on averaged benchmarks (second-hand)",
                 arms=srppo_arms(), metric="ood_gold", tests=srppo_tests(),
                 also=("val_gold", "ood_length", "ood_truncated"), conclude=srppo_conclusion))
@@ -58,6 +59,7 @@ CLAIMS = dict(
 # {arm|metric: weight} for a sum, or a number.
 HEADLINES = dict(
     srppo=("srppo - sft, 512", "srppo 512", "sft 512",
-           "Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
+           "Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few "
+           "demonstrations",
            "gold, other prompts ↑", "+2 to +4 points (second-hand)"),
 )

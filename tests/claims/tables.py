@@ -77,7 +77,8 @@ def values(report, what):
     for key, weight in terms.items():
         arm, _, metric = key.partition("|")
         if metric not in report["arms"].get(arm, {}) and (metric or arm not in report["arms"]):
-            raise UserError(f"{report['claim']} has no {key!r}: mend its row of HEADLINES in tests/claims.py")
+            raise UserError(f"{report['claim']} has no {key!r}: mend its row of HEADLINES in "
+                            "tests/claims.py")
         of = report["arms"][arm][metric or report["metric"]]["values"]
         total = [t + weight * v for t, v in zip(total, of)]
     return arm, total
@@ -108,7 +109,8 @@ def row(name, report):
     label, ours, base, statement, measure, published = headline(name, report)
     judged = {t["test"]: t for t in report["tests"]}
     if label and label not in judged:
-        raise UserError(f"{name} has no test {label!r}: mend its row of HEADLINES in tests/claims.py")
+        raise UserError(f"{name} has no test {label!r}: mend its row of HEADLINES in "
+                        "tests/claims.py")
     known = re.findall(r"\d{4}\.\d{5}", statement)
     papers = ", ".join(p for p in re.findall(r"\d{4}\.\d{5}", report["paper"]) if p not in known)
     if ours and base:
@@ -132,8 +134,8 @@ def claims_table(found):
         mine = of_script(script, found)
         if mine:
             lines += ["", f"**{script}.py**", "",
-                      "| claim | method | baseline | method - baseline ± 95 % | verdict | published "
-                      "| command |",
+                      "| claim | method | baseline | method - baseline ± 95 % | verdict | "
+                      "published | command |",
                       "|---|---|---|---|---|---|---|"]
             lines += [row(name, report) for name, report in mine.items()]
     return lines[1:]
@@ -145,8 +147,8 @@ def contrasts_table(script, found):
     for name, report in of_script(script, found).items():
         side = "above" if report["better"] == "higher" else "below"
         took = f", {report['minutes']:.0f} minutes" if report.get("minutes") else ""
-        lines.append(f"| **{name}**, {report['seeds']} seeds{took}: `{report['metric']}`, or what a "
-                     f"label names; holds {side} 0 ([picture](data/results/{name}.png)) | | |")
+        lines.append(f"| **{name}**, {report['seeds']} seeds{took}: `{report['metric']}`, or what "
+                     f"a label names; holds {side} 0 ([picture](data/results/{name}.png)) | | |")
         for t in report["tests"]:
             d = digits(t["interval"])
             lines.append(f"| {cell(t['test'])} | {t['difference']:+.{d}f} ± {t['interval']:.{d}f} "
@@ -167,8 +169,8 @@ def fresh(text, found):
     for marker, lines in blocks(found).items():
         ends = [f"<!-- {marker}: {end} -->" for end in ("begin", "end")]
         if [text.count(x) for x in ends] != [1, 1]:
-            raise UserError(f"README.md must hold {ends[0]!r} and {ends[1]!r}, each once: add them where the "
-                            "table should stand")
+            raise UserError(f"README.md must hold {ends[0]!r} and {ends[1]!r}, each once: add them "
+                            "where the table should stand")
         head, rest = text.split(ends[0])
         if ends[1] not in rest:
             raise UserError(f"README.md: {ends[1]!r} comes before {ends[0]!r}: swap them")
