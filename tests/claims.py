@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from test_house import HEADING
-
 from data.run import UserError, cli, interval, nearest, pyplot, table, write_text
 
 RESULTS, README = ROOT / "data" / "results", ROOT / "README.md"
 PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
+HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")       # of a chapter, as in test_house.py
+__path__ = [str(ROOT / "tests" / "claims")]  # claims.grpo is tests/claims/grpo.py, beside this file
 
 # --- what the README says of a claim --------------------------------------------------------------
 
@@ -176,8 +176,7 @@ def of_script(script, found):
 
 
 def headline(name, report):
-    """The claim's row of HEADLINES; without one its first test, whose arms are those that its label
-    names."""
+    """The claim's row of HEADLINES; without one its first test, with the arms of its label."""
     if name in HEADLINES:
         return HEADLINES[name]
     label = report["tests"][0]["test"]
@@ -193,8 +192,7 @@ def headline(name, report):
 
 
 def values(report, what):
-    """(label, the numbers by seed) of an arm, an "arm|metric", a weighted sum of such, or a
-    constant."""
+    """(label, numbers by seed) of an arm, an "arm|metric", a weighted sum, or a constant."""
     if isinstance(what, float):
         return f"{what:g}", [what] * report["seeds"]
     terms = {what: 1.0} if isinstance(what, str) else what
@@ -228,8 +226,7 @@ def claims_of(script):
 
 
 def digits(half):
-    """Decimals for a number with this interval: 3, one more or up to two less where it is narrow or
-    wide."""
+    """Decimals for a number with this interval: 3, more where narrow, fewer where wide."""
     return 1 if half >= 10 else 2 if half >= 1 else 3 if half >= 0.005 or half == 0 else 4
 
 
@@ -416,8 +413,7 @@ def fresh(text, parts, name):
 
 
 def rewrite(path, parts):
-    """Bring a page's generated parts up to date; the changed lines, as a diff (none: it was
-    fresh)."""
+    """Bring a page's generated parts up to date; the changed lines as a diff, none if fresh."""
     old = path.read_text()
     new = fresh(old, parts, path.name)
     if new != old:

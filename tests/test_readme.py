@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import bench
 import claims
 import pytest
+import test_house
 from conftest import ROOT
 
 import model
@@ -260,8 +261,7 @@ AFTER_THE_CUT = ("1.32 ± 0.06", "2.43 ± 0.20", "1.70 ± 0.18", "4.05 ± 0.03",
 
 
 def measured(report):
-    """(mean, interval) of all that a claim's JSON holds: tests, arms, any two arms' difference,
-    sweeps."""
+    """(mean, interval) of all of a claim's JSON: tests, arms, two arms' differences, sweeps."""
     out = [(t["difference"], t["interval"]) for t in report["tests"]]
     for metric in next(iter(report["arms"].values())):
         arms = [ms[metric] for ms in report["arms"].values()]
@@ -317,6 +317,7 @@ Watch       accuracy            2305.18290
 
 
 def test_the_index_is_read_from_the_headings_of_chapters():
+    assert claims.HEADING.pattern == test_house.HEADING.pattern
     assert claims.chapters(CHAPTERS) == [
         ("hapo", ["2505.11225"], "beat the shortest correct response yet"),
         ("kd", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
