@@ -14,7 +14,6 @@ Promise  Only files that this run made, by exact name, are ever removed or repla
 """
 import ast
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -1188,7 +1187,8 @@ def headings(text):
 class Unit:
     """A statement at the top level of a module: what it defines, what it uses, its source.
 
-    rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value.
+    rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value; parameters:
+    the positional arguments of functions in it, what they ask the loop for.
     """
 
     def __init__(self, node, first):
@@ -1205,6 +1205,8 @@ class Unit:
             self.defines = {x.id for x in ast.walk(node)
                             if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
         self.uses = set() if self.rows else names_in(node)
+        functions = [x for x in ast.walk(node) if isinstance(x, ast.FunctionDef)]
+        self.parameters = {a.arg for x in functions for a in x.args.args}
 
     def assign(self, target, value):
         """Note what an assignment defines: names, or rows of tables."""
@@ -1217,11 +1219,6 @@ class Unit:
         elif isinstance(target, ast.Subscript) and hasattr(target.value, "ctx"):
             key = target.slice.value if isinstance(target.slice, ast.Constant) else None
             self.rows.append((last_name(target.value), key, value))
-
-    def parameters(self):
-        """The positional arguments of the functions in it: what they ask the loop for."""
-        found = [x for x in ast.walk(self.node) if isinstance(x, ast.FunctionDef)]
-        return {a.arg for x in found for a in x.args.args}
 
 
 def imports(node):
@@ -1287,7 +1284,7 @@ def reach(text, roots, tables, values=()):
                     table = next(iter(unit.defines))
                     kept[i] = [(table, k, v) for k, v in own.items() if k == tables[table]]
                     names |= set().union(*(names_in(v) for _, _, v in kept[i]))
-                asked |= unit.parameters()
+                asked |= unit.parameters
         if before == (len(kept), len(names), len(asked), sum(len(x or ()) for x in kept.values())):
             return kept, names
 
@@ -1313,16 +1310,15 @@ def tables_of(text, c, axes):
     return out
 
 
-def without_prose(node):
+@functools.lru_cache(4096)
+def code_in(unit):
     """A statement's syntax tree as text, without docstrings: comments and line breaks are not in
     it."""
-    node = copy.deepcopy(node)
-    for x in ast.walk(node):
-        body = getattr(x, "body", None)
-        first = body[0] if isinstance(body, list) and len(body) > 1 else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            del body[0]
-    return ast.dump(node)
+    dump = ast.dump(unit.node)
+    for x in ast.walk(unit.node):
+        if isinstance(x, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(x) is not None:
+            dump = dump.replace(ast.dump(x.body[0]), "", 1)
+    return dump
 
 
 def code_of(script, c, axes, root="train"):
@@ -1354,7 +1350,7 @@ def code_reached(home, script, root, tables, values):
         for i in sorted(kept):
             if not units[i].defines & APART and not imports(units[i].node):
                 rows = kept[i]
-                mark.update(without_prose(units[i].node).encode() if rows is None else
+                mark.update(code_in(units[i]).encode() if rows is None else
                             "".join(f"{t} {k} {ast.dump(v)}" for t, k, v in rows).encode())
     return mark.hexdigest()
 
