@@ -65,6 +65,7 @@ Watch    val_loss is nats per scored token and is the number to believe; a falli
 import hashlib
 import json
 import math
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -707,9 +708,10 @@ AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimis
 
 def configured(presets, like="", **changes):
     """What base() asks for: the presets' names, the command line, (c, f)."""
-    if not presets.strip(","):
+    names = [name for name in re.split("[,+]", presets) if name]
+    if not names:
         raise UserError("base: names no preset: write base:PRESETS, for example base:pretrain")
-    names = [*presets.split(","), *(s for s in SIZES if s in like.split(","))]
+    names += [size for size in SIZES if size in like.split(",")]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
     return names, argv, configure(Config, PRESETS, AXES, __doc__, argv)
 
