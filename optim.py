@@ -16,6 +16,7 @@ Watch    the loss against AdamW's, each rule at a learning rate of its own: they
 """
 import hashlib
 import math
+import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -111,8 +112,7 @@ def param_groups(model, rule=adamw, lr=1e-3, weight_decay=0.0, aux_lr=0.0, aux_d
     Embeddings and output heads go to AdamW (decayed unless decay_embed is false), norms, biases and
     other vectors to AdamW without decay, the matrices of the blocks to `rule`. aux_lr, aux_decay:
     that AdamW's (0 and -1: lr and weight_decay, one dial). With adamw as the rule all matrices are
-    one group. UserError: nothing to train, packed layers without adapters, a matrix that is in no
-    block and no embedding or head.
+    one group. UserError: nothing to train, packed layers, a matrix that belongs nowhere.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -183,7 +183,7 @@ def round_bf16(x, generators=None):
 
 class Ranks:
     """How matrices of one shape lie: here whole, on one rank, so that every method hands through
-    what it is given. mine: how many of a matrix's rows lie on this rank.
+    what it is given. mine: a matrix's rows on this rank; seconds: what a rule clocks of its work.
 
     local    a parameter or gradient -> this rank's rows of it
     pad      a rank's rows -> with zeros added, so that all ranks have as many
@@ -197,6 +197,7 @@ class Ranks:
 
     def __init__(self, shape, unit=None):
         self.shape, self.size, self.mine, self.group = tuple(shape), 1, shape[0], None
+        self.seconds = 0.0
 
     def through(self, x, *_):
         """Nothing to send."""
@@ -292,9 +293,8 @@ class Optimiser(torch.optim.Optimizer):
 
     groups: dicts of params, names, rule, lr, weight_decay; if wanted block {name: rows of a head},
     scale (of the learning rate, see set_lr). decay: a row of DECAYS. A parameter without gradient
-    is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit
-    torch.optim.AdamW(fused=True). Raises UserError for a matrix rule on a vector, a rank above a
-    matrix's, an unknown decay.
+    is left alone. AdamW on float32 runs as PyTorch's fused kernel, bit for bit. UserError: a matrix
+    rule on a vector, what a rule's check finds, an unknown decay.
     """
 
     def __init__(self, groups, *, decay="decoupled", seed=0, stored=None):
@@ -494,9 +494,13 @@ def scale_of(name, m, n):
 
 
 def orthogonalise(U, ranks, steps=5):
-    """newton_schulz of K matrices spread by rows, each rank its own; sent in bfloat16 on CUDA."""
+    """newton_schulz of K matrices spread by rows, each rank its own; sent in bfloat16 on CUDA, and
+    clocked on the CPU."""
     sent = U.bfloat16() if U.is_cuda and ranks.size > 1 else U
-    return ranks.rows(newton_schulz(ranks.whole(sent), steps), len(U)).to(U.dtype)
+    whole, start = ranks.whole(sent), time.perf_counter()
+    O = newton_schulz(whole, steps)
+    ranks.seconds += 0.0 if U.is_cuda else time.perf_counter() - start
+    return ranks.rows(O, len(U)).to(U.dtype)
 
 
 def muon(g, s, ranks, *, momentum: Fraction = 0.95, nesterov=True, ns_steps=5,
@@ -1304,7 +1308,7 @@ class Shards:
         p = unit.p
         if unit.stored or [str(x) for x in p.placements] != ["S(0)"]:
             raise UserError(f"{unit.name}: over ranks it must be float and sharded by rows")
-        self.shape, self.group = shape, p.device_mesh.get_group()
+        self.shape, self.group, self.seconds = shape, p.device_mesh.get_group(), 0.0
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.height = -(-shape[0] // self.size)
         self.mine = max(0, min(self.height, shape[0] - self.rank * self.height))

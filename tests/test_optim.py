@@ -1,4 +1,4 @@
-"""optim.py: every rule's worked numbers, limits, invariances; the walker's groups, state, errors."""
+"""optim.py: the rules' worked numbers, limits, invariances; the walker's groups, state, errors."""
 import io
 import math
 import re
@@ -376,8 +376,7 @@ def test_muon_with_decay_bound_the_spectral_norm():
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
 def test_normuon_s_invariances(shape):
-    """RMS 0.2 whatever the gradient; its scale does not matter; a tall matrix's rows become equal
-    at once"""
+    """RMS 0.2 whatever the gradient's scale; a tall matrix's rows become equal at once"""
     g = random_walk(shape, 1)[0] * torch.logspace(-2, 0, shape[0], dtype=F64)[:, None]
     d = direction(normuon, g)
     assert d.square().mean().sqrt().item() == pytest.approx(.2)
@@ -452,8 +451,7 @@ def test_a_quadratic_falls_tenfold(name, shape):
 @pytest.mark.parametrize("name", RULES)
 def test_state_round_trips_bit_for_bit(name):
     """saved after 5 and 7 of 10 steps as a checkpoint saves, loaded into a new optimiser: the same
-    weights; low-rank rules refresh in between, and a parameter that joins late keeps its own
-    count"""
+    weights; low-rank rules refresh in between, and a late parameter keeps its own count"""
     def run(stops):
         ps = [nn.Parameter(x.clone()) for x in random_walk((6, 4), 3, 9, torch.float32)]
         opt = opt_of(RULES[name], *ps, **kw_of(name))
@@ -548,7 +546,7 @@ def test_a_dead_half_does_not_stop_dion():
 
 @pytest.mark.parametrize("kind", ["random", "low rank", "steep"])
 def test_shampoo_in_float32_is_shampoo(kind):
-    """rounding makes eigenvalues of singular covariances negative: the root must not blow them up"""
+    """rounding makes eigenvalues of singular covariances negative: the root must not grow them"""
     g = random_walk((64, 24), 1)[0]
     if kind != "random":
         g = g[:, :4] @ g[:4] if kind == "low rank" else g * torch.logspace(-5, 0, 24)
@@ -733,8 +731,7 @@ def test_bad_use_is_a_clear_error():
 
 
 def test_names_and_groups():
-    """two groups alike in every key, parameters without names: nothing is mixed up, and twins are
-    refused"""
+    """two groups alike in every key, no names: nothing is mixed up, and twins are refused"""
     ps = [nn.Parameter(torch.ones(2, 2)) for _ in range(4)]
     groups = [dict(params=ps[:2], rule=lion, lr=.1), dict(params=ps[2:], rule=lion, lr=.1)]
     opt = Optimiser([dict(g) for g in groups])
@@ -775,7 +772,8 @@ def test_every_rule_is_in_its_tables_and_cites_its_paper():
     cycle, a rank or a density is checked"""
     text = Path(optim.__file__).read_text()
     heads = ", ".join(re.findall(r"^# === ([\w, ]+):", text, re.M)).split(", ")
-    assert RULES.keys() - set(heads) == {"adamw", "signsgd"} and ELEMENTWISE.items() <= RULES.items()
+    assert RULES.keys() - set(heads) == {"adamw", "signsgd"}
+    assert ELEMENTWISE.items() <= RULES.items()
     for name, rule in RULES.items():
         assert rule.__name__ == name
         assert re.search(r"\d{4}\.\d{5}|Jordan", rule.__doc__.split("\n")[0]), name
