@@ -47,9 +47,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw as torch_adamw
 
-from data.formats import pack_bits, unpack_bits
 from data.run import Count, Fraction, Positive, Range, Share, UserError, hyper, nearest, needs
-from kernels import PackedLinear, newton_schulz
+from kernels import PackedLinear, newton_schulz, pack_bits, unpack_bits
 
 # --- 1 shared pieces ------------------------------------------------------------------------------
 
