@@ -58,12 +58,12 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import kv, numerics, structure, text
-from data.formats import (bitmap_state, check_bits, column_scale, columns_state, mixed_state,
-                          mxfp4_state, nm24_state, quantize)
+from data import kv, structure, text
 from data.run import (Count, Positive, Range, Run, Share, UserError, checkpoint, cli, hyper,
                       launch, nearest, needs, peak_bytes)
-from kernels import PackedLinear, order_dtype, pack_armor, pack_int, pack_nm24, pack_vq, packed
+from kernels import (PackedLinear, bitmap_state, check_bits, column_scale, columns_state,
+                     mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor, pack_int,
+                     pack_nm24, pack_vq, packed, quantize)
 from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
                    token_logprobs)
 
@@ -418,7 +418,7 @@ def armor(W, h, generator, trace, *, block: Count = 8, iterations: Count = 300,
 
 
 def rtn(W, *, bits: Literal[2, 3, 4, 8] = 4, group: Range("[-1, inf)") = 32, symmetric=False):
-    """Round to nearest, a scale and a zero for every `group` inputs of a row (formats.quantize)."""
+    """Round to nearest, a scale and a zero for every `group` inputs of a row (kernels.quantize)."""
     check_bits(bits, group)
     codes, scale, zero = quantize(W, bits, group, symmetric)
     return pack_int(codes, scale, zero, bits=bits, group=group)
@@ -564,7 +564,7 @@ def w4a4(W, absmax, *, bits: Literal[2, 3, 4, 8] = 4, act: Range("[2, 8]") = 4,
     big = (absmax > tau * absmax.median())[at].view(-1, block or len(absmax)).any(1)     # [blocks]
     mask = sum(1 << b for b in big.nonzero().flatten().tolist()) if wide else 0
     options, W = dict(rotate=rotate, act=[act, block, mask]), W[:, at]
-    layer = rtn(numerics.rotate(W, rotate) if rotate else W, bits=bits, group=group)
+    layer = rtn(kernels.rotate(W, rotate) if rotate else W, bits=bits, group=group)
     return reading(layer, at if order else None, **options)
 
 
@@ -574,7 +574,7 @@ def mxfp4(W, *, rotate=0):
 
     rotate: by a Hadamard matrix of that size first, which makes them Gaussian."""
     rotate = largest_power(W.size(1), rotate) if rotate else 0
-    x = numerics.rotate(W, rotate) if rotate else W
+    x = kernels.rotate(W, rotate) if rotate else W
     return stored(W, mxfp4_state(x), **(dict(rotate=rotate) if rotate else {}))
 
 

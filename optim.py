@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw as torch_adamw
 
-from data.formats import pack_bits, unpack_bits
 from data.run import Count, Fraction, Positive, Range, Share, UserError, hyper, nearest, needs
-from kernels import PackedLinear, newton_schulz
+from kernels import PackedLinear, newton_schulz, pack_bits, unpack_bits
 
 # --- 1 rules: (g, s, …) -> direction d;  the walker then does  W <- (1 - lr λ) W - lr d -----------
 #   g [K, m, n] gradients, s the stack's state, all with a leading K but for s["t"], which counts

@@ -1,15 +1,12 @@
 """
-numerics.py - low precision and sparsity, simulated exactly in float32: what sft.py trains with.
+numerics.py - training in low precision and in few weights, simulated exactly in float32.
 
-    mx4(W)                                       # MXFP4: codes of 4 bits, an exponent for every 32
-    rotate(x, 32)                                # block Hadamard; rotate(rotate(x, 32), 32) is x
     linear = QuartetLinear(nn.Linear(64, 64))    # the layer that trains in MXFP4
 
-Map      1 rotations   2 formats   3 MXFP4   4 HALO   5 Quartet   6 QAT   7 LOST   8 pruning while
-training Letters  X [N, n] inputs of N tokens, W [m, n] = [out, in], Y = X W^T [N, m], E = dL/dY, H
-Hadamard, s a scale Every quantiser here rounds and returns floats (mx4 its codes, too), so that a
-later kernel has an exact reference. A layer has merged(): the plain linear layer that a checkpoint
-holds.
+Map      1 HALO   2 Quartet   3 QAT   4 LOST   5 pruning while training
+Letters  X [N, n] inputs of N tokens, W [m, n] = [out, in], Y = X W^T [N, m], E = dL/dY, H Hadamard,
+         s a scale
+A layer has merged(): the plain linear layer that a checkpoint holds. Formats: kernels.ROUNDINGS.
 """
 import math
 from functools import lru_cache
@@ -19,12 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.run import Fraction, Share, UserError
-
-
-def one_of(key, value, rows):
-    """UserError if the value is none of these."""
-    if value not in rows:
-        raise UserError(f"--{key} {value}: choose from {', '.join(map(str, rows))}")
+from kernels import EXPONENTS, MX_GROUP, absmax, e2m1, grouped, hadamard, power_of_two
+from kernels import ROUNDINGS as FORMATS
+from kernels import quantize_activations, rotate, wide
 
 
 def within(key, value, low, high):
@@ -33,198 +27,13 @@ def within(key, value, low, high):
         raise UserError(f"--{key} {value}: expected {low} to {high}")
 
 
-# --- 1 rotations ----------------------------------------------------------------------------------
-
-
-def wide(x):
-    """x in float32, or float64 if it is that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-@lru_cache(32)
-def hadamard(n, dtype=torch.float32, device="cpu"):
-    """Sylvester's Hadamard matrix over √n [n, n]: orthonormal and symmetric. n a power of two."""
-    if n < 1 or n & (n - 1):
-        raise UserError(f"a Hadamard matrix of {n} rows: take a power of two")
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while len(H) < n:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return (H / math.sqrt(n)).to(device, dtype)
-
-
-def rotate(x, n):
-    """x [..., d] times a block-diagonal Hadamard matrix, its blocks the largest power of two up to
-    n that divides d. Its own inverse; two operands rotated alike have the same product."""
-    d = x.size(-1)
-    block = min(d & -d, 1 << (n.bit_length() - 1))
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.dtype, x.device)).flatten(-2)
-
-
-# --- 2 formats: symmetric quantisers, x -> x rounded ----------------------------------------------
-
-
-def floor_log2(x):
-    """floor(log2 |x|) of float32 or float64, exactly, from their bits; at most -127 for 0 and
-    subnormals."""
-    if x.dtype == torch.float64:
-        return ((x.view(torch.int64) >> 52 & 2047) - 1023).int()
-    return (x.view(torch.int32) >> 23 & 255) - 127
-
-
-def power_of_two(e, dtype=torch.float32):
-    """2^e, exactly, e whole within float32's -126 to 127: what floor_log2 says of 0 becomes
-    2^-126."""
-    return (e.int().clamp(-126, 127) + 127 << 23).view(torch.float32).to(dtype)
-
-
-def minifloat(x, mantissa, low, top):
-    """x rounded to floats of `mantissa` bits, exponents from `low` (subnormals below), largest
-    value `top`, to the nearest, ties to even."""
-    step = power_of_two(floor_log2(x).clamp(min=low) - mantissa, x.dtype)
-    return ((x / step).round() * step).clamp(-top, top)
-
-
-def scaled(x, top):
-    """(x/s, s), s = max|x| / top of the whole tensor; s = 1 for zeros."""
-    s = x.abs().amax() / top
-    s = torch.where(s > 0, s, torch.ones_like(s))
-    return x / s, s
-
-
-def int8(x):
-    """INT8, one scale a tensor:  s = max|x|/127."""
-    y, s = scaled(x, 127)
-    return y.round() * s
-
-
-def fp8(x):
-    """FP8 E4M3, one scale a tensor:  s = max|x|/448."""
-    y, s = scaled(x, 448)
-    return minifloat(y, 3, -6, 448) * s
-
-
-def fp6(x):
-    """FP6 E3M2, one scale a tensor:  s = max|x|/28."""
-    y, s = scaled(x, 28)
-    return minifloat(y, 2, -2, 28) * s
-
-
-def float32(x):
-    """Not rounded."""
-    return x
-
-
-def quantize_activations(x, bits, block=0):
-    """x [..., n] rounded to `bits` (2 or more) symmetrically, a scale a token and block of channels
-    (0: all).
-
-    s = max|x| / (2^(bits-1) - 1). bits: a number, or a tensor [blocks] of each block's own.
-    """
-    block = block or x.size(-1)
-    if x.size(-1) % block:
-        raise UserError(f"blocks of {block} channels do not divide {x.size(-1)}")
-    y = wide(x).unflatten(-1, (-1, block))                                   # [..., n/block, block]
-    if torch.is_tensor(bits):
-        bits = bits.to(y)[:, None]                                                     # [blocks, 1]
-    top = 2 ** (bits - 1) - 1
-    s = y.abs().amax(-1, keepdim=True) / top
-    s = torch.where(s > 0, s, torch.ones_like(s))
-    return ((y / s).round() * s).flatten(-2).to(x.dtype)
-
-
-# --- 3 MXFP4: E2M1 values, a power of two as the scale of every 32 neighbours ---------------------
-
-GROUP = 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0,
-        6.0)  # nearest: the thresholds .25 .75 1.25 1.75 2.5 3.5 5
-QUEST = 2.92247856 / 6  # QuEST's clipping point of a Gaussian, over the largest
-
-
-def e2m1(x, noise=None):
-    """x rounded to E2M1's values up to 6, as minifloat does (and faster); with noise, uniform in
-    [0, 1), up or down so that the mean is x."""
-    size = x.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
-    y = x / step
-    return ((y.round() if noise is None else (y + noise).floor()) * step).clamp(-6, 6)
-
-
-def absmax(x):
-    """floor(log2 max|x|) - 2, the OCP standard's: what is above 6 of the scale, at most 8,
-    clips."""
-    return floor_log2(x.abs().amax(-1)) - 2
-
-
-def covering(x):
-    """The smallest exponent at which nothing clips."""
-    top = x.abs().amax(-1)
-    return absmax(x) + (top > 6 * power_of_two(absmax(x), x.dtype)).int()
-
-
-def quest(x):
-    """QuEST's (Quartet, 2505.14669):  log2(.48708 σ), rounded to the nearest; σ a group's root mean
-    square.
-
-    ours: both. A single large channel, the first of its 32, is a constant once rotated: without
-    deviation."""
-    return floor_log2(math.sqrt(2) * (QUEST * x.square().mean(-1).sqrt() + 1e-8))
-
-
-def quest_floor(x):
-    """... of the deviation and rounded down, as Quartet's released kernel does: twice the error at
-    some σ."""
-    return floor_log2(QUEST * x.std(-1, correction=0) + 1e-8)
-
-
-EXPONENTS = dict(absmax=absmax, covering=covering, quest=quest, quest_floor=quest_floor)
-
-
-def grouped(x):
-    """x [..., n] -> [..., n/32, 32]; UserError if 32 does not divide n."""
-    if x.size(-1) % GROUP:
-        raise UserError(f"MXFP4 has groups of {GROUP}: {x.size(-1)} inputs are no multiple of it")
-    return wide(x).unflatten(-1, (-1, GROUP))
-
-
-def mx4(x, rule="absmax"):
-    """MXFP4's codes uint8 [..., n] (bit 3 the sign, bits 0-2 the index in E2M1), exponents int8
-    [..., n/32]
-
-    rule: a row of EXPONENTS. 4.25 bits a value.
-    """
-    y = grouped(x)
-    exponent = EXPONENTS[rule](y).clamp(-126, 127)                                     # [..., n/32]
-    y = e2m1(y / power_of_two(exponent, y.dtype)[..., None])
-    index = torch.bucketize(y.abs().contiguous(),
-                            torch.tensor(E2M1, dtype=y.dtype, device=y.device))
-    return (index + 8 * (y < 0)).to(torch.uint8).flatten(-2), exponent.to(torch.int8)
-
-
-def mx4_dense(codes, exponent, dtype=torch.float32):
-    """mx4's inverse: the values [..., n]."""
-    value = torch.tensor(E2M1 + tuple(-v for v in E2M1), dtype=dtype,
-                         device=codes.device)[codes.long()]
-    return (value.unflatten(-1, (-1, GROUP)) * power_of_two(exponent, dtype)[..., None]).flatten(-2)
-
-
-def mxfp4(x, rule="absmax"):
-    """x rounded to MXFP4 along its last dimension, which is filled up with zeros to whole
-    groups."""
-    y = grouped(F.pad(x, (0, -x.size(-1) % GROUP)))
-    s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
-    return (e2m1(y / s) * s).flatten(-2)[..., :x.size(-1)]
-
-
-FORMATS = dict(float32=float32, int8=int8, fp8=fp8, fp6=fp6, mxfp4=mxfp4)
-
-
 def product(a, b, q):
     """q(a) q(b)^T: both are rounded along the dimension that is summed.   a [M, K], b [N, K] -> [M,
     N]"""
     return q(a) @ q(b).mT
 
 
-# --- 4 HALO: all three products of a linear layer in a format, its operands rotated ---------------
+# --- 1 HALO: all three products of a linear layer in a format, its operands rotated ---------------
 
 TOKENS = 128                                       # of a block of rotated tokens: ours
 
@@ -268,13 +77,13 @@ def halo(X, W, *, level=2, format="int8"):
     return Halo.apply(X, W, level, FORMATS[format])
 
 
-# --- 5 Quartet: all three in MXFP4 ----------------------------------------------------------------
+# --- 2 Quartet: all three in MXFP4 ----------------------------------------------------------------
 
 
 def clipped_mx4(x, rule):
     """Quartet's forward quantiser of x, in the basis rotated by 32s: (MXFP4, where it did not clip:
     < 6 s)"""
-    y = grouped(rotate(x, GROUP))
+    y = grouped(rotate(x, MX_GROUP))
     s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
     return (e2m1(y / s) * s).flatten(-2), (y.abs() < 6 * s).flatten(-2)
 
@@ -307,15 +116,15 @@ class Quartet(torch.autograd.Function):
     def backward(ctx, E):
         (x, w, x_in, w_in), (nearest, seed) = ctx.saved_tensors, ctx.how
         g = torch.Generator(E.device).manual_seed(seed)
-        signs = 2.0 * torch.randint(2, (GROUP, 1), generator=g, device=E.device) - 1
-        R = signs.to(E) * hadamard(GROUP, E.dtype,
-                                   E.device)  # signs first: after H they change nothing
+        signs = 2.0 * torch.randint(2, (MX_GROUP, 1), generator=g, device=E.device) - 1
+        # signs first: after H they change nothing
+        R = signs.to(E) * hadamard(MX_GROUP, E.dtype, E.device)
 
         def q(a):
-            a = F.pad(a, (0, -a.size(1) % GROUP))                                     # whole groups
-            return unbiased_mx4((a.unflatten(1, (-1, GROUP)) @ R).flatten(1), g, nearest)
+            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                  # whole groups
+            return unbiased_mx4((a.unflatten(1, (-1, MX_GROUP)) @ R).flatten(1), g, nearest)
         dX, dW = product(E, w.mT, q), product(E.mT, x.mT, q)
-        return rotate(dX * x_in, GROUP), rotate(dW * w_in, GROUP), None, None, None
+        return rotate(dX * x_in, MX_GROUP), rotate(dW * w_in, MX_GROUP), None, None, None
 
 
 def quartet(X, W, seed=0, *, exponent="quest", backward="stochastic"):
@@ -393,7 +202,7 @@ def begin(model, step, rounding):
             m.begin(step, rounding)
 
 
-# --- 6 QAT: weights rounded in the forward, as if they were not in the backward -------------------
+# --- 3 QAT: weights rounded in the forward, as if they were not in the backward -------------------
 
 
 def fake_quant(W, bits):
@@ -453,7 +262,7 @@ def qat_share(model, fraction, tokens):
     return qat_fraction(sum(m.weight.numel() for m in layers), tokens, layers[0].bits)
 
 
-# --- 7 LOST: low rank and a few dense columns -----------------------------------------------------
+# --- 4 LOST: low rank and a few dense columns -----------------------------------------------------
 
 PHI = dict(silu=F.silu, identity=lambda x: x)
 
@@ -521,7 +330,7 @@ class LostLinear(nn.Module):
         return plain(W, self.bias)
 
 
-# --- 8 pruning while training ---------------------------------------------------------------------
+# --- 5 pruning while training ---------------------------------------------------------------------
 
 
 def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
@@ -606,8 +415,8 @@ def apply_masks(weights, masks, stacks=()):
     for name, mask in masks.items():
         weights[name].mul_(mask)
     for stack in stacks if masks else ():
-        have = [masks.get(u.name) for u in stack.units]
+        found = [masks.get(u.name) for u in stack.units]
         for x in stack.state.values():
-            if all(m is not None for m in have) and torch.is_tensor(x) and x.is_floating_point():
-                if x.shape == (len(have), *have[0].shape):
-                    x.mul_(torch.stack(have))
+            if all(m is not None for m in found) and torch.is_tensor(x) and x.is_floating_point():
+                if x.shape == (len(found), *found[0].shape):
+                    x.mul_(torch.stack(found))

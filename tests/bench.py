@@ -34,7 +34,6 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import specdec
 from data.chains import chain_tokenizer
-from data.formats import quantize
 from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, init, pick, preset, save, token_logprobs
@@ -179,7 +178,7 @@ def packed(device, kind, rows=1):
     n = 4096 if device == "cuda" else 1024
     W = tensor(n, n, device=device, grad=False)
     if kind == "int4":
-        layer = kernels.pack_int(*quantize(W, 4, 128), bits=4, group=128)
+        layer = kernels.pack_int(*kernels.quantize(W, 4, 128), bits=4, group=128)
     elif kind == "vq":
         ids = torch.randint(0, 256, (n, n // 4), device=device)
         layer = kernels.pack_vq(ids, *(tensor(*s, device=device, grad=False)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import kernels as K
 import model as M
-from data.formats import quantize, unpack_bits
+from kernels import quantize, unpack_bits
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq
