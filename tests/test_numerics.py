@@ -8,16 +8,14 @@ import torch
 from torch import nn
 
 from conftest import close, rand
+import kernels
 from data import numerics
-from data.numerics import (E2M1, EXPONENTS, FORMATS, LostLinear, QATLinear, QuartetLinear, e2m1,
-                           fake_quant,
-                           floor_log2, fp6, fp8, hadamard, halo, int8, journey, lost, lost_sizes,
-                           lost_start,
-                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, prune, prune_at,
-                           prune_schedule,
-                           qat_fraction, qat_share, quantize_activations, quartet, rotate,
-                           unbiased_mx4)
+from data.numerics import (LostLinear, QATLinear, QuartetLinear, fake_quant, halo, journey, lost,
+                           lost_sizes, lost_start, prune, prune_at, prune_schedule, qat_fraction,
+                           qat_share, quartet, unbiased_mx4)
 from data.run import UserError
+from kernels import (E2M1, EXPONENTS, FORMATS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat,
+                     mx4, mx4_dense, mxfp4, power_of_two, quantize_activations, rotate)
 
 
 def gradients(fn, X, W, E):
@@ -159,7 +157,7 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
     mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
     assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
     assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
-    s = 4 / 3 * power_of_two(numerics.absmax(x.view(2, 2, 32)), torch.float64)
+    s = 4 / 3 * power_of_two(kernels.absmax(x.view(2, 2, 32)), torch.float64)
     assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
 
 
@@ -216,7 +214,7 @@ def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
     monkeypatch.setattr(numerics, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
-    monkeypatch.setitem(EXPONENTS, "quest", lambda x: numerics.absmax(x) + 1)        # nothing clips
+    monkeypatch.setitem(EXPONENTS, "quest", lambda x: kernels.absmax(x) + 1)        # nothing clips
     for a, b in zip(gradients(lambda X, W: quartet(X, W, 7), X, W, E), gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
