@@ -14,7 +14,8 @@ from data.numerics import (LostLinear, QATLinear, QuartetLinear, fake_quant, hal
                            lost_sizes, lost_start, prune, prune_at, prune_schedule, qat_fraction,
                            qat_share, quartet, unbiased_mx4)
 from data.run import UserError
-from kernels import (E2M1, EXPONENTS, FORMATS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat,
+from kernels import ROUNDINGS as FORMATS
+from kernels import (E2M1, EXPONENTS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat,
                      mx4, mx4_dense, mxfp4, power_of_two, quantize_activations, rotate)
 
 
