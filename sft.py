@@ -83,9 +83,8 @@ from data.run import (Claim, Count, Fraction, Positive, Range, Run, Share, UserE
                       checkpoint, cli, configure, launch, lock, needs, rank, read_json, read_log,
                       result, settings, share, start_ranks)
 from kernels import PackedLinear
-from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank,
-                   collate,
-                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast,
+                   collate, generate, init, load, load_balance_loss, lora, merge, peek, preset,
                    replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
@@ -712,7 +711,6 @@ def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5
     """LoRAM (2502.13533): LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of
     heads that share keys; by their weights' norm), then used on the whole one. first, last: layers
     left whole (4 and 2 for the paper's 70B). recover() brings the adapters back."""
-    check_rank(rank)
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
     if model.config.moe or any(isinstance(m, PackedLinear) for m in model.modules()):
