@@ -315,8 +315,8 @@ def collate(rows, pad, device="cpu"):
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
     """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), t > 0.
 
-    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks
-    of rows, with a mask only where it is 1. entropy=True: (logp, entropy of the prediction of t).
+    The one place where the shift by one is made; 0 at t = 0 and outside the mask. [B, T, V] is never
+    held: the head runs in chunks of rows. entropy=True: (logp, entropy of the prediction of t).
     """
     hidden, target = model(tokens)[:, :-1], tokens[:, 1:]                  # [B, T-1, D], [B, T-1]
     where = torch.ones_like(target, dtype=torch.bool) if mask is None else mask[:, 1:] > 0
@@ -671,7 +671,7 @@ def init(config, seed=0):
     return model
 
 
-# === config_types: Hugging Face, what may stand in config.json, and of which type =================
+# === config_keys: Hugging Face, what may stand in config.json, and of which type ==================
 
 
 class Dialect(NamedTuple):
@@ -722,7 +722,8 @@ def check_architecture(d, kind):
     return ""
 
 
-CHECKS = [check_architecture, check_heads]           # (config.json, model_type) -> words, "": right
+# topic: (config.json, model_type) -> what is wrong in words, "" if nothing is
+CHECKS = dict(architecture=check_architecture, heads=check_heads)
 
 
 # === config_checks: Hugging Face, a config.json that would load wrongly is refused by name ========
@@ -732,7 +733,7 @@ def check_config(d, kind, where):
     """UserError for a key that is missing or of another type, and for sizes that do not fit."""
     width = DIALECTS[kind].width
     expect(d, where, (*SIZES, width), **TYPES | {width: "size"})
-    for check in CHECKS:
+    for check in CHECKS.values():
         if words := check(d, kind):
             raise UserError(f"{where}: {words}")
 
@@ -956,7 +957,7 @@ MLPS["mixtral"] = MLPS["qwen3_moe"] = MoE
 TYPES |= dict(num_experts="whole", num_local_experts="size", num_experts_per_tok="size",
               norm_topk_prob="flag", router_aux_loss_coef="number", mlp_only_layers="list",
               decoder_sparse_step="size")
-CHECKS.append(check_experts)
+CHECKS["experts"] = check_experts
 
 
 # === puzzle: 2411.19146, every layer's MLP has its own width, or there is none ====================
@@ -970,7 +971,7 @@ def check_widths(d, kind):
 
 
 TYPES["layer_widths"], SHAPED["layer_widths"] = "list", ("layer_widths",)
-CHECKS.append(check_widths)
+CHECKS["widths"] = check_widths
 
 
 # === swiftkv: 2410.03960, late layers take their keys and values from one state ===================
@@ -985,7 +986,7 @@ def check_swift(d, kind):
 
 SOURCES["swift_layer"] = "norm_swiftkv"
 TYPES["swift_layer"], SHAPED["swift_layer"] = "whole", ("swift_layer",)
-CHECKS.append(check_swift)
+CHECKS["swift"] = check_swift
 
 
 # === moh: 2410.11842, mixture of heads: a router weighs what the heads say ========================
@@ -1038,7 +1039,7 @@ def check_routed(d, kind):
 GATES["learned"] = GATES["norm"] = HeadRouter
 SHAPED["routed_heads"] = "shared_heads", "routed_heads", "head_router"
 TYPES |= dict(shared_heads="whole", routed_heads="whole", head_router="text")
-CHECKS.append(check_routed)
+CHECKS["routed"] = check_routed
 
 
 # === scalar: 2203.02155, a head to one number: reward models and critics ==========================
@@ -1203,7 +1204,7 @@ def check_packed(path, raw):
                             "copy it again")
 
 
-# === frame: Hugging Face, all of a checkpoint but its numbers =====================================
+# === place: Hugging Face, every tensor of the model is stored once, and nothing else is ===========
 
 FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
 
