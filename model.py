@@ -315,7 +315,7 @@ def collate(rows, pad, device="cpu"):
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
     """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), t > 0.
 
-    The one place where the shift by one is made; 0 at t = 0 and outside the mask. [B, T, V] is never
+    The one place where the shift by one is made; 0 at t = 0, and off the mask. [B, T, V] is never
     held: the head runs in chunks of rows. entropy=True: (logp, entropy of the prediction of t).
     """
     hidden, target = model(tokens)[:, :-1], tokens[:, 1:]                  # [B, T-1, D], [B, T-1]
