@@ -43,7 +43,7 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
 from model import (ARCHITECTURES, LoRA, Transformer, adapter_state, autocast, bat, bone,
-                   check_rank, collate, full, generate, init, load, load_balance_loss, lora, merge,
+                   collate, full, generate, init, load, load_balance_loss, lora, merge,
                    peek, preset, replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
@@ -1242,7 +1242,6 @@ def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5
     """LoRAM: LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
     share keys; by their weights' norm), then used on the whole one. first, last: layers left whole
     (4 and 2 for the paper's 70B). recover() brings the adapters back."""
-    check_rank(rank)
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
     if model.config.moe or any(isinstance(m, PackedLinear) for m in model.modules()):
