@@ -1,4 +1,4 @@
-"""numerics.py: rounding by hand, gradients, schedules, and what LOST and pruning keep."""
+"""numerics.py: gradients of rounded products, schedules, and what LOST and pruning keep."""
 import copy
 import math
 from types import SimpleNamespace
@@ -8,15 +8,12 @@ import torch
 from torch import nn
 
 from conftest import close, rand
-import kernels
 from data import numerics
 from data.numerics import (LostLinear, QATLinear, QuartetLinear, fake_quant, halo, journey, lost,
                            lost_sizes, lost_start, prune, prune_at, prune_schedule, qat_fraction,
                            qat_share, quartet, unbiased_mx4)
 from data.run import UserError
-from kernels import ROUNDINGS as FORMATS
-from kernels import (E2M1, EXPONENTS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat,
-                     mx4, mx4_dense, mxfp4, power_of_two, quantize_activations, rotate)
+from kernels import EXPONENTS, ROUNDINGS, absmax, hadamard, mxfp4, power_of_two, rotate
 
 
 def gradients(fn, X, W, E):
@@ -30,136 +27,6 @@ def gradients(fn, X, W, E):
 def exact(X, W):
     """The product that all others approximate."""
     return X @ W.T
-
-
-# --- rotations and formats ------------------------------------------------------------------------
-
-
-def test_hadamard_matrices_are_orthonormal_and_symmetric():
-    for n in (1, 2, 32, 128):
-        H = hadamard(n, torch.float64)
-        assert close(H @ H.T, torch.eye(n), 1e-12) and close(H, H.T, 0)
-        assert close(H.abs(), n ** -0.5 * torch.ones(n, n).double(), 1e-12)
-    with pytest.raises(UserError, match="power of two"):
-        hadamard(24)
-
-
-@pytest.mark.parametrize("d, n, block",
-                         [(96, 32, 32), (96, 128, 32), (64, 48, 32), (12, 32, 4), (7, 8, 1)])
-def test_rotations_use_the_largest_block_that_fits_and_undo_themselves(d, n, block):
-    x, W = rand(3, d), rand(5, d, seed=1)
-    H = torch.block_diag(*[hadamard(block, torch.float64)] * (d // block))
-    assert close(rotate(x, n), x @ H, 1e-12) and close(rotate(rotate(x, n), n), x, 1e-12)
-    assert close(rotate(x, n) @ rotate(W, n).T, x @ W.T, 1e-12)
-
-
-def test_exponents_are_read_exactly():
-    x = torch.tensor([1.0, 0.9999999, 2.0, 1.9999999, 6.0, 2 ** -100, 3e38])
-    for dtype in (torch.float32, torch.float64):
-        assert floor_log2(x.to(dtype)).tolist() == [0, -1, 1, 0, 2, -100, 127]
-        assert power_of_two(torch.tensor([-3, 0, 100]), dtype).tolist() == [.125, 1.0, 2.0 ** 100]
-    assert floor_log2(torch.zeros(1)).item() == -127 and power_of_two(torch.tensor([-999])).item() > 0
-
-
-def test_fp8_is_pytorch_s():
-    x = torch.cat([448 * torch.linspace(-1, 1, 20001), torch.logspace(-12, 2.6, 4000)])
-    assert torch.equal(minifloat(x, 3, -6, 448), x.to(torch.float8_e4m3fn).float())
-    x = x * 448 / x.abs().max()                          # s = 1
-    assert torch.equal(fp8(x), x.to(torch.float8_e4m3fn).float())
-
-
-def test_fp6_has_its_63_values():
-    grid = sorted({0.0} | {s * m * 2.0 ** -4 for s in (1, -1) for m in range(1, 4)}     # subnormals
-                  | {s * (1 + m / 4) * 2.0 ** e for s in (1, -1) for e in range(-2, 5)
-                     for m in range(4)})
-    x = torch.linspace(-28, 28, 40001, dtype=torch.float64)
-    y, grid = fp6(x), torch.tensor(grid, dtype=torch.float64)
-    assert grid[-1] == 28 and len(grid) == 63 and sorted(set(y.tolist())) == grid.tolist()
-    assert close((y - x).abs(), (x[:, None] - grid).abs().amin(1))                       # nearest
-
-
-def test_int8_by_hand():
-    assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)),
-                 [0., 0, 0]) and int8(torch.tensor([math.nan, 1.])).isnan().any()
-
-
-def test_activations_are_rounded_a_token_and_block():
-    x = torch.tensor([[-.9, -.2, .35, .6], [7., 2, -3, 100]])
-    assert close(quantize_activations(x, 2), [[-.9, 0, 0, .9], [0, 0, 0, 100]])
-    assert close(quantize_activations(x, 4, 2),
-                 [[-.9, -.9 * 2 / 7, .6 * 4 / 7, .6], [7, 2, 0, 100]])
-    both = quantize_activations(x, torch.tensor([8, 4]), 2)                        # a width a block
-    assert torch.equal(both[:, :2], quantize_activations(x[:, :2], 8))
-    assert torch.equal(both[:, 2:], quantize_activations(x[:, 2:], 4))
-    with pytest.raises(UserError, match="do not divide 4"):
-        quantize_activations(x, 4, 3)
-
-
-# --- MXFP4 ----------------------------------------------------------------------------------------
-
-
-def test_e2m1_thresholds_and_ties():
-    thresholds = [.25, .75, 1.25, 1.75, 2.5, 3.5, 5.]
-    for i, t in enumerate(thresholds):
-        for sign in (1, -1):
-            got = e2m1(sign * torch.tensor([t - 1e-6, t, t + 1e-6]))
-            assert got[0] == sign * E2M1[i] and got[2] == sign * E2M1[i + 1]
-            assert got[1] == sign * E2M1[i + i % 2]                          # ties to the even code
-    x = torch.linspace(-7, 7, 5001)
-    assert torch.equal(e2m1(x), minifloat(x, 1, 0, 6.0)) and e2m1(torch.tensor([99.])) == 6
-
-
-def test_mx4_codes_and_exponents_by_hand():
-    x = torch.zeros(2, 32)
-    x[0, :8] = 4 * torch.tensor([.5, -.5, 1, 1.5, 2, -3, 4, 6])
-    x[1, 0] = -7.9                                       # above 6 of its scale: clips
-    codes, exponent = mx4(x)
-    assert codes.dtype == torch.uint8 and exponent.dtype == torch.int8 and exponent.tolist() == [[2], [0]]
-    assert codes[0, :9].tolist() == [1, 9, 2, 3, 4, 13, 6, 7, 0] and codes[1, :2].tolist() == [15,
-                                                                                               0]
-    assert torch.equal(mx4_dense(codes, exponent)[0], x[0]) and mx4_dense(codes, exponent)[1,
-                                                                                           0] == -6
-    assert mx4(x, "covering")[1].tolist() == [[2], [1]] and not mx4_dense(*mx4(0 * x)).any()
-    with pytest.raises(UserError, match="no multiple"):
-        mx4(torch.zeros(4, 40))
-
-
-@pytest.mark.parametrize("rule", EXPONENTS)
-def test_rounding_to_mxfp4_is_packing_and_unpacking(rule):
-    x = 3 * rand(5, 96)
-    assert torch.equal(mx4_dense(*mx4(x, rule), torch.float64), mxfp4(x, rule))
-    value = (mxfp4(x, rule).view(5, 3, 32)
-             / power_of_two(mx4(x, rule)[1].int(), torch.float64)[..., None])
-    assert set(value.abs().flatten().tolist()) <= set(E2M1)
-    assert close(mxfp4(x[:, :40], "covering")[:, :32], mxfp4(x[:, :32], "covering"))  # zeros added
-    assert mxfp4(torch.full((1, 32), math.nan)).isnan().all()
-
-
-def test_the_error_of_quest_on_gaussians():
-    """averaged over the scale: rounding the exponent .0134 as plain absmax, the released floor
-    .022"""
-    x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
-    error = {}
-    for rule in ("absmax", "quest", "quest_floor"):
-        scales = [2 ** (i / 8) for i in range(8)]
-        error[rule] = sum(((mxfp4(s * x, rule) - s * x).pow(2).mean()
-                           / (s * x).pow(2).mean()).item()
-                          for s in scales) / 8
-    assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223],
-                 1.5e-4)
-    h, kept = numerics.clipped_mx4(x, "quest_floor")
-    assert abs((~kept).float().mean().item() - .073) < 2e-3
-    assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
-
-
-def test_stochastic_rounding_is_unbiased_and_never_clips():
-    x, g = rand(2, 64), torch.Generator().manual_seed(0)
-    mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
-    assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
-    assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
-    s = 4 / 3 * power_of_two(kernels.absmax(x.view(2, 2, 32)), torch.float64)
-    assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
 
 
 # --- HALO -----------------------------------------------------------------------------------------
@@ -176,14 +43,14 @@ def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
 
 def test_halo_rounds_what_its_table_says():
     X, W, E = rand(40, 64), rand(32, 64, seed=1), rand(40, 32, seed=2)
-    q = FORMATS["fp6"]
-    made = {level: gradients(lambda X, W: halo(X, W, level=level, format="fp6"), X, W, E)
-            for level in (0, 1, 2)}
+    q = ROUNDINGS["fp6"]
+    results = {level: gradients(lambda X, W: halo(X, W, level=level, format="fp6"), X, W, E)
+               for level in (0, 1, 2)}
     turned = q(X @ hadamard(64, torch.float64)) @ q(W @ hadamard(64, torch.float64)).T
     dX, dW = q(E) @ q(W), q(E).T @ q(X)
     H = hadamard(64, torch.float64)                      # 40 tokens: one block of 64, with zeros
     left = (H @ (q(H @ nn.functional.pad(E, (0, 0, 0, 24))) @ q(W)))[:40]
-    for level, (Y, gX, gW) in made.items():
+    for level, (Y, gX, gW) in results.items():
         assert close(Y, q(X) @ q(W).T if level == 0 else turned, 1e-10)
         assert close(gX, dX if level < 2 else left, 1e-10) and close(gW, dW, 1e-10)
 
@@ -194,8 +61,8 @@ def test_rotation_helps_where_a_channel_or_a_token_is_large():
     E[5] *= 50
 
     def error(level):
-        made = gradients(lambda X, W: halo(X, W, level=level), X, W, E)
-        return [(a - b).norm().item() for a, b in zip(made, gradients(exact, X, W, E))]
+        rounded = gradients(lambda X, W: halo(X, W, level=level), X, W, E)
+        return [(a - b).norm().item() for a, b in zip(rounded, gradients(exact, X, W, E))]
     plain, forward, both = (error(level) for level in (0, 1, 2))
     assert forward[0] < 0.5 * plain[0] and both[0] == forward[0]
     assert forward[1] == plain[1] and both[1] < 0.8 * plain[1]
@@ -211,11 +78,27 @@ def test_mxfp4_products_are_grouped_along_what_is_summed():
 # --- Quartet --------------------------------------------------------------------------------------
 
 
+def test_the_released_scale_clips_seven_per_cent_of_a_gaussian():
+    x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
+    h, kept = numerics.clipped_mx4(x, "quest_floor")
+    assert abs((~kept).float().mean().item() - .073) < 2e-3
+    assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
+
+
+def test_stochastic_rounding_is_unbiased_and_never_clips():
+    x, g = rand(2, 64), torch.Generator().manual_seed(0)
+    mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
+    assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
+    assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
+    s = 4 / 3 * power_of_two(absmax(x.view(2, 2, 32)), torch.float64)
+    assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
+
+
 def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
     monkeypatch.setattr(numerics, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
-    monkeypatch.setitem(EXPONENTS, "quest", lambda x: kernels.absmax(x) + 1)        # nothing clips
+    monkeypatch.setitem(EXPONENTS, "quest", lambda x: absmax(x) + 1)        # nothing clips
     for a, b in zip(gradients(lambda X, W: quartet(X, W, 7), X, W, E), gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
@@ -283,8 +166,8 @@ def test_a_qat_layer_rounds_when_told_and_is_saved_rounded():
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
     numerics.begin(layer, 0, True)
     merged = layer.merged()
-    assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight,
-                                                            fake_quant(linear.weight, 2))
+    assert torch.equal(layer(x), merged(x))
+    assert torch.equal(merged.weight, fake_quant(linear.weight, 2))
     assert not torch.equal(layer(x), linear(x)) and torch.equal(merged.bias, linear.bias)
 
 
@@ -297,8 +180,8 @@ def test_the_compute_optimal_share():
     assert qat_fraction(2e6, 1e8, 4) < qat_fraction(1e6, 1e8, 4) < qat_fraction(1e6, 1e8, 2)
     model = nn.Sequential(QATLinear(nn.Linear(10, 10), 2), QATLinear(nn.Linear(10, 30), 2),
                           nn.Linear(30, 2))
-    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2) and qat_share(model, -1.0,
-                                                                                 1e4) == 0
+    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2)
+    assert qat_share(model, -1.0, 1e4) == 0
     assert qat_share(model, 0.3, 1e4) == 0.3 and qat_share(nn.Linear(2, 2), 0.0, 1e4) == 0
 
 
@@ -325,21 +208,20 @@ def test_lost_by_hand_and_its_gradients():
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
-    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns",
-                                                                              "bias"}
-    assert sum(p.numel() for n, p in layer.named_parameters()
-               if n != "bias") == 4 * (16 + 12) + 2 * 12
+    trained = {n: p.numel() for n, p in layer.named_parameters() if p.grad is not None}
+    assert {*trained} == {"A", "B", "columns", "bias"}
+    assert sum(trained.values()) - trained["bias"] == 4 * (16 + 12) + 2 * 12
 
 
 @pytest.mark.parametrize("start", ["svd", "random"])
 def test_lost_without_phi_merges_and_with_it_does_not(start):
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     for phi in ("identity", "silu"):
-        layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0), .9, phi,
-                           start)
+        g = torch.Generator().manual_seed(0)
+        layer = LostLinear(nn.Linear(16, 12), 4, 2, g, .9, phi, start)
         merged = copy.deepcopy(layer).merged()
-        assert isinstance(merged, nn.Linear) == (phi == "identity") and close(merged(x), layer(x),
-                                                                              1e-5)
+        assert isinstance(merged, nn.Linear) == (phi == "identity")
+        assert close(merged(x), layer(x), 1e-5)
 
 
 def test_the_random_start_has_the_layer_s_deviation():
@@ -353,8 +235,8 @@ def test_lost_s_sizes_have_equal_parameters():
     for n, m in ((64, 64), (64, 192), (192, 64), (64, 32)):
         for columns in (0.0, .05, .2):
             rank, k = lost_sizes(n, m, .55, columns)
-            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2 and k == round(columns
-                                                                                           * n)
+            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2
+            assert k == round(columns * n)
 
 
 # --- pruning while training -----------------------------------------------------------------------
@@ -380,8 +262,8 @@ def test_pruning_is_placed_in_compute(begin, end):
     cost = [1 - x for x in s[:-1]]
     assert s == sorted(s) and s[-1] == .8
     for k in range(0, steps, 50):
-        assert abs(s[k] - prune_schedule(sum(cost[:k]) / sum(cost), .8, begin,
-                                         end)) < .03 or begin == end
+        wanted = prune_schedule(sum(cost[:k]) / sum(cost), .8, begin, end)
+        assert abs(s[k] - wanted) < .03 or begin == end
     if begin == end == .3:
         first = next(k for k, x in enumerate(s) if x)
         assert abs(sum(cost[:first]) / sum(cost) - .3) < .01 and set(s) == {0, .8}
@@ -396,8 +278,8 @@ def test_masks_are_monotone_and_exact():
     for target, s in ((.1, .1), (.35, .35), (.5, .5), (.3, .5), (.8, .8)):          # never one back
         old, masks = masks, prune(weights, masks, target)
         for name, mask in masks.items():
-            assert (~mask).sum() == round(s * mask.numel()) and not (mask
-                                                                     & ~old.get(name, mask)).any()
+            assert (~mask).sum() == round(s * mask.numel())
+            assert not (mask & ~old.get(name, mask)).any()
         weights = {k: w + rand(*w.shape, seed=9) for k, w in weights.items()}   # also where it is 0
     assert all(m.all() for m in prune(weights, {}, 0.0).values())
 
@@ -415,6 +297,6 @@ def test_masks_reach_moments_and_gradients():
     for i, name in enumerate("ab"):
         gone = ~masks[name]
         assert not weights[name].grad[gone].any() and not weights[name][gone].any()
-        assert torch.equal(stacks[0].state["m"][i],
-                           masks[name].float()) and weights[name].grad.any()
+        assert torch.equal(stacks[0].state["m"][i], masks[name].float())
+        assert weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()
