@@ -1,23 +1,23 @@
 """numerics.py: rounding by hand, gradients, schedules, and what LOST and pruning keep."""
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import sft
 from conftest import close, rand
 from data import numerics
-from data.numerics import (E2M1, EXPONENTS, FORMATS, LostLinear, QATLinear, QuartetLinear, e2m1,
-                           fake_quant,
-                           floor_log2, fp6, fp8, hadamard, halo, int8, journey, lost, lost_sizes,
-                           lost_start,
-                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, prune, prune_at,
-                           prune_schedule,
-                           qat_fraction, qat_share, quantize_activations, quartet, rotate,
-                           unbiased_mx4)
+from data.numerics import (E2M1, EXPONENTS, FORMATS, e2m1, floor_log2, fp6, fp8, hadamard, int8,
+                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, quantize_activations,
+                           rotate)
 from data.run import UserError
+from sft import (LostLinear, Masks, QATLinear, QuartetLinear, fake_quant, halo_product, journey,
+                 lost_product, lost_sizes, lost_start, prune, prune_at, prune_schedule,
+                 qat_fraction, qat_share, quartet_product, unbiased_mx4)
 
 
 def gradients(fn, X, W, E):
@@ -149,7 +149,7 @@ def test_the_error_of_quest_on_gaussians():
                           for s in scales) / 8
     assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223],
                  1.5e-4)
-    h, kept = numerics.clipped_mx4(x, "quest_floor")
+    h, kept = sft.clipped_mx4(x, "quest_floor")
     assert abs((~kept).float().mean().item() - .073) < 2e-3
     assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
 
@@ -170,7 +170,7 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
 @pytest.mark.parametrize("N, n, m", [(1, 8, 4), (50, 48, 20), (130, 64, 96)])
 def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
     X, W, E = rand(N, n), rand(m, n, seed=1), rand(N, m, seed=2)
-    for a, b in zip(gradients(lambda X, W: halo(X, W, level=level, format="float32"), X, W, E),
+    for a, b in zip(gradients(lambda X, W: halo_product(X, W, level=level, format="float32"), X, W, E),
                     gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
@@ -178,7 +178,7 @@ def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
 def test_halo_rounds_what_its_table_says():
     X, W, E = rand(40, 64), rand(32, 64, seed=1), rand(40, 32, seed=2)
     q = FORMATS["fp6"]
-    made = {level: gradients(lambda X, W: halo(X, W, level=level, format="fp6"), X, W, E)
+    made = {level: gradients(lambda X, W: halo_product(X, W, level=level, format="fp6"), X, W, E)
             for level in (0, 1, 2)}
     turned = q(X @ hadamard(64, torch.float64)) @ q(W @ hadamard(64, torch.float64)).T
     dX, dW = q(E) @ q(W), q(E).T @ q(X)
@@ -195,7 +195,7 @@ def test_rotation_helps_where_a_channel_or_a_token_is_large():
     E[5] *= 50
 
     def error(level):
-        made = gradients(lambda X, W: halo(X, W, level=level), X, W, E)
+        made = gradients(lambda X, W: halo_product(X, W, level=level), X, W, E)
         return [(a - b).norm().item() for a, b in zip(made, gradients(exact, X, W, E))]
     plain, forward, both = (error(level) for level in (0, 1, 2))
     assert forward[0] < 0.5 * plain[0] and both[0] == forward[0]
@@ -204,7 +204,7 @@ def test_rotation_helps_where_a_channel_or_a_token_is_large():
 
 def test_mxfp4_products_are_grouped_along_what_is_summed():
     X, W, E = rand(64, 32), rand(96, 32, seed=1), rand(64, 96, seed=2)
-    Y, dX, dW = gradients(lambda X, W: halo(X, W, level=0, format="mxfp4"), X, W, E)
+    Y, dX, dW = gradients(lambda X, W: halo_product(X, W, level=0, format="mxfp4"), X, W, E)
     assert close(Y, mxfp4(X) @ mxfp4(W).T, 1e-10) and close(dX, mxfp4(E) @ mxfp4(W.T).T, 1e-10)
     assert close(dW, mxfp4(E.T) @ mxfp4(X.T).T, 1e-10)
 
@@ -214,10 +214,11 @@ def test_mxfp4_products_are_grouped_along_what_is_summed():
 
 def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
-    monkeypatch.setattr(numerics, "e2m1", lambda x, noise=None: x)
+    monkeypatch.setattr(sft, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
     monkeypatch.setitem(EXPONENTS, "quest", lambda x: numerics.absmax(x) + 1)        # nothing clips
-    for a, b in zip(gradients(lambda X, W: quartet(X, W, 7), X, W, E), gradients(exact, X, W, E)):
+    found = gradients(lambda X, W: quartet_product(X, W, 7), X, W, E)
+    for a, b in zip(found, gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
@@ -225,20 +226,20 @@ def test_quartet_s_gradients_are_unbiased_and_none_reaches_what_clipped():
     X, W, E = rand(32, 32), rand(32, 32, seed=1), rand(32, 32, seed=2)
     X[0], X[0, 0] = 0, 60  # rotated: a constant, which has no deviation
     X[1] = hadamard(32, torch.float64)[4] * 40           # rotated: one coordinate, which does
-    (x, x_in), (w, w_in) = (numerics.clipped_mx4(a, "quest") for a in (X, W))
+    (x, x_in), (w, w_in) = (sft.clipped_mx4(a, "quest") for a in (X, W))
     wanted = rotate((E @ w) * x_in, 32), rotate((E.T @ x) * w_in, 32)
-    assert not numerics.clipped_mx4(X, "quest_floor")[1][0].any()
-    assert not x_in[1, 4] and x_in[0].all() and close(quartet(X, W), x @ w.T, 1e-10)
+    assert not sft.clipped_mx4(X, "quest_floor")[1][0].any()
+    assert not x_in[1, 4] and x_in[0].all() and close(quartet_product(X, W), x @ w.T, 1e-10)
     total = [0, 0]
     for seed in range(400):
-        for i, g in enumerate(gradients(lambda X, W: quartet(X, W, seed), X, W, E)[1:]):
+        for i, g in enumerate(gradients(lambda X, W: quartet_product(X, W, seed), X, W, E)[1:]):
             total[i] = total[i] + g / 400
             if i == 0:
                 assert rotate(g, 32)[1, 4].abs() < 1e-12
-    once = gradients(lambda X, W: quartet(X, W, 1), X, W, E)[1:]
+    once = gradients(lambda X, W: quartet_product(X, W, 1), X, W, E)[1:]
     for mean, g, b in zip(total, once, wanted):
         assert (mean - b).norm() < 0.08 * (g - b).norm()                             # 1/√400 is .05
-    same = [gradients(lambda X, W: quartet(X, W, 3), X, W, E)[1] for _ in "ab"]
+    same = [gradients(lambda X, W: quartet_product(X, W, 3), X, W, E)[1] for _ in "ab"]
     assert torch.equal(*same) and not torch.equal(same[0], once[0])
 
 
@@ -247,7 +248,7 @@ def test_quartet_s_layer_draws_by_step_and_forward():
     x = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(0))
 
     def weight_gradient(step):
-        numerics.begin(layer, step, False)
+        layer.begin(step)
         out = []
         for _ in "ab":
             layer.weight.grad = None
@@ -282,7 +283,7 @@ def test_a_qat_layer_rounds_when_told_and_is_saved_rounded():
     linear, x = nn.Linear(8, 4), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     layer = QATLinear(linear, 2)
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
-    numerics.begin(layer, 0, True)
+    layer.rounding = True
     merged = layer.merged()
     assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight,
                                                             fake_quant(linear.weight, 2))
@@ -309,9 +310,9 @@ def test_the_compute_optimal_share():
 def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
     W, x, g = rand(12, 8), rand(3, 8, seed=1), torch.Generator().manual_seed(0)
     same = dict(gamma=.5, phi="identity")
-    assert close(2 * lost(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)    # rank 8: all of W
+    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)    # rank 8: all of W
     A, B, columns, where = lost_start(W, 3, 8, g)
-    assert close(2 * lost(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)        # all columns
+    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)        # all columns
     rest = W - B @ A
     assert close(torch.linalg.matrix_norm(rest, 2), torch.linalg.svdvals(W)[3], 1e-9)
     _, _, columns, where = lost_start(W, 3, 2, g)
@@ -322,7 +323,7 @@ def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
 def test_lost_by_hand_and_its_gradients():
     one = torch.ones(1, 1, dtype=torch.float64)
     x, where = torch.tensor([[1., 5.]]).double(), torch.tensor([1])
-    got = lost(x, torch.tensor([[2., 0]]).double(), 3 * one, 4 * one, where)
+    got = lost_product(x, torch.tensor([[2., 0]]).double(), 3 * one, 4 * one, where)
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
@@ -404,18 +405,23 @@ def test_masks_are_monotone_and_exact():
 
 
 def test_masks_reach_moments_and_gradients():
-    weights = {"a": nn.Parameter(rand(3, 4)), "b": nn.Parameter(rand(3, 4, seed=1))}
-    masks = prune(weights, {}, .5)
-    unit = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    stacks = [SimpleNamespace(units=unit,
+    weights = {"a_proj.weight": nn.Parameter(rand(3, 4)),
+               "b_proj.weight": nn.Parameter(rand(3, 4, seed=1))}
+    model = SimpleNamespace(named_parameters=lambda: weights.items())
+    stacks = [SimpleNamespace(units=[SimpleNamespace(name=name) for name in weights],
                               state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
               SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4)))]
-    sum((w ** 2).sum() for w in weights.values()).backward()
-    numerics.mask_gradients(weights, masks)
-    numerics.apply_masks(weights, masks, stacks)
-    for i, name in enumerate("ab"):
-        gone = ~masks[name]
+    schedule = partial(journey, sparsity=.5, begin=0.0, end=0.0)
+    keeper = Masks(None, SimpleNamespace(prune=schedule), model, SimpleNamespace(stacks=stacks),
+                   dict(steps=4))
+    assert keeper.end(0) == dict(sparsity=.5)
+    assert all(torch.equal(keeper.masks[k], v) for k, v in prune(weights, {}, .5).items())
+    sum((w ** 2 + w).sum() for w in weights.values()).backward()
+    keeper.backward()
+    for i, name in enumerate(weights):
+        gone = ~keeper.masks[name]
         assert not weights[name].grad[gone].any() and not weights[name][gone].any()
-        assert torch.equal(stacks[0].state["m"][i],
-                           masks[name].float()) and weights[name].grad.any()
+        assert torch.equal(stacks[0].state["m"][i], keeper.masks[name].float())
+        assert weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()
+    assert keeper.report() == dict(sparsity=.5, mean_density=.5)
