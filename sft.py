@@ -42,9 +42,9 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
                       needs, rank, read_json, read_log, result, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
-from model import (ARCHITECTURES, LoRA, Transformer, adapter_state, autocast, bat, bone,
-                   collate, full, generate, init, load, load_balance_loss, lora, merge,
-                   peek, preset, replace_linears, save, shard, token_logprobs)
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
+                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
+                   replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Config(Training):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: Positive = 1.0         # largest gradient norm
-    peft: str = "full"           # what is trained: a row of PEFT
+    peft: str = "full"           # what is trained: a row of model.PEFT, or loram
     linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
     prune: str = "none"          # which row of PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
@@ -220,7 +220,6 @@ def none(step, steps):
     return 0.0
 
 
-PEFT = dict(full=full)          # (model, generator) -> the model, of which some is trained
 LINEARS = dict(plain=plain)      # (model, generator) -> the model with its blocks' linear layers
 PRUNING = dict(none=none)        # (step, steps) -> the share of the weights that is 0 after it
 # Rows of these are used where asked() has their name:
@@ -1229,7 +1228,6 @@ def frozen_layers(c, f, ranks):
                         "one")
 
 
-PEFT["lora"], PEFT["bone"], PEFT["bat"] = lora, bone, bat
 CHECKS["lora"] = CHECKS["bone"] = CHECKS["bat"] = frozen_layers
 PRESETS["lora"] = dict(peft="lora", lr=2e-3)
 PRESETS["bone"] = dict(peft="bone", lr=1e-3)             # lr ours, as bat's
@@ -1312,35 +1310,6 @@ def recover(small, whole):
 
 PEFT["loram"], WHOLE["loram"], CHECKS["loram"] = loram, recover, frozen_layers
 PRESETS["loram"] = dict(peft="loram", lr=2e-3)
-
-# === hft: 2404.18466, half fine-tuning: half of each layer is frozen ==============================
-
-
-def hft(model, generator):
-    """Half fine-tuning: each round freezes half of every layer, drawn by matrix
-    kind.
-
-    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of
-    all experts alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings,
-    head, final norm and routers always train. One run is one round.
-    """
-    def draw(n):
-        return torch.randperm(n, generator=generator).tolist()
-    L = model.config.num_hidden_layers
-    more = set(draw(L)[:L // 2])
-    for i, layer in enumerate(model.layers):
-        parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
-                 (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
-                 (["input_layernorm", "post_attention_layernorm"], 1)]
-        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
-        frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
-        for name, module in layer.named_modules():
-            if name.split(".")[-1] in frozen:
-                module.requires_grad_(False)
-    return model
-
-
-PEFT["hft"] = hft
 
 # === qat: 2509.22935, weights rounded in the last steps of training ===============================
 

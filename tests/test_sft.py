@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import sft
+from sft import fake_quant, prune_at
 from conftest import close, merged
 from data import tasks
-from data.numerics import fake_quant, prune_at
+
 from data.run import UserError, checkpoint, claims_of, configure, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, load
