@@ -1558,7 +1558,7 @@ class Quartet(torch.autograd.Function):
         R = signs.to(E) * H                      # signs first: after H they change nothing
 
         def q(a):
-            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                     # whole groups
+            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                  # whole groups
             return unbiased_mx4((a.unflatten(1, (-1, MX_GROUP)) @ R).flatten(1), g, nearest)
         dX, dW = product(E, w.mT, q), product(E.mT, x.mT, q)
         return rotate(dX * x_in, MX_GROUP), rotate(dW * w_in, MX_GROUP), None, None, None
