@@ -286,7 +286,7 @@ def layer(name, presets, axes):
 def bind(axis, rows, row, values):
     """The function of an axis's row, its keyword-only arguments bound to the values that are meant
     for it."""
-    if row not in rows and not ("PATH" in rows and Path(row).exists()):
+    if row not in rows and not ("PATH" in rows and (".py:" in row or Path(row).exists())):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
