@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 import sft
@@ -180,12 +181,19 @@ def every(fresh):
     return dict(groups), groups
 
 
-PREPARATIONS, DRAWS, ACTORS = dict(nothing=nothing), dict(in_turn=in_turn), dict(current=current)
+PREPARATIONS = dict(nothing=nothing)
+DRAWS = dict(in_turn=in_turn)
+ACTORS = dict(current=current)
 REWARDS = dict(task=tasks.REWARDS["task"], PATH=tasks.scorer)
-NOISES, TRIMS, SHAPERS = dict(clean=plain), dict(whole=whole), dict(plain=plain)
-ADVANTAGES, CREDITS, SURROGATES = dict(group=group_norm), dict(same=same), dict(clip=clip)
+NOISES = dict(clean=plain)
+TRIMS = dict(whole=whole)
+SHAPERS = dict(plain=plain)
+ADVANTAGES = dict(group=group_norm)
+CREDITS = dict(same=same)
+SURROGATES = dict(clip=clip)
 PENALTIES = dict(none=none, k3=k3)
-WEIGHTS, FILTERS = dict(sequence_mean=sequence_mean), dict(every=every)
+WEIGHTS = dict(sequence_mean=sequence_mean)
+FILTERS = dict(every=every)
 AXES = dict(prepare=PREPARATIONS, draw=DRAWS, actor=ACTORS, reward=REWARDS, noise=NOISES,
             trim=TRIMS, shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDITS, surrogate=SURROGATES,
             penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
@@ -211,8 +219,7 @@ BATCH = {}                       # of the batch that trains
 MINIBATCH = {}                   # of a minibatch, before its gradient
 MEMORIES = {}                    # classes: tell() before a step, note(…) after, state(), load()
 
-
-# --- roll out -------------------------------------------------------------------------------------
+# --- roll out, evaluate ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -265,9 +272,6 @@ def respond(known, f, asked, cursor):
     return groups
 
 
-# --- evaluate -------------------------------------------------------------------------------------
-
-
 def evaluate(policy, sets, tok, c):
     """Held-out prompts, always the same and with the same draws, sampled as in training.
 
@@ -306,7 +310,7 @@ def of_groups(batch, groups):
 
 
 def backward(policy, batch, groups, c, f, g, progress=0.0):
-    """Gradients of one minibatch of mini groups -> what happened, a dict of floats.
+    """Gradients of one minibatch of whole groups -> what happened, a dict of floats.
 
     batch: tensors [N, T], [P, G] or [P, 1]. The weights are those of the whole minibatch, so
     --micro changes nothing. progress: how much of the run is over, for what is annealed.
@@ -317,8 +321,8 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     numbers = dict(cap=c.max_new, groups=len(groups), progress=progress)
     known = f.surrogate.keywords | mini | numbers | dict(policy=policy, c=c, generator=g)
     ask(set(needs(f.surrogate)), MINIBATCH, known)
-    mini |= {k: known[k] for k in needs(f.surrogate) if k in MINIBATCH}                 # [n, T]
-    mini["weight"] = call(f.weight, known)                                              # [n, T]
+    mini |= {k: known[k] for k in needs(f.surrogate) if k in MINIBATCH}                  # [n, T]
+    mini["weight"] = call(f.weight, known)                                               # [n, T]
     metrics = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
     n, low = mini["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
     high = f.surrogate.keywords.get("eps_high", 0.0) or low
@@ -336,27 +340,13 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
         loss = loss + (more * b["weight"]).sum()
         loss.backward()
         off = (ratio_of(logp.detach(), b["old_logp"]) - 1).abs() * b["mask"]             # [n, T]
-        clipped = torch.zeros_like(off)
-        if low:
-            ratio = ratio_of(logp.detach(), known[needs(f.surrogate)[1]])
-            clipped = (ratio < 1 - low) | (ratio > 1 + high)
+        ratio = ratio_of(logp.detach(), known[needs(f.surrogate)[1]] if low else logp.detach())
+        clipped = (ratio < 1 - low) | (ratio > 1 + high)
         metrics["loss"] += loss.item()
         metrics["worst"] = max(metrics["worst"], off.max().item())
         for key, x in dict(off=off, clipped=clipped, entropy=entropy.detach()).items():
             metrics[key] += ((x * b["mask"]).sum() / n).item()
     return metrics
-
-
-def models(init, teacher, device):
-    """The reference, its tokenizer, and the teacher (the reference if there is none)."""
-    ref, tok = load(init, device)
-    if not isinstance(ref, Transformer):
-        raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
-    teach, other = load(teacher, device) if teacher else (ref, tok)
-    if other.tokens != tok.tokens or not isinstance(teach, Transformer):
-        raise UserError(f"--teacher {teacher}: need a language model with the tokenizer of --init "
-                        f"{init}")
-    return ref.requires_grad_(False), tok, teach
 
 
 def held_out(c, task):
@@ -371,20 +361,23 @@ def train(c, f):
     tasks.check_data(c.data, is_text=False)
     task = tasks.task(c.data)
     asked = check(c, f, task)
-    score_of = partial(f.reward, task=task) if c.reward in REWARDS else f.reward(c.reward, task)
+    ours = c.reward in tasks.REWARDS
+    score_of = partial(f.reward, task=task) if ours else f.reward(c.reward, task)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
-    teacher = sft.find(c.teacher, c.config, device=c.device) if c.teacher else ""
     kernels.use(c.kernels)
     with Run(c, f, "grpo", CURVES) as run:
-        ref, tok, teach = models(init, teacher, c.device)
+        ref, tok = load(init, c.device)
+        if not isinstance(ref, Transformer):
+            raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
+        ref.requires_grad_(False)
         policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
         pool, sets = task.problems("train", c.pool, 1000 + c.seed), held_out(c, task)
         prompts = pool + [p for _, some in sets.values() for p in some]
         room = tasks.room(c, tok, prompts, task, policy.config.max_position_embeddings)
         c, saved = replace(c, max_new=room), run.state or {}
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
-        known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, teacher=teach, pool=pool,
-                     score_of=score_of, generator=torch.Generator().manual_seed(c.seed + 2))
+        known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, pool=pool, score_of=score_of,
+                     generator=torch.Generator().manual_seed(c.seed + 2))
         pool, heat, found = prepared = saved.get("prepared") or call(f.prepare, known)
         c = replace(c, temperature=heat)
         known |= dict(c=c, pool=pool, generator=g)
@@ -500,7 +493,7 @@ def readers(c, f):
                 shaper=(shaped or c.filter != "every", "an --advantage of rewards"),
                 kl_reward=(shaped, "an --advantage of rewards"),
                 reward=(score, "a --shaper of scores"), noise=(score, "a --shaper of scores"),
-                teacher=("teach_logp" in asked_by(f), "what learns from one: kdrl, rlad, opd"))
+                teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"))
 
 
 def compares(c):
@@ -519,8 +512,6 @@ def check(c, f, task):
     words = [call(CHECKS[row], known) for row in rows if row in CHECKS]
     words += [f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
               "groups"] * (c.prompts % c.minibatches > 0)
-    words += ["it learns from a teacher: give --teacher CHECKPOINT"] * (
-        "teach_logp" in asked and not c.teacher)
     for wrong in filter(None, words):
         raise UserError(wrong)
     for name in filter(None, c.watch.split(",")):
@@ -528,8 +519,6 @@ def check(c, f, task):
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
-    if c.teacher:
-        sft.find(c.teacher, c.config, make=False, option="--teacher")
     return asked
 
 
@@ -579,9 +568,9 @@ def measured(task, posed, texts, score, length, finished):
            task.metric: score.mean()}
     homes = [tasks.part(task, p) for p in posed]
     if task.metric == "accuracy":
-        ended = zip(homes, texts, finished.tolist())
-        out |= of_samples(score > 0.5, [tasks.stated(x, text) if end else ""
-                                        for x, text, end in ended])
+        answers = [tasks.stated(x, text) if done else ""
+                   for x, text, done in zip(homes, texts, finished.tolist())]
+        out |= of_samples(score > 0.5, answers)
         for kind, rows in dict(right=score > 0.5, wrong=score < 0.5).items():
             out[f"length_{kind}"] = length[rows].mean() if rows.any() else 0.0
     habits = [x.habits(text) for x, text in zip(homes, texts) if hasattr(x, "habits")]
@@ -664,27 +653,24 @@ def chosen(groups, keep):
     out = {k: x[keep] if torch.is_tensor(x) else x for k, x in groups.items()}
     for name, where in dict(problems=keep, posed=rows, texts=rows).items():
         out[name] = list(itertools.compress(groups[name], where.tolist()))
-    roll = groups["roll"]
-    return out | dict(roll=Rollout(*(x[rows] for x in roll[:-1]), roll.row_steps))
+    return out | dict(roll=Rollout(*(x[rows] for x in groups["roll"][:-1])))
 
 
 def joined(rounds):
     """Rounds of groups as one, their rollouts padded to the widest."""
-    rolls, out = [x["roll"] for x in rounds], dict(rounds[0])
-    width = max(roll.tokens.size(1) for roll in rolls)
-
-    def stack(name, fill):
-        return torch.cat([F.pad(getattr(x, name), (0, width - x.tokens.size(1)), value=fill)
-                          for x in rolls])
+    out = dict(rounds[0])
     for name, x in rounds[0].items():
         out[name] = torch.cat([x[name] for x in rounds]) if torch.is_tensor(x) else x
     for name in ("problems", "posed", "texts"):
         out[name] = [x for one in rounds for x in one[name]]
-    pad = max(out["ref"].config.pad_token_id, 0)
-    return out | dict(roll=Rollout(
-        stack("tokens", pad), stack("mask", 0), stack("logp", 0),
-        torch.cat([x.prompt_len for x in rolls]), torch.cat([x.finished for x in rolls]),
-        sum(x.row_steps for x in rolls)))
+    rolls, pad = [x["roll"] for x in rounds], max(out["ref"].config.pad_token_id, 0)
+
+    def stack(name, fill=0):
+        rows = [row for roll in rolls for row in getattr(roll, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=fill)
+    return out | dict(roll=Rollout(stack("tokens", pad), stack("mask"), stack("logp"),
+                                   torch.cat([x.prompt_len for x in rolls]),
+                                   torch.cat([x.finished for x in rolls])))
 
 
 def gathered(fresh, prompts, rounds, keep):
@@ -1413,7 +1399,7 @@ def twins(pool, cursor, c, task):
     return where + where, problems + other
 
 
-def answer(texts, posed, roll, task):
+def numbered(texts, posed, roll, task):
     """A number for each different answer of the round, -1 for none.   of N"""
     answers = statements(texts, posed, roll, task)
     number = {x: i for i, x in enumerate(dict.fromkeys(filter(None, answers)))}
@@ -1446,7 +1432,7 @@ def no_pairs(c, task):
     return lacks(task, "paraphrase") or "--draw twins: even --prompts, --filter every" * bool(odd)
 
 
-DRAWS["twins"], FACTS["answer"], SHAPERS["agreed"] = twins, answer, agreed
+DRAWS["twins"], FACTS["answer"], SHAPERS["agreed"] = twins, numbered, agreed
 CHECKS["agreed"], CHECKS["twins"] = no_twins, no_pairs
 PRESETS["co_reward"] = dict(shaper="agreed", draw="twins", penalty="k3", beta=0.005)
 
@@ -1555,7 +1541,7 @@ def shown(problem, hints, kept):
     return problem | dict(hint="".join(hints[i] for i in sorted(kept)))
 
 
-def solved(ref, task, tok, c, generator, samples, problem):
+def share_solved(ref, task, tok, c, generator, samples, problem):
     """The share of a model's samples that solve a problem."""
     some, roll = next(rollouts(ref, [problem], tok, c, samples, generator))
     return graded(task.reward, some, roll, tok, samples)[0].mean().item()
@@ -1563,7 +1549,7 @@ def solved(ref, task, tok, c, generator, samples, problem):
 
 def hinted(ref, pool, task, tok, c, generator, *, hints: Count = 8):
     """The prompts with their sufficient hints; so many samples measure a set of them."""
-    out, share = [], partial(solved, ref, task, tok, c, generator, hints)
+    out, share = [], partial(share_solved, ref, task, tok, c, generator, hints)
     for p in pool:
         facts = tasks.part(task, p).hints(p)[:-1]              # the last step is the answer itself
         accuracy = cache(lambda kept, p=p, facts=facts: share(shown(p, facts, kept)))
@@ -1611,9 +1597,9 @@ class Losses:
 
     def note(self, priority, score, objective):
         """A step's scores [P, G] and tasks [P, 1]; -> the tasks' weights, for the log."""
-        for i, history in enumerate(self.histories):
+        for i, losses in enumerate(self.histories):
             mine = score[objective.flatten() == i]
-            history += [1 - mine.mean().item()] if len(mine) else []
+            losses += [1 - mine.mean().item()] if len(mine) else []
         return {f"lam_{i}": x for i, x in enumerate(priority)}
 
     def state(self):
@@ -1733,6 +1719,37 @@ PRESETS["aipo"] = dict(advantage="centred", surrogate="stale", weight="token_mea
 # === rlad, kdrl, opd, exopd: 2602.22495, 2506.02208, 2602.12125, with a better model, --teacher ===
 
 
+class Teacher:
+    """The better model; UserError unless it speaks the policy's tokens."""
+
+    def __init__(self, c, tok):
+        path = sft.find(c.teacher, c.config, device=c.device)
+        self.model, other = load(path, c.device)
+        if other.tokens != tok.tokens or not isinstance(self.model, Transformer):
+            raise UserError(f"--teacher {c.teacher}: need a language model with the tokenizer of "
+                            f"--init {c.init}")
+
+    def tell(self):
+        """The model."""
+        return self.model
+
+    def note(self):
+        """Nothing: it does not learn."""
+
+    def state(self):
+        """Nothing."""
+
+    def load(self, state):
+        """Nothing."""
+
+
+def untaught(c):
+    """Words against a run without a teacher."""
+    if not c.teacher:
+        return "it learns from a teacher: give --teacher CHECKPOINT"
+    sft.find(c.teacher, c.config, make=False, option="--teacher")      # UserError if it has none
+
+
 def teach_logp(teacher, roll, mask, c):
     """Log-probs under the teacher.   [N, T]"""
     return logprobs(teacher, roll.tokens, mask, c)
@@ -1770,9 +1787,10 @@ def distilled(old_logp, teach_logp, ref_logp, mask, *, lam=1.0, most: Positive =
     return (lam * (teach_logp - ref_logp).clamp(-most, most) - (old_logp - ref_logp)) * mask
 
 
-BATCH["teach_logp"], MINIBATCH["anchor"] = teach_logp, anchor
-SURROGATES["anchored"], PENALTIES["to_teacher"] = anchored, to_teacher
-ADVANTAGES["distilled"] = distilled
+MEMORIES["teacher"], BATCH["teach_logp"], MINIBATCH["anchor"] = Teacher, teach_logp, anchor
+SURROGATES["anchored"], CHECKS["anchored"] = anchored, untaught
+PENALTIES["to_teacher"], CHECKS["to_teacher"] = to_teacher, untaught
+ADVANTAGES["distilled"], CHECKS["distilled"] = distilled, untaught
 PRESETS["rlad"] = dict(surrogate="anchored", weight="token_mean")
 PRESETS["kdrl"] = dict(penalty="to_teacher", weight="token_mean")
 PRESETS["opd"] = dict(advantage="distilled", weight="token_mean", samples=1, prompts=128)

@@ -1387,7 +1387,7 @@ def eject(path, file, c, f, axes, options):
     text = path.read_text()
     units, tables = units_of(text), tables_of(text, c, axes)
     values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    kept, names = reach(text, {"train", "main", *tables}, tables, values)
+    kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
     lines = text.splitlines()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
