@@ -286,7 +286,7 @@ def layer(name, presets, axes):
 def bind(axis, rows, row, values):
     """The function of an axis's row, its keyword-only arguments bound to the values that are meant
     for it."""
-    if row not in rows and not ("PATH" in rows and Path(row).exists()):
+    if row not in rows and not ("PATH" in rows and (".py:" in row or Path(row).exists())):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
@@ -1387,7 +1387,7 @@ def eject(path, file, c, f, axes, options):
     text = path.read_text()
     units, tables = units_of(text), tables_of(text, c, axes)
     values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    kept, names = reach(text, {"train", "main", *tables}, tables, values)
+    kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
     lines = text.splitlines()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
