@@ -1120,7 +1120,7 @@ def teacher_of(model, tokens, mask, frozen):
 def in_place(x, mask):
     """x [N] of the scored tokens, 0 elsewhere.   [B, T]"""
     zeros = torch.zeros_like(mask[:, 1:])
-    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.float()), (1, 0))
+    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.to(mask)), (1, 0))
 
 
 def dckd(student, teacher, logp, mask, good, *, lam=1.0):
@@ -1193,9 +1193,9 @@ CHECKS["both"] = CHECKS["chosen"] = CHECKS["sampled"] = pairs_are_there
 def distance(teacher, other, rows=256):
     """‖p - q‖₁ of two heads' distributions, some rows at a time.   -> [N]"""
     (h, W), (t, U) = teacher, other
-    out = [h.new_zeros(0, dtype=torch.float32)]
+    out = [wide(h[:0, 0])]
     for i in range(0, len(h), rows):
-        p, q = (torch.softmax((x[i:i + rows] @ head.to(x.dtype).T).float(), -1)
+        p, q = (torch.softmax(wide(x[i:i + rows] @ head.to(x.dtype).T), -1)
                 for x, head in ((h, W), (t, U)))                                         # [n, V]
         out.append((p - q).abs().sum(-1))
     return torch.cat(out)
