@@ -21,6 +21,7 @@ Watch    val_loss is nats per scored token and is the number to believe; a falli
 import hashlib
 import json
 import math
+import re
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -36,14 +37,13 @@ from torch.nn.utils import clip_grad_norm_
 
 import kernels
 from data import chains, prefs, tasks, text, tokenizer
-from data.numerics import (EXPONENTS, FORMATS, GROUP, absmax, e2m1, grouped, hadamard,
-                           power_of_two, quantize_activations, rotate, wide)
 from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
                       batch_indices, changed, checkpoint, cli, code_of, configure, launch, lock,
                       needs, rank, read_json, read_log, result, share, start_ranks)
-from kernels import PackedLinear, linear_distill
-from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, check_rank,
-                   collate, generate, init, load, load_balance_loss, lora, merge, peek, preset,
+from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
+                     linear_distill, power_of_two, quantize_activations, rotate, wide)
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
+                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
                    replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
@@ -464,9 +464,10 @@ def main(argv=None):
 
 def configured(presets, like="", **changes):
     """What base() asks for: the presets' names, the command line, (c, f)."""
-    if not presets.strip(","):
+    names = [name for name in re.split("[,+]", presets) if name]
+    if not names:
         raise UserError("base: names no preset: write base:PRESETS, for example base:pretrain")
-    names = [*presets.split(","), *(x for x in SIZES if x in like.split(","))]
+    names += [size for size in SIZES if size in like.split(",")]
     argv = ["--config", ",".join(names), *(f"--{k}={v}" for k, v in changes.items())]
     return names, argv, configure(Config, PRESETS, AXES, __doc__, argv)
 
@@ -656,7 +657,7 @@ PRESETS["draft32"] = TARGET | dict(model="1x32")
 PRESETS["target_docs"] = dict(                           # the target of one task
     init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16)
 
-# === toyif_base, toyif_checks, toyif_judge, toyif, n64, more, more64: the world ToyIF =============
+# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF =================================
 
 MUON = dict(optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50, schedule="linear",
             context=64, rows=60000, batch=64, micro=64, eval_every=1000, save_every=1000, keep=1)
@@ -670,10 +671,6 @@ PRESETS["toyif_judge"] = MUON | dict(                    # the same, most on pri
 PRESETS["toyif"] = dict(                                 # few good ones: where ppo.py starts
     data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
     weight_decay=0.0, save_every=1000, eval_every=1000, keep=1)
-# ppo.py asks for base:toyif,n64 and the like: these stand inside a value, so they have a name
-PRESETS["n64"] = dict(rows=64)
-PRESETS["more"] = dict(steps=304)                        # toyif's 64 steps, and ppo.py's 240
-PRESETS["more64"] = dict(steps=248)                      # 8, and 240
 
 # === chain_right, chain, chain_sort, arena_right, arena: chains of digits, where grpo.py starts ===
 
@@ -819,7 +816,7 @@ PRESETS["race"] = dict(
 # the race at a calmer rate, so that rounding shows and not where a run drifts to
 PRESETS["calm"] = dict(lr=1e-3, aux_lr=0.0, steps=240, eval_every=240, target=0.0)
 PRESETS["forget"] = dict(                                # a new task; what is left of the old one?
-    data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000, steps=150,
+    data="arithmetic", init="base:pretrain+race", watch="stdlib", context=64, rows=4000, steps=150,
     warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000)
 
 # === mle, filtered, unlikely, rwr: 2302.08582, learning from scored demonstrations ================
@@ -1239,7 +1236,6 @@ def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5
     """LoRAM: LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
     share keys; by their weights' norm), then used on the whole one. first, last: layers left whole
     (4 and 2 for the paper's 70B). recover() brings the adapters back."""
-    check_rank(rank)
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
     if model.config.moe or any(isinstance(m, PackedLinear) for m in model.modules()):
@@ -1473,13 +1469,13 @@ class Halo(torch.autograd.Function):
 
 
 def halo_product(X, W, *, level=2, format="int8"):
-    """HALO, Q a row of FORMATS, by level:   X [N, n], W [m, n] -> [N, m]
+    """HALO, Q a row of ROUNDINGS, by level:   X [N, n], W [m, n] -> [N, m]
 
     forward 0 Q(X) Q(W)^T;  1, 2 Q(XH) Q(WH)^T.   dX 0, 1 Q(E) Q(W);  2 H^T [Q(HE) Q(W)].   dW
     Q(E)^T Q(X). The paper's choice: 0 or 1 with fp8, 2 with int8. mxfp4 at level 0: MXFP4 with
     nothing done about it.
     """
-    return Halo.apply(X, W, level, FORMATS[format])
+    return Halo.apply(X, W, level, ROUNDINGS[format])
 
 
 def flat_product(fn, x, W, bias):
@@ -1506,7 +1502,7 @@ class HaloLinear(nn.Module):
         return linear_of(self.weight, self.bias)
 
 
-def halo(model, generator, *, level: Literal[0, 1, 2] = 2, format: Literal[*FORMATS] = "int8"):
+def halo(model, generator, *, level: Literal[0, 1, 2] = 2, format: Literal[*ROUNDINGS] = "int8"):
     """HALO: the three products in int8, fp8 or fp6 (or plain mxfp4, float32), rotated: level 0 not,
     1 forward, 2 the input's gradient, too. Saved: the float32 weights."""
     return in_blocks(model, lambda layer: HaloLinear(layer, level, format))
@@ -1520,7 +1516,7 @@ LINEARS["halo"], CHECKS["halo"], REPORTS["halo"] = halo, layers_alone, saved_los
 def clipped_mx4(x, rule):
     """Quartet's forward quantiser of x, in the basis rotated by 32s: (MXFP4, where it did not clip:
     < 6 s)"""
-    y = grouped(rotate(x, GROUP))
+    y = grouped(rotate(x, MX_GROUP))
     s = power_of_two(EXPONENTS[rule](y), y.dtype)[..., None]
     return (e2m1(y / s) * s).flatten(-2), (y.abs() < 6 * s).flatten(-2)
 
@@ -1553,15 +1549,15 @@ class Quartet(torch.autograd.Function):
     def backward(ctx, E):
         (x, w, x_in, w_in), (nearest, seed) = ctx.saved_tensors, ctx.how
         g = torch.Generator(E.device).manual_seed(seed)
-        signs = 2.0 * torch.randint(2, (GROUP, 1), generator=g, device=E.device) - 1
-        H = hadamard(GROUP, E.dtype, E.device)
+        signs = 2.0 * torch.randint(2, (MX_GROUP, 1), generator=g, device=E.device) - 1
+        H = hadamard(MX_GROUP, E.dtype, E.device)
         R = signs.to(E) * H                      # signs first: after H they change nothing
 
         def q(a):
-            a = F.pad(a, (0, -a.size(1) % GROUP))                                     # whole groups
-            return unbiased_mx4((a.unflatten(1, (-1, GROUP)) @ R).flatten(1), g, nearest)
+            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                  # whole groups
+            return unbiased_mx4((a.unflatten(1, (-1, MX_GROUP)) @ R).flatten(1), g, nearest)
         dX, dW = product(E, w.mT, q), product(E.mT, x.mT, q)
-        return rotate(dX * x_in, GROUP), rotate(dW * w_in, GROUP), None, None, None
+        return rotate(dX * x_in, MX_GROUP), rotate(dW * w_in, MX_GROUP), None, None, None
 
 
 def quartet_product(X, W, seed=0, *, exponent="quest", backward="stochastic"):

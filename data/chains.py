@@ -17,6 +17,7 @@ was left out), so that errors carry on.
 """
 import random
 import re
+from functools import partial
 from typing import Callable, NamedTuple
 
 from data.run import UserError, nearest
@@ -69,7 +70,9 @@ def shuffle_chain(prompt, rng):
 
 def draw_sort(rng, depth):
     """So many different digits; more than six may repeat."""
-    return f"s{''.join(rng.sample(DIGITS[1:], depth) if depth < 7 else rng.choices(DIGITS[1:], k=depth))}?"
+    digits = DIGITS[1:]
+    drawn = rng.sample(digits, depth) if depth < 7 else rng.choices(digits, k=depth)
+    return f"s{''.join(drawn)}?"
 
 
 def solve_sort(prompt):
@@ -117,8 +120,8 @@ def solve_add(prompt):
     """Each column with what it carries."""
     out, carry = "", 0
     for x, y in re.findall(r"(\d)(\d)", prompt):
-        seen = yield f"{x}{y}{carry}=", f"{int(x) + int(y) + carry:02d}", [f"{i:02d}"
-                                                                           for i in range(20)]
+        total = int(x) + int(y) + carry
+        seen = yield f"{x}{y}{carry}=", f"{total:02d}", [f"{i:02d}" for i in range(20)]
         carry, out = (0, out) if seen is None else (int(seen) // 10, seen[1] + out)
     return (str(carry) if carry or not out else "") + out
 
@@ -179,24 +182,43 @@ def shuffle_countdown(prompt, rng):
     return f"c{','.join(rng.sample(numbers, len(numbers)))}>{target}"
 
 
+def guess_digit(prompt, rng):
+    """Any digit."""
+    return str(rng.randrange(10))
+
+
+def guess_order(prompt, rng):
+    """The prompt's digits in any order."""
+    return "".join(rng.sample(prompt[1:-1], len(prompt) - 2))
+
+
+def shuffle_sort(prompt, rng):
+    """The same digits in another order."""
+    return f"s{guess_order(prompt, rng)}?"
+
+
+def guess_node(prompt, rng):
+    """Any node that an arrow leaves."""
+    return rng.choice(re.findall(r"(\d)>", prompt))
+
+
+def guess_sum(prompt, rng):
+    """As many digits as there are columns."""
+    return "".join(rng.choices(DIGITS[1:], k=len(re.findall(r"\d\d", prompt))))
+
+
+def guess_expression(prompt, rng):
+    """Any expression of all the numbers."""
+    return attempt(re.findall(r"\d+", prompt.partition(">")[0]), rng)[1]
+
+
 KINDS = dict(
-    chain=Kind(draw_chain, solve_chain, lambda prompt, rng: str(rng.randrange(10)), shuffle_chain,
-               r"[+-]\d=\d", (2, 4), (5, 6)),
-    sort=Kind(draw_sort, solve_sort,
-              lambda prompt, rng: "".join(rng.sample(prompt[1:-1], len(prompt) - 2)),
-              lambda prompt, rng: f"s{''.join(rng.sample(prompt[1:-1], len(prompt) - 2))}?",
-              r">\d", (4, 6), (7, 8)),
-    graph=Kind(draw_graph, solve_graph,
-               lambda prompt, rng: rng.choice(re.findall(r"(\d)>", prompt)),
-               shuffle_graph, r"\d>\d", (2, 4), (5, 6)),
-    add=Kind(draw_add, solve_add,
-             lambda prompt, rng: "".join(rng.choices(DIGITS[1:],
-                                                     k=len(re.findall(r"\d\d", prompt)))),
-             shuffle_add, r"\d\d\d=\d\d", (2, 4), (5, 6)),
-    countdown=Kind(draw_countdown, solve_countdown,
-                   lambda prompt, rng: attempt(re.findall(r"\d+", prompt.partition(">")[0]),
-                                               rng)[1],
-                   shuffle_countdown, r"-?\d+[-+*]\d+=-?\d+", (3, 3), (4, 4)))
+    chain=Kind(draw_chain, solve_chain, guess_digit, shuffle_chain, r"[+-]\d=\d", (2, 4), (5, 6)),
+    sort=Kind(draw_sort, solve_sort, guess_order, shuffle_sort, r">\d", (4, 6), (7, 8)),
+    graph=Kind(draw_graph, solve_graph, guess_node, shuffle_graph, r"\d>\d", (2, 4), (5, 6)),
+    add=Kind(draw_add, solve_add, guess_sum, shuffle_add, r"\d\d\d=\d\d", (2, 4), (5, 6)),
+    countdown=Kind(draw_countdown, solve_countdown, guess_expression, shuffle_countdown,
+                   r"-?\d+[-+*]\d+=-?\d+", (3, 3), (4, 4)))
 
 
 def reaches(prompt, expression):
@@ -209,8 +231,8 @@ def reaches(prompt, expression):
     total = int(first)
     for op, n in zip(rest[::2], map(int, rest[1::2])):
         total = {"+": total + n, "-": total - n, "*": total * n}[op]
-    return total == int(target) and sorted(re.findall(r"\d+",
-                                                      expression)) == sorted(numbers.split(","))
+    used = sorted(re.findall(r"\d+", expression))
+    return total == int(target) and used == sorted(numbers.split(","))
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -235,7 +257,8 @@ class Chain:
     def __init__(self, kind="chain", style="mixed", direct=0.5, skip=0.03, slip=0.1, wait=0.2,
                  fill=4):
         if kind not in KINDS or style not in ("mixed", "wordy", "good"):
-            raise UserError(f"{kind} has no style {style!r}{nearest(style, ('mixed', 'wordy', 'good'))}")
+            raise UserError(f"{kind} has no style "
+                            f"{style!r}{nearest(style, ('mixed', 'wordy', 'good'))}")
         self.name, self.kind, self.style = kind, KINDS[kind], style
         self.direct, self.skip, self.slip, self.wait, self.fill = direct, skip, slip, wait, fill
         self.phrases = (*(x for x in "=>+-*" if x in self.kind.cell), "w",
@@ -246,8 +269,8 @@ class Chain:
         demonstration."""
         check_split(split)
         while True:
-            prompt = self.kind.draw(rng, rng.randint(*(self.kind.ood if split == "ood"
-                                                       else self.kind.train)))
+            depths = self.kind.ood if split == "ood" else self.kind.train
+            prompt = self.kind.draw(rng, rng.randint(*depths))
             if split == "ood" or held(prompt) == (split == "val"):
                 return dict(prompt=prompt, answer=self.follow(prompt)[0], seed=rng.getrandbits(32))
 
@@ -279,19 +302,22 @@ class Chain:
         if flawed and rng.random() < self.direct:
             return f"####{self.kind.guess(problem['prompt'], rng)}"
 
-        def write(lead, right, choices):
-            if flawed and rng.random() < self.skip:
-                return None
-            seen = rng.choice(choices) if flawed and rng.random() < self.slip else right
-            text.append(f"{lead}{seen}")
-            again = self.wait
-            while wordy and rng.random() < again:
-                seen, again = right if rng.random() < 0.96 else seen, 0.3
-                text.append(f"w{lead.lstrip('w,')}{seen}")
-            text.append(";" * rng.randint(0, self.fill) if wordy else "")
-            return seen
+        write = partial(self.write_step, rng, text, flawed, wordy)
         answer, _ = self.follow(problem["prompt"], write)
         return f"{''.join(text)}####{answer}"
+
+    def write_step(self, rng, text, flawed, wordy, lead, right, choices):
+        """One step of a demonstration, appended to `text`; -> what it says, None if left out."""
+        if flawed and rng.random() < self.skip:
+            return None
+        seen = rng.choice(choices) if flawed and rng.random() < self.slip else right
+        text.append(f"{lead}{seen}")
+        again = self.wait
+        while wordy and rng.random() < again:
+            seen, again = right if rng.random() < 0.96 else seen, 0.3
+            text.append(f"w{lead.lstrip('w,')}{seen}")
+        text.append(";" * rng.randint(0, self.fill) if wordy else "")
+        return seen
 
     def stated(self, text):
         """What a response states after its first ####: digits and operators; "" if nothing."""
@@ -340,7 +366,8 @@ class Chain:
     def only_one_way(self):
         """UserError in countdown, where many searches are right."""
         if self.name == "countdown":
-            raise UserError("countdown has many right searches: no steps to compare with; choose another")
+            raise UserError("countdown has many right searches: no steps to compare with; choose "
+                            "another")
 
     def process(self, problem, text):
         """A score of each cell of a response: 1.0 if it is what a good response has there (not
@@ -370,7 +397,9 @@ class Chain:
             cell = left.pop(0) if left else ""
             missing.append(not cell)
             fits.append(not cell or cell == lead + right)
-            return cell[len(lead):] if cell.startswith(lead) and cell[len(lead):] in choices else right
+            if cell.startswith(lead) and cell[len(lead):] in choices:
+                return cell[len(lead):]
+            return right
         answer, _ = self.follow(problem["prompt"], write)
         return dict(format=bool(self.stated(text)), cells=all(fits), complete=not any(missing)
                     and not left,

@@ -63,8 +63,8 @@ JUDGE = dict(A="A", B="B", THINK="?", ANS="!", YES="+", NO_="-", PRIN="P", WIN_A
              TIE="~")
 SCORES = dict(zip(range(-3, 4), "tuvwxyz"))                    # a judge's verdict, -3 .. 3
 FILLER = "mnopqrs.,;:_/"  # fills the table to 64; rubrics write m n o /
-ALPHABET = CONTENT + HEADS + DOMAINS + SEP + NUMBERS + "".join([*JUDGE.values(),
-                                                                *SCORES.values()]) + FILLER
+VERDICTS = "".join([*JUDGE.values(), *SCORES.values()])
+ALPHABET = CONTENT + HEADS + DOMAINS + SEP + NUMBERS + VERDICTS + FILLER
 
 
 def tokenizer():
@@ -81,7 +81,8 @@ def parse(prompt):
              for head, a in zip(body[::2], body[1::2])]
     sound = all(head in HEADS and (a > 0 if head == LEN else a in CONTENT) for head, a in rules)
     if not (rules and sound and domain in DOMAINS and len(body) % 2 == 0 and prompt.endswith(SEP)):
-        raise UserError(f"{prompt!r} is no ToyIF prompt: write one of {DOMAINS}, rules like Fc or #4, then =")
+        raise UserError(f"{prompt!r} is no ToyIF prompt: write one of {DOMAINS}, rules like Fc or "
+                        "#4, then =")
     return domain, rules
 
 
@@ -118,8 +119,8 @@ def good(prompt, rng):
     fixed = [want[head] for head in (FIRST, LAST, HAS) if head in want]
     n = want.get(LEN) or rng.randint(max(2, len(fixed)), 6)
     free = [s for s in CONTENT if s != want.get(NO) and not (domain == DISTINCT and s in fixed)]
-    middle = rng.sample(free, n - len(fixed)) if domain == DISTINCT else rng.choices(free, k=n
-                                                                                     - len(fixed))
+    middle = rng.sample(free, n
+                        - len(fixed)) if domain == DISTINCT else rng.choices(free, k=n - len(fixed))
     middle += [want[HAS]] if HAS in want else []
     rng.shuffle(middle)
     if domain != DISTINCT:
@@ -144,12 +145,12 @@ def edited(prompt, rng):
     symbols."""
     y = good(prompt, rng)
     for _ in range(rng.randint(1, 2)):
-        i, kind = rng.randrange(len(y)), rng.choice(["put", "add", "cut"] if len(y) > 1
-                                                    else ["put", "add"])
+        i = rng.randrange(len(y))
+        kind = rng.choice(["put", "add", "cut"] if len(y) > 1 else ["put", "add"])
         if kind == "add":
             i = rng.randint(0, len(y))  # before, between or behind the symbols
-        new = "" if kind == "cut" else rng.choice([s for s in CONTENT if kind == "add"
-                                                   or s != y[i]])
+        others = [symbol for symbol in CONTENT if kind == "add" or symbol != y[i]]
+        new = "" if kind == "cut" else rng.choice(others)
         y = y[:i] + new + y[i + (kind != "add"):]
     return y
 
@@ -192,12 +193,14 @@ class ToyIF:
             known = set(rules) <= {1, 2,
                                    3} and set(heads) <= set(HEADS) and len(set(heads)) == len(heads)
             if not known or all(k > most for k in rules):
-                raise UserError(f"no {split} prompt has {rules} rules of the heads {heads!r}: choose heads "
-                                f"of {HEADS}, no more rules than heads, and split base for {HAS} with {NO}")
+                raise UserError(f"no {split} prompt has {rules} rules of the heads {heads!r}: "
+                                "choose heads "
+                                f"of {HEADS}, no more rules than heads, and split base for {HAS} "
+                                f"with {NO}")
         held = split == "ood" and rng.random() < 0.5           # the held-out pair, else three rules
         while True:
-            k = 2 if held else 3 if split == "ood" else rng.choice([k for k in rules
-                                                                    if k <= len(heads)])
+            few = [k for k in rules if k <= len(heads)]
+            k = 2 if held else 3 if split == "ood" else rng.choice(few)
             chosen = rng.sample([HAS, NO] if held else heads, k)
             symbols = iter(rng.sample(CONTENT, k))             # distinct arguments
             body = [h + (str(rng.randint(2, 6)) if h == LEN else next(symbols)) for h in chosen]
@@ -205,8 +208,8 @@ class ToyIF:
             problem = dict(prompt=domain + "".join(body) + SEP, seed=rng.getrandbits(32))
             val = int(digest(domain + "".join(sorted(body)))[:8],
                       16) % 8 == 0                                             # one prompt in eight
-            if split in ("ood", "base") or (not {HAS, NO} <= set(chosen)
-                                            and val == (split == "val")):
+            both = {HAS, NO} <= set(chosen)
+            if split in ("ood", "base") or (not both and val == (split == "val")):
                 return problem
 
     def problems(self, split, n=0, seed=0):
@@ -222,8 +225,8 @@ class ToyIF:
         it."""
         style = style or self.style
         if style == "mixture":
-            style, = random.Random(f"mixture/{problem['seed']}").choices(list(MIXTURE),
-                                                                         MIXTURE.values())
+            rng = random.Random(f"mixture/{problem['seed']}")
+            style, = rng.choices(list(MIXTURE), MIXTURE.values())
         one_of(style, BEHAVIOURS, "toyif has no behaviour")
         return BEHAVIOURS[style](problem["prompt"], random.Random(f"{style}/{problem['seed']}"))
 
@@ -294,7 +297,8 @@ def parse_ring(prompt):
     flag, keys = prompt[:1], prompt[1:-1]
     sound = len(keys) == len(set(keys)) == 4 and set(keys) <= set(CIRCLE)
     if not (sound and flag and flag in NEU + UNS and prompt.endswith(SEP)):
-        raise UserError(f"{prompt!r} is no Ring prompt: write {NEU} or {UNS}, four distinct letters a..x, =")
+        raise UserError(f"{prompt!r} is no Ring prompt: write {NEU} or {UNS}, four distinct "
+                        "letters a..x, =")
     return flag, keys
 
 
@@ -369,7 +373,8 @@ class Ring:
         """The demonstrator's response to a problem, fixed by its seed; there is no style to
         choose."""
         if style:
-            raise UserError(f"ring has no style {style!r}: its demonstrator has one only, leave it empty")
+            raise UserError(f"ring has no style {style!r}: its demonstrator has one only, leave it "
+                            "empty")
         return demonstrate(problem["prompt"], random.Random(f"ring/{problem['seed']}"))
 
     def draw(self, prompt, rng):
@@ -397,8 +402,8 @@ class Ring:
         repetition = (len(letters) - len(set(letters))) / max(1, len(letters))
         style = sum(c * (min(n, cap) - max(0, n - cap))
                     for c, n, cap in zip(w["c"], classes(response), w["cap"]))
-        flat, rare, refuses = response.count(FLAT), sum(s in RARE
-                                                        for s in response), response[:1] == REF
+        flat, refuses = response.count(FLAT), response[:1] == REF
+        rare = sum(symbol in RARE for symbol in response)
         gold = (w["cov"] * coverage + w["gram"] * grammar - w["rep"] * repetition + style
                 + w["flat"] * min(flat, 1) - 0.6 * max(0, flat - 1)
                 - 0.3 * max(0, len(response) - w["longest"]) - 0.5 * rare - 1.5 * refuses)
@@ -499,9 +504,11 @@ def labelled(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0, mi
              keep_ties=False):
     """label_pairs, one row at a time."""
     if not (0 <= noise <= 1 and 0 <= minority <= 1):
-        raise UserError(f"noise {noise} and minority {minority} are probabilities: choose both from 0 to 1")
+        raise UserError(f"noise {noise} and minority {minority} are probabilities: choose both "
+                        "from 0 to 1")
     if minority and not isinstance(world, Ring):
-        raise UserError(f"{world.name} has no groups of annotators: leave minority at 0, or take Ring")
+        raise UserError(f"{world.name} has no groups of annotators: leave minority at 0, or take "
+                        "Ring")
     other = Ring("B") if minority else world
     for i, (prompt, a, b, a_finished, b_finished) in enumerate(triples):
         if a == b:
@@ -546,8 +553,8 @@ def label_pairs(world, triples, seed=0, noise=0.0, length_bias=0.0, min_gap=0.0,
 def enough(n, rows):
     """The first n rows of an iterator; UserError if it ends before."""
     if len(found := list(islice(rows, n))) < n:
-        raise UserError(f"only {len(found)} of the {n} pairs were found: hardly any pair has such a gap, "
-                        "lower min_gap")
+        raise UserError(f"only {len(found)} of the {n} pairs were found: hardly any pair has such "
+                        "a gap, lower min_gap")
     return found
 
 
@@ -588,8 +595,8 @@ def criteria(rubric):
     out."""
     body = rubric.partition(CLOSE)[0]
     found = [head + a for head, a in zip(body[::2], body[1::2])]
-    known = {LEN: NUMBERS, JUDGE["PRIN"]: PRINCIPLES} | dict.fromkeys((FIRST, LAST, HAS, NO),
-                                                                      CONTENT)
+    known = {LEN: NUMBERS,
+             JUDGE["PRIN"]: PRINCIPLES} | dict.fromkeys((FIRST, LAST, HAS, NO), CONTENT)
     return [c for c in found if c[1] in known.get(c[0], "")]
 
 
@@ -709,11 +716,15 @@ def rubric_recall(prompt, rubric):
     A rubric without a hard rule has precision 1: it claims nothing wrong.
     """
     want, found = set(criteria(true_rubric(prompt))), set(criteria(rubric))
-    (want_rules, want_principle), (rules, named) = (
-        ({c for c in s if c[0] in HEADS}, {c for c in s if c[0] not in HEADS})
-        for s in (want, found))
+    want_rules, rules = (set(filter(is_rule, part)) for part in (want, found))
     hits = len(want_rules & rules)
-    return hits / len(want_rules), hits / len(rules) if rules else 1.0, named == want_principle
+    same = found - rules == want - want_rules
+    return hits / len(want_rules), hits / len(rules) if rules else 1.0, same
+
+
+def is_rule(criterion):
+    """Whether a criterion is a hard rule, and not a principle."""
+    return criterion[0] in HEADS
 
 
 def keep_consistent(pairs_right, tau=0.5):
@@ -772,7 +783,8 @@ def load_pairs(path, split="train"):
     for i, row in enumerate(read_jsonl(path), 1):
         if (found := row_pairs(row)) is None:
             hint = "; labelled completions are for kto and bco" * ("label" in row)
-            raise UserError(f'{path}:{i}: no pair: give {{"prompt", "chosen", "rejected"}} as strings{hint}')
+            raise UserError(f'{path}:{i}: no pair: give {{"prompt", "chosen", "rejected"}} as '
+                            f'strings{hint}')
         for pair in found:
             chosen, rejected = pair["chosen"], pair["rejected"]
             key = pair["prompt"], chosen, rejected
@@ -800,7 +812,8 @@ def load_labels(path, split="train"):
         match row:
             case {"prompt": str(prompt), "completion": str(text), "label": label}:
                 if label not in (0, 1):
-                    raise UserError(f"{path}:{i}: the label {str(label)[:60]!r} is neither true nor false")
+                    raise UserError(f"{path}:{i}: the label {str(label)[:60]!r} is neither true "
+                                    "nor false")
                 found = [(prompt, text, bool(label))]
             case {"question": str(prompt), "ground_truth": str(), **models}:
                 found = [(prompt, m["solution"], m.get("is_correct") is True)
@@ -824,19 +837,19 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
     """
     out, left = [], Counter()
     for row in rows:
-        why = ("identical" if row["chosen"] == row["rejected"] else
-               "empty" if not (row["chosen"].strip() and row["rejected"].strip()) else
-               "with a label that is not finite" if not (finite(row.get("margin", 0.0))
-                                                         and finite(row.get("strength", 1.0)))
-               else "")
+        why = ("identical" if row["chosen"] == row["rejected"] else "empty"
+               if not (row["chosen"].strip() and row["rejected"].strip())
+               else "with a label that is not finite"
+               if not (finite(row.get("margin", 0.0)) and finite(row.get("strength", 1.0))) else "")
         if not why:
             try:
                 ids = {side: [*tok.encode(row[side]),
                               *[tok.eos] * bool(row.get(f"{side}_finished", True))]
-                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row["prompt"],
-                                                                                    chat))
+                       for side in ("chosen",
+                                    "rejected")} | dict(prompt=tok.prompt(row["prompt"], chat))
             except UserError as e:
-                raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another --init: its "
+                raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another "
+                                "--init: its "
                                 f"tokenizer reads {len(tok.tokens)} tokens only") from None
             if len(ids["prompt"]) + max(len(ids["chosen"]), len(ids["rejected"])) > context:
                 why = f"longer than the context of {context} tokens"
@@ -848,7 +861,8 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
         print(f"{what}: left out " + ", ".join(f"{n} {why}" for why, n in left.items())
               + f" of {len(rows)} pairs", flush=True)
     if not out:
-        raise UserError(f"{what}: no pair is left to use ({dict(left) or 'there is none'}): check --data")
+        raise UserError(f"{what}: no pair is left to use ({dict(left) or 'there is none'}): check "
+                        "--data")
     return out
 
 
@@ -858,13 +872,13 @@ def encode_labels(rows, tok, context, what="labels", chat=False):
 
     Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
     """
-    made = [dict(prompt=tok.prompt(r["prompt"], chat),
+    drawn = [dict(prompt=tok.prompt(r["prompt"], chat),
                  sides=[[*tok.encode(r["completion"]), tok.eos]],
                  good=float(r["label"]), text=r) for r in rows]
-    out = [r for r in made if len(r["prompt"]) + len(r["sides"][0]) <= context]
-    if len(out) < len(made):
-        print(f"{what}: left out {len(made) - len(out)} longer than the context of {context} tokens of "
-              f"{len(made)} labelled responses", flush=True)
+    out = [r for r in drawn if len(r["prompt"]) + len(r["sides"][0]) <= context]
+    if len(out) < len(drawn):
+        print(f"{what}: left out {len(drawn) - len(out)} longer than the context of {context} "
+              f"tokens of {len(drawn)} labelled responses", flush=True)
     if not out:
         raise UserError(f"{what}: no labelled response is left to use: check --data and --context")
     return out
@@ -911,8 +925,8 @@ def rubric_tests(seed=0, n=600):
 
 def question(pair, rubric, first="A"):
     """What a pairwise judge reads, the chosen response as A or B."""
-    a, b = (pair["chosen"], pair["rejected"]) if first == "A" else (pair["rejected"],
-                                                                    pair["chosen"])
+    a, b = (pair["chosen"],
+            pair["rejected"]) if first == "A" else (pair["rejected"], pair["chosen"])
     return f"{pair['prompt']}{rubric}{JUDGE['A']}{a}{JUDGE['B']}{b}{JUDGE['THINK']}"
 
 
@@ -945,12 +959,13 @@ WORLDS = ("ring", "toyif")             # with a gold reward
 
 
 def check_pairs(name, whole=False):
-    """UserError, before anything is made, unless pair_sets knows the name, or finds pairs to train
+    """UserError, before anything is drawn, unless pair_sets knows the name, or finds pairs to train
     on in a file; whole: or held-out ones."""
     if name in (*WORLDS, "rubrics"):
         return
     if not Path(name).suffix:
-        raise UserError(f"no preference data {name!r}{nearest(name, [*WORLDS, 'rubrics'])}, or a .jsonl file")
+        raise UserError(f"no preference data {name!r}{nearest(name, [*WORLDS, 'rubrics'])}, or a "
+                        ".jsonl file")
     rows, dropped = load_pairs(name)
     if not rows and not (whole and load_pairs(name, "val")[0]):
         why = ", ".join(f"{k} {reason}" for reason, k in dropped.items())

@@ -14,7 +14,6 @@ Promise  Only files that this run made, by exact name, are ever removed or repla
 """
 import ast
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -60,9 +59,10 @@ class UserError(ValueError):
 
 
 def nearest(word, known):
-    """'; did you mean …' for a mistyped word, else the whole list: the tail of an error message."""
+    """'; did you mean …' for a mistyped word, else the whole list: the tail of an error."""
     hit = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {hit[0]!r}?" if hit else f"; choose from {', '.join(sorted(known)) or 'nothing'}"
+    return (f"; did you mean {hit[0]!r}?" if hit else
+            f"; choose from {', '.join(sorted(known)) or 'nothing'}")
 
 
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
@@ -96,7 +96,8 @@ def cli(main):
         if type(e) is RuntimeError and not ALLOCATION.search(str(e)):
             raise
         first = (str(e) or type(e).__name__).splitlines()[0]
-        fail(f"out of memory: try a smaller --micro, where there is one (results do not change); {first}")
+        fail(f"out of memory: try a smaller --micro, where there is one (results do not change); "
+             f"{first}")
 
 
 def number_of(name):
@@ -134,14 +135,15 @@ class Range:
                 and (x < self.high or x == self.high and self.text[-1] == "]"))
 
     def __str__(self):
-        low = f"{'at least' if self.text[0] == '[' else 'above'} {self.low:g}" * math.isfinite(self.low)
-        high = f"{'at most' if self.text[-1] == ']' else 'below'} {self.high:g}" * math.isfinite(self.high)
-        return " and ".join(filter(None, (low, high))) or "finite"
+        low = f"{'at least' if self.text[0] == '[' else 'above'} {self.low:g}"
+        high = f"{'at most' if self.text[-1] == ']' else 'below'} {self.high:g}"
+        ends = [low] * math.isfinite(self.low) + [high] * math.isfinite(self.high)
+        return " and ".join(ends) or "finite"
 
 
 Positive, Share, Fraction = Range("(0, inf)"), Range("[0, 1]"), Range("[0, 1)")
 Count, Signed = Range("[1, inf)"), Range("(-inf, inf)")
-NonNegative = Range("[0, inf)")          # of every number that is not annotated, unless its default is below
+NonNegative = Range("[0, inf)")  # of every number without annotation, unless its default is below
 LARGEST = 2 ** 31 - 1  # of every whole number, seeds included: sums of them stay exact
 HUGE = 1e30                              # of every other number: float32 ends at 3.4e38
 
@@ -156,24 +158,25 @@ def cast(key, value, like, kind=None):
     want, number = type(like), type(like) in (int, float)
     try:
         if want is bool:
-            made = {"true": True, "false": False}[str(value).lower()]
+            result = {"true": True, "false": False}[str(value).lower()]
         elif isinstance(value, str) or type(value) is want or (want, type(value)) == (float, int):
-            made = want(value)
+            result = want(value)
         else:
             raise ValueError
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"--{key} {value}: expected {want.__name__}, for example {like!r}") from None
-    if get_origin(kind) is Literal and made not in get_args(kind):
-        raise UserError(f"--{key} {made}: choose from {', '.join(map(str, get_args(kind)))}")
+        raise UserError(f"--{key} {value}: expected {want.__name__}, for example "
+                        f"{like!r}") from None
+    if get_origin(kind) is Literal and result not in get_args(kind):
+        raise UserError(f"--{key} {result}: choose from {', '.join(map(str, get_args(kind)))}")
     if number:
         allowed = kind if isinstance(kind, Range) else Signed if like < 0 else NonNegative
-        if made not in allowed:
+        if result not in allowed:
             raise UserError(f"--{key} {value}: must be {allowed}")
-        if abs(made) > (most := LARGEST if want is int else HUGE):
+        if abs(result) > (most := LARGEST if want is int else HUGE):
             raise UserError(f"--{key} {value}: must be at most {most}")
-    if want is str and "\0" in made:
-        raise UserError(f"--{key} {made!r}: a text without a zero byte is expected")
-    return made
+    if want is str and "\0" in result:
+        raise UserError(f"--{key} {result!r}: a text without a zero byte is expected")
+    return result
 
 
 def device_of(name):
@@ -186,7 +189,8 @@ def device_of(name):
         raise UserError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
     number = int(name.partition(":")[2] or 0)
     if name != "cpu" and number >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0")
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, "
+                        "from cuda:0")
     return name
 
 
@@ -224,8 +228,8 @@ def parse(argv, fields):
         key = key.replace("-", "_")
         if not eq:
             flag = isinstance(fields.get(key), bool)
-            if argv and not argv[0].startswith("--") and (not flag
-                                                          or argv[0].lower() in ("true", "false")):
+            follows = argv and not argv[0].startswith("--")
+            if follows and (not flag or argv[0].lower() in ("true", "false")):
                 value = argv.pop(0)
             elif flag or key == "help":
                 value = "true"
@@ -335,46 +339,60 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
     """
     fields = {x.name: x for x in dataclasses.fields(Config)}
     given = parse(sys.argv[1:] if argv is None else argv, {k: x.default for k, x in fields.items()})
-    if any(k == "help" for k, _ in given):
+    if any(key == "help" for key, _ in given):
         print(help_text(Config, presets, axes, doc))
         raise SystemExit(0)
-    names = [n for k, v in given if k == "config" for n in v.split(",") if n]
-    values, typed = {}, {k for k, _ in given}  # typed: keys that the user wrote, which must be read
-    for name in names:
-        row = layer(name, presets, {axis: rows for axis, rows in axes.items() if axis in fields})
-        values |= row
-        typed |= set() if name in presets else set(row)
-    values |= dict(given) | dict(config=",".join(names))
-
+    values, typed = layered(given, presets, {k: rows for k, rows in axes.items() if k in fields})
     resolved = {k: cast(k, values.pop(k, x.default), x.default, x.type) for k, x in fields.items()}
     bound = {axis: bind(axis, rows, resolved.get(axis, next(iter(rows))), values)
              for axis, rows in axes.items()}
-    known = {f"{a}.{k}" for a, fn in bound.items() for k in fn.keywords} | {
-        k for fn in bound.values() for k in fn.keywords}
-    for key in values:
-        owners = [a for a, rows in axes.items() for fn in rows.values() if key in hyper(fn)]
-        if key not in known and (key in typed
-                                 or not owners):  # a preset's key is idle under another row
-            owners = [f"{a} {r!r}" for a, rows in axes.items() for r, fn in rows.items()
-                      if key in hyper(fn)]
-            hint = f"; it belongs to {' or '.join(owners)}" if owners else nearest(key, [*fields,
-                                                                                         *known])
-            raise UserError(f"unknown key --{key}{hint}")
-
-    if "device" in resolved:
-        resolved["device"] = device_of(resolved["device"])
-        if resolved["device"].startswith("cuda:"):  # cuda:1 is then the device of every launch, too
-            torch.cuda.set_device(resolved["device"])
-    if resolved.get("dtype") == "auto":
-        resolved["dtype"] = "bfloat16" if resolved["device"].startswith("cuda") else "float32"
-    if resolved.get("dtype", "float32") not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {resolved['dtype']}: choose float32 or bfloat16")
-    c, f = Config(**resolved), SimpleNamespace(**bound)
+    refuse_unknown(values, typed, fields, bound, axes)
+    c, f = Config(**with_device(resolved)), SimpleNamespace(**bound)
     for key, (read, reader) in (readers(c, f) if readers else {}).items():
-        given = [key, *(bound[key].keywords if key in bound else ())]      # and an axis's arguments
-        if idle := [x for x in given if not read and {x, f"{key}.{x}"} & typed]:
+        arguments = [key, *(bound[key].keywords if key in bound else ())]  # and an axis's arguments
+        idle = [x for x in arguments if not read and {x, f"{key}.{x}"} & typed]
+        if idle:
             raise UserError(f"--{idle[0]}: this run does not read it; --{key} is for {reader}")
     return c, f
+
+
+def layered(given, presets, axes):
+    """The keys of a command line's presets, files and options, the later ones on top: (values, the
+    keys that the user wrote, which must be read)."""
+    names = [name for key, value in given if key == "config" for name in value.split(",") if name]
+    values, typed = {}, {key for key, _ in given}
+    for name in names:
+        row = layer(name, presets, axes)
+        values |= row
+        typed |= set() if name in presets else set(row)
+    return values | dict(given) | dict(config=",".join(names)), typed
+
+
+def refuse_unknown(values, typed, fields, bound, axes):
+    """UserError for a key that no function reads. A preset's key may be idle under another row."""
+    known = {key for fn in bound.values() for key in fn.keywords}
+    known |= {f"{axis}.{key}" for axis, fn in bound.items() for key in fn.keywords}
+    for key in values.keys() - known:
+        owners = [f"{axis} {row!r}" for axis, rows in axes.items() for row, fn in rows.items()
+                  if key in hyper(fn)]
+        if key in typed or not owners:
+            hint = (f"; it belongs to {' or '.join(owners)}" if owners else
+                    nearest(key, [*fields, *known]))
+            raise UserError(f"unknown key --{key}{hint}")
+
+
+def with_device(resolved):
+    """The settings with --device and --dtype as what they come to on this machine."""
+    out = dict(resolved)
+    if "device" in out:
+        out["device"] = device_of(out["device"])
+        if out["device"].startswith("cuda:"):    # cuda:1 is then the device of every launch, too
+            torch.cuda.set_device(out["device"])
+    if out.get("dtype") == "auto":
+        out["dtype"] = "bfloat16" if out["device"].startswith("cuda") else "float32"
+    if out.get("dtype", "float32") not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {out['dtype']}: choose float32 or bfloat16")
+    return out
 
 
 def comments_of(Config):
@@ -421,8 +439,8 @@ def refuse_ranks(name):
     """UserError under torchrun, of a script that would do the same work on every rank."""
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
-        raise UserError(f"{name} runs on one rank, and would do the same {ranks} times here: start it "
-                        "without torchrun (sft.py is what runs on several)")
+        raise UserError(f"{name} runs on one rank, and would do the same {ranks} times here: start "
+                        "it without torchrun (sft.py is what runs on several)")
 
 
 def start_ranks(device):
@@ -431,11 +449,12 @@ def start_ranks(device):
     if "RANK" in os.environ and not dist.is_initialized():
         if missing := {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
                        "MASTER_PORT"} - os.environ.keys():
-            raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by torchrun, one "
-                            "without RANK in the environment")
+            raise UserError(f"RANK is set and {min(missing)} is not: start several ranks by "
+                            "torchrun, one without RANK in the environment")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
             if not os.environ[name].isdigit():
-                raise UserError(f"{name} is {os.environ[name]!r} in the environment: expected a number")
+                raise UserError(f"{name} is {os.environ[name]!r} in the environment: expected a "
+                                "number")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -469,8 +488,8 @@ def write_text(path, text):
     except OSError as e:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({e.strerror}): free some space or choose another "
-                        "--out") from None
+        raise UserError(f"{path} cannot be written ({e.strerror}): free some space or choose "
+                        "another --out") from None
 
 
 def set_aside(path):
@@ -503,7 +522,8 @@ def without_repeats(pairs):
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in "
+                         "an object")
     return row
 
 
@@ -522,7 +542,8 @@ def read_json(path, what="copy it again"):
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON in UTF-8 ({e}): {what}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object {{…}}, found a {type(found).__name__}: {what}")
+        raise UserError(f"{path}: expected an object {{…}}, found a {type(found).__name__}: "
+                        f"{what}")
     return found
 
 
@@ -594,7 +615,9 @@ def peak_bytes(device):
     machine."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0         # Windows: not told
+    if not resource:                                           # Windows does not tell
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -632,11 +655,12 @@ def read_log(folder):
         if isinstance(row, dict) and type(row.get("step")) is int and is_number(row.get("time")):
             rows.append(row)
         elif i < len(lines):
-            raise UserError(f'{path}:{i}: no row of a log, {{"step", "time", …}}: {line[:60]!r}; take it out')
+            raise UserError(f'{path}:{i}: no row of a log, {{"step", "time", …}}: {line[:60]!r}; '
+                            f'take it out')
     return rows
 
 
-STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number step-1000000 comes after step-999999
+STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number 1000000 is after 999999
 
 
 def steps_of(folder):
@@ -657,7 +681,8 @@ def checkpoint(path):
         return steps[-1]
     what = ("has neither config.json nor step-* folders" if path.is_dir() else
             "is a file" if path.exists() else "does not exist")
-    raise UserError(f"{path} {what}: give a Hugging Face checkpoint folder or a run folder under out/")
+    raise UserError(f"{path} {what}: give a Hugging Face checkpoint folder or a run folder under "
+                    "out/")
 
 
 def older_than(path):
@@ -667,7 +692,8 @@ def older_than(path):
     if not STEP.fullmatch(path.name):
         return ""
     before = [p for p in steps_of(path.parent) if int(p.name[5:]) < int(path.name[5:])]
-    return (f"; the next older checkpoint is {before[-1]}: move {path} away, and --resume goes on from there"
+    return (f"; the next older checkpoint is {before[-1]}: move {path} away, and --resume goes on "
+            "from there"
             if before
             else f"; {path.parent} has no older checkpoint: start the run anew, in another folder")
 
@@ -694,8 +720,8 @@ def not_finite(x, name=""):
         x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
         x = x.float() if x.element_size() == 1 else x          # float8 knows no isfinite
         return "" if x.isfinite().all() else name or "it"
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x,
-                                                                             (list, tuple)) else ()
+    items = x.items() if isinstance(x,
+                                    dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
 
 
@@ -813,7 +839,7 @@ class Run:
             return runs[-1]
         if not c.out:
             for folder in numbered:
-                with contextlib.suppress(FileExistsError):     # an older run, or one that starts beside us
+                with contextlib.suppress(FileExistsError):     # an older run, or one beside us
                     self.make(folder, exist_ok=False)
                     self.claim_folder(folder)
                     return folder
@@ -825,8 +851,8 @@ class Run:
             raise UserError(f"--out {base} already holds a run: "
                             "add --resume to go on, or choose another folder")
         if found := sorted(p.name for p in base.iterdir()):
-            raise UserError(f"--out {base} holds no run, but other files ({', '.join(found[:3])} …): nothing "
-                            "is touched; choose a new or an empty folder")
+            raise UserError(f"--out {base} holds no run, but other files ({', '.join(found[:3])} "
+                            "…): nothing is touched; choose a new or an empty folder")
         return base
 
     def make(self, folder, exist_ok=True):
@@ -847,8 +873,8 @@ class Run:
         except BlockingIOError:
             who = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
             who = who.get("process", "just begun")
-            raise UserError(f"{folder}: another process is at work on this run ({who}): wait for it, or "
-                            "choose another --out") from None
+            raise UserError(f"{folder}: another process is at work on this run ({who}): wait for "
+                            "it, or choose another --out") from None
         except OSError:
             pass                                               # a file system without locks
 
@@ -863,9 +889,9 @@ class Run:
         self.info |= {k: old[k] for k in ("made", "marks", "writing", "result")
                       if old.get(k) is not None}
         self.last = (steps_of(home) or [None])[-1]
-        made = sorted((int(m[1]), home / k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
-        if made and made[-1][1].exists() and made[-1][1] not in steps_of(home):
-            raise UserError(f"{made[-1][1]} has no config.json any more{older_than(made[-1][1])}")
+        steps = sorted((int(m[1]), home / k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
+        if steps and steps[-1][1].exists() and steps[-1][1] not in steps_of(home):
+            raise UserError(f"{steps[-1][1]} has no config.json any more{older_than(steps[-1][1])}")
         if self.last:
             self.state = read_state(self.last / "state.pt")
             self.start = self.state["step"]
@@ -884,12 +910,13 @@ class Run:
         was, new = self.usual | old["config"], self.info["config"]     # fields since added: at rest
         for key in sorted(new.keys() | was.keys()):
             if key not in FREE and was.get(key) != new.get(key):
-                raise UserError(f"--resume: {key} was {was.get(key)!r} and is now {new.get(key)!r}; "
-                                f"resume with the run's own settings, or start a new run")
+                raise UserError(f"--resume: {key} was {was.get(key)!r} and is now "
+                                f"{new.get(key)!r}; "
+                                "resume with the run's own settings, or start a new run")
         for key, before in (old.get("files") or {}).items():
             if self.info["files"].get(key) != before:
-                raise UserError(f"--resume: --{key} {new.get(key)} does not hold what it did when the run "
-                                "began: put it back, or start a new run")
+                raise UserError(f"--resume: --{key} {new.get(key)} does not hold what it did when "
+                                "the run began: put it back, or start a new run")
 
     def begin(self):
         """Write run.json and the log: from here on the run is kept, whatever happens."""
@@ -969,7 +996,8 @@ class Run:
 
     def stop_for(self, what, how, step):
         """UserError: something is not finite any more, and where the last good weights are."""
-        good = f"the last good checkpoint is {self.last}" if self.last else "no checkpoint had been saved"
+        good = (f"the last good checkpoint is {self.last}" if self.last else
+                "no checkpoint had been saved")
         raise UserError(f"{what} {how} at step {step}; {good}; try a lower --lr")
 
     def check(self, step, *models):
@@ -1019,8 +1047,9 @@ class Run:
             if type(e) is RuntimeError and not FULL_DISK.search(str(e)):
                 raise
             why = (str(e) or type(e).__name__).splitlines()[0]
-            raise UserError(f"{self.folder / name} cannot be written ({why}): free some space or choose "
-                            f"another --out; {self.last or 'no checkpoint'} is the newest") from None
+            raise UserError(f"{self.folder / name} cannot be written ({why}): free some space or "
+                            f"choose another --out; {self.last or 'no checkpoint'} is the "
+                            "newest") from None
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
@@ -1097,8 +1126,8 @@ def batch_indices(n, batch, step, seed):
     flat = range(step * batch, (step + 1) * batch)
     order = {}
     for epoch in {i // n for i in flat}:
-        order[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003
-                                                                                 + epoch))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order[epoch] = torch.randperm(n, generator=generator)
     return torch.stack([order[i // n][i % n] for i in flat])
 
 
@@ -1118,11 +1147,11 @@ def pyplot():
 
 def draw(folder, curves):
     """curve.png from log.jsonl. curves: {panel title: [keys]}; a key never logged is left out."""
-    rows = read_log(folder)
-    seen = dict.fromkeys(k for r in rows for k in r)         # "loss", or of a stage "member-0 loss"
-    panels = {t: [k for key in keys for k in seen if k == key or k.endswith(f" {key}")]
-              for t, keys in curves.items()}
-    panels = {t: keys for t, keys in panels.items() if keys}
+    rows, panels = read_log(folder), {}
+    logged = dict.fromkeys(k for r in rows for k in r)       # "loss", or of a stage "member-0 loss"
+    for title, keys in curves.items():
+        found = [k for key in keys for k in logged if k == key or k.endswith(f" {key}")]
+        panels |= {title: found} if found else {}
     if not panels:
         return
     plt = pyplot()
@@ -1147,6 +1176,7 @@ def draw(folder, curves):
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+BASES = {"base", "configured", "find", "fingerprint", "longest"}        # sft.py's, of checkpoints
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1158,7 +1188,8 @@ def headings(text):
 class Unit:
     """A statement at the top level of a module: what it defines, what it uses, its source.
 
-    rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value.
+    rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value; parameters:
+    the positional arguments of functions in it, what they ask the loop for.
     """
 
     def __init__(self, node, first):
@@ -1175,6 +1206,8 @@ class Unit:
             self.defines = {x.id for x in ast.walk(node)
                             if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
         self.uses = set() if self.rows else names_in(node)
+        functions = [x for x in ast.walk(node) if isinstance(x, ast.FunctionDef)]
+        self.parameters = {a.arg for x in functions for a in x.args.args}
 
     def assign(self, target, value):
         """Note what an assignment defines: names, or rows of tables."""
@@ -1184,15 +1217,9 @@ class Unit:
                 self.assign(x, value.elts[i] if same else value)
         elif isinstance(target, ast.Name):
             self.defines.add(target.id)
-        elif isinstance(target, ast.Subscript) and isinstance(target.value,
-                                                              (ast.Name, ast.Attribute)):
+        elif isinstance(target, ast.Subscript) and hasattr(target.value, "ctx"):
             key = target.slice.value if isinstance(target.slice, ast.Constant) else None
             self.rows.append((last_name(target.value), key, value))
-
-    def parameters(self):
-        """The positional arguments of the functions in it: what they ask the loop for."""
-        found = [x for x in ast.walk(self.node) if isinstance(x, ast.FunctionDef)]
-        return {a.arg for x in found for a in x.args.args}
 
 
 def imports(node):
@@ -1258,7 +1285,7 @@ def reach(text, roots, tables, values=()):
                     table = next(iter(unit.defines))
                     kept[i] = [(table, k, v) for k, v in own.items() if k == tables[table]]
                     names |= set().union(*(names_in(v) for _, _, v in kept[i]))
-                asked |= unit.parameters()
+                asked |= unit.parameters
         if before == (len(kept), len(names), len(asked), sum(len(x or ()) for x in kept.values())):
             return kept, names
 
@@ -1284,17 +1311,15 @@ def tables_of(text, c, axes):
     return out
 
 
-def without_prose(node):
+@functools.lru_cache(4096)
+def code_in(unit):
     """A statement's syntax tree as text, without docstrings: comments and line breaks are not in
     it."""
-    node = copy.deepcopy(node)
-    for x in ast.walk(node):
-        body = getattr(x, "body", None)
-        if isinstance(body, list) and len(body) > 1 and isinstance(body[0],
-                                                                   ast.Expr) and isinstance(
-                body[0].value, ast.Constant):
-            del body[0]
-    return ast.dump(node)
+    dump = ast.dump(unit.node)
+    for x in ast.walk(unit.node):
+        if isinstance(x, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(x) is not None:
+            dump = dump.replace(ast.dump(x.body[0]), "", 1)
+    return dump
 
 
 def code_of(script, c, axes, root="train"):
@@ -1326,7 +1351,7 @@ def code_reached(home, script, root, tables, values):
         for i in sorted(kept):
             if not units[i].defines & APART and not imports(units[i].node):
                 rows = kept[i]
-                mark.update(without_prose(units[i].node).encode() if rows is None else
+                mark.update(code_in(units[i]).encode() if rows is None else
                             "".join(f"{t} {k} {ast.dump(v)}" for t, k, v in rows).encode())
     return mark.hexdigest()
 
@@ -1356,13 +1381,15 @@ def eject(path, file, c, f, axes, options):
     """
     file = Path(file)
     if file.suffix != ".py" or not file.stem.isidentifier():
-        raise UserError(f"--eject {file}: give the name of a script, for example {c.config or 'mine'}.py")
+        raise UserError(f"--eject {file}: give the name of a script, for example "
+                        f"{c.config or 'mine'}.py")
     if file.exists():
         raise UserError(f"--eject {file}: it is there already; choose another name")
-    text = path.read_text()
+    text = bases_apart(path.read_text())
     units, tables = units_of(text), tables_of(text, c, axes)
     values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    kept, names = reach(text, {"train", "main", *tables}, tables, values)
+    values |= {x.name for x in dataclasses.fields(c) if getattr(c, x.name) != x.default}
+    kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
     lines = text.splitlines()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
@@ -1379,6 +1406,20 @@ def eject(path, file, c, f, axes, options):
     print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
           f"python {file} --config tiny shows that it turns")
     return file
+
+
+def bases_apart(text):
+    """sft.py's text with what makes bases imported from sft.py, not defined: a script of one method
+    does not know their presets. Any other script's text as it is."""
+    units = [x for x in units_of(text) if isinstance(x.node, ast.FunctionDef) and x.defines & BASES]
+    if len(units) < len(BASES):
+        return text
+    lines = text.splitlines()
+    for unit in reversed(units):
+        del lines[unit.first - 1:unit.last]
+    last = max(x.last for x in units_of(text) if imports(x.node))
+    lines.insert(last, f"from sft import {', '.join(sorted(BASES))}")
+    return "\n".join(lines) + "\n"
 
 
 def joined_pieces(pieces):
@@ -1399,17 +1440,17 @@ def docstring_of(path, file, text, units, kept, c, options):
     """The docstring of an ejected script: the method, its paper, where it comes from, the
     letters."""
     marks = [(i, m) for i, line in enumerate(text.splitlines(), 1) if (m := HEADING.match(line))]
-    ends = [i for i, _ in marks[1:]] + [len(text.splitlines()) + 1]
-    asked = {x.partition("=")[0] for x in c.config.split(",")}
-    used = [m for (i, m), end in zip(marks, ends) if any(i < units[k].first < end for k in kept)]
-    named = [m for m in used if asked & set(re.split(r", *", m[1]))] or used[:1]
+    asked, named = set(c.config.split(",")), []
+    for (begin, m), end in zip(marks, [*(i for i, _ in marks[1:]), len(text.splitlines()) + 1]):
+        used = [k for k in kept if begin < units[k].first < end]
+        named += [m] if used and asked & set(re.split(r", *", m[1])) else []
     doc = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
     about = "; ".join(f"{m[1]} ({m[2]})" for m in named) or doc.splitlines()[0].partition(" - ")[2]
     words = textwrap.wrap(f"{file.name} - {about}", 98)
     given = " ".join(f"--{k} {v}" for k, v in options.items())
     come = textwrap.wrap(f"Written by `python {path.name} {given} --eject {file.name}`, commit "
-                         f"{commit() or 'unknown'}: the spine and the chapters that it uses. It stands "
-                         "beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
+                         f"{commit() or 'unknown'}: the spine and the chapters that it uses. It "
+                         "stands beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
     rest = re.search(r"^(Letters|Watch)\b.*", doc, re.M | re.S)
     runs = [f"    python {file.name}", f"    python {file.name} --config tiny"]
     return "\n".join(['"""', *words, "", *runs, "", *come, *([rest[0].rstrip()] if rest else []),
@@ -1433,7 +1474,8 @@ def source_of(unit, rows, lines, names, c, f):
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
         return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
-                '--help."""\n    return train(*configure(Config, PRESETS, AXES, __doc__, argv, readers))')
+                '--help."""\n    return train(*configure(Config, PRESETS, AXES, __doc__, argv, '
+                'readers))')
     if rows is not None and not unit.rows:
         table = next(iter(unit.defines))
         return f"{table} = dict(" + ", ".join(
@@ -1489,15 +1531,16 @@ def segment(node, lines):
 # --- a script's main ------------------------------------------------------------------------------
 
 
-def report(run, before, after, look):
+def report(run, before, after, samples):
     """The last words of a run: two samples a split, then SFT beside the policy on held-out
     prompts."""
-    for prompt, text, reference in look:
+    for prompt, text, reference in samples:
         run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
     run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
     for key in before:
         run.say(f"  {key:<18} {before[key]:>11.3f} {after[key]:>10.3f}")
-    run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint {run.last or '(none: no step was made)'}")
+    run.say(f"\n  {run.folder}: curve.png, log.jsonl; checkpoint "
+            f"{run.last or '(none: no step was made)'}")
 
 
 def claims_of(script):
@@ -1505,8 +1548,8 @@ def claims_of(script):
     for."""
     tests = Path(__file__).parent.parent / "tests"
     if not (tests / "claims" / f"{script}.py").exists():
-        raise UserError(f"--claim: the claims of {script}.py are in {tests}/claims/{script}.py, which "
-                        "is not there: take the folder tests/ along")
+        raise UserError(f"--claim: the claims of {script}.py are in {tests}/claims/{script}.py, "
+                        "which is not there: take the folder tests/ along")
     if str(tests) not in sys.path:
         sys.path.append(str(tests))
     return importlib.import_module(f"claims.{script}")
@@ -1527,8 +1570,8 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
             print(f"claims (--claim NAME): {', '.join(claims_of(script).CLAIMS)}\n")
     elif "claim" in options:
         claims = claims_of(script).CLAIMS
-        return sys.modules["claims"].run_from_options(script, claims, setup, presets, train,
-                                                      options)
+        run_claim = sys.modules["claims"].run_from_options
+        return run_claim(script, claims, setup, (presets, axes), train, options)
     elif "eject" in options:
         path = options.pop("eject")
         c, f = setup([f"--{k}={v}" for k, v in options.items()])
@@ -1536,13 +1579,13 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
     return train(*setup(argv))
 
 
-def check_first_ratio(told, dtype):
+def check_first_ratio(metrics, dtype):
     """UserError unless the first minibatch after a rollout finds π = π_old; else every later ratio
     is wrong.
 
     Exact to 1e-3 in float32; in bfloat16 the two passes round differently: the mean is held to 2 %.
     """
-    off, limit = (told["worst"], 1e-3) if dtype == "float32" else (told["off"], 0.02)
+    off, limit = (metrics["worst"], 1e-3) if dtype == "float32" else (metrics["off"], 0.02)
     if off > limit:
-        raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not the policy "
-                        f"(another temperature, dtype or weights?)")
+        raise UserError(f"the first ratio after a rollout is off by {off:.2g}: the sampler is not "
+                        "the policy (another temperature, dtype or weights?)")

@@ -78,8 +78,8 @@ def value(answer):
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):         # thousands; "1,5" is no number
         text = text.replace(",", "")
     try:                                                               # 1e9999999 would fill memory
-        return Fraction(text) if len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text,
-                                                                   re.I) else None
+        written = len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text, re.I)
+        return Fraction(text) if written else None
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -103,8 +103,8 @@ class Signatures:
 
     def problems(self, split, n=0, seed=0):
         check_split(split, self.rows)
-        return random.Random(f"problems/{seed}").sample(self.rows[split],
-                                                        len(self.rows[split]))[:n or None]
+        rows = self.rows[split]
+        return random.Random(f"problems/{seed}").sample(rows, len(rows))[:n or None]
 
     def sample(self, rng, split="train"):
         check_split(split, self.rows)
@@ -145,15 +145,15 @@ class Jsonl:
             raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
         self.metric = "accuracy" if all("####" in row["completion"] for row in rows) else "rouge_l"
 
-    problems, sample, demo = Signatures.problems, Signatures.sample, Signatures.demo     # all read self.rows
+    problems, sample, demo = Signatures.problems, Signatures.sample, Signatures.demo
 
     def reward(self, problem, completion, finished=True):
         """Exact answers or ROUGE-L, as the class says."""
         truth = problem["completion"]
         if self.metric == "rouge_l":
             return rouge_l(truth, completion)
-        return float(finished and same_answer(extract_answer(completion, self.last),
-                                              extract_answer(truth)))
+        answer = extract_answer(completion, self.last)
+        return float(finished and same_answer(answer, extract_answer(truth)))
 
 
 Gsm8k = Jsonl  # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
@@ -233,7 +233,8 @@ class Arithmetic:
 
     def __init__(self, level=2, style="short"):
         if level not in LEVELS or style not in STYLES:
-            raise UserError(f"arithmetic has no level {level!r} with style {style!r}: choose a level of "
+            raise UserError(f"arithmetic has no level {level!r} with style {style!r}: choose a "
+                            "level of "
                             f"{', '.join(map(str, LEVELS))} and a style of {', '.join(STYLES)}")
         self.level, self.style, self.max_new = level, style, int(LEVELS[level][3] * BUDGET[style])
 
@@ -282,8 +283,8 @@ class Mixed:
 
     def __init__(self, name):
         self.name, self.parts = name, [task(part) for part in name.split("+")]
-        self.splits = [s for s in self.parts[0].splits
-                       if all(s in part.splits for part in self.parts)]
+        common = set.intersection(*(set(part.splits) for part in self.parts))
+        self.splits = [split for split in self.parts[0].splits if split in common]
         self.max_new = max(part.max_new for part in self.parts)
         if len({part.metric for part in self.parts}) > 1:
             raise UserError(f"{name}: tasks that are scored alike go together; these give "
@@ -293,8 +294,8 @@ class Mixed:
     def problems(self, split, n=0, seed=0):
         k = len(self.parts)
         lists = [part.problems(split, -(-n // k), seed) for part in self.parts]
-        return [row | dict(task=i) for rows in zip(*lists) for i, row in enumerate(rows)][:n
-                                                                                          or None]
+        return [row | dict(task=i) for rows in zip(*lists)
+                for i, row in enumerate(rows)][:n or None]
 
     def sample(self, rng, split="train"):
         i = rng.randrange(len(self.parts))
@@ -323,9 +324,9 @@ def step_ends(task, text):
 
 def stated(task, text):
     """The answer that a response states, as one spelling of each number; "" for none."""
-    said = task.stated(text) if hasattr(task, "stated") else extract_answer(text)
-    number = value(said)
-    return str(number) if number is not None else said.strip()
+    answer = task.stated(text) if hasattr(task, "stated") else extract_answer(text)
+    number = value(answer)
+    return str(number) if number is not None else answer.strip()
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -408,7 +409,8 @@ class ParityJudge:
         if style not in JUDGEMENTS:
             raise UserError(f"parity has no style {style!r}{nearest(style, JUDGEMENTS)}")
         if not 0 <= error <= 0.5:
-            raise UserError(f"parity with error {error}: expected a probability from 0 to 0.5, a coin")
+            raise UserError(f"parity with error {error}: expected a probability from 0 to 0.5, a "
+                            "coin")
         if not 2 <= bits <= 10:
             raise UserError(f"parity of {bits} bits: expected 2 to 10")
         self.name, self.style, self.error, self.bits = f"parity_{style}", style, error, bits
@@ -566,12 +568,18 @@ def scorer(spec, task):
     """
     if spec in REWARDS:
         return lambda problem, text, finished: REWARDS[spec](problem, text, finished, task)
+    return partial(checked, user_function(spec), spec)
+
+
+def user_function(spec):
+    """The function that PATH.py:FUNCTION names; UserError if it cannot be had or called."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a file "
-                        f"that exists")
+        raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a "
+                        "file that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)    # dataclasses look there
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module                           # dataclasses look there
     try:
         found.loader.exec_module(module)
     except KeyboardInterrupt:
@@ -580,30 +588,35 @@ def scorer(spec, task):
         raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
     fn = getattr(module, name, None)
     if not callable(fn) or inspect.iscoroutinefunction(fn):
-        raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and returns")
+        raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and "
+                        "returns")
     try:
         with contextlib.suppress(ValueError):  # a built-in function tells no signature
             inspect.signature(fn).bind("problem", "text", True)
     except TypeError as e:
-        raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): {e}") from None
+        raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): "
+                        f"{e}") from None
+    return fn
 
-    def checked(problem, text, finished):
-        try:
-            value = fn(copy.deepcopy(problem), text, finished)               # which it may change
-        except KeyboardInterrupt:
-            raise
-        except BaseException as e:
-            raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: {blame(e)}") from None
-        try:
-            value = value.item() if hasattr(value, "item") else value              # of torch, numpy
-            number = math.nan if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            number = math.nan
-        if not abs(number) <= HUGE:
-            raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response {text[:60]!r}: "
-                            f"expected a finite number, up to {HUGE:g}")
-        return number
-    return checked
+
+def checked(fn, spec, problem, text, finished):
+    """What the user's function says of a response, as a finite number; UserError else."""
+    try:
+        value = fn(copy.deepcopy(problem), text, finished)               # which it may change
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        raise UserError(f"--reward {spec} failed on the response {text[:60]!r}: "
+                        f"{blame(e)}") from None
+    try:
+        value = value.item() if hasattr(value, "item") else value              # of torch, numpy
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not abs(number) <= HUGE:
+        raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response "
+                        f"{text[:60]!r}: expected a finite number, up to {HUGE:g}")
+    return number
 
 
 def blame(error):
@@ -613,7 +626,8 @@ def blame(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())} (line {line})"
 
 
-REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think again|but|however|"
+REFLECTS = re.compile(r"\b(?:wait|alternatively|hold on|another thought|verify|think "
+                      r"again|but|however|"
                       r"alternative|double-check|check|oh|hmm)\b", re.I)             # ARLCP's words
 
 
@@ -649,11 +663,12 @@ def task(name_or_path, **options):
         return Mixed(name_or_path)
     make, path = TASKS.get(name_or_path, Jsonl), [] if name_or_path in TASKS else [name_or_path]
     if path and name_or_path not in NAMED and not Path(name_or_path).suffix:
-        raise UserError(f"no task {name_or_path!r}{nearest(name_or_path, {*TASKS, *NAMED, 'stdlib'})}, "
-                        "or a .jsonl file")
+        hint = nearest(name_or_path, {*TASKS, *NAMED, "stdlib"})
+        raise UserError(f"no task {name_or_path!r}{hint}, or a .jsonl file")
     known = list(inspect.signature(make).parameters)[len(path):]    # a file's path is given already
     if unknown := [key for key in options if key not in known]:
-        raise UserError(f"task {name_or_path} has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+        raise UserError(f"task {name_or_path} has no option "
+                        f"{unknown[0]!r}{nearest(unknown[0], known)}")
     return make(*path, **options)
 
 
@@ -663,7 +678,8 @@ def check_data(name, is_text=True):
     if not is_corpus(name):
         task(name)
     elif not is_text:
-        raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl of them")
+        raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl "
+                        "of them")
     elif name != "stdlib":
         documents(name)
 
@@ -675,8 +691,8 @@ def room(c, tok, problems, task, context):
     new = c.max_new or min(task.max_new, context - longest)
     if new < 1 or longest + new > context:
         where = problems[at].get("source", task.name)
-        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new ones it "
-                        f"exceeds the context of {context}; shorten it or lower --max_new")
+        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new "
+                        f"ones it exceeds the context of {context}; shorten it or lower --max_new")
     return new
 
 
@@ -702,12 +718,13 @@ def demonstrations(task, problems, tok, width, chat=False):
         prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
         if len(prompt) >= width:
             where = p.get("source", f"{task.name}, row {i + 1}")
-            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context {width}; "
-                            "raise it or shorten the prompt")
+            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context "
+                            f"{width}; raise it or shorten the prompt")
         long += len(prompt) + len(completion) > width
         out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
     if long:
-        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and left out",
+        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and "
+              "left out",
               flush=True)
     return out
 
@@ -721,6 +738,6 @@ def rows(c, tok, split):
     problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
     fitting = demonstrations(found, problems, tok, c.context, c.chat)
     if split == "train" and not fitting:
-        raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion together; raise "
-                        "it")
+        raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion "
+                        "together; raise it")
     return fitting

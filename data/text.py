@@ -87,8 +87,10 @@ def sources():
         raise UserError(f"only {len(found)} sources of the standard library under {ROOT}: "
                         "use a Python that has them (python.org, pyenv, uv), or give --data FILE")
     pairs = sorted((path.relative_to(ROOT).as_posix(), path) for path in found)
-    return {split: [(rel, path) for rel, path in pairs if split_of(rel) == split]
-            for split in SPLITS}
+    files = {split: [] for split in SPLITS}
+    for rel, path in pairs:
+        files[split_of(rel)].append((rel, path))
+    return files
 
 
 def read_source(rel, path):
@@ -181,8 +183,11 @@ def signatures(split):
     cache = CACHE / f"signatures-{digest(json.dumps([VERSION, sys.version, sizes]))[:16]}.json"
     with contextlib.suppress(OSError, ValueError):                   # absent or damaged: parse anew
         return json.loads(cache.read_text(encoding="utf-8"))[split]
-    found = curate({s: [row for f in files[s] for row in file_pairs(f[0], read_source(*f))]
-                    for s in SPLITS})
+    rows = {s: [] for s in SPLITS}
+    for s in SPLITS:
+        for file in files[s]:
+            rows[s] += file_pairs(file[0], read_source(*file))
+    found = curate(rows)
     with contextlib.suppress(OSError):                          # a read-only folder costs only time
         write_atomic(cache, json.dumps(found).encode())
     return found[split]
@@ -217,7 +222,7 @@ GSM8K = f"{RAW}/openai/grade-school-math/master/grade_school_math/data"
 NAMED = dict(                                                  # name = (URL, SHA-256 of the file)
     shakespeare=(f"{RAW}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                  "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    wikitext2=(f"{RAW}/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",   # 1.1 MB
+    wikitext2=(f"{RAW}/pytorch/examples/main/word_language_model/data/wikitext-2/valid.txt",
                "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"),
     gsm8k=(f"{GSM8K}/train.jsonl",
            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
@@ -244,7 +249,8 @@ def download(name):
     except OSError as e:                                            # URLError, timeouts, resets too
         raise UserError(f"cannot fetch {name} from {url} ({e}): {by_hand}") from None
     if (got := hashlib.sha256(data).hexdigest()) != sha:
-        raise UserError(f"{url} is another file (SHA-256 {got}) than the {name} that is meant: {by_hand}")
+        raise UserError(f"{url} is another file (SHA-256 {got}) than the {name} that is meant: "
+                        f"{by_hand}")
     write_atomic(path, data)
     return path
 
@@ -287,8 +293,8 @@ def read_jsonl(path):
             if "\\ud" in line.lower():
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
-            raise UserError(f"{path}:{i}: {e.object[e.start]!r} is half of a character: write both, or take "
-                            "it out") from None
+            raise UserError(f"{path}:{i}: {e.object[e.start]!r} is half of a character: write "
+                            "both, or take it out") from None
         except (ValueError, RecursionError) as e:
             why = f" ({e})"
         if not isinstance(row, dict):
@@ -303,7 +309,9 @@ def is_corpus(name_or_path):
     suffix = Path(NAMED[name_or_path][0] if name_or_path in NAMED else name_or_path).suffix
     if name_or_path == "stdlib" or suffix == ".txt":
         return True
-    return suffix == ".jsonl" and name_or_path not in NAMED and "text" in read_jsonl(locate(name_or_path))[0]
+    if suffix != ".jsonl" or name_or_path in NAMED:
+        return False
+    return "text" in read_jsonl(locate(name_or_path))[0]
 
 
 def documents(name_or_path, split="train"):
@@ -320,7 +328,8 @@ def documents(name_or_path, split="train"):
     if path.suffix == ".jsonl":
         docs = [row.get("text") for row in read_jsonl(path)]
         if bad := [i for i, doc in enumerate(docs, 1) if not isinstance(doc, str)]:
-            raise UserError(f'{path}:{bad[0]}: no string under "text": a corpus is one {{"text": …}} a line')
+            raise UserError(f'{path}:{bad[0]}: no string under "text": a corpus is one {{"text": '
+                            f'…}} a line')
     else:
         docs = read_text(path).split("<|endoftext|>")
     docs = [doc for doc in docs if doc.strip()]
@@ -358,9 +367,12 @@ def split_rows(rows, split, key="prompt"):
     held = set(texts[:max(1, len(texts) // 16)])
     return [row for row in rows if (row[key] in held) == (split == "val")]
 
-SCHEMAS = ('{"prompt", "completion"}, the same with "label": true, {"prompt", "chosen", "rejected"}, '
-           '{"question", "answer"}, {"messages": [{"role", "content"}, … {"role": "assistant", "content"}]}, '
-           '{"instruction", "input", "output"}, {"instruction", "instances": [{"input", "output"}]}')
+SCHEMAS = ('{"prompt", "completion"}, the same with "label": true, {"prompt", "chosen", '
+           '"rejected"}, '
+           '{"question", "answer"}, {"messages": [{"role", "content"}, … {"role": "assistant", '
+           '"content"}]}, '
+           '{"instruction", "input", "output"}, {"instruction", "instances": [{"input", '
+           '"output"}]}')
 
 
 def normalise(row):
@@ -372,8 +384,8 @@ def normalise(row):
                 for t in turns):
             return dict(messages=turns[:-1], completion=text)
         case {"prompt": str(prompt), "completion": str(text), "label": label}:
-            return dict(prompt=prompt, completion=text, label=bool(label)) if label in (0,
-                                                                                        1) else {}
+            return dict(prompt=prompt, completion=text,
+                        label=bool(label)) if label in (0, 1) else {}
         case ({"prompt": str(prompt), "completion": str(text)}
               | {"prompt": str(prompt), "chosen": str(text), "rejected": str()}
               | {"question": str(prompt), "answer": str(text)}):

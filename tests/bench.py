@@ -1,16 +1,16 @@
 """
-bench.py - speed and memory as ratios: against plain PyTorch in the same run, and this machine's own
-floor.
+bench.py - speed and memory as ratios: to plain PyTorch in the same run, and to the machine's floor.
 
     python tests/bench.py                      # every row, minutes; CUDA where there is a device
     python tests/bench.py linear sft           # only rows whose name contains one of the words
 
 Both sides of a row run alternately and the medians are compared, as machines are noisy: read the
-ratios, not
-the times.   floor: the least time that the row's FLOPs (at the matmul rate) or bytes (at the copy
-bandwidth)
-allow, both measured first, over ours.   memory: what one call adds to the peak, ours and plain; on
-a CPU the resident set of a fresh process each, on CUDA the allocator's.
+ratios, not the times.
+
+floor    the least time that the row's FLOPs (at the matmul rate) or bytes (at the copy bandwidth)
+         allow, both measured first, over ours
+memory   what one call adds to the peak, ours and plain; on a CPU the resident set of a fresh
+         process each, on CUDA the allocator's
 """
 import math
 import re
@@ -34,7 +34,6 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import specdec
 from data.chains import chain_tokenizer
-from data.formats import quantize
 from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, init, pick, preset, save, token_logprobs
@@ -42,8 +41,7 @@ from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
 class Row(NamedTuple):
-    """One line of the table: the two sides as functions of nothing, and what the work amounts
-    to."""
+    """One line of the table: the two sides as functions of nothing, and what it amounts to."""
     ours: Callable
     plain: Callable
     flops: float = 0.0
@@ -149,8 +147,7 @@ def swiglu(device):
 
 
 def decode_attention(device):
-    """One token a row against a cache of unequal lengths: the floor reads each row's valid slots
-    once."""
+    """One token a row against a cache of unequal lengths: the floor reads each valid slot once."""
     B, K, G, S, hd = (64, 8, 4, 4096, 128) if device == "cuda" else (64, 4, 2, 256, 64)
     q, k, v = (tensor(*shape, device=device, grad=False)
                for shape in ((B, K * G, hd), *[(B, K, S, hd)] * 2))
@@ -161,8 +158,7 @@ def decode_attention(device):
 
 
 def newton_schulz(device):
-    """Five steps on a batch of equal matrices; the floor counts one triangle of each symmetric
-    product."""
+    """Five steps on a batch of equal matrices; the floor counts one triangle of each product."""
     L, m, n = (12, 2048, 2048) if device == "cuda" else (2, 1024, 1024)
     X = tensor(L, m, n, device=device, grad=False)
     return Row(lambda: kernels.newton_schulz(X), lambda: kernels.newton_schulz_ref(X),
@@ -170,8 +166,7 @@ def newton_schulz(device):
 
 
 def newton_schulz_stack(device):
-    """All matrices of one shape of a small model at once, against the same one by one (plain
-    definition)."""
+    """All matrices of one shape at once, against one by one by the plain definition."""
     L, m, n = (48, 512, 512) if device == "cuda" else (28, 64, 64)
     X = tensor(L, m, n, device=device, grad=False)
     return Row(lambda: kernels.newton_schulz(X), lambda: [kernels.newton_schulz_ref(x) for x in X],
@@ -179,12 +174,11 @@ def newton_schulz_stack(device):
 
 
 def packed(device, kind, rows=1):
-    """A packed layer on `rows` rows, as in decoding, against the dense layer of the training
-    dtype."""
+    """A packed layer on `rows` rows, as in decoding, against the training dtype's dense layer."""
     n = 4096 if device == "cuda" else 1024
     W = tensor(n, n, device=device, grad=False)
     if kind == "int4":
-        layer = kernels.pack_int(*quantize(W, 4, 128), bits=4, group=128)
+        layer = kernels.pack_int(*kernels.quantize(W, 4, 128), bits=4, group=128)
     elif kind == "vq":
         ids = torch.randint(0, 256, (n, n // 4), device=device)
         layer = kernels.pack_vq(ids, *(tensor(*s, device=device, grad=False)
@@ -213,8 +207,7 @@ def model_of(size, vocab, context, device):
 
 
 def flops_per_token(model, context):
-    """Forward and backward: 6 per weight of each matrix, 6·L·T·D for causal attention (12·L·T·D
-    halved)."""
+    """Both ways: 6 per weight of each matrix, 6·L·T·D for causal attention (half of 12·L·T·D)."""
     matrices = (sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2
                     and "embed" not in n)
                 + model.head.numel())
@@ -263,8 +256,7 @@ def cross_entropy(model, logprobs, tokens, mask):
 
 
 def scoring(device):
-    """token_logprobs of a model of one layer, forward and backward: 8,192 tokens, width 256, 50,304
-    words."""
+    """token_logprobs of one layer, both ways: 8,192 tokens, width 256, 50,304 words."""
     model = model_of("1x256", 50304, 512, device)
     tokens = torch.randint(0, 50304, (32, 257), device=device)
     mask = torch.ones_like(tokens, dtype=torch.float)
@@ -291,15 +283,13 @@ def sft_completions(device):
 
 
 def sft_large_vocabulary(device):
-    """sft.py's step on windows with a real checkpoint's vocabulary, where the logits are the
-    memory."""
+    """sft.py's step with a real checkpoint's vocabulary, where the logits are the memory."""
     ids = torch.randint(0, 2000, (16, 256))
     return step_row(device, [(x[:1], x[1:]) for x in ids], cross_entropy, vocab=50304)
 
 
 def dpo(device):
-    """A DPO step: 16 pairs, chosen and rejected in one batch, the reference's log-probs made on the
-    way."""
+    """A DPO step: 16 pairs, both sides in one batch, the reference's log-probs made on the way."""
     reference = model_of("4x128", 2048, 512, device)
 
     def loss(model, logprobs, tokens, mask):
@@ -464,8 +454,7 @@ def shares(device, steps=3):
 
 
 def peak_memory(name, side, device):
-    """MB that one call adds to the peak: the CUDA allocator's, or the resident set of a new
-    process."""
+    """MB that one call adds to the peak: the CUDA allocator's, or a new process's resident set."""
     if device == "cuda":
         fn = getattr(ROWS[name](device), side)
         torch.cuda.empty_cache()
@@ -487,8 +476,7 @@ def print_peak(name, side):
 
 
 def resident(what):
-    """VmRSS, the resident set now, or VmHWM, its peak, in MB; getrusage's peak is inherited from a
-    parent."""
+    """VmRSS, the resident set now, or VmHWM, its peak, in MB; getrusage's is a parent's."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
 
 
@@ -496,10 +484,12 @@ def main(device, words):
     """Print the table of one device."""
     rate = matmul_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
     band = bandwidth(device)
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    what = torch.cuda.get_device_name() if device == "cuda" else threads
     print(f"{device}, {what}, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s in a product, "
           f"{band / 1e9:.0f} GB/s in a copy")
-    print(f"{'row':<24}{'ours':>10}{'plain':>10}{'ratio':>8}{'floor':>8}{'memory':>10}{'plain':>10}")
+    print(f"{'row':<24}{'ours':>10}{'plain':>10}{'ratio':>8}{'floor':>8}{'memory':>10}"
+          f"{'plain':>10}")
     for name, build in ROWS.items():
         if words and not any(w in name for w in words):
             continue
@@ -513,7 +503,8 @@ def main(device, words):
         print(f"{name:<24}{first:>13}{second:>13}{plain / ours:>7.2f}x{floor / ours:>7.0%}"
               f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
     if not words or any(w in "generation" for w in words):
-        print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(*uneven(device)))
+        print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(
+            *uneven(device)))
     if not words or any(w in "grpo_64x8x64" for w in words):
         print("grpo.py, 64 x 8 x 64: generating {:.0%}, scoring {:.0%}, updating {:.0%}".format(
             *shares(device)))
@@ -523,7 +514,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         print_peak(*sys.argv[2:])
     elif sys.argv[1:] and not any(w in name for w in sys.argv[1:] for name in ROWS):
-        sys.exit(f"no row has {' or '.join(sys.argv[1:])} in its name: choose from {', '.join(ROWS)}")
+        sys.exit(f"no row has {' or '.join(sys.argv[1:])} in its name: "
+                 f"choose from {', '.join(ROWS)}")
     else:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             main(device, sys.argv[1:])

@@ -1,6 +1,5 @@
 """
-compile_kernels.py - compile every Triton launch for an H100, on any machine, and hold it to its
-limits.
+compile_kernels.py - compile every Triton launch for an H100, on any machine; hold it to its limits.
 
     python tests/compile_kernels.py            # needs Triton, no GPU: nothing is launched
     python tests/compile_kernels.py bfloat16   # only this dtype
@@ -68,7 +67,8 @@ def compile_instead(self, *args, grid, warmup=False, num_warps=4, num_stages=3, 
                           for word in ("REG", "LOCAL", "STACK"))
     spilled = sum(spills)
     compiled[key] = dict(shared=binary.metadata.shared, spilled=spilled)
-    kind = "wgmma" if "wgmma" in binary.asm["ptx"] else "mma" if "mma.sync" in binary.asm["ptx"] else "-"
+    ptx = binary.asm["ptx"]
+    kind = "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "-"
     types = {t for t in signature.values() if t.startswith("*")} & {"*bf16", "*fp16", "*fp32"}
     print(f"{self.__name__:<24}{'bf16' if '*bf16' in types else 'fp32':<6}{registers:>4} registers"
           f"{spilled:>6} spilled{binary.metadata.shared:>8} shared  {kind}", flush=True)
@@ -88,8 +88,7 @@ def heads(dtype, N=256, D=512, V=1024):
 
 
 def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
-    """RMSNorm of the stream and of heads, rotation, gate: forward and backward; one step of
-    decoding."""
+    """RMSNorm of the stream and of heads, rotation, gate, both ways; one step of decoding."""
     x, head = (torch.empty(B, T, n, dtype=dtype, requires_grad=True) for n in (D, H * hd))
     q = head.view(B, T, H, hd)
     kernels.rms_norm(x, torch.ones(D), 1e-6).sum().backward()

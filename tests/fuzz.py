@@ -1,18 +1,15 @@
 """
-fuzz.py - hostile command lines, files, checkpoints and faults: is anything lost, silent, or a
-traceback?
+fuzz.py - hostile command lines, files, checkpoints, faults: is anything lost, silent, a traceback?
 
     python tests/fuzz.py                        # every case, two at a time: some minutes
     python tests/fuzz.py --sample 40 --seed 3   # as many, drawn by a seed: what the suite does
     python tests/fuzz.py --only toml,resume     # some kinds; --show: what every case said
-    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: the same last
-    weights?
+    python tests/fuzz.py --kills 40             # kill -9 at random moments, resume: the same end?
 
 A case is a command in a folder of its own with some files in it, run in a forked child of this
 process, which has imported everything. Afterwards it is one of
 
-    good        refused: exit code 2, one line "error: …", and the folder as it was before, to the
-    byte;
+    good        refused: exit code 2, one line "error: …", and the folder as before, to the byte;
                 or, where the command is right, exit code 0
     traceback   whatever the exit code             code     another exit code than 2
     silent      a wrong command that ran           refused  a right one that did not
@@ -201,8 +198,7 @@ IDLE = dict(                             # what does nothing, or does not go tog
 
 
 def forms():
-    """Words that are no options, options twice, presets that are not there, options that nothing
-    reads."""
+    """Words that are no options, options twice, unknown presets, options that nothing reads."""
     for script in SCRIPTS:
         right = command(script)
         for words in WORDS:
@@ -488,8 +484,7 @@ def rewritten(change):
 
 
 def sharded(change):
-    """A setup that splits base into two shards, and changes the index by change(weight_map) ->
-    weight_map."""
+    """A setup that splits base into two shards, their index being change(weight_map)."""
     def setup(folder):
         path = folder / "base"
         found = load_file(path / "model.safetensors")
@@ -674,8 +669,9 @@ def run(case, fixtures):
         folder = Path(home, "work")
         shutil.copytree(fixtures, folder)
         for name, text in case.files.items():
-            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8",
-                                                                                         "surrogatepass"))
+            if isinstance(text, str):
+                text = text.encode("utf-8", "surrogatepass")
+            (folder / name).write_bytes(text)
         if case.setup:
             case.setup(folder)
         before = tree(folder)
@@ -767,8 +763,7 @@ def main(argv=None):
 
 
 def make_run(script, fixtures, home):
-    """A run of four steps, checkpoints at 1 and 2, paused after two: what the cases of `resume`
-    break."""
+    """A run of four steps, checkpoints at 1 and 2, paused after two: what `resume` breaks."""
     folder = home / f"make-{script}"
     shutil.copytree(fixtures, folder)
     case = Case("resume", script,
@@ -784,8 +779,7 @@ def make_run(script, fixtures, home):
 
 
 def finished(case, folder, after=None):
-    """Run a case in a fork, killed after so many seconds. -> its exit code, None if it was
-    killed."""
+    """Run a case in a fork, killed after so many seconds. -> its exit code, or None."""
     pid, began = os.fork(), time.monotonic()
     if not pid:
         child(case, folder)
@@ -810,8 +804,7 @@ def last_weights(run):
 
 
 def kills(n, rng):
-    """Kill n runs at random moments, some twice, and resume; 1 if any ends elsewhere than a whole
-    run."""
+    """Kill n runs at random moments, some twice, and resume; 1 if any ends elsewhere."""
     whole, bad = {}, 0
     with tempfile.TemporaryDirectory() as home:
         fixtures = Path(home, "fixtures")

@@ -1,4 +1,5 @@
-"""numerics.py: rounding by hand, gradients, schedules, and what LOST and pruning keep."""
+"""sft.py's layers of few bits and few weights: rounding, gradients, schedules, what LOST and pruning
+keep."""
 import copy
 import math
 from functools import partial
@@ -10,11 +11,8 @@ from torch import nn
 
 import sft
 from conftest import close, rand
-from data import numerics
-from data.numerics import (E2M1, EXPONENTS, FORMATS, e2m1, floor_log2, fp6, fp8, hadamard, int8,
-                           minifloat, mx4, mx4_dense, mxfp4, power_of_two, quantize_activations,
-                           rotate)
 from data.run import UserError
+from kernels import EXPONENTS, ROUNDINGS, absmax, hadamard, mxfp4, power_of_two, rotate
 from sft import (LostLinear, Masks, QATLinear, QuartetLinear, fake_quant, halo_product, journey,
                  lost_product, lost_sizes, lost_start, prune, prune_at, prune_schedule,
                  qat_fraction, qat_share, quartet_product, unbiased_mx4)
@@ -33,125 +31,7 @@ def exact(X, W):
     return X @ W.T
 
 
-# --- rotations and formats ------------------------------------------------------------------------
-
-
-def test_hadamard_matrices_are_orthonormal_and_symmetric():
-    for n in (1, 2, 32, 128):
-        H = hadamard(n, torch.float64)
-        assert close(H @ H.T, torch.eye(n), 1e-12) and close(H, H.T, 0)
-        assert close(H.abs(), n ** -0.5 * torch.ones(n, n).double(), 1e-12)
-    with pytest.raises(UserError, match="power of two"):
-        hadamard(24)
-
-
-@pytest.mark.parametrize("d, n, block",
-                         [(96, 32, 32), (96, 128, 32), (64, 48, 32), (12, 32, 4), (7, 8, 1)])
-def test_rotations_use_the_largest_block_that_fits_and_undo_themselves(d, n, block):
-    x, W = rand(3, d), rand(5, d, seed=1)
-    H = torch.block_diag(*[hadamard(block, torch.float64)] * (d // block))
-    assert close(rotate(x, n), x @ H, 1e-12) and close(rotate(rotate(x, n), n), x, 1e-12)
-    assert close(rotate(x, n) @ rotate(W, n).T, x @ W.T, 1e-12)
-
-
-def test_exponents_are_read_exactly():
-    x = torch.tensor([1.0, 0.9999999, 2.0, 1.9999999, 6.0, 2 ** -100, 3e38])
-    for dtype in (torch.float32, torch.float64):
-        assert floor_log2(x.to(dtype)).tolist() == [0, -1, 1, 0, 2, -100, 127]
-        assert power_of_two(torch.tensor([-3, 0, 100]), dtype).tolist() == [.125, 1.0, 2.0 ** 100]
-    assert floor_log2(torch.zeros(1)).item() == -127 and power_of_two(torch.tensor([-999])).item() > 0
-
-
-def test_fp8_is_pytorch_s():
-    x = torch.cat([448 * torch.linspace(-1, 1, 20001), torch.logspace(-12, 2.6, 4000)])
-    assert torch.equal(minifloat(x, 3, -6, 448), x.to(torch.float8_e4m3fn).float())
-    x = x * 448 / x.abs().max()                          # s = 1
-    assert torch.equal(fp8(x), x.to(torch.float8_e4m3fn).float())
-
-
-def test_fp6_has_its_63_values():
-    grid = sorted({0.0} | {s * m * 2.0 ** -4 for s in (1, -1) for m in range(1, 4)}     # subnormals
-                  | {s * (1 + m / 4) * 2.0 ** e for s in (1, -1) for e in range(-2, 5)
-                     for m in range(4)})
-    x = torch.linspace(-28, 28, 40001, dtype=torch.float64)
-    y, grid = fp6(x), torch.tensor(grid, dtype=torch.float64)
-    assert grid[-1] == 28 and len(grid) == 63 and sorted(set(y.tolist())) == grid.tolist()
-    assert close((y - x).abs(), (x[:, None] - grid).abs().amin(1))                       # nearest
-
-
-def test_int8_by_hand():
-    assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)),
-                 [0., 0, 0]) and int8(torch.tensor([math.nan, 1.])).isnan().any()
-
-
-def test_activations_are_rounded_a_token_and_block():
-    x = torch.tensor([[-.9, -.2, .35, .6], [7., 2, -3, 100]])
-    assert close(quantize_activations(x, 2), [[-.9, 0, 0, .9], [0, 0, 0, 100]])
-    assert close(quantize_activations(x, 4, 2),
-                 [[-.9, -.9 * 2 / 7, .6 * 4 / 7, .6], [7, 2, 0, 100]])
-    both = quantize_activations(x, torch.tensor([8, 4]), 2)                        # a width a block
-    assert torch.equal(both[:, :2], quantize_activations(x[:, :2], 8))
-    assert torch.equal(both[:, 2:], quantize_activations(x[:, 2:], 4))
-    with pytest.raises(UserError, match="do not divide 4"):
-        quantize_activations(x, 4, 3)
-
-
 # --- MXFP4 ----------------------------------------------------------------------------------------
-
-
-def test_e2m1_thresholds_and_ties():
-    thresholds = [.25, .75, 1.25, 1.75, 2.5, 3.5, 5.]
-    for i, t in enumerate(thresholds):
-        for sign in (1, -1):
-            got = e2m1(sign * torch.tensor([t - 1e-6, t, t + 1e-6]))
-            assert got[0] == sign * E2M1[i] and got[2] == sign * E2M1[i + 1]
-            assert got[1] == sign * E2M1[i + i % 2]                          # ties to the even code
-    x = torch.linspace(-7, 7, 5001)
-    assert torch.equal(e2m1(x), minifloat(x, 1, 0, 6.0)) and e2m1(torch.tensor([99.])) == 6
-
-
-def test_mx4_codes_and_exponents_by_hand():
-    x = torch.zeros(2, 32)
-    x[0, :8] = 4 * torch.tensor([.5, -.5, 1, 1.5, 2, -3, 4, 6])
-    x[1, 0] = -7.9                                       # above 6 of its scale: clips
-    codes, exponent = mx4(x)
-    assert codes.dtype == torch.uint8 and exponent.dtype == torch.int8 and exponent.tolist() == [[2], [0]]
-    assert codes[0, :9].tolist() == [1, 9, 2, 3, 4, 13, 6, 7, 0] and codes[1, :2].tolist() == [15,
-                                                                                               0]
-    assert torch.equal(mx4_dense(codes, exponent)[0], x[0]) and mx4_dense(codes, exponent)[1,
-                                                                                           0] == -6
-    assert mx4(x, "covering")[1].tolist() == [[2], [1]] and not mx4_dense(*mx4(0 * x)).any()
-    with pytest.raises(UserError, match="no multiple"):
-        mx4(torch.zeros(4, 40))
-
-
-@pytest.mark.parametrize("rule", EXPONENTS)
-def test_rounding_to_mxfp4_is_packing_and_unpacking(rule):
-    x = 3 * rand(5, 96)
-    assert torch.equal(mx4_dense(*mx4(x, rule), torch.float64), mxfp4(x, rule))
-    value = (mxfp4(x, rule).view(5, 3, 32)
-             / power_of_two(mx4(x, rule)[1].int(), torch.float64)[..., None])
-    assert set(value.abs().flatten().tolist()) <= set(E2M1)
-    assert close(mxfp4(x[:, :40], "covering")[:, :32], mxfp4(x[:, :32], "covering"))  # zeros added
-    assert mxfp4(torch.full((1, 32), math.nan)).isnan().all()
-
-
-def test_the_error_of_quest_on_gaussians():
-    """averaged over the scale: rounding the exponent .0134 as plain absmax, the released floor
-    .022"""
-    x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
-    error = {}
-    for rule in ("absmax", "quest", "quest_floor"):
-        scales = [2 ** (i / 8) for i in range(8)]
-        error[rule] = sum(((mxfp4(s * x, rule) - s * x).pow(2).mean()
-                           / (s * x).pow(2).mean()).item()
-                          for s in scales) / 8
-    assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223],
-                 1.5e-4)
-    h, kept = sft.clipped_mx4(x, "quest_floor")
-    assert abs((~kept).float().mean().item() - .073) < 2e-3
-    assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
 
 
 def test_stochastic_rounding_is_unbiased_and_never_clips():
@@ -159,7 +39,7 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
     mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
     assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
     assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
-    s = 4 / 3 * power_of_two(numerics.absmax(x.view(2, 2, 32)), torch.float64)
+    s = 4 / 3 * power_of_two(absmax(x.view(2, 2, 32)), torch.float64)
     assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
 
 
@@ -170,14 +50,14 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
 @pytest.mark.parametrize("N, n, m", [(1, 8, 4), (50, 48, 20), (130, 64, 96)])
 def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
     X, W, E = rand(N, n), rand(m, n, seed=1), rand(N, m, seed=2)
-    for a, b in zip(gradients(lambda X, W: halo_product(X, W, level=level, format="float32"), X, W, E),
-                    gradients(exact, X, W, E)):
+    product = partial(halo_product, level=level, format="float32")
+    for a, b in zip(gradients(product, X, W, E), gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
 def test_halo_rounds_what_its_table_says():
     X, W, E = rand(40, 64), rand(32, 64, seed=1), rand(40, 32, seed=2)
-    q = FORMATS["fp6"]
+    q = ROUNDINGS["fp6"]
     made = {level: gradients(lambda X, W: halo_product(X, W, level=level, format="fp6"), X, W, E)
             for level in (0, 1, 2)}
     turned = q(X @ hadamard(64, torch.float64)) @ q(W @ hadamard(64, torch.float64)).T
@@ -216,7 +96,7 @@ def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
     monkeypatch.setattr(sft, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
-    monkeypatch.setitem(EXPONENTS, "quest", lambda x: numerics.absmax(x) + 1)        # nothing clips
+    monkeypatch.setitem(EXPONENTS, "quest", lambda x: absmax(x) + 1)        # nothing clips
     found = gradients(lambda X, W: quartet_product(X, W, 7), X, W, E)
     for a, b in zip(found, gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
@@ -309,10 +189,10 @@ def test_the_compute_optimal_share():
 
 def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
     W, x, g = rand(12, 8), rand(3, 8, seed=1), torch.Generator().manual_seed(0)
-    same = dict(gamma=.5, phi="identity")
-    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)    # rank 8: all of W
+    same = dict(gamma=.5, phi="identity")                # rank 8 is all of W, as are all columns
+    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)
     A, B, columns, where = lost_start(W, 3, 8, g)
-    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)        # all columns
+    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)
     rest = W - B @ A
     assert close(torch.linalg.matrix_norm(rest, 2), torch.linalg.svdvals(W)[3], 1e-9)
     _, _, columns, where = lost_start(W, 3, 2, g)

@@ -50,8 +50,8 @@ def test_gold_ignores_the_order_of_rules_and_mirrors_with_the_domain():
         y = "".join(rng.choices(CONTENT, k=rng.randint(1, 8)))
         turned = domain + "".join(body[i:i + 2] for i in range(len(body) - 2, -1, -2)) + "="
         assert WORLD.judge(turned, y) == WORLD.judge(p["prompt"], y)
-        assert WORLD.judge(f"<{body}=", y)["principle"] == WORLD.judge(f">{body}=",
-                                                                       y[::-1])["principle"]
+        assert WORLD.judge(f"<{body}=",
+                           y)["principle"] == WORLD.judge(f">{body}=", y[::-1])["principle"]
 
 
 @pytest.mark.parametrize("prompt",
@@ -81,8 +81,8 @@ def canonical(prompt):
 def test_splits_hold_what_they_promise():
     seen = {split: WORLD.problems(split, 3000, seed=1) for split in WORLD.splits}
     prompts = {split: {canonical(p["prompt"]) for p in rows} for split, rows in seen.items()}
-    assert not prompts["train"] & prompts["val"] and not prompts["ood"] & (prompts["train"]
-                                                                           | prompts["val"])
+    assert not prompts["train"] & prompts["val"]
+    assert not prompts["ood"] & (prompts["train"] | prompts["val"])
     heads = {split: Counter(frozenset(h for h, _ in parse(p["prompt"])[1]) for p in rows)
              for split, rows in seen.items()}
     pair = frozenset({HAS, NO})
@@ -235,8 +235,8 @@ def test_wrong_names_get_the_nearest(call, word):
 def test_ring_worked_values(group, prompt, response, gold):
     assert Ring(group).judge(prompt, response)["gold"] == pytest.approx(gold, abs=1e-12)
     assert RING.judge(prompt, response, group=group)["gold"] == pytest.approx(gold, abs=1e-12)
-    assert Ring(group).reward(dict(prompt=prompt), response, False) == pytest.approx(gold - 2,
-                                                                                     abs=1e-12)
+    assert Ring(group).reward(dict(prompt=prompt), response,
+                              False) == pytest.approx(gold - 2, abs=1e-12)
 
 
 def test_ring_judge_names_its_parts():
@@ -278,9 +278,8 @@ def test_the_demonstrator_has_the_statistics_of_its_description():
     mean = {key: sum(j[key] for j in judged) / 3000 for key in judged[0]}
     spread = (sum((j["gold"] - mean["gold"]) ** 2 for j in judged) / 3000) ** 0.5
     assert mean["gold"] == pytest.approx(1.42, abs=0.4) and spread == pytest.approx(1.54, abs=0.2)
-    assert mean["length"] == pytest.approx(8.7,
-                                           abs=0.5) and mean["coverage"] == pytest.approx(0.58,
-                                                                                          abs=0.05)
+    assert mean["length"] == pytest.approx(8.7, abs=0.5)
+    assert mean["coverage"] == pytest.approx(0.58, abs=0.05)
     assert mean["repetition"] == pytest.approx(0.19, abs=0.03)
     assert sum(y.count(FLAT) for _, y in drawn) / 3000 == pytest.approx(0.33, abs=0.05)
     assert 0.01 < sum(s in RARE for _, y in drawn for s in y) / 3000 < 0.06
@@ -296,8 +295,8 @@ def test_ratings_are_fifths_of_the_demonstrator():
     assert len(columns) == len(ATTRIBUTES) == 5
     assert all(type(x) is int and 0 <= x <= 4 for column in columns for x in column)
     for name, column in zip(ATTRIBUTES, columns):               # coverage has five values only
-        assert len(set(column)) >= 4 and max(Counter(column).values()) < (400 if name == "coverage"
-                                                                          else 300)
+        assert len(set(column)) >= 4
+        assert max(Counter(column).values()) < (400 if name == "coverage" else 300)
     assert RING.ratings(".abef=", "abef") == Ring().ratings(".abef=", "abef") == [4, 4, 4, 4, 0]
 
 
@@ -307,8 +306,8 @@ def test_duels_are_antisymmetric_and_may_cycle():
     for x in sides:
         for y in sides:
             for cycle in (0.0, 9.0):
-                assert RING.duel(".mnop=", x, y, cycle) + RING.duel(".mnop=", y, x,
-                                                                    cycle) == pytest.approx(1)
+                assert RING.duel(".mnop=", x, y,
+                                 cycle) + RING.duel(".mnop=", y, x, cycle) == pytest.approx(1)
     gap = RING.judge(".mnop=", a)["gold"] - RING.judge(".mnop=", b)["gold"]
     assert RING.duel(".mnop=", a, b) == pytest.approx(1 / (1 + 2.718281828459045 ** -gap))
     assert all(RING.duel(".mnop=", x, y, 9.0) > 0.9 for x, y in ((a, b), (b, c), (c, a)))
@@ -337,7 +336,8 @@ def test_labels_are_prefixes_of_longer_lists_and_flip_the_share_of_noise(world):
     assert all(r["margin"] > 0 for r in clean)
     assert sum(r["margin"] < 0 for r in noisy) / len(noisy) == pytest.approx(0.25, abs=0.05)
     for r, other in zip(clean, noisy):
-        assert r["strength"] == other["strength"] and abs(r["margin"]) == pytest.approx(abs(other["margin"]))
+        assert r["strength"] == other["strength"]
+        assert abs(r["margin"]) == pytest.approx(abs(other["margin"]))
         gold = [world.reward(r, r[side]) for side in ("chosen", "rejected")]
         assert gold[0] - gold[1] == pytest.approx(r["margin"])
     by = {m: [r["margin"] for r in clean if r["strength"] == m] for m in (1, 2, 3)}
@@ -384,9 +384,8 @@ def test_a_minority_labels_by_its_own_gold():
             a, b = (RING.judge(r["prompt"], r[side], group=group)["gold"]
                     for side in ("chosen", "rejected"))
             assert a > b
-            assert RING.reward(r,
-                               r["chosen"]) - RING.reward(r,
-                                                          r["rejected"]) == pytest.approx(r["margin"])
+            gain = RING.reward(r, r["chosen"]) - RING.reward(r, r["rejected"])
+            assert gain == pytest.approx(r["margin"])
 
 
 @pytest.mark.parametrize("world", [WORLD, RING], ids=["toyif", "ring"])
@@ -477,7 +476,8 @@ def test_judge_text_prefers_the_same_response_in_either_order_and_errs_by_verdic
         assert texts[r["chosen"]] == texts[r["rejected"]]
         clean = judge_text(prompt, rubric, r["chosen"], r["rejected"], rng, 0.0)[0]
         noisy, winner = judge_text(prompt, rubric, r["chosen"], r["rejected"], rng)
-        assert len(clean) == len(noisy) == 4 * len(criteria(rubric)) + 1 and set(noisy) <= set(ALPHABET)
+        assert len(clean) == len(noisy) == 4 * len(criteria(rubric)) + 1
+        assert set(noisy) <= set(ALPHABET)
         flips += sum(x != y for x, y in zip(clean[:-1], noisy[:-1]))
         verdicts, agree = verdicts + 2 * len(criteria(rubric)), agree + (winner == "A")
     assert flips / verdicts == pytest.approx(0.05, abs=0.015)
@@ -509,8 +509,8 @@ def test_checks_share_no_prompt_and_come_with_or_without_rules():
 
 
 def test_the_last_winner_decides():
-    assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-", "")] == ["A", "B", "B", "A",
-                                                                              None, None]
+    assert [parse_winner(t) for t in ("(", ")", "()", ")x(", "Fc+-",
+                                      "")] == ["A", "B", "B", "A", None, None]
 
 
 @pytest.mark.parametrize("right, tau, kept", [
@@ -588,11 +588,11 @@ def test_model_solutions_become_pairs_of_right_and_wrong(tmp_path):
         return dict(is_correct=ok, solution=text)
     row = dict(question="q", ground_truth="g", a=model(True, "1"), b=model(False, "2"),
                c=model(True, "3"))
-    path = write(tmp_path / "s.jsonl", [row, dict(question="all wrong", ground_truth="g",
-                                                  a=model(False, "4"))])
+    path = write(tmp_path / "s.jsonl",
+                 [row, dict(question="all wrong", ground_truth="g", a=model(False, "4"))])
     found = load_pairs(path, "train")[0] + load_pairs(path, "val")[0]
-    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found] == [("q", "1", "2"),
-                                                                          ("q", "3", "2")]
+    assert [(p["prompt"], p["chosen"], p["rejected"])
+            for p in found] == [("q", "1", "2"), ("q", "3", "2")]
 
 
 def test_real_solutions():

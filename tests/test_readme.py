@@ -1,32 +1,50 @@
-"""What is written is checked: the README's commands, tables, numbers and links; the shape of the
-tree."""
+"""What is written is checked: commands, tables, numbers and links of README.md and of the pages in
+data/results/; the shape of the tree."""
 import importlib
 import json
 import re
 import shlex
-import subprocess
+import sys
 from dataclasses import fields
+from functools import cache
 from itertools import combinations
+from types import SimpleNamespace
 
 import bench
 from claims import tables as claims
 import pytest
+import test_house
 from conftest import ROOT
 
 import model
-from data.run import UserError, claims_of, configure, parse
+from data.run import UserError, configure, parse
 
-README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "data" / "results"
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(RESULTS.glob("*.md")))}
+README, TEXT = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 FOUND = claims.reports()
-TOP = {"README.md", "requirements.txt", "LICENSE", "model.py", "kernels.py", "optim.py", "sft.py",
-       "reward.py", "ppo.py", "grpo.py", "dpo.py", "compress.py", "specdec.py", "data", "tests"}
 SCRIPTS = [p.name for p in ROOT.glob("*.py")]
+
+
+@cache
+def parts():
+    """{path: {marker: lines}}: what tests/claims.py generates of each page"""
+    return claims.pages(FOUND)
+
+
+def by_hand(text):
+    """A page without what is generated."""
+    return re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", text, flags=re.S)
 
 
 def test_two_commands_each_complete_in_itself():
     commands = re.findall(r"^python3 -m venv.*$", README, re.M)
     assert len(commands) == 2 and all("pip install -r requirements.txt" in c for c in commands)
-    assert commands[0].endswith("python ppo.py") and "pytest" in commands[1]
+    assert commands[0].endswith("python grpo.py") and commands[1].endswith("python -m pytest -q")
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 300
 
 
 def test_every_script_has_its_row_and_every_row_its_script():
@@ -34,53 +52,28 @@ def test_every_script_has_its_row_and_every_row_its_script():
     assert sorted(rows) == sorted(SCRIPTS)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((data/[^)]+)\)", README))))
-def test_pictures_are_there(path):
-    assert (ROOT / path).stat().st_size > 1000
+@pytest.mark.parametrize("name", [*claims.SCRIPTS, "speed", "README"])
+def test_every_script_has_a_page_and_the_readme_leads_to_it(name):
+    assert RESULTS / f"{name}.md" in PAGES and f"](data/results/{name}.md)" in README
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("data/results/*.json")), ids=lambda p: p.stem)
-def test_the_readme_states_each_claim_s_verdict(path):
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_its_script_s_page_states_each_claim_s_verdict(path):
     report = json.loads(path.read_text())
-    assert report["verdict"] in README and f"--claim {report['claim']}" in README
+    page = PAGES[RESULTS / f"{claims.script_of(report)}.md"]
+    assert report["verdict"] in page and f"--claim {report['claim']}" in page
     assert report["seeds"] >= 5 and path.with_suffix(".png").exists()
 
 
 def test_no_placeholder_is_left():
-    assert not re.search(r"\b(TODO|MINUTES|TABLE|UNEVEN)\b|[A-Z]+TABLE", README)
-
-
-def test_the_top_level_is_fixed():
-    git = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
-    listed = git.stdout.split()
-    names = {p.split("/")[0] for p in listed} or {p.name for p in ROOT.iterdir()} - {"out"}
-    assert {n for n in names if not n.startswith((".", "__"))} <= TOP
-
-
-@pytest.mark.parametrize("module, below", [
-    ("kernels", {"data"}), ("model", {"kernels", "data"}), ("optim", {"kernels", "data"}),
-    ("sft", {"kernels", "data", "model", "optim"}),
-    ("ppo", {"kernels", "data", "model", "optim", "sft"}),
-    ("reward", {"kernels", "data", "model", "optim", "sft"}),
-    ("grpo", {"kernels", "data", "model", "optim", "sft"}),
-    ("dpo", {"kernels", "data", "model", "optim", "sft"}),
-    ("compress", {"kernels", "data", "model", "optim", "sft"})])
-def test_who_may_import_whom(module, below):
-    """a file imports only from the floors below its own; a script may ask sft.py for its base
-    checkpoint"""
-    text = (ROOT / f"{module}.py").read_text()
-    ours = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & {*[s[:-3] for s in SCRIPTS],
-                                                                     "data"}
-    assert ours <= below
-    if "sft" in below:
-        assert set(re.findall(r"\bsft\.(\w+)\(", text)) <= {"base", "find"}
+    assert not re.search(r"\b(TODO|MINUTES|TABLE|UNEVEN)\b|[A-Z]+TABLE", TEXT)
 
 
 # --- commands -------------------------------------------------------------------------------------
 
-BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
+BASH = "\n".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S))
 INLINE = [" ".join(x.split()) if "$'" not in x else x
-          for x in re.findall(r"(?<!`)`(python[^`]*)`", README)]
+          for x in re.findall(r"(?<!`)`(python[^`]*)`", TEXT)]
 COMMANDS = sorted({x for x in [*BASH.splitlines(), *INLINE] if re.match(r"python |torchrun ", x)})
 
 
@@ -104,7 +97,7 @@ def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(
     elif not name.startswith("tests/"):
         script = importlib.import_module(name)
         options = dict(parse(argv, {x.name: x.default for x in fields(script.Config)}))
-        known = claims_of(name).CLAIMS
+        known = claims.claims_of(name)
         assert options.pop("claim", next(iter(known))) in known
         assert int(options.pop("seeds", 5)) >= 2
         for axis, rows in script.AXES.items():
@@ -123,51 +116,60 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("name", claims.SCRIPTS)
 def test_claims_without_a_result_are_said_to_be_without_one(name):
-    if not (ROOT / f"{name}.py").exists() or f"| `{name}.py` " not in README:
-        pytest.skip(f"{name}.py is not in the README")
-    told = re.search(r"^Defined, and not measured yet: (.*)$", README, re.M)
-    told = set(re.findall(rf"python {name}\.py --claim (\w+)", told[1] if told else ""))
-    assert told == {*claims_of(name).CLAIMS} - {*FOUND}
+    line = re.search(r"^Defined, and not measured yet: (.*)$", PAGES[RESULTS / f"{name}.md"], re.M)
+    waiting = set(re.findall(rf"python {name}\.py --claim (\w+)", line[1] if line else ""))
+    assert waiting == {*claims.claims_of(name)} - {*FOUND}
 
 
 # --- links ----------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
-def test_links_lead_somewhere(path):
-    heads = re.findall(r"^#+ (.*)$", README, re.M)
-    slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads}
-    assert path[1:] in slugs if path.startswith("#") else (ROOT / path).exists()
+LINKS = sorted({(path.relative_to(ROOT).as_posix(), link) for path, text in PAGES.items()
+                for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)})
 
 
-def test_what_is_folded_is_closed():
-    assert README.count("<details>") == README.count("</details>") == README.count("<summary>")
-    for fold in re.findall(r"</summary>(..)", README, re.S):
-        assert fold == "\n\n"  # without an empty line GitHub shows raw Markdown
+@cache
+def anchors(path):
+    """What a link into a page may name: its headings, each once, as GitHub spells them."""
+    heads = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+             for h in re.findall(r"^#+ (.*)$", path.read_text(), re.M)]
+    return {h for h in heads if heads.count(h) == 1}
+
+
+@pytest.mark.parametrize("page, link", LINKS)
+def test_links_lead_somewhere(page, link):
+    where, _, anchor = link.partition("#")
+    path = (ROOT / page).parent / where if where else ROOT / page
+    assert path.exists() and (not anchor or anchor in anchors(path))
+    assert path.suffix != ".png" or path.stat().st_size > 1000
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def test_the_generated_tables_are_fresh():
-    assert claims.fresh(README, FOUND) == README, "run python tests/claims.py --table"
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_generated_tables_are_fresh(path):
+    text = PAGES[path]
+    new = claims.fresh(text, parts().get(path, {}), path.name)
+    assert new == text, "run python tests/claims.py --table"
 
 
 def test_rewriting_tells_what_changed_and_then_nothing(tmp_path):
-    stale = README.replace("| +0.012 ± 0.008 |", "| +0.912 ± 0.008 |")
-    path = tmp_path / "README.md"
-    path.write_text(stale)
-    changed = claims.rewrite(FOUND, path)
-    assert any(x.startswith("-") and "+0.912" in x for x in changed) and path.read_text() == README
-    assert claims.rewrite(FOUND, path) == []
+    page = RESULTS / "ppo.md"
+    path = tmp_path / "ppo.md"
+    path.write_text(PAGES[page].replace("| +0.012 ± 0.008 |", "| +0.912 ± 0.008 |"))
+    changed = claims.rewrite(path, parts()[page])
+    assert any(x.startswith("-") and "+0.912" in x for x in changed)
+    assert path.read_text() == PAGES[page] and claims.rewrite(path, parts()[page]) == []
 
 
 def test_a_missing_or_misplaced_marker_is_named():
-    with pytest.raises(UserError, match="contrasts dpo: end"):
-        claims.fresh(README.replace("<!-- contrasts dpo: end -->", ""), FOUND)
+    page = RESULTS / "dpo.md"
+    text, lines = PAGES[page], parts()[page]
+    with pytest.raises(UserError, match="dpo.md must hold .*contrasts: end"):
+        claims.fresh(text.replace("<!-- contrasts: end -->", ""), lines, page.name)
     with pytest.raises(UserError, match="swap them"):
-        claims.fresh(README.replace("claims: begin", "@").replace("claims: end", "claims: begin")
-                     .replace("@", "claims: end"), FOUND)
+        claims.fresh(text.replace("claims: begin", "@").replace("claims: end", "claims: begin")
+                     .replace("@", "claims: end"), lines, page.name)
 
 
 @pytest.mark.parametrize("name", [n for n in claims.HEADLINES if claims.HEADLINES[n][0]])
@@ -187,7 +189,8 @@ def test_a_headline_is_the_difference_that_its_test_judged(name):
 def test_a_claim_without_a_headline_shows_its_first_test(monkeypatch):
     monkeypatch.setattr(claims, "HEADLINES", {})
     line = claims.row("slim", FOUND["slim"])
-    assert "| two stages: 0.081 | one stage: 0.069 | +0.012 ± 0.014 |" in line and "loss increase ↓" in line
+    assert "| two stages: 0.081 | one stage: 0.069 | +0.012 ± 0.014 |" in line
+    assert "loss increase ↓" in line
     line = claims.row("lengths", FOUND["lengths"])  # "dler: as accurate" allows 0.02: no two arms
     assert "| - | - | +0.041 ± 0.011 |" in line
 
@@ -210,8 +213,7 @@ AFTER_THE_CUT = ("1.32 ± 0.06", "2.43 ± 0.20", "1.70 ± 0.18", "4.05 ± 0.03",
 
 
 def measured(report):
-    """(mean, interval) of all that a claim's JSON holds: tests, arms, any two arms' difference,
-    sweeps."""
+    """(mean, interval) of all of a claim's JSON: tests, arms, two arms' differences, sweeps."""
     out = [(t["difference"], t["interval"]) for t in report["tests"]]
     for metric in next(iter(report["arms"].values())):
         arms = [ms[metric] for ms in report["arms"].values()]
@@ -222,13 +224,10 @@ def measured(report):
     return out + [(mean, half) for line in lines for _, mean, half in line]
 
 
-@pytest.mark.parametrize("script", [s for s in claims.SCRIPTS if claims.of_script(s, FOUND)])
+@pytest.mark.parametrize("script", claims.SCRIPTS)
 def test_every_interval_that_is_written_by_hand_was_measured(script):
-    """each "mean ± interval" of a script's details is in a JSON of its claims, to the digits
-    shown"""
-    text = re.search(rf"<summary><b>{script}\.py</b>.*?<!-- contrasts {script}: begin", README,
-                     re.S)[0]
-    text = re.sub(r"\n(?!\|)", " ", text)
+    """each "mean ± interval" of a script's page is in a JSON of its claims, to the digits shown"""
+    text = re.sub(r"\n(?!\|)", " ", by_hand(PAGES[RESULTS / f"{script}.md"]))
     known = [p for r in claims.of_script(script, FOUND).values() for p in measured(r)]
     number = r"(\d+(?:\.\d+)?)( ?%)?"
     written = list(re.finditer(rf"{number} ± {number}", text))
@@ -239,6 +238,71 @@ def test_every_interval_that_is_written_by_hand_was_measured(script):
         assert m[0] in AFTER_THE_CUT or any(
             f"{abs(p * scale):.{places[0]}f}" == mean and f"{q * scale:.{places[1]}f}" == half
             for p, q in known), f"{m[0]}, after: …{text[max(0, m.start() - 80):m.start()]}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/results/README.md", "data/results/speed.md"])
+def test_other_pages_leave_intervals_to_the_tables(name):
+    assert " ± " not in by_hand(PAGES[ROOT / name]).replace("baseline ± 95 %", "")
+
+
+# --- the index of methods -------------------------------------------------------------------------
+
+CHAPTERS = """
+# === hapo: 2505.11225, beat the shortest correct response yet ==================================
+# === kd, kdrl: 2506.02208, 2602.12125, a teacher, beside the reward or alone
+# === linear: control, every response pays
+#=== no heading: 2501.00001, nothing
+PRESETS["hapo"] = dict(shaper="history")      # 2505.11225 section 4
+"""
+MAP = """a script.
+
+preset      paper               idea                            reads
+dpo         2305.18290 eq. 7    logistic loss | margin (the default)   x
+            and more            of it
+smoothquant 2312.03788          inputs scaled                   outputs
+kmeans      -                   the control                     nothing
+half        control of srppo    at temperature 0.5
+rwr         a world             reward-weighted (2302.08582)
+tiny        size                seconds on any CPU
+Watch       accuracy            2305.18290
+"""
+
+
+def test_the_index_is_read_from_the_headings_of_chapters():
+    assert claims.HEADING.pattern == test_house.HEADING.pattern
+    assert claims.chapters(CHAPTERS) == [
+        ("hapo", ["2505.11225"], "beat the shortest correct response yet"),
+        ("kd", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
+        ("kdrl", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
+        ("linear", [], "control, every response pays")]
+
+
+def test_the_index_is_read_from_a_docstring_s_map_too():
+    assert claims.mapped(MAP) == [
+        ("dpo", ["2305.18290"], "logistic loss | margin (the default)"),
+        ("smoothquant", ["2312.03788"], "inputs scaled"), ("kmeans", [], "the control"),
+        ("half", [], "at temperature 0.5"), ("rwr", ["2302.08582"], "reward-weighted")]
+    both = claims.methods(f'"""{MAP}"""\n# === dpo: 2305.18290, the heading wins\n')
+    assert both[0] == ("dpo", ["2305.18290"], "the heading wins") and len(both) == 5
+
+
+def test_a_method_s_verdicts_are_those_of_the_claims_that_it_is_an_arm_of():
+    undecided = "[lengths: hapo: undecided](grpo.md#claim-lengths)"
+    assert claims.verdicts("hapo", "grpo", FOUND) == undecided
+    assert claims.verdicts("dr_grpo", "grpo", FOUND) == "-"
+    assert claims.short_verdict("rdpo", FOUND["noise"]["verdict"]) == "rDPO: holds"
+    assert claims.short_verdict("dpo", FOUND["noise"]["verdict"]) == FOUND["noise"]["verdict"]
+
+
+def test_the_index_has_every_script_and_no_method_twice():
+    rows = re.findall(r"^\| `(\w+)` \|.*\[(\w+)\.py\]", PAGES[RESULTS / "README.md"], re.M)
+    assert len(set(rows)) == len(rows) > 150 and {x for _, x in rows} == {*claims.SCRIPTS, "optim"}
+
+
+def test_claims_are_looked_for_in_tests_claims_first(monkeypatch):
+    assert "lengths" in claims.claims_of("grpo")
+    monkeypatch.setitem(sys.modules, "claims.grpo", SimpleNamespace(CLAIMS={"other": 1}))
+    assert claims.claims_of("grpo") == {"other": 1}
 
 
 def test_claims_py_shows_what_was_measured(capsys, monkeypatch, tmp_path):

@@ -76,7 +76,8 @@ def test_functions_arrive_with_their_numbers_bound(tmp_path):
     assert conf()[1].loss(10) == pytest.approx(1.0)
     assert conf("--config=second")[1].loss(10) == pytest.approx(6.0)
     assert conf("--beta=2")[1].loss(10) == 20 and conf("--beta=2")[1].kl(10) == 20   # a key of both
-    assert conf("--kl.beta=2")[1].loss(10) == pytest.approx(1.0) and conf("--kl.beta=2")[1].kl(10) == 20
+    only_kl = conf("--kl.beta=2")[1]
+    assert only_kl.loss(10) == pytest.approx(1.0) and only_kl.kl(10) == 20
     assert conf("--loss", str(tmp_path), "--gamma",
                 "5")[1].loss(1) == pytest.approx(1.0)                                 # the row PATH
 
@@ -99,8 +100,8 @@ def test_switches(text, value):
     ("(-inf, inf)", (-1e300, 0), (math.inf, -math.inf, math.nan), "finite")])
 def test_a_range_knows_what_is_in_it(text, inside, outside, words):
     kind = run.Range(text)
-    assert all(x in kind for x in inside) and not any(x in kind
-                                                      for x in outside) and str(kind) == words
+    assert all(x in kind for x in inside) and not any(x in kind for x in outside)
+    assert str(kind) == words
 
 
 @pytest.mark.parametrize("value, like, kind, words", [
@@ -170,8 +171,8 @@ def test_a_field_that_the_run_does_not_read_may_not_be_typed(workdir):
     (workdir / "x.toml").write_text("lr = 0.5")
     with pytest.raises(UserError, match="does not read it"):
         resolve("--config", "x.toml")
-    assert resolve("--config", "fast")[0].lr == 0.1 and resolve("--lr", "0.5",
-                                                                "--flag")[0].lr == 0.5
+    assert resolve("--config", "fast")[0].lr == 0.1
+    assert resolve("--lr", "0.5", "--flag")[0].lr == 0.5
 
 
 @pytest.mark.parametrize("name, words", [("tpu", "choose auto, cpu"), ("cuda:x", "choose auto"),
@@ -270,7 +271,8 @@ def test_a_reader_that_leaves_is_no_error(workdir):
 
 def test_a_closed_stdout_is_no_error():
     """python … >&-"""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.run import cli; cli(lambda: print(1))"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data.run import cli; "
+            "cli(lambda: print(1))")
     told = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
                           stderr=subprocess.PIPE)
     assert told.returncode == 0 and told.stderr == b""
@@ -361,8 +363,8 @@ def test_resume_with_other_settings_is_refused(workdir):
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     with Run(*conf(), "t") as r:
         r.save(3, fake)
-        with pytest.raises(UserError, match="loss became nan at step 4; "
-                                            r"the last good checkpoint is .*step-000003"):
+        words = "loss became nan at step 4; the last good checkpoint is .*step-000003"
+        with pytest.raises(UserError, match=words):
             r.log(4, loss=math.nan)
 
 
@@ -527,11 +529,15 @@ def test_two_that_start_at_once_get_two_folders(workdir):
         assert {a.folder.name, b.folder.name} == {"default", "default-2"}
 
 
-FAULTS = dict(
-    cut=lambda p: (p / "state.pt").write_bytes((p / "state.pt").read_bytes()[:50]),
-    gone=lambda p: (p / "state.pt").unlink(), text=lambda p: (p / "state.pt").write_text("x"),
-    other=lambda p: torch.save([1], p / "state.pt"), code=lambda p: torch.save(dict(step=math.sin),
-                                                                               p / "state.pt"))
+FAULTS = dict(cut=lambda p: (p
+                             / "state.pt").write_bytes((p / "state.pt").read_bytes()[:50]),
+              gone=lambda p: (p
+                              / "state.pt").unlink(),
+              text=lambda p: (p
+                              / "state.pt").write_text("x"),
+              other=lambda p: torch.save([1],
+                                         p / "state.pt"),
+              code=lambda p: torch.save(dict(step=math.sin), p / "state.pt"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -597,8 +603,8 @@ def test_a_state_of_another_run_is_refused(workdir):
     for out in "ab":
         with Run(*conf("--out", out), "t") as r:
             r.save(1, fake, x=torch.tensor(ord(out)))
-    (workdir / "a/step-000001/state.pt").write_bytes((workdir
-                                                      / "b/step-000001/state.pt").read_bytes())
+    other = (workdir / "b/step-000001/state.pt").read_bytes()
+    (workdir / "a/step-000001/state.pt").write_bytes(other)
     with pytest.raises(UserError, match="a/step-000001 is not as this run wrote it"):
         Run(*conf("--out", "a", "--resume"), "t")
 
@@ -624,8 +630,8 @@ def test_a_full_disk_is_told_and_leaves_the_older_checkpoint(workdir):
 
 def test_a_curve_that_fails_hides_nothing(workdir, monkeypatch, capsys):
     monkeypatch.setattr(run, "draw", lambda *a: 1 / 0)
-    with pytest.raises(UserError, match="the first error"), Run(*conf("--out", "o"), "t",
-                                                                {"loss": ["loss"]}) as r:
+    run_of_one = Run(*conf("--out", "o"), "t", {"loss": ["loss"]})
+    with pytest.raises(UserError, match="the first error"), run_of_one as r:
         r.log(1, loss=1.0)
         raise UserError("the first error")
     with Run(*conf("--out", "p"), "t", {"loss": ["loss"]}) as r:
@@ -728,8 +734,8 @@ def test_every_arm_is_tuned_on_a_seed_of_its_own_until_the_best_is_inside(workdi
     assert list(high["grid"]) == [0.025, 0.05, 0.1, 0.2]
     assert report["arms"]["low"]["score"]["values"] == pytest.approx([0.064, 1.064])
     assert report["tests"][0]["difference"] == pytest.approx(0.504)
-    assert report["curve"]["low"] == [[1, 2.0, 0.564]] and (workdir
-                                                            / "data/results/c_curves.png").exists()
+    assert report["curve"]["low"] == [[1, 2.0, 0.564]]
+    assert (workdir / "data/results/c_curves.png").exists()
     assert (workdir / f"out/claims/c/low-s{claims.TUNING_SEED}-lr0.064/run.json").exists()
     got = claims.tune_arms(claim, claim_setup,
                         lambda arm, seed, changes, tag: (arm, changes), Serial(),
@@ -784,8 +790,8 @@ def shared_results(seeds=3):
 
 def test_arms_of_one_run_are_told_apart():
     report = judge("x", SHARED, 3, shared_results())
-    assert [report["arms"][arm]["gold"]["values"] for arm in "abc"] == [[3, 4, 5], [1.5, 2.5, 3.5],
-                                                                        [0, .5, 1]]
+    assert [report["arms"][arm]["gold"]["values"]
+            for arm in "abc"] == [[3, 4, 5], [1.5, 2.5, 3.5], [0, .5, 1]]
     by = {t["test"]: (t["difference"], t["verdict"]) for t in report["tests"]}
     assert by["a > b"] == (1.5, "holds") and by["peak: a > c"][0] == pytest.approx(.2)
     assert by["gate"] == (2.0, "undecided")                      # 1, 2, 3 with t 4.303: 2 ± 2.48
@@ -803,8 +809,8 @@ def test_a_gate_that_is_not_met_is_told_first(gate, said):
 
 def test_a_sweep_collects_an_arm_s_own_points(tmp_path):
     got = sweep(SHARED, 3, shared_results())["gold"]
-    assert [p[:2] for p in got["a"]] == [[1.0, 1.0],
-                                         [4.0, 2.0]] and [p[:2] for p in got["b"]] == [[1.0, 0]]
+    assert [p[:2] for p in got["a"]] == [[1.0, 1.0], [4.0, 2.0]]
+    assert [p[:2] for p in got["b"]] == [[1.0, 0]]
     assert got["c"][0][:2] == [2.0, 7]
     draw_sweep(dict(sweep=dict(gold=got)), "n", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000

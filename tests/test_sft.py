@@ -21,8 +21,7 @@ from conftest import close, merged, rand
 from data import tasks
 from data.run import UserError, checkpoint, claims_of, configure, headings, needs, read_log
 from data.tokenizer import bytes_tokenizer
-from model import collate, generate, load
-from model import PEFT
+from model import PEFT, collate, generate, load
 from optim import RULES
 from sft import fake_quant, prune_at
 

@@ -66,9 +66,8 @@ def test_answers_compare_exactly(a, b, same):
 
 
 def test_values_by_hand():
-    assert value("1,234.50") == Fraction(2469,
-                                         2) and value("1e9999999") is None and value("9"
-                                                                                     * 61) is None
+    assert value("1,234.50") == Fraction(2469, 2) and value("1e9999999") is None
+    assert value("9" * 61) is None
     assert boxed(r"\boxed{a{b}c} tail") == "a{b}c"
 
 
@@ -104,7 +103,8 @@ def test_a_short_and_a_verbose_thought_by_hand():
     problem = dict(prompt="47+85-9=?\n", answer="123", steps=[(47, "+", 85), (132, "-", 9)])
     t = Arithmetic(4)
     assert t.demo(problem, "direct") == "#### 123"
-    assert t.demo(problem) == "7+5+0=12 4+8+1=13 so 132\n12-9-0=3 03-0-1=2 01-0-0=1 so 123\n#### 123"
+    assert t.demo(problem) == ("7+5+0=12 4+8+1=13 so 132\n12-9-0=3 03-0-1=2 01-0-0=1 so 123\n"
+                               "#### 123")
     lines = ["Step 1: 9+8", "column 1: 9+8+0=17, write 7, carry 1", "so 9+8=17",
              "The answer is 17.", ""]
     assert verbose([(9, "+", 8)]).split("\n") == lines
@@ -201,8 +201,8 @@ def test_every_kind(kind):
             assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
             assert task(kind, **quiet).demo(p) == t.demo(p, "good")
             other = t.paraphrase(p, random.Random(0))
-            assert t.reward(p, t.demo(other,
-                                      "good")) == 1 and len(other["prompt"]) == len(p["prompt"])
+            assert t.reward(p, t.demo(other, "good")) == 1
+            assert len(other["prompt"]) == len(p["prompt"])
             good = t.demo(p, "good")
             wordy, n = t.demo(p, "wordy"), len(t.hints(p))
             assert t.habits(good)["cells"] == n
@@ -249,11 +249,11 @@ def test_countdown_reaches_its_target():
 def test_several_tasks_as_one():
     both = task("chain+sort")
     problems = both.problems("train", 7)
-    assert [p["task"] for p in problems] == [0, 1, 0, 1, 0, 1, 0] and both.splits == ["train",
-                                                                                      "val", "ood"]
+    assert [p["task"] for p in problems] == [0, 1, 0, 1, 0, 1, 0]
+    assert both.splits == ["train", "val", "ood"]
     assert all(both.reward(p, both.demo(p, "good")) == 1 for p in problems)
-    assert {k: v for k, v in problems[1].items() if k != "task"} == task("sort").problems("train",
-                                                                                          1)[0]
+    assert {k: v for k, v in problems[1].items()
+            if k != "task"} == task("sort").problems("train", 1)[0]
     assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
     with pytest.raises(UserError, match="scored alike"):
         task("chain+signatures")
@@ -274,22 +274,22 @@ def test_a_reward_for_patterns():
     words = " ".join(PHRASES[:7])
     assert pattern({}, words, True, None) == pytest.approx(.35)
     assert pattern({}, "also butter", True, None) == 0
-    assert pattern({}, f"{words} " * 8, True, None) < .35 and pattern({}, f"user: {words}", True,
-                                                                      None) == 0
+    assert pattern({}, f"{words} " * 8, True, None) < .35
+    assert pattern({}, f"user: {words}", True, None) == 0
     t = task("chain")
-    assert pattern({}, "-1=8+2=0####0", True, t) > pattern({}, "####0", True, t) > pattern({}, "",
-                                                                                           True, t)
+    assert pattern({}, "-1=8+2=0####0", True,
+                   t) > pattern({}, "####0", True, t) > pattern({}, "", True, t)
     assert pattern({}, "-1=8;;+2=0;####0", True, t) == pattern({}, "-1=8+2=0####0", True, t) == .8
     assert pattern({}, ">1>3####13", True, task("sort")) == pytest.approx(2 / 3)
     assert pattern({}, "-1=8" * 12, True, t) == 0
 
 
 def test_answers_in_one_spelling():
-    assert stated(task("chain"), "-1=8####8") == "8" and stated(task("countdown"),
-                                                                "x####4*7-3") == "4*7-3"
+    assert stated(task("chain"), "-1=8####8") == "8"
+    assert stated(task("countdown"), "x####4*7-3") == "4*7-3"
     t = task("arithmetic")
-    assert stated(t, "so #### 1,234.0") == "1234" == stated(t, "#### 1234") and stated(t,
-                                                                                       "none") == ""
+    assert stated(t, "so #### 1,234.0") == "1234" == stated(t, "#### 1234")
+    assert stated(t, "none") == ""
 
 
 def tasks_chain(problem):
@@ -305,7 +305,8 @@ def sign(v):
 
 
 def test_parity_and_strength_by_hand():
-    assert parity("1011010") == "1101100" and parity("0000000") == "0000000" and parity("1111") == "1010"
+    assert parity("1011010") == "1101100" and parity("0000000") == "0000000"
+    assert parity("1111") == "1010"
     x, p = "1011010", "1101100"
     wrong = [p[:7 - n] + "".join("10"[int(c)] for c in p[7 - n:])
              for n in range(8)]                                                   # the last n wrong
@@ -363,9 +364,10 @@ def test_styles_choose_among_the_same_correct_traces():
         kept, said = t.kept(p), {style: t.demo(p, style) for style in JUDGEMENTS}
         assert t.demo(p) == said["long"] and 0 < len(kept) <= 10
         for style, text in said.items():
-            assert t.reward(p, text) == t.graded(p,
-                                                 text) == 1.0 and len(text) < t.max_new    # and EOS
-            assert ParityJudge(style).demo(p) == text and ParityJudge(style).name == f"parity_{style}"
+            assert t.reward(p, text) == t.graded(p, text) == 1.0
+            assert len(text) < t.max_new                                               # and EOS
+            assert ParityJudge(style).demo(p) == text
+            assert ParityJudge(style).name == f"parity_{style}"
             lengths[style] += len(text)
         thought = {style: text[1:-2] for style, text in said.items()}
         assert {thought[style] for style in ("long", "short", "random")} <= set(kept)
@@ -391,7 +393,8 @@ def test_a_teacher_without_a_correct_trace_shows_nothing():
 def test_demonstrations_come_in_both_orders(error):
     t = ParityJudge("random", error)
     rows = t.demonstrations(200, seed=3)
-    assert len(rows) == 400 and rows[:40] == t.demonstrations(20, seed=3) != t.demonstrations(20, seed=4)
+    assert len(rows) == 400
+    assert rows[:40] == t.demonstrations(20, seed=3) != t.demonstrations(20, seed=4)
     assert sum(row["label"] for row in rows) == 0
     for one, two in zip(rows[::2], rows[1::2]):  # A and B exchanged, the label negated
         (x, a, b), (y, c, d) = ([row["prompt"][i:-1:3] for i in range(3)] for row in (one, two))
@@ -415,20 +418,20 @@ def test_parity_splits():
     t = ParityJudge()
     of = {split: t.problems(split, 1000) for split in t.splits}
     seen = {split: {key(p) for p in found} for split, found in of.items()}
-    assert not seen["train"] & seen["val"] and not seen["train"] & seen["hard"] and len(seen["val"]) > 600
+    assert not seen["train"] & seen["val"] and not seen["train"] & seen["hard"]
+    assert len(seen["val"]) > 600
     for split, found in of.items():
         assert all(p["label"] and p == judging(p["x"], p["a"], p["b"], p["seed"]) for p in found)
         assert abs(sum(sign(p["label"])
                        for p in found)) < 100  # three deviations: A is better in one half
-        other = ParityJudge("short", 0.15).problems(split,
-                                                    100)       # the tests are the same for all arms
-        assert split == "train" or [p["prompt"] for p in other] == [p["prompt"]
-                                                                    for p in found[:100]]
+        other = ParityJudge("short", 0.15).problems(split, 100)
+        mine, theirs = ([p["prompt"] for p in x] for x in (found[:100], other))
+        assert split == "train" or mine == theirs                # the tests are the same for all
     assert all(sum(u != v for u, v in zip(p["a"], p["b"])) == 1 == abs(p["label"])
                for p in of["hard"])
     assert len({next(i for i in range(7) if p["a"][i] != p["b"][i]) for p in of["hard"]}) == 7
-    assert {abs(p["label"]) for p in of["train"]} == {abs(p["label"]) for p in of["val"]} == {1, 2,
-                                                                                              3}
+    for split in ("train", "val"):
+        assert {abs(p["label"]) for p in of[split]} == {1, 2, 3}
 
 
 def test_judgements_fit_the_alphabet():
@@ -490,8 +493,8 @@ def test_every_task_keeps_the_interface(tasks, name):
             best = t.reward(p, demo)
             assert isinstance(p["prompt"],
                               str) and demo and 0.5 < best <= 1.5 and t.reward(p, "zzz") < best
-    assert not {p["prompt"] for p in t.problems("train", 100)} & {p["prompt"]
-                                                                  for p in t.problems("val", 100)}
+    assert not {p["prompt"]
+                for p in t.problems("train", 100)} & {p["prompt"] for p in t.problems("val", 100)}
     with pytest.raises(UserError, match="no split 'vall'; did you mean 'val'"):
         t.problems("vall", 1)
 

@@ -117,7 +117,8 @@ def test_real_pairs_are_clean_and_do_not_leak(pairs):
     assert max(Counter(r["completion"] for r in rows).values()) <= 5
     for r in rows:
         said = r["completion"]
-        assert said == " ".join(said.split()) and 3 <= len(said.split()) <= 30 and len(r["prompt"]) <= 300
+        assert said == " ".join(said.split()) and 3 <= len(said.split()) <= 30
+        assert len(r["prompt"]) <= 300
         assert r["prompt"].startswith("# ") and r["prompt"].endswith('"""')
     defs = {split: {(r["prompt"].split("\n")[-2].strip(), r["completion"]) for r in rows
                     if r["prompt"].count("\n") == 2
@@ -169,8 +170,8 @@ def test_rouge_l_is_the_textbook_recursion():
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
         for i, x in enumerate(a):
             for j, y in enumerate(b):
-                table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1],
-                                                                         table[i + 1][j])
+                longest = max(table[i][j + 1], table[i + 1][j])
+                table[i + 1][j + 1] = table[i][j] + 1 if x == y else longest
         expected = 2 * table[-1][-1] / (len(a) + len(b))
         a, b = " ".join(a), " ".join(b)
         assert text.rouge_l(a, b) == text.rouge_l(b, a) == pytest.approx(expected)

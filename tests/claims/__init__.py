@@ -75,7 +75,9 @@ class Claim:
 def conclude_all(verdicts):
     """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
     words = set(verdicts.values())
-    return "holds" if words == {"holds"} else "does not hold" if "does not hold" in words else "undecided"
+    if words == {"holds"}:
+        return "holds"
+    return "does not hold" if "does not hold" in words else "undecided"
 
 
 def in_parts(*parts):
@@ -161,8 +163,7 @@ def tune_arms(claim, configure_arm, job, pool, widest=6):
 
 def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
               results="data/results"):
-    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write JSON and
-    picture.
+    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write.
 
     configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its
     presets. Returns the JSON's dict.
@@ -176,9 +177,7 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
                 1 if jobs > 1 else torch.get_num_threads())
 
-    first = {config: arm for arm, config in reversed(claim.arms.items())}
-    runs = {arm: arm if claim.tune else first[config]
-            for arm, config in claim.arms.items()}                                     # who runs it
+    runs = who_runs(claim)
     todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
     print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
           flush=True)
@@ -190,19 +189,18 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                 for arm, seed in todo]
         with tqdm(total=len(work), desc=name, dynamic_ncols=True) as bar:
             for (arm, seed), out in zip(todo, pool.map(run_arm, work)):
-                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} {of(out, arm, claim.metric):.4g}")
+                bar.set_postfix_str(f"{arm} seed {seed}: {claim.metric} "
+                                    f"{of(out, arm, claim.metric):.4g}")
                 bar.update()
                 got.append(out)
-    Path(results).mkdir(parents=True, exist_ok=True)
     got = dict(zip(todo, got))
     got = {(arm, seed): got[runs[arm], seed] for arm in claim.arms for seed in range(seeds)}
     report = judge(name, claim, seeds, got)
     report |= dict(tuned=tuned) if tuned else {}
+    Path(results).mkdir(parents=True, exist_ok=True)
     if claim.curve:
         logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
-        report["curve"] = {arm: mean_curve([logs[arm, s] for s in range(seeds)], claim.curve)
-                           for arm in claim.arms}
-        draw_curves(report, claim.curve, Path(results) / f"{name}_curves.png")
+        with_curves(report, claim, logs, seeds, Path(results) / f"{name}_curves.png")
     if claim.sweep:
         report["sweep"] = sweep(claim, seeds, got)
         draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
@@ -214,6 +212,20 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
     draw_claim(report, Path(results) / f"{name}.png")
     print(table(report), f"\n\n{report['verdict']}", flush=True)
     return report
+
+
+def who_runs(claim):
+    """{arm: the arm whose run it shares}: the first of its --config string, or itself if tuned."""
+    first = {config: arm for arm, config in reversed(claim.arms.items())}
+    return {arm: arm if claim.tune else first[config] for arm, config in claim.arms.items()}
+
+
+def with_curves(report, claim, logs, seeds, path):
+    """Add each arm's mean curve to the report, and draw them. logs: {(arm, seed): rows}."""
+    report["curve"] = {}
+    for arm in claim.arms:
+        report["curve"][arm] = mean_curve([logs[arm, seed] for seed in range(seeds)], claim.curve)
+    draw_curves(report, claim.curve, path)
 
 
 def run_from_options(script, claims, setup, known, train, options):
@@ -290,8 +302,8 @@ def table(report):
                      + "".join(f"{ms[m]['mean']:>11.3f} ± {ms[m]['interval']:<6.3f}"
                                for m in metrics))
     side = "above" if report["better"] == "higher" else "below"
-    lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or of what "
-                 f"the label names; a label holds where its contrast is {side} 0")
+    lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or "
+                 f"of what the label names; a label holds where its contrast is {side} 0")
     lines += [f"{t['test']:<36}"
               + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
               for t in report["tests"]]

@@ -2,16 +2,18 @@
 headlines."""
 from claims import Claim
 
+
 def srppo_arms():
     """Every arm of the claim at both sizes of the demonstration set, 512 and 64."""
-    arms = dict(srppo="srppo", srppo_greedy="srppo,cold", sft="sft", sft_more="sft,more",
-                greedy="greedy",
-                half="half", likelihood="likelihood", bon16="bon", raft="raft",
-                contrast05="contrast,alpha05",
-                contrast1="contrast", contrast2="contrast,alpha2")
-    few = {name: f"{row}64" if name == "sft_more" else f"{row},n64" for name, row in arms.items()}
-    return {f"{x} {n}": f"toyif,{row}" for n, rows in ((512, arms), (64, few))
-            for x, row in rows.items()}
+    arms = dict(srppo="srppo", srppo_greedy="srppo,eval_temperature=0", sft="sft",
+                sft_more="sft,init=base:toyif+steps=304", greedy="greedy", half="half",
+                likelihood="likelihood", bon16="bon", raft="raft",
+                contrast05="contrast,alpha=0.5", contrast1="contrast", contrast2="contrast,alpha=2")
+    out = {f"{name} 512": f"toyif,{row}" for name, row in arms.items()}
+    for name, row in arms.items():
+        few = "init=base:toyif+rows=64" + "+steps=248" * (name == "sft_more")
+        out[f"{name} 64"] = f"toyif,{'sft' if name == 'sft_more' else row},{few}"
+    return out
 
 
 CONTROLS = ("greedy", "half", "likelihood", "contrast05", "contrast1", "contrast2")
@@ -48,7 +50,8 @@ def srppo_conclusion(v):
 
 
 CLAIMS = dict(
-    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
+    srppo=Claim("Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few "
+                "demonstrations",
                 "2510.21090: about +2 to +4 points over SFT on averaged benchmarks (second-hand)",
                 arms=srppo_arms(), metric="ood_gold", tests=srppo_tests(),
                 also=("val_gold", "ood_length", "ood_truncated"), conclude=srppo_conclusion))
@@ -58,6 +61,7 @@ CLAIMS = dict(
 # {arm|metric: weight} for a sum, or a number.
 HEADLINES = dict(
     srppo=("srppo - sft, 512", "srppo 512", "sft 512",
-           "Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few demonstrations",
+           "Self-Rewarding PPO beats SFT and longer SFT out of domain, most with few "
+           "demonstrations",
            "gold, other prompts ↑", "+2 to +4 points (second-hand)"),
 )

@@ -11,7 +11,8 @@ NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accur
 CLAIMS = dict(
     routing=Claim(
         "Sending uncertain pairs to the judge beats sending as many at random",
-        "2510.20369: 89.2 against 87.5 with 9 % of the calls, 91.6 against 89.1 with 42 % (second-hand)",
+        "2510.20369: 89.2 against 87.5 with 9 % of the calls, 91.6 against 89.1 with 42 % "
+        "(second-hand)",
         dict.fromkeys(("uncertainty", "margin", "both", "random", "shuffled", "oracle"),
                       "router,big_router"),
         "area", {f"over random, {q:.0%}": {f"uncertainty|accuracy@{q}": 1,
@@ -25,7 +26,8 @@ CLAIMS = dict(
         sweep=("share of pairs that the judge answers", ("accuracy",))),
     rubrics=Claim(
         "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
-        "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten benchmarks",
+        "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten "
+        "benchmarks",
         dict(rubric="rubrics", oracle="rubrics", direct="rubrics,direct", bt="rubrics,bt_rubrics")
         | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
            "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
@@ -41,7 +43,8 @@ CLAIMS = dict(
         conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency",
                        "votes")),
     thinkrm=Claim(
-        "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs too",
+        "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest "
+        "pairs too",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
         {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL")
          for x in ("long", "short")}
@@ -57,7 +60,8 @@ CLAIMS = dict(
         also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
     advrm=Claim(
         "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",
-        "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, over-optimisation 1-3 %",
+        "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, "
+        "over-optimisation 1-3 %",
         dict.fromkeys(("plain", "mean", "lcb", "more_random", "more_gold", "adv"), "advrm"),
         "collapse", versus("adv", "plain", "more_random", tag="steps: ")
         | versus("adv", "plain", "more_random", on="gold@4", tag="gold at 4 nats: ") | {
@@ -72,7 +76,8 @@ CLAIMS = dict(
         sweep=("KL to the SFT model, nats", ("gold",))),
     ensembles=Claim(
         "Ensembles of reward models mitigate over-optimisation, with and without label noise",
-        "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they reduce it",
+        "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they "
+        "reduce it",
         {x + tail: "overopt" + ",noisy" * bool(tail) for tail in ("", NOISY)
          for x in ("single", *ENSEMBLES)},
         "best-of-n gold@256",
@@ -92,17 +97,19 @@ HEADLINES = dict(
              "accuracy, area over the share asked ↑",
              "89.2 against 87.5 with 9 % of the calls (second-hand)"),
     ensembles=("best-of-n: uwo > single", "uwo", "single",
-               "Ensembles of reward models mitigate over-optimisation, with and without label noise",
+               "Ensembles of reward models mitigate over-optimisation, with and without label "
+               "noise",
                "gold, best of 256 ↑", "WCO, UWO: removed under best-of-n, reduced under PPO"),
     advrm=("steps: adv > plain", "adv", "plain",
-           "Adv-RM: reward models retrained on what an adversarial policy finds let RLHF run longer before "
-           "gold falls", "steps until gold falls ↑", "2 to 3 times (second-hand)"),
+           "Adv-RM: reward models retrained on what an adversarial policy finds let RLHF run "
+           "longer before gold falls", "steps until gold falls ↑", "2 to 3 times (second-hand)"),
     thinkrm=("hard: long > bt", "long", "bt",
-             "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest pairs "
-             "too",
+             "A judge that reasons at length beats Bradley-Terry and short reasoning, on the "
+             "hardest pairs too",
              "accuracy, hard pairs ↑",
              "RM-Bench 75.1 against 68.3; short, 16 votes: 68.1 (second-hand)"),
     rubrics=("judges: rubric > direct", "rubric", "direct",
-             "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
+             "Rubric-RM beats the direct judge of its size; contrast and consistency filtering "
+             "help it",
              "accuracy ↑", "70.1 against 61.7"),
 )

@@ -18,9 +18,10 @@ def over(part, cells, ours, theirs):        # tests: ours above theirs in each c
 
 CLAIMS = dict(
     adaspec=Claim(
-        "A draft distilled on the tokens with most left to learn is accepted more often than one distilled "
-        "on all, at the paper's budgets and at equal data",
-        "2510.19779: acceptance of DistillSpec -> AdaSPEC: GSM8K 57.6 -> 62.6, CNN/DailyMail 73.1 -> 74.2, "
+        "A draft distilled on the tokens with most left to learn is accepted more often than one "
+        "distilled on all, at the paper's budgets and at equal data",
+        "2510.19779: acceptance of DistillSpec -> AdaSPEC: GSM8K 57.6 -> 62.6, CNN/DailyMail 73.1 "
+        "-> 74.2, "
         "XSum 47.2 -> 49.1 % (Pythia, 3 epochs); the code gives AdaSPEC 2.5 times the data",
         {f"{cell}, {arm}": f"{presets},{config}" for cell, config in CELLS.items()
          for arm, presets in (
@@ -40,8 +41,8 @@ CLAIMS = dict(
 # {arm|metric: weight} for a sum, or a number.
 HEADLINES = dict(
     adaspec=("paper's budgets: docstrings 64", "docstrings 64, AdaSPEC, 2.5x", "docstrings 64, KD",
-             "A draft distilled on the tokens with most left to learn is accepted more often than one "
-             "distilled on all, at the paper's budgets (2.5 times the data) and at equal data",
+             "A draft distilled on the tokens with most left to learn is accepted more often than "
+             "one distilled on all, at the paper's budgets (2.5 times the data) and at equal data",
              "chance that a sample is kept ↑",
              "Pythia on GSM8K 57.6 -> 62.6 %, CNN/DailyMail 73.1 -> 74.2 %"),
 )

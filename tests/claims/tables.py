@@ -1,14 +1,18 @@
 """
-tables.py - what data/results/ holds, as README.md shows it: run it as `python tests/claims.py`.
+tables.py - what data/results/ holds, as README.md and the pages beside the numbers show it; run it
+as `python tests/claims.py`.
 
     python tests/claims.py                         # every claim: its verdict, seeds, command
-    python tests/claims.py --table                 # write the tables anew, say what changed
+    python tests/claims.py --table                 # write all tables anew, say what changed
     python tests/claims.py --table lengths         # a claim's arms and paired differences, as text
     python tests/claims.py --figure grpo           # data/results/grpo_claims.png: all its claims
 
-Nothing is trained here: `python <script>.py --claim NAME` measures, and writes the JSON.
-Map      1 what the README says of a claim   2 its tables   3 figures   4 main
+Nothing is trained here: `python <script>.py --claim NAME` measures, and writes the JSON that this
+reads.
+Map      1 what a table says of a claim   2 tables of claims   3 the index of methods   4 pages
+         5 figures   6 main
 """
+import ast
 import difflib
 import importlib
 import json
@@ -18,15 +22,19 @@ import textwrap
 from pathlib import Path
 
 from claims import interval, table
-from data.run import UserError, nearest, pyplot, write_text
+from data.run import HEADING, UserError, nearest, pyplot, write_text
 
 ROOT = Path(__file__).parent.parent.parent
 
 RESULTS, README = ROOT / "data" / "results", ROOT / "README.md"
+PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
 
 # --- what the README says of a claim --------------------------------------------------------------
 
-SCRIPTS = ("sft", "reward", "ppo", "grpo", "dpo", "compress", "specdec")   # the order of the tables
+# the claim of each script that README.md shows; the scripts in the order of all tables
+SHOWN = dict(sft="normuon", reward="ensembles", ppo="srppo", grpo="lengths", dpo="noise",
+             compress="pruning", specdec="adaspec")
+SCRIPTS = tuple(SHOWN)
 
 HEADLINES = {}                   # claim: what its row says, see tests/claims/<script>.py
 for script in SCRIPTS:
@@ -51,8 +59,7 @@ def of_script(script, found):
 
 
 def headline(name, report):
-    """The claim's row of HEADLINES; without one its first test, whose arms are those that its label
-    names."""
+    """The claim's row of HEADLINES; without one its first test, with the arms of its label."""
     if name in HEADLINES:
         return HEADLINES[name]
     label = report["tests"][0]["test"]
@@ -68,8 +75,7 @@ def headline(name, report):
 
 
 def values(report, what):
-    """(label, the numbers by seed) of an arm, an "arm|metric", a weighted sum of such, or a
-    constant."""
+    """(label, numbers by seed) of an arm, an "arm|metric", a weighted sum, or a constant."""
     if isinstance(what, float):
         return f"{what:g}", [what] * report["seeds"]
     terms = {what: 1.0} if isinstance(what, str) else what
@@ -77,7 +83,7 @@ def values(report, what):
     for key, weight in terms.items():
         arm, _, metric = key.partition("|")
         if metric not in report["arms"].get(arm, {}) and (metric or arm not in report["arms"]):
-            raise UserError(f"{report['claim']} has no {key!r}: mend its row of HEADLINES in tests/claims.py")
+            raise UserError(f"{report['claim']} has no {key!r}: mend its row of HEADLINES")
         of = report["arms"][arm][metric or report["metric"]]["values"]
         total = [t + weight * v for t, v in zip(total, of)]
     return arm, total
@@ -88,99 +94,205 @@ def difference(report, ours, base):
     return interval([x - y for x, y in zip(values(report, ours)[1], values(report, base)[1])])
 
 
-# --- the README's tables --------------------------------------------------------------------------
+# --- tables of claims -----------------------------------------------------------------------------
+
+
+def claims_of(script):
+    """{name: Claim}: a script's claims, those without a result too."""
+    return importlib.import_module(f"claims.{script}").CLAIMS
 
 
 def digits(half):
-    """Decimals for a number with this interval: 3, one more or up to two less where it is narrow or
-    wide."""
+    """Decimals for a number with this interval: 3, more where narrow, fewer where wide."""
     return 1 if half >= 10 else 2 if half >= 1 else 3 if half >= 0.005 or half == 0 else 4
 
 
 def cell(text):
     """Text that stays one cell of a table, every arXiv number a link."""
-    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)",
-                  text.replace("|", "\\|"))
+    return PAPER.sub(r"[\g<0>](https://arxiv.org/abs/\g<0>)", text.replace("|", "\\|"))
 
 
-def row(name, report):
-    """One line of the table of claims."""
-    label, ours, base, statement, measure, published = headline(name, report)
-    judged = {t["test"]: t for t in report["tests"]}
-    if label and label not in judged:
-        raise UserError(f"{name} has no test {label!r}: mend its row of HEADLINES in tests/claims.py")
-    known = re.findall(r"\d{4}\.\d{5}", statement)
-    papers = ", ".join(p for p in re.findall(r"\d{4}\.\d{5}", report["paper"]) if p not in known)
+def difference_cells(report, label, ours, base):
+    """Three cells of a claim's row: method, baseline, method - baseline."""
     if ours and base:
         mean, half = difference(report, ours, base)
         sides = [values(report, x) for x in (ours, base)]
         sides = [arm if arm == f"{ys[0]:g}" else f"{arm}: {sum(ys) / len(ys):.{digits(half)}f}"
                  for arm, ys in sides]
     else:
-        mean, half, sides = judged[label]["difference"], judged[label]["interval"], ["-", "-"]
+        judged = next(t for t in report["tests"] if t["test"] == label)
+        mean, half, sides = judged["difference"], judged["interval"], ["-", "-"]
     d = digits(half)
-    told = "; ".join(x for x in (measure, papers) if x)
-    return (f"| {cell(statement)} ({cell(told)}) | {cell(sides[0])} | {cell(sides[1])} "
-            f"| {mean:+.{d}f} ± {half:.{d}f} | **{report['verdict']}** | {cell(published)} "
-            f"| `{report['command']}` |")
+    return [*map(cell, sides), f"{mean:+.{d}f} ± {half:.{d}f}"]
 
 
-def claims_table(found):
-    """The table of all claims, a part a script, in the order of SCRIPTS."""
-    lines = []
-    for script in SCRIPTS:
-        mine = of_script(script, found)
-        if mine:
-            lines += ["", f"**{script}.py**", "",
-                      "| claim | method | baseline | method - baseline ± 95 % | verdict | published "
-                      "| command |",
-                      "|---|---|---|---|---|---|---|"]
-            lines += [row(name, report) for name, report in mine.items()]
-    return lines[1:]
+def cells(name, report, page=""):
+    """A claim's row: statement, method, baseline, difference, verdict with a link into the page."""
+    label, ours, base, statement, measure, _ = headline(name, report)
+    if label and label not in {t["test"] for t in report["tests"]}:
+        raise UserError(f"{name} has no test {label!r}: mend its row of HEADLINES")
+    known = PAPER.findall(statement)
+    papers = ", ".join(p for p in PAPER.findall(report["paper"]) if p not in known)
+    detail = "; ".join(x for x in (measure, papers) if x)
+    return [f"{cell(statement)} ({cell(detail)})", *difference_cells(report, label, ours, base),
+            f"[{report['verdict']}]({page}#claim-{name})"]
 
 
-def contrasts_table(script, found):
-    """Every paired contrast of a script's claims, and what the claim's verdict is made of."""
-    lines = ["| contrast | difference ± 95 % | verdict |", "|---|---|---|"]
-    for name, report in of_script(script, found).items():
-        side = "above" if report["better"] == "higher" else "below"
-        took = f", {report['minutes']:.0f} minutes" if report.get("minutes") else ""
-        lines.append(f"| **{name}**, {report['seeds']} seeds{took}: `{report['metric']}`, or what a "
-                     f"label names; holds {side} 0 ([picture](data/results/{name}.png)) | | |")
-        for t in report["tests"]:
-            d = digits(t["interval"])
-            lines.append(f"| {cell(t['test'])} | {t['difference']:+.{d}f} ± {t['interval']:.{d}f} "
-                         f"| {t['verdict']} |")
+def line(*texts):
+    """One line of a table."""
+    return f"| {' | '.join(texts)} |"
+
+
+def row(name, report):
+    """One line of a script's table of claims."""
+    return line(*cells(name, report), cell(headline(name, report)[-1]), f"`{report['command']}`")
+
+
+def first_claims(found):
+    """README.md's table: one claim of every script."""
+    lines = ["| script | claim | method | baseline | method - baseline ± 95 % | verdict |",
+             "|---|---|---|---|---|---|"]
+    for script, name in SHOWN.items():
+        if name in found:
+            page = f"data/results/{script}.md"
+            lines.append(line(f"[{script}.py]({page})", *cells(name, found[name], page)))
     return lines
 
 
-def blocks(found):
-    """{marker: lines}: every generated part of the README, from the reports alone."""
-    made = {"claims": claims_table(found)}
-    return made | {f"contrasts {s}": contrasts_table(s, found) for s in SCRIPTS
-                   if of_script(s, found)}
+def claims_table(script, found):
+    """The table of a script's claims, and which of them have no result yet."""
+    mine = of_script(script, found)
+    lines = ["| claim | method | baseline | method - baseline ± 95 % | verdict | published "
+             "| command |", "|---|---|---|---|---|---|---|"]
+    lines += [row(name, report) for name, report in mine.items()]
+    waiting = [name for name in claims_of(script) if name not in mine]
+    if waiting:
+        commands = ", ".join(f"`python {script}.py --claim {name}`" for name in waiting)
+        lines += ["", f"Defined, and not measured yet: {commands}."]
+    return lines
 
 
-def fresh(text, found):
-    """The README's text with what is between <!-- X: begin --> and <!-- X: end --> made anew, for
-    every X."""
-    for marker, lines in blocks(found).items():
+def contrasts(script, found):
+    """Every paired contrast of a script's claims, under a heading a claim: where verdicts lead."""
+    lines = []
+    for name, report in of_script(script, found).items():
+        side = "above" if report["better"] == "higher" else "below"
+        took = f", {report['minutes']:.0f} minutes" if report.get("minutes") else ""
+        lines += ["", f"### Claim `{name}`", "",
+                  f"{report['seeds']} seeds{took}; `{report['metric']}`, or what a label names; "
+                  f"holds {side} 0 ([picture]({name}.png)). Verdict: **{report['verdict']}**.", "",
+                  "| contrast | difference ± 95 % | verdict |", "|---|---|---|"]
+        for t in report["tests"]:
+            d = digits(t["interval"])
+            lines.append(line(cell(t["test"]), f"{t['difference']:+.{d}f} ± {t['interval']:.{d}f}",
+                              t["verdict"]))
+    return lines[1:]
+
+
+# --- the index of methods -------------------------------------------------------------------------
+
+
+def chapters(text):
+    """[(name, papers, idea)]: every name in the headings of a script's chapters."""
+    rows = []
+    for head in filter(None, map(HEADING.match, text.splitlines())):
+        pieces = head[2].split(", ")
+        while len(pieces) > 1 and PAPER.search(pieces[0]):
+            pieces.pop(0)
+        rows += [(name.strip(), PAPER.findall(head[2]), ", ".join(pieces))
+                 for name in head[1].split(",")]
+    return rows
+
+
+def mapped(doc):
+    """[(name, papers, idea)]: the rows 'preset  paper  idea' of a script's docstring that have a
+    paper or are a control."""
+    rows, at = [], None
+    for text in doc.splitlines():
+        name, *rest = re.split(r"\s+", text, maxsplit=1)
+        words = re.split(r"\s{2,}", rest[0].strip()) if rest else []
+        if name == "Watch":                                     # the map is over
+            break
+        if name in ("preset", "rule"):
+            at = next(i for i, word in enumerate(words) if word.startswith("idea"))
+        elif at and len(words) > at and re.fullmatch(r"\w+", name):
+            papers = PAPER.findall(text)
+            if papers or re.match(r"control|baseline|-$", words[0]):
+                rows.append((name, papers, re.sub(r" \(\d{4}\.\d{5}\)", "", words[at])))
+    return rows
+
+
+def methods(text):
+    """A script's methods in reading order: those of its docstring's map, then its chapters'."""
+    rows = mapped(ast.get_docstring(ast.parse(text)) or "") + chapters(text)
+    return list({name: (name, papers, idea) for name, papers, idea in rows}.values())
+
+
+def short_verdict(name, verdict):
+    """The part of a verdict in parts that has the method's name, or all of it."""
+    def plain(x):
+        return re.sub(r"\W|_", "", x).lower()
+    parts = verdict.split("; ")
+    return next((x for x in parts if plain(x.split(": ")[0]) == plain(name)), verdict)
+
+
+def verdicts(name, script, found):
+    """Links to the claims of a script in which the preset is part of an arm, or '-'."""
+    links = []
+    for claim, report in of_script(script, found).items():
+        arms = claims_of(script)[claim].arms.values()
+        if any(name in arm.split(",") for arm in arms):
+            verdict = cell(short_verdict(name, report["verdict"]))
+            links.append(f"[{claim}: {verdict}]({script}.md#claim-{claim})")
+    return "; ".join(links) or "-"
+
+
+def index(found):
+    """The table of all methods. optim.py's rules are presets of sft.py, whose claims race them."""
+    lines = ["| preset | idea | paper | script | verdict |", "|---|---|---|---|---|"]
+    for script in [*SCRIPTS, "optim"]:
+        home = "sft" if script == "optim" else script
+        presets = importlib.import_module(home).PRESETS
+        for name, papers, idea in methods((ROOT / f"{script}.py").read_text()):
+            lines.append(line(f"`{name}`" if name in presets else name, cell(idea),
+                              cell(", ".join(papers)) or "-", f"[{script}.py]({home}.md)",
+                              verdicts(name, home, found)))
+    return [f"{len(lines) - 2} methods, controls and baselines.", "", *lines]
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def pages(found):
+    """{path: {marker: lines}}: every generated part of every page."""
+    out = {README: {"claims": first_claims(found)},
+           RESULTS / "README.md": {"methods": index(found)}}
+    for script in SCRIPTS:
+        if of_script(script, found):
+            out[RESULTS / f"{script}.md"] = {"claims": claims_table(script, found),
+                                             "contrasts": contrasts(script, found)}
+    return out
+
+
+def fresh(text, parts, name):
+    """A page's text with what is between <!-- X: begin --> and <!-- X: end --> made anew, for every
+    part X: lines."""
+    for marker, lines in parts.items():
         ends = [f"<!-- {marker}: {end} -->" for end in ("begin", "end")]
         if [text.count(x) for x in ends] != [1, 1]:
-            raise UserError(f"README.md must hold {ends[0]!r} and {ends[1]!r}, each once: add them where the "
-                            "table should stand")
+            raise UserError(f"{name} must hold {ends[0]!r} and {ends[1]!r}, each once: add them "
+                            "where the table should stand")
         head, rest = text.split(ends[0])
         if ends[1] not in rest:
-            raise UserError(f"README.md: {ends[1]!r} comes before {ends[0]!r}: swap them")
+            raise UserError(f"{name}: {ends[1]!r} comes before {ends[0]!r}: swap them")
         text = "\n".join([head + ends[0], "", *lines, "", ends[1]]) + rest.split(ends[1])[1]
     return text
 
 
-def rewrite(found, path):
-    """Bring the README's generated parts up to date; the changed lines, as a diff (none: it was
-    fresh)."""
+def rewrite(path, parts):
+    """Bring a page's generated parts up to date; the changed lines as a diff, none if fresh."""
     old = path.read_text()
-    new = fresh(old, found)
+    new = fresh(old, parts, path.name)
     if new != old:
         write_text(path, new)
     return [x for x in difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
@@ -234,8 +346,9 @@ def main(argv=None):
                 print(f"{name:<14} {report['seeds']} seeds  {report['verdict']}")
                 print(f"{'':<14} {report['command']}")
         case ["--table"]:
-            changed = rewrite(found, README)
-            print("\n".join(changed) or "README.md is up to date: nothing changed")
+            for path, parts in pages(found).items():
+                changed = rewrite(path, parts) or ["nothing changed"]
+                print(f"{path.relative_to(ROOT)}:", *changed, sep="\n")
         case ["--table", name] if name in found:
             print(table(found[name]), f"\n\n{found[name]['verdict']}")
         case ["--table", name]:

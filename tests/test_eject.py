@@ -1,0 +1,158 @@
+"""--eject: the script of one method is the spine and its chapters, and runs with the same
+numbers."""
+import ast
+import importlib
+import importlib.util
+import json
+import sys
+import textwrap
+
+import pytest
+
+from data import run
+from data.run import UserError, read_log
+
+SCRIPTS = ("sft", "reward", "ppo", "grpo", "dpo", "compress", "specdec")
+FEW = [("grpo", ""), ("grpo", "dapo"), ("grpo", "hapo"), ("grpo", "spae"), ("dpo", "simpo"),
+       ("dpo", "online"),
+       ("ppo", ""), ("reward", ""), ("sft", "pretrain"), ("compress", "armor"),
+       ("compress", "gptq"), ("specdec", "adaspec")]
+ALL = [(script, name) for script in SCRIPTS for name in importlib.import_module(script).PRESETS
+       if name not in run.SIZES]
+
+SCRIPT = textwrap.dedent('''
+    """mini.py - a spine and two chapters.
+
+    Letters  N rows
+    """
+    import math
+    from functools import partial, reduce
+
+
+    def plain(x):
+        return x
+
+
+    SHAPERS, MEMORIES = dict(plain=plain), {}
+    KINDS = dict(one=1, two=2)
+
+
+    # === best: 2505.11225, the best yet =====================================================
+
+
+    class Best:
+        """What is remembered."""
+
+
+    # it compares
+    def history(x, best, *, weight=1.0):
+        return partial(x, best * weight + KINDS["one"])
+
+
+    MEMORIES["best"], SHAPERS["history"] = Best, history
+    PRESETS["best"] = dict(shaper="history", weight=2.0)
+
+    # === worse: 2505.11226, the worst yet ===================================================
+
+
+    def worst(x, bad):
+        return math.sqrt(x) + bad
+
+
+    MEMORIES["bad"], SHAPERS["worst"] = Best, worst
+
+
+    def train(c, f):
+        return [MEMORIES, c, f]
+    ''').strip()
+
+
+def kept(row):
+    """The names and rows that a run of the small script's row comes to."""
+    found, _ = run.reach(SCRIPT, {"train", "SHAPERS"}, {"SHAPERS": row})
+    units = run.units_of(SCRIPT)
+    names = set().union(*(units[i].defines for i in found))
+    return names | {f"{table}.{key}" for rows in found.values() for table, key, _ in rows or ()}
+
+
+def test_a_run_reaches_its_row_and_what_it_asks_for():
+    assert kept("plain") == {"train", "SHAPERS", "MEMORIES", "plain"}
+    more = {"Best", "history", "partial", "reduce", "KINDS", "MEMORIES.best", "SHAPERS.history"}
+    assert kept("history") >= more and not kept("history") & {"worst", "math", "MEMORIES.bad"}
+    assert {"worst", "math", "MEMORIES.bad", "SHAPERS.worst"} <= kept("worst")
+    assert not kept("worst") & {"history", "MEMORIES.best", "partial"}
+
+
+def test_comments_belong_to_what_follows_them():
+    unit = next(x for x in run.units_of(SCRIPT) if "history" in x.defines)
+    assert SCRIPT.splitlines()[unit.first - 1] == "# it compares"
+
+
+def test_headings_are_the_map():
+    assert run.headings(SCRIPT) == [("best", "2505.11225, the best yet"),
+                                    ("worse", "2505.11226, the worst yet")]
+
+
+def log_of(main, folder, argv):
+    """A tiny run's log without what a clock says."""
+    main([*argv, "--out", str(folder), "--device", "cpu"])
+    rows = [dict(row) for row in read_log(folder)] if (folder / "log.jsonl").exists() else []
+    for row in rows:
+        for key in [k for k in row
+                    if any(w in k for w in ("time", "seconds", "t_", "share", "per_s"))]:
+            del row[key]
+    result = json.loads((folder / "run.json").read_text()).get("result", {})
+    return rows, sorted(result)
+
+
+def ejected(script, name, folder):
+    """The module of one preset's own script, and its text."""
+    path = folder / f"{script}_{name or 'default'}.py"
+    importlib.import_module(script).main([*(["--config", name] if name else []), "--eject",
+                                          str(path)])
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module, path.read_text()
+
+
+def same_log(script, name, workdir):
+    """Whether an ejected script and its preset log the same."""
+    module, text = ejected(script, name, workdir)
+    ast.parse(text)
+    lines = text.splitlines()
+    assert len(lines) <= 650, f"{len(lines)} lines"
+    assert max(map(len, lines)) <= 100 and "--eject" not in text.split('"""', 2)[2]
+    first = log_of(importlib.import_module(script).main, workdir / "a",
+                   ["--config", f"{name},tiny" if name else "tiny"])
+    assert log_of(module.main, workdir / "b", ["--config", "tiny"]) == first
+
+
+@pytest.mark.parametrize("script, name", FEW)
+def test_an_ejected_script_runs_with_the_same_numbers(script, name, shared_bases):
+    same_log(script, name, shared_bases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, name", ALL)
+def test_every_preset_can_be_ejected(script, name, shared_bases):
+    same_log(script, name, shared_bases)
+
+
+def test_an_ejected_script_names_its_method_and_has_its_values(workdir):
+    _, text = ejected("grpo", "dapo", workdir)
+    assert "2503.14476" in text.split('"""')[1] and "eps_high=0.28" in text
+    assert "history" not in text and "hapo" not in text and "PRESETS = dict(tiny=dict(" in text
+    assert f"commit {run.commit()}" in text
+
+
+@pytest.mark.parametrize("name, words", [
+    ("there.py", "is there already"), ("method", "give the name of a script"),
+    ("my-method.py", "give the name of a script")])
+def test_eject_refuses_what_it_should(name, words, workdir):
+    (workdir / "there.py").write_text("precious")
+    with pytest.raises(UserError, match=words):
+        importlib.import_module("grpo").main(["--eject", name])
+    assert [p.name for p in workdir.iterdir()] == ["there.py"]
+    assert (workdir / "there.py").read_text() == "precious"
