@@ -657,7 +657,7 @@ PRESETS["draft32"] = TARGET | dict(model="1x32")
 PRESETS["target_docs"] = dict(                           # the target of one task
     init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16)
 
-# === toyif_base, toyif_checks, toyif_judge, toyif, n64, more, more64: the world ToyIF =============
+# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF =================================
 
 MUON = dict(optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50, schedule="linear",
             context=64, rows=60000, batch=64, micro=64, eval_every=1000, save_every=1000, keep=1)
@@ -671,10 +671,6 @@ PRESETS["toyif_judge"] = MUON | dict(                    # the same, most on pri
 PRESETS["toyif"] = dict(                                 # few good ones: where ppo.py starts
     data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
     weight_decay=0.0, save_every=1000, eval_every=1000, keep=1)
-# ppo.py asks for base:toyif,n64 and the like: these stand inside a value, so they have a name
-PRESETS["n64"] = dict(rows=64)
-PRESETS["more"] = dict(steps=304)                        # toyif's 64 steps, and ppo.py's 240
-PRESETS["more64"] = dict(steps=248)                      # 8, and 240
 
 # === chain_right, chain, chain_sort, arena_right, arena: chains of digits, where grpo.py starts ===
 
@@ -820,7 +816,7 @@ PRESETS["race"] = dict(
 # the race at a calmer rate, so that rounding shows and not where a run drifts to
 PRESETS["calm"] = dict(lr=1e-3, aux_lr=0.0, steps=240, eval_every=240, target=0.0)
 PRESETS["forget"] = dict(                                # a new task; what is left of the old one?
-    data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000, steps=150,
+    data="arithmetic", init="base:pretrain+race", watch="stdlib", context=64, rows=4000, steps=150,
     warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000)
 
 # === mle, filtered, unlikely, rwr: 2302.08582, learning from scored demonstrations ================
@@ -1121,7 +1117,7 @@ def teacher_of(model, tokens, mask, frozen):
 def in_place(x, mask):
     """x [N] of the scored tokens, 0 elsewhere.   [B, T]"""
     zeros = torch.zeros_like(mask[:, 1:])
-    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.float()), (1, 0))
+    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.to(mask)), (1, 0))
 
 
 def dckd(student, teacher, logp, mask, good, *, lam=1.0):
@@ -1194,9 +1190,9 @@ CHECKS["both"] = CHECKS["chosen"] = CHECKS["sampled"] = pairs_are_there
 def distance(teacher, other, rows=256):
     """‖p - q‖₁ of two heads' distributions, some rows at a time.   -> [N]"""
     (h, W), (t, U) = teacher, other
-    out = [h.new_zeros(0, dtype=torch.float32)]
+    out = [wide(h[:0, 0])]
     for i in range(0, len(h), rows):
-        p, q = (torch.softmax((x[i:i + rows] @ head.to(x.dtype).T).float(), -1)
+        p, q = (torch.softmax(wide(x[i:i + rows] @ head.to(x.dtype).T), -1)
                 for x, head in ((h, W), (t, U)))                                         # [n, V]
         out.append((p - q).abs().sum(-1))
     return torch.cat(out)

@@ -1176,6 +1176,7 @@ def draw(folder, curves):
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+BASES = {"base", "configured", "find", "fingerprint", "longest"}        # sft.py's, of checkpoints
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1384,9 +1385,10 @@ def eject(path, file, c, f, axes, options):
                         f"{c.config or 'mine'}.py")
     if file.exists():
         raise UserError(f"--eject {file}: it is there already; choose another name")
-    text = path.read_text()
+    text = bases_apart(path.read_text())
     units, tables = units_of(text), tables_of(text, c, axes)
     values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
+    values |= {x.name for x in dataclasses.fields(c) if getattr(c, x.name) != x.default}
     kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
     lines = text.splitlines()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
@@ -1404,6 +1406,20 @@ def eject(path, file, c, f, axes, options):
     print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
           f"python {file} --config tiny shows that it turns")
     return file
+
+
+def bases_apart(text):
+    """sft.py's text with what makes bases imported from sft.py, not defined: a script of one method
+    does not know their presets. Any other script's text as it is."""
+    units = [x for x in units_of(text) if isinstance(x.node, ast.FunctionDef) and x.defines & BASES]
+    if len(units) < len(BASES):
+        return text
+    lines = text.splitlines()
+    for unit in reversed(units):
+        del lines[unit.first - 1:unit.last]
+    last = max(x.last for x in units_of(text) if imports(x.node))
+    lines.insert(last, f"from sft import {', '.join(sorted(BASES))}")
+    return "\n".join(lines) + "\n"
 
 
 def joined_pieces(pieces):
