@@ -48,8 +48,8 @@ from optim import optimiser, set_lr
 @dataclass(frozen=True)
 class Config(Training):
     """A run's settings; what belongs to a row of an axis is an argument of its function."""
-    data: str = "chain"          # a task, several ("chain+sort"), or a JSONL of prompts and answers
-    watch: str = ""              # tasks that are evaluated too ("chain,sort"): what is forgotten?
+    data: str = "chain"          # a task, several ("chain+sort"), or a JSONL of pairs
+    watch: str = ""              # tasks that are evaluated too: what is forgotten?
     init: str = "base:chain"     # the SFT model: where the policy starts, and the reference
     teacher: str = ""            # a better model with the same tokenizer, for what learns from one
     prepare: str = "nothing"     # which row of PREPARATIONS: once, before step 0
@@ -83,8 +83,8 @@ class Config(Training):
 
 PRESETS = dict(
     grpo=dict(),                                               # the spine's own
-    tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2, eval_prompts=16,
-              save_every=2, max_new=24, pool=32),              # goes with every method
+    tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2,
+              eval_prompts=16, save_every=2, max_new=24, pool=32),       # goes with every method
 )
 CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy", "val_rouge_l",
                       "val_gold", "chain_val_accuracy", "sort_val_accuracy"],
