@@ -1,5 +1,4 @@
-"""sft.py's layers of few bits and few weights: rounding, gradients, schedules, what LOST and pruning
-keep."""
+"""sft.py's layers of few bits and few weights: rounding, gradients, what LOST and pruning keep."""
 import copy
 import math
 from functools import partial
