@@ -286,7 +286,7 @@ def layer(name, presets, axes):
 def bind(axis, rows, row, values):
     """The function of an axis's row, its keyword-only arguments bound to the values that are meant
     for it."""
-    if row not in rows and not ("PATH" in rows and Path(row).exists()):
+    if row not in rows and not ("PATH" in rows and (".py:" in row or Path(row).exists())):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
@@ -1476,7 +1476,7 @@ def source_of(unit, rows, lines, names, c, f):
         return textwrap.fill(f"{whole}({words})", 100, subsequent_indent=" " * (len(whole) + 1))
     if unit.defines == {"PRESETS"}:
         rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
-        return "PRESETS = dict(" + ", ".join(segment(x, lines) for x in rows) + ")"
+        return "PRESETS = dict(\n    " + ",\n    ".join(segment(x, lines) for x in rows) + ")"
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
         return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
@@ -1484,8 +1484,9 @@ def source_of(unit, rows, lines, names, c, f):
                 'readers))')
     if rows is not None and not unit.rows:
         table = next(iter(unit.defines))
-        return f"{table} = dict(" + ", ".join(
-            f"{k}={segment(v, lines)}" for _, k, v in rows) + ")"
+        row = ", ".join(f"{k}={segment(v, lines)}" for _, k, v in rows)
+        return textwrap.fill(f"{table} = dict({row})", 100, break_long_words=False,
+                             subsequent_indent=" " * len(f"{table} = dict("))
     if rows is not None:
         return "\n".join(f'{t}["{k}"] = {segment(v, lines)}' for t, k, v in rows)
     if unit.defines == {"Config"}:
@@ -1521,7 +1522,18 @@ def replaced(unit, lines, places):
     for node, value in sorted(places, key=lambda x: (x[0].lineno, x[0].col_offset), reverse=True):
         i = node.lineno - unit.first
         out[i] = out[i][:node.col_offset] + literal(value).encode() + out[i][node.end_col_offset:]
-    return b"\n".join(out).decode()
+    return "\n".join(narrow(line.decode()) for line in out)
+
+
+def narrow(line):
+    """A line of at most 100 columns: its comment comes nearer, or stands above."""
+    code, mark, comment = line.partition("  #")
+    if len(line) <= 100 or not mark:
+        return line
+    code = code.rstrip()
+    if len(f"{code}  #{comment}") <= 100:
+        return f"{code}  #{comment}"
+    return f"{' ' * (len(code) - len(code.lstrip()))}#{comment}\n{code}"
 
 
 def literal(value):

@@ -1,4 +1,4 @@
-"""sft.py's layers of few bits and few weights: rounding, gradients, what LOST and pruning keep."""
+"""sft.py's layers of few bits and few weights: rounding, gradients, schedules, what they keep."""
 import copy
 import math
 from functools import partial
@@ -49,8 +49,9 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
 @pytest.mark.parametrize("N, n, m", [(1, 8, 4), (50, 48, 20), (130, 64, 96)])
 def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
     X, W, E = rand(N, n), rand(m, n, seed=1), rand(N, m, seed=2)
-    product = partial(halo_product, level=level, format="float32")
-    for a, b in zip(gradients(product, X, W, E), gradients(exact, X, W, E)):
+    for a, b in zip(gradients(lambda X, W: halo_product(X, W, level=level,
+                                                        format="float32"), X, W, E),
+                    gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
@@ -164,8 +165,8 @@ def test_a_qat_layer_rounds_when_told_and_is_saved_rounded():
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
     layer.rounding = True
     merged = layer.merged()
-    assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight,
-                                                            fake_quant(linear.weight, 2))
+    assert torch.equal(layer(x), merged(x))
+    assert torch.equal(merged.weight, fake_quant(linear.weight, 2))
     assert not torch.equal(layer(x), linear(x)) and torch.equal(merged.bias, linear.bias)
 
 
@@ -178,8 +179,8 @@ def test_the_compute_optimal_share():
     assert qat_fraction(2e6, 1e8, 4) < qat_fraction(1e6, 1e8, 4) < qat_fraction(1e6, 1e8, 2)
     model = nn.Sequential(QATLinear(nn.Linear(10, 10), 2), QATLinear(nn.Linear(10, 30), 2),
                           nn.Linear(30, 2))
-    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2) and qat_share(model, -1.0,
-                                                                                 1e4) == 0
+    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2)
+    assert qat_share(model, -1.0, 1e4) == 0
     assert qat_share(model, 0.3, 1e4) == 0.3 and qat_share(nn.Linear(2, 2), 0.0, 1e4) == 0
 
 
@@ -188,10 +189,12 @@ def test_the_compute_optimal_share():
 
 def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
     W, x, g = rand(12, 8), rand(3, 8, seed=1), torch.Generator().manual_seed(0)
-    same = dict(gamma=.5, phi="identity")                # rank 8 is all of W, as are all columns
-    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)
+    same = dict(gamma=.5, phi="identity")
+    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T,
+                 1e-10)                                                           # rank 8: all of W
     A, B, columns, where = lost_start(W, 3, 8, g)
-    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)
+    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T,
+                 1e-10)                                                                # all columns
     rest = W - B @ A
     assert close(torch.linalg.matrix_norm(rest, 2), torch.linalg.svdvals(W)[3], 1e-9)
     _, _, columns, where = lost_start(W, 3, 2, g)
@@ -206,8 +209,7 @@ def test_lost_by_hand_and_its_gradients():
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
-    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns",
-                                                                              "bias"}
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns", "bias"}
     assert sum(p.numel() for n, p in layer.named_parameters()
                if n != "bias") == 4 * (16 + 12) + 2 * 12
 
@@ -219,8 +221,8 @@ def test_lost_without_phi_merges_and_with_it_does_not(start):
         layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0), .9, phi,
                            start)
         merged = copy.deepcopy(layer).merged()
-        assert isinstance(merged, nn.Linear) == (phi == "identity") and close(merged(x), layer(x),
-                                                                              1e-5)
+        assert isinstance(merged, nn.Linear) == (phi == "identity")
+        assert close(merged(x), layer(x), 1e-5)
 
 
 def test_the_random_start_has_the_layer_s_deviation():
@@ -234,8 +236,8 @@ def test_lost_s_sizes_have_equal_parameters():
     for n, m in ((64, 64), (64, 192), (192, 64), (64, 32)):
         for columns in (0.0, .05, .2):
             rank, k = lost_sizes(n, m, .55, columns)
-            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2 and k == round(columns
-                                                                                           * n)
+            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2
+            assert k == round(columns * n)
 
 
 # --- pruning while training -----------------------------------------------------------------------
@@ -277,8 +279,8 @@ def test_masks_are_monotone_and_exact():
     for target, s in ((.1, .1), (.35, .35), (.5, .5), (.3, .5), (.8, .8)):          # never one back
         old, masks = masks, prune(weights, masks, target)
         for name, mask in masks.items():
-            assert (~mask).sum() == round(s * mask.numel()) and not (mask
-                                                                     & ~old.get(name, mask)).any()
+            assert (~mask).sum() == round(s * mask.numel())
+            assert not (mask & ~old.get(name, mask)).any()
         weights = {k: w + rand(*w.shape, seed=9) for k, w in weights.items()}   # also where it is 0
     assert all(m.all() for m in prune(weights, {}, 0.0).values())
 
