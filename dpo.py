@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -94,7 +95,10 @@ CURVES = {"loss": ["loss"],
           "KL, nats per response": ["val_kl", "ood_kl"],
           "length, tokens": ["val_length", "ood_length"]}
 
-# --- the loss, and the model that its log-ratios are against --------------------------------------
+# --- the loss: one number a row, [B]; the loop takes the step's mean ------------------------------
+# What it reads are its positional arguments, by name: chosen_, rejected_, other_ (a side of a row)
+# or list_ (all of them, [B, S]), no prefix for the only side, and a row of READS or PASS; any other
+# name is a field of the row, or a statistic of the batch. EOS is a token of a response like others.
 
 logs = F.logsigmoid
 
@@ -157,15 +161,15 @@ def part_of(name):
     """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"): of the only side; "good" -> (None,
     "good"): no fact of a side."""
     head, _, tail = name.partition("_")
-    if head in SIDES and (tail in FACTS or tail in PASS):
+    if head in SIDES and (tail in READS or tail in PASS):
         return SIDES[head], tail
-    return (0 if name in FACTS or name in PASS else None), name
+    return (0 if name in READS or name in PASS else None), name
 
 
 def fact(name, known):
-    """known[name]; what is not known yet is made by FACTS, of what that function asks for."""
+    """known[name]; what is not known yet is made by READS or FACTS, of what these ask for."""
     if name not in known:
-        known[name] = ask(FACTS[name], known)
+        known[name] = ask((READS if name in READS else FACTS)[name], known)
     return known[name]
 
 
@@ -209,6 +213,11 @@ def online(problems, sample, compare, generator):
     return judged(problems, sample(problems, 2), compare, lambda P: (coin(P, generator), {}))
 
 
+def initial(c, f, make=True):
+    """The folder of --init, made if need be; without make the longest context that it has."""
+    return sft.find(c.init, c.config, make, seed=c.seed, device=c.device)
+
+
 # --- the tables: chapters add their rows ----------------------------------------------------------
 
 SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
@@ -218,13 +227,13 @@ STATISTICS = dict(none=none)
 SOURCES = dict(pairs=pairs, online=online)
 JUDGES = dict(gold=gold)
 ANCHORS = dict(start=at_start, previous=previous)
-FACTS = dict(logp=total, len=length, mean=mean, ratio=ratio, ref_logps=ref_logps, score=gold_score)
+READS = dict(logp=total, len=length, mean=mean, ratio=ratio)   # of each side, of a forward pass
+FACTS = dict(ref_logps=ref_logps, score=gold_score)            # what else functions ask for
 
 # What else a chapter brings, by the name that a function asks for: a memory between steps, saved
 # with the run (a class with state() and load(state)), and a model, as the function that finds it;
 MEMORIES = {}
-MODELS = dict(start=lambda c, f, make=True: sft.find(c.init, c.config, make, seed=c.seed,
-                                                     device=c.device))
+MODELS = dict(start=initial)
 # and by the row that brings it: the names that it gives to a loss; what must be so before a run;
 # how --data is opened; how many rows come of a prompt; gradients that are not a mean loss's; what
 # is evaluated beside the win rate.
@@ -232,25 +241,7 @@ GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"
 CHECKS, OPEN, PER_PROMPT, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
 
 
-# --- before a run ---------------------------------------------------------------------------------
-
-
-# --- rows, and the log-probs of their tokens ------------------------------------------------------
-
-
-@torch.no_grad()
-def response_logprobs(tok, c, rows, model):
-    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] a row,
-    CPU."""
-    out = []
-    for i in range(0, len(rows), c.micro):
-        part = rows[i:i + c.micro]
-        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
-        tokens, mask = collate(sides, tok.pad or 0, c.device)
-        with autocast(c.device, c.dtype):
-            flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
-        out += flat.split([sum(map(len, r["sides"])) for r in part])
-    return [x.clone() for x in out]
+# --- rows, and one step ---------------------------------------------------------------------------
 
 
 def make_rows(c, f, known, problems):
@@ -271,9 +262,6 @@ def make_rows(c, f, known, problems):
         for r, x in zip(rows, ask(FACTS[name], here)):
             r[name] = x
     return rows
-
-
-# --- one step -------------------------------------------------------------------------------------
 
 
 def measure(c, known, rows):
@@ -376,7 +364,7 @@ def train(c, f):
     (start_…)."""
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     check(c, f, world)
-    MODELS["start"](c, f)                                      # made before this run's clock starts
+    initial(c, f)                                      # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
         policy, tok, models = open_models(c, f, run.last)
@@ -401,19 +389,20 @@ def train(c, f):
             for rows in held.values():
                 for r, x in zip(rows, known["logprobs"](rows, models["start"])):
                     r["ref_logps"] = x
-        rows, made = make_rows(c, f, known, problems) if static(f) else None, 0
-        run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(data)} {'pairs' if 'chosen' in data[0] else 'labelled responses'}, {c.steps} steps "
-                f"of {c.batch}, {c.device} {c.dtype}, {'with' if 'start' in models else 'without'} "
-                "a reference")
+        rows, fresh = make_rows(c, f, known, problems) if static(f) else None, 0
+        size, what = sum(p.numel() for p in policy.parameters()) / 1e6, "labelled responses"
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} "
+                f"{'pairs' if 'chosen' in data[0] else what}, {c.steps} steps of {c.batch}, "
+                f"{c.device} {c.dtype}, {'with' if 'start' in models else 'without'} a reference")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             generator.set_state(run.state["rng"])
             counts.update(run.state["counts"])
             for name, memory in memories.items():
                 memory.load(run.state["memories"][name])
-            rows, made, known["stage"] = rows or run.state["rows"], run.state["made"], run.state["stage"]
-            first, before, scores = run.state["first"], run.state["before"], run.state["first"]
+            rows, fresh = rows or run.state["rows"], run.state["fresh"]
+            known["stage"], before = run.state["stage"], run.state["before"]
+            first = scores = run.state["first"]
         else:
             first, before, samples = evaluate(c, f, known, sets, held, {})
             run.log(0, **first, show=True)
@@ -424,11 +413,11 @@ def train(c, f):
         for step in run.steps(c.steps):
             # 1. rows ------------------------------------------------------------------------------
             clock, known["step"] = time.perf_counter(), step
-            if rows is None or not static(f) and step - made >= c.refresh:
-                rows, made = make_rows(c, f, known, problems), step
+            if rows is None or not static(f) and step - fresh >= c.refresh:
+                rows, fresh = make_rows(c, f, known, problems), step
                 known["stage"] += 1
-            seed = c.seed + known["stage"]
-            batch = [rows[i] for i in batch_indices(len(rows), c.batch, step - made, seed).tolist()]
+            order = batch_indices(len(rows), c.batch, step - fresh, c.seed + known["stage"])
+            batch = [rows[i] for i in order.tolist()]
             t_rows = time.perf_counter() - clock
             # 2. score and update ------------------------------------------------------------------
             clock, metrics = time.perf_counter(), Counter()
@@ -450,16 +439,15 @@ def train(c, f):
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
                          rng=generator.get_state(), counts=dict(counts), stage=known["stage"],
-                         memories={x: memory.state() for x, memory in memories.items()}, made=made,
-                         rows=None if static(f) else rows, first=first, before=before)
+                         memories={x: memory.state() for x, memory in memories.items()},
+                         rows=None if static(f) else rows, fresh=fresh, first=first, before=before)
         if c.stop and c.stop < c.steps:
-            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
+                    "goes on")
             return scores
         if run.state and run.start >= c.steps:                         # resumed after its last step
             scores, _, samples = evaluate(c, f, known, sets, held, before)
-        dropped = ", ".join(f"{n} {k}" for k, n in counts.items() if n and k not in ("sampled", "truncated"))
-        cut = f"; of {counts['sampled']} samples {counts['truncated']} were truncated (no EOS is scored)"
-        run.say(f"  rows dropped: {dropped or 'none'}" + cut * (counts["sampled"] > 0))
+        run.say(f"  rows dropped: {dropped_in_words(counts)}")
         report(run, first, scores, samples)
         peak = max((r["val_gold"] for r in read_log(run.folder) if "val_gold" in r), default=0.0)
         return run.finish(**scores, **{f"start_{k}": x for k, x in first.items()}, val_peak=peak)
@@ -527,9 +515,12 @@ def texts_of(pair):
 def judged(problems, groups, compare, choose):
     """Rows of what choose(P) picks from each problem's responses: (indices of the sides, fields),
     or None."""
-    picks = map(choose, compare(problems, groups))
-    return [row(p, [ys[i] for i in pick[0]], **pick[1])
-            for p, ys, pick in zip(problems, groups, picks) if pick]
+    out = []
+    for problem, ys, pick in zip(problems, groups, map(choose, compare(problems, groups))):
+        if pick:
+            sides, fields = pick
+            out.append(row(problem, [ys[i] for i in sides], **fields))
+    return out
 
 
 # === asked: what a run asks for, by name ==========================================================
@@ -538,7 +529,7 @@ def judged(problems, groups, compare, choose):
 def asked(f, *functions):
     """All that functions ask for, what these facts are made of, and so on -> {names}; f: the run's
     rows, of which `compare` asks the judge, and `anchor` its own."""
-    makers = FACTS | dict(compare=f.judge, anchor=f.anchor)
+    makers = READS | FACTS | dict(compare=f.judge, anchor=f.anchor)
     out, todo = set(), list(functions)
     while todo:
         for _, name in map(part_of, needs(todo.pop())):
@@ -606,7 +597,7 @@ def check(c, f, world):
         prefs.check_pairs(c.data)
     for name in sorted(MODELS.keys() & found):
         MODELS[name](c, f, make=False)
-    if c.max_new >= (most := MODELS["start"](c, f, make=False)):
+    if c.max_new >= (most := initial(c, f, make=False)):
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     if static(f) and "policy" in asked(f, *(FACTS[x] for x in frozen_facts(f))):
         raise UserError(f"--source {c.source}: its rows are made once, so there is no previous "
@@ -625,9 +616,10 @@ def check_names(c, f):
         for name in sorted(wanted - here):
             givers = [row for row, names in GIVES.items() if name in names]
             usual = [p for p, keys in PRESETS.items() if keys.get(axis) == getattr(c, axis)]
-            raise UserError(f"--{axis} {getattr(c, axis)} reads {name}: neither --source {c.source} nor "
-                            f"--statistic {c.statistic} gives it, but {' or '.join(givers)}"
-                            + f"; try --config {usual[0]}" * bool(usual))
+            raise UserError(f"--{axis} {getattr(c, axis)} reads {name}: neither --source "
+                            f"{c.source} nor --statistic {c.statistic} gives it, but "
+                            f"{' or '.join(givers)}"
+                            + "".join(f"; try --config {x}" for x in usual[:1]))
 
 
 # === opening: models and data =====================================================================
@@ -635,11 +627,11 @@ def check_names(c, f):
 
 def open_models(c, f, last):
     """(policy, tokenizer, {name: each other model that the run asks for})."""
-    policy, tok = load(last or MODELS["start"](c, f), c.device)
+    policy, tok = load(last or initial(c, f), c.device)
     if not isinstance(policy, Transformer):
         raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
     models, found = {}, asked_by(c, f)
-    if c.kl or "anchor" in found:                      # then the start is what the KL is measured to
+    if c.kl or "anchor" in found:                      # then the KL is measured to the start, too
         found |= {"start"}
     for name in sorted(MODELS.keys() & found):
         path = MODELS[name](c, f)
@@ -655,14 +647,14 @@ def open_pairs(c, tok, world, context, say):
     """(pairs as ids, {name: held-out rows}, a file's held-out prompts) of --data."""
     if world:
         train = world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise, length_bias=c.length_bias)
-        held = {"val": world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")}
+        val = world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")
     elif c.noise or c.length_bias:
         raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
-        held = {"val": sets["val"]}
+        val = sets["val"]
     train = prefs.encode_pairs(train, tok, context, "training pairs", c.chat)
-    val = prefs.encode_pairs(held["val"], tok, context, "val pairs", c.chat)
+    val = prefs.encode_pairs(val, tok, context, "val pairs", c.chat)
     return train, {"val": pairs(val)}, [r["text"]["prompt"] for r in val]
 
 
@@ -683,8 +675,8 @@ def encode(c, tok, context, problems, most):
     width = max(len(problem["ids"]) for problem in problems)
     room = c.max_new or min(most, context - width)
     if room < 1:
-        raise UserError(f"the longest prompt has {width} tokens: no room for a response in the context "
-                        f"of {context}; shorten it, or raise --context")
+        raise UserError(f"the longest prompt has {width} tokens: no room for a response in the "
+                        f"context of {context}; shorten it, or raise --context")
     return room
 
 
@@ -707,9 +699,24 @@ def usable(rows, c, context, counts):
             kept.append(r)
     if not kept:
         raise UserError(f"--source {c.source}: no row is left to train on "
-                        f"({', '.join(f'{n} {k}' for k, n in counts.items() if n) or 'it gave none'}); "
-                        f"if samples are identical the policy has collapsed: lower --lr")
+                        f"({dropped_in_words(counts)}); if samples are identical the policy has "
+                        "collapsed: lower --lr")
     return kept
+
+
+@torch.no_grad()
+def response_logprobs(tok, c, rows, model):
+    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] a row,
+    CPU."""
+    out = []
+    for i in range(0, len(rows), c.micro):
+        part = rows[i:i + c.micro]
+        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
+        tokens, mask = collate(sides, tok.pad or 0, c.device)
+        with autocast(c.device, c.dtype):
+            flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
+        out += flat.split([sum(map(len, r["sides"])) for r in part])
+    return [x.clone() for x in out]
 
 
 def fingerprint(rows, model, dtype):
@@ -745,13 +752,14 @@ def cached_logprobs(tok, c, say, rows, model):
 @torch.no_grad()
 def statistics_of(c, f, known, rows):
     """The whole batch's statistics, without gradient -> {name: [B]}."""
-    names, here, parts = needs(f.statistic), known | dict(batch=rows), []
-    own = [x for x in names if part_of(x)[0] is not None or x in rows[0]]
+    here, parts = known | dict(batch=rows), []
+    own = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in rows[0]]
     for i in range(0, len(rows) if own else 0, c.micro):
         part = rows[i:i + c.micro]
         with autocast(c.device, c.dtype):
             parts.append(inputs(own, measure(c, known, part), part))
-    here |= {x: torch.cat([part[x] for part in parts]) for x in own}
+    for x in own:
+        here[x] = torch.cat([part[x] for part in parts])
     return ask(f.statistic, here)
 
 
@@ -780,9 +788,10 @@ def means(metrics, B):
     out = dict(metrics)
     for side in ("chosen", "rejected"):
         n = out.pop(f"{side}_n")
-        own = {k: x / max(1.0, n) for k, x in out.items() if k.startswith(side)}
-        out = {k: x for k, x in out.items() if k not in own}
-        out |= own if n else {}              # of binary labels there may be none of a kind in a step
+        for key in [k for k in out if k.startswith(side)]:
+            out[key] /= max(1.0, n)
+            if n == 0:                       # of binary labels there may be none of a kind in a step
+                del out[key]
     if "hits" in out:
         out["accuracy"] = out.pop("hits") / B
         if "chosen_ratio" in out:
@@ -790,12 +799,27 @@ def means(metrics, B):
     return out
 
 
+def dropped_in_words(counts):
+    """How many rows were dropped and why, and how many samples had no end, in words."""
+    dropped = {k: n for k, n in counts.items() if n and k not in ("sampled", "truncated")}
+    words = ", ".join(f"{n} {k}" for k, n in dropped.items()) or "none"
+    if not counts["sampled"]:
+        return words
+    return f"{words}; of {counts['sampled']} samples {counts['truncated']} were truncated (no EOS)"
+
+
+def scores_of(row, logps):
+    """A log-ratio of each side, without a reference a mean log-prob; logps: of all its tokens."""
+    sizes = [len(y) for y in row["sides"]]
+    if "ref_logps" in row:
+        return [x.sum().item() for x in (logps - row["ref_logps"]).split(sizes)]
+    return [x.mean().item() for x in logps.split(sizes)]
+
+
 def accuracy(rows, logps):
-    """Share of pairs with a larger log-ratio (without a reference: mean log-prob) of the chosen
-    side; of binary labels the area under the ROC curve."""
-    score = [[y.sum().item() if "ref_logps" in r else y.mean().item()
-              for y in (x - r["ref_logps"] if "ref_logps" in r else x).split(list(map(len, r["sides"])))]
-             for r, x in zip(rows, logps)]
+    """Share of pairs with a larger score of the chosen side (see scores_of); of binary labels the
+    area under the ROC curve."""
+    score = [scores_of(r, x) for r, x in zip(rows, logps)]
     if len(rows[0]["sides"]) == 1:
         return auroc(torch.tensor([a for a, in score]), torch.tensor([r["good"] > 0 for r in rows]))
     return sum((a > b) + 0.5 * (a == b) for a, b, *_ in score) / len(score)
@@ -1092,7 +1116,7 @@ def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos,
                total(rejected_delta, rejected_mask, rejected_eos), beta=beta)
 
 
-LOSSES["ld_dpo"], FACTS["delta"], FACTS["eos"] = ld_dpo, delta, eos
+LOSSES["ld_dpo"], READS["delta"], READS["eos"] = ld_dpo, delta, eos
 PRESETS["no_eos"] = dict(alpha=0.0, with_eos=False)    # an arm of the claim `length`
 
 
@@ -1121,7 +1145,8 @@ def credited(data, world, tok, *, scale=1.0):
     for r, pair in zip(rows, data):
         problem, out = dict(prompt=pair["text"]["prompt"]), []
         for ids in r["sides"]:
-            texts = [tok.decode([t for t in ids[:i] if t != tok.eos]) for i in range(len(ids) + 1)]
+            texts = [tok.decode(ids[:i]) for i in range(len(ids) + 1)]
+            texts[-1] = tok.decode(ids[:-1] if ids[-1] == tok.eos else ids)
             worth = torch.tensor([world.reward(problem, text, True) for text in texts])
             out.append(torch.sigmoid(scale * worth.diff()) - 0.5)
         r["credits"] = torch.cat(out).float()
@@ -1143,7 +1168,7 @@ def prompted(data, start, tok, c, *, better="A good answer.\n", worse="A bad ans
     return rows
 
 
-LOSSES["treg"], FACTS["credit"] = treg, credit
+LOSSES["treg"], READS["credit"] = treg, credit
 SOURCES["credited"], SOURCES["prompted"] = credited, prompted
 GIVES["credited"] = GIVES["prompted"] = "chosen", "rejected", "credits"
 PRESETS["treg"] = dict(loss="treg", source="credited")
@@ -1209,7 +1234,7 @@ def check_every_step(c, f):
 
 
 LOSSES["sparsepo"], CHECKS["sparsepo"] = sparsepo, check_every_step
-FACTS["ref_hidden"], FACTS["weight"], FACTS["kl"] = ref_hidden, weight, kl
+FACTS["ref_hidden"], READS["weight"], READS["kl"] = ref_hidden, weight, kl
 
 
 # === nca: 2402.05369, noise contrastive alignment: the chosen response must not fall ==============
@@ -1289,15 +1314,15 @@ def open_labels(c, tok, world, context, say):
     found = [] if world else prefs.load_labels(c.data)
     if not found:
         return open_pairs(c, tok, world, context, say)
-    both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
-    both = {k: prefs.encode_labels(x, tok, context, f"{k} labels", c.chat) for k, x in both.items()}
-    kinds = {k: {r["good"] for r in rows} for k, rows in both.items()}
-    if len(kinds["train"]) < 2:
-        raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad ones")
-    if len(kinds["val"]) < 2:
+    train, val = (prefs.encode_labels(rows, tok, context, what, c.chat) for rows, what in (
+        (found[:c.rows or None], "train labels"), (prefs.load_labels(c.data, "val"), "val labels")))
+    mixed = len({r["good"] for r in val}) > 1
+    if len({r["good"] for r in train}) < 2:
+        raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad "
+                        "ones")
+    if not mixed:
         say("  all held-out labels are alike: there is no val_accuracy")
-    held = {"val": both["val"]} if len(kinds["val"]) > 1 else {}
-    return both["train"], held, [r["text"]["prompt"] for r in both["val"]]
+    return train, {"val": val} if mixed else {}, [r["text"]["prompt"] for r in val]
 
 
 def labels(data):
@@ -1342,7 +1367,8 @@ def check_mismatch(c, f):
     """UserError unless there is another row, and a reference that stays."""
     check_every_step(c, f)
     if c.batch < 2:
-        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
+        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise "
+                        "--batch")
 
 
 LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, labels
@@ -1422,7 +1448,8 @@ def forget(problems, demo, *, key="a"):
     1)."""
     rows = [row(p, [demo(p)], good=float(key not in p["prompt"])) for p in problems]
     if len({r["good"] for r in rows}) < 2:
-        raise UserError(f"--key {key}: it is in all prompts or in none: nothing to forget or to keep")
+        raise UserError(f"--key {key}: it is in all prompts or in none: nothing to forget or to "
+                        "keep")
     return rows
 
 
@@ -1550,6 +1577,11 @@ def worth_to_groups(problems, responses, world, options):
     return {f"gold_{g}": sum(x) / len(x) for g, x in zip(options["groups"], zip(*golds))}
 
 
+def flattened(grads):
+    """The gradients of all parameters as one vector.   [D]"""
+    return torch.cat([g.reshape(-1) for g in grads])
+
+
 def backward_each(policy, batch, passes, combine):
     """A gradient an objective, of the mean over the rows on which it has an opinion; then --combine
     -> the sum of the objectives' losses."""
@@ -1559,7 +1591,7 @@ def backward_each(policy, batch, passes, combine):
     for loss in passes:
         each = loss.sum(0) / count.to(loss.device)                                       # [M]
         grads = [torch.autograd.grad(one, params, retain_graph=True) for one in each]
-        G = torch.stack([torch.cat([g.reshape(-1) for g in own]) for own in grads]) + G  # [M, D]
+        G = torch.stack([flattened(own) for own in grads]) + G                           # [M, D]
         total = total + each.detach()
         value += each.sum().item()
     known = dict(G=G, losses=total)
@@ -1695,7 +1727,7 @@ def check_inpo(c, f):
 
 
 LOSSES["inpo"], CHECKS["inpo"] = inpo, check_inpo
-FACTS["prev_logps"], FACTS["prev_ratio"] = prev_logps, prev_ratio
+FACTS["prev_logps"], READS["prev_ratio"] = prev_logps, prev_ratio
 PRESETS["inpo"] = dict(loss="inpo", source="online", refresh=50)
 
 
@@ -1780,12 +1812,12 @@ def prox(problems, sample, compare, opponents, policy, stage, *, inner: Count = 
 def check_nash_mp(c, f):
     """UserError without its source, which knows the last iterate."""
     if c.source != "prox":
-        raise UserError(f"--loss nash_mp reads the last iterate, which --source {c.source} does not keep: "
-                        "take --source prox")
+        raise UserError(f"--loss nash_mp reads the last iterate, which --source {c.source} does "
+                        "not keep: take --source prox")
 
 
 LOSSES["nash_mp"], SOURCES["prox"], GIVES["prox"] = nash_mp, prox, ("win",)
-FACTS["iterate_logps"], FACTS["iterate_ratio"] = iterate_logps, iterate_ratio
+FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
 MEMORIES["opponents"], CHECKS["nash_mp"] = Opponents, check_nash_mp
 PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
 
@@ -1797,9 +1829,11 @@ def duel(world, problem, group, *, cycle=2.0):
     """Ring's intransitive annotators: Bradley-Terry plus a cycle of dominant classes.   -> [K,
     K]"""
     texts = [(y["text"], y["finished"]) for y in group]
-    rows = [[0.5 if a is b else world.duel(problem["prompt"], a[0], b[0], cycle, a[1], b[1])
-             for b in texts] for a in texts]
-    return torch.tensor(rows, dtype=torch.float64)
+    P = torch.full((len(group), len(group)), 0.5, dtype=torch.float64)
+    for i, j in permutations(range(len(group)), 2):
+        (a, whole_a), (b, whole_b) = texts[i], texts[j]
+        P[i, j] = world.duel(problem["prompt"], a, b, cycle, whole_a, whole_b)
+    return P
 
 
 def exploitability(problems, sample, compare, start, *, k=16, most=48):
@@ -1870,7 +1904,8 @@ def weak(c, f, make=True):
     """The checkpoint of --weak; UserError if it is that of --strong."""
     path = found(c, f, "weak", make)
     if make and path == found(c, f, "strong", make):
-        raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a tie")
+        raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a "
+                        "tie")
     return path
 
 
@@ -1965,8 +2000,8 @@ def hybrid(drawn, sample, *, k: Range("[2, inf)") = 2):
 def check_hypo(c, f):
     """UserError without its source, whose rows hold the policy's samples."""
     if c.source != "hybrid":
-        raise UserError(f"--loss hypo reads samples beside the pair, which --source {c.source} does not "
-                        "give: take --source hybrid")
+        raise UserError(f"--loss hypo reads samples beside the pair, which --source {c.source} "
+                        "does not give: take --source hybrid")
 
 
 LOSSES["hypo"], SOURCES["hybrid"], CHECKS["hypo"] = hypo, hybrid, check_hypo
