@@ -790,7 +790,7 @@ def means(metrics, B):
         n = out.pop(f"{side}_n")
         for key in [k for k in out if k.startswith(side)]:
             out[key] /= max(1.0, n)
-            if n == 0:                       # of binary labels there may be none of a kind in a step
+            if n == 0:                       # a step may have no binary label of this kind
                 del out[key]
     if "hits" in out:
         out["accuracy"] = out.pop("hits") / B
@@ -2075,13 +2075,17 @@ def mpo_rows(problems, data, sample, compare, handover, policy, step, stage, c, 
 
 
 def check_mpo(c, f):
-    """UserError for an SFT term: the samples of the hard prompts are not chosen ones."""
+    """UserError without what belongs to it, and for an SFT term: the samples of the hard prompts
+    are not chosen ones."""
+    if (c.loss == "mpo") != (c.anchor == "handover"):
+        raise UserError(f"--loss {c.loss} --anchor {c.anchor}: --anchor handover is of --loss mpo, and "
+                        "the other way round; take --config mpo")
     if c.sft:
         raise UserError(f"--sft {c.sft}: --loss mpo has no chosen response; leave it at 0")
 
 
 LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
-MEMORIES["handover"], CHECKS["mpo"] = Handover, check_mpo
+MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Handover, check_mpo, check_mpo
 GIVES["mpo"] = "chosen", "rejected", "gain", "hard"
 PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
 

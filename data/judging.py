@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.prefs import subsets
-from data.run import Positive, UserError, pyplot
+from data.run import pyplot
 
 # --- pairs of responses: whom to ask, and what the answers are worth (2510.20369, 2505.16265) -----
 
@@ -146,44 +146,6 @@ def assign(margins, annotator):
     0..U-1"""
     total = torch.zeros(int(annotator.max()) + 1, len(margins))                          # [A, U]
     return total.index_add(0, annotator, F.logsigmoid(margins).T).argmax(1)
-
-
-# --- judges of preference: P[i, j], the probability that response i is preferred to j -------------
-
-
-def gold(score, *, sharp: Positive = 1.0):
-    """Bradley-Terry on a world's gold reward:  P = σ(sharp (s_i - s_j)).   [K] -> [K, K]"""
-    return torch.sigmoid(sharp * (score[:, None] - score[None]))
-
-
-def duel(world, prompt, texts, *, cycle=2.0):
-    """Ring's intransitive annotators: Bradley-Terry plus a cycle of dominant classes.   [(text,
-    finished)]"""
-    if not hasattr(world, "duel"):
-        raise UserError("--judge duel: only Ring has intransitive annotators; take --data ring")
-    return torch.tensor([[0.5 if i == j else world.duel(prompt, a[0], b[0], cycle, a[1], b[1])
-                          for j, b in enumerate(texts)] for i, a in enumerate(texts)],
-                        dtype=torch.float64)
-
-
-def learned(judged, *, sharp: Positive = 1.0):
-    """A reward model's scores as Bradley-Terry.   [K] -> [K, K]"""
-    return gold(judged, sharp=sharp)
-
-
-def cdr(density, *, strong="", weak="", sharp: Positive = 1.0):
-    """CDR, 2411.02481: scores are mean log π_strong/π_weak; nothing is trained. Both are
-    checkpoints."""
-    return gold(density, sharp=sharp)
-
-
-JUDGES = dict(gold=gold, duel=duel, cdr=cdr, PATH=learned)
-
-
-def rewards_of(P):
-    """Scores behind P: mean log-odds over the others; exact up to a constant for
-    Bradley-Terry.   -> [K]"""
-    return torch.logit(P, eps=1e-9).mean(1)
 
 
 # --- generative judges: verdicts, rule rewards, votes ---------------------------------------------

@@ -1265,11 +1265,13 @@ def reach(text, roots, tables, values=()):
 
 def row_is_used(row, tables, asked):
     """Whether a run reads TABLE["key"] = …: the row of its axis, or a name that something asks
-    for."""
+    for, with or without a prefix (chosen_ratio for ratio)."""
     table, key, _ = row
     if table in tables:
         return tables[table] == key
-    return key in SIZES if table == "PRESETS" else key is None or key in asked
+    if table == "PRESETS":
+        return key in SIZES
+    return key is None or any(name == key or name.endswith(f"_{key}") for name in asked)
 
 
 def tables_of(text, c, axes):
@@ -1280,7 +1282,8 @@ def tables_of(text, c, axes):
         if "AXES" in unit.defines:
             for x in unit.node.value.keywords:
                 if isinstance(x.value, (ast.Name, ast.Attribute)):
-                    out[last_name(x.value)] = getattr(c, x.arg, next(iter(axes[x.arg])))
+                    row = getattr(c, x.arg, next(iter(axes[x.arg])))
+                    out[last_name(x.value)] = row if row in axes[x.arg] else "PATH"
     return out
 
 
