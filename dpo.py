@@ -363,7 +363,6 @@ def train(c, f):
     """One run: load, make rows, score, update, log. -> the last evaluation and the start's
     (start_…)."""
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
-    check(c, f, world)
     initial(c, f)                                      # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
@@ -459,7 +458,7 @@ AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, anc
 
 def main(argv=None):
     """python dpo.py …: see the docstring above, or --help."""
-    return launch("dpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+    return launch("dpo", Config, PRESETS, AXES, __doc__, checked, argv, readers)
 
 
 # === sampling: problems, responses and verdicts ===================================================
@@ -579,21 +578,28 @@ def readers(c, f):
         compile=(False, "sft.py, ppo.py and grpo.py"))
 
 
-def check(c, f, world):
+def checked(c, f):
+    """train(), after check()."""
+    check(c, f)
+    return train(c, f)
+
+
+def check(c, f):
     """UserError for rows of the config that do not go together, and for all else that can be known
     before anything is made: files and folders."""
+    world = c.data in prefs.WORLDS
     check_names(c, f)
     for name in rows_of(c):
         if name in CHECKS:
             CHECKS[name](c, f)
     found = asked_by(c, f)
-    if world is None and "compare" in found and "world" in asked(f, f.judge):
+    if not world and "compare" in found and "world" in asked(f, f.judge):
         raise UserError(f"--judge {c.judge}: {c.data} has no gold reward; name a reward model's "
                         "folder, or take --judge cdr")
-    if world is None and "world" in asked(f, f.source):
+    if not world and "world" in asked(f, f.source):
         raise UserError(f"--source {c.source} reads demonstrations or gold: take a world, --data "
                         "ring or toyif")
-    if world is None and c.source not in OPEN:
+    if not world and c.source not in OPEN:
         prefs.check_pairs(c.data)
     for name in sorted(MODELS.keys() & found):
         MODELS[name](c, f, make=False)
@@ -1090,12 +1096,12 @@ PRESETS["beta_dpo"] = dict(loss="beta_dpo", statistic="pace")
 # === ld_dpo: 2409.06411, tokens beyond the shorter response's length count less ===================
 
 
-def delta(logps, ref_logps):
+def token_ratio(logps, ref_logps):
     """log π - log π_ref of every token.   [N, T]"""
     return logps - ref_logps
 
 
-def eos(tokens, mask, tok):
+def ends(tokens, mask, tok):
     """1 on a response's EOS.   [N, T]"""
     return mask * (tokens == tok.eos)
 
@@ -1116,7 +1122,7 @@ def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos,
                total(rejected_delta, rejected_mask, rejected_eos), beta=beta)
 
 
-LOSSES["ld_dpo"], READS["delta"], READS["eos"] = ld_dpo, delta, eos
+LOSSES["ld_dpo"], READS["delta"], READS["eos"] = ld_dpo, token_ratio, ends
 PRESETS["no_eos"] = dict(alpha=0.0, with_eos=False)    # an arm of the claim `length`
 
 
@@ -1183,7 +1189,7 @@ def ref_hidden(anchor, tokens):
         return anchor(tokens)[:, :-1]
 
 
-def weight(ref_hidden, mask):
+def mapo_mask(ref_hidden, mask):
     """MaPO's mask: the mean of the reference's hidden state over features, stretched to [0, 1]
     within the response (§3; its final layer, ours).   [N, T]"""
     a = F.pad(ref_hidden.float().mean(-1), (1, 0))                                       # [N, T]
@@ -1192,7 +1198,7 @@ def weight(ref_hidden, mask):
     return (a - low) / (high - low).clamp(min=1e-6) * mask
 
 
-def kl(policy, anchor, ref_hidden, tokens, mask):
+def token_kl(policy, anchor, ref_hidden, tokens, mask):
     """KL(π_ref||π) of each token's distribution, over the whole vocabulary.   [N, T]"""
     h, where = policy(tokens)[:, :-1], mask[:, 1:] > 0
     found = kernels.linear_distill(h[where], policy.head, ref_hidden[where], anchor.head,
@@ -1234,7 +1240,7 @@ def check_every_step(c, f):
 
 
 LOSSES["sparsepo"], CHECKS["sparsepo"] = sparsepo, check_every_step
-FACTS["ref_hidden"], READS["weight"], READS["kl"] = ref_hidden, weight, kl
+FACTS["ref_hidden"], READS["weight"], READS["kl"] = ref_hidden, mapo_mask, token_kl
 
 
 # === nca: 2402.05369, noise contrastive alignment: the chosen response must not fall ==============
@@ -1325,7 +1331,7 @@ def open_labels(c, tok, world, context, say):
     return train, {"val": val} if mixed else {}, [r["text"]["prompt"] for r in val]
 
 
-def labels(data):
+def binary_labels(data):
     """Binary feedback: a file's labelled responses, or both sides of the pairs, each for itself."""
     if "good" in data[0]:
         return data
@@ -1371,7 +1377,7 @@ def check_mismatch(c, f):
                         "--batch")
 
 
-LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, labels
+LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, binary_labels
 OPEN["labels"], CHECKS["labels"], CHECKS["mismatch"] = open_labels, check_labels, check_mismatch
 FACTS["mismatched"], GIVES["mismatch"], GIVES["labels"] = mismatched, ("z0",), ("good",)
 PRESETS["kto"] = dict(loss="kto", statistic="mismatch", source="labels", batch=128, micro=128)
@@ -1556,7 +1562,7 @@ def objectives(chosen_ratio, rejected_ratio, signs, *, beta: Positive = 0.1):
     return -logs(beta * signs * (chosen_ratio - rejected_ratio)[:, None]) * (signs != 0)
 
 
-def signs(data, world, *, groups: Literal["A", "B", "AB", "BA"] = "AB"):
+def signs_of_groups(data, world, *, groups: Literal["A", "B", "AB", "BA"] = "AB"):
     """Ring's pairs with what each group of annotators prefers: 1 the chosen, -1 the rejected one,
     0 none."""
     out = []
@@ -1614,7 +1620,8 @@ def check_objectives(c, f):
         raise UserError(f"--sft {c.sft}: --loss objectives has no chosen response; leave it at 0")
 
 
-LOSSES["objectives"], SOURCES["signs"], BACKWARD["objectives"] = objectives, signs, backward_each
+LOSSES["objectives"], SOURCES["signs"] = objectives, signs_of_groups
+BACKWARD["objectives"] = backward_each
 CHECKS["objectives"], CHECKS["signs"] = check_objectives, check_signs
 GIVES["signs"], EVALUATIONS["signs"] = ("chosen", "rejected", "signs"), worth_to_groups
 PRESETS["raco"] = dict(loss="objectives", source="signs", combine="cagrad",
@@ -1739,7 +1746,7 @@ def nash_md(logp, ratio, win, *, tau: Positive = 0.1):
     return -(win - 0.5 - tau * ratio).detach() * logp
 
 
-def wins(problems, ours, theirs, compare):
+def beating(problems, ours, theirs, compare):
     """Single rows of our samples with their probability of beating theirs."""
     groups = [[a, b] for (a,), (b,) in zip(ours, theirs)]
     return judged(problems, groups, compare, lambda P: ((0,), dict(win=P[0, 1].item())))
@@ -1749,7 +1756,7 @@ def mixture(problems, sample, compare, start, *, kappa: Share = 0.5):
     """Nash-MD: y of the policy against y' of its token-wise mixture π^(1-κ) π_ref^κ; κ = 0 is
     self-play."""
     theirs = sample(problems, contrast=(start, -kappa))
-    return wins(problems, sample(problems), theirs, compare)
+    return beating(problems, sample(problems), theirs, compare)
 
 
 LOSSES["nash_md"], SOURCES["mixture"], GIVES["mixture"] = nash_md, mixture, ("win",)
@@ -1806,7 +1813,7 @@ def prox(problems, sample, compare, opponents, policy, stage, *, inner: Count = 
     if phase in (0, inner):
         opponents.opponent = frozen(policy)
     ours = sample(problems)
-    return wins(problems, ours, sample(problems, model=opponents.opponent), compare)
+    return beating(problems, ours, sample(problems, model=opponents.opponent), compare)
 
 
 def check_nash_mp(c, f):
@@ -1897,19 +1904,19 @@ JUDGES["PATH"], FACTS["rated"], MODELS["scorer"] = learned, rated, scorer
 
 def strong(c, f, make=True):
     """The checkpoint of --strong."""
-    return found(c, f, "strong", make)
+    return one_of_two(c, f, "strong", make)
 
 
 def weak(c, f, make=True):
     """The checkpoint of --weak; UserError if it is that of --strong."""
-    path = found(c, f, "weak", make)
-    if make and path == found(c, f, "strong", make):
+    path = one_of_two(c, f, "weak", make)
+    if make and path == one_of_two(c, f, "strong", make):
         raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a "
                         "tie")
     return path
 
 
-def found(c, f, name, make):
+def one_of_two(c, f, name, make):
     """sft.find of one of the two, by default of --init."""
     path = f.judge.keywords[name] or c.init
     return sft.find(path, c.config, make, f"--{name}", device=c.device)
@@ -1954,7 +1961,7 @@ PRESETS["xpo"] = dict(loss="xpo", source="explore")
 # === selm: 2405.19332, the policy's own greedy response becomes more likely =======================
 
 
-def drawn(data, problems, stage, c):
+def next_pairs(data, problems, stage, c):
     """As many encoded pairs of the data, in an order of their own."""
     picked = batch_indices(len(data), len(problems), stage, c.seed + 7).tolist()
     return [data[i] for i in picked]
@@ -1973,7 +1980,7 @@ def selm_pairs(drawn, sample, compare):
     return judged(where, groups, compare, lambda P: ((*extremes(P)[0], 2), {}))
 
 
-LOSSES["selm"], SOURCES["selm"], FACTS["drawn"] = selm, selm_pairs, drawn
+LOSSES["selm"], SOURCES["selm"], FACTS["drawn"] = selm, selm_pairs, next_pairs
 GIVES["selm"] = "chosen", "rejected", "other"
 PRESETS["selm"] = dict(loss="selm", source="selm", anchor="previous", refresh=50)
 
@@ -2078,8 +2085,8 @@ def check_mpo(c, f):
     """UserError without what belongs to it, and for an SFT term: the samples of the hard prompts
     are not chosen ones."""
     if (c.loss == "mpo") != (c.anchor == "handover"):
-        raise UserError(f"--loss {c.loss} --anchor {c.anchor}: --anchor handover is of --loss mpo, and "
-                        "the other way round; take --config mpo")
+        raise UserError(f"--loss {c.loss} --anchor {c.anchor}: --anchor handover is of --loss mpo, "
+                        "and the other way round; take --config mpo")
     if c.sft:
         raise UserError(f"--sft {c.sft}: --loss mpo has no chosen response; leave it at 0")
 

@@ -1147,6 +1147,7 @@ def draw(folder, curves):
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+MAIN = {"launch", "cli", "Config", "PRESETS", "AXES", "readers", "train"}  # an ejected main's
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1253,7 +1254,7 @@ def reach(text, roots, tables, values=()):
                 own = table_rows(unit, tables)
                 if own is None:
                     kept[i] = None
-                    names |= unit.uses
+                    names |= MAIN if unit.defines == {"main"} else unit.uses
                 else:
                     table = next(iter(unit.defines))
                     kept[i] = [(table, k, v) for k, v in own.items() if k == tables[table]]
@@ -1405,7 +1406,8 @@ def docstring_of(path, file, text, units, kept, c, options):
     ends = [i for i, _ in marks[1:]] + [len(text.splitlines()) + 1]
     asked = {x.partition("=")[0] for x in c.config.split(",")}
     used = [m for (i, m), end in zip(marks, ends) if any(i < units[k].first < end for k in kept)]
-    named = [m for m in used if asked & set(re.split(r", *", m[1]))] or used[:1]
+    named = [m for m in used if asked & set(re.split(r", *", m[1]))] or [
+        m for m in used if re.search(r"\d{4}\.\d{5}", m[2])][:1]
     doc = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
     about = "; ".join(f"{m[1]} ({m[2]})" for m in named) or doc.splitlines()[0].partition(" - ")[2]
     words = textwrap.wrap(f"{file.name} - {about}", 98)
