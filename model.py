@@ -1,23 +1,22 @@
 """
-model.py - the transformer every script trains: Hugging Face checkpoints, batched generation, scalar heads.
+model.py - the transformer that every script trains: a block, log-probs, sampling, checkpoints.
 
-    python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint, streaming
+    python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint
 
-Map      1 config   2 transformer   3 adapters   4 several ranks   5 scoring   6 generation   7 checkpoints
-         8 command line
-Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots, E experts
+Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots,
+         E experts
 
     model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
-    llama           nothing                                  2302.13971; RoPE scaling of Llama 3.1, 2407.21783
+    llama           nothing                                  2302.13971
     qwen2           bias on q, k, v                          2407.10671
     qwen3           RMSNorm on every query and key head      2505.09388
     mixtral         top-k experts instead of the MLP         2401.04088
     qwen3_moe       both of the last two                     2505.09388
 
-    config field    what a shaped model has (data/structure.py makes them; no other tool loads them)
-    layer_widths    MLPs of their own width                  Puzzle, 2411.19146
-    swift_layer     late keys and values of one state        SwiftKV, 2410.03960
-    routed_heads    a mixture of attention heads             MoH, 2410.11842
+Read the block, then token_logprobs and generate. The chapters are Hugging Face folders in and out,
+the parts that other families put into the block's tables, adapters, ranks, the command line.
+Watch    one shift by one, in token_logprobs: logp[b, t] is of token t. Padding is always right, so
+         attention needs no mask.
 """
 import argparse
 import copy
@@ -28,7 +27,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,21 +40,27 @@ from torch import nn
 
 import kernels
 from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli,
-                      device_of,
-                      expect, nearest, not_finite, older_than, read_json, refuse_ranks, sha256)
+                      device_of, expect, nearest, not_finite, older_than, read_json, refuse_ranks,
+                      sha256)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
 # --- config ---------------------------------------------------------------------------------------
 
-ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mixtral="Mixtral",
-                     qwen3_moe="Qwen3Moe")
+ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3")
+# what chapters put into the block and the sampling; the key is a value of the config or an option
+ROPES = dict(default=((), lambda freq: freq))  # rope_type: its options, how they scale
+MLPS = {}                                # model_type: the module in the MLP's place
+GATES = {}                               # head_router: the module that weighs the heads' outputs
+SOURCES = {}                             # field of a layer's number: norm that later keys come from
+SHAPED = {}                              # field that no other tool knows: those that go with it
+CUTS = {}                                # option of tempered: what it drops from the logits
+LOOPS = {}                               # better than decode, the last best: whether it fits
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, under Hugging Face's own names so that config.json needs no
-    dictionary."""
+    """The shape of a model, under Hugging Face's own names: config.json needs no dictionary."""
     model_type: str = "qwen3"
     vocab_size: int = 2048
     hidden_size: int = 192
@@ -67,59 +72,34 @@ class ModelConfig:
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()  # hashable pairs: ("rope_type", "llama3"), ("factor", 8.0), …
+    rope_scaling: tuple = ()                 # pairs: ("rope_type", "llama3"), ("factor", 8.0), …
     tie_word_embeddings: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 2
-    norm_topk_prob: bool = True  # scale the chosen experts' weights to sum 1 (Mixtral: always)
+    norm_topk_prob: bool = True              # chosen experts' weights sum to 1 (Mixtral: always)
     router_aux_loss_coef: float = 0.01
     bos_token_id: int = -1                   # -1: none
     eos_token_id: tuple = ()                 # all ids that end a text
     pad_token_id: int = -1
-    layer_widths: tuple = ()  # every layer's intermediate_size, 0: no MLP; (): all alike
-    swift_layer: int = 0  # layers from here on read one state's keys and values; 0: none
+    layer_widths: tuple = ()                 # each layer's MLP, 0: none; (): all alike
+    swift_layer: int = 0                     # layers from here on share one state's keys; 0: none
     shared_heads: int = 0                    # with routed_heads: the first heads, always on
-    routed_heads: int = 0  # of the other heads, this many a token; 0: all, no router
-    head_router: str = "learned"  # or norm: by the norm of the head's query, no parameter
+    routed_heads: int = 0                    # of the others, so many a token; 0: all, no router
+    head_router: str = "learned"             # or norm: by the norm of the head's query
 
     @property
     def shaped(self):
         """The fields that no other tool knows, where they say something: {name: value}."""
-        heads = dict(shared_heads=self.shared_heads, routed_heads=self.routed_heads,
-                     head_router=self.head_router) if self.routed_heads else {}
-        return {k: v for k, v in (("layer_widths", self.layer_widths),
-                                  ("swift_layer", self.swift_layer))
-                if v} | heads
+        names = [x for field, with_it in SHAPED.items() if getattr(self, field) for x in with_it]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def moe(self):
-        return self.model_type in ("mixtral", "qwen3_moe")
+        return self.model_type in MLPS
 
     @property
     def qk_norm(self):
         return self.model_type in ("qwen3", "qwen3_moe")
-
-
-def preset(size, tokenizer, context=512, model_type="qwen3"):
-    """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that share keys in
-    pairs."""
-    try:
-        layers, width = map(int, size.split("x"))
-        if not (0 < layers <= 1024 and 32 <= width <= 65536 and width % 32 == 0):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, "
-                        "for example 4x192") from None
-    heads = width // 32
-    return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64,
-                       hidden_size=width, intermediate_size=-(-width * 8 // 3 // 32) * 32,
-                       num_hidden_layers=layers, num_attention_heads=heads,
-                       num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-                       max_position_embeddings=context,
-                       num_experts=8 if model_type in ("mixtral", "qwen3_moe") else 0,
-                       bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos,
-                       eos_token_id=(tokenizer.eos,),
-                       pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
 
 
 # --- transformer ----------------------------------------------------------------------------------
@@ -127,26 +107,12 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
 
 @lru_cache(8)
 def rope_table(config, device):
-    """cos and sin of every position's angles, each [positions, hd/2] in float32 (RoFormer,
-    2104.09864).
-
-    Llama 3.1's scaling (2407.21783): wavelengths longer than the old context are divided by
-    `factor`, shorter than 1/high_freq_factor of it are left alone, with a linear blend of the two
-    frequencies between.
-    """
+    """cos and sin of all positions' angles, [positions, hd/2] in float32 (RoFormer, 2104.09864)."""
     half = config.head_dim // 2
     freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)        # [hd/2]
-    s = dict(config.rope_scaling)
-    kind = s.get("rope_type", s.get("type", "default"))
-    if kind == "linear":
-        freq = freq / s["factor"]
-    elif kind == "llama3":
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)    # in the old context
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = smooth * freq + (1 - smooth) * freq / s["factor"]
-    elif kind != "default":
-        raise UserError(f"rope_type {kind!r} is not supported; choose default, linear or llama3")
+    options = dict(config.rope_scaling)
+    names, scaled = ROPES[options.get("rope_type", options.get("type", "default"))]
+    freq = scaled(freq, *(options[name] for name in names))
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)      # [S, hd/2]
     return angle.cos().to(device), angle.sin().to(device)
 
@@ -163,19 +129,17 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of B rows, each of its own length; one tensor for all layers, so rows move at
-    once."""
+    """Keys and values of B rows, each of its own length; one tensor for all layers."""
 
     def __init__(self, config, rows, slots, device, dtype):
         shape = config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = torch.zeros(rows, dtype=torch.long, device=device)           # [B] tokens held
-        self.used = 0  # the longest, known without asking the device
-        self.static = False  # used stays, an upper bound: all steps look alike
+        self.used = 0                        # the longest, known without asking the device
+        self.static = False                  # used stays, an upper bound: all steps look alike
 
     def at(self, T):
-        """Where each row's next T tokens go: positions [B, T], and rows [B K T] of a layer's [B K
-        S, hd]."""
+        """Where the next T tokens go: positions [B, T], rows [B K T] of a layer's [B K S, hd]."""
         (B, K, S), device = self.k.shape[1:4], self.length.device
         positions = self.length[:, None] + torch.arange(T, device=device)                # [B, T]
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
@@ -184,8 +148,8 @@ class Cache:
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd] there; return all keys and values of the layer so far."""
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[layer].view(-1, cache.size(-1)).index_copy_(0, at,
-                                                              new.to(cache.dtype).flatten(0, 2))
+            rows = cache[layer].view(-1, cache.size(-1))                             # [B K S, hd]
+            rows.index_copy_(0, at, new.to(cache.dtype).flatten(0, 2))
         end = self.used + k.size(2)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]                  # [B, K, S, hd]
 
@@ -195,54 +159,16 @@ class Cache:
         self.length = self.length[rows]
 
     def keep(self, rows):
-        """Row i becomes old row rows[i], in place, and the others go; rows[i] is i or beyond the
-        last i."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        """Row i becomes old row rows[i], in place, the others go; rows[i] is i or >= len(rows)."""
+        n = len(rows)
+        moved = (rows != torch.arange(n, device=rows.device)).nonzero().squeeze(1)
         for x in (self.k, self.v):
             x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
-        self.k, self.v, self.length = self.k[:, :len(rows)], self.v[:,
-                                                                    :len(rows)], self.length[rows]
-
-
-class HeadRouter(nn.Module):
-    """Mixture of heads (MoH, 2410.11842): the weight of every head's output, 0 for those not
-    chosen.
-
-    learned: [a1 S softmax(Ws x), a2 K p / Σ p over the top K],  p = softmax(Wr x),  a = 2
-    softmax(Wh x). norm: 1 for the S shared heads and the top K by p = softmax(‖q‖ / std), gradient
-    straight to p. Every head is computed, then weighted. `routing` (p, chosen) [B, T, R] of the
-    last forward feeds a balance loss.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        self.S, self.K, self.routing = c.shared_heads, c.routed_heads, None
-        self.learned = c.head_router == "learned"
-        if self.learned:
-            D = c.hidden_size
-            self.shared, self.groups = nn.Linear(D, self.S, bias=False), nn.Linear(D, 2, bias=False)
-            self.routed = nn.Linear(D, c.num_attention_heads - self.S, bias=False)
-
-    def forward(self, x, q):
-        norm = q[:, self.S:].float().norm(dim=-1).transpose(1, 2)                        # [B, T, R]
-        scale = norm.std(-1,
-                         keepdim=True).detach().clamp(min=1e-6)   # ours: no gradient, infinite at 0
-        p = (self.routed(x).float() if self.learned else norm / scale).softmax(-1)
-        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.K, -1).indices, 1.0)
-        self.routing = p, chosen
-        if self.learned:
-            a, routed = 2 * self.groups(x).float().softmax(-1), p * chosen
-            shared = a[..., :1] * self.S * self.shared(x).float().softmax(-1)
-            routed = a[..., 1:] * self.K * routed / routed.sum(-1, keepdim=True)
-        else:
-            shared, routed = torch.ones_like(norm[..., :1]).expand(-1, -1,
-                                                                   self.S), chosen + p - p.detach()
-        return torch.cat([shared, routed], -1).transpose(1, 2)[..., None]             # [B, H, T, 1]
+        self.k, self.v, self.length = self.k[:, :n], self.v[:, :n], self.length[rows]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (2305.13245), rotary; q/k/v bias or q/k norm where the family has
-    them."""
+    """Grouped-query attention (2305.13245), rotary; bias or q/k norm where the family has it."""
 
     def __init__(self, c):
         super().__init__()
@@ -251,17 +177,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * self.hd, c.hidden_size, bias=False)
+        self.qk_norm = c.qk_norm
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
-        self.qk_norm = c.qk_norm
-        self.heads = HeadRouter(c) if c.routed_heads else None
+        self.heads = GATES[c.head_router](c) if c.routed_heads else None
 
     def forward(self, x, cos, sin, cache, layer, at, visible, source=None):
         B, T, _ = x.shape
         source = x if source is None else source               # what keys and values are made of
-        q, k, v = (f(z).view(B, T, -1, self.hd)
-                   for f, z in ((self.q_proj, x), (self.k_proj, source),
-                                                             (self.v_proj, source)))
+        q = self.q_proj(x).view(B, T, -1, self.hd)
+        k, v = (f(source).view(B, T, -1, self.hd) for f in (self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # [B, H or K, T, hd]
@@ -277,10 +202,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
         elif T == 1:                             # visible: how many slots each row sees
             y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible)[:, :, None].to(q.dtype)
-        else:  # a group's queries are rows of one head: no repeated keys
-            q = q.reshape(B, k.size(1), group * T, self.hd)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype),
-                                               attn_mask=visible.repeat(1, 1, group, 1))
+        else:                                    # a group's queries are one head's: no copies
+            q, mask = q.reshape(B, k.size(1), group * T, self.hd), visible.repeat(1, 1, group, 1)
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
             y = y.reshape(B, -1, T, self.hd)
         if gate is not None:
             y = y * gate.to(y.dtype)
@@ -300,9 +224,654 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm MLP (width 0: none), each added to the residual stream."""
+
+    def __init__(self, c, layer):
+        super().__init__()
+        width = c.layer_widths[layer] if c.layer_widths else c.intermediate_size
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps) if width else None
+        self.mlp = MLPS.get(c.model_type, MLP)(c, width) if width else None
+
+    def forward(self, x, *where):
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """tokens [B, T] -> hidden [B, T, D], final norm applied; logits only where they are needed."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.sources = {}                    # layer's number: the norm that makes its source
+        for field, name in SOURCES.items():
+            if layer := getattr(config, field):
+                self.sources[layer] = name
+                self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    @property
+    def head(self):
+        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def forward(self, tokens, cache=None):
+        """With a cache, row b's tokens follow its cache.length[b] earlier ones; the cache grows.
+        Raises UserError beyond the context."""
+        T, old = tokens.size(1), cache.used if cache else 0
+        if old + T > (context := self.config.max_position_embeddings):
+            raise UserError(f"{old + T} tokens exceed the model's context of {context}: "
+                            "shorten the text or start from a model with a longer context")
+        cos, sin = rope_table(self.config, tokens.device)
+        at = visible = None
+        if cache is None:
+            cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
+        else:
+            positions, at = cache.at(T)                                            # [B, T], [B K T]
+            cos, sin = cos[positions][:, None], sin[positions][:, None]            # [B, 1, T, hd/2]
+            if old and T == 1:
+                visible = cache.length + 1                                               # [B]
+            elif old:                        # by slots: fewer than positions if some were evicted
+                slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
+                held = torch.arange(old + T, device=tokens.device)                       # [S]
+                visible = held <= slots[:, None, :, None]                             # [B, 1, T, S]
+        x = self.embed_tokens(tokens)                                                    # [B, T, D]
+        source = None                        # of keys and values; None: each layer's own input
+        for i, block in enumerate(self.layers):
+            if i in self.sources:
+                source = getattr(self, self.sources[i])(x)                               # [B, T, D]
+            x = block(x, cos, sin, cache, i, at, visible, source)
+        if cache is not None:
+            cache.length += T
+            cache.used += 0 if cache.static else T
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """[…, D] -> float32 [..., V]."""
+        return F.linear(hidden, self.head).float()
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def collate(rows, pad, device="cpu"):
+    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions."""
+    width = max(len(p) + len(c) for p, c in rows)
+    tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
+    mask = torch.zeros(len(rows), width)                                                 # [B, T]
+    for i, (p, c) in enumerate(rows):
+        tokens[i, :len(p) + len(c)] = torch.as_tensor([*p, *c])
+        mask[i, len(p):len(p) + len(c)] = 1.0
+    return tokens.to(device), mask.to(device)
+
+
+def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
+    """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), t > 0.
+
+    The one place where the shift by one is made; 0 at t = 0, and off the mask. [B, T, V] is never
+    held: the head runs in chunks of rows. entropy=True: (logp, entropy of the prediction of t).
+    """
+    hidden, target = model(tokens)[:, :-1], tokens[:, 1:]                  # [B, T-1, D], [B, T-1]
+    where = torch.ones_like(target, dtype=torch.bool) if mask is None else mask[:, 1:] > 0
+
+    def aligned(x):
+        """One number for each place where the mask is 1 -> [B, T]."""
+        return F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0))
+
+    out = linear_logprob(hidden[where], model.head, target[where], temperature, entropy)       # [N]
+    return tuple(map(aligned, out)) if entropy else aligned(out)
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """Completions, `samples` rows per prompt in order."""
+    tokens: torch.Tensor                     # [B, T] prompt and completion, right-padded
+    mask: torch.Tensor                       # [B, T] 1 on completions, the stop token included
+    logp: torch.Tensor                       # [B, T] the sampler's log-probs
+    prompt_len: torch.Tensor                 # [B]
+    finished: torch.Tensor                   # [B] by itself, not by running out of tokens
+    row_steps: int = 0                       # one-token forwards after the prefill, over all rows
+
+    def completions(self):
+        """Each row's completion ids without the stop token, as lists."""
+        end = self.mask.sum(1).long() - self.finished.long() + self.prompt_len           # [B]
+        return [row[s:e].tolist() for row, s, e in zip(self.tokens, self.prompt_len, end)]
+
+
+def tempered(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits [..., V] / temperature, -inf where CUTS truncate: softmax gives what is sampled."""
+    logits, options = logits / temperature, dict(top_k=top_k, top_p=top_p)
+    for name, cut in CUTS.items():
+        logits = cut(logits, options[name])
+    return logits
+
+
+def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B],
+    log-probs [B] under the distribution sampled from; greedy (temperature 0): softmax(logits)."""
+    if temperature == 0:
+        token = logits.argmax(-1)                                                        # [B]
+        return token, torch.log_softmax(logits, -1).gather(1, token[:, None]).squeeze(1)
+    logits = tempered(logits, temperature, top_k, top_p)
+    logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
+    cdf = logits.exp().double().cumsum_(-1)                                       # times a constant
+    whole = cdf[:, -1:]                                                                  # [B, 1]
+    token = torch.searchsorted(cdf, u[:, None].double() * whole, right=True)   # never one of mass 0
+    token = token.clamp(max=logits.size(-1) - 1)           # NaN finds no place: see generate
+    logp = logits.gather(1, token) - whole.log().to(logits.dtype)
+    return token.squeeze(1), logp.squeeze(1)
+
+
+def prefill(model, tokens, length, rows, new, make=Cache):
+    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues rows[b].
+    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots."""
+    device = tokens.device
+    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+             else model.head.dtype)
+    cache = make(model.config, *tokens.shape, device, dtype)
+    hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
+    cache.length = length
+    cache.spread(rows, new)
+    return hidden[rows], cache
+
+
+def decode(models, caches, hidden, u, stop, choose):
+    """Draw all rows' tokens by u [B, new] in [0, 1); hidden: each model's [B, D] after the prompt.
+    -> tokens, log-probs [B, new], and one-token forwards computed, summed over rows."""
+    out, logp, token = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u), None
+    for i in range(u.size(1)):
+        if i:
+            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)]
+        token, logp[:, i] = choose([m.logits(h) for m, h in zip(models, hidden)], u[:, i])
+        out[:, i] = token
+    return out, logp, len(u) * max(u.size(1) - 1, 0)
+
+
+def collect(prompt, length, out, logp, stop, pad, row_steps):
+    """What was decoded -> Rollout: each row is cut after its first stop, and follows its prompt.
+    prompt [B, T] of `length` [B]; out, logp [B, new], where a row may run on after its stop."""
+    hit = torch.isin(out, stop)                                                          # [B, new]
+    after = hit.cumsum(1) > hit
+    out, logp, mask = out.masked_fill(after, pad), logp.masked_fill(after, 0), (~after).float()
+    width = int((length + mask.sum(1)).max())
+    place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
+
+    def join(left, right):
+        wide = F.pad(left, (0, out.size(1)))                                          # [B, T + new]
+        return wide.scatter(1, place, right)[:, :width].contiguous()
+
+    zero = torch.zeros_like(prompt, dtype=logp.dtype)
+    tokens, mask, logp = join(prompt, out), join(zero, mask), join(zero, logp)
+    return Rollout(tokens, mask, logp, length, hit.any(1), row_steps)
+
+
+def check_request(config, prompts, samples, new, temperature, top_k):
+    """UserError for what generate cannot do."""
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if longest == 0 or min(map(len, prompts)) == 0:
+        raise UserError("generate needs at least one prompt, and every prompt at least one token")
+    if samples < 1 or min(new, temperature, top_k) < 0:
+        raise UserError(f"generate cannot make {samples} samples of {new} new tokens, temperature "
+                        f"{temperature}, top_k {top_k}: ask for a sample, and nothing below 0")
+    if longest + new > context:
+        raise UserError(f"a prompt of {longest} tokens and {new} new ones exceed the context of "
+                        f"{context}: shorten the prompt or lower the number of new tokens")
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
+             stop=None, generator=None, contrast=None, cache=Cache):
+    """Sample `samples` completions per prompt (lists of ids of any lengths) -> Rollout, P·G rows.
+
+    Each distinct prompt is read once. Row b's i-th draw is a number fixed beforehand: which other
+    rows still run changes nothing. stop: ids that end a completion (default: the model's eos).
+    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' logits.
+    cache: what makes the cache of keys and values, with Cache's methods. Raises UserError for an
+    empty prompt, or one that does not leave max_new_tokens of context.
+    """
+    config, device = model.config, model.head.device
+    check_request(config, prompts, samples, max_new_tokens, temperature, top_k)
+    stop = config.eos_token_id if stop is None else stop
+    stop = torch.tensor(stop, device=device, dtype=torch.long)
+    prompts, pad = [tuple(p) for p in prompts], max(config.pad_token_id, 0)
+    index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    rows = torch.tensor([index[p] for p in prompts], device=device).repeat_interleave(samples)
+    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, T]
+    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
+    models = [model, contrast[0]] if contrast else [model]
+    read = partial(prefill, tokens=distinct, length=length, rows=rows, new=max_new_tokens,
+                   make=cache)
+    hidden, caches = zip(*map(read, models))
+
+    def choose(logits, u):
+        """Each model's logits [n, V], u [n] -> tokens and their log-probs [n]."""
+        first, *others = logits
+        mixed = first + contrast[1] * (first - others[0]) if contrast else first
+        return pick(mixed, u, temperature, top_k, top_p)
+
+    u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
+    loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(models, caches, stop))]
+    out, logp, row_steps = loops[-1](models, caches, hidden, u, stop, choose)
+    if not logp.isfinite().all():
+        raise UserError("the model's predictions are not finite: its weights have diverged, or "
+                        "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
+    return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
+
+
+# === truncation: 1805.04833, 1904.09751, sample from the top k or the top p only ==================
+
+
+def top_k(logits, k):
+    """The k likeliest (1805.04833), the others -inf.   logits [..., V]; 0: all"""
+    if not k:
+        return logits
+    kth = logits.topk(min(k, logits.size(-1)), -1).values[..., -1:]                      # [..., 1]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def top_p(logits, p):
+    """The likeliest of total mass p (nucleus, 1904.09751), the others -inf.   logits [..., V]"""
+    if p >= 1:
+        return logits
+    value, index = logits.sort(-1, descending=True)                                      # [..., V]
+    before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                     # mass before each
+    beyond = before >= max(p, 1e-9)
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -math.inf)
+
+
+CUTS["top_k"], CUTS["top_p"] = top_k, top_p
+
+
+# === batch: ours, rows that have stopped leave ====================================================
+
+
+class Batch:
+    """The n of B rows that still decode (row, token, done [n]), and what all drew (out, logp
+    [B, new]).
+
+    A step works in place and asks the device for nothing: a CUDA graph can hold it.
+    """
+
+    def __init__(self, models, caches, u, stop, choose):
+        self.models, self.caches, self.choose = models, caches, choose
+        self.u, self.stop, device = u, stop, u.device
+        self.out, self.logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)
+        self.row = torch.arange(len(u), device=device)
+        self.token = torch.zeros_like(self.row)
+        self.done = torch.zeros_like(self.row, dtype=torch.bool)
+        self.i = torch.zeros(1, dtype=torch.long, device=device)
+
+    def emit(self, hidden):
+        """Pick each row's i-th token from the models' states [n, D], and note it."""
+        place = self.row, self.i
+        logits = [m.logits(h) for m, h in zip(self.models, hidden)]                   # [n, V] each
+        self.token[:], self.logp[place] = self.choose(logits, self.u[place])
+        self.out[place] = self.token
+        self.done.logical_or_((self.token[:, None] == self.stop).any(1))
+        self.i.add_(1)
+
+    def step(self):
+        """One more token for every row that is left."""
+        tokens = self.token[:, None]                                                     # [n, 1]
+        self.emit([m(tokens, cache)[:, 0] for m, cache in zip(self.models, self.caches)])
+
+    def alive(self):
+        """How many rows have not stopped."""
+        return int((~self.done).sum())
+
+    def shrink(self, n):
+        """Only the n rows that have not stopped stay: the last of them fill the gaps."""
+        order = torch.arange(len(self.row), device=self.row.device)
+        order[:n][self.done[:n]] = order[n:][~self.done[n:]]
+        order = order[:n]
+        for cache in self.caches:
+            cache.keep(order)
+        self.row, self.token, self.done = self.row[order], self.token[order], self.done[order]
+
+
+def leave(models, caches, hidden, u, stop, choose):
+    """decode(), but a row that has stopped leaves at once."""
+    batch, forwards = Batch(models, caches, u, stop, choose), 0
+    if u.size(1):
+        batch.emit(hidden)
+    for _ in range(1, u.size(1)):
+        alive = batch.alive()
+        if alive == 0:
+            break
+        if alive < len(batch.row):
+            batch.shrink(alive)
+        batch.step()
+        forwards += len(batch.row)
+    return batch.out, batch.logp, forwards
+
+
+def can_stop(models, caches, stop):
+    """Whether any id ends a completion."""
+    return len(stop) > 0
+
+
+LOOPS[leave] = can_stop
+
+
+# === graphs: ours, decoding steps of fixed shape, recorded once and launched as one ===============
+
+CHECK = 8                # steps of a graph between two looks at which rows have finished
+
+
+def graphed(model):
+    """Whether a graph can hold a step: our kernels run, and no layer asks the host (experts do)."""
+    waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
+                for m in model.modules())
+    ours = model.head.is_cuda and kernels.route(model.head) == "triton"
+    return ours and not (model.config.moe or waits)
+
+
+def capture(step, device, graphs):
+    """Run step() once; -> a function that runs it again, on CUDA as a graph: one launch, not
+    hundreds.
+
+    step works in place, on tensors that outlive the graph, and never asks the device for a number.
+    Its plain run, on a side stream as torch.cuda.graph wants, compiles kernels and fills autocast's
+    cache of weights: the graph holds neither. `graphs` keeps all of a rollout, which share one
+    memory pool.
+    """
+    if device.type != "cuda":
+        step()
+        return step
+    here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        step()
+    here.wait_stream(side)
+    with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+        step()                                         # records, computes nothing
+    graphs.append(graph)
+    return graph.replay
+
+
+def replay(models, caches, hidden, u, stop, choose):
+    """decode() in recorded steps: rows leave when half have stopped, seen every CHECK steps."""
+    batch, (cache,), new = Batch(models, caches, u, stop, choose), caches, u.size(1)
+    if new:
+        batch.emit(hidden)
+    cache.static, cache.used = True, cache.used + new - 1
+    graphs, again, forwards = [], None, 0              # None: record it, for a batch of a new size
+    for t in range(1, new):
+        if (t - 1) % CHECK == 0:
+            alive = batch.alive()
+            if alive == 0:
+                break
+            if alive <= len(batch.row) // 2:
+                batch.shrink(alive)
+                again = None
+        if again is None:
+            again = capture(batch.step, u.device, graphs)
+        else:
+            again()
+        forwards += len(batch.row)
+    return batch.out, batch.logp, forwards
+
+
+def can_replay(models, caches, stop):
+    """Whether the steps can be graphs: one model, with the plain cache."""
+    return len(models) == 1 and type(caches[0]) is Cache and graphed(models[0])
+
+
+LOOPS[replay] = can_replay
+
+
+# === new: GPT-2, a model that is not trained yet ==================================================
+
+
+def preset(size, tokenizer, context=512, model_type="qwen3"):
+    """ModelConfig of a new model: '4x192' is 4 layers of width 192, heads of 32 that pairwise share
+    keys."""
+    try:
+        layers, width = map(int, size.split("x"))
+        if not (0 < layers <= 1024 and 32 <= width <= 65536 and width % 32 == 0):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, "
+                        "for example 4x192") from None
+    heads = width // 32
+    return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+                       hidden_size=width, intermediate_size=-(-width * 8 // 3 // 32) * 32,
+                       num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+                       max_position_embeddings=context,
+                       num_experts=8 if model_type in MLPS else 0,
+                       bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos,
+                       eos_token_id=(tokenizer.eos,),
+                       pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
+
+
+def init(config, seed=0):
+    """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream
+    1/sqrt(2L) of that (GPT-2), norms 1, biases 0."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    g = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02,
+                            generator=g)
+    return model
+
+
+# === config_keys: Hugging Face, what may stand in config.json, and of which type ==================
+
+
+class Dialect(NamedTuple):
+    """Where a family's checkpoints differ from Llama's; functions are of a parsed config.json."""
+    width: str = "intermediate_size"                 # the key of an MLP's width
+    read: object = lambda d: dict(num_experts=0)     # -> fields of ModelConfig
+    write: object = lambda d: d                      # -> the config.json to save
+    names: tuple = ()                                # (part of our name, part of the tensor's)
+
+
+DIALECTS = dict.fromkeys(ARCHITECTURES, Dialect())
+QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
+PACKED_TYPE = "packed-"          # before its model_type: transformers would ignore the quant_method
+SHAPED_TYPE = "shaped-"          # before that of a model with fields that no other tool knows
+HEADS = "CausalLM", "SequenceClassification"         # a language model, a model of one score
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
+TYPES = dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim"), "size") | dict(
+    rms_norm_eps="positive", rope_theta="positive", tie_word_embeddings="flag",
+    attention_bias="flag", mlp_bias="flag", hidden_act="text", rope_scaling="object",
+    rope_parameters="object", use_sliding_window="flag", sliding_window="size",
+    max_window_layers="whole", quantization_config="object", architectures="list",
+    num_labels="size", id2label="object")            # key: a row of data.run's KINDS
+
+
+def check_heads(d, kind):
+    """What is wrong with the sizes of the attention's heads."""
+    heads = d["num_attention_heads"]
+    groups = d.get("num_key_value_heads") or heads
+    width = d.get("head_dim") or d["hidden_size"] / heads
+    if heads % groups:
+        return f"{heads} attention heads do not share {groups} key heads evenly"
+    if width % 2:
+        return f"a head of {width:g} numbers: rotary positions need an even whole number"
+    return ""
+
+
+def check_architecture(d, kind):
+    """What is wrong with the architecture's name and its number of labels."""
+    names = [f"{ARCHITECTURES[kind]}For{x}" for x in HEADS]
+    found = d.get("architectures", names)
+    labels = d.get("num_labels") or len(d.get("id2label") or [0])
+    if found[:1] not in [[x] for x in names]:
+        return (f"architectures is {found}: expected [{names[0]!r}], "
+                f"or of a reward model [{names[1]!r}]")
+    if found[0] == names[1] and labels != 1:
+        return f"{labels} labels: a reward model has one score"
+    return ""
+
+
+# topic: (config.json, model_type) -> what is wrong in words, "" if nothing is
+CHECKS = dict(architecture=check_architecture, heads=check_heads)
+
+
+# === config_checks: Hugging Face, a config.json that would load wrongly is refused by name ========
+
+
+def check_config(d, kind, where):
+    """UserError for a key that is missing or of another type, and for sizes that do not fit."""
+    width = DIALECTS[kind].width
+    expect(d, where, (*SIZES, width), **TYPES | {width: "size"})
+    for check in CHECKS.values():
+        if words := check(d, kind):
+            raise UserError(f"{where}: {words}")
+
+
+def check_supported(d, kind, where):
+    """UserError for an option that is written rightly and that we do not compute."""
+    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
+    slides = slides and d.get("use_sliding_window", kind == "mixtral")
+    window = d.get("sliding_window") if slides else None
+    quant = d.get("quantization_config") or {}
+    expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
+    refuse = dict(
+        hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
+        mlp_bias=d.get("mlp_bias", False), attention_bias=d.get("attention_bias", False),
+        mlp_only_layers=d.get("mlp_only_layers"),
+        decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
+        quantization_config=quant and quant.get("quant_method") != QUANT,
+        sliding_window=window is not None and window < d["max_position_embeddings"])
+    for key, wrong in refuse.items():
+        if wrong:
+            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; "
+                            "use a checkpoint without it")
+
+
+def check_rope(rope, where):
+    """UserError for rotary options that have no row in ROPES, or that lack a number."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPES:
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose {', '.join(ROPES)}")
+    names = ROPES[kind][0]
+    numbers = dict.fromkeys((*names, "rope_theta"), "positive")
+    expect(rope, f"{where}, rope options", names, **numbers)
+
+
+def ends(d, where, key="eos_token_id"):
+    """The ids under a key of a config: one, none, or of eos a list; -1: none. UserError for
+    anything else."""
+    value = d.get(key)
+    ids = [] if value is None else [value]
+    if isinstance(value, list) and key == "eos_token_id":
+        ids = value
+    if not all(type(x) is int for x in ids):
+        raise UserError(f"{where}: {key} is {value!r}: "
+                        "expected a token's id, a list of ids, or null")
+    return tuple(x for x in ids if x >= 0)
+
+
+# === config_json: Hugging Face, config.json to ModelConfig and back ===============================
+
+
+def family(d, where):
+    """A config.json's model_type without our prefixes; UserError for one that we do not know."""
+    expect(d, where, ("model_type",), model_type="text")
+    kind = d["model_type"].removeprefix(SHAPED_TYPE)
+    if kind.startswith("lost-"):
+        raise UserError(f"{where}: model_type {kind!r} is not supported; "
+                        "LOST with a non-linearity: only sft.py --resume reads it")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type {kind!r} is not supported"
+                        f"{nearest(kind, ARCHITECTURES)}")
+    return kind
+
+
+def from_hf(d, where="config.json"):
+    """A parsed config.json -> ModelConfig; UserError for what would load wrongly."""
+    d = {k: v for k, v in d.items() if v is not None}            # null is what is not there
+    kind = family(d, where)
+    check_config(d, kind, where)
+    check_supported(d, kind, where)
+    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    check_rope(rope, where)
+    known = {f.name for f in fields(ModelConfig)}
+    out = {k: v for k, v in d.items() if k in known} | dict(model_type=kind)
+    if "layer_widths" in out:
+        out["layer_widths"] = tuple(out["layer_widths"])
+    out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    out["rope_scaling"] = tuple(sorted(rope.items())) if scaled else ()
+    out["eos_token_id"] = ends(d, where)
+    out.setdefault("num_key_value_heads", d["num_attention_heads"])
+    out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
+    out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
+    config = ModelConfig(**out | DIALECTS[kind].read(d))
+    shaped = d["model_type"].startswith(SHAPED_TYPE)
+    layers = config.num_hidden_layers
+    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0, layers):
+        raise UserError(f"{where}: model_type {d['model_type']!r} does not go with {config.shaped} "
+                        f"and {layers} layers: make the checkpoint again")
+    return config
+
+
+def to_hf(config, scalar=False):
+    """ModelConfig -> what config.json holds, with both spellings in use of the RoPE options."""
+    d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
+    for names in SHAPED.values():
+        for name in set(names) - config.shaped.keys():
+            del d[name]
+    d["model_type"] = SHAPED_TYPE * bool(config.shaped) + d["model_type"]
+    d["architectures"] = [f"{ARCHITECTURES[config.model_type]}For{HEADS[scalar]}"]
+    eos = config.eos_token_id
+    d["eos_token_id"] = list(eos) if len(eos) > 1 else next(iter(eos), None)
+    d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
+    scaling = dict(config.rope_scaling)
+    d["rope_scaling"] = scaling or None
+    d["rope_parameters"] = {"rope_type": "default"} | scaling | {"rope_theta": config.rope_theta}
+    d = DIALECTS[config.model_type].write(d)
+    if scalar:                                                     # transformers' num_labels = 1
+        d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    return d
+
+
+# === linear, llama3: 2407.21783, rotary positions for a longer context ============================
+
+
+def linear_rope(freq, factor):
+    """Positions pushed together (2306.15595): every frequency divided by `factor`."""
+    return freq / factor
+
+
+def llama3_rope(freq, factor, low, high, context):
+    """Llama 3.1's scaling (2407.21783): wavelengths above (old) context / low are divided by
+    `factor`, those below context / high are left alone; between, a linear blend of both."""
+    turns = context * freq / (2 * math.pi)                                  # in the old context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return smooth * freq + (1 - smooth) * freq / factor
+
+
+ROPES["linear"] = ("factor",), linear_rope
+ROPES["llama3"] = (("factor", "low_freq_factor", "high_freq_factor",
+                    "original_max_position_embeddings"), llama3_rope)
+
+
+# === mixtral, qwen3_moe: 2401.04088, 2505.09388, top-k experts in the MLP's place =================
+
+
 class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed
-    load_balance_loss."""
+    """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed the balance
+    loss."""
 
     def __init__(self, c, width):
         super().__init__()
@@ -320,14 +889,13 @@ class MoE(nn.Module):
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
-            out = out.index_add(0, token,
-                                (expert(flat[token]) * weight[token, slot, None]).to(out.dtype))
+            part = expert(flat[token]) * weight[token, slot, None]                       # [n, D]
+            out = out.index_add(0, token, part.to(out.dtype))
         return out.view_as(x)
 
 
 def load_balance_loss(model, mask=None):
-    """Mixtral's auxiliary loss (Switch Transformer, 2101.03961 eq. 4-6) of the last forward, over
-    all layers.
+    """Mixtral's auxiliary loss of the last forward (Switch, 2101.03961 eq. 4-6), over all layers.
 
     E * sum_e f_e P_e:  f_e the share of tokens that choose e;  P_e its mean probability. k for
     uniform routing, 0 for a dense model. mask [B, T]: tokens that count (leave padding out). A
@@ -336,94 +904,145 @@ def load_balance_loss(model, mask=None):
     """
     if not model.config.moe:
         return torch.zeros(())
-    logits = torch.stack([m.router_logits for m in model.modules()
-                          if isinstance(m, MoE)])                                        # [L, N, E]
-    for m in model.modules():
-        if isinstance(m, MoE):
-            m.router_logits = None
-    prob = logits.float().softmax(-1)
-    chosen = F.one_hot(prob.topk(model.config.num_experts_per_tok, -1).indices,
-                       prob.size(-1)).sum(-2).float()
-    keep = torch.ones(prob.size(1),
-                      device=prob.device) if mask is None else mask.reshape(-1).float()
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    prob = torch.stack([m.router_logits for m in layers]).float().softmax(-1)            # [L, N, E]
+    for m in layers:
+        m.router_logits = None
+    top = prob.topk(model.config.num_experts_per_tok, -1).indices                        # [L, N, k]
+    chosen = F.one_hot(top, prob.size(-1)).sum(-2).float()                               # [L, N, E]
+    keep = prob.new_ones(prob.size(1)) if mask is None else mask.reshape(-1).float()     # [N]
     share, mean = ((x * keep[:, None]).sum((0, 1)) / (keep.sum() * len(x))
-                   for x in (chosen, prob))                                                    # [E]
+                   for x in (chosen, prob))                                              # [E] each
     return prob.size(-1) * (share * mean).sum()
 
 
-class Block(nn.Module):
-    """Pre-norm attention, then pre-norm MLP or experts (None: width 0), each added to the residual
-    stream."""
+def check_experts(d, kind):
+    """What is wrong with the number of experts."""
+    top = d.get("num_experts_per_tok", 2)
+    experts = d.get("num_local_experts", d.get("num_experts", 0))
+    return "" if kind not in MLPS or top <= experts else f"{top} of {experts} experts a token"
 
-    def __init__(self, c, layer):
+
+# === expert_names: Hugging Face, how the two families spell their experts =========================
+
+
+def read_mixtral(d):
+    """transformers 5 renames Qwen's key to Mixtral's."""
+    return dict(num_experts=d.get("num_local_experts", d.get("num_experts")), norm_topk_prob=True)
+
+
+def write_mixtral(d):
+    experts = d.pop("num_experts")
+    return d | dict(num_local_experts=experts, sliding_window=None)
+
+
+def read_qwen3_moe(d):
+    return dict(num_experts=d.get("num_local_experts", d.get("num_experts")),
+                intermediate_size=d["moe_intermediate_size"],
+                norm_topk_prob=d.get("norm_topk_prob", False))
+
+
+def write_qwen3_moe(d):
+    return d | dict(moe_intermediate_size=d["intermediate_size"], decoder_sparse_step=1,
+                    mlp_only_layers=[])
+
+
+MIXTRAL = ((".mlp.gate.", ".block_sparse_moe.gate."),
+           (".mlp.experts.", ".block_sparse_moe.experts."),
+           (".gate_proj.", ".w1."), (".down_proj.", ".w2."), (".up_proj.", ".w3."))
+DIALECTS["mixtral"] = Dialect(read=read_mixtral, write=write_mixtral, names=MIXTRAL)
+DIALECTS["qwen3_moe"] = Dialect("moe_intermediate_size", read_qwen3_moe, write_qwen3_moe)
+ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"] = "Mixtral", "Qwen3Moe"
+MLPS["mixtral"] = MLPS["qwen3_moe"] = MoE
+TYPES |= dict(num_experts="whole", num_local_experts="size", num_experts_per_tok="size",
+              norm_topk_prob="flag", router_aux_loss_coef="number", mlp_only_layers="list",
+              decoder_sparse_step="size")
+CHECKS["experts"] = check_experts
+
+
+# === puzzle: 2411.19146, every layer's MLP has its own width, or there is none ====================
+
+
+def check_widths(d, kind):
+    """What is wrong with layer_widths."""
+    widths = d.get("layer_widths") or []
+    right = all(type(x) is int and x >= 0 for x in widths)
+    return "" if right else f"layer_widths {widths}: whole numbers"
+
+
+TYPES["layer_widths"], SHAPED["layer_widths"] = "list", ("layer_widths",)
+CHECKS["widths"] = check_widths
+
+
+# === swiftkv: 2410.03960, late layers take their keys and values from one state ===================
+
+
+def check_swift(d, kind):
+    """What is wrong with swift_layer: from it on, keys and values are made of the state that enters
+    it, through a norm of its own."""
+    beyond = d.get("swift_layer", 0) >= d["num_hidden_layers"]
+    return "swift_layer is beyond the last layer" if beyond else ""
+
+
+SOURCES["swift_layer"] = "norm_swiftkv"
+TYPES["swift_layer"], SHAPED["swift_layer"] = "whole", ("swift_layer",)
+CHECKS["swift"] = check_swift
+
+
+# === moh: 2410.11842, mixture of heads: a router weighs what the heads say ========================
+
+
+class HeadRouter(nn.Module):
+    """Mixture of heads (MoH, 2410.11842): the weight of every head's output, 0 if it is not chosen.
+
+    learned: [a1 S softmax(Ws x), a2 K p / Σ p over the top K],
+             p = softmax(Wr x),  a = 2 softmax(Wh x).
+    norm: 1 for the S shared heads and the top K by p = softmax(‖q‖ / std), gradient straight to p.
+    Every head is computed, then weighted. `routing` (p, chosen) [B, T, R] of the last forward feeds
+    a balance loss.
+    """
+
+    def __init__(self, c):
         super().__init__()
-        width = c.layer_widths[layer] if c.layer_widths else c.intermediate_size
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps) if width else None
-        self.mlp = (MoE if c.moe else MLP)(c, width) if width else None
+        self.S, self.K, self.routing = c.shared_heads, c.routed_heads, None
+        self.learned = c.head_router == "learned"
+        if self.learned:
+            D = c.hidden_size
+            self.shared, self.groups = nn.Linear(D, self.S, bias=False), nn.Linear(D, 2, bias=False)
+            self.routed = nn.Linear(D, c.num_attention_heads - self.S, bias=False)
 
-    def forward(self, x, *where):
-        x = x + self.self_attn(self.input_layernorm(x), *where)
-        return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Transformer(nn.Module):
-    """tokens [B, T] -> hidden [B, T, D], final norm applied. Logits are made only where they are
-    needed."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.swift_layer:
-            self.norm_swiftkv = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    @property
-    def head(self):
-        """The output matrix [V, D]: the embedding itself where the two are tied."""
-        return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
-
-    def forward(self, tokens, cache=None):
-        """Right-padded tokens need no mask: causal attention never looks ahead. With a cache, row
-        b's tokens follow its cache.length[b] earlier ones, and the cache grows. Raises UserError
-        beyond the context."""
-        T, old = tokens.size(1), cache.used if cache else 0
-        if old + T > self.config.max_position_embeddings:
-            raise UserError(f"{old + T} tokens exceed the model's context of "
-                            f"{self.config.max_position_embeddings}: "
-                            "shorten the text or start from a model with a longer context")
-        cos, sin = rope_table(self.config, tokens.device)
-        at = visible = None
-        if cache is None:
-            cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
+    def forward(self, x, q):
+        norm = q[:, self.S:].float().norm(dim=-1).transpose(1, 2)                        # [B, T, R]
+        scale = norm.std(-1, keepdim=True).detach()            # ours: no gradient, infinite at 0
+        p = self.routed(x).float() if self.learned else norm / scale.clamp(min=1e-6)
+        p = p.softmax(-1)                                                                # [B, T, R]
+        chosen = torch.zeros_like(p).scatter(-1, p.topk(self.K, -1).indices, 1.0)
+        self.routing = p, chosen
+        if self.learned:
+            a, routed = 2 * self.groups(x).float().softmax(-1), p * chosen
+            shared = a[..., :1] * self.S * self.shared(x).float().softmax(-1)            # [B, T, S]
+            routed = a[..., 1:] * self.K * routed / routed.sum(-1, keepdim=True)
         else:
-            positions, at = cache.at(T)                                            # [B, T], [B K T]
-            cos, sin = cos[positions][:, None], sin[positions][:, None]            # [B, 1, T, hd/2]
-            if old and T == 1:
-                visible = cache.length + 1                                               # [B]
-            elif old:  # by slots: a cache that evicts has fewer than positions
-                slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
-                visible = (torch.arange(old + T, device=tokens.device)
-                           <= slots[:, None, :, None])                                # [B, 1, T, S]
-        x = self.embed_tokens(tokens)                                                    # [B, T, D]
-        source = None  # SwiftKV: the state that all later layers' keys come from
-        for i, block in enumerate(self.layers):
-            if i and i == self.config.swift_layer:
-                source = self.norm_swiftkv(x)
-            x = block(x, cos, sin, cache, i, at, visible, source)
-        if cache is not None:
-            cache.length += T
-            cache.used += 0 if cache.static else T
-        return self.norm(x)
+            shared = torch.ones_like(norm[..., :1]).expand(-1, -1, self.S)               # [B, T, S]
+            routed = chosen + p - p.detach()
+        return torch.cat([shared, routed], -1).transpose(1, 2)[..., None]             # [B, H, T, 1]
 
-    def logits(self, hidden):
-        """[…, D] -> float32 [..., V]."""
-        return F.linear(hidden, self.head).float()
+
+def check_routed(d, kind):
+    """What is wrong with the routed heads."""
+    router = d.get("head_router", "learned")
+    if d.get("shared_heads", 0) + d.get("routed_heads", 0) > d["num_attention_heads"]:
+        return "more routed heads than heads"
+    return "" if router in GATES else f"head_router is {router!r}: expected {' or '.join(GATES)}"
+
+
+GATES["learned"] = GATES["norm"] = HeadRouter
+SHAPED["routed_heads"] = "shared_heads", "routed_heads", "head_router"
+TYPES |= dict(shared_heads="whole", routed_heads="whole", head_router="text")
+CHECKS["routed"] = check_routed
+
+
+# === scalar: 2203.02155, a head to one number: reward models and critics ==========================
 
 
 class ScalarModel(nn.Module):
@@ -444,8 +1063,8 @@ class ScalarModel(nn.Module):
         Raises UserError for packed layers, which cannot be trained.
         """
         if any(isinstance(m, PackedLinear) for m in lm.modules()):
-            raise UserError("a checkpoint with packed layers cannot become a reward model or critic: "
-                            "start from the one that it was compressed from")
+            raise UserError("a checkpoint with packed layers cannot become a reward model or "
+                            "critic: start from the one that it was compressed from")
         with torch.device("meta"):
             model = cls(lm.config)
         body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
@@ -456,28 +1075,323 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        return (self.model(tokens).float()
-                * self.score.weight[0].float()).sum(-1)                        # sum: never bfloat16
+        products = self.model(tokens).float() * self.score.weight[0].float()             # [B, T, D]
+        return products.sum(-1)                          # a sum, not a matmul: never in bfloat16
 
 
-def init(config, seed=0):
-    """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream
-    1/sqrt(2L) of that (GPT-2), norms 1, biases 0."""
+def token_values(critic, tokens):
+    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t - 1), 0 at
+    t = 0."""
+    return F.pad(critic(tokens)[:, :-1], (1, 0))
+
+
+def sequence_score(reward_model, tokens, length):
+    """A reward model's score of each sequence, read at its last token.
+    tokens [B, T], length [B] -> [B]"""
+    return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
+
+
+def masked_mean(x, mask):
+    """Mean of x over mask (both [B, T]); 0 for an empty mask."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift=True):
+    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False only rescales."""
+    mean = masked_mean(x, mask)
+    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)          # [B, T]
+    return (white if shift else white + mean) * mask
+
+
+# === tensors: safetensors, a folder's weights by name, in one file or in several ==================
+
+
+def hf_name(name, config):
+    """Our parameter's name -> the checkpoint's: 'model.' before the body, the family's parts."""
+    if not name.startswith(("model.", "lm_head.", "score.")):
+        name = "model." + name
+    for ours, theirs in DIALECTS[config.model_type].names:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def shard_index(path):
+    """{tensor: file} of a folder's index, {} without; UserError for files outside the folder."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return {}
+    where = read_json(index, "copy the checkpoint again").get("weight_map")
+    named = isinstance(where, dict) and all(isinstance(x, str) for x in where.values())
+    if not where or not named:
+        raise UserError(f"{index}: weight_map is no table of tensors and their files: "
+                        "copy it again")
+    for name in sorted(set(where.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r}: "
+                            "expected a .safetensors file of the same folder")
+    if (path / "model.safetensors").exists() and "model.safetensors" not in where.values():
+        raise UserError(f"{path} holds model.safetensors and an index of other files: "
+                        "remove the older")
+    return where
+
+
+def open_weights(path):
+    """A safetensors file, open; UserError if it is missing or broken."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: copy the checkpoint again")
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the checkpoint is incomplete, copy it again") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a readable safetensors file ({e}): copy it again") from None
+
+
+def tensors(path):
+    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing
+    or broken, or if the index does not say what its files hold."""
+    where, out = shard_index(path), {}
+    for name in sorted(set(where.values())) or ["model.safetensors"]:
+        file = open_weights(path / name)
+        for key in file.keys():
+            if where and where.get(key) != name:
+                raise UserError(f"{path / name} holds the tensor {key}, which the index puts into "
+                                f"{where.get(key, 'no file')}: they do not belong together, "
+                                "copy them again")
+            out[key] = file
+    if lost := sorted(where.keys() - out.keys()):
+        raise UserError(f"{path / where[lost[0]]} lacks the tensor {lost[0]}, "
+                        "which the index puts there: copy it again")
+    return out
+
+
+# === packed: ours, layers whose weights are codes =================================================
+
+
+def repack(model, layers, where):
+    """Put empty packed layers in the place of those that config.json lists, {their name: spec}."""
+    if not isinstance(layers, dict):
+        raise UserError(f"{where}: quantization_config's layers is no table of names: "
+                        "pack the model again")
+    ours = {hf_name(name + ".", model.config)[:-1]: name for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and "layers." in name}
+    for key, spec in layers.items():
+        try:
+            old = model.get_submodule(ours[key])
+            new = PackedLinear(old.in_features, old.out_features, old.bias is not None, **spec)
+        except KeyError:
+            raise UserError(f"{where}: packed layer {key} is no linear layer of this model's "
+                            "blocks: its quantization_config belongs to another model") from None
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{where}: packed layer {key} cannot be built ({e}): "
+                            "pack the model again") from None
+        model.set_submodule(ours[key], new)
+
+
+def packed_config(model, path, names):
+    """What config.json says of a model's packed layers, stored in the files `names`; {}: none."""
+    layers = {hf_name(name + ".", model.config)[:-1]: m.spec()
+              for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    marks = {name: sha256(path / name) for name in names} if layers else {}
+    return dict(quant_method=QUANT, layers=layers, sha256=marks) if layers else {}
+
+
+def check_packed(path, raw):
+    """UserError if a file of packed weights is not the one that was written."""
+    for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
+        if sha256(path / name) != expected:
+            raise UserError(f"{path / name} was changed after it was packed (its SHA-256): "
+                            "copy it again")
+
+
+# === place: Hugging Face, every tensor of the model is stored once, and nothing else is ===========
+
+FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
+
+
+def check_spare(path, model, stored, packed):
+    """UserError for a stored tensor that the model does not read. packed: its packed layers' names.
+
+    A tied head is one that load() compares; old exports hold rotary frequencies, made anew here.
+    """
+    config = model.config
+    tied = "lm_head.weight" if config.tie_word_embeddings and isinstance(model, Transformer) else ""
+    spare = [k for k in stored if k != tied and not k.endswith(".rotary_emb.inv_freq")]
+    for key in sorted(spare, key=lambda k: k.rpartition(".")[0] not in packed):
+        if key.rpartition(".")[0] in packed:
+            raise UserError(f"{path}: tensor {key} does not belong to a layer packed as "
+                            "quantization_config says: the two do not match, pack the model again")
+        raise UserError(f"{path}: nothing reads the tensor {key} ({len(spare)} such): "
+                        f"config.json, {config.num_hidden_layers} layers of {config.model_type}, "
+                        "is of another model")
+
+
+def place(path, model):
+    """Where the model's tensors are stored: {our name: open file}, {stored name: open file} of the
+    spare ones. UserError for a tensor that is missing, misshapen, unread, or holds no floats."""
+    config, stored, files = model.config, tensors(path), {}
+    packed = {name for name, _ in model.named_buffers()}           # their dtype is their format
+    for name, p in model.state_dict().items():
+        key = hf_name(name, config)
+        if key not in stored:
+            raise UserError(f"{path}: tensor {key} is missing (config.json asks for "
+                            f"{config.num_hidden_layers} layers of {config.model_type}): "
+                            "the checkpoint is incomplete or its config is wrong")
+        found = files[name] = stored.pop(key)
+        shape, kind = found.get_slice(key).get_shape(), found.get_slice(key).get_dtype()
+        if list(p.shape) != shape:
+            raise UserError(f"{path}: tensor {key} has shape {shape}, "
+                            f"config.json asks for {list(p.shape)}")
+        if name not in packed and kind not in FLOATS:
+            raise UserError(f"{path}: tensor {key} is stored as {kind}: weights are floats, one of "
+                            f"{', '.join(FLOATS)}; use a checkpoint that is not quantised")
+    check_spare(path, model, stored, {hf_name(n, config).rpartition(".")[0] for n in packed})
+    return files, stored
+
+
+# === load: Hugging Face, a folder to a model and its tokenizer ====================================
+
+
+def read_tokenizer(path, config, raw):
+    """A checkpoint's tokenizer; UserError if it has more ids than the model has rows, or no end."""
+    tokenizer, rows = Tokenizer.load(path), config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
+                        f"{rows} rows: this tokenizer.json belongs to another model")
+    for end in ("bos", "eos", "pad"):
+        ids = ends(raw, path / "config.json", f"{end}_token_id")
+        for i in (*ids, getattr(tokenizer, end) or 0, *config.eos_token_id):
+            if i >= rows:
+                raise UserError(f"{path}: {end}_token_id {i} is beyond the model's {rows} rows")
+    if tokenizer.eos is None:
+        raise UserError(f"{path}: the tokenizer has no end of text: "
+                        "name an eos_token in its config")
+    return tokenizer
+
+
+def frame(path):
+    """All of a checkpoint but its numbers: the model on the meta device, {our name: open file},
+    {stored name: open file} of the spare tensors, the tokenizer, and config.json's object.
+
+    Raises UserError for what from_hf, repack, place and read_tokenizer refuse.
+    """
+    where, extra = path / "config.json", path / "generation_config.json"
+    raw = read_json(where, "copy the checkpoint again")
+    raw["model_type"] = str(raw.get("model_type")).removeprefix(PACKED_TYPE)
+    config = from_hf(raw, where)
+    if extra.exists() and (eos := ends(read_json(extra), extra)):
+        config = replace(config, eos_token_id=eos)     # Llama-3's chat models name all of them here
+    scalar = HEADS[1] in (raw.get("architectures") or [""])[0]
     with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cpu")
-    g = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-        else:
-            out = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02,
-                            generator=g)
-    return model
+        model = (ScalarModel if scalar else Transformer)(config)
+        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
+    files, spare = place(path, model)
+    return model, files, spare, read_tokenizer(path, config, raw), raw
 
 
-# --- adapters: what is trained, and how it becomes a plain checkpoint again -----------------------
+def peek(path, scalar=False, option="--init"):
+    """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
+    for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
+    model = frame(checkpoint(path))[0]
+    if isinstance(model, ScalarModel) != scalar:
+        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
+        raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
+    return model.config
+
+
+def load(path, device="cpu", dtype=torch.float32):
+    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel,
+    Tokenizer).
+
+    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding
+    it should be tied to, and packed files that were changed. Of a run's checkpoint it names the
+    next older one.
+    """
+    path = checkpoint(path)
+    try:
+        model, files, spare, tokenizer, raw = frame(path)
+        state = read_weights(path, model, files, device, dtype)
+        check_packed(path, raw)
+        check_tied(path, spare, state)
+    except UserError as e:
+        raise UserError(f"{e}{older_than(path)}") from None
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(), tokenizer
+
+
+# === weights: Hugging Face, the numbers of a checkpoint in and out ================================
+
+
+def read_weights(path, model, files, device, dtype):
+    """{our name: tensor}. UserError for NaN or infinity, and for packed codes of another type."""
+    state, packed = {}, {name for name, _ in model.named_buffers()}
+    for name, p in model.state_dict().items():
+        key = hf_name(name, model.config)
+        value = files[name].get_tensor(key)
+        if name in packed and value.dtype != p.dtype:
+            raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
+                            f"its format is {p.dtype}: pack the model again")
+        # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
+        state[name] = value.to(device, p.dtype if name in packed else dtype, copy=True)
+        if not_finite(state[name]):
+            raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: "
+                            "copy it again")
+    return state
+
+
+def check_tied(path, spare, state):
+    """UserError for a stored head that is not the embedding which config.json ties it to."""
+    if file := spare.get("lm_head.weight"):
+        embedding = state["embed_tokens.weight"]
+        head = file.get_tensor("lm_head.weight").to(embedding)
+        if not torch.equal(head, embedding):
+            raise UserError(f"{path}: lm_head.weight is not the embedding, and config.json ties "
+                            "the two: set tie_word_embeddings to false if the head is meant")
+
+
+def save_weights(model, path, shard_bytes):
+    """Write the tensors as safetensors, split beyond shard_bytes, with an index. -> file names"""
+    shards, size = [{}], 0
+    for name, p in model.state_dict().items():
+        if shards[-1] and size + p.nbytes > shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
+        size += p.nbytes
+    n = len(shards)
+    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    names = ["model.safetensors"] if n == 1 else names
+    where, total = {}, 0
+    for name, shard in zip(names, shards):
+        save_file(shard, path / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, name)
+        total += sum(p.nbytes for p in shard.values())
+    if n > 1:
+        index = dict(metadata=dict(total_size=total), weight_map=where)
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return names
+
+
+def save(model, tokenizer, path, shard_bytes=5_000_000_000):
+    """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes) and
+    tokenizer.json.
+
+    Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is
+    bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    names = save_weights(model, path, shard_bytes)
+    d = to_hf(model.config, isinstance(model, ScalarModel))
+    if packed := packed_config(model, path, names):
+        d |= dict(quantization_config=packed, model_type=PACKED_TYPE + d["model_type"])
+    (path / "config.json").write_text(json.dumps(d, indent=2))
+    ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
+    (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
+    if tokenizer is not None:
+        tokenizer.save(path)
+
+
+# === adapters: ours, what is trained, and how it becomes a plain checkpoint again =================
 
 
 def replace_linears(model, make):
@@ -509,9 +1423,40 @@ def leaf(linear, *shape):
     return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
 
 
+def full(model, generator):
+    """Train every parameter."""
+    return model
+
+
+def adapter_state(model):
+    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable
+    adapters, or all of a model whose layers only exist rounded. Empty if a checkpoint holds all."""
+    special = [m for m in model.modules() if hasattr(m, "merged")]
+    stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}         # optim.StoredLinear
+    if not stands_in:
+        return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and special}
+    return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()]
+            if id(x) not in stands_in}
+
+
+def merge(model):
+    """A plain copy of the model: adapters folded into their layers, stored weights read."""
+    plain = copy.deepcopy(model)
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "merged"):
+                setattr(parent, name, child.merged())
+    return plain.requires_grad_()
+
+
+PEFT = dict(full=full)                   # what is trained: (model, generator) -> model
+
+
+# === lora: 2106.09685, 2305.14314, a low-rank update beside frozen layers =========================
+
+
 class LoRA(nn.Module):
-    """A frozen linear layer plus a low-rank update (LoRA, 2106.09685 eq. 3):  y = W x + (alpha / R)
-    B A x.
+    """A frozen linear layer and a low-rank update (2106.09685 eq. 3):  y = W x + (alpha / R) B A x.
 
     A [R, D] is Kaiming-uniform and B [F, R] zero, so that training starts from the layer as it was.
     The layer may be packed (QLoRA, 2305.14314).
@@ -520,9 +1465,9 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, alpha, generator=None):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        self.A, self.B = leaf(linear, rank, linear.in_features), leaf(linear, linear.out_features,
-                                                                      rank)
-        bound = 1 / math.sqrt(linear.in_features)      # kaiming_uniform_ with a = sqrt(5), LoRA's own choice
+        self.A = leaf(linear, rank, linear.in_features)
+        self.B = leaf(linear, linear.out_features, rank)
+        bound = 1 / math.sqrt(linear.in_features)   # kaiming_uniform_, a = sqrt(5): LoRA's choice
         with torch.no_grad():
             noise = torch.rand(self.A.shape, generator=generator)
             self.A.copy_((2 * noise - 1) * bound)
@@ -535,6 +1480,20 @@ class LoRA(nn.Module):
         return plain_linear(self.linear, weight_of(self.linear) + self.scale * self.B @ self.A)
 
 
+def lora(model, generator, *, rank: Count = 8, alpha=0.0):
+    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all
+    layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
+    model.requires_grad_(False)
+    alpha = alpha or 2 * rank
+    return replace_linears(model, lambda name, layer: LoRA(layer, rank, alpha, generator))
+
+
+PEFT["lora"] = lora
+
+
+# === bone: 2409.15371, one matrix shared by all groups of a layer's inputs ========================
+
+
 class Bone(nn.Module):
     """Block affine adaptation, rows (Bone, 2409.15371):  y = W x + (sum over groups of R inputs) M,
     M [R, F] from 0. x is padded to whole groups; merged, Mᵀ is added to every R columns of W."""
@@ -544,8 +1503,9 @@ class Bone(nn.Module):
         self.linear, self.M = linear.requires_grad_(False), leaf(linear, rank, linear.out_features)
 
     def forward(self, x):
-        folded = F.pad(x, (0, -x.size(-1) % len(self.M))).unflatten(-1,  # [..., R]
-                                                                    (-1, len(self.M))).sum(-2)
+        R = len(self.M)
+        padded = F.pad(x, (0, -x.size(-1) % R))
+        folded = padded.unflatten(-1, (-1, R)).sum(-2)                                   # [..., R]
         return self.linear(x) + folded @ self.M
 
     def merged(self):
@@ -555,6 +1515,18 @@ class Bone(nn.Module):
         return plain_linear(self.linear, weight_of(self.linear) + delta)
 
 
+def bone(model, generator, *, rank: Count = 64):
+    """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
+    model.requires_grad_(False)
+    return replace_linears(model, lambda name, layer: Bone(layer, rank))
+
+
+PEFT["bone"] = bone
+
+
+# === bat: 2409.15371, block affine changes guided by the weights ==================================
+
+
 class Bat(nn.Module):
     """Block affine adaptation guided by the weights (Bat, 2409.15371):  block (i, j), R x R, of W
     gains W_ij M_i + M_i,  M [F/R, R, R] from 0. R must divide both sides."""
@@ -562,8 +1534,8 @@ class Bat(nn.Module):
     def __init__(self, linear, rank):
         super().__init__()
         if linear.in_features % rank or linear.out_features % rank:
-            raise UserError(f"--peft bat --rank {rank} must divide both sides of a {linear.out_features}x"
-                            f"{linear.in_features} layer: try "
+            raise UserError(f"--peft bat --rank {rank} must divide both sides of a "
+                            f"{linear.out_features}x{linear.in_features} layer: try "
                             f"{math.gcd(linear.in_features, linear.out_features)}")
         self.linear = linear.requires_grad_(False)
         self.M = leaf(linear, linear.out_features // rank, rank, rank)
@@ -583,39 +1555,16 @@ class Bat(nn.Module):
         return plain_linear(self.linear, self.weight())
 
 
-def full(model, generator):
-    """Train every parameter."""
-    return model
-
-
-def lora(model, generator, *, rank: Count = 8, alpha=0.0):
-    """LoRA (2106.09685) on every linear layer inside the blocks (QLoRA, 2305.14314 §4, found all
-    layers to matter). alpha 0 means 2 * rank. In place; returns the model."""
-    check_rank(rank)
-    model.requires_grad_(False)
-    return replace_linears(model,
-                           lambda name, layer: LoRA(layer, rank, alpha or 2 * rank, generator))
-
-
-def bone(model, generator, *, rank: Count = 64):
-    """Bone (2409.15371): one R x F matrix a layer, shared by all groups of R inputs."""
-    check_rank(rank)
-    model.requires_grad_(False)
-    return replace_linears(model, lambda name, layer: Bone(layer, rank))
-
-
 def bat(model, generator, *, rank: Count = 32):
-    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; may have full
-    rank."""
-    check_rank(rank)
+    """Bat (2409.15371): one R x R matrix every R outputs, guided by the weights; of any rank."""
     model.requires_grad_(False)
     return replace_linears(model, lambda name, layer: Bat(layer, rank))
 
 
-def check_rank(rank):
-    """UserError below 1."""
-    if rank < 1:
-        raise UserError(f"--rank {rank}: the rank must be at least 1")
+PEFT["bat"] = bat
+
+
+# === hft: 2404.18466, half fine-tuning: each round freezes half of every layer ====================
 
 
 def hft(model, generator):
@@ -628,13 +1577,14 @@ def hft(model, generator):
     """
     def draw(n):
         return torch.randperm(n, generator=generator).tolist()
+
     L = model.config.num_hidden_layers
     more = set(draw(L)[:L // 2])
     for i, layer in enumerate(model.layers):
         parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
                  (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
                  (["input_layernorm", "post_attention_layernorm"], 1)]
-        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
+        frozen = {kinds[k] for kinds, train in parts for k in draw(len(kinds))[train:]}
         frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
         for name, module in layer.named_modules():
             if name.split(".")[-1] in frozen:
@@ -642,32 +1592,17 @@ def hft(model, generator):
     return model
 
 
-def adapter_state(model):
-    """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable
-    adapters, or all of a model with layers that only exist rounded. Empty if a checkpoint holds
-    everything."""
-    special = [m for m in model.modules() if hasattr(m, "merged")]
-    stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}         # optim.StoredLinear
-    if not stands_in:
-        return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad and special}
-    return {k: x.detach() for k, x in [*model.named_buffers(), *model.named_parameters()]
-            if id(x) not in stands_in}
+PEFT["hft"] = hft
 
 
-def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read. The
-    original is left as it is."""
-    plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "merged"):
-                setattr(parent, name, child.merged())
-    return plain.requires_grad_()
+# === ranks: 2304.11277, a model spread over torchrun's ranks; its precision =======================
 
 
-PEFT = dict(full=full, lora=lora, bone=bone, bat=bat, hft=hft)
-
-# --- several ranks --------------------------------------------------------------------------------
+def autocast(device, dtype):
+    """The context that runs matmuls in `dtype` ('bfloat16', or 'float32' for none) on `device`."""
+    if dtype != "bfloat16":
+        return nullcontext()
+    return torch.autocast(str(device).split(":")[0], torch.bfloat16)
 
 
 def shard(model, dtype="float32"):
@@ -697,289 +1632,11 @@ def shard(model, dtype="float32"):
         full = copy.deepcopy(frame)
         full.load_state_dict(state, assign=True)
         return full
+
     return whole
 
 
-# --- scoring --------------------------------------------------------------------------------------
-
-
-def masked_mean(x, mask):
-    """Mean of x over mask (both [B, T]); 0 for an empty mask."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def masked_whiten(x, mask, shift=True):
-    """(x - mean) / std over the mask, biased variance, eps 1e-8; shift=False rescales but keeps the
-    mean."""
-    mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)          # [B, T]
-    return (white if shift else white + mean) * mask
-
-
-def autocast(device, dtype):
-    """The context that runs matmuls in `dtype` ('bfloat16', or 'float32' for none) on `device`."""
-    return torch.autocast(str(device).split(":")[0],
-                          torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def collate(rows, pad, device="cpu"):
-    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, by
-    length."""
-    width = max(len(p) + len(c) for p, c in rows)
-    tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
-    mask = torch.zeros(len(rows), width)                                                 # [B, T]
-    for i, (p, c) in enumerate(rows):
-        tokens[i, :len(p) + len(c)] = torch.as_tensor([*p, *c])
-        mask[i, len(p):len(p) + len(c)] = 1.0
-    return tokens.to(device), mask.to(device)
-
-
-def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
-    """Aligned float32 log-probs [B, T]: out[b, t] = log p(tokens[b, t] | tokens[b, :t]), out[:, 0]
-    = 0.
-
-    The one place where the shift by one is made. [B, T, V] is never held: the head runs in chunks
-    of rows, with a mask only where it is 1 (0 elsewhere). entropy=True returns (logp, entropy of
-    the prediction of t).
-    """
-    hidden = model(tokens)[:, :-1]                                                     # [B, T-1, D]
-    where = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] > 0
-    made = linear_logprob(hidden[where], model.head, tokens[:, 1:][where], temperature,
-                          entropy)                                                             # [N]
-    out = [F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0))
-           for x in (made if entropy else (made,))]
-    return tuple(out) if entropy else out[0]                                             # [B, T]
-
-
-def token_values(critic, tokens):
-    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t-1), out[:, 0]
-    = 0."""
-    return F.pad(critic(tokens)[:, :-1], (1, 0))
-
-
-def sequence_score(reward_model, tokens, length):
-    """A reward model's score of each sequence, read at its last token.   tokens [B, T], length [B]
-    -> [B]."""
-    return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
-
-
-# --- generation -----------------------------------------------------------------------------------
-
-
-class Rollout(NamedTuple):
-    """Completions, `samples` rows per prompt in order. tokens [B, T] hold prompt + completion,
-    right-padded; mask [B, T] is 1 on completion tokens, the stop token included; logp [B, T] are
-    the sampler's log-probs; finished [B]: it stopped by itself, rather than by running out of
-    tokens; row_steps: one-token forwards computed after the prefill, summed over rows: what the
-    decoding cost."""
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    logp: torch.Tensor
-    prompt_len: torch.Tensor
-    finished: torch.Tensor
-    row_steps: int = 0
-
-    def completions(self):
-        """Each row's completion ids without the stop token, as lists."""
-        end = self.mask.sum(1).long() - self.finished.long() + self.prompt_len           # [B]
-        return [row[s:e].tolist() for row, s, e in zip(self.tokens, self.prompt_len, end)]
-
-
-def tempered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [..., V] / temperature, -inf where top-k or top-p truncates: softmax gives what is
-    sampled."""
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1)), -1).values[..., -1:]              # [..., 1]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
-        value, index = logits.sort(-1, descending=True)                                  # [..., V]
-        before = value.softmax(-1).cumsum(-1) - value.softmax(-1)                 # mass before each
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index,
-                                                                  before >= max(top_p, 1e-9))
-        logits = logits.masked_fill(drop, -math.inf)
-    return logits
-
-
-def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Sample by inverting the distribution function: logits [B, V], u [B] in [0, 1) -> tokens [B],
-    logp [B].
-
-    logp: under the distribution sampled from (tempered, truncated); greedy (temperature 0):
-    softmax(logits).
-    """
-    if temperature == 0:
-        token = logits.argmax(-1)                                                        # [B]
-        return token, torch.log_softmax(logits, -1).gather(1, token[:, None]).squeeze(1)
-    logits = tempered(logits, temperature, top_k, top_p)
-    logits = logits - logits.amax(-1, keepdim=True)                                      # [B, V]
-    cdf = logits.exp().double().cumsum_(-1)                                       # times a constant
-    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:],
-                               right=True)                                     # never one of mass 0
-    token = token.clamp(max=logits.size(-1) - 1)  # NaN finds no place: see generate
-    return token.squeeze(1), (logits.gather(1, token)
-                              - cdf[:, -1:].log().to(logits.dtype)).squeeze(1)
-
-
-def graphed(model):
-    """Whether decoding replays CUDA graphs: where our kernels run and no layer asks the host
-    (experts do)."""
-    waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
-                for m in model.modules())
-    return model.head.is_cuda and kernels.route(model.head) == "triton" and not (model.config.moe
-                                                                                 or waits)
-
-
-def capture(step, device, graphs):
-    """Run step() once; -> a function that runs it again, on CUDA as a graph: one launch, not
-    hundreds.
-
-    step works in place, on tensors that outlive the graph, and never asks the device for a number.
-    Its plain run, on a side stream as torch.cuda.graph wants, compiles kernels and fills autocast's
-    cache of weights: the graph holds neither. `graphs` keeps all of a rollout, which share one
-    memory pool.
-    """
-    if device.type != "cuda":
-        step()
-        return step
-    here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(here)
-    with torch.cuda.stream(side):
-        step()
-    here.wait_stream(side)
-    with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
-        step()                                         # records, computes nothing
-    graphs.append(graph)
-    return graph.replay
-
-
-CHECK = 8                # steps of a graph between two looks at which rows have finished
-
-
-def prefill(model, tokens, length, rows, new, make=Cache):
-    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues prompt
-    rows[b].
-
-    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots.
-    """
-    device = tokens.device
-    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-             else model.head.dtype)
-    cache = make(model.config, *tokens.shape, device, dtype)
-    hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
-    cache.length = length
-    cache.spread(rows, new)
-    return hidden[rows], cache
-
-
-def collect(prompt, length, out, logp, stop, pad, row_steps):
-    """What was decoded -> Rollout: each row is cut after its first stop, and follows its own
-    prompt.
-
-    prompt [B, T] of `length` [B]; out, logp [B, new], where a static batch ran on after its stop.
-    """
-    hit = torch.isin(out, stop)                                                          # [B, new]
-    after = hit.cumsum(1) > hit
-    out, logp, mask = out.masked_fill(after, pad), logp.masked_fill(after, 0), (~after).float()
-    width = int((length + mask.sum(1)).max())
-    place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
-
-    def join(left, right):
-        wide = F.pad(left, (0, out.size(1)))                                          # [B, T + new]
-        return wide.scatter(1, place, right)[:, :width].contiguous()
-
-    zero = torch.zeros_like(prompt, dtype=logp.dtype)
-    return Rollout(join(prompt, out), join(zero, mask), join(zero, logp), length, hit.any(1),
-                   row_steps)
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
-             stop=None,
-             generator=None, contrast=None, cache=Cache):
-    """Sample `samples` completions per prompt (id lists of any lengths) -> Rollout, B = prompts x
-    samples.
-
-    Each distinct prompt is prefilled once; finished rows leave the batch, at once or, where a step
-    is a CUDA graph of fixed shape, when half have. Row b's i-th draw is a number fixed beforehand,
-    so which other rows still run changes nothing. stop: ids that end a completion (default: the
-    model's eos). contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two
-    models' log-probs. cache: what makes the cache of keys and values, a class with Cache's methods
-    (see data/kv.py). Raises UserError for an empty prompt, or one that does not leave
-    max_new_tokens of context.
-    """
-    config, device = model.config, model.head.device
-    longest = max((len(p) for p in prompts), default=0)
-    if longest == 0 or min(map(len, prompts)) == 0:
-        raise UserError("generate needs at least one prompt, and every prompt at least one token")
-    if samples < 1 or min(max_new_tokens, temperature, top_k) < 0:
-        raise UserError(f"generate cannot make {samples} samples of {max_new_tokens} new tokens at "
-                        f"temperature {temperature}, top_k {top_k}: ask for at least one sample, "
-                        "and nothing below 0")
-    if longest + max_new_tokens > config.max_position_embeddings:
-        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones "
-                        f"exceed the context of {config.max_position_embeddings}: "
-                        "shorten the prompt or lower the number of new tokens")
-    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device,
-                        dtype=torch.long)
-    pad, index = max(config.pad_token_id,
-                     0), {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([index[tuple(p)] for p in prompts],
-                        device=device).repeat_interleave(samples)                              # [B]
-    distinct, _ = collate([(p, ()) for p in index], pad, device)                      # [U, longest]
-    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
-    models = [model, contrast[0]] if contrast else [model]
-    start, caches = zip(*(prefill(m, distinct, length, rows, max_new_tokens, cache)
-                          for m in models))
-
-    B = len(rows)
-    u = torch.rand(B, max_new_tokens, generator=generator).to(device)            # row b's i-th draw
-    out, logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)               # [B, new]
-    row, token = torch.arange(B, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    done, i = torch.zeros_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.long,
-                                                                   device=device)
-
-    def emit(hidden):
-        """Pick each row's i-th token from the models' hidden states [n, D] and note it: all in
-        place."""
-        now = model.logits(hidden[0])                                                    # [n, V]
-        if contrast:
-            now = now + contrast[1] * (now - models[1].logits(hidden[1]))
-        token[:], logp[row, i] = pick(now, u[row, i], temperature, top_k, top_p)
-        out[row, i] = token
-        done.logical_or_((token[:, None] == stop).any(1))
-        i.add_(1)
-
-    def step():
-        emit([m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)])
-
-    if max_new_tokens:
-        emit(start)
-    static, graphs, row_steps = not contrast and cache is Cache and graphed(model), [], 0
-    if static:
-        caches[0].static, caches[0].used = True, longest + max_new_tokens - 1
-    first = go = None if static else step              # None: capture it, for a batch of a new size
-    for t in range(1, max_new_tokens):
-        if (t - 1) % CHECK == 0 or not static:
-            n = int((~done).sum())
-            if n == 0:
-                break
-            if n <= len(row) // 2 if static else n < len(row):  # the last rows alive fill the gaps
-                order = torch.arange(len(row), device=device)
-                order[:n][done[:n]] = order[n:][~done[n:]]
-                order, go = order[:n], first
-                for cache in caches:
-                    cache.keep(order)
-                row, token, done = row[order], token[order], done[order]
-        if go is None:
-            go = capture(step, device, graphs)
-        else:
-            go()
-        row_steps += len(row)
-    if not logp.isfinite().all():
-        raise UserError("the model's predictions are not finite: its weights have diverged, or overflow in "
-                        "this --dtype; go back to an older checkpoint and a lower --lr")
-    return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
+# === stream: ours, one completion, token by token =================================================
 
 
 @torch.no_grad()
@@ -1001,406 +1658,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
             return
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
-PACKED_TYPE = "packed-"  # before its model_type: transformers would ignore the quant_method
-SHAPED_TYPE = "shaped-"  # before that of a model with layer_widths, swift_layer, routed_heads
-
-
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "max_position_embeddings")
-ROPES = dict(default=(), linear=("factor",), llama3=(
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
-
-
-def check_config(d, kind, where):
-    """UserError for a config.json that lacks a key, has one of another type, or whose sizes do not
-    fit."""
-    inner = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
-    sizes = dict.fromkeys((*SIZES, inner, "num_key_value_heads", "head_dim", "num_experts_per_tok",
-                           "num_local_experts"), "size")
-    expect(d, where, (*SIZES, inner), **sizes, num_experts="whole", rms_norm_eps="positive",
-           rope_theta="positive", tie_word_embeddings="flag", attention_bias="flag",
-           mlp_bias="flag",
-           norm_topk_prob="flag", use_sliding_window="flag", sliding_window="size",
-           hidden_act="text",
-           rope_scaling="object", rope_parameters="object", quantization_config="object",
-           architectures="list", router_aux_loss_coef="number", layer_widths="list",
-           swift_layer="whole",
-           shared_heads="whole", routed_heads="whole", head_router="text", mlp_only_layers="list",
-           decoder_sparse_step="size", num_labels="size", id2label="object",
-           max_window_layers="whole")
-    heads = d["num_attention_heads"]
-    groups, width = d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] / heads
-    experts = d.get("num_local_experts", d.get("num_experts", 0))
-    names = [f"{ARCHITECTURES[kind]}For{x}" for x in ("CausalLM", "SequenceClassification")]
-    widths, router = d.get("layer_widths") or [], d.get("head_router", "learned")
-    kinds = d.get("architectures") if d.get("architectures") is not None else names
-    labels = d.get("num_labels") or len(d.get("id2label") or [0])
-    for wrong, words in (
-            (kinds[:1] not in [[x] for x in names],
-             f"architectures is {kinds}: expected [{names[0]!r}], or of a reward model [{names[1]!r}]"),
-            (heads % groups, f"{heads} attention heads do not share {groups} key heads evenly"),
-            (width % 2, f"a head of {width:g} numbers: rotary positions need an even whole number"),
-            (kind in ("mixtral", "qwen3_moe") and not d.get("num_experts_per_tok", 2) <= experts,
-             f"{d.get('num_experts_per_tok', 2)} of {experts} experts a token"),
-            (not all(type(x) is int and x >= 0 for x in widths),
-             f"layer_widths {widths}: whole numbers"),
-            (d.get("swift_layer", 0) >= d["num_hidden_layers"],
-             "swift_layer is beyond the last layer"),
-            (d.get("shared_heads", 0) + d.get("routed_heads", 0) > heads,
-             "more routed heads than heads"),
-            (kinds[:1] == names[1:] and labels != 1,
-             f"{labels} labels: a reward model has one score"),
-            (router not in ("learned", "norm"),
-             f"head_router is {router!r}: expected learned or norm")):
-        if wrong:
-            raise UserError(f"{where}: {words}")
-
-
-def check_supported(d, kind, where):
-    """UserError for an option that is written rightly and that we do not compute."""
-    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
-    window = d.get("sliding_window") if slides and d.get("use_sliding_window",
-                                                         kind == "mixtral") else None
-    quant = d.get("quantization_config") or {}
-    expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
-    refuse = dict(
-        hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
-        mlp_bias=d.get("mlp_bias", False), attention_bias=d.get("attention_bias", False),
-        mlp_only_layers=d.get("mlp_only_layers"),
-        decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
-        quantization_config=quant and quant.get("quant_method") != QUANT,
-        sliding_window=window is not None and window < d["max_position_embeddings"])
-    for key, wrong in refuse.items():
-        if wrong:
-            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; use a checkpoint without it")
-
-
-def check_rope(rope, where):
-    """UserError for rotary options that rope_table does not know, or that lack a number."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPES:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose {', '.join(ROPES)}")
-    numbers = dict.fromkeys((*ROPES[kind], "rope_theta"), "positive")
-    expect(rope, f"{where}, rope options", ROPES[kind], **numbers)
-
-
-def ends(d, where, key="eos_token_id"):
-    """The ids under a key of a config: one, none, or of eos a list. UserError for anything else;
-    -1: none."""
-    value = d.get(key)
-    ids = [] if value is None else value if isinstance(value,
-                                                       list) and key == "eos_token_id" else [value]
-    if not all(type(x) is int for x in ids):
-        raise UserError(f"{where}: {key} is {value!r}: expected a token's id, a list of ids, or null")
-    return tuple(x for x in ids if x >= 0)
-
-
-def from_hf(d, where="config.json"):
-    """A parsed config.json -> ModelConfig; UserError for architectures or options that would load
-    wrongly."""
-    d = {k: v for k, v in d.items() if v is not None}            # null is what is not there
-    expect(d, where, ("model_type",), model_type="text")
-    shaped, kind = d["model_type"].startswith(SHAPED_TYPE), d["model_type"].removeprefix(SHAPED_TYPE)
-    if kind not in ARCHITECTURES:
-        why = ("; LOST with a non-linearity: only sft.py --resume reads it"
-               if str(kind).startswith("lost-") else nearest(str(kind), ARCHITECTURES))
-        raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
-    check_config(d, kind, where)
-    check_supported(d, kind, where)
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
-    check_rope(rope, where)
-    known = {f.name for f in fields(ModelConfig)}
-    out = {k: v for k, v in d.items() if k in known and v is not None} | dict(model_type=kind)
-    if "layer_widths" in out:
-        out["layer_widths"] = tuple(out["layer_widths"])
-    out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
-    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-    out["rope_scaling"] = () if kind_of_rope == "default" else tuple(sorted(rope.items()))
-    out["eos_token_id"] = ends(d, where)
-    out.setdefault("num_key_value_heads", d["num_attention_heads"])
-    out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
-    if kind in ("mixtral", "qwen3_moe"):         # transformers 5 renames Qwen's key to Mixtral's
-        out["num_experts"] = d.get("num_local_experts", d.get("num_experts"))
-    if kind == "mixtral":
-        out["norm_topk_prob"] = True
-    elif kind == "qwen3_moe":
-        out |= dict(intermediate_size=d["moe_intermediate_size"],
-                    norm_topk_prob=d.get("norm_topk_prob", False))
-    else:
-        out["num_experts"] = 0
-    out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
-    config = ModelConfig(**out)
-    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0,
-                                                                         config.num_hidden_layers):
-        raise UserError(f"{where}: model_type {d['model_type']!r} does not go with {config.shaped} and "
-                        f"{config.num_hidden_layers} layers: make the checkpoint again")
-    return config
-
-
-def to_hf(config, scalar=False):
-    """ModelConfig -> the dict that config.json holds, with both spellings in use of the RoPE
-    options."""
-    d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
-    for key in ("layer_widths", "swift_layer", "shared_heads", "routed_heads", "head_router"):
-        if key not in config.shaped:
-            del d[key]
-    d["model_type"] = SHAPED_TYPE * bool(config.shaped) + d["model_type"]
-    d["architectures"] = [ARCHITECTURES[config.model_type]
-                          + ("ForSequenceClassification" if scalar else "ForCausalLM")]
-    d["eos_token_id"] = (list(config.eos_token_id) if len(config.eos_token_id) > 1
-                         else next(iter(config.eos_token_id), None))
-    d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
-    scaling = dict(config.rope_scaling)
-    d["rope_scaling"] = scaling or None
-    d["rope_parameters"] = {"rope_type": "default"} | scaling | {"rope_theta": config.rope_theta}
-    if config.model_type == "mixtral":
-        d |= dict(num_local_experts=d.pop("num_experts"), sliding_window=None)
-    elif config.model_type == "qwen3_moe":
-        d |= dict(moe_intermediate_size=config.intermediate_size, decoder_sparse_step=1,
-                  mlp_only_layers=[])
-    if scalar:
-        d |= dict(id2label={"0": "LABEL_0"},
-                  label2id={"LABEL_0": 0})                            # transformers' num_labels = 1
-    return d
-
-
-MIXTRAL = {".mlp.gate.": ".block_sparse_moe.gate.", ".mlp.experts.": ".block_sparse_moe.experts.",
-           ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
-
-
-def hf_name(name, config):
-    """Our parameter's name -> the checkpoint's: 'model.' before the body, and Mixtral's names of
-    experts."""
-    if not name.startswith(("model.", "lm_head.", "score.")):
-        name = "model." + name
-    if config.model_type == "mixtral":
-        for ours, theirs in MIXTRAL.items():
-            name = name.replace(ours, theirs)
-    return name
-
-
-def save(model, tokenizer, path, shard_bytes=5_000_000_000):
-    """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes),
-    tokenizer.json.
-
-    Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is
-    bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, p in model.state_dict().items():
-        if shards[-1] and size + p.nbytes > shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
-        size += p.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        save_file(shard, path / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        where = {k: name for name, shard in zip(names, shards) for k in shard}
-        total = sum(p.nbytes for s in shards for p in s.values())
-        (path / "model.safetensors.index.json").write_text(
-            json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
-    d = to_hf(model.config, isinstance(model, ScalarModel))
-    layers = {hf_name(name + ".", model.config)[:-1]: m.spec() for name, m in model.named_modules()
-              if isinstance(m, PackedLinear)}
-    if layers:
-        d["quantization_config"] = dict(quant_method=QUANT, layers=layers,
-                                        sha256={name: sha256(path / name) for name in names})
-        d["model_type"] = PACKED_TYPE + d["model_type"]
-    (path / "config.json").write_text(json.dumps(d, indent=2))
-    ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
-    (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
-    if tokenizer is not None:
-        tokenizer.save(path)
-
-
-def tensors(path):
-    """{name: open file} of a folder's safetensors, single or sharded. UserError if one is missing
-    or broken, or if the index names files outside the folder or does not say what its files
-    hold."""
-    index, where, names = path / "model.safetensors.index.json", {}, ["model.safetensors"]
-    if index.exists():
-        where = read_json(index, "copy the checkpoint again").get("weight_map")
-        if not where or not isinstance(where, dict) or not all(isinstance(x, str)
-                                                               for x in where.values()):
-            raise UserError(f"{index}: weight_map is no table of tensors and their files: copy it again")
-        names = sorted(set(where.values()))
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index} names {name!r}: expected a .safetensors file of the same folder")
-        if (path / "model.safetensors").exists() and "model.safetensors" not in names:
-            raise UserError(f"{path} holds model.safetensors and an index of other files: remove the older")
-    out = {}
-    for name in names:
-        if (path / name).exists() and not (path / name).is_file():
-            raise UserError(f"{path / name} is no file: copy the checkpoint again")
-        try:
-            file = safe_open(path / name, "pt")
-        except FileNotFoundError:
-            raise UserError(f"{path / name} is missing: "
-                            "the checkpoint is incomplete, copy it again") from None
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path / name} is not a readable safetensors file ({e}): "
-                            "copy it again") from None
-        for key in file.keys():
-            if where and where.get(key) != name:
-                raise UserError(f"{path / name} holds the tensor {key}, which the index puts into "
-                                f"{where.get(key, 'no file')}: they do not belong together, copy them again")
-            out[key] = file
-    if lost := sorted(where.keys() - out.keys()):
-        raise UserError(f"{path / where[lost[0]]} lacks the tensor {lost[0]}, which the index puts there: "
-                        "copy it again")
-    return out
-
-
-def repack(model, layers, where):
-    """Replace the Linear layers that config.json lists, {checkpoint's name: spec}, by empty packed
-    ones."""
-    if not isinstance(layers, dict):
-        raise UserError(f"{where}: quantization_config's layers is no table of names: pack the model again")
-    ours = {hf_name(name + ".", model.config)[:-1]: name for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and "layers." in name}
-    for key, spec in layers.items():
-        try:
-            old = model.get_submodule(ours[key])
-            new = PackedLinear(old.in_features, old.out_features, old.bias is not None, **spec)
-        except KeyError:
-            raise UserError(f"{where}: packed layer {key} is no linear layer of this model's blocks: "
-                            "its quantization_config belongs to another model") from None
-        except (TypeError, ValueError) as e:
-            raise UserError(f"{where}: packed layer {key} cannot be built ({e}): "
-                            "pack the model again") from None
-        model.set_submodule(ours[key], new)
-
-
-def check_spare(path, model, stored, packed):
-    """UserError for a stored tensor that the model does not read. packed: the names of its packed
-    layers.
-
-    A tied head is one that load() compares; old exports hold rotary frequencies, which are made
-    anew here."""
-    config = model.config
-    tied = "lm_head.weight" if config.tie_word_embeddings and isinstance(model, Transformer) else ""
-    spare = [k for k in stored if k != tied and not k.endswith(".rotary_emb.inv_freq")]
-    for key in sorted(spare, key=lambda k: k.rpartition(".")[0] not in packed):
-        if key.rpartition(".")[0] in packed:
-            raise UserError(f"{path}: tensor {key} does not belong to a layer packed as quantization_config "
-                            "says: the two do not match, pack the model again")
-        raise UserError(f"{path}: nothing reads the tensor {key} ({len(spare)} such): config.json, "
-                        f"{config.num_hidden_layers} layers of {config.model_type}, is of another model")
-
-
-FLOATS = dict(F64=torch.float64, F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
-
-
-def frame(path):
-    """All of a checkpoint but its numbers: the model on the meta device, {our name: open file},
-    {stored name: open file} of the spare tensors, the tokenizer, and config.json's object.
-
-    Raises UserError that names an unknown architecture, a missing, misshapen or unread tensor, one
-    that holds no floats, a packed layer that is not stored as config.json says, or a tokenizer with
-    more ids than the model has rows.
-    """
-    where = path / "config.json"
-    raw = read_json(where, "copy the checkpoint again")
-    raw["model_type"] = str(raw.get("model_type")).removeprefix(PACKED_TYPE)
-    config = from_hf(raw, where)
-    extra = path / "generation_config.json"      # Llama-3's chat models name all eos ids here
-    eos = ends(read_json(extra), extra) if extra.exists() else ()
-    config = replace(config, eos_token_id=eos) if eos else config
-    with torch.device("meta"):
-        scalar = "SequenceClassification" in (raw.get("architectures") or [""])[0]
-        model = (ScalarModel if scalar else Transformer)(config)
-        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
-    held = {name
-            for name, _ in model.named_buffers()}  # packed weights: their dtype is their format
-    stored, files = tensors(path), {}
-    for name, p in model.state_dict().items():
-        key = hf_name(name, config)
-        if key not in stored:
-            raise UserError(f"{path}: tensor {key} is missing (config.json asks for "
-                            f"{config.num_hidden_layers} layers of {config.model_type}): "
-                            "the checkpoint is incomplete or its config is wrong")
-        found = files[name] = stored.pop(key)
-        shape, kind = found.get_slice(key).get_shape(), found.get_slice(key).get_dtype()
-        if list(p.shape) != shape:
-            raise UserError(f"{path}: tensor {key} has shape {shape}, "
-                            f"config.json asks for {list(p.shape)}")
-        if name not in held and kind not in FLOATS:
-            raise UserError(f"{path}: tensor {key} is stored as {kind}: weights are floats, one of "
-                            f"{', '.join(FLOATS)}; use a checkpoint that is not quantised")
-    check_spare(path, model, stored, {hf_name(n, config).rpartition(".")[0] for n in held})
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
-                        f"{config.vocab_size} rows: this tokenizer.json belongs to another model")
-    for end in ("bos", "eos", "pad"):
-        for i in (*ends(raw, where, f"{end}_token_id"), getattr(tokenizer, end) or 0,
-                  *config.eos_token_id):
-            if i >= config.vocab_size:
-                raise UserError(f"{path}: {end}_token_id {i} is beyond the model's {config.vocab_size} rows")
-    if tokenizer.eos is None:
-        raise UserError(f"{path}: the tokenizer has no end of text: name an eos_token in its config")
-    return model, files, stored, tokenizer, raw
-
-
-def peek(path, scalar=False, option="--init"):
-    """A checkpoint's ModelConfig, read without its weights: what can be told before a run.
-    UserError for what frame() refuses, and unless it is a language model (scalar: a reward
-    model)."""
-    model = frame(checkpoint(path))[0]
-    if isinstance(model, ScalarModel) != scalar:
-        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
-        raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
-    return model.config
-
-
-def load(path, device="cpu", dtype=torch.float32):
-    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel,
-    Tokenizer).
-
-    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding
-    it should be tied to, and packed files that were changed. Of a run's checkpoint it names the
-    next older one.
-    """
-    path = checkpoint(path)
-    try:
-        model, files, spare, tokenizer, raw = frame(path)
-        state, held = {}, {name for name, _ in model.named_buffers()}
-        for name, p in model.state_dict().items():
-            key = hf_name(name, model.config)
-            value = files[name].get_tensor(key)
-            if name in held and value.dtype != p.dtype:
-                raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
-                                f"its format is {p.dtype}: pack the model again")
-            # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their
-            # alignment
-            state[name] = value.to(device, p.dtype if name in held else dtype, copy=True)
-            if not_finite(state[name]):
-                raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: copy it "
-                                "again")
-        for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
-            if sha256(path / name) != expected:
-                raise UserError(f"{path / name} was changed after it was packed (its SHA-256): copy it again")
-        if head := spare.get("lm_head.weight"):
-            head = head.get_tensor("lm_head.weight").to(device, dtype)
-            if not torch.equal(head, state["embed_tokens.weight"]):
-                raise UserError(f"{path}: lm_head.weight is not the embedding, and config.json ties the two: "
-                                "set tie_word_embeddings to false if the head is meant")
-    except UserError as e:
-        raise UserError(f"{e}{older_than(path)}") from None
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(), tokenizer
-
-
-# --- command line ---------------------------------------------------------------------------------
+# === command_line: ours, a sample from any checkpoint as it is made, and its speed ================
 
 
 class Parser(argparse.ArgumentParser):
@@ -1410,9 +1668,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help shows what there is")
 
 
-def main(argv=None):
-    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s against the
-    floor."""
+def options():
+    """What `python model.py` takes."""
     p = Parser(description="sample from a checkpoint", allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
@@ -1426,37 +1683,47 @@ def main(argv=None):
                    help="keep the likeliest tokens of this total mass")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", default="auto", help="cpu or cuda")
-    a = p.parse_args(argv)
-    for key, kind in dict(tokens=Count, temperature=NonNegative, top_k=NonNegative,
-                          top_p=Range("(0, 1]"),
-                          seed=NonNegative).items():
-        cast(key.replace("_", "-"), getattr(a, key), p.get_default(key), kind)
-    refuse_ranks("model.py")
-    a.device = device_of(a.device)
-    model, tokenizer = load(a.path, a.device,
-                            torch.bfloat16 if a.device.startswith("cuda") else torch.float32)
-    if not isinstance(model, Transformer):
-        raise UserError(f"{a.path} is a reward model: it scores texts and writes none; give a language model")
-    ids = tokenizer.render([dict(role="user",
-                                 content=a.prompt)]) if a.chat else tokenizer.encode(a.prompt)
-    if not a.chat and tokenizer.bos is not None:
-        ids = [tokenizer.bos, *ids]
-    if not ids:
-        raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
-    print(a.prompt, end="", flush=True)
-    made, shown, t0 = [], "", time.perf_counter()
-    for token in stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p,
-                        torch.Generator().manual_seed(a.seed)):
-        made.append(token)
-        text = tokenizer.decode(made)
+    return p
+
+
+def finish(tokenizer, ids):
+    """Print tokens as they come -> how many there were."""
+    tokens, shown = [], ""
+    for token in ids:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):          # a character still short of bytes waits
             print(text[len(shown):], end="", flush=True)
             shown = text
-    rate = len(made) / (time.perf_counter() - t0)
-    size = sum(x.nbytes for x in model.state_dict().values())
-    floor = bandwidth(a.device) / size
-    print(f"\n\n{len(made)} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that reading "
-          f"{size / 1e6:.1f} MB of weights per token at {bandwidth(a.device) / 1e9:.0f} GB/s would allow",
+    return len(tokens)
+
+
+def main(argv=None):
+    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s and floor."""
+    p = options()
+    a = p.parse_args(argv)
+    kinds = dict(tokens=Count, temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
+                 seed=NonNegative)
+    for key, kind in kinds.items():
+        cast(key.replace("_", "-"), getattr(a, key), p.get_default(key), kind)
+    refuse_ranks("model.py")
+    a.device = device_of(a.device)
+    dtype = torch.bfloat16 if a.device.startswith("cuda") else torch.float32
+    model, tokenizer = load(a.path, a.device, dtype)
+    if not isinstance(model, Transformer):
+        raise UserError(f"{a.path} is a reward model: it scores texts and writes none; "
+                        "give a language model")
+    ids = tokenizer.prompt(a.prompt, a.chat)
+    if not ids:
+        raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
+    print(a.prompt, end="", flush=True)
+    begin, g = time.perf_counter(), torch.Generator().manual_seed(a.seed)
+    n = finish(tokenizer, stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p, g))
+    rate = n / (time.perf_counter() - begin)
+    size, speed = sum(x.nbytes for x in model.state_dict().values()), bandwidth(a.device)
+    floor = speed / size
+    print(f"\n\n{n} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that "
+          f"reading {size / 1e6:.1f} MB of weights per token at {speed / 1e9:.0f} GB/s would allow",
           file=sys.stderr)
 
 

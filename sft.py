@@ -42,9 +42,9 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
                       needs, rank, read_json, read_log, result, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
-from model import (ARCHITECTURES, LoRA, Transformer, adapter_state, autocast, bat, bone,
-                   check_rank, collate, full, generate, init, load, load_balance_loss, lora, merge,
-                   peek, preset, replace_linears, save, shard, token_logprobs)
+from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
+                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
+                   replace_linears, save, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Config(Training):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: Positive = 1.0         # largest gradient norm
-    peft: str = "full"           # what is trained: a row of PEFT
+    peft: str = "full"           # what is trained: a row of model.PEFT, or loram
     linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
     prune: str = "none"          # which row of PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
@@ -220,7 +220,6 @@ def none(step, steps):
     return 0.0
 
 
-PEFT = dict(full=full)          # (model, generator) -> the model, of which some is trained
 LINEARS = dict(plain=plain)      # (model, generator) -> the model with its blocks' linear layers
 PRUNING = dict(none=none)        # (step, steps) -> the share of the weights that is 0 after it
 # Rows of these are used where asked() has their name:
@@ -658,7 +657,7 @@ PRESETS["draft32"] = TARGET | dict(model="1x32")
 PRESETS["target_docs"] = dict(                           # the target of one task
     init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16)
 
-# === toyif_base, toyif_checks, toyif_judge, toyif, n64, more, more64: the world ToyIF =============
+# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF =================================
 
 MUON = dict(optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50, schedule="linear",
             context=64, rows=60000, batch=64, micro=64, eval_every=1000, save_every=1000, keep=1)
@@ -672,10 +671,6 @@ PRESETS["toyif_judge"] = MUON | dict(                    # the same, most on pri
 PRESETS["toyif"] = dict(                                 # few good ones: where ppo.py starts
     data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
     weight_decay=0.0, save_every=1000, eval_every=1000, keep=1)
-# ppo.py asks for base:toyif,n64 and the like: these stand inside a value, so they have a name
-PRESETS["n64"] = dict(rows=64)
-PRESETS["more"] = dict(steps=304)                        # toyif's 64 steps, and ppo.py's 240
-PRESETS["more64"] = dict(steps=248)                      # 8, and 240
 
 # === chain_right, chain, chain_sort, arena_right, arena: chains of digits, where grpo.py starts ===
 
@@ -821,7 +816,7 @@ PRESETS["race"] = dict(
 # the race at a calmer rate, so that rounding shows and not where a run drifts to
 PRESETS["calm"] = dict(lr=1e-3, aux_lr=0.0, steps=240, eval_every=240, target=0.0)
 PRESETS["forget"] = dict(                                # a new task; what is left of the old one?
-    data="arithmetic", init="base:pretrain,race", watch="stdlib", context=64, rows=4000, steps=150,
+    data="arithmetic", init="base:pretrain+race", watch="stdlib", context=64, rows=4000, steps=150,
     warmup=10, schedule="linear", eval_every=150, weight_decay=0.0, save_every=1000)
 
 # === mle, filtered, unlikely, rwr: 2302.08582, learning from scored demonstrations ================
@@ -1122,7 +1117,7 @@ def teacher_of(model, tokens, mask, frozen):
 def in_place(x, mask):
     """x [N] of the scored tokens, 0 elsewhere.   [B, T]"""
     zeros = torch.zeros_like(mask[:, 1:])
-    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.float()), (1, 0))
+    return F.pad(zeros.masked_scatter(mask[:, 1:] > 0, x.to(mask)), (1, 0))
 
 
 def dckd(student, teacher, logp, mask, good, *, lam=1.0):
@@ -1195,9 +1190,9 @@ CHECKS["both"] = CHECKS["chosen"] = CHECKS["sampled"] = pairs_are_there
 def distance(teacher, other, rows=256):
     """‖p - q‖₁ of two heads' distributions, some rows at a time.   -> [N]"""
     (h, W), (t, U) = teacher, other
-    out = [h.new_zeros(0, dtype=torch.float32)]
+    out = [wide(h[:0, 0])]
     for i in range(0, len(h), rows):
-        p, q = (torch.softmax((x[i:i + rows] @ head.to(x.dtype).T).float(), -1)
+        p, q = (torch.softmax(wide(x[i:i + rows] @ head.to(x.dtype).T), -1)
                 for x, head in ((h, W), (t, U)))                                         # [n, V]
         out.append((p - q).abs().sum(-1))
     return torch.cat(out)
@@ -1229,7 +1224,6 @@ def frozen_layers(c, f, ranks):
                         "one")
 
 
-PEFT["lora"], PEFT["bone"], PEFT["bat"] = lora, bone, bat
 CHECKS["lora"] = CHECKS["bone"] = CHECKS["bat"] = frozen_layers
 PRESETS["lora"] = dict(peft="lora", lr=2e-3)
 PRESETS["bone"] = dict(peft="bone", lr=1e-3)             # lr ours, as bat's
@@ -1242,7 +1236,6 @@ def loram(model, generator, *, rank: Count = 8, alpha=0.0, ratio: Fraction = 0.5
     """LoRAM: LoRA trained on a model pruned by `ratio` (neurons of the MLP, groups of heads that
     share keys; by their weights' norm), then used on the whole one. first, last: layers left whole
     (4 and 2 for the paper's 70B). recover() brings the adapters back."""
-    check_rank(rank)
     if not 0 <= ratio < 1:
         raise UserError(f"--ratio {ratio}: expected a share from 0 up to 1")
     if model.config.moe or any(isinstance(m, PackedLinear) for m in model.modules()):
@@ -1313,35 +1306,6 @@ def recover(small, whole):
 
 PEFT["loram"], WHOLE["loram"], CHECKS["loram"] = loram, recover, frozen_layers
 PRESETS["loram"] = dict(peft="loram", lr=2e-3)
-
-# === hft: 2404.18466, half fine-tuning: half of each layer is frozen ==============================
-
-
-def hft(model, generator):
-    """Half fine-tuning: each round freezes half of every layer, drawn by matrix
-    kind.
-
-    Of q, k, v, o two train; of gate, up, down two in half of the layers and one in the others (of
-    all experts alike); one of the two norms. Biases and q/k norms go with their matrix; embeddings,
-    head, final norm and routers always train. One run is one round.
-    """
-    def draw(n):
-        return torch.randperm(n, generator=generator).tolist()
-    L = model.config.num_hidden_layers
-    more = set(draw(L)[:L // 2])
-    for i, layer in enumerate(model.layers):
-        parts = [(["q_proj", "k_proj", "v_proj", "o_proj"], 2),
-                 (["gate_proj", "up_proj", "down_proj"], 2 if i in more else 1),
-                 (["input_layernorm", "post_attention_layernorm"], 1)]
-        frozen = {kinds[k] for kinds, keep in parts for k in draw(len(kinds))[keep:]}
-        frozen |= {f"{x[0]}_norm" for x in frozen if x in ("q_proj", "k_proj")}
-        for name, module in layer.named_modules():
-            if name.split(".")[-1] in frozen:
-                module.requires_grad_(False)
-    return model
-
-
-PEFT["hft"] = hft
 
 # === qat: 2509.22935, weights rounded in the last steps of training ===============================
 
@@ -1590,7 +1554,7 @@ class Quartet(torch.autograd.Function):
         R = signs.to(E) * H                      # signs first: after H they change nothing
 
         def q(a):
-            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                     # whole groups
+            a = F.pad(a, (0, -a.size(1) % MX_GROUP))                                  # whole groups
             return unbiased_mx4((a.unflatten(1, (-1, MX_GROUP)) @ R).flatten(1), g, nearest)
         dX, dW = product(E, w.mT, q), product(E.mT, x.mT, q)
         return rotate(dX * x_in, MX_GROUP), rotate(dW * w_in, MX_GROUP), None, None, None

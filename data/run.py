@@ -286,7 +286,7 @@ def layer(name, presets, axes):
 def bind(axis, rows, row, values):
     """The function of an axis's row, its keyword-only arguments bound to the values that are meant
     for it."""
-    if row not in rows and not ("PATH" in rows and Path(row).exists()):
+    if row not in rows and not ("PATH" in rows and (".py:" in row or Path(row).exists())):
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
@@ -1176,6 +1176,7 @@ def draw(folder, curves):
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+BASES = {"base", "configured", "find", "fingerprint", "longest"}        # sft.py's, of checkpoints
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1384,10 +1385,11 @@ def eject(path, file, c, f, axes, options):
                         f"{c.config or 'mine'}.py")
     if file.exists():
         raise UserError(f"--eject {file}: it is there already; choose another name")
-    text = path.read_text()
+    text = bases_apart(path.read_text())
     units, tables = units_of(text), tables_of(text, c, axes)
     values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    kept, names = reach(text, {"train", "main", *tables}, tables, values)
+    values |= {x.name for x in dataclasses.fields(c) if getattr(c, x.name) != x.default}
+    kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
     lines = text.splitlines()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
@@ -1404,6 +1406,20 @@ def eject(path, file, c, f, axes, options):
     print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
           f"python {file} --config tiny shows that it turns")
     return file
+
+
+def bases_apart(text):
+    """sft.py's text with what makes bases imported from sft.py, not defined: a script of one method
+    does not know their presets. Any other script's text as it is."""
+    units = [x for x in units_of(text) if isinstance(x.node, ast.FunctionDef) and x.defines & BASES]
+    if len(units) < len(BASES):
+        return text
+    lines = text.splitlines()
+    for unit in reversed(units):
+        del lines[unit.first - 1:unit.last]
+    last = max(x.last for x in units_of(text) if imports(x.node))
+    lines.insert(last, f"from sft import {', '.join(sorted(BASES))}")
+    return "\n".join(lines) + "\n"
 
 
 def joined_pieces(pieces):
@@ -1454,7 +1470,7 @@ def source_of(unit, rows, lines, names, c, f):
         return textwrap.fill(f"{whole}({words})", 100, subsequent_indent=" " * (len(whole) + 1))
     if unit.defines == {"PRESETS"}:
         rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
-        return "PRESETS = dict(" + ", ".join(segment(x, lines) for x in rows) + ")"
+        return "PRESETS = dict(\n    " + ",\n    ".join(segment(x, lines) for x in rows) + ")"
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
         return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
@@ -1462,8 +1478,9 @@ def source_of(unit, rows, lines, names, c, f):
                 'readers))')
     if rows is not None and not unit.rows:
         table = next(iter(unit.defines))
-        return f"{table} = dict(" + ", ".join(
-            f"{k}={segment(v, lines)}" for _, k, v in rows) + ")"
+        row = ", ".join(f"{k}={segment(v, lines)}" for _, k, v in rows)
+        return textwrap.fill(f"{table} = dict({row})", 100, break_long_words=False,
+                             subsequent_indent=" " * len(f"{table} = dict("))
     if rows is not None:
         return "\n".join(f'{t}["{k}"] = {segment(v, lines)}' for t, k, v in rows)
     if unit.defines == {"Config"}:
@@ -1499,7 +1516,18 @@ def replaced(unit, lines, places):
     for node, value in sorted(places, key=lambda x: (x[0].lineno, x[0].col_offset), reverse=True):
         i = node.lineno - unit.first
         out[i] = out[i][:node.col_offset] + literal(value).encode() + out[i][node.end_col_offset:]
-    return b"\n".join(out).decode()
+    return "\n".join(narrow(line.decode()) for line in out)
+
+
+def narrow(line):
+    """A line of at most 100 columns: its comment comes nearer, or stands above."""
+    code, mark, comment = line.partition("  #")
+    if len(line) <= 100 or not mark:
+        return line
+    code = code.rstrip()
+    if len(f"{code}  #{comment}") <= 100:
+        return f"{code}  #{comment}"
+    return f"{' ' * (len(code) - len(code.lstrip()))}#{comment}\n{code}"
 
 
 def literal(value):

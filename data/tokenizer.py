@@ -1,21 +1,17 @@
 """
-tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE trained here, a
-checkpoint's own.
+tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE made here, a checkpoint's.
 
-    tok = get("bytes")                    # 256 bytes and five specials; or a checkpoint's folder,
-    or "gpt2"
+    tok = get("bytes")                    # 256 bytes and five specials; or a folder, or "gpt2"
     tok = train_bpe(texts, 2048)          # 4 MB of Python source: 2 s on one core
-    ids = tok.encode("def f(x):")         # adds no BOS or EOS; "<|im_end|>" in the text stays plain
-    text
+    ids = tok.encode("def f(x):")         # no BOS or EOS; "<|im_end|>" in the text stays plain text
     ids = tok.render([{"role": "user", "content": "2+2?"}])             # the chat template's ids
-    tok.save(folder); Tokenizer.load(folder)      # Hugging Face files: transformers gives the same
-    ids
+    tok.save(folder); Tokenizer.load(folder)     # Hugging Face files: transformers gives the same
 
 Map      1 bytes and letters   2 chat templates   3 the tokenizer   4 tokenizer.json   5 made here
 Ranks    tiktoken merges by rank: 0..255 are the bytes, 256 + i the i-th merged token; a table gives
-the ids.
+         the ids.
 Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for NFC or a prefix
-space.
+         space.
 """
 import heapq
 import json
@@ -35,13 +31,12 @@ from data.run import UserError, expect, nearest, read_json
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")    # of what is made here
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM: digits one by one, then GPT-2.  As one pattern, a digit ends a run of spaces as the text's
-# end does.
+# SmolLM: digits one by one, then GPT-2.  As one pattern, a digit ends a run of spaces as the end
+# of the text does.
 DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-# Qwen2's pattern, our default: single digits (arithmetic is learnable), line breaks apart from
-# indentation.
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
+# Qwen2's, our default: single digits (arithmetic is learnable), line breaks apart from indentation
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def total(pattern):
@@ -55,10 +50,9 @@ def total(pattern):
 
 # --- 1 bytes and letters --------------------------------------------------------------------------
 
-# GPT-2's alphabet, one visible letter for each byte: the printable ones stand for themselves, " "
-# is "Ġ".
+# GPT-2's alphabet, one visible letter a byte: printable ones stand for themselves, " " is "Ġ"
 LETTER = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
-LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
+LETTER |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - LETTER.keys()))}
 BYTE = {letter: b for b, letter in LETTER.items()}
 
 
@@ -68,8 +62,7 @@ def letters(token):
 
 
 def spelled(text):
-    """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as in HF's
-    decoder."""
+    """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as HF has it."""
     try:
         return bytes([BYTE[c] for c in text])
     except KeyError:
@@ -79,8 +72,7 @@ def spelled(text):
 # --- 2 chat templates -----------------------------------------------------------------------------
 
 class Chat(NamedTuple):
-    """A template as (special token, plain text after it) pairs, and the same in Jinja for
-    transformers."""
+    """A template as (special token, plain text after it) pairs, and the same in Jinja."""
     begin: list          # once, before the first message
     turn: object         # (role, content) -> pairs
     reply: list          # opens the assistant's turn
@@ -93,25 +85,25 @@ def chatml_turn(role, content):
 
 
 def llama3_turn(role, content):
-    """One message in Llama 3's template, its content stripped, as (special token, text after it)
-    pairs."""
+    """One message in Llama 3's template, its content stripped, as the same pairs."""
     text = f"\n\n{content.strip()}"
     return [("<|start_header_id|>", role), ("<|end_header_id|>", text), ("<|eot_id|>", "")]
 
 
 ROLES = ("system", "user", "assistant")
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '\n' + m['content'] }}<|im_end|>"
+          "{{ '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}")
+LLAMA3 = ("<|begin_of_text|>{% for m in messages %}"
+          "<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
+          "{{ '\n\n' + m['content'] | trim }}<|eot_id|>{% endfor %}"
+          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}"
+          "{% endif %}")
 CHATS = dict(
-    chatml=Chat([], chatml_turn, [("<|im_start|>", "assistant\n")],
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '\n' + m['content'] }}<|im_end|>{{ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"),
+    chatml=Chat([], chatml_turn, [("<|im_start|>", "assistant\n")], CHATML),
     llama3=Chat([("<|begin_of_text|>", "")], llama3_turn,
-        [("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")],
-        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
-        "{{ '\n\n' + m['content'] | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}{% endif %}"),
-)
-MARKS = {"<|im_start|>": "chatml",
-         "<|start_header_id|>": "llama3"}                        # the special that tells a template
+                [("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")], LLAMA3))
+MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}   # what tells a template
 
 
 # --- 3 the tokenizer ------------------------------------------------------------------------------
@@ -121,16 +113,14 @@ class Tokenizer:
     anew.
 
     tokens    id -> bytes, special tokens included, holes b""
-    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in merge
-    order specials  text -> id of the special and the added tokens; visible: ids of those that
-    decode always shows
-    direct    a piece that is a token is taken whole, even if no merges lead to it (HF:
-    ignore_merges)
+    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in order
+    specials  text -> id of the special and the added tokens
+    visible   ids of those that decode always shows
+    direct    a piece that is a token is taken whole, without merges to it (HF: ignore_merges)
     """
 
     def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(),
-                 nfc=False,
-                 prefix_space=False, direct=False, files=()):
+                 nfc=False, prefix_space=False, direct=False, files=()):
         self.tokens, self.order, self.specials, self.pattern = tokens, order, specials, pattern
         self.bos, self.eos, self.pad, self.direct = bos, eos, pad, direct
         self.nfc, self.prefix_space, self.files = nfc, prefix_space, dict(files)
@@ -138,13 +128,14 @@ class Tokenizer:
         self.chat = next((MARKS[mark] for mark in MARKS if mark in specials), "")
         longest_first = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         self.split = re.compile(f"({longest_first or '(?!)'})")
-        ranks = {bytes([b]): b for b in range(256)} | {tokens[i]: 256 + n
-                                                       for n, i in enumerate(order[256:])}
+        ranks = {bytes([b]): b for b in range(256)}
+        ranks |= {tokens[i]: 256 + n for n, i in enumerate(order[256:])}
         try:
             self.engine = tiktoken.Encoding("", pat_str=total(pattern), mergeable_ranks=ranks,
                                             special_tokens={})
         except ValueError as e:
-            raise UserError(f"tiktoken cannot compile the pattern {pattern!r} ({e}): choose another") from e
+            raise UserError(f"tiktoken cannot compile the pattern {pattern!r} ({e}): "
+                            "choose another") from e
 
     @property
     def vocab_size(self) -> int:
@@ -157,34 +148,31 @@ class Tokenizer:
         text = " " + text if self.prefix_space and text and text[0] != " " else text
         ids = [self.order[rank] for rank in self.engine.encode_ordinary(text)]
         if -1 in ids:
-            lost = [c for c in text if any(self.order[b] < 0
-                                           for b in c.encode("utf-8", "surrogatepass"))]
+            absent = {b for b in range(256) if self.order[b] < 0}
+            lost = [c for c in text if absent & set(c.encode("utf-8", "surrogatepass"))]
             raise UserError(f"no token for {[*lost, text][0]!r}: take it out or widen the alphabet")
         return ids
 
     def encode(self, text: str, specials=False) -> list[int]:
-        """Ids of a text, no BOS or EOS added.  A special token's text is plain text unless
-        specials=True."""
+        """Ids of a text, no BOS or EOS added.  A special's text is plain unless specials=True."""
         if not specials:
             return self.plain(text)
-        parts = enumerate(self.split.split(text))  # plain, special, plain, special, ..., plain
-        return [i for n, part in parts
-                for i in ([self.specials[part]] if n % 2 else self.plain(part))]
+        ids = []
+        for n, part in enumerate(self.split.split(text)):  # plain, special, plain, ..., plain
+            ids += [self.specials[part]] if n % 2 else self.plain(part)
+        return ids
 
     def decode(self, ids, skip_specials=True) -> str:
-        """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an id without a token
-        nothing."""
+        """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an unknown id nothing."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         hidden = self.hidden if skip_specials else ()
         known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
         return b"".join(known).decode("utf-8", "replace")
 
     def prompt(self, problem, chat=False) -> list[int]:
-        """Ids that a completion continues, of a text or a task's problem {"prompt"[, "messages",
-        "hint"]}.
+        """Ids that a completion continues, of a text or a task's {"prompt"[, "messages", "hint"]}.
 
-        BOS (if there is one), the text and the hint; with chat the rendered messages, or the user's
-        turn.
+        BOS (if any), the text and the hint; with chat the rendered messages, or the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
         text = problem["prompt"] + problem.get("hint", "")
@@ -193,11 +181,11 @@ class Tokenizer:
         return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
     def render(self, messages, reply=True) -> list[int]:
-        """[{"role", "content"}] -> ids.  No content can become a special token; reply opens the
-        answer."""
+        """[{"role", "content"}] -> ids.  No content can become special; reply opens the answer."""
         if not self.chat:
-            raise UserError("the tokenizer has no chat template: it needs the specials <|im_start|> and "
-                            "<|im_end|> (ChatML) or those of Llama 3; get('bytes') and train_bpe have them")
+            raise UserError("the tokenizer has no chat template: it needs the specials "
+                            "<|im_start|> and <|im_end|> (ChatML) or those of Llama 3; "
+                            "get('bytes') and train_bpe have them")
         chat = CHATS[self.chat]
         pairs = list(chat.begin)
         for n, m in enumerate(messages):
@@ -205,12 +193,13 @@ class Tokenizer:
                 raise UserError(f"message {n} has no text under {missing[0]!r}: write "
                                 '{"role": "user", "content": "..."}')
             if m["role"] not in ROLES:
-                raise UserError(f"message {n} has the unknown role {m['role']!r}{nearest(m['role'], ROLES)}")
+                raise UserError(f"message {n} has the unknown role {m['role']!r}"
+                                f"{nearest(m['role'], ROLES)}")
             pairs += chat.turn(m["role"], m["content"])
         pairs += chat.reply if reply else []
         if absent := [special for special, _ in pairs if special not in self.specials]:
-            raise UserError(f"the {self.chat} template needs the special token {absent[0]}: add it to the "
-                            "added_tokens of tokenizer.json")
+            raise UserError(f"the {self.chat} template needs the special token {absent[0]}: "
+                            "add it to the added_tokens of tokenizer.json")
         return [i for special, text in pairs for i in [self.specials[special], *self.plain(text)]]
 
     def save(self, folder):
@@ -221,8 +210,7 @@ class Tokenizer:
 
     @staticmethod
     def load(folder) -> "Tokenizer":
-        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name bos, eos and
-        pad."""
+        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name its ends."""
         path = Path(folder) / "tokenizer.json"
         spec = read_json(path, MISSING)
         check_spec(spec, path)
@@ -232,11 +220,11 @@ class Tokenizer:
         tokens = [b""] * (1 + max([*vocab.values(), *specials.values()]))
         for text, i in [*vocab.items(), *specials.items()]:
             tokens[i] = text.encode("utf-8", "replace") if text in specials else spelled(text)
-        ids = {spelled(text): i for text, i in vocab.items() if all(c in BYTE for c in text)}
+        ids = {spelled(text): i for text, i in vocab.items() if set(text) <= BYTE.keys()}
         merged = reachable(pairs)
         if lost := [token for token in merged if token not in ids]:
-            raise UserError(f"{path}: a merge makes {letters(lost[0])!r}, which the vocabulary lacks: "
-                            "download it again")
+            raise UserError(f"{path}: a merge makes {letters(lost[0])!r}, which the vocabulary "
+                            "lacks: download it again")
         direct = bool(spec["model"].get("ignore_merges"))
         if direct:
             # HF takes a token that no merge makes if it is a whole piece; here it also merges,
@@ -262,9 +250,8 @@ KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "c
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
 CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
-
-
-MISSING = f"copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, {CHOOSE}"
+MISSING = ("copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, "
+           f"{CHOOSE}")
 MOST_IDS = 1 << 23  # no tokenizer has more: a larger id is a slip, and fills memory
 
 
@@ -287,19 +274,18 @@ def check_spec(spec, path):
         if not right or not all(type(x.get("type")) is str for x in steps):
             raise UserError(f'{path}: {part} is no list of {{"type": …}}: download it again')
     expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list",
-           byte_fallback="flag",
-           ignore_merges="flag")
+           byte_fallback="flag", ignore_merges="flag")
     ids = [*(spec["model"].get("vocab") or {}).values()]
     for token in spec.get("added_tokens") or []:
-        if not isinstance(token, dict) or not isinstance(token.get("content"),
-                                                         str) or not token["content"]:
+        text = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(text, str) or not text:
             raise UserError(f"{path}: an added token is {str(token)[:60]}: expected "
                             '{"id": 0, "content": "<s>", "special": true}')
-        expect(token, f"{path}, added token {token['content']!r}", ("id",), id="whole",
-               special="flag")
+        expect(token, f"{path}, added token {text!r}", ("id",), id="whole", special="flag")
         ids.append(token["id"])
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
-        raise UserError(f"{path}: a token's id is {bad[0]!r}: expected a whole number below {MOST_IDS}")
+        raise UserError(f"{path}: a token's id is {bad[0]!r}: "
+                        f"expected a whole number below {MOST_IDS}")
     words = spec["model"].get("vocab") or {}
     if len(set(words.values())) < len(words):
         raise UserError(f"{path}: two entries of the vocabulary have one id: download it again")
@@ -308,8 +294,8 @@ def check_spec(spec, path):
 def read_model(spec, path):
     """tokenizer.json -> (merges as pairs of bytes, vocabulary string -> id)."""
     model = spec.get("model") or {}
-    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else model.get("type",
-                                                                                        "BPE")
+    kind = model.get("type", "BPE")
+    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else kind
     affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if kind != "BPE" or affix or model.get("merges") is None:
         affix = f" with {affix!r} around words" if affix else ""
@@ -327,15 +313,15 @@ def read_pattern(pre):
     """pre_tokenizer of tokenizer.json -> (one regular expression, prefix space?)."""
     match pre.get("pretokenizers", [pre]) if pre else []:
         case [{"type": "ByteLevel", **level}]:
-            return GPT2 if level.get("use_regex",
-                                     True) else r"[\s\S]+", level.get("add_prefix_space", True)
+            pattern = GPT2 if level.get("use_regex", True) else r"[\s\S]+"
+            return pattern, level.get("add_prefix_space", True)
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
                "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return re.sub(r"\{1,\d+\}\+", "+", pattern), False       # HF reads x{1,3}+ as (x{1,3})+
         case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, **level}] if level.get("use_regex",
-                                                                                      True):
+              {"type": "ByteLevel", "add_prefix_space": False, **level}
+              ] if level.get("use_regex", True):
             return DIGITS, False
         case steps:
             kinds = " + ".join(step["type"] for step in steps) or "none"
@@ -358,7 +344,8 @@ def read_id(end, settings, ids):
     """Id of "bos", "eos" or "pad": the first file that has the key decides, null included."""
     for setting in settings:
         if not isinstance(setting.get(f"{end}_token"), (str, dict, type(None))):
-            raise UserError(f"{end}_token is {str(setting[f'{end}_token'])[:60]!r}: expected a token's text")
+            raise UserError(f"{end}_token is {str(setting[f'{end}_token'])[:60]!r}: "
+                            "expected a token's text")
         for value in (setting[key] for key in (f"{end}_token", f"{end}_token_id")
                       if key in setting):
             return one_end(end, value, ids)
@@ -374,7 +361,8 @@ def one_end(end, value, ids):
         return None
     if isinstance(text, str):
         if text not in ids:
-            raise UserError(f"{end}_token {text!r} is not in tokenizer.json: add it to its added_tokens")
+            raise UserError(f"{end}_token {text!r} is not in tokenizer.json: "
+                            "add it to its added_tokens")
         return ids[text]
     if type(number) is not int:
         raise UserError(f"{end}_token is {str(value)[:60]!r}: expected a token's text or its id")
@@ -411,8 +399,8 @@ def hf_files(tok) -> dict[str, str]:
     Every split of every token is listed as a merge, in rank order: tiktoken joins any neighbours
     whose bytes are a token, and HF then does the same.
     """
-    merged, known = [tok.tokens[i] for i in tok.order[256:]], {tok.tokens[i] for i in tok.order
-                                                               if i >= 0}
+    merged = [tok.tokens[i] for i in tok.order[256:]]
+    known = {tok.tokens[i] for i in tok.order if i >= 0}
     merges = [(letters(token[:n]), letters(token[n:])) for token in merged
               for n in range(1, len(token)) if token[:n] in known and token[n:] in known]
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # HF reads x{1,3}+ as (x{1,3})+
@@ -439,9 +427,9 @@ def made(merged, pattern=PATTERN) -> Tokenizer:
     """Ids in this order: 256 bytes, the merged tokens, SPECIALS."""
     tokens = [bytes([b]) for b in range(256)] + merged
     specials = {text: len(tokens) + n for n, text in enumerate(SPECIALS)}
-    return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(len(tokens))),
-                     specials,
-                     pad=len(tokens), bos=len(tokens) + 1, eos=len(tokens) + 2, pattern=pattern)
+    n = len(tokens)
+    return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(n)), specials,
+                     pad=n, bos=n + 1, eos=n + 2, pattern=pattern)
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -450,56 +438,59 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def char_tokenizer(alphabet: str) -> Tokenizer:
-    """<|pad|> <|bos|> <|eos|> are 0, 1, 2, then one id for each character of a small ASCII
-    alphabet."""
+    """<|pad|> <|bos|> <|eos|> are 0, 1, 2, then an id for each character of an ASCII alphabet."""
     if odd := [c for c, n in Counter(alphabet).items() if n > 1 or not c.isascii()]:
-        raise UserError(f"the alphabet's {odd[0]!r} is repeated or not ASCII: give each ASCII character once")
+        raise UserError(f"the alphabet's {odd[0]!r} is repeated or not ASCII: "
+                        "give each ASCII character once")
     specials = {text: n for n, text in enumerate(SPECIALS[:3])}
     at = {c: 3 + n for n, c in enumerate(alphabet)}
     return Tokenizer([text.encode() for text in [*specials, *alphabet]],
                      [at.get(chr(b), -1) for b in range(256)], specials, pad=0, bos=1, eos=2)
 
 
+@cache
+def code_points(kind):
+    """The ranges of a Unicode category's code points, as re takes them between brackets."""
+    codes = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(kind))
+    out = ""
+    for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0]):
+        run = [c for _, c in run]
+        out += f"\\U{run[0]:08x}-\\U{run[-1]:08x}"
+    return out
+
+
 def for_re(pattern):
-    r"""The pattern for Python's own re, which knows no \p{L}: each becomes the ranges of its code
-    points."""
-    @cache
-    def ranges(kind):
-        codes = (c for c in range(sys.maxunicode + 1)
-                 if unicodedata.category(chr(c)).startswith(kind))
-        runs = [[c for _, c in run]
-                for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0])]
-        return "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs)
+    r"""The pattern for Python's own re, which knows no \p{L}: each becomes its code points."""
     bracketed = re.sub(r"(\[[^\]]*\])|(\\p\{\w+\})", lambda hit: hit[1] or f"[{hit[2]}]", pattern)
     try:
-        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda hit: ranges(hit[1]), bracketed))
+        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda hit: code_points(hit[1]), bracketed))
     except re.error as e:
-        raise UserError(f"Python cannot compile the pattern {pattern!r} ({e}): choose another one") from e
+        raise UserError(f"Python cannot compile the pattern {pattern!r} ({e}): "
+                        "choose another one") from e
 
 
 def train_bpe(texts, vocab_size: int, pattern=PATTERN) -> Tokenizer:
-    """Byte-pair encoding (arXiv:1508.07909 alg. 1) on bytes.  vocab_size counts bytes, merges and
-    specials.
+    """Byte-pair encoding (1508.07909 alg. 1) on bytes.  vocab_size: bytes, merges and specials.
 
     Each step joins the most frequent pair of neighbours; ties go to the smallest pair of ids, so
     the result is a function of the texts alone.
     """
     if vocab_size < 256 + len(SPECIALS):
-        raise UserError(f"vocab_size {vocab_size} is below the 256 bytes and {len(SPECIALS)} specials: "
-                        f"give at least {256 + len(SPECIALS)}")
+        raise UserError(f"vocab_size {vocab_size} is below the 256 bytes and {len(SPECIALS)} "
+                        f"specials: give at least {256 + len(SPECIALS)}")
     split, times = for_re(total(pattern)), Counter()
     for text in [texts] if isinstance(texts, str) else texts:
         times.update(hit[0] for hit in split.finditer(text))
     words = [word.encode("utf-8", "replace").decode("latin-1") for word in times]
     tokens = grow(words, list(times.values()), vocab_size - len(SPECIALS))
     if short := vocab_size - len(SPECIALS) - len(tokens):
-        raise UserError(f"vocab_size {vocab_size} is {short} more than the texts give: lower it or add text")
+        raise UserError(f"vocab_size {vocab_size} is {short} more than the texts give: "
+                        "lower it or add text")
     return made(tokens[256:], pattern)
 
 
 def grow(words, times, size) -> list[bytes]:
-    """The first `size` tokens of the words, each of which occurs `times` times; fewer when no pair
-    is left.
+    """The first `size` tokens of words that occur `times` times; fewer when no pair is left.
 
     A word is a string with one character for each token, chr(id), so that str.replace is the
     merge.  Counts change only in the words that hold the merged pair; the heap's entries are
@@ -539,15 +530,16 @@ def grow(words, times, size) -> list[bytes]:
 
 
 def named(name: str) -> Tokenizer:
-    """One of tiktoken's encodings (gpt2, cl100k_base, ...), downloaded once into
-    TIKTOKEN_CACHE_DIR."""
+    """One of tiktoken's encodings (gpt2, …), downloaded once into TIKTOKEN_CACHE_DIR."""
     if name not in (known := tiktoken.list_encoding_names()):
-        raise UserError(f"{name!r} is neither a folder nor an encoding{nearest(name, ['bytes', *known])}")
+        raise UserError(f"{name!r} is neither a folder nor an encoding"
+                        f"{nearest(name, ['bytes', *known])}")
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as e:
-        raise UserError(f"tiktoken must download {name!r} once and is offline ({type(e).__name__}): set "
-                        "TIKTOKEN_CACHE_DIR to a folder filled elsewhere, or use 'bytes'") from e
+        raise UserError(f"tiktoken must download {name!r} once and is offline "
+                        f"({type(e).__name__}): set TIKTOKEN_CACHE_DIR to a folder filled "
+                        "elsewhere, or use 'bytes'") from e
     ranks, specials = encoding._mergeable_ranks, dict(encoding._special_tokens)
     tokens = [b""] * (1 + encoding.max_token_value)
     for token, i in [*ranks.items(), *((text.encode(), i) for text, i in specials.items())]:
@@ -555,8 +547,7 @@ def named(name: str) -> Tokenizer:
     merged = sorted(i for token, i in ranks.items() if len(token) > 1)
     end = specials.get("<|endoftext|>")  # opens and closes a document, as GPT-2 does
     return Tokenizer(tokens, [ranks[bytes([b])] for b in range(256)] + merged, specials, bos=end,
-                     eos=end,
-                     pad=None, pattern=encoding._pat_str, direct=True)
+                     eos=end, pad=None, pattern=encoding._pat_str, direct=True)
 
 
 def get(name_or_path) -> Tokenizer:

@@ -113,11 +113,11 @@ def test_logits_of_ten_thousand(path, dtype):
 def test_one_gradient_by_hand():
     """two words, z = (0, log 3): p = (1/4, 3/4);  d logp_0/dz = (3/4, -3/4);  dH/dz by the
     formula"""
-    h, W = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [math.log(3)]],
-                                                              requires_grad=True)
+    h = torch.ones(1, 1, requires_grad=True)
+    W = torch.tensor([[0.0], [math.log(3)]], requires_grad=True)
     logp, H = kernels.linear_logprob(h, W, torch.tensor([0]), entropy=True)
-    assert logp.item() == pytest.approx(-1.386294,
-                                        abs=1e-6) and H.item() == pytest.approx(0.562335, abs=1e-6)
+    assert logp.item() == pytest.approx(-1.386294, abs=1e-6)
+    assert H.item() == pytest.approx(0.562335, abs=1e-6)
     dz = torch.autograd.grad(logp, W, retain_graph=True)[0].flatten()
     assert dz.tolist() == pytest.approx([0.75, -0.75])
     dH = [-p * (math.log(p) + H.item()) for p in (0.25, 0.75)]
@@ -129,8 +129,8 @@ def test_gradcheck_logprob(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1)
     h, W = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(((7, 4), (11, 4))))
     y = torch.arange(7)
-    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_logprob(h, W, y, 0.8,
-                                                                        entropy=True), (h, W))
+    both = lambda h, W: kernels.linear_logprob(h, W, y, 0.8, entropy=True)
+    assert torch.autograd.gradcheck(both, (h, W))
     assert torch.autograd.gradcheck(lambda h: kernels.linear_logprob(h, W.detach(), y, 0.8), (h,))
 
 
@@ -143,8 +143,7 @@ def small_chunks(monkeypatch):
 
 def test_chunks_change_nothing(path, small_chunks):
     h, W, y = head("odd", torch.float32, path)
-    t, U = rand(37, 10, seed=5, device=h.device).detach(), rand(131, 10, seed=6,
-                                                                device=h.device).detach()
+    t, U = (rand(n, 10, seed=i, device=h.device).detach() for n, i in ((37, 5), (131, 6)))
     assert len(kernels.slices(37, 131, path)) > 4
     same(lambda h, W: kernels.linear_logprob(h, W, y, 0.9, entropy=True),
          lambda h, W: kernels.linear_logprob_ref(h, W, y, 0.9, entropy=True), (h, W))
@@ -195,8 +194,7 @@ def test_views_of_any_stride(path):
                   for i, s in enumerate(((37, 24), (131, 24), (37, 10), (131, 10))))
     y, up = torch.arange(74, device=h.device).view(37, 2)[:, 1], view(37, 1, seed=7)[:, 0]
     assert not any(x.is_contiguous() for x in (h, W, t, U, y, up))
-    pairs = ((lambda h, W: kernels.linear_logprob(h, W,
-                                                  y),
+    pairs = ((lambda h, W: kernels.linear_logprob(h, W, y),
               lambda h, W: kernels.linear_logprob_ref(h, W, y)),
              (lambda h, W: kernels.linear_distill(h, W, t, U),
               lambda h, W: kernels.linear_distill_ref(h, W, t, U)))
@@ -226,6 +224,7 @@ def test_no_rows(path):
     same(lambda h, W: kernels.linear_distill(h, W, t, U),
          lambda h, W: kernels.linear_distill_ref(h, W, t, U), (h, W))
 
+
 # --- distillation ---------------------------------------------------------------------------------
 
 
@@ -233,17 +232,15 @@ def test_no_rows(path):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("divergence, options",
                          [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {}),
-                                                 ("jsd", dict(beta=0.1))])
+                          ("jsd", dict(beta=0.1))])
 def test_linear_distill(path, shape, divergence, options, dtype):
     h, W, _ = head(shape, dtype, path, 0.3)
-    t, U = rand(len(h), 10, seed=5, dtype=dtype, device=h.device).detach(), rand(
-        len(W), 10, seed=6, scale=0.4, dtype=dtype, device=h.device).detach()
+    t = rand(len(h), 10, seed=5, dtype=dtype, device=h.device).detach()
+    U = rand(len(W), 10, seed=6, scale=0.4, dtype=dtype, device=h.device).detach()
     for temperature in (1.0, 2.0):
-        same(lambda h, W, t, U: kernels.linear_distill(h, W, t, U, divergence, temperature,
-                                                       **options),
-             lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, divergence, temperature,
-                                                           **options),
-             (h, W, t, U), dtype)
+        how = dict(divergence=divergence, temperature=temperature, **options)
+        same(lambda h, W, t, U: kernels.linear_distill(h, W, t, U, **how),
+             lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, **how), (h, W, t, U), dtype)
 
 
 @pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
@@ -280,8 +277,8 @@ def test_gradcheck_distill(divergence, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 1)
     shapes = (7, 4), (11, 4), (7, 3), (11, 3)
     h, W, t, U = (rand(*s, dtype=torch.float64, seed=i) for i, s in enumerate(shapes))
-    assert torch.autograd.gradcheck(lambda h, W: kernels.linear_distill(h, W, t, U, divergence,
-                                                                        1.5), (h, W))
+    distance = lambda h, W: kernels.linear_distill(h, W, t, U, divergence, 1.5)
+    assert torch.autograd.gradcheck(distance, (h, W))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -363,7 +360,8 @@ def peak_of(side, N, D, V):
     their own."""
     child = f"""
 import re, torch, kernels
-def resident(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
+def resident(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 h, W = torch.randn({N}, {D}, requires_grad=True), torch.randn({V}, {D}, requires_grad=True)
 y, up = torch.zeros({N}).long(), torch.ones({N})
 before = resident("VmRSS")
@@ -385,8 +383,7 @@ def test_the_compiler_for_an_h100_takes_every_kernel():
     """what the interpreter cannot tell: spilled registers, too much shared memory, no tensor
     cores"""
     run = subprocess.run([sys.executable, ROOT / "tests/compile_kernels.py", "bfloat16"],
-                         capture_output=True,
-                         text=True)
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     kinds = {line.split()[0]: line.split()[-1] for line in run.stdout.splitlines()
              if "registers" in line}

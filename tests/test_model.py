@@ -1,5 +1,4 @@
-"""model.py: transformer against definition, generation against the full forward, checkpoints both
-ways."""
+"""model.py: transformer against definition, generation against the full forward, checkpoints."""
 import json
 import math
 from dataclasses import replace
@@ -14,9 +13,8 @@ import model as M
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
 from model import (MoE, ScalarModel, Transformer, collate, from_hf, generate, init, load,
-                   load_balance_loss,
-                   masked_mean, masked_whiten, pick, preset, save, sequence_score, to_hf,
-                   token_logprobs, token_values)
+                   load_balance_loss, masked_mean, masked_whiten, pick, preset, save,
+                   sequence_score, to_hf, token_logprobs, token_values)
 
 FAMILIES = list(M.ARCHITECTURES)
 LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
@@ -24,8 +22,7 @@ LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
 
 
 def small(family="qwen3", **changes):
-    """A random model of any family: two layers, grouped queries, noisy norms and biases, so each
-    matters."""
+    """A random model of any family: two layers, grouped queries, noisy norms and biases."""
     config = preset("2x64", bytes_tokenizer(), 96, family)
     config = replace(config, num_attention_heads=4, num_key_value_heads=2, head_dim=16, **changes)
     net = init(config, seed=1)
@@ -53,8 +50,8 @@ def test_the_past_never_sees_the_future(family):
     y = x.clone()
     y[:, 8:] = 7
     a, b = net(x), net(y)
-    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-10) and not torch.allclose(a[:, 8:], b[:, 8:],
-                                                                                 atol=1e-2)
+    assert torch.allclose(a[:, :8], b[:, :8], atol=1e-10)
+    assert not torch.allclose(a[:, 8:], b[:, 8:], atol=1e-2)
 
 
 def test_rope_depends_on_distance_only():
@@ -72,16 +69,16 @@ def test_llama3_scaling_by_hand():
     context is kept, one with less than 1 is divided by 8, and 2.5 turns (smooth = 0.5) gives half
     of each: 0.5625 of it."""
     c = replace(small().config, rope_theta=10000.0, rope_scaling=LLAMA3, max_position_embeddings=96)
-    new = torch.atan2(M.rope_table(c, torch.device("cpu"))[1][1],
-                      M.rope_table(c, torch.device("cpu"))[0][1])                       # angle at 1
+    cos, sin = M.rope_table(c, torch.device("cpu"))
+    new = torch.atan2(sin[1], cos[1])                                                   # angle at 1
     old = 10000.0 ** (-torch.arange(8) / 8)
     turns = 32 * old / (2 * math.pi)
     smooth = ((turns - 1) / 3).clamp(0, 1)
     assert turns[0] > 4 and new[0] == pytest.approx(1.0)
     assert turns[-1] < 1 and torch.allclose(new[-1], old[-1] / 8)
     middle = (turns > 1) & (turns < 4)
-    assert middle.any() and torch.allclose(new[middle],
-                                           old[middle] * (smooth + (1 - smooth) / 8)[middle])
+    want = old * (smooth + (1 - smooth) / 8)
+    assert middle.any() and torch.allclose(new[middle], want[middle])
 
 
 def test_moe_is_the_weighted_sum_of_the_chosen_experts():
@@ -105,8 +102,8 @@ def test_load_balance_loss_by_hand():
     layer = next(m for m in net.modules() if isinstance(m, MoE))
     logits = torch.tensor([[.7, .1, .1, .1], [.4, .2, .2, .2]]).log()
     layer.router_logits = logits
-    assert load_balance_loss(net).item() == pytest.approx(2.2,
-                                                          abs=1e-6) and layer.router_logits is None
+    assert load_balance_loss(net).item() == pytest.approx(2.2, abs=1e-6)
+    assert layer.router_logits is None
     layer.router_logits = logits
     assert load_balance_loss(net, torch.tensor([[1, 0]])).item() == pytest.approx(2.8, abs=1e-6)
     layer.router_logits = torch.eye(4) * 1e-3
@@ -156,13 +153,13 @@ def test_padding_and_row_order_change_nothing(family):
 
 def test_collate_masks_by_length_not_by_token():
     tokens, mask = collate([([5, 0], [0, 9]), ([1], [2])], pad=0)
-    assert tokens.tolist() == [[5, 0, 0, 9], [1, 2, 0, 0]] and mask.tolist() == [[0, 0, 1, 1],
-                                                                                 [0, 1, 0, 0]]
+    assert tokens.tolist() == [[5, 0, 0, 9], [1, 2, 0, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
 
 
 def test_masked_statistics_by_hand():
-    x, mask = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 99.0]]), torch.tensor([[1.0, 1, 0],
-                                                                                 [1, 0, 0]])
+    x = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 99.0]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
     assert masked_mean(x, mask) == 3.0
     white = masked_whiten(x, mask)                       # mean 3, biased variance 8/3
     assert torch.allclose(white, torch.tensor([[-1.224745, 0, 0], [1.224745, 0, 0]]), atol=1e-6)
@@ -176,8 +173,8 @@ def test_values_are_read_before_the_token_and_scores_after_it():
     assert torch.equal(values[:, 1:], raw[:, :-1]) and values[:, 0].abs().sum() == 0
     y = x.clone()
     y[:, 5:] = 3
-    assert torch.allclose(token_values(critic, y)[:, :6], values[:, :6],
-                          atol=1e-6)    # V(5) precedes token 5
+    again = token_values(critic, y)
+    assert torch.allclose(again[:, :6], values[:, :6], atol=1e-6)         # V(5) precedes token 5
     assert torch.equal(sequence_score(critic, x, torch.tensor([9, 4])),
                        torch.stack([raw[0, 8], raw[1, 3]]))
     assert ScalarModel.from_lm(small("llama"))(x).abs().sum() == 0
@@ -210,17 +207,16 @@ def test_the_sampler_is_the_policy(family):
     for b in range(20):
         prompt, n = PROMPTS[b // 5], int(roll.mask[b].sum())
         assert roll.tokens[b, :len(prompt)].tolist() == prompt and roll.prompt_len[b] == len(prompt)
-        assert roll.mask[b].nonzero().flatten().tolist() == list(range(len(prompt),
-                                                                       len(prompt) + n))
-        said = roll.tokens[b, len(prompt):len(prompt) + n].tolist()
-        assert (said[-1] in stop) == bool(roll.finished[b]) and not set(said[:-1]) & set(stop)
+        begin, end = len(prompt), len(prompt) + n
+        assert roll.mask[b].nonzero().flatten().tolist() == list(range(begin, end))
+        drawn = roll.tokens[b, begin:end].tolist()
+        assert (drawn[-1] in stop) == bool(roll.finished[b]) and not set(drawn[:-1]) & set(stop)
         assert n == 14 or roll.finished[b]
-        assert roll.completions()[b] == (said[:-1] if roll.finished[b] else said)
+        assert roll.completions()[b] == (drawn[:-1] if roll.finished[b] else drawn)
 
 
 def test_other_rows_do_not_change_a_row():
-    """A row's draws are fixed beforehand: a prompt's first sample is the same whatever is in the
-    batch."""
+    """A row's draws are fixed beforehand, whatever else is in the batch."""
     net = small()
     runs = [generate(net, PROMPTS[:1] + others, 10, generator=torch.Generator().manual_seed(3))
             for others in ([], PROMPTS[1:2])]
@@ -240,8 +236,7 @@ def test_each_distinct_prompt_is_prefilled_once(monkeypatch):
 
 
 def test_pick_samples_the_distribution():
-    """Sampling at evenly spaced u hits every token as often as its probability says; truncation by
-    hand."""
+    """Evenly spaced u hit every token as often as its probability says; truncation by hand."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     u = (torch.arange(1000) + 0.5) / 1000
     logits = p.log().repeat(1000, 1)
@@ -253,8 +248,8 @@ def test_pick_samples_the_distribution():
             and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625])))
     assert torch.bincount(pick(logits, u, top_p=0.8)[0], minlength=4).tolist() == [625, 375, 0, 0]
     assert torch.bincount(pick(logits, u, top_p=0.81)[0], minlength=4).argmin() == 3
-    hot = torch.bincount(pick(logits, u, temperature=0.5)[0],
-                         minlength=4)     # squares: .25 .09 .0225 .0025
+    hot = pick(logits, u, temperature=0.5)[0]               # squares: .25 .09 .0225 .0025
+    hot = torch.bincount(hot, minlength=4)
     assert abs(hot[0].item() - 1000 * .25 / .365) <= 1
     assert pick(logits, u, temperature=0)[0].unique().tolist() == [0]
     edge = pick(torch.tensor([[0.0, -math.inf]]), torch.tensor([1 - 2 ** -24]))
@@ -262,13 +257,12 @@ def test_pick_samples_the_distribution():
 
 
 def test_contrast_samples_the_product_of_powers():
-    """softmax(l + a (l - l')): logp of the tokens is that of the mixed logits; a = 0 is the model
-    itself."""
+    """softmax(l + a (l - l')): logp is that of the mixed logits; a = 0 is the model itself."""
     net, other = small(), small("llama")
     roll = generate(net, PROMPTS, 8, stop=[], contrast=(other, 0.7),
                     generator=torch.Generator().manual_seed(0))
-    mixed = torch.log_softmax(1.7 * net.logits(net(roll.tokens)) - 0.7
-                              * other.logits(other(roll.tokens)), -1)
+    l, l_other = net.logits(net(roll.tokens)), other.logits(other(roll.tokens))
+    mixed = torch.log_softmax(1.7 * l - 0.7 * l_other, -1)
     want = F.pad(mixed[:, :-1].gather(2, roll.tokens[:, 1:, None]).squeeze(2), (1, 0)) * roll.mask
     assert torch.allclose(roll.logp, want, atol=1e-4)
     plain, zero = (generate(net, PROMPTS, 8, generator=torch.Generator().manual_seed(0), **kw)
@@ -287,8 +281,8 @@ def test_generate_refuses(prompts, n, words):
 def test_stream_gives_what_generate_gives():
     net = small()
     streamed = list(M.stream(net, PROMPTS[1], 10, temperature=0))
-    assert streamed == generate(net, [PROMPTS[1]], 10,
-                                temperature=0).tokens[0, 9:].tolist()[:len(streamed)]
+    whole = generate(net, [PROMPTS[1]], 10, temperature=0).tokens[0, 9:].tolist()
+    assert streamed == whole[:len(streamed)]
 
 
 def unequal(net, **kw):
@@ -304,8 +298,7 @@ def same(a, b):
 
 
 def test_finished_rows_cost_nothing(monkeypatch):
-    """A row of n tokens needs n - 1 forwards after the prefill; the rows' outputs are those of each
-    alone."""
+    """A row of n tokens needs n - 1 forwards after the prefill, and gives what it gives alone."""
     net, rows, forward = small(), [], Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None:
                         rows.append(len(t)) or forward(self, t, cache))
@@ -325,8 +318,7 @@ def test_finished_rows_cost_nothing(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("check", [1, 3, 8])
 def test_static_steps_give_what_plain_ones_give(family, check, monkeypatch):
-    """The loop that CUDA graphs replay, here without a graph: rows leave when half have
-    finished."""
+    """The loop that CUDA graphs replay, here without a graph: rows leave when half have stopped."""
     net = small(family)
     plain = unequal(net)
     monkeypatch.setattr(M, "graphed", lambda model: True)
@@ -352,8 +344,7 @@ def test_the_context_can_be_filled_to_its_end(static, monkeypatch):
 
 
 def test_a_static_step_never_asks_the_device(monkeypatch):
-    """No number is read back and no shape depends on data, or a CUDA graph could not hold the
-    step."""
+    """No number is read back, no shape depends on data, or a CUDA graph could not hold the step."""
     from torch.utils._python_dispatch import TorchDispatchMode
     seen = []
 
@@ -372,10 +363,9 @@ def test_a_static_step_never_asks_the_device(monkeypatch):
     monkeypatch.setattr(M, "graphed", lambda model: True)
     monkeypatch.setattr(M, "capture", watched)
     monkeypatch.setattr(M, "decode_attention", kernels.decode_attention_ref)
-    assert unequal(net, temperature=0.9, top_k=200,
-                   top_p=0.99).finished.any() and "index_put_" in seen
-    assert not {"_local_scalar_dense", "nonzero", "masked_select", "_unique2",
-                "_to_cpu"} & set(seen)
+    assert unequal(net, temperature=0.9, top_k=200, top_p=0.99).finished.any()
+    asks = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "_to_cpu"}
+    assert "index_put_" in seen and not asks & set(seen)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
@@ -463,31 +453,33 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, words", [
-    *((k, None, f"{k} is missing") for k in ("vocab_size", "hidden_size", "num_hidden_layers",
-                                             "num_attention_heads",
-                                            "intermediate_size", "max_position_embeddings")),
-    *((k, 0, f"{k} is '0': expected a whole number from 1") for k in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")),
+    *((k, None, f"{k} is missing")
+      for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "intermediate_size", "max_position_embeddings")),
+    *((k, 0, f"{k} is '0': expected a whole number from 1")
+      for k in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads",
+                "head_dim")),
     ("vocab_size", "512", "expected a whole number"),
     ("vocab_size", True, "expected a whole number"),
     ("hidden_size", 64.0, "expected a whole number"),
     ("rms_norm_eps", 0, "expected a number above 0"),
     ("rope_theta", -1, "expected a number above 0"),
-                                               ("tie_word_embeddings", "yes",
-                                                "expected true or false"),
+    ("tie_word_embeddings", "yes", "expected true or false"),
     ("architectures", [], "architectures is"),
     ("architectures", ["GPT2LMHeadModel"], "LlamaForCausalLM"),
     ("architectures", "LlamaForCausalLM", "expected a list"),
-                                               ("model_type", 5, "model_type '5' is not supported"),
-    ("rope_parameters", [], "expected an object"), ("rope_parameters", dict(rope_type="linear"),
-                                                    "factor is missing"),
+    ("model_type", 5, "model_type '5' is not supported"),
+    ("rope_parameters", [], "expected an object"),
+    ("rope_parameters", dict(rope_type="linear"), "factor is missing"),
     ("rope_parameters", dict(rope_type="llama3", factor=8.0), "low_freq_factor is missing"),
     ("eos_token_id", "x", "expected a token's id"), ("eos_token_id", [[]], "expected a token's id"),
     ("eos_token_id", 10 ** 6, "beyond the model's"),
     ("pad_token_id", 10 ** 6, "beyond the model's"),
     ("num_key_value_heads", 3, "do not share 3 key heads"), ("head_dim", 7, "even whole number"),
     ("quantization_config", 5, "expected an object"), ("layer_widths", [-1], "layer_widths"),
-                                               ("swift_layer", 9, "last layer")])
+    ("swift_layer", 9, "last layer"),
+    ("routed_heads", 9, "more routed heads than heads"),
+    ("head_router", "x", "head_router is 'x': expected learned or norm")])
 def test_a_config_is_read_with_care(key, value, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
     d = json.loads((tmp_path / "config.json").read_text())
@@ -497,12 +489,11 @@ def test_a_config_is_read_with_care(key, value, words, tmp_path):
             read(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["rope_theta", "rope_scaling", "num_experts", "num_experts_per_tok",
-                                 "swift_layer",
-                                 "shared_heads", "routed_heads", "head_router", "layer_widths",
-                                 "max_window_layers", "sliding_window", "pad_token_id",
-                                 "architectures", "id2label",
-                                 "tie_word_embeddings", "rms_norm_eps", "head_dim"])
+@pytest.mark.parametrize("key", [
+    "rope_theta", "rope_scaling", "num_experts", "num_experts_per_tok", "swift_layer",
+    "shared_heads", "routed_heads", "head_router", "layer_widths", "max_window_layers",
+    "sliding_window", "pad_token_id", "architectures", "id2label", "tie_word_embeddings",
+    "rms_norm_eps", "head_dim"])
 def test_null_in_a_config_is_what_is_not_there(key, tmp_path):
     save(small("qwen2", tie_word_embeddings=False), bytes_tokenizer(), tmp_path)
     d = json.loads((tmp_path / "config.json").read_text())
@@ -521,12 +512,12 @@ TENSORS = {                              # what a file may hold, and what is sai
     "another head": (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1},
                      "lm_head.weight is not the emb"),
     "integers": (lambda t: t | {Q: t[Q].long()}, "is stored as I64: weights are floats"),
-    "complex": (lambda t: t
-                | {Q: t[Q].to(torch.complex64)}, "is stored as C64: weights are floats"),
-    "float8": (lambda t: t
-               | {Q: t[Q].to(torch.float8_e4m3fn)}, "is stored as F8_E4M3: weights are floats"),
-    "NaN": (lambda t: t | {Q: t[Q].index_fill(0, torch.tensor([3]),
-                                              math.nan)}, "holds NaN or infinity"),
+    "complex": (lambda t: t | {Q: t[Q].to(torch.complex64)},
+                "is stored as C64: weights are floats"),
+    "float8": (lambda t: t | {Q: t[Q].to(torch.float8_e4m3fn)},
+               "is stored as F8_E4M3: weights are floats"),
+    "NaN": (lambda t: t | {Q: t[Q].index_fill(0, torch.tensor([3]), math.nan)},
+            "holds NaN or infinity"),
     "infinity": (lambda t: t | {Q: t[Q] + math.inf}, "holds NaN or infinity")}
 
 
@@ -556,16 +547,16 @@ def test_what_is_stored_twice_or_computed_is_no_mistake(tmp_path):
 INDEX = {
     "outside": (lambda m: m | {Q: "../model-1.safetensors"},
                 "expected a .safetensors file of the same folder"),
-    "absolute": (lambda m: m
-                 | {Q: "/etc/passwd"}, "expected a .safetensors file of the same folder"),
+    "absolute": (lambda m: m | {Q: "/etc/passwd"},
+                 "expected a .safetensors file of the same folder"),
     "another shard": (lambda m: {k: "model-2.safetensors" if v[6] == "1" else v
                                  for k, v in m.items()},
                       "which the index puts into|is missing|lacks the tensor"),
-    "unlisted": (lambda m: {k: v for k, v in m.items()
-                            if k != Q}, "which the index puts into no file"),
+    "unlisted": (lambda m: {k: v for k, v in m.items() if k != Q},
+                 "which the index puts into no file"),
     "not there": (lambda m: m | {"foo": "model-1.safetensors"}, "lacks the tensor foo"),
     "a number": (lambda m: m | {Q: 5}, "weight_map is no table"),
-         "a list": (lambda m: [], "weight_map is no table")}
+    "a list": (lambda m: [], "weight_map is no table")}
 
 
 @pytest.mark.parametrize("name", INDEX)
@@ -619,12 +610,11 @@ def test_predictions_that_are_not_finite_stop_the_sampling():
     (["--tokens", "0"], "--tokens 0: must be at least 1"),
     (["--temperature", "nan"], "--temperature nan"),
     (["--top-p", "2"], "--top-p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"),
-                                         (["--device", "x"], "--device x")])
+    (["--device", "x"], "--device x")])
 def test_the_command_line_of_model_py(argv, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
     with pytest.raises(UserError, match=words):
         M.main([str(tmp_path), "--prompt", "a", *argv])
-
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -661,8 +651,8 @@ def test_stories260k(stories):
     net, tok = load(stories)
     text = " Once upon a time, there was a little girl named Lily. She loved to play outside."
     x = torch.tensor([[tok.bos, *tok.encode(text)]])
-    assert x.size(1) == 27 and -token_logprobs(net, x)[0, 1:].mean().item() == pytest.approx(0.2803,
-                                                                                             abs=5e-4)
+    loss = -token_logprobs(net, x)[0, 1:].mean().item()
+    assert x.size(1) == 27 and loss == pytest.approx(0.2803, abs=5e-4)
 
 
 def test_stories260k_round_trip(stories, tmp_path):
@@ -677,7 +667,8 @@ def test_stories260k_round_trip(stories, tmp_path):
 def test_command_line_tells_a_story(stories, capsys):
     M.main([str(stories), "--prompt", "Once upon a time", "--tokens", "20", "--temperature", "0"])
     out = capsys.readouterr()
-    assert out.out.startswith("Once upon a time, there was a little girl named") and "tokens/s" in out.err
+    assert out.out.startswith("Once upon a time, there was a little girl named")
+    assert "tokens/s" in out.err
 
 
 # --- against transformers, where it is installed --------------------------------------------------

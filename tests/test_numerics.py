@@ -1,22 +1,20 @@
-"""numerics.py: rounding by hand, gradients, schedules, and what LOST and pruning keep."""
+"""sft.py's layers of few bits and few weights: rounding, gradients, schedules, what they keep."""
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import sft
 from conftest import close, rand
-import kernels
-from data import numerics
-from data.numerics import (LostLinear, QATLinear, QuartetLinear, fake_quant, halo, journey, lost,
-                           lost_sizes, lost_start, prune, prune_at, prune_schedule, qat_fraction,
-                           qat_share, quartet, unbiased_mx4)
 from data.run import UserError
-from kernels import ROUNDINGS as FORMATS
-from kernels import (E2M1, EXPONENTS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat,
-                     mx4, mx4_dense, mxfp4, power_of_two, quantize_activations, rotate)
+from kernels import EXPONENTS, ROUNDINGS, absmax, hadamard, mxfp4, power_of_two, rotate
+from sft import (LostLinear, Masks, QATLinear, QuartetLinear, fake_quant, halo_product, journey,
+                 lost_product, lost_sizes, lost_start, prune, prune_at, prune_schedule,
+                 qat_fraction, qat_share, quartet_product, unbiased_mx4)
 
 
 def gradients(fn, X, W, E):
@@ -32,125 +30,7 @@ def exact(X, W):
     return X @ W.T
 
 
-# --- rotations and formats ------------------------------------------------------------------------
-
-
-def test_hadamard_matrices_are_orthonormal_and_symmetric():
-    for n in (1, 2, 32, 128):
-        H = hadamard(n, torch.float64)
-        assert close(H @ H.T, torch.eye(n), 1e-12) and close(H, H.T, 0)
-        assert close(H.abs(), n ** -0.5 * torch.ones(n, n).double(), 1e-12)
-    with pytest.raises(UserError, match="power of two"):
-        hadamard(24)
-
-
-@pytest.mark.parametrize("d, n, block",
-                         [(96, 32, 32), (96, 128, 32), (64, 48, 32), (12, 32, 4), (7, 8, 1)])
-def test_rotations_use_the_largest_block_that_fits_and_undo_themselves(d, n, block):
-    x, W = rand(3, d), rand(5, d, seed=1)
-    H = torch.block_diag(*[hadamard(block, torch.float64)] * (d // block))
-    assert close(rotate(x, n), x @ H, 1e-12) and close(rotate(rotate(x, n), n), x, 1e-12)
-    assert close(rotate(x, n) @ rotate(W, n).T, x @ W.T, 1e-12)
-
-
-def test_exponents_are_read_exactly():
-    x = torch.tensor([1.0, 0.9999999, 2.0, 1.9999999, 6.0, 2 ** -100, 3e38])
-    for dtype in (torch.float32, torch.float64):
-        assert floor_log2(x.to(dtype)).tolist() == [0, -1, 1, 0, 2, -100, 127]
-        assert power_of_two(torch.tensor([-3, 0, 100]), dtype).tolist() == [.125, 1.0, 2.0 ** 100]
-    assert floor_log2(torch.zeros(1)).item() == -127 and power_of_two(torch.tensor([-999])).item() > 0
-
-
-def test_fp8_is_pytorch_s():
-    x = torch.cat([448 * torch.linspace(-1, 1, 20001), torch.logspace(-12, 2.6, 4000)])
-    assert torch.equal(minifloat(x, 3, -6, 448), x.to(torch.float8_e4m3fn).float())
-    x = x * 448 / x.abs().max()                          # s = 1
-    assert torch.equal(fp8(x), x.to(torch.float8_e4m3fn).float())
-
-
-def test_fp6_has_its_63_values():
-    grid = sorted({0.0} | {s * m * 2.0 ** -4 for s in (1, -1) for m in range(1, 4)}     # subnormals
-                  | {s * (1 + m / 4) * 2.0 ** e for s in (1, -1) for e in range(-2, 5)
-                     for m in range(4)})
-    x = torch.linspace(-28, 28, 40001, dtype=torch.float64)
-    y, grid = fp6(x), torch.tensor(grid, dtype=torch.float64)
-    assert grid[-1] == 28 and len(grid) == 63 and sorted(set(y.tolist())) == grid.tolist()
-    assert close((y - x).abs(), (x[:, None] - grid).abs().amin(1))                       # nearest
-
-
-def test_int8_by_hand():
-    assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)),
-                 [0., 0, 0]) and int8(torch.tensor([math.nan, 1.])).isnan().any()
-
-
-def test_activations_are_rounded_a_token_and_block():
-    x = torch.tensor([[-.9, -.2, .35, .6], [7., 2, -3, 100]])
-    assert close(quantize_activations(x, 2), [[-.9, 0, 0, .9], [0, 0, 0, 100]])
-    assert close(quantize_activations(x, 4, 2),
-                 [[-.9, -.9 * 2 / 7, .6 * 4 / 7, .6], [7, 2, 0, 100]])
-    both = quantize_activations(x, torch.tensor([8, 4]), 2)                        # a width a block
-    assert torch.equal(both[:, :2], quantize_activations(x[:, :2], 8))
-    assert torch.equal(both[:, 2:], quantize_activations(x[:, 2:], 4))
-    with pytest.raises(UserError, match="do not divide 4"):
-        quantize_activations(x, 4, 3)
-
-
 # --- MXFP4 ----------------------------------------------------------------------------------------
-
-
-def test_e2m1_thresholds_and_ties():
-    thresholds = [.25, .75, 1.25, 1.75, 2.5, 3.5, 5.]
-    for i, t in enumerate(thresholds):
-        for sign in (1, -1):
-            got = e2m1(sign * torch.tensor([t - 1e-6, t, t + 1e-6]))
-            assert got[0] == sign * E2M1[i] and got[2] == sign * E2M1[i + 1]
-            assert got[1] == sign * E2M1[i + i % 2]                          # ties to the even code
-    x = torch.linspace(-7, 7, 5001)
-    assert torch.equal(e2m1(x), minifloat(x, 1, 0, 6.0)) and e2m1(torch.tensor([99.])) == 6
-
-
-def test_mx4_codes_and_exponents_by_hand():
-    x = torch.zeros(2, 32)
-    x[0, :8] = 4 * torch.tensor([.5, -.5, 1, 1.5, 2, -3, 4, 6])
-    x[1, 0] = -7.9                                       # above 6 of its scale: clips
-    codes, exponent = mx4(x)
-    assert codes.dtype == torch.uint8 and exponent.dtype == torch.int8 and exponent.tolist() == [[2], [0]]
-    assert codes[0, :9].tolist() == [1, 9, 2, 3, 4, 13, 6, 7, 0] and codes[1, :2].tolist() == [15,
-                                                                                               0]
-    assert torch.equal(mx4_dense(codes, exponent)[0], x[0]) and mx4_dense(codes, exponent)[1,
-                                                                                           0] == -6
-    assert mx4(x, "covering")[1].tolist() == [[2], [1]] and not mx4_dense(*mx4(0 * x)).any()
-    with pytest.raises(UserError, match="no multiple"):
-        mx4(torch.zeros(4, 40))
-
-
-@pytest.mark.parametrize("rule", EXPONENTS)
-def test_rounding_to_mxfp4_is_packing_and_unpacking(rule):
-    x = 3 * rand(5, 96)
-    assert torch.equal(mx4_dense(*mx4(x, rule), torch.float64), mxfp4(x, rule))
-    value = (mxfp4(x, rule).view(5, 3, 32)
-             / power_of_two(mx4(x, rule)[1].int(), torch.float64)[..., None])
-    assert set(value.abs().flatten().tolist()) <= set(E2M1)
-    assert close(mxfp4(x[:, :40], "covering")[:, :32], mxfp4(x[:, :32], "covering"))  # zeros added
-    assert mxfp4(torch.full((1, 32), math.nan)).isnan().all()
-
-
-def test_the_error_of_quest_on_gaussians():
-    """averaged over the scale: rounding the exponent .0134 as plain absmax, the released floor
-    .022"""
-    x = torch.randn(20000, 32, generator=torch.Generator().manual_seed(0))
-    error = {}
-    for rule in ("absmax", "quest", "quest_floor"):
-        scales = [2 ** (i / 8) for i in range(8)]
-        error[rule] = sum(((mxfp4(s * x, rule) - s * x).pow(2).mean()
-                           / (s * x).pow(2).mean()).item()
-                          for s in scales) / 8
-    assert close([error[k] for k in ("absmax", "quest", "quest_floor")], [.0134, .0134, .0223],
-                 1.5e-4)
-    h, kept = numerics.clipped_mx4(x, "quest_floor")
-    assert abs((~kept).float().mean().item() - .073) < 2e-3
-    assert abs(((h - rotate(x, 32)) ** 2).mean().item() - .027) < 1e-3                  # at σ = 1
 
 
 def test_stochastic_rounding_is_unbiased_and_never_clips():
@@ -158,7 +38,7 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
     mean = sum(unbiased_mx4(x.expand(1000, 2, 64), g).mean(0) for _ in range(20)) / 20
     assert close(mean, x, 8e-3) and (mean - x).abs().mean() < 1.5e-3                  # 20,000 draws
     assert (unbiased_mx4(x, g, nearest=True) - x).abs().mean() > 0.04               # nearest is not
-    s = 4 / 3 * power_of_two(kernels.absmax(x.view(2, 2, 32)), torch.float64)
+    s = 4 / 3 * power_of_two(absmax(x.view(2, 2, 32)), torch.float64)
     assert (x.view(2, 2, 32).abs().amax(-1) / s).max() < 6
 
 
@@ -169,15 +49,16 @@ def test_stochastic_rounding_is_unbiased_and_never_clips():
 @pytest.mark.parametrize("N, n, m", [(1, 8, 4), (50, 48, 20), (130, 64, 96)])
 def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
     X, W, E = rand(N, n), rand(m, n, seed=1), rand(N, m, seed=2)
-    for a, b in zip(gradients(lambda X, W: halo(X, W, level=level, format="float32"), X, W, E),
+    for a, b in zip(gradients(lambda X, W: halo_product(X, W, level=level,
+                                                        format="float32"), X, W, E),
                     gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
 def test_halo_rounds_what_its_table_says():
     X, W, E = rand(40, 64), rand(32, 64, seed=1), rand(40, 32, seed=2)
-    q = FORMATS["fp6"]
-    made = {level: gradients(lambda X, W: halo(X, W, level=level, format="fp6"), X, W, E)
+    q = ROUNDINGS["fp6"]
+    made = {level: gradients(lambda X, W: halo_product(X, W, level=level, format="fp6"), X, W, E)
             for level in (0, 1, 2)}
     turned = q(X @ hadamard(64, torch.float64)) @ q(W @ hadamard(64, torch.float64)).T
     dX, dW = q(E) @ q(W), q(E).T @ q(X)
@@ -194,7 +75,7 @@ def test_rotation_helps_where_a_channel_or_a_token_is_large():
     E[5] *= 50
 
     def error(level):
-        made = gradients(lambda X, W: halo(X, W, level=level), X, W, E)
+        made = gradients(lambda X, W: halo_product(X, W, level=level), X, W, E)
         return [(a - b).norm().item() for a, b in zip(made, gradients(exact, X, W, E))]
     plain, forward, both = (error(level) for level in (0, 1, 2))
     assert forward[0] < 0.5 * plain[0] and both[0] == forward[0]
@@ -203,7 +84,7 @@ def test_rotation_helps_where_a_channel_or_a_token_is_large():
 
 def test_mxfp4_products_are_grouped_along_what_is_summed():
     X, W, E = rand(64, 32), rand(96, 32, seed=1), rand(64, 96, seed=2)
-    Y, dX, dW = gradients(lambda X, W: halo(X, W, level=0, format="mxfp4"), X, W, E)
+    Y, dX, dW = gradients(lambda X, W: halo_product(X, W, level=0, format="mxfp4"), X, W, E)
     assert close(Y, mxfp4(X) @ mxfp4(W).T, 1e-10) and close(dX, mxfp4(E) @ mxfp4(W.T).T, 1e-10)
     assert close(dW, mxfp4(E.T) @ mxfp4(X.T).T, 1e-10)
 
@@ -213,10 +94,11 @@ def test_mxfp4_products_are_grouped_along_what_is_summed():
 
 def test_quartet_without_rounding_is_a_linear_layer(monkeypatch):
     """the rotated basis, the random one and the padded tokens all cancel"""
-    monkeypatch.setattr(numerics, "e2m1", lambda x, noise=None: x)
+    monkeypatch.setattr(sft, "e2m1", lambda x, noise=None: x)
     X, W, E = rand(50, 64), rand(96, 64, seed=1), rand(50, 96, seed=2)
-    monkeypatch.setitem(EXPONENTS, "quest", lambda x: kernels.absmax(x) + 1)        # nothing clips
-    for a, b in zip(gradients(lambda X, W: quartet(X, W, 7), X, W, E), gradients(exact, X, W, E)):
+    monkeypatch.setitem(EXPONENTS, "quest", lambda x: absmax(x) + 1)        # nothing clips
+    found = gradients(lambda X, W: quartet_product(X, W, 7), X, W, E)
+    for a, b in zip(found, gradients(exact, X, W, E)):
         assert close(a, b, 1e-10)
 
 
@@ -224,20 +106,20 @@ def test_quartet_s_gradients_are_unbiased_and_none_reaches_what_clipped():
     X, W, E = rand(32, 32), rand(32, 32, seed=1), rand(32, 32, seed=2)
     X[0], X[0, 0] = 0, 60  # rotated: a constant, which has no deviation
     X[1] = hadamard(32, torch.float64)[4] * 40           # rotated: one coordinate, which does
-    (x, x_in), (w, w_in) = (numerics.clipped_mx4(a, "quest") for a in (X, W))
+    (x, x_in), (w, w_in) = (sft.clipped_mx4(a, "quest") for a in (X, W))
     wanted = rotate((E @ w) * x_in, 32), rotate((E.T @ x) * w_in, 32)
-    assert not numerics.clipped_mx4(X, "quest_floor")[1][0].any()
-    assert not x_in[1, 4] and x_in[0].all() and close(quartet(X, W), x @ w.T, 1e-10)
+    assert not sft.clipped_mx4(X, "quest_floor")[1][0].any()
+    assert not x_in[1, 4] and x_in[0].all() and close(quartet_product(X, W), x @ w.T, 1e-10)
     total = [0, 0]
     for seed in range(400):
-        for i, g in enumerate(gradients(lambda X, W: quartet(X, W, seed), X, W, E)[1:]):
+        for i, g in enumerate(gradients(lambda X, W: quartet_product(X, W, seed), X, W, E)[1:]):
             total[i] = total[i] + g / 400
             if i == 0:
                 assert rotate(g, 32)[1, 4].abs() < 1e-12
-    once = gradients(lambda X, W: quartet(X, W, 1), X, W, E)[1:]
+    once = gradients(lambda X, W: quartet_product(X, W, 1), X, W, E)[1:]
     for mean, g, b in zip(total, once, wanted):
         assert (mean - b).norm() < 0.08 * (g - b).norm()                             # 1/√400 is .05
-    same = [gradients(lambda X, W: quartet(X, W, 3), X, W, E)[1] for _ in "ab"]
+    same = [gradients(lambda X, W: quartet_product(X, W, 3), X, W, E)[1] for _ in "ab"]
     assert torch.equal(*same) and not torch.equal(same[0], once[0])
 
 
@@ -246,7 +128,7 @@ def test_quartet_s_layer_draws_by_step_and_forward():
     x = torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(0))
 
     def weight_gradient(step):
-        numerics.begin(layer, step, False)
+        layer.begin(step)
         out = []
         for _ in "ab":
             layer.weight.grad = None
@@ -281,10 +163,10 @@ def test_a_qat_layer_rounds_when_told_and_is_saved_rounded():
     linear, x = nn.Linear(8, 4), torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     layer = QATLinear(linear, 2)
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
-    numerics.begin(layer, 0, True)
+    layer.rounding = True
     merged = layer.merged()
-    assert torch.equal(layer(x), merged(x)) and torch.equal(merged.weight,
-                                                            fake_quant(linear.weight, 2))
+    assert torch.equal(layer(x), merged(x))
+    assert torch.equal(merged.weight, fake_quant(linear.weight, 2))
     assert not torch.equal(layer(x), linear(x)) and torch.equal(merged.bias, linear.bias)
 
 
@@ -297,8 +179,8 @@ def test_the_compute_optimal_share():
     assert qat_fraction(2e6, 1e8, 4) < qat_fraction(1e6, 1e8, 4) < qat_fraction(1e6, 1e8, 2)
     model = nn.Sequential(QATLinear(nn.Linear(10, 10), 2), QATLinear(nn.Linear(10, 30), 2),
                           nn.Linear(30, 2))
-    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2) and qat_share(model, -1.0,
-                                                                                 1e4) == 0
+    assert qat_share(model, 0.0, 1e4) == qat_fraction(400, 1e4, 2)
+    assert qat_share(model, -1.0, 1e4) == 0
     assert qat_share(model, 0.3, 1e4) == 0.3 and qat_share(nn.Linear(2, 2), 0.0, 1e4) == 0
 
 
@@ -308,9 +190,11 @@ def test_the_compute_optimal_share():
 def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
     W, x, g = rand(12, 8), rand(3, 8, seed=1), torch.Generator().manual_seed(0)
     same = dict(gamma=.5, phi="identity")
-    assert close(2 * lost(x, *lost_start(W, 8, 0, g), **same), x @ W.T, 1e-10)    # rank 8: all of W
+    assert close(2 * lost_product(x, *lost_start(W, 8, 0, g), **same), x @ W.T,
+                 1e-10)                                                           # rank 8: all of W
     A, B, columns, where = lost_start(W, 3, 8, g)
-    assert close(2 * lost(x, 0 * A, B, columns, where, **same), x @ W.T, 1e-10)        # all columns
+    assert close(2 * lost_product(x, 0 * A, B, columns, where, **same), x @ W.T,
+                 1e-10)                                                                # all columns
     rest = W - B @ A
     assert close(torch.linalg.matrix_norm(rest, 2), torch.linalg.svdvals(W)[3], 1e-9)
     _, _, columns, where = lost_start(W, 3, 2, g)
@@ -321,12 +205,11 @@ def test_lost_reproduces_the_layer_when_rank_or_columns_cover_it():
 def test_lost_by_hand_and_its_gradients():
     one = torch.ones(1, 1, dtype=torch.float64)
     x, where = torch.tensor([[1., 5.]]).double(), torch.tensor([1])
-    got = lost(x, torch.tensor([[2., 0]]).double(), 3 * one, 4 * one, where)
+    got = lost_product(x, torch.tensor([[2., 0]]).double(), 3 * one, 4 * one, where)
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
-    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns",
-                                                                              "bias"}
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns", "bias"}
     assert sum(p.numel() for n, p in layer.named_parameters()
                if n != "bias") == 4 * (16 + 12) + 2 * 12
 
@@ -338,8 +221,8 @@ def test_lost_without_phi_merges_and_with_it_does_not(start):
         layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0), .9, phi,
                            start)
         merged = copy.deepcopy(layer).merged()
-        assert isinstance(merged, nn.Linear) == (phi == "identity") and close(merged(x), layer(x),
-                                                                              1e-5)
+        assert isinstance(merged, nn.Linear) == (phi == "identity")
+        assert close(merged(x), layer(x), 1e-5)
 
 
 def test_the_random_start_has_the_layer_s_deviation():
@@ -353,8 +236,8 @@ def test_lost_s_sizes_have_equal_parameters():
     for n, m in ((64, 64), (64, 192), (192, 64), (64, 32)):
         for columns in (0.0, .05, .2):
             rank, k = lost_sizes(n, m, .55, columns)
-            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2 and k == round(columns
-                                                                                           * n)
+            assert abs(rank * (n + m) + k * m - .55 * n * m) <= (n + m) / 2
+            assert k == round(columns * n)
 
 
 # --- pruning while training -----------------------------------------------------------------------
@@ -396,25 +279,30 @@ def test_masks_are_monotone_and_exact():
     for target, s in ((.1, .1), (.35, .35), (.5, .5), (.3, .5), (.8, .8)):          # never one back
         old, masks = masks, prune(weights, masks, target)
         for name, mask in masks.items():
-            assert (~mask).sum() == round(s * mask.numel()) and not (mask
-                                                                     & ~old.get(name, mask)).any()
+            assert (~mask).sum() == round(s * mask.numel())
+            assert not (mask & ~old.get(name, mask)).any()
         weights = {k: w + rand(*w.shape, seed=9) for k, w in weights.items()}   # also where it is 0
     assert all(m.all() for m in prune(weights, {}, 0.0).values())
 
 
 def test_masks_reach_moments_and_gradients():
-    weights = {"a": nn.Parameter(rand(3, 4)), "b": nn.Parameter(rand(3, 4, seed=1))}
-    masks = prune(weights, {}, .5)
-    unit = [SimpleNamespace(name="a"), SimpleNamespace(name="b")]
-    stacks = [SimpleNamespace(units=unit,
+    weights = {"a_proj.weight": nn.Parameter(rand(3, 4)),
+               "b_proj.weight": nn.Parameter(rand(3, 4, seed=1))}
+    model = SimpleNamespace(named_parameters=lambda: weights.items())
+    stacks = [SimpleNamespace(units=[SimpleNamespace(name=name) for name in weights],
                               state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
               SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4)))]
-    sum((w ** 2).sum() for w in weights.values()).backward()
-    numerics.mask_gradients(weights, masks)
-    numerics.apply_masks(weights, masks, stacks)
-    for i, name in enumerate("ab"):
-        gone = ~masks[name]
+    schedule = partial(journey, sparsity=.5, begin=0.0, end=0.0)
+    keeper = Masks(None, SimpleNamespace(prune=schedule), model, SimpleNamespace(stacks=stacks),
+                   dict(steps=4))
+    assert keeper.end(0) == dict(sparsity=.5)
+    assert all(torch.equal(keeper.masks[k], v) for k, v in prune(weights, {}, .5).items())
+    sum((w ** 2 + w).sum() for w in weights.values()).backward()
+    keeper.backward()
+    for i, name in enumerate(weights):
+        gone = ~keeper.masks[name]
         assert not weights[name].grad[gone].any() and not weights[name][gone].any()
-        assert torch.equal(stacks[0].state["m"][i],
-                           masks[name].float()) and weights[name].grad.any()
+        assert torch.equal(stacks[0].state["m"][i], keeper.masks[name].float())
+        assert weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()
+    assert keeper.report() == dict(sparsity=.5, mean_density=.5)

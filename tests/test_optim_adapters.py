@@ -639,13 +639,6 @@ def test_bone_changes_all_blocks_alike_and_bat_each_in_its_own_way():
         assert all(torch.allclose(first, x, atol=1e-6) == (kind is Bone) for x in others)
 
 
-@pytest.mark.parametrize("make", [lora, bone, bat, sft.loram])
-@pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_below_1_is_refused(make, rank):
-    with pytest.raises(UserError, match=f"--rank {rank}: the rank must be at least 1"):
-        make(net(), seeded(), rank=rank)
-
-
 def test_bat_refuses_a_rank_that_does_not_divide():
     with pytest.raises(UserError, match="--rank 5 must divide both sides of a 64x64 layer: try 64"):
         bat(net(), seeded(), rank=5)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import kernels as K
 import model as M
-from kernels import quantize, unpack_bits
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
-from kernels import PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq
+from kernels import (PackedLinear, pack_armor, pack_bits, pack_int, pack_nm24, pack_vq, quantize,
+                     unpack_bits)
 from model import LoRA, lora, merge
 from optim import optimiser
 
@@ -34,8 +34,8 @@ def normal(*shape, seed=0):
 
 def two_of_four(out, inputs, seed=0):
     """A random 2:4 weight on bfloat16's grid; some groups hold fewer than two."""
-    W = F.pad(normal(out, inputs, seed=seed), (0, -inputs % 4)).unflatten(1,
-                                                                          (-1, 4)) / inputs ** 0.5
+    W = F.pad(normal(out, inputs, seed=seed), (0, -inputs % 4)) / inputs ** 0.5
+    W = W.unflatten(1, (-1, 4))
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).topk(2, -1).indices
     W = torch.zeros_like(W).scatter(-1, keep, W.gather(-1, keep))
     W[1::5, ::3, 1] = 0
@@ -66,8 +66,8 @@ def make(kind, out=96, inputs=128, bias=False, seed=0, **o):
     g = torch.Generator().manual_seed(seed)
     index = torch.randint(0, 2 ** bits, (out, -(-inputs // d)), generator=g)
     C = normal(2 ** bits, d, seed=seed).bfloat16()
-    r1, r2 = (normal(inputs, seed=3).abs() / inputs ** 0.5).half(), (normal(out, seed=4).abs()
-                                                                     + 0.1).half()
+    r1 = (normal(inputs, seed=3).abs() / inputs ** 0.5).half()
+    r2 = (normal(out, seed=4).abs() + 0.1).half()
     W = torch.cat([C.float()[index[:, i]] for i in range(index.size(1))], 1)[:, :inputs]
     W = r2.float()[:, None] * W * r1.float()
     return pack_vq(index, C, r1, r2, bias=b), W
@@ -100,8 +100,8 @@ def test_bits_round_trip(bits):
 def test_bits_by_hand():
     """3 bits: 1 2 3 4 5 6 7 0 is 000 111 110 101 100 011 010 001 from the right; 12 bits: 2 in 3
     bytes."""
-    assert pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3).tolist() == [0b11010001,
-                                                                             0b01011000, 0b11111]
+    three = pack_bits(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]), 3)
+    assert three.tolist() == [0b11010001, 0b01011000, 0b11111]
     assert pack_bits(torch.tensor([0xABC, 0x123]), 12).tolist() == [0xBC, 0x3A, 0x12]
     assert pack_bits(torch.tensor([5, 9, 14]), 4).tolist() == [0x95, 0x0E]
     for bad in ([4], [-1]):
@@ -121,11 +121,11 @@ def test_round_to_nearest_by_hand():
     w = torch.tensor([[-0.9, -0.2, 0.3, 0.6]])
     codes, scale, zero = quantize(w, 2, 4)
     assert codes.tolist() == [[0, 2, 3, 3]] and scale.tolist() == [[0.5]] and zero.tolist() == [[2]]
-    assert pack_int(codes, scale, zero, bits=2,
-                    group=4).dequantize().tolist() == [[-1, 0, 0.5, 0.5]]
+    layer = pack_int(codes, scale, zero, bits=2, group=4)
+    assert layer.dequantize().tolist() == [[-1, 0, 0.5, 0.5]]
     codes, scale, zero = quantize(w, 2, 4, symmetric=True)
-    assert codes.tolist() == [[1, 2, 2,
-                               3]] and zero is None and scale.item() == pytest.approx(0.9, abs=1e-3)
+    assert codes.tolist() == [[1, 2, 2, 3]] and zero is None
+    assert scale.item() == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -181,6 +181,7 @@ def test_bytes_are_the_formula(out, inputs):
         assert (make("vq", out, inputs, bits=bits, dim=d)[0].nbytes()
                 == -(-out * -(-inputs // d) * bits // 8) + 2 * (2 ** bits * d + out + inputs))
 
+
 # --- products -------------------------------------------------------------------------------------
 
 
@@ -214,8 +215,8 @@ def test_odd_sizes_on_the_kernel(kind, o):
     for shape in ((1, 148), (0, 148), (148,), (2, 3, 148), (0, 3, 148), (20, 148)):
         x = normal(*shape, seed=6)
         y = layer(x)
-        assert y.shape == (*shape[:-1], 40) and torch.allclose(y, F.linear(x, W, layer.bias),
-                                                               atol=1e-5)
+        assert y.shape == (*shape[:-1], 40)
+        assert torch.allclose(y, F.linear(x, W, layer.bias), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind, o", ONE)
@@ -264,8 +265,8 @@ def test_gradient_of_the_input(kind, o, dtype, path):
     K.use(path)
     x, g = normal(2, 5, 128).to(dtype).requires_grad_(), normal(2, 5, 96, seed=1).to(dtype)
     layer(x).backward(g)
-    assert x.grad.dtype == dtype and torch.allclose(x.grad.double(), g.double() @ W.double(),
-                                                    **TOL[dtype])
+    assert x.grad.dtype == dtype
+    assert torch.allclose(x.grad.double(), g.double() @ W.double(), **TOL[dtype])
     assert torch.allclose(layer.bias.grad, g.float().sum((0, 1)), **TOL[dtype])
 
 
@@ -317,20 +318,21 @@ def test_autocast_and_casts():
     (lambda: pack_nm24(torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0], [1, 0, 2, 3]])),
      "row 2, columns 0 to 3 hold more than two non-zero weights: prune the layer to 2:4"),
     (lambda: PackedLinear(8, 8, kind="int5"), "'int5' is unknown; choose from int, columns, mixed"),
-    (lambda: PackedLinear(64, 8, kind="int", bits=5, group=32,
-                          symmetric=True), "bits of 2, 3, 4 or 8"),
+    (lambda: PackedLinear(64, 8, kind="int", bits=5, group=32, symmetric=True),
+     "bits of 2, 3, 4 or 8"),
     (lambda: PackedLinear(64, 8, kind="int", bits=3, group=20, symmetric=True), "whole pack units"),
-    (lambda: PackedLinear(64, 8, kind="armor", block_out=16,
-                          block_in=16), "do not tile a weight of 8 x 64"),
+    (lambda: PackedLinear(64, 8, kind="armor", block_out=16, block_in=16),
+     "do not tile a weight of 8 x 64"),
     (lambda: PackedLinear(64, 8, kind="vq", bits=17, dim=2), "1 to 16 bits"),
     (lambda: pack_vq(torch.zeros(2, 2).long(), torch.zeros(6, 2), torch.ones(4), torch.ones(2)),
      "6 vectors: pad it to a power of two"),
-    (lambda: pack_int(torch.zeros(2, 8).int(), torch.full((2, 1), 1e5), bits=4,
-                      group=8), "exceeds float16"),
+    (lambda: pack_int(torch.zeros(2, 8).int(), torch.full((2, 1), 1e5), bits=4, group=8),
+     "exceeds float16"),
 ])
 def test_what_cannot_be_packed_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -362,8 +364,8 @@ def test_a_packed_model_saves_and_loads(family, shard, dtype, tmp_path, capsys):
     assert {b.dtype for b in held.values()} == {torch.uint8, torch.float16, torch.bfloat16}
     for name, b in back.named_buffers():
         assert torch.equal(b, held.pop(name)) and b.dtype == dict(net.named_buffers())[name].dtype
-    assert not held and {p.dtype
-                         for p in back.parameters()} == {dtype} and back.config == net.config
+    assert not held and back.config == net.config
+    assert {p.dtype for p in back.parameters()} == {dtype}
     x = torch.arange(40).view(2, 20)
     if dtype == torch.float32:
         assert torch.equal(back.logits(back(x)), net.logits(net(x)))
@@ -404,21 +406,25 @@ def test_the_kernels_run_a_whole_model():
     assert torch.allclose(net(x), want, atol=1e-4)
 
 
+QUERY, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda q: q.update(quant_method="gptq"), "quantization_config = .*gptq.* is not supported"),
     (lambda q: q.pop("quant_method"), "quantization_config = .* is not supported"),
     (lambda q: q["layers"].update({"model.layers.7.mlp.up_proj": dict(kind="nm24")}),
      "model.layers.7.mlp.up_proj is no linear layer of this model's blocks"),
-    (lambda q: q["layers"].update({"model.layers.0.input_layernorm": dict(kind="nm24")}), "no linear layer"),
-    (lambda q: q["layers"].update({"model.layers.0.self_attn.q_proj": dict(kind="fp3")}), "'fp3' is unknown"),
-    (lambda q: q["layers"].update({"model.layers.0.self_attn.q_proj": dict(kind="nm24", bits=3)}),
+    (lambda q: q["layers"].update({"model.layers.0.input_layernorm": dict(kind="nm24")}),
+     "no linear layer"),
+    (lambda q: q["layers"].update({QUERY: dict(kind="fp3")}), "'fp3' is unknown"),
+    (lambda q: q["layers"].update({QUERY: dict(kind="nm24", bits=3)}),
      "q_proj cannot be built .*unexpected keyword"),
-    (lambda q: q["layers"]["model.layers.0.self_attn.q_proj"].update(bits=4),
+    (lambda q: q["layers"][QUERY].update(bits=4),
      r"q_proj.codes has shape \[64, 24\], config.json asks for \[64, 32\]"),
-    (lambda q: q["layers"].pop("model.layers.0.mlp.gate_proj"), "layers.0.mlp.gate_proj.weight is missing"),
-    (lambda q: q["layers"]["model.layers.0.self_attn.q_proj"].update(symmetric=True),
+    (lambda q: q["layers"].pop(GATE), "layers.0.mlp.gate_proj.weight is missing"),
+    (lambda q: q["layers"][QUERY].update(symmetric=True),
      "q_proj.zero does not belong to a layer packed as quantization_config says"),
-    (lambda q: q.update(layers=["model.layers.0.self_attn.q_proj"]), "layers is .*: expected an object"),
+    (lambda q: q.update(layers=[QUERY]), "layers is .*: expected an object"),
 ])
 def test_a_wrong_quantization_config_is_named(change, words, tmp_path):
     M.save(mixed(), bytes_tokenizer(), tmp_path)
@@ -432,7 +438,7 @@ def test_a_wrong_quantization_config_is_named(change, words, tmp_path):
 def test_a_packed_tensor_of_another_dtype_is_named(tmp_path):
     M.save(mixed(), bytes_tokenizer(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    state["model.layers.0.self_attn.q_proj.codes"] = state["model.layers.0.self_attn.q_proj.codes"].float()
+    state[QUERY + ".codes"] = state[QUERY + ".codes"].float()
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError,
                        match="q_proj.codes is stored as torch.float32, its format is torch.uint8"):

@@ -16,21 +16,16 @@ from optim import RULES, Ranks
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()),
                                 reason="no gloo here")
 RUN = ["--config", "pretrain,tiny,normuon", "--data", "arithmetic", "--tokenizer", "bytes",
-       "--rows", "300",
-       "--context", "64", "--steps", "20", "--warmup", "2", "--eval_every", "20", "--save_every",
-       "10"]
+       "--rows", "300", "--context", "64", "--steps", "20", "--warmup", "2", "--eval_every", "20",
+       "--save_every", "10"]
 
 
 def python(*args, ranks=0, timeout=240):
-    """Run a script of the project, under torchrun if ranks; -> what it printed. Fails with its
-    error."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-             str(ranks)] if ranks else []
-    env = {k: v for k, v in os.environ.items()
-           if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, *start, *args], capture_output=True, text=True,
-                         timeout=timeout,
-                         env=env)
+    """Run a script of the project, under torchrun if ranks -> what it printed; fails as it does."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, *(torchrun if ranks else []), *args], text=True,
+                         capture_output=True, timeout=timeout, env=env | dict(OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr[-3000:]
     return out.stdout
 
@@ -92,7 +87,7 @@ def walk(name, shapes, shard, steps=4, **kw):
                                          weight_decay=.1)])
     opt = make()
     for i, gs in enumerate(grads):
-        if i == 2:                                           # through a checkpoint of whole matrices
+        if i == 2:                                         # through a checkpoint of whole matrices
             box, opt = [opt.state_dict()], make()
             dist.broadcast_object_list(box, src=0)                     # rank 0 has it, as in a file
             opt.load_state_dict(box[0])
@@ -101,8 +96,8 @@ def walk(name, shapes, shard, steps=4, **kw):
         opt.step()
     return [(p.full_tensor() if shard else p).detach() for p in ps]
 
-# even and uneven rows, fewer rows than would fill both ranks, K not a multiple of P. Null spaces of wide and
-# tall covariances have an arbitrary basis: SOAP is compared on square matrices
+# even and uneven rows, fewer rows than would fill both ranks, K not a multiple of P. Null spaces of
+# wide and tall covariances have an arbitrary basis: SOAP is compared on square matrices
 for shapes in ([(6, 4)] * 3, [(5, 7)] * 2 + [(1, 3)], [(8, 8)]):
     for name in {rules!r}:
         if name == "soap" and any(m != n for m, n in shapes):
@@ -113,7 +108,7 @@ for shapes in ([(6, 4)] * 3, [(5, 7)] * 2 + [(1, 3)], [(8, 8)]):
         assert worst < 1e-6, (name, shapes, worst)
 local = walk("normuon", [(6, 4)], True, local_norm=True)[0]
 whole = walk("normuon", [(6, 4)], False)[0]
-assert (local - whole).abs().max() > 1e-4                            # a shard's own norm: another optimiser
+assert (local - whole).abs().max() > 1e-4                # a shard's own norm: another optimiser
 if rank == 0:
     print("equal")
 dist.destroy_process_group()

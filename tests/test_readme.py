@@ -97,6 +97,7 @@ def test_every_command_names_a_script_and_options_presets_and_claims_that_exist(
     elif not name.startswith("tests/"):
         script = importlib.import_module(name)
         options = dict(parse(argv, {x.name: x.default for x in fields(script.Config)}))
+        options.pop("eject", None)
         known = claims.claims_of(name)
         assert options.pop("claim", next(iter(known))) in known
         assert int(options.pop("seeds", 5)) >= 2

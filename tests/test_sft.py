@@ -10,19 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import sft
-from conftest import close, merged
+from conftest import close, merged, rand
 from data import tasks
-from data.numerics import fake_quant, prune_at
-from data.run import UserError, checkpoint, claims_of, configure, read_log
+from data.run import UserError, checkpoint, claims_of, configure, headings, needs, read_log
 from data.tokenizer import bytes_tokenizer
-from model import collate, generate, load
+from model import PEFT, collate, generate, load
 from optim import RULES
+from sft import fake_quant, prune_at
 
 FAST = ["--model", "1x64", "--tokenizer", "bytes", "--context", "96", "--batch", "8", "--micro",
         "8",
@@ -86,7 +87,8 @@ def test_it_learns_and_leaves_a_checkpoint_that_generates(workdir):
               "--eval_every", "50", "--data", "toyif", "--tokenizer", "toyif", "--context", "32",
               "--out", "o")
     log = read_log("o")
-    assert log[0]["loss"] > 3.5 and log[-1]["loss"] < 2.4 and out["val_loss"] == log[-1]["val_loss"] < 2.4
+    assert log[0]["loss"] > 3.5 and log[-1]["loss"] < 2.4
+    assert out["val_loss"] == log[-1]["val_loss"] < 2.4
     assert out["val_gold"] > 0.45 and (workdir  # random symbols and no EOS: about 0
                                        / "o/curve.png").exists()
     net, tok = load("o")
@@ -119,7 +121,7 @@ def test_resume_is_exact(extra, workdir):
     assert [r["loss"] for r in read_log("a")] == [r["loss"] for r in read_log("b")]
 
 
-PARTS = sorted(k for k, v in sft.PRESETS.items() if {"optimiser", "peft"} & v.keys())
+PARTS = sorted({*RULES, *PEFT})          # presets of their names, or the rows themselves
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -204,26 +206,26 @@ def test_pruning_while_training_is_exact_and_monotone(workdir):
             if name.endswith(BLOCKS):
                 zero = W == 0
                 assert zero.sum() == round(prune_at(s, 40, .8) * W.numel())
-                assert torch.equal(zero, ~state["masks"][name]) and not (gone.get(name, zero)
-                                                                         & ~zero).any()
+                assert torch.equal(zero, ~state["memories"]["journey"][name])
+                assert not (gone.get(name, zero) & ~zero).any()
                 assert all(not m[zero].any() and m[~zero].any() for m in moments[name])
                 gone[name] = zero
     assert out["sparsity"] == pytest.approx(.8, abs=1e-4) and 0.2 < out["mean_density"] < 0.5
 
 
 def test_the_times_of_pruning_are_compared_at_equal_compute():
-    def cost(steps, preset):
-        return sum(1 - prune_at(k, steps, .8, **sft.PRESETS.get(preset, {})) for k in range(steps))
-    for preset, steps in sft.OTHER_TIMES.values():
-        assert abs(cost(steps, preset) / cost(sft.PRESETS["calm"]["steps"], "") - 1) < 0.01
+    def cost(steps, *times):
+        return sum(1 - prune_at(k, steps, .8, *times) for k in range(steps))
+    for begin, end, steps in claims_of("sft").OTHER_TIMES.values():
+        assert abs(cost(steps, begin, end) / cost(sft.PRESETS["calm"]["steps"]) - 1) < 0.01
 
 
 def test_layers_and_pruning_run_on_one_rank():
     for extra in ("--linear halo", "--prune journey"):
-        c, _ = configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, *extra.split()])
-        sft.check_layers(c, 1)
+        c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", [*FAST, *extra.split()])
+        sft.check(c, f, 1)
         with pytest.raises(UserError, match=f"{extra} runs on one rank: start it without torchrun"):
-            sft.check_layers(c, 2)
+            sft.check(c, f, 2)
 
 
 def test_no_sparsity_and_no_rounding_change_nothing(workdir):
@@ -296,26 +298,30 @@ def test_every_family_takes_two_steps(family, workdir):
     assert row["loss"] < 7 and ("aux" in row) == ("mix" in family or "moe" in family)
 
 
-@pytest.mark.parametrize("name",
-                         [k for k, row in sft.PRESETS.items()        # PARTS: above; arms of one key
-                                  if k not in PARTS and (k not in sft.ARMS or len(row) > 2)
-                                  and k not in ("dckd", "adpa", "aligndistil")])  # need a --teacher
+ROWS = [row for axis in ("loss", "linear", "prune") for row in sft.AXES[axis]
+        if sum(row in rows for rows in sft.AXES.values()) == 1]
+TAUGHT = {row for row in sft.AXES["loss"] if "teacher" in needs(sft.LOSSES[row])}
+PAIRED = {"unlikelihood", "rwr"}                         # need a feedback: presets have it
+
+
+@pytest.mark.parametrize("name", sorted({*sft.PRESETS, *ROWS} - {*PARTS, *TAUGHT, *PAIRED}))
 def test_every_preset_takes_two_steps(name, shared_bases):
     """with the size preset tiny, on the real data it names; signatures in bytes need a longer
     context"""
     names, out = name if name == "tiny" else f"{name},tiny", f"preset-{name}"
     more = ["--context", "320"] if name == "target_docs" else []
-    some = [] if sft.PRESETS[name].get("data") == "stdlib" else ["--rows",
-                                                                 "64"]          # a text has no rows
+    is_text = sft.PRESETS.get(name, {}).get("data") == "stdlib"                 # it has no rows
+    some = [] if is_text else ["--rows", "64"]
     sft.main(merged("--config", names, "--steps", "2", *some, "--out", out, "--eval_every", "2",
                     *more))
     assert read_log(out)[-1]["step"] == 2 and checkpoint(out)
 
 
 def test_the_map_names_every_preset():
-    named = {line.split()[0] for line in sft.__doc__.splitlines() if line.split()}
-    rules = re.search(r"settings: ([\w\s]+?)\nlora ", sft.__doc__)[1].split()
-    assert set(rules) == set(RULES) and sft.PRESETS.keys() - sft.ARMS.keys() - set(rules) <= named
+    chapters = headings(Path(sft.__file__).read_text())
+    named = {name for names, _ in chapters for name in re.split(r", *", names)}
+    assert sft.PRESETS.keys() - named == {"pretrain", "sft", "tiny"}                # the spine's
+    assert {*sft.LINEARS, *sft.PRUNING} - named == {"plain", "none"}
 
 
 def test_base_is_made_once_and_found_again(workdir, capsys):
@@ -390,6 +396,7 @@ def bad(workdir):
      "cuts matrices, which --linear lost does not have"),
     (["--prune", "journey", "--peft", "hft"], "--prune journey and --peft hft do not go together"),
     (["--prune", "journey", "--sparsity", "1"], "--sparsity 1: must be at least 0 and below 1"),
+    (["--optimiser", "eco"], "--optimiser eco with --store float32 rounds nothing: add --store"),
     (["--prune", "journey", "--begin", "0.8"], "--begin 0.8: expected 0 to 0.75"),
     (["--suggest", "--init", "base:pretrain"],
      "--suggest is about pre-training: add --config pretrain"),
@@ -504,21 +511,41 @@ def test_reweighting_by_hand():
 
 
 def test_distillation_by_hand():
-    z_dpo, z_start, z = D([[1., 0, -1]]), D([[0., .5, 0]]), D([[.2, .1, 0]])
-    one = torch.ones(1, 1).double()
-    got = sft.adpa(D([[-3.]]), one, D([0.]), z, z_dpo, z_start)
-    p_dpo = torch.softmax(z_dpo, -1)
-    assert close(got, [[.212786]])
-    assert close(sft.adpa(D([[-3.]]), one, D([1.]), z, z_dpo, z_start), [[3.]])
-    assert close(sft.adpa(D([[-3.]]), one, D([0.]), z, z_dpo, z_dpo), [[0.]])
-    kl = (p_dpo * (p_dpo.log() - torch.log_softmax(z, -1))).sum(-1, keepdim=True)
-    assert close(kl, [[.212026]])
-    assert close(sft.dckd(D([[-3.]]), kl, D([1.]), lam=2.), [[3 + 2 * .212026]], 2e-6)
-    assert close(sft.dckd(D([[-3.]]), kl, D([0.])), kl)
-    assert close(sft.aligndistil(one, z, z_dpo, z_start), [.107887])
-    same = sft.aligndistil(one, z, z_dpo, z_dpo)  # no difference: w = .001, the DPO model
-    back = (torch.softmax(z, -1) * (torch.log_softmax(z, -1) - torch.log_softmax(z_dpo, -1))).sum()
-    assert close(same, [.1 / 1e-3 * back])
+    """of one scored token, the second of its row; logits are h W with W the identity"""
+    z_dpo, z_start, z = ((D([row]), torch.eye(3).double())
+                         for row in ([1., 0, -1], [0., .5, 0], [.2, .1, 0]))
+    mask, logp = D([[0., 1]]), D([[0., -3]])
+    good, bad = D([1.]), D([0.])
+    assert close(sft.adpa(z, z_dpo, z_start, logp, mask, bad), [[0, .212786]])
+    assert close(sft.adpa(z, z_dpo, z_start, logp, mask, good), [[0, 3.]])
+    assert close(sft.adpa(z, z_dpo, z_dpo, logp, mask, bad), [[0, 0.]])
+    assert close(sft.dckd(z, z_dpo, logp, mask, good, lam=2.), [[0, 3 + 2 * .212026]], 2e-6)
+    assert close(sft.dckd(z, z_dpo, logp, mask, bad), [[0, .212026]])
+    assert close(sft.aligndistil(z, z_dpo, z_start, mask), [.107887])
+    same = sft.aligndistil(z, z_dpo, z_dpo, mask)  # no difference: w = .001, the DPO model
+    log_q, log_p = (torch.log_softmax(x, -1) for x, _ in (z, z_dpo))
+    assert close(same, [.1 / 1e-3 * (log_q.exp() * (log_q - log_p)).sum()], 1e-4)
+
+
+def test_distillation_is_that_of_whole_distributions():
+    """and its gradient, at many tokens: the heads' products against logits that are held"""
+    heads = [(rand(9, 8, seed=i), rand(40, 8, seed=i + 10)) for i in range(3)]
+    (h, W), (t, U), (o, V) = heads
+    mask = torch.cat([torch.zeros(3, 1), torch.ones(3, 3)], 1).double()
+    w = 10 * (torch.softmax(t @ U.T, -1) - torch.softmax(o @ V.T, -1)).abs().sum(-1) + 1e-3
+    found, wanted = (h.clone().requires_grad_() for _ in "ab")
+    got = sft.aligndistil((found, W), (t, U), (o, V), mask)
+    log_q = torch.log_softmax(wanted @ W.T, -1)
+    beyond = torch.log_softmax(t @ U.T + w[:, None] * (t @ U.T - o @ V.T), -1)
+    kl = .1 / w * (log_q.exp() * (log_q - beyond)).sum(-1)
+    assert close(got, kl.view(3, 3).mean(1), 1e-4)
+    got.sum().backward()
+    kl.view(3, 3).mean(1).sum().backward()
+    assert close(found.grad, wanted.grad, 1e-4)
+    gain = sft.adpa(heads[0], heads[1], heads[2], 0 * mask, mask, torch.zeros(3).double())
+    q = torch.softmax(h @ W.T, -1)
+    log_ratio = torch.log_softmax(t @ U.T, -1) - torch.log_softmax(o @ V.T, -1)
+    assert close(gain[:, 1:], -(q * log_ratio).sum(-1).view(3, 3), 1e-5)
 
 
 WORLD = ["--data", "toyif_base", "--init", "base:toyif_base", "--rows", "64", "--steps", "4",
@@ -527,7 +554,7 @@ WORLD = ["--data", "toyif_base", "--init", "base:toyif_base", "--rows", "64", "-
 
 @pytest.mark.parametrize("config",
                          ["mle", "filtered", "conditional", "unlikely", "rwr", "glow", "reweighted",
-                                    "implicit"])
+                          "implicit"])
 def test_objectives_run_and_do_not_depend_on_micro_batches(config, shared_bases):
     out = []
     for micro in (8, 3):
@@ -575,12 +602,13 @@ def test_hindsight_scores_both_answers_and_no_tag(shared_bases):
     good, bad = tok.encode("."), tok.encode(",")
     data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="np")
     for (prompt, answer), info, r in zip(data, infos, found):
-        a, b = info["hole"]
-        assert prompt == r["prompt"] + bad and answer[:a] == r["rejected"] and answer[b:] == r["chosen"]
+        a, b = info["unscored"]
+        assert prompt == r["prompt"] + bad and answer[:a] == r["rejected"]
+        assert answer[b:] == r["chosen"]
         assert answer[a:b] == good
     data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="p")
     assert data == [(r["prompt"] + good, r["chosen"]) for r in found]
-    assert all(i["hole"] == (0, 0) for i in infos)
+    assert all(i["unscored"] == (0, 0) for i in infos)
     with pytest.raises(UserError, match="--mix"):
         sft.hindsight(c, tok, None, None, mix="p,x")
     out = sft.main(merged(*argv, "--steps", "2", "--out", "run"))

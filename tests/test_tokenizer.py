@@ -13,7 +13,8 @@ import torch
 
 from data import tokenizer as T
 from data.run import UserError
-from data.tokenizer import SPECIALS, Tokenizer, bytes_tokenizer, char_tokenizer, get, named, train_bpe
+from data.tokenizer import (SPECIALS, Tokenizer, bytes_tokenizer, char_tokenizer, get, named,
+                            train_bpe)
 
 DATA = Path(__file__).parents[1] / os.environ.get("DATA_DIR", "../shared/data")
 CODE = [path.read_text(encoding="utf-8", errors="replace")
@@ -296,8 +297,8 @@ def shuffled(bpe):
     rng = random.Random(0)
     ranks = {bytes([b]): n for n, b in enumerate(rng.sample(range(256), 256))}
     ranks |= {token: 256 + n for n, token in enumerate(bpe.tokens[256:595])}
-    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+              r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
     return tiktoken.Encoding("shuffled", pat_str=cl100k, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 600})
 

@@ -165,8 +165,7 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
               results="data/results"):
     """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write.
 
-    configure_arm(argv) -> (c, f); `extra` is appended to every arm's command line, `config` to its
-    presets. Returns the JSON's dict.
+    configure_arm(argv) -> (c, f); `extra` goes to every arm's command line, `config` to its presets.
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
@@ -179,8 +178,8 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
 
     runs = who_runs(claim)
     todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
-    print(f"{claim.text}\n{claim.paper}\n{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
-          flush=True)
+    print(claim.text, claim.paper, f"{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
+          sep="\n", flush=True)
     t0, got, tuned = time.time(), [], {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         if claim.tune:
