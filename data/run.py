@@ -1470,7 +1470,8 @@ def source_of(unit, rows, lines, names, c, f):
         return textwrap.fill(f"{whole}({words})", 100, subsequent_indent=" " * (len(whole) + 1))
     if unit.defines == {"PRESETS"}:
         rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
-        return "PRESETS = dict(\n    " + ",\n    ".join(segment(x, lines) for x in rows) + ")"
+        return "PRESETS = dict(\n    " + ",\n    ".join(
+            size_preset(x, lines, c, f) for x in rows) + ")"
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
         return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
@@ -1492,6 +1493,14 @@ def source_of(unit, rows, lines, names, c, f):
             if mine and mine[0].keywords[arg.arg] != hyper(mine[0].func)[arg.arg]:
                 places.append((default, mine[0].keywords[arg.arg]))
     return replaced(unit, lines, places)
+
+
+def size_preset(row, lines, c, f):
+    """A size preset's text without the keys that only rows read which are not here."""
+    known = {x.name for x in dataclasses.fields(c)}.union(*(fn.keywords for fn in vars(f).values()))
+    keys = ", ".join(segment(x, lines) for x in row.value.keywords if x.arg in known)
+    return textwrap.fill(f"{row.arg}=dict({keys})", 94, break_long_words=False,
+                         subsequent_indent=" " * (len(row.arg) + 10))
 
 
 def config_with(node, unit, lines, c):

@@ -447,7 +447,8 @@ def test_what_is_noted_of_a_layer_s_inputs():
     outputs, found = compress.watch(block, inputs, where(0), ("H", "absmax", "absmean", "W"))
     x = torch.cat([block.input_layernorm(y).flatten(0, 1) for y in inputs])
     got = found["self_attn.k_proj"]
-    assert close(got["h"], 2 * (x ** 2).mean(0), 1e-4) and close(got["H"], 2 * x.T @ x / len(x), 1e-4)
+    assert close(got["h"], 2 * (x ** 2).mean(0), 1e-4)
+    assert close(got["H"], 2 * x.T @ x / len(x), 1e-4)
     assert close(got["absmax"], x.abs().amax(0)) and close(got["absmean"], x.abs().mean(0), 1e-5)
     assert len(outputs) == 3 and close(outputs[1], block(inputs[1], *where(0)))
     assert set(compress.watch(block, inputs, where(0), ())[1]["mlp.up_proj"]) == {"h"}
