@@ -82,10 +82,11 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import prefs, tasks
-from data.judging import JUDGES, auroc
+from data.judging import JUDGES
 from data.run import (Count, Fraction, Positive, Range, Run, Share, UserError,
                       batch_indices, cli, launch, needs, read_log, report)
 from data.sources import SHOWN, SOURCES, STATIC, demo, forget, per_prompt, row
+from data.stats import auroc
 from data.text import CACHE
 from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save,
                    sequence_score, token_logprobs)

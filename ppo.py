@@ -43,9 +43,9 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
-from data.judging import spearman
 from data.run import (Count, Positive, Run, Share, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, report)
+from data.stats import spearman
 from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten,
                    peek, save, sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr

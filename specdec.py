@@ -53,10 +53,10 @@ from data import decoding, prefs, tasks
 from data.crossvocab import NgramCache, Translated
 from data.decoding import at_cost, numbers, tabled, voted
 from data.drafting import COLUMNS, Lookup, Tally, first_difference, line
-from data.judging import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
 from data.run import (Count, Positive, Range, Run, Share, UserError, batch_indices,
                       checkpoint, cli, clock, launch, needs)
+from data.stats import accuracy, auroc, best_of_n, bon_kl
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset,
                    save, tempered, token_logprobs)
 from optim import linear, optimiser, set_lr

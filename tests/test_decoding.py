@@ -16,7 +16,7 @@ from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer
                            guidance, guided, muted, pruned_tokens, rival_label, self_eval_loss,
                            survivors, switching, vote, voted)
 from data.chains import chain_tokenizer
-from data.judging import best_of_n
+from data.stats import best_of_n
 from data.prefs import tokenizer as toyif_tokenizer
 from data.run import UserError, hyper
 from model import Cache, ModelConfig, collate, generate, init, pick
