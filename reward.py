@@ -99,8 +99,7 @@ LOSSES = dict(bt=bt)
 
 
 def chunked(fn, c):
-    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' own
-    length."""
+    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' length."""
     @torch.no_grad()
     def reward(tokens, start, end):
         parts = zip(tokens.split(c.micro), start.split(c.micro), end.split(c.micro))
@@ -133,8 +132,7 @@ class Batch:
         self.model, self.rows, self.c, self.pad, self.generator = model, rows, c, pad, generator
 
     def of(self, *sides):
-        """Prompts with their responses, side after side: tokens, mask [B, T], the responses' start
-        and length [B]."""
+        """Prompts with these sides, one after the other -> tokens, mask [B, T], start, length [B]."""
         parts = [(r["prompt"], r[side]) for side in sides for r in self.rows]
         tokens, mask = collate(parts, self.pad, self.c.device)
         return SimpleNamespace(tokens=tokens, mask=mask, start=mask.argmax(1),
@@ -195,8 +193,7 @@ def pair_metrics(known):
 
 
 def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None, apart=()):
-    """The training loop of everything here: shuffle, score, step, tell.   -> whether it came to its
-    end
+    """The training loop of everything here: shuffle, score, step, tell -> whether it has ended.
 
     steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a
     single stage, which then resumes exactly (apart: prefixes of the weights that are not in that
@@ -241,8 +238,7 @@ def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None,
 
 
 def ece(conf, correct, bins=5):
-    """Expected calibration error over equal bins on (0.5, 1]: Σ n_b/n |mean confidence - share
-    correct|."""
+    """Expected calibration error over equal bins on (0.5, 1]:  Σ n_b/n |mean conf - share right|."""
     which = ((conf - 0.5) * 2 * bins).ceil().clamp(1, bins)
     gaps = [(conf[which == b].mean() - correct[which == b].mean()).abs()
             * (which == b).float().mean() for b in range(1, bins + 1) if (which == b).any()]
@@ -250,8 +246,7 @@ def ece(conf, correct, bins=5):
 
 
 def grade(win, lose):
-    """Accuracy, ECE, Brier score of labelled pairs, σ(r_c - r_r) as a probability -> (dict, conf,
-    right)."""
+    """Accuracy, ECE, Brier score of pairs, p = σ(r_c - r_r) -> (dict, conf [N], right [N])."""
     p = torch.sigmoid(win - lose)
     conf, right = torch.maximum(p, 1 - p), (p > 0.5).float()
     return dict(n=len(p), accuracy=accuracy(win, lose), ece=ece(conf, right),
@@ -259,8 +254,7 @@ def grade(win, lose):
 
 
 def grade_sets(score, sets, say):
-    """Held-out sets and their subsets, a line said of each -> ([row], confidence and rightness of
-    every pair)."""
+    """Held-out sets and their subsets, a line said of each -> ([row], conf [N], right [N])."""
     say(f"\n  {'pairs':<26}{'n':>6}{'accuracy':>10}{'ECE':>8}{'Brier':>8}   "
         "(chance: accuracy 0.5)")
     table, points = [], []
@@ -279,11 +273,9 @@ def grade_sets(score, sets, say):
 
 
 def study(score, sample, world, tok, split, seed, prompts=48, n=64):
-    """What a reward makes of samples of the policy that it will steer -> (numbers, best-of-n
-    curve).
+    """What a reward makes of samples of the policy that it will steer -> (numbers, curve).
 
-    Spearman with gold within a prompt, and with length over all; gold of best-of-n and its KL
-    bound."""
+    Spearman with gold within a prompt, and with length over all; best of n, with its KL bound."""
     problems = world.problems(split, prompts, seed)
     ys, done = sample(problems, n, seed + 1)
     ends = [[*y, tok.eos] if d else y for y, d in zip(ys, done)]
@@ -302,8 +294,7 @@ def study(score, sample, world, tok, split, seed, prompts=48, n=64):
 def examine(score, sample, world, tok, sets, seed, say, path):
     """The evaluation of a reward, said and drawn -> dict of floats.
 
-    sets {name: encoded pairs}; world None: no gold, so pairs alone. In a world also best of n and
-    attacks (chapter null)."""
+    sets {name: encoded pairs}; world None: pairs alone, else also best of n and chapter null."""
     table, conf, right = grade_sets(score, sets, say)
     out, curves = {row["subset"]: row["accuracy"] for row in table if row["subset"] in sets}, {}
     out["accuracy"] = statistics.fmean(out.values())
@@ -443,8 +434,7 @@ def judge_checkpoint(c, run):
 
 
 def train(c, f):
-    """One run of a recipe, or with --eval only the table of a reward model.   -> the result's
-    numbers"""
+    """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
     kernels.use(c.kernels)
     check(c, f)
     if c.data in WORLDS if c.eval else "base" in needs(f.recipe):
@@ -494,8 +484,7 @@ def readers(c, f):
 
 
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not
-    combine."""
+    """UserError for all that can be known before anything is made."""
     if not c.eval and "base" not in needs(f.recipe):
         return
     prefs.check_pairs(c.data, whole=bool(c.eval))
@@ -549,8 +538,7 @@ def null_attack(score, ids, seed=0, iterations=300, longest=16):
     """The constant response that a reward likes best (2410.07137): random edits, kept while
     score(ids) rises.
 
-    score: list of ids -> float, its mean over the search prompts; ids: the alphabet -> list of
-    ids."""
+    score: list of ids -> float, its mean over the search prompts; ids: the alphabet."""
     g = random.Random(seed)
     best = [g.choice(ids) for _ in range(4)]
     top = score(best)
@@ -613,8 +601,7 @@ LOSSES["margin"] = bt_margin
 # === smooth: label smoothing, labels believed wrong with probability e ============================
 
 def bt_smooth(chosen, rejected, *, flip: Range("[0, 0.5)") = 0.1):
-    """-(1-e) log σ(d) - e log σ(-d): e is the share of labels believed wrong; d* = log((1-e)/e) is
-    finite."""
+    """-(1-e) log σ(d) - e log σ(-d), e the share of labels believed wrong: d* = log((1-e)/e)."""
     d = chosen - rejected
     return -(1 - flip) * F.logsigmoid(d) - flip * F.logsigmoid(-d)
 
@@ -643,8 +630,7 @@ def goal(chosen, rejected, early, late, wrong, *, weight=0.5):
     """Goal-conditioned contrastive term (2407.13887) on top of bt:  w (-log p+ - log(1 - p-)).
 
     early, late [B, S, D]: hidden states of the chosen response, wrong [B, S, D] of the rejected
-    one; p+ is the mean of σ(cos(early, late)) over the pass, p- with wrong: logs of means, so it
-    depends on --micro."""
+    one; p+ is the mean of σ(cos(early, late)), p- with wrong, over the pass: --micro matters."""
     early, late, wrong = (F.normalize(h, dim=-1) for h in (early, late, wrong))
     plus, minus = (torch.sigmoid(early @ x.transpose(1, 2)).mean() for x in (late, wrong))
     return bt(chosen, rejected) + weight * (-plus.log() - (1 - minus).log())
@@ -718,8 +704,7 @@ def gold_of(world, problems, roll, tok):
 
 
 def listed(run, out):
-    """A result of a recipe that prints no other table, said a line a number (curves are left
-    out)."""
+    """A result, said a line a number where it has no other table (curves are left out)."""
     run.say("  " + "\n  ".join(f"{k:<40} {v:.3f}" for k, v in out.items() if "@" not in k))
     return out
 
@@ -793,14 +778,12 @@ RECIPES["regression"], WORLDS_OF["regression"] = rater, ("ring",)
 # === scaled, hs2pref: 2410.01257, HelpSteer2-Preference: a rater, then BT by strength, extrapolated
 
 def bt_scaled(chosen, rejected, strength):
-    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (HelpSteer2-Preference,
-    2410.01257)."""
+    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (2410.01257)."""
     return -strength * F.logsigmoid(chosen - rejected)
 
 
 def hs2pref(c, run, base, pairs, *, expo=1.52):
-    """HelpSteer2-Preference (2410.01257): regression, scaled BT from it, then θ1 + a (θ2 - θ1)
-    (ExPO)."""
+    """HelpSteer2-Preference (2410.01257): regression, scaled BT, then ExPO: θ1 + a (θ2 - θ1)."""
     rows, sets = pairs
     one = trained(run, "regression", new_rater(base.policy, c.seed), rated(rows, base.world),
                   regression, c, base.tok, folded)
@@ -822,8 +805,9 @@ PENALTIES = (0, .01, .025, .05, .075, .1, .125, *(i / 20 for i in range(3, 20)))
 
 
 def ridge(X, Y, alpha):
-    """argmin_W Σ (X W - Y)² + α|W|² over the labelled rows of each column.   X [N, D], Y [N, K] ->
-    [K, D]"""
+    """argmin_W Σ (X W - Y)² + α|W|² over the labelled rows of each column.
+
+    X [N, D], Y [N, K], NaN where there is no label -> [K, D]"""
     rows = [(X[k], y[k]) for y in Y.T for k in [y.isfinite()]]
     eye = torch.eye(X.size(1), dtype=X.dtype)
     return torch.stack([torch.linalg.solve(x.T @ x + alpha * eye, x.T @ y) for x, y in rows])
@@ -840,11 +824,9 @@ def best_ridge(X, Y):
 
 
 def verbosity_penalties(R, v, threshold=0.03):
-    """ArmoRM (2406.12845): the smallest λ_k of PENALTIES with Spearman(r_k - λ_k r_v, r_v) <=
-    threshold.
+    """The smallest λ_k of PENALTIES with Spearman(r_k - λ_k r_v, r_v) <= threshold (2406.12845).
 
-    R [N, K] ratings of a reference set, v the verbosity column -> [K]; 1 where none passes, and for
-    v."""
+    R [N, K] ratings, v the verbosity column -> [K]; 1 where none passes, and for v."""
     def smallest(k):
         passing = (x for x in PENALTIES
                    if spearman(R[:, k] - x * R[:, v], R[:, v]) <= threshold)
@@ -855,8 +837,7 @@ def verbosity_penalties(R, v, threshold=0.03):
 # === armo: 2406.12845, ArmoRM: ridge heads, verbosity taken out, and a gate that reads the prompt =
 
 class Gate(nn.Module):
-    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   prompt feature [B, D] -> [B,
-    K]"""
+    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   h [B, D] -> [B, K]"""
 
     def __init__(self, width, outputs, hidden=1024):
         super().__init__()
@@ -882,11 +863,9 @@ def train_gate(gate, at_prompt, gap, c, steps, lr):
 
 def armo(c, run, base, pairs, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256,
          train_raw=False):
-    """ArmoRM (2406.12845): ridge heads for ratings on frozen features, less verbosity; a
-    prompt-only gate.
+    """ArmoRM (2406.12845): ridge heads on frozen features, less verbosity; a prompt-only gate.
 
-    train_raw: the gate is trained on ratings with verbosity still in them, as in the released
-    script."""
+    train_raw: the gate trains on ratings with verbosity in them, as in the released script."""
     rows, sets = pairs
     both = rated(rows, base.world)
     body = trained(run, "body", new_rater(base.policy, c.seed), both, regression, c, base.tok,
@@ -1080,8 +1059,7 @@ def lcb(scores):
 
 
 def standardised(reward, roll):
-    """A reward less its mean, over its std, on samples of the SFT model: comparable with its
-    like."""
+    """A reward less its mean, over its std, on samples of the SFT model: members compare."""
     raw = score_roll(reward, roll)
     mu, sd = raw.mean().item(), raw.std().item()
     return lambda *where: (reward(*where) - mu) / sd
@@ -1093,8 +1071,7 @@ def combined(rewards, aggregate):
 
 
 def ensemble(c, run, base, pairs, loss, aggregate, *, members: Count = 5):
-    """Reward models of different heads and data orders, standardised on SFT samples, then
-    --aggregate."""
+    """Reward models of other heads and data orders, standardised on SFT samples, aggregated."""
     rows, sets = pairs
     problems = base.world.problems("train", 64, c.seed)
     roll = samples_of(base.policy, base.tok, base.world, problems, c, c.seed, samples=8)
@@ -1114,11 +1091,9 @@ RECIPES["ensemble"], WORLDS_OF["ensemble"] = ensemble, WORLDS
 # === maxmin: 2402.08925, MaxMin-RLHF: a model for each hidden group of annotators, by EM ==========
 
 def assign(margins, annotator):
-    """E-step of MaxMin-RLHF's mixture (2402.08925): each annotator goes to the model that likes
-    their pairs best.
+    """E-step (2402.08925): each annotator goes to the model that likes their pairs best.
 
-    margins [U, N] of each model on the labelled pairs, annotator [N] ids -> [annotators] in
-    0..U-1"""
+    margins [U, N] of each model on the labelled pairs, annotator [N] ids -> [A] in 0..U-1"""
     total = torch.zeros(int(annotator.max()) + 1, len(margins))                          # [A, U]
     return total.index_add(0, annotator, F.logsigmoid(margins).T).argmax(1)
 
@@ -1133,8 +1108,7 @@ def margins_of(model, rows, c, pad):
 def maxmin(c, run, base, encoded, loss, rows, noise, *, groups: Count = 2, rounds: Count = 4,
            minority: Share = 0.3):
     """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has
-    named, by hard EM. min_accuracy is that of the worse-served group; pooled_min_accuracy a single
-    model's."""
+    named, by hard EM. min_accuracy: of the worse-served group; pooled_…: of a single model."""
     train = partial(trained, run, loss=loss, c=c, tok=base.tok)
     rows = encoded(base.world.pairs(rows or 4000, seed=1000 + c.seed, noise=noise,
                                     minority=minority))
@@ -1182,8 +1156,7 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
     """Policy gradient, one step a rollout, so that the ratio is 1.   -> the log's rows
 
     reward(roll, problems of the step) -> ([B], {name: float}); beta: KL in the reward, nats a
-    response; kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], constant over a response's
-    tokens."""
+    response; kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], the same for all tokens."""
     run.cut()
     opt, out, g = optimiser(policy, lr=lr), [], torch.Generator().manual_seed(c.seed)
     for step in trange(steps, desc=name, leave=False, disable=None):
@@ -1222,8 +1195,9 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
 # === steer: what becomes of a policy that is pushed along a reward, gold watched ==================
 
 def steer(base, problems, reward, c, run, *, no_eos=1.0, **options):
-    """RLHF of the base on reward(roll, problems) [B], less no_eos without EOS; gold watched ->
-    (policy, rl()'s rows)."""
+    """RLHF of the base on reward(roll, problems) [B], less no_eos without EOS, gold watched.
+
+    -> (policy, rl()'s rows)"""
     def scored(roll, picked):
         gold = gold_of(base.world, picked, roll, base.tok)
         unfinished = (~roll.finished).float().cpu()
@@ -1234,12 +1208,10 @@ def steer(base, problems, reward, c, run, *, no_eos=1.0, **options):
 
 
 def pushed(rows, window=5):
-    """How a policy fared under a reward, from rl()'s rows: gold smoothed over `window` steps ->
-    dict.
+    """How a policy fared under a reward, from rl()'s rows, smoothed over `window` steps -> dict.
 
     peak and final gold; collapse: steps until gold is 10 % below its running maximum (all of them
-    if never); gold@k: gold when the KL first reaches k nats a response (the last value if it never
-    does)."""
+    if never); gold@k: gold when the KL first reaches k nats a response (if never, the last)."""
     def smooth(key):
         x = [r[key] for r in rows]
         return [statistics.fmean(x[max(0, i - window + 1):i + 1]) for i in range(len(x))]
@@ -1261,8 +1233,7 @@ def rlhf(base, total, c, run, **options):
 
 
 def sampled_pairs(base, n, c, seed, split="train", **label):
-    """Labelled pairs of two samples of the base, for n prompts (fewer: duplicates and ties are
-    dropped)."""
+    """Labelled pairs of two samples of the base, for n prompts, less duplicates and ties."""
     problems = base.world.problems(split, n, seed)
     roll = samples_of(base.policy, base.tok, base.world, problems, c, seed)
     texts, done = [base.tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
@@ -1287,8 +1258,7 @@ def small_members(base, rows, loss, c, run, members, body):
 
 
 def scored_samples(rewards, base, problems, c, samples):
-    """(each reward's scores [K, P, N], gold [P, N]) of the base's samples: the same for every
-    arm."""
+    """(each reward's scores [K, P, N], gold [P, N]) of the base's samples, the same for all."""
     scored, gold = [], []
     for i in range(0, len(problems), 8):
         part = problems[i:i + 8]
@@ -1304,9 +1274,8 @@ def overopt(c, run, base, encoded, loss, rows, noise, *, members: Count = 5, rl_
     """Over-optimisation (2210.10760) and ensembles against it (2310.02743): gold under best-of-n
     and RL.
 
-    Gold is standardised on SFT samples. Members are small models from random weights, so that their
-    bodies differ; --noise flips labels. single: under best-of-n the average over the members, under
-    RL member 0."""
+    Gold is standardised on SFT samples; --noise flips labels. single: under best-of-n the average
+    over the members, under RL member 0."""
     tail = f", {noise:.0%} noise" if noise else ""
     train = encoded(sampled_pairs(base, rows or 3000, c, 1000 + c.seed, "train", noise=noise))
     test = encoded(sampled_pairs(base, 600, c, 2000 + c.seed, "val", noise=0))
@@ -1345,15 +1314,14 @@ PRESETS["overopt"] = dict(recipe="overopt", steps=250, lr=2e-3)      # both ours
 # === gp: 2006.10108, random features of a Gaussian kernel, and how far from its data an input is ==
 
 def random_features(h, W, b):
-    """φ(h) = sqrt(2/R) cos(W h + b), for W ~ N(0, σ²): φ(h)·φ(h') -> exp(-σ² |h - h'|² / 2).
+    """φ(h) = sqrt(2/R) cos(W h + b), W ~ N(0, σ²):  φ(h)·φ(h') -> exp(-σ² |h - h'|² / 2).
 
-    -> [N, R]"""
+    h [N, D], W [R, D], b [R] -> [N, R]"""
     return math.sqrt(2 / len(W)) * torch.cos(h @ W.T + b)
 
 
 def spectrally_bounded(W, u, steps=0, bound=1.0):
-    """W min(1, c / σ(W)): a bound, no division. σ from u by power iteration, `steps` of it kept in
-    u."""
+    """W min(1, c / σ(W)): a bound, no division. σ by power iteration, `steps` of it kept in u."""
     with torch.no_grad():
         for _ in range(steps):
             u.copy_(F.normalize(W @ F.normalize(W.T @ u, dim=0), dim=0))
@@ -1416,8 +1384,7 @@ class PairModel(nn.Module):
 
     @torch.no_grad()
     def add(self, tokens, end):
-        """Count training rows in P; run over the whole training set, in both orders, after the last
-        step."""
+        """Count training rows in P: all of them, in both orders, after the last step."""
         phi = self.phi(tokens, end)
         with torch.autocast(phi.device.type, enabled=False):
             self.P += phi.T @ phi
@@ -1432,8 +1399,7 @@ class PairModel(nn.Module):
 
 
 def preference(logit, label, strength):
-    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l = 1: the first is
-    better."""
+    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l 1: first better."""
     return strength * (-label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit))
 
 
@@ -1487,11 +1453,10 @@ def pairwise_rloo(S, scale=1.0):
 
 
 def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 1)):
-    """Accuracy once the judge has answered the share of highest priority -> {"accuracy@0.1": …,
-    "area"}.
+    """Accuracy once the judge has answered the share of highest priority.
 
-    right, judged [N]: credit of model and judge, 1, 0 or 0.5; area: the mean over 0.1, 0.25,
-    0.4."""
+    right, judged [N]: credit of model and judge, 1, 0 or 0.5 -> {"accuracy@0.1": …, "area"};
+    area: the mean over 0.1, 0.25, 0.4."""
     order, out = priority.argsort(descending=True), {}
     for q in shares:
         asked = order[:round(q * len(order))]
@@ -1501,8 +1466,7 @@ def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 
 
 
 def routing_table(curves):
-    """{name: routing_curve's result} as lines to read: accuracy by the share that the judge
-    answers."""
+    """{name: routing_curve's result} as lines to read."""
     shares = [k for k in next(iter(curves.values())) if k.startswith("accuracy@")]
     lines = ["\n  accuracy of the stream after the judge has answered a share of it",
              " " * 14 + "".join(f"{k.partition('@')[2]:>8}" for k in shares)]
@@ -1536,8 +1500,7 @@ def pair_ids(tok, prompt, a, b):
 
 
 def both_orders(pm, tok, triples, c, **options):
-    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)] in both orders.   [N],
-    [N]"""
+    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)].   [N], [N]"""
     rows, out = [], []
     for x, a, b in triples:
         rows += [pair_ids(tok, x, a, b), pair_ids(tok, x, b, a)]
@@ -1576,8 +1539,7 @@ def save_classifier(folder, pm, tok):
 
 
 def curves_of(priorities, right, judged, ood, g):
-    """routing_curve of each priority, over all pairs and over those of another kind; and at
-    random."""
+    """routing_curve of each priority, over all pairs and those of another kind; at random, too."""
     out = {}
     for name, x in priorities.items():
         other = routing_curve(x[ood], right[ood], judged[ood])
@@ -1673,8 +1635,7 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
 
 
 def majority(votes):
-    """The sign of the sum of ±1 votes as 1.0, 0.0, or 0.5 for a tie or no vote at all; None casts
-    no vote."""
+    """The sign of the sum of ±1 votes as 1.0, 0.0, or 0.5 for a tie; None casts no vote."""
     total = sum(1 if v > 0 else -1 for v in votes if v)
     return 0.5 if total == 0 else float(total > 0)
 
@@ -1692,8 +1653,7 @@ def expected_score(logits, values):
 
 
 def json_rubric(criteria, weights):
-    """The one-line rubric of 2506.05748: {"criteria": […], "weights": […], "output": {"score":
-    "1-10"}}."""
+    """The one-line rubric of 2506.05748: criteria, their weights, and a score from 1 to 10."""
     return json.dumps(dict(criteria=criteria, weights=weights, output=dict(score="1-10")))
 
 
@@ -1885,16 +1845,14 @@ def parse_verdict(text):
     """Think-RM's score (2505.16265): the last of ±1..±3 in the last <answer> block; negative: A is
     better.
 
-    None if there is no such block or number. The world ParityJudge has its own:
-    tasks.ParityJudge.parse."""
+    None if there is no such block or number. (ParityJudge has its own: tasks.ParityJudge.parse.)"""
     blocks = re.findall(r"<answer>(.*?)</answer>", text, re.S)
     hits = re.findall(r"(?<!\d)(?<!\d\.)-?[123](?!\d|\.\d)", blocks[-1]) if blocks else []
     return int(hits[-1]) if hits else None
 
 
 def graded(score, label):
-    """Think-RM's multiclass rule reward: 1 for the very score, 0.5 for its sign, else 0 (also for
-    None)."""
+    """Think-RM's multiclass rule reward: 1 for the very score, 0.5 for its sign, else 0."""
     return 0.0 if score is None else 1.0 if score == label else 0.5 if score * label > 0 else 0.0
 
 
@@ -1925,8 +1883,7 @@ def judge_matrix(says, G, length=None):
     """Verdicts s_ij (negative: i is better) of pairs i < j -> d [G, G] with d_ij = -s_ij, d_ji =
     s_ij.
 
-    None counts as 0; length {pair: tokens of the judgement}: binary verdicts weigh 1/length
-    (2505.16265)."""
+    None counts as 0; length {pair: tokens of the judgement}: binary verdicts weigh 1/length."""
     D = torch.zeros(G, G)
     for (i, j), score in says.items():
         score = score or 0
@@ -1936,11 +1893,10 @@ def judge_matrix(says, G, length=None):
 
 
 def pairwise_grpo(D, eps=1e-6):
-    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.   [.., G, G] -> [..,
-    G]
+    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.
 
-    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps inside the root as in the released
-    code"""
+    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps as in the released code.
+    [.., G, G] -> [.., G]"""
     G = D.size(-1)
     return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
 
@@ -1952,9 +1908,10 @@ def verdicts(judge, task, tok, sets, c, votes):
         prompts = list(map(tok.prompt, some))
         texts = written(judge, tok, prompts, c, max_new=task.max_new, temperature=0.6,
                         samples=votes)
-        greedy = [task.parse(x) for x in written(judge, tok, prompts, c, max_new=task.max_new)]
+        greedy = written(judge, tok, prompts, c, max_new=task.max_new)
         samples = [list(map(task.parse, x)) for x in texts]
-        each = verdict_rates(samples, greedy, [p["label"] for p in some])
+        each = verdict_rates(samples, [task.parse(x) for (x,) in greedy],
+                             [p["label"] for p in some])
         each |= dict(_length=statistics.fmean(len(x[0]) for x in texts))
         out |= {f"{name}{k}": v for k, v in each.items()}
     for k in each:
@@ -2041,8 +1998,7 @@ def disagreement(r1, r2, bar=0.0, *, lam=1.5, C: Positive = 3.0):
     """R1 - λ R2 where R1 > T(x), else R1 - C: please the target, displease its twin.   [B] -> [B]
 
     Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0
-    and neither shift nor scale of R matters. For raw rewards: bar T(x), and C 25 in a public
-    implementation."""
+    and neither shift nor scale of R matters. A public implementation on raw R has C 25."""
     return torch.where(r1 > bar, r1 - lam * r2, r1 - C)
 
 
@@ -2052,14 +2008,12 @@ def overoptimise(r1, r2):
 
 
 def adversarial(z1, disagreement, mean, std, *, z_min=1.96):
-    """Adv-RM's filter: R1 above the SFT mean and U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] ->
-    [B] bool"""
+    """Adv-RM's filter: R1 above the SFT mean, U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] bool"""
     return (z1 > 0) & ((disagreement - mean) / std > z_min)
 
 
 def strict_success(z1, zgold):
-    """The proxy likes it (Z > 0), gold finds it far below the SFT samples (Z < -1.96).   [B] -> [B]
-    bool"""
+    """The proxy likes it (Z > 0), gold finds it far below SFT (Z < -1.96).   [B] bool"""
     return (z1 > 0) & (zgold < -1.96)
 
 
@@ -2076,8 +2030,7 @@ class Field:
 
     @cache
     def standard(self, reward):
-        """A reward as z(roll, problems): less its prompt's mean over SFT samples, over the std of
-        all."""
+        """A reward as z(roll, problems): less its prompt's SFT mean, over the std of all."""
         all_ = score_roll(reward, self.roll).view(self.gold.shape)                       # [P, 16]
 
         def z(roll, problems):
@@ -2088,12 +2041,10 @@ class Field:
 
 
 def pairs_against(base, field, roll, rows, rng, each=4):
-    """SFT samples preferred to the responses `rows` of a rollout: `each` for every distinct
-    response."""
+    """SFT samples preferred to the responses `rows` of a rollout, `each` for every distinct one."""
     texts, done = [base.tok.decode(y) for y in roll.completions()], roll.finished.tolist()
-    per, gold = len(texts) // len(field.problems), gold_of(base.world, field.problems, roll,
-                                                           base.tok)
-    out, seen = [], set()
+    gold = gold_of(base.world, field.problems, roll, base.tok)
+    per, out, seen = len(texts) // len(field.problems), [], set()
     for i in rows:
         p, x = i // per, field.problems[i // per]["prompt"]
         own = range(field.samples * p, field.samples * (p + 1))
@@ -2121,8 +2072,7 @@ def twins(name, rows, members=(1, 2), *, base, loss, c, run):
 
 
 def attacker(rewards, objective, name, *, field, base, c, run, **options):
-    """A policy trained from the SFT model, on a field's prompts, to raise objective(z1, z2) of the
-    twins' standardised rewards."""
+    """A policy trained on a field's prompts to raise objective(z1, z2) of the twins' rewards."""
     z = [field.standard(r) for r in rewards]
 
     def reward(roll, picked):
@@ -2134,9 +2084,9 @@ def struck(net, rewards, field, base, c):
     """An attacker's samples on a field: (roll, z1, z2, rate of strict success)."""
     roll = samples_of(net, base.tok, base.world, field.problems, c, c.seed + 13, samples=8)
     z1, z2 = (field.standard(r)(roll, field.problems) for r in rewards)
-    below = (gold_of(base.world, field.problems, roll, base.tok)
-             - field.gold.mean(1).repeat_interleave(8)
-             ) / field.gold.std(1).clamp(min=1e-3).repeat_interleave(8)
+    gold = gold_of(base.world, field.problems, roll, base.tok)
+    mu, sd = field.gold.mean(1), field.gold.std(1).clamp(min=1e-3)                       # [P]
+    below = (gold - mu.repeat_interleave(8)) / sd.repeat_interleave(8)                   # [B]
     return roll, z1, z2, strict_success(z1, below).float().mean().item()
 
 

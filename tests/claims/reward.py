@@ -2,12 +2,14 @@
 headlines."""
 from claims import Claim, gated, in_parts
 
+
 def versus(ours, *others, on="", tag=""):
     """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
     return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
-NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded",
-                                                                       tag="RL: ")
+
+NOISY, ENSEMBLES = ", 25% noise", ("mean", "wco", "uwo")
+GRADED = dict(on="accuracy_graded", tag="RL: ")
 CLAIMS = dict(
     routing=Claim(
         "Sending uncertain pairs to the judge beats sending as many at random",
@@ -28,9 +30,10 @@ CLAIMS = dict(
         "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
         "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten "
         "benchmarks",
-        dict(rubric="rubrics", oracle="rubrics", direct="rubrics,judge=direct", bt="rubrics,bt_rubrics")
-        | {"no contrast": "rubrics,contrast=false", "no filter": "rubrics,consistent=false",
-           "neither": "rubrics,contrast=false,consistent=false"}, "accuracy",
+        dict(rubric="rubrics", oracle="rubrics", direct="rubrics,judge=direct",
+             bt="rubrics,bt_rubrics") | {
+            "no contrast": "rubrics,contrast=false", "no filter": "rubrics,consistent=false",
+            "neither": "rubrics,contrast=false,consistent=false"}, "accuracy",
         versus("rubric", "direct", "bt", tag="judges: ")
         | versus("rubric", "no contrast", tag="contrast: ")
         | versus("no filter", "neither", tag="contrast alone: ")
