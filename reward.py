@@ -55,7 +55,6 @@ from tqdm import trange
 import kernels
 import sft
 from data import judging, prefs, tasks
-from data.decoding import autoregressive
 from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, auroc, best_of_n,
                           expected_score, group_norm, majority, pushed, ranknet, ridge, rloo,
                           routing_curve,
@@ -202,6 +201,11 @@ def listwise(logp, identifiers, ranks, *, weight=10.0):
 
     identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
     return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
+
+def autoregressive(chosen_logp, rejected_logp, *, beta_r: Positive = 0.05):
+    """GenARM, 2410.08193:  -log σ(β_r (log π_r(y+) - log π_r(y-))), sums, no reference.   [B] ->
+    [B]"""
+    return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
 
 LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie,
               goal=goal,
