@@ -134,6 +134,7 @@ def verify(p, q, drafted, count, u, *, lenience=1.0):
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q: rejection was rounding
     return kept, draw(rest, u[row, kept, 1])
 
+
 # --- the length of a draft: is a (k+1)-th token worth drafting? -> bool or bool [B] ---------------
 # A rule sees the draft and what is committed, never the verdict on the draft at hand: it stays
 # lossless.
@@ -155,6 +156,7 @@ def worth(rule, known, tally, room, k, sure):
     known |= {x: FACTS[x](tally, sure) for x in needs(rule) if x in FACTS}
     known |= {x: known[x].value for x in needs(rule) if x in MEMORIES}
     return (k < room) & rule(**{x: known[x] for x in needs(rule)})
+
 
 # --- a drafter: propose(text, length, u, more) drafts after text[b, :length[b]] -------------------
 # -> drafted [B, G], q [B, G, V] (None: nothing was drawn), count [B] (row b's real drafts), sure
@@ -179,7 +181,8 @@ class Small:
 
     def propose(self, text, length, u, more):
         """Feeds first what the cache lacks: two tokens, as a block kept whole leaves the last
-        drafted one unread, and one more after every round without a draft."""
+        drafted one unread, and one more after every round without a draft.
+        """
         begin = length - self.lacks
         self.cache.length, self.cache.used = begin, int(begin.max())
         feed = text.gather(1, begin[:, None] + torch.arange(self.lacks, device=text.device))
@@ -210,7 +213,6 @@ DRAFTERS = dict(small=small)
 
 # --- the loop -------------------------------------------------------------------------------------
 
-
 BINS = 10    # of the draft's confidence, in a tally's tries and hits
 
 
@@ -228,8 +230,7 @@ class Tally:
         self.tries, self.hits = [0] * BINS, [0] * BINS
 
     def note(self, kept, count, sure):
-        """One round: kept, count [B], sure [B, G]. Only tested tokens count: up to the first not
-        kept."""
+        """One round: kept, count [B], sure [B, G]. Tokens behind the first refused do not count."""
         self.passes[sure.size(1)] += 1
         for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
             self.rounds, self.proposed = self.rounds + 1, self.proposed + n
@@ -388,7 +389,9 @@ def given(rows, draft, target, c, generator):
     return rows
 
 
-LOSSES, SELECT, SOURCES = dict(forward_kl=forward_kl), dict(every=every), dict(data=given)
+LOSSES = dict(forward_kl=forward_kl)
+SELECT = dict(every=every)
+SOURCES = dict(data=given)
 
 # --- train ----------------------------------------------------------------------------------------
 
@@ -449,7 +452,7 @@ def train(c, f):
         run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
         known = dict(target=target, tok=tok, c=c, f=f, run=run)
         metrics = f.decode(**{x: known[x] for x in needs(f.decode)})
-        if c.stop and c.stop < c.steps and f.decode.func is speculative:
+        if c.stop and c.stop < c.steps:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
                     "goes on")
             return metrics
@@ -463,13 +466,13 @@ def main(argv=None):
 
 # === check: what a run reads, and what does not combine, told before anything is made =============
 
-
 CHECKS, READS = {}, {}     # of other decoders: a check(c, f), and which of these fields they read
 OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
 DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
           "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
           "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
-TRAINS = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh")
+TRAINS = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
+          "rows", "eval_every", "save_every", "keep", "stop")
 
 
 def readers(c, f):
@@ -758,13 +761,12 @@ PRESETS["lookup"] = dict(drafter="lookup", length="fixed", gamma=8, steps=0)
 
 
 def optimal(k, chance, cost, turn, *, gamma: Count = 8, explore=16):
-    """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a the chances to be
-    kept.
+    """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a: chances to be kept.
 
     chance [B, k+1]: of the k tokens, from how often tokens of that confidence were kept, and for
     the next the mean. For constant a it stops at the best fixed length. ours: the calibration
-    (chance), and that every 16th round drafts one token at least, or a bad beginning would
-    never be corrected.
+    (chance), and that every 16th round drafts one token at least, or a bad beginning would never
+    be corrected.
     """
     if k == 0 and turn % explore == 0 or k >= gamma:
         return k < gamma
@@ -796,7 +798,6 @@ LENGTHS["optimal"], FACTS["chance"], FACTS["turn"] = optimal, chance, turn
 
 
 # === heuristic, confident: draft lengths by the last verdict, and by the draft's confidence =======
-
 
 
 class Reach:
@@ -1088,7 +1089,6 @@ SOURCES["on_policy"], SOURCES["target"], SOURCES["mixed"] = on_policy, teacher, 
 # === adaspec: 2510.19779, only tokens where a reference draft shows most left to learn ============
 
 
-
 def reference_of(draft, target, tok, rows, known, held, c, f, run):
     """The reference: the draft as it is, trained on all tokens; made once a run.   -> frozen"""
     write = partial(write_reference, draft, target, tok, rows, known, c, f, run)
@@ -1141,7 +1141,7 @@ PRESETS["arena"] = dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature
                         length="fixed", gamma=4)
 
 
-# === omnidraft: 2507.02659, a draft of another vocabulary, translated by a cache ==============
+# === omnidraft: 2507.02659, a draft of another vocabulary, translated by a cache ==================
 
 # t a target token, d a draft token; V, W the rows of their vocabularies
 
@@ -1609,7 +1609,6 @@ def switching(models, prompt, new, choose, pick, make, stop):
 # === ead, at_once: 2502.06833, accuracy against cost, beside a coin and three models alone ========
 
 
-
 def empty(model):
     """A cache of one row of the model's whole context."""
     return Cache(model.config, 1, model.config.max_position_embeddings, model.head.device,
@@ -1747,7 +1746,6 @@ def judged_rows(world, problems, tok, ids, done, tokens):
 # === deal: 2402.06147, the share of hard rules that are obeyed, beside best of n at its cost ======
 
 
-
 class Reader:
     """The target as search() asks it. spent: tokens that it has computed."""
 
@@ -1882,7 +1880,6 @@ def guided_row(target, tok, world, problems, c, alpha, other, cost):
 # === genarm_table: 2410.08193, gold against KL, beside a cooled base and best of n ================
 
 
-
 def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
            alphas="0.125,0.25,0.5,1,2"):
     """GenARM, 2410.08193: gold against KL to the base, nats a response, as α grows.
@@ -2008,7 +2005,6 @@ def cut_points(length, u):
 # === taught: 2410.02725, the policy learns to judge its own samples ===============================
 
 
-
 class Lessons:
     """What the policy learns from: its samples of problems, and what they are worth.
 
@@ -2070,7 +2066,6 @@ def check_samples(c, f):
 
 
 # === tries: 2410.02725, samples of held-out problems and what the policy says of them; votes ======
-
 
 
 def tried(model, quiet, ids, tok, world, c, split, salt):
@@ -2181,7 +2176,6 @@ def answer_views(answers, logp, given, right):
 # === equilibrium: 2310.09139, the distinct answers of N samples, by who ranks them ================
 
 
-
 def views(tries, model, ids, c, pad):
     """Distinct answers of every problem, and the two players' first views, [P, 2, N] each."""
     P, N, sampler, names = len(tries.problems), c.samples, tries.logp.double(), []
@@ -2284,7 +2278,6 @@ def pruned_tokens(length, cut, alive):
 # === self_eval: 2410.02725, the policy says whether another try would be better ===================
 
 
-
 class Fixed:
     """What a fixed number of samples is worth: the best of n by P(NO), and the majority of n."""
 
@@ -2348,7 +2341,6 @@ PRESETS["self_eval"] = dict(decode="self_eval", data="chain", init="base:chain",
 
 
 # === self_eval_tables: 2410.02725, its four tables ================================================
-
 
 
 def signals(run, fixed, half, place, before, c):
