@@ -466,25 +466,42 @@ def main(argv=None):
 
 # === check: what a run reads, and what does not combine, told before anything is made =============
 
-CHECKS, READS = {}, {}     # of other decoders: a check(c, f), and which of these fields they read
+CHECKS, READERS = {}, {}     # of a decoder: check(c, f), and readers(c, f) of the fields below
 OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
 DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
           "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
           "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
-TRAINS = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
-          "rows", "eval_every", "save_every", "keep", "stop")
 
 
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    fields = dict(compile=(False, "sft.py, ppo.py and grpo.py"))
-    if f.decode.func is not speculative:
-        fields |= dict.fromkeys(DRAFTS, (False, "--decode speculative"))
-        return fields | {x: (x in READS.get(c.decode, ()), "decoders that train or draw several "
-                             "samples a prompt") for x in OWN}
+    fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
+    fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"))
+    return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
+
+
+def check(c, f):
+    """UserError for what does not combine, and for files and folders that are not there."""
+    if is_corpus(c.data) and not readers(c, f)["prompt"][0]:
+        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take "
+                        f"--config {c.decode}, or a task as --data")
+    tasks.check_data(c.data)
+    if c.split not in tasks.held_out(c.data):
+        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
+    sft.find(c.init, c.config, make=False)
+    if c.decode in CHECKS:
+        CHECKS[c.decode](c, f)
+
+
+def draft_readers(c, f):
+    """readers() of speculative decoding."""
+    fields = dict.fromkeys((*DRAFTS, *OWN), (True, ""))
     corpus, asks = is_corpus(c.data), needs(f.drafter)
+    trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
+              "rows", "eval_every", "save_every", "keep", "stop")
     if not (c.steps and "draft" in asks and "own" not in asks):
-        fields |= dict.fromkeys(TRAINS, (False, "runs that train a draft"))
+        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
     else:
         fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
                        refresh=(c.source != "data", "--source that samples"))
@@ -495,24 +512,9 @@ def readers(c, f):
         chat=(not corpus, "demonstrations, not a text"))
 
 
-def check(c, f):
-    """UserError for what does not combine, and for files and folders that are not there."""
-    if f.decode.func is not speculative and is_corpus(c.data):
-        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take "
-                        f"--config {c.decode}, or a task as --data")
-    tasks.check_data(c.data)
-    if c.split not in tasks.held_out(c.data):
-        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
-    most = sft.find(c.init, c.config, make=False)
-    if c.decode in CHECKS:
-        CHECKS[c.decode](c, f)
-    if f.decode.func is speculative:
-        check_draft(c, f, most)
-
-
-def check_draft(c, f, most):
-    """What speculative decoding does not combine; most: tokens that the target reads."""
-    gamma = f.length.keywords["gamma"]
+def check_draft(c, f):
+    """What speculative decoding does not combine."""
+    most, gamma = sft.find(c.init, c.config, make=False), f.length.keywords["gamma"]
     if c.context > most:
         raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
     if f.decode.keywords["lenience"] < 1 and not c.temperature:
@@ -529,21 +531,7 @@ def check_draft(c, f, most):
             sft.find(c.draft, c.config, make=False, option="--draft")
 
 
-def fits(target, drafter, prompts, max_new, most):
-    """The context that target and draft share; UserError where the whole does not fit it."""
-    whole = target.config.max_position_embeddings
-    shortest, longest = (by(map(len, prompts), default=0) for by in (min, max))
-    if shortest == 0 or max_new < 1 or most < 0:
-        raise UserError("speculative decoding needs at least one prompt and a token in each, "
-                        f"--max_new {max_new} of at least 1 and --gamma {most} of at least 0")
-    if most >= whole:
-        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} "
-                        "tokens; lower it")
-    context = min(whole, drafter.context)
-    if longest + max_new > context:
-        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context "
-                        f"of {context} of target and draft: shorten the prompt or lower --max_new")
-    return context
+CHECKS["speculative"], READERS["speculative"] = check_draft, draft_readers
 
 
 # === race: plain decoding and each drafter in turns, and whether greedy outputs are equal =========
@@ -653,6 +641,23 @@ def measure_costs(target, draft, rows, held, most, repeats=30):
     one = best[target, 1]
     v = np.interp(range(1, most + 2), widths, [best[target, w] / one for w in widths])
     return SimpleNamespace(c=best[draft, 1] / one if draft else 0.0, v=v.tolist())
+
+
+def fits(target, drafter, prompts, max_new, most):
+    """The context that target and draft share; UserError where the whole does not fit it."""
+    whole = target.config.max_position_embeddings
+    shortest, longest = (by(map(len, prompts), default=0) for by in (min, max))
+    if shortest == 0 or max_new < 1 or most < 0:
+        raise UserError("speculative decoding needs at least one prompt and a token in each, "
+                        f"--max_new {max_new} of at least 1 and --gamma {most} of at least 0")
+    if most >= whole:
+        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} "
+                        "tokens; lower it")
+    context = min(whole, drafter.context)
+    if longest + max_new > context:
+        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context "
+                        f"of {context} of target and draft: shorten the prompt or lower --max_new")
+    return context
 
 
 def costs_of(target, drafters, prompts, c, f):
@@ -1473,6 +1478,11 @@ class Translated:
 # === decoders: what the other decoders share: samples, a training loop, a table ===================
 
 
+def own_readers(c, f):
+    """readers() of a decoder that trains a model and draws samples."""
+    return dict.fromkeys(OWN, (True, ""))
+
+
 def rng(c, salt):
     """A generator of the run's seed for one purpose."""
     return torch.Generator().manual_seed(1000 * c.seed + salt)
@@ -1572,9 +1582,8 @@ def coin(seen, large, stayed, *, share=0.5, stay=5, rng=None):
 
 
 class Switched(NamedTuple):
-    """One text by two models: its ids with the stop token, who wrote each (1: large), its bits;
-
-    and how many tokens each model has read, the prompt and what it had missed included.
+    """One text by two models: its ids with the stop token, who wrote each (1: large), the bits of
+    each, and how many tokens each model has read, the prompt and what it had missed included.
     """
     ids: list
     large: list
@@ -1633,10 +1642,10 @@ def by_turns(choose, models, size, problems, world, tok):
 
 def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle_model="2x96",
         thresholds="0.2,0.4,0.6,0.8,1.0", window: Count = 5, stay: Count = 5):
-    """EAD, 2502.06833, greedy: accuracy against cost, beside a coin of the same share and three
-    models alone, of which the presets `recipe` of sft.py make two.
+    """EAD, 2502.06833, greedy: accuracy against cost, beside a coin and three models alone.
 
-    over coin: EAD's accuracy less the coin's, the mean over thresholds.
+    The preset `recipe` of sft.py makes two of them. over coin: EAD's accuracy less that of a coin
+    with the same share, the mean over thresholds.
     """
     world, values = tasks.task(c.data), numbers(thresholds, "thresholds")
     problems = world.problems(c.split, c.prompts, c.seed)
@@ -1917,7 +1926,7 @@ def check_genarm(c, f):
     numbers(f.decode.keywords["alphas"], "alphas")
 
 
-DECODERS["genarm"], CHECKS["genarm"], READS["genarm"] = genarm, check_genarm, OWN
+DECODERS["genarm"], CHECKS["genarm"], READERS["genarm"] = genarm, check_genarm, own_readers
 # learning rates of the decoders are ours, not tuned; of genarm's two were tried
 PRESETS["genarm"] = dict(decode="genarm", data="toyif", init="base:toyif_base", prompts=512,
                          steps=200, batch=64, lr=3e-4)
@@ -2227,7 +2236,7 @@ def equilibrium(target, tok, c, run, *, train_prompts: Count = 1024, rounds: Cou
 
 
 DECODERS["equilibrium"], CHECKS["equilibrium"] = equilibrium, check_samples
-READS["equilibrium"] = OWN
+READERS["equilibrium"] = own_readers
 PRESETS["equilibrium"] = dict(decode="equilibrium", data="chain", init="base:chain", prompts=256,
                               steps=200, batch=64, lr=2e-3)
 
@@ -2335,7 +2344,8 @@ def self_eval(target, tok, c, run, *, train_prompts: Count = 1024, cut: Share = 
     return out | cooled(run, known, tok, world, fixed, c)
 
 
-DECODERS["self_eval"], CHECKS["self_eval"], READS["self_eval"] = self_eval, check_samples, OWN
+DECODERS["self_eval"], CHECKS["self_eval"] = self_eval, check_samples
+READERS["self_eval"] = own_readers
 PRESETS["self_eval"] = dict(decode="self_eval", data="chain", init="base:chain", prompts=256,
                             steps=200, batch=64, lr=2e-3)
 
