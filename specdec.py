@@ -150,12 +150,12 @@ FACTS = {}       # what a rule asks for beside k, sure and cost: functions of (t
 MEMORIES = {}    # … and what it remembers of each row: a class with keep(order), note(kept, count)
 
 
-def worth(rule, known, tally, room, k, sure):
+def worth(rule, reads, known, tally, room, k, sure):
     """Which rows want a (k+1)-th token: those with room for it, if the rule says so.   -> [B]"""
     known = known | dict(k=k, sure=sure)
-    known |= {x: FACTS[x](tally, sure) for x in needs(rule) if x in FACTS}
-    known |= {x: known[x].value for x in needs(rule) if x in MEMORIES}
-    return (k < room) & rule(**{x: known[x] for x in needs(rule)})
+    known |= {x: FACTS[x](tally, sure) for x in reads if x in FACTS}
+    known |= {x: known[x].value for x in reads if x in MEMORIES}
+    return (k < room) & rule(**{x: known[x] for x in reads})
 
 
 # --- a drafter: propose(text, length, u, more) drafts after text[b, :length[b]] -------------------
@@ -307,12 +307,12 @@ class Flight:
         return n > 0
 
 
-def one_round(target, drafter, flight, cache, rule, known, tally, context, sampling, lenience):
+def one_round(target, drafter, flight, cache, want, tally, context, sampling, lenience):
     """Draft, verify, commit, of every row in flight.   -> kept, count [n], as verify() has them"""
     # 1. draft: never past the end, nor past the context
     text, length = flight.text[flight.row], flight.length                                # [n, W]
     room = torch.minimum(flight.end - length - 1, context - length.max())                # [n]
-    u, more = flight.uniforms(), partial(worth, rule, known, tally, room)           # [n, most+1, 3]
+    u, more = flight.uniforms(), partial(want, room)                                # [n, most+1, 3]
     drafted, q, count, sure = drafter.propose(text, length, u, more)
     # 2. verify
     last = text.gather(1, length[:, None] - 1)                                           # [n, 1]
@@ -356,13 +356,14 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     drafter.start(distinct, size, rows, max_new + most)
     start = size[rows]                                                                   # [B]
     flight = Flight(distinct[rows], start, max_new, most, stop, u)
-    memories = {x: MEMORIES[x](start) for x in needs(length_rule) if x in MEMORIES}
-    known = dict(cost=cost, **memories)
+    reads = needs(length_rule)
+    memories = {x: MEMORIES[x](start) for x in reads if x in MEMORIES}
+    want = partial(worth, length_rule, reads, dict(cost=cost, **memories), tally)
     logps, p = reported(target.logits(hidden), *sampling)                                # [B, V]
     flight.commit(draw(p, u[:, 0, 2])[:, None], logps[:, None], torch.zeros_like(start))
     while flight.leave([cache, drafter, *memories.values()]):
-        verdict = one_round(target, drafter, flight, cache, length_rule, known, tally, context,
-                            sampling, lenience)
+        verdict = one_round(target, drafter, flight, cache, want, tally, context, sampling,
+                            lenience)
         for memory in memories.values():
             memory.note(*verdict)
     place = start[:, None] + torch.arange(max_new, device=device)                        # [B, new]
