@@ -17,7 +17,7 @@ from data.run import HEADING
 TOP = sorted(ROOT.glob("*.py"))
 DATA = sorted(ROOT.glob("data/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-# not yet rebuilt: scripts without chapters, what lies in data/ until they have them, and their tests
+# not yet rebuilt: scripts without chapters, what lies in data/ until they have them, their tests
 REBUILT_LATER = {
     "compress.py", "dpo.py", "grpo.py", "reward.py", "specdec.py", "ppo.py", "sft.py",
     *(f"data/{name}.py" for name in (
