@@ -341,8 +341,8 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     length_rule: a row of LENGTHS with its arguments bound; cost: of measure_costs, if it reads one.
     Raises UserError where they do not fit the context.
     """
-    sampling, most = (temperature, top_k, top_p), length_rule.keywords["gamma"]
-    device = target.head.device
+    sampling, reads = (temperature, top_k, top_p), needs(length_rule)
+    device, most = target.head.device, length_rule.keywords["gamma"]
     context = fits(target, drafter, prompts, max_new, most)
     stop = target.config.eos_token_id if stop is None else stop
     stop = torch.tensor(stop, device=device, dtype=torch.long)
@@ -356,7 +356,6 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     drafter.start(distinct, size, rows, max_new + most)
     start = size[rows]                                                                   # [B]
     flight = Flight(distinct[rows], start, max_new, most, stop, u)
-    reads = needs(length_rule)
     memories = {x: MEMORIES[x](start) for x in reads if x in MEMORIES}
     want = partial(worth, length_rule, reads, dict(cost=cost, **memories), tally)
     logps, p = reported(target.logits(hidden), *sampling)                                # [B, V]
