@@ -132,7 +132,7 @@ class Batch:
         self.model, self.rows, self.c, self.pad, self.generator = model, rows, c, pad, generator
 
     def of(self, *sides):
-        """Prompts with these sides, one after the other -> tokens, mask [B, T], start, length [B]."""
+        """Prompts with these sides, one after the other: tokens, mask [B, T], start, length [B]."""
         parts = [(r["prompt"], r[side]) for side in sides for r in self.rows]
         tokens, mask = collate(parts, self.pad, self.c.device)
         return SimpleNamespace(tokens=tokens, mask=mask, start=mask.argmax(1),
@@ -238,7 +238,7 @@ def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None,
 
 
 def ece(conf, correct, bins=5):
-    """Expected calibration error over equal bins on (0.5, 1]:  Σ n_b/n |mean conf - share right|."""
+    """Expected calibration error, equal bins on (0.5, 1]:  Σ n_b/n |mean conf - share right|."""
     which = ((conf - 0.5) * 2 * bins).ceil().clamp(1, bins)
     gaps = [(conf[which == b].mean() - correct[which == b].mean()).abs()
             * (which == b).float().mean() for b in range(1, bins + 1) if (which == b).any()]
@@ -401,11 +401,13 @@ def mean(scores):
     return scores.mean(0)
 
 
-RECIPES, AGGREGATES = dict(bt=scalar), dict(mean=mean)
+RECIPES = dict(bt=scalar)
+AGGREGATES = dict(mean=mean)
 AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, optimiser=RULES,
             kernels=kernels.MODES)
 WORLDS_OF = {}                   # recipe: the worlds whose gold reward it reads (else any data)
 CHECKS = {}                      # recipe: (c, f) -> None, UserError before anything is made
+INSTEAD = {}                     # an option: (c, run) -> numbers, in the place of a recipe
 
 
 def arguments(c, f, run):
@@ -424,15 +426,6 @@ def arguments(c, f, run):
 # --- train ----------------------------------------------------------------------------------------
 
 
-def judge_checkpoint(c, run):
-    """--eval: the table of a reward model, in a world with samples of --init."""
-    run.begin()                                  # pictures are made before there is a result
-    model, tok = load(c.eval, c.device)
-    sets = pair_sets(c, tok, c.context or model.config.max_position_embeddings)[1]
-    policy = start(c).policy if c.data in WORLDS else None
-    return evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
-
-
 def train(c, f):
     """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
     kernels.use(c.kernels)
@@ -440,7 +433,7 @@ def train(c, f):
     if c.data in WORLDS if c.eval else "base" in needs(f.recipe):
         sft.find(c.init, c.config, device=c.device)            # made before this run's clock starts
     with Run(c, f, "reward", CURVES) as run:
-        out = judge_checkpoint(c, run) if c.eval else f.recipe(**arguments(c, f, run))
+        out = INSTEAD["eval"](c, run) if c.eval else f.recipe(**arguments(c, f, run))
         if not out:                                            # --stop came first
             return run.say(f"  paused at step {c.stop}: the same command with --resume and no "
                            "--stop goes on")
@@ -485,6 +478,8 @@ def readers(c, f):
 
 def check(c, f):
     """UserError for all that can be known before anything is made."""
+    if c.eval and not INSTEAD:
+        raise UserError("--eval: this script trains only; reward.py evaluates checkpoints")
     if not c.eval and "base" not in needs(f.recipe):
         return
     prefs.check_pairs(c.data, whole=bool(c.eval))
@@ -501,6 +496,20 @@ def check(c, f):
         raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
     if c.recipe in CHECKS and not c.eval:
         CHECKS[c.recipe](c, f)
+
+
+# === eval: the table of any reward model's checkpoint, nothing trained ============================
+
+def judge_checkpoint(c, run):
+    """--eval: the table of a reward model, in a world with samples of --init."""
+    run.begin()                                  # pictures are made before there is a result
+    model, tok = load(c.eval, c.device)
+    sets = pair_sets(c, tok, c.context or model.config.max_position_embeddings)[1]
+    policy = start(c).policy if c.data in WORLDS else None
+    return evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
+
+
+INSTEAD["eval"] = judge_checkpoint
 
 
 # === picture: a reward model's reliability, accuracy by subset, best of n =========================
@@ -804,7 +813,7 @@ RECIPES["hs2pref"], WORLDS_OF["hs2pref"] = hs2pref, ("ring",)
 PENALTIES = (0, .01, .025, .05, .075, .1, .125, *(i / 20 for i in range(3, 20)))
 
 
-def ridge(X, Y, alpha):
+def ridge_weights(X, Y, alpha):
     """argmin_W Σ (X W - Y)² + α|W|² over the labelled rows of each column.
 
     X [N, D], Y [N, K], NaN where there is no label -> [K, D]"""
@@ -814,13 +823,14 @@ def ridge(X, Y, alpha):
 
 
 def best_ridge(X, Y):
-    """ridge() with the α of 10^-4 … 10^4 that a fifth of the rows likes best -> (W [K, D], α)"""
+    """ridge_weights() with the α of 10^-4 … 10^4 that a fifth of the rows likes best -> (W [K, D], α)"""
     held = torch.arange(len(X)) % 5 == 0
 
     def error(alpha):
-        return (X[held] @ ridge(X[~held], Y[~held], alpha).T - Y[held]).square().mean()
+        W = ridge_weights(X[~held], Y[~held], alpha)
+        return (X[held] @ W.T - Y[held]).square().mean()
     alpha = min((10.0 ** e for e in range(-4, 5)), key=error)
-    return ridge(X, Y, alpha).float(), alpha
+    return ridge_weights(X, Y, alpha).float(), alpha
 
 
 def verbosity_penalties(R, v, threshold=0.03):
@@ -1578,13 +1588,13 @@ def router(c, run, base, rows, *, features: Count = 1024, ridge: Positive = 30.0
     right, judge = (score > 0).float(), prefs.StrongJudge(base.world, judge_error)
     judged = torch.tensor([{1: 1.0, 2: 0.0, 0: 0.5}[judge.judge(*t)] for t in triples])
     g = torch.Generator().manual_seed(c.seed)
-    first = {name: fn(score, u, right < 1) for name, fn in ROUTERS.items()}
-    first["shuffled"] = u[torch.randperm(len(u), generator=g)]
+    priorities = {name: fn(score, u, right < 1) for name, fn in ROUTERS.items()}
+    priorities["shuffled"] = u[torch.randperm(len(u), generator=g)]
     if rivals:
         others = [make(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
-        first["ensemble"] = torch.stack([both_orders(m, base.tok, triples, c)[0]
+        priorities["ensemble"] = torch.stack([both_orders(m, base.tok, triples, c)[0]
                                          for m in others]).std(0)
-    curves = curves_of(first, right, judged, where == 1, g)
+    curves = curves_of(priorities, right, judged, where == 1, g)
     run.say(routing_table(curves))
     out = {f"{name}|{k}": x for name, row in curves.items() for k, x in row.items()}
     out |= {f"{name}_accuracy": right[where == i].mean().item() for i, name in enumerate(tests)}
@@ -1657,7 +1667,7 @@ def json_rubric(criteria, weights):
     return json.dumps(dict(criteria=criteria, weights=weights, output=dict(score="1-10")))
 
 
-def asked(r, side, tok):
+def question_of(r, side, tok):
     """What the judge reads of one side of a pair, as ids."""
     return [*r["prompt"], *tok.encode(r["text"][side] + prefs.JUDGE["ANS"])]
 
@@ -1670,7 +1680,7 @@ def pointwise_accuracy(model, sets, ids, base, c):
     for name, rows in sets.items():
         expected = []
         for side in ("chosen", "rejected"):
-            tokens, end = ending([asked(r, side, base.tok) for r in rows], base.pad, c)
+            tokens, end = ending([question_of(r, side, base.tok) for r in rows], base.pad, c)
             with torch.no_grad():
                 logits = model.logits(last_hidden(model, tokens, end))[:, ids]           # [N, K]
             expected.append(expected_score(logits.cpu(), levels))
@@ -1688,7 +1698,7 @@ def judge_lora(c, run, base, pairs, *, rank: Count = 16, levels: Range("[2, 7]")
         for side in ("chosen", "rejected"):                      # gold in levels
             gold = base.world.reward(r["text"], r["text"][side])
             answer = base.tok.encode(letters[round(gold / 1.5 * (levels - 1))])
-            examples.append(dict(prompt=asked(r, side, base.tok), answer=answer))
+            examples.append(dict(prompt=question_of(r, side, base.tok), answer=answer))
     model = lora(copy.deepcopy(base.policy).requires_grad_(),
                  torch.Generator().manual_seed(c.seed), rank=rank)
     off = pointwise_accuracy(model, sets, ids, base, c)

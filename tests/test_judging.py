@@ -15,8 +15,8 @@ from data.stats import accuracy, auroc, best_of_n, bon_kl, ranks, spearman
 from reward import (PENALTIES, ROUTERS, assign, attacks, draw_evaluation, ece, examine,
                     expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
                     null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
-                    ridge, right_sign, rloo, route, routing_curve, routing_table, study, tagged,
-                    verbosity_penalties, verdict_rates)
+                    ridge_weights, right_sign, rloo, route, routing_curve, routing_table, study,
+                    tagged, verbosity_penalties, verdict_rates)
 
 T = torch.tensor
 
@@ -249,14 +249,15 @@ def test_small_labels_and_the_rubric():
 def test_ridge_is_its_closed_form_and_skips_what_has_no_label():
     X, Y, alpha = rand(20, 3), rand(20, 2, seed=1), 0.75
     Y[:4, 1] = math.nan
-    W = ridge(X, Y, alpha)                                                       # [2, 3]
+    W = ridge_weights(X, Y, alpha)                                                       # [2, 3]
     for k, rows in ((0, slice(0, None)), (1, slice(4, None))):
         x, y = X[rows], Y[rows, k]
         assert close(W[k], torch.inverse(x.T @ x + alpha * torch.eye(3)) @ x.T @ y, 1e-10)
         left = x.T @ (x @ W[k] - y) + alpha * W[k]                   # of the gradient
         assert close(left, torch.zeros(3), 1e-10)
-    assert close(ridge(X, X @ W.T, 1e-12), W, 1e-9) and ridge(X, Y, 1e9).abs().max() < 1e-7
-    assert close(ridge(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])                    # 2·3 / (4 + 2)
+    assert close(ridge_weights(X, X @ W.T, 1e-12), W, 1e-9)
+    assert ridge_weights(X, Y, 1e9).abs().max() < 1e-7
+    assert close(ridge_weights(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])    # 2·3 / (4 + 2)
 
 
 def test_the_grid_of_penalties():
