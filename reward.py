@@ -823,7 +823,7 @@ def ridge_weights(X, Y, alpha):
 
 
 def best_ridge(X, Y):
-    """ridge_weights() with the α of 10^-4 … 10^4 that a fifth of the rows likes best -> (W [K, D], α)"""
+    """ridge_weights() with the α that a fifth of the rows likes best -> (W [K, D], α)"""
     held = torch.arange(len(X)) % 5 == 0
 
     def error(alpha):
