@@ -407,9 +407,9 @@ def train(c, f):
                 memory.backward()
             norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
             if ranks > 1:
-                norm, both = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
-                dist.all_reduce(both)
-                loss, aux = both.tolist()
+                norm, sums = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
+                dist.all_reduce(sums)
+                loss, aux = sums.tolist()
             known["step"] = step
             set_lr(opt, c.lr * schedule(**{key: known[key] for key in needs(schedule)}))
             updating = now()
@@ -657,7 +657,7 @@ PRESETS["draft32"] = TARGET | dict(model="1x32")
 PRESETS["target_docs"] = dict(                           # the target of one task
     init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16)
 
-# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF =================================
+# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF ================================
 
 MUON = dict(optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50, schedule="linear",
             context=64, rows=60000, batch=64, micro=64, eval_every=1000, save_every=1000, keep=1)
@@ -1371,6 +1371,8 @@ def qat(model, generator, *, bits: Range("[1, 8]") = 4, fraction: Range("[-1, 1]
     `fraction` of the steps (0: the paper's optimum for these tokens; -1: never); saved rounded.
 
     fuse: the cooldown of --schedule wsd lasts as long."""
+    if -1 < fraction < 0:
+        raise UserError(f"--fraction {fraction}: expected 0 to 1, or -1 for never")
     return in_blocks(model, lambda layer: QATLinear(layer, bits))
 
 
@@ -1406,8 +1408,6 @@ class Rounding(Memory):
 
     def __init__(self, c, f, model, opt, known):
         how, steps = f.linear.keywords, known["steps"]
-        if how["fraction"] != -1:
-            within("fraction", how["fraction"], 0, 1)
         self.layers = [m for m in model.modules() if isinstance(m, QATLinear)]
         self.share = qat_share(model, how["fraction"], steps * known["tokens"])
         self.first = steps - max(1, round(self.share * steps)) if self.share else steps + 1
@@ -1730,12 +1730,6 @@ CHECKS["lost"], REPORTS["lost"] = nothing_to_cut, saved_loss
 # === journey: 2501.12486, when to prune while training: between a quarter and three of the compute
 
 
-def within(key, value, low, high):
-    """UserError if the number is not between the two."""
-    if not low <= value <= high:
-        raise UserError(f"--{key} {value}: expected {low} to {high}")
-
-
 def prune_schedule(progress, sparsity, begin=0.25, end=0.75):
     """s (1 - (1-u)³) after this share of the run's compute, u its share from begin to end; all at
     once where the two are equal. The cube is unverified."""
@@ -1772,8 +1766,10 @@ def journey(step, steps, *, sparsity: Fraction = 0.5, begin: Share = 0.25, end: 
     run's compute, a step costing in proportion to its density; then the mask stays. 0, 0: from the
     first step; 1, 1: after the last. ours: one sparsity for every matrix; only linear layers count
     as compute."""
-    within("sparsity", sparsity, 0, 0.999)
-    within("begin", begin, 0, end)
+    if sparsity > 0.999:
+        raise UserError(f"--sparsity {sparsity}: expected 0 to 0.999")
+    if begin > end:
+        raise UserError(f"--begin {begin}: expected 0 to {end}")
     return prune_at(step, steps, sparsity, begin, end)
 
 

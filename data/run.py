@@ -1176,7 +1176,7 @@ def draw(folder, curves):
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
-BASES = {"base", "configured", "find", "fingerprint", "longest"}        # sft.py's, of checkpoints
+APART_OF_SFT = {"base", "tokenizer", "summary"}          # chapters that an ejected script imports
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1322,9 +1322,10 @@ def code_in(unit):
     return dump
 
 
-def code_of(script, c, axes, root="train"):
-    """A hash of the code that a run of `script` goes through, in it and in the modules below it."""
-    home = Path(__file__).parent.parent
+def code_of(script, c, axes, root="train", home=Path(__file__).parent.parent):
+    """A hash of the code that a run of `script` goes through, in it and in the modules below it.
+
+    home: the folder of the project's files."""
     tables = tables_of((home / f"{script}.py").read_text(), c, axes)
     values = {x for x in dataclasses.asdict(c).values() if isinstance(x, str)}
     return code_reached(home, script, root, tuple(sorted(tables.items())), frozenset(values))
@@ -1409,16 +1410,21 @@ def eject(path, file, c, f, axes, options):
 
 
 def bases_apart(text):
-    """sft.py's text with what makes bases imported from sft.py, not defined: a script of one method
-    does not know their presets. Any other script's text as it is."""
-    units = [x for x in units_of(text) if isinstance(x.node, ast.FunctionDef) and x.defines & BASES]
-    if len(units) < len(BASES):
+    """sft.py's text with the functions of its chapters APART_OF_SFT imported from it, not defined:
+    a script of one method knows no base's presets. Any other script's text as it is."""
+    lines, moved = text.splitlines(), []
+    marks = {i: m[1] for i, line in enumerate(lines, 1) if (m := HEADING.match(line))}
+    if not APART_OF_SFT <= {*marks.values()}:
         return text
-    lines = text.splitlines()
-    for unit in reversed(units):
+    units = units_of(text)
+    for unit in units:
+        chapter = next((names for i, names in reversed(marks.items()) if i < unit.first), "")
+        if chapter in APART_OF_SFT and isinstance(unit.node, ast.FunctionDef):
+            moved.append(unit)
+    for unit in reversed(moved):
         del lines[unit.first - 1:unit.last]
-    last = max(x.last for x in units_of(text) if imports(x.node))
-    lines.insert(last, f"from sft import {', '.join(sorted(BASES))}")
+    names = ", ".join(sorted(unit.node.name for unit in moved))
+    lines.insert(max(x.last for x in units if imports(x.node)), f"from sft import {names}")
     return "\n".join(lines) + "\n"
 
 

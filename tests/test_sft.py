@@ -1,5 +1,6 @@
 """sft.py: the loss falls where it should, big batch = accumulated batch, exact resume, bad
 input."""
+import dataclasses
 import functools
 import json
 import math
@@ -17,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import sft
-from conftest import close, merged, rand
+from conftest import ROOT, close, merged, rand
 from data import tasks
-from data.run import UserError, checkpoint, claims_of, configure, headings, needs, read_log
+from data.run import (UserError, checkpoint, claims_of, code_of, configure, headings, needs,
+                      read_log)
 from data.tokenizer import bytes_tokenizer
 from model import PEFT, collate, generate, load
 from optim import RULES
@@ -339,6 +341,56 @@ def test_a_base_knows_what_its_own_base_is(monkeypatch):
     before = tag()
     monkeypatch.setitem(sft.PRESETS, "toyif_checks", sft.PRESETS["toyif_checks"] | dict(lr=1e-3))
     assert len(before) == 8 and tag() != before
+
+
+BASES = sorted(name for name, row in sft.PRESETS.items() if "init" in row and "loss" not in row)
+
+
+def codes(home):
+    """Each base's hash of its code in a copy of the project."""
+    return {name: code_of("sft", sft.configured(name)[2][0], sft.AXES, home=home) for name in BASES}
+
+
+def edited(home, *edits):
+    """A copy of the project's files in which texts are others; edits: (file, text, other text)."""
+    (home / "data").mkdir(parents=True)
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py")):
+        place, text = str(path.relative_to(ROOT)), path.read_text()
+        for file, old, new in edits:
+            assert file != place or old in text
+            text = text.replace(old, new, 1) if file == place else text
+        (home / place).write_text(text)
+    return home
+
+
+def test_a_base_knows_the_code_that_trains_it(tmp_path):
+    """another loss makes other bases; a comment, a docstring, a method that it does not use and a
+    field that nobody reads do not"""
+    before, field, loss = codes(ROOT), '    store: str = "float32"', "    return -logp\n"
+    assert len(BASES) > 10
+    same_code = edited(tmp_path / "a", ("sft.py", loss, f"    # as ever\n{loss}"),
+                       ("sft.py", '"""Cross-entropy: the', '"""The'),
+                       ("sft.py", "beta=10.0):", "beta=11.0):"),
+                       ("sft.py", field, f"    unread: int = 0\n{field}"))
+    assert codes(same_code) == before
+    for name, edit in dict(b=("sft.py", loss, "    return -1.0 * logp\n"),
+                           c=("optim.py", "set_lr(optimiser, lr):", "set_lr(optimiser, lr, x=0):")
+                           ).items():
+        after = codes(edited(tmp_path / name, edit))
+        assert all(after[base] != before[base] for base in BASES), edit
+
+
+def test_a_new_field_renames_no_base_and_forbids_no_resume(workdir, monkeypatch):
+    def tag():
+        return sft.fingerprint(*sft.configured("toyif_judge", "tiny")[2])
+    before = tag()
+    run("--steps", "2", "--stop", "1", "--out", "o")
+    wider = dataclasses.make_dataclass("Wider", [("unread", int, 0)], bases=(sft.Config,),
+                                       frozen=True)
+    monkeypatch.setattr(sft, "Config", wider)
+    assert tag() == before
+    run("--steps", "2", "--out", "o", "--resume")
+    assert checkpoint("o").name == "step-000002"
 
 
 def test_jsonl_of_ones_own(workdir):
