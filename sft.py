@@ -88,8 +88,8 @@ PRESETS = dict(
     pretrain=dict(data="stdlib", init="", steps=800, batch=16, micro=16, lr=3e-3, warmup=60,
                   eval_every=200),
     sft=dict(),                                                                  # the defaults
-    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512, warmup=10,
-              eval_every=50),                            # 30 s on any CPU: shows that all turns
+    tiny=dict(model="2x64", steps=100, batch=8, micro=8, context=192, vocab=512,
+              warmup=10, eval_every=50),                 # 30 s on any CPU: shows that all turns
 )
 SIZES = ("tiny",)                # presets that a run hands on to the base that it makes
 
