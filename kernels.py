@@ -677,6 +677,7 @@ def swiglu_ref(gate, up):
 
 @jit
 def swiglu_forward(GATE, UP, Y, N, BLOCK: tl.constexpr):
+    """y = silu(gate) up, BLOCK of the N numbers a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(GATE + at, at < N, 0.0).to(tl.float32)
     tl.store(Y + at, z * tl.sigmoid(z) * tl.load(UP + at, at < N, 0.0).to(tl.float32), at < N)
@@ -684,6 +685,7 @@ def swiglu_forward(GATE, UP, Y, N, BLOCK: tl.constexpr):
 
 @jit
 def swiglu_backward(G, GATE, UP, DGATE, DUP, N, BLOCK: tl.constexpr):
+    """d gate = g up s (1 + gate (1 - s)), d up = g gate s;  s = sigmoid(gate)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(G + at, at < N, 0.0).to(tl.float32)
     z = tl.load(GATE + at, at < N, 0.0).to(tl.float32)

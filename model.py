@@ -932,17 +932,20 @@ def read_mixtral(d):
 
 
 def write_mixtral(d):
+    """Mixtral's own key, and no sliding window."""
     experts = d.pop("num_experts")
     return d | dict(num_local_experts=experts, sliding_window=None)
 
 
 def read_qwen3_moe(d):
+    """The width of an expert stands under a name of its own, and shares are not renormalised."""
     return dict(num_experts=d.get("num_local_experts", d.get("num_experts")),
                 intermediate_size=d["moe_intermediate_size"],
                 norm_topk_prob=d.get("norm_topk_prob", False))
 
 
 def write_qwen3_moe(d):
+    """Every layer has experts: none is a plain MLP."""
     return d | dict(moe_intermediate_size=d["intermediate_size"], decoder_sparse_step=1,
                     mlp_only_layers=[])
 

@@ -623,7 +623,7 @@ def adaptive(beta, kl, n, *, target: Positive = 6.0, horizon: Count = 10000):
 CONTROLLERS["adaptive"] = adaptive
 
 
-# === k2, k3: 2009.01325, KL in the loss beside that in the reward =================================
+# === k2, k3: 2402.03300 (k3), KL in the loss beside that in the reward; kl_coef ours ============
 
 
 def k2_loss(logp, ref_logp, *, kl_coef: Positive = 0.05):

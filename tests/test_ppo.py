@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 from functools import partial
 
 import pytest
@@ -424,6 +425,44 @@ def test_a_reward_model_by_its_path(shared_bases):
     toy("ppo", "learned", "--reward", "rm", "--beta", "0.05")
     first = next(r for r in read_log("learned") if "reward" in r)
     assert math.isfinite(first["reward"])
+
+
+def test_a_reward_model_is_centred_on_sft_s_samples(shared_bases, capsys):
+    """its mean over the samples that calibrate() draws is taken off, so what is left has mean 0"""
+    policy, tok = load(sft.base("toyif_base", like="tiny"))
+    model = ScalarModel.from_lm(policy, std=0.1)
+    with torch.no_grad():
+        model.score.weight.add_(0.1)
+    save(model, tok, "rm")
+    toy("ppo", "centred", "--reward", "rm", "--eos", "ignore", "--beta", "0.05")
+    assert re.search(r"reward of SFT samples: mean -?0\.00, std", capsys.readouterr().out)
+
+
+def test_what_reaches_the_reward_the_penalty_and_the_controller(shared_bases, monkeypatch):
+    """the mask of the completion; the policy's log-probs before the reference's; the batch's KL"""
+    masks, sides, heard = [], [], []
+
+    def reward(sft_logp, base_logp, mask, *, per_token=False):
+        masks.append(mask.sum(1).mean().item())
+        return coherent(sft_logp, base_logp, mask, per_token=per_token)
+
+    def penalty(logp, ref_logp, *, kl_coef=0.05):
+        sides.append((logp.requires_grad, ref_logp.requires_grad))
+        return k2_loss(logp, ref_logp, kl_coef=kl_coef)
+
+    def controller(beta, kl, n, *, target=6.0, horizon=10000):
+        heard.append((beta, kl, n))
+        return 1.5 * beta
+
+    monkeypatch.setitem(ppo.REWARDS, "coherent", reward)
+    monkeypatch.setitem(ppo.REGULARISERS, "k2", penalty)
+    monkeypatch.setitem(ppo.CONTROLLERS, "adaptive", controller)
+    toy("srppo", "spied", "--controller", "adaptive", "--regulariser", "k2", "--steps", "3")
+    rows = [row for row in read_log("spied") if "loss" in row]
+    assert {round(row["length"], 4) for row in rows} <= {round(x, 4) for x in masks}
+    assert set(sides) == {(True, False)}
+    assert [kl for _, kl, _ in heard] == pytest.approx([row["kl"] for row in rows])
+    assert [(beta, n) for beta, _, n in heard] == [(1.0, 16), (1.5, 16), (2.25, 16)]
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -71,7 +71,7 @@ def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, wor
     assert not (workdir / "out").exists() and time.monotonic() - began < 10
 
 
-NUMBERS = ("lr", "clip", "temperature", "batch", "epochs", "keep")
+NUMBERS = ("lr", "clip", "temperature", "batch", "epochs", "noise", "keep")
 
 
 @pytest.mark.parametrize("script, field", [(name, field) for name, module in SCRIPTS.items()
