@@ -1,76 +1,33 @@
 """
-dpo.py - preference optimisation: from pairs, lists, binary labels, and from the policy's own samples.
+dpo.py - preference optimisation: from pairs, lists, binary labels, and the policy's own samples.
 
-    python dpo.py                                  # DPO on the world Ring: a minute, its base included
-    python dpo.py --config simpo,tiny              # any method in seconds: shows that everything turns
+    python dpo.py                                  # DPO on the world Ring: a minute, base included
+    python dpo.py --config simpo,tiny              # any method in seconds: everything turns
     python dpo.py --init Qwen2.5-0.5B --data pairs.jsonl --lr 1e-6 --micro 4
-    python dpo.py --config online --judge out/reward/default       # its own pairs, judged by a reward model
-    python dpo.py --claim noise --seeds 5          # a paper's claim against its baselines, with a verdict
+    python dpo.py --config online --judge out/reward/default  # own pairs, judged by a reward model
+    python dpo.py --claim noise --seeds 5          # a paper's claim against its baselines
+    python dpo.py --config inpo --eject mine.py    # one method, in a script of its own
 
-Map      1 config   2 losses   3 statistics of a batch   4 samples and verdicts   5 log-probs   6 evaluate
-         7 train   8 claims; where rows come from: data/sources.py       B rows, S sides, T tokens, K list
-preset      paper             idea                                                              reference?
-dpo         2305.18290        logistic loss on the margin of log-ratios (the default)                  yes
-cdpo        Mitchell's note   ... labels believed wrong with probability e: the margin stays finite    yes
-rdpo        2403.00409        ... unbiased under that many flips                                       yes
-ipo         2310.12036        squared distance of the margin to 1/(2 tau); ipo_norm: of means          yes
-dpo_norm    2411.15124        ... of log-ratios per token                                              yes
-hinge       2309.06657        max(0, 1 - gamma h)                                                      yes
-exo         2402.00856        KL between the pair's softmax and smoothed labels                        yes
-flex        2406.07327        a smaller weight on the rejected side against the drastic drop           yes
-fdpo        2309.16240        another f-divergence's derivative in the log-ratio's place               yes
-rpo         2405.16436        DPO + a little SFT on the chosen response                                yes
-madpo       2510.05342        weighted by a margin: hard pairs more, easy and contradicted ones less   yes
-beta_dpo    2407.08639        beta by the batch's gap; unlikely gaps are dropped                       yes
-ld_dpo      2409.06411        tokens beyond the shorter response's length count less                   yes
-treg        2412.02685        ... and token credits regularise where the margin is small               yes
-sparsepo    2410.05102        token weights on rewards and KL                                          yes
-bco_pair    2404.04656        a binary classifier on either side; nca 2402.05369                       yes
-apo_zero    2408.06266        anchored: raise the chosen, lower the rejected; apo_down lowers both     yes
-simpo       2405.14734        mean log-probs and a target margin                                       no
-orpo        2403.07691        SFT + the odds ratio                                                     no
-slic_hf     2305.10425        hinge on log-probs + SFT                                                 no
-kto         2402.01306        binary labels, value around a reference point                            yes
-bco         2404.04656        binary labels, a classifier with a moving shift                          yes
-npo         2404.05868        forget: the rejected half of DPO; ga: gradient ascent                    yes, no
-lipo        2402.01878        LambdaLoss over a list                                                   yes
-list_mle    Plackett-Luce     the likelihood of a ranking                                              yes
-pro         2306.17492        one against the rest, down the ranking, + SFT on the best                no
-logo        2410.18533        SimPO against several rejected responses                                 no
-raco        2602.02495        several objectives: conflict-averse gradients, clipped by their weights  yes
-online      2402.04792        fresh pairs of the policy's own samples                                  yes
-rso         2309.06657        pairs from the estimated optimum, by rejection sampling                  yes
-spin        2401.01335        demonstrations against the last iterate's samples                        last
-sppo        2405.00675        regress log-ratios on win rates                                          last
-inpo        2407.00617        mirror descent on the regularised game, from hard labels                 both
-dno         2404.03715        large-margin pairs of the last iterate and demonstrations                last
-nash_md     2312.00886        policy gradient against a mixture with the reference                     yes
-nash_mp     2505.19731        two half-steps, near the last iterate: Mirror Prox                       both
-xpo         2405.21046        online DPO, optimistic: what the reference samples becomes less likely   yes
-selm        2405.19332        ... its own greedy response becomes more likely                          last
-hypo        2406.01462        offline DPO + an online KL                                               yes
-mpo         2403.19443        easy pairs by DPO, then policy gradients on the hard prompts             twice
-mcts        2405.00451        pairs of steps from a search tree                                        yes
-toyif, ring worlds            synthetic worlds of data/prefs.py, gold reward known (ring: the default)
-tiny        size              seconds on any CPU, its base model included
-Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is trained, and
-         what both responses share is the cheapest thing to change. It frightens without reason while
-         the win rate rises; with a long run, a small beta or far-off data it is the way to collapse: then kl
-         runs away too (flex, --sft 0.1 and a larger beta hold it: --claim overopt). val_win is against the
-         start's samples, by gold, ties half; val_kl is estimated from samples, so near 0 it can be negative;
-         val_accuracy of labels is the area under the ROC curve. t_rows, t_update: a step's seconds for making
-         rows and for training on them.
-Data     a world, or a JSONL of {"prompt", "chosen", "rejected"}, or for kto, bco of {"prompt", "completion",
-         "label"}; one prompt in sixteen is held out. --init: a checkpoint's folder, or base:PRESET of sft.py
+Data     a world (ring, the default; toyif), or a JSONL of {"prompt", "chosen", "rejected"}, or for
+         kto and bco of {"prompt", "completion", "label"}; one prompt in sixteen is held out.
+Letters  B rows, S sides of a row, N = B S, T tokens, K responses of a list, M objectives
+Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is
+         trained, and what both responses share is the cheapest thing to change. It frightens
+         without reason while the win rate rises; with a long run, a small beta or far-off data it
+         is the way to collapse: then kl runs away too (flex, --sft 0.1 and a larger beta hold it:
+         --claim overopt). val_win is against the start's samples, by gold, ties half; val_kl is
+         estimated from samples, so near 0 it can be negative; t_rows, t_update: a step's seconds
+         for making rows and for training on them.
 """
 import contextlib
 import copy
 import hashlib
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -82,45 +39,38 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import prefs, tasks
-from data.judging import JUDGES, auroc
-from data.run import (Count, Fraction, Positive, Range, Run, Share, UserError,
+from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
                       batch_indices, cli, launch, needs, read_log, report)
-from data.sources import SHOWN, SOURCES, STATIC, demo, forget, per_prompt, row
+from data.stats import auroc
 from data.text import CACHE
-from model import (ScalarModel, Transformer, autocast, collate, generate, load, peek, save,
-                   sequence_score, token_logprobs)
+from model import (Transformer, autocast, collate, generate, load, peek, save, sequence_score,
+                   token_logprobs)
 from optim import COMBINE, cosine, optimiser, set_lr, shares
 
-# --- 1 config -------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Training):
     """What every run has; what belongs to a loss, a source or a judge is an argument of its
     function."""
-    config: str = ""             # presets and TOML files, left to right
-    data: str = "ring"  # a world (ring, toyif), or a JSONL of pairs or labelled completions
+    data: str = "ring"           # a world (ring, toyif), or a JSONL of pairs or labelled responses
+    init: str = "base:ring"      # the SFT model: where the policy starts, and the reference
     rows: int = 0                # training pairs (0: 4000 of a world, or the whole file)
     noise: Share = 0.0           # share of a world's training labels that is flipped
     length_bias: float = 0.0     # what a token is worth to a world's annotators
-    init: str = "base:ring"      # the SFT model: where the policy starts, and the reference
     context: int = 0             # longest pair in tokens (0: the model's)
-    chat: bool = False           # wrap prompts in the checkpoint's chat template
     loss: str = "dpo"            # which row of LOSSES
-    statistic: str = "none"  # which row of STATISTICS: what a loss wants to know of the whole batch
+    statistic: str = "none"      # which row of STATISTICS: what a loss wants to know of the batch
     source: str = "pairs"        # which row of SOURCES: where the rows come from
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
+    anchor: str = "start"        # which row of ANCHORS: the model that log-ratios are against
     combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
-    credit: str = "gold"         # which row of CREDITS: T-REG's token rewards
-    anchor: Literal["start",
-                    "previous"] = "start"  # the reference: previous, the policy that made the rows
-    sft: float = 0.0  # weight of the chosen response's mean negative log-prob, beside any loss
-    refresh: Count = 1  # steps between fresh rows of the sources that sample (4000 prompts at most)
+    sft: float = 0.0             # weight of the chosen response's mean NLL, beside any loss
+    refresh: Count = 1           # steps between fresh rows of a source that samples
     steps: int = 200             # optimizer steps
     batch: Count = 64            # rows per optimizer step
-    micro: Count = 64  # rows per forward pass: lower it if memory runs out, results do not change
-    optimiser: Literal["adamw",
-                       "sgd"] = "adamw"  # adamw, or sgd where the size of a gradient is the point
+    optimiser: Literal["adamw", "sgd"] = "adamw"  # sgd: where the size of a gradient is the point
     lr: Positive = 5e-5          # peak learning rate, falling by a cosine
     warmup: int = 10             # steps of linear warm-up
     clip: Positive = 1.0         # largest gradient norm
@@ -129,59 +79,15 @@ class Config:
     eval_every: Count = 50       # steps between evaluations on held-out prompts
     eval_prompts: Count = 512    # how many of each held-out split
     save_every: Count = 100      # steps between checkpoints
-    keep: Count = 2              # checkpoints to keep
-    stop: int = 0                # pause after this step (0: no); --resume goes on
-    out: str = ""                # run folder (default out/dpo/<presets>)
-    seed: int = 0                # of data, order and sampling
-    device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
-    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
-    resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
-LABELS, PREVIOUS = dict(source="labels", batch=128, micro=128), dict(anchor="previous", refresh=50)
-PRESETS = dict(  # learning rates and steps: ours, the papers' are for billions of weights
-    dpo=dict(), cdpo=dict(loss="cdpo"), rdpo=dict(loss="rdpo"), ipo=dict(loss="ipo"),
-    ipo_norm=dict(loss="ipo_norm"), dpo_norm=dict(loss="dpo_norm", beta=1.0),
-    hinge=dict(loss="hinge"), exo=dict(loss="exo"), flex=dict(loss="flex"), fdpo=dict(loss="fdpo"),
-    rpo=dict(loss="dpo", sft=0.005),  # 2405.16436: eta 0.005 (there with beta 0.01)
-    madpo=dict(loss="madpo"), beta_dpo=dict(loss="beta_dpo", statistic="pace"),
-    ld_dpo=dict(loss="ld_dpo"),
-    treg=dict(loss="treg"), sparsepo=dict(loss="sparsepo"), bco_pair=dict(loss="bco_pair"),
-    nca=dict(loss="nca"), apo_zero=dict(loss="apo_zero"), apo_down=dict(loss="apo_down"),
-    simpo=dict(loss="simpo"), orpo=dict(loss="orpo"), slic_hf=dict(loss="slic_hf"),
-    kto=dict(loss="kto", statistic="mismatch", **LABELS),
-    bco=dict(loss="bco", statistic="shift", **LABELS),
-    npo=dict(loss="npo", source="forget"), ga=dict(loss="ga", source="forget"),
-    lipo=dict(loss="lipo", source="lists", refresh=200, beta=0.05),          # 2402.01878: beta 0.05
-    list_mle=dict(loss="list_mle", source="lists", refresh=200),
-    pro=dict(loss="pro", source="lists", refresh=200),
-    logo=dict(loss="logo", source="lists", refresh=200),
-    raco=dict(loss="objectives", source="signs", combine="cagrad",
-              beta=0.2),                                                      # 2602.02495: beta 0.2
-    online=dict(source="duels"), rso=dict(loss="hinge", source="rso", refresh=200),
-    spin=dict(source="spin", **PREVIOUS), sppo=dict(loss="sppo", source="ranked", **PREVIOUS),
-    inpo=dict(loss="inpo", source="duels", refresh=50), dno=dict(source="dno", **PREVIOUS),
-    nash_md=dict(loss="nash_md", source="mixture"), nash_mp=dict(loss="nash_mp", source="prox"),
-    xpo=dict(loss="xpo", source="explore"), selm=dict(loss="selm", source="selm", **PREVIOUS),
-    hypo=dict(loss="hypo", source="hybrid"), mpo=dict(loss="mpo", source="mpo"),
-    mcts=dict(source="tree"),
-    ring=dict(), toyif=dict(data="toyif", init="base:toyif"),
+PRESETS = dict(  # sizes and worlds, then arms of claims; learning rates and steps are ours
     tiny=dict(rows=64, steps=4, batch=8, micro=8, lr=3e-4, eval_every=2, eval_prompts=16,
-              save_every=2,
-              refresh=2, max_new=12),
-    # the claims' own
-    clean=dict(kl=True), flips20=dict(noise=0.2, flip=0.2), flips40=dict(noise=0.4, flip=0.4),
-    **{f"beta{int(100 * b):02}": dict(beta=b) for b in (0.02, 0.06, 0.17, 0.5, 1.0)},
-    biased=dict(length_bias=0.15), no_eos=dict(alpha=0.0, with_eos=False),
-    strong=dict(strongest=4.0), shuffled=dict(shuffled=True),
-    few=dict(rows=300, steps=500, eval_every=25), sft10=dict(sft=0.1),
-    plain_sgd=dict(optimiser="sgd", lr=3e-3, clip=1e9, warmup=0),
-    short=dict(steps=120, eval_every=120),
-    adam=dict(lr=3e-4), alone=dict(retain=0.0), npo1=dict(loss="npo", source="forget", beta=1.0),
-    cyclic=dict(judge="duel"), bold=dict(alpha=0.01),
-    linear=dict(combine="weighted"), unclipped=dict(clipped=False), w82=dict(weights="0.8,0.2"),
-    w28=dict(weights="0.2,0.8"), w55=dict(weights="0.5,0.5"),
+              save_every=2, refresh=2, max_new=12),
+    toyif=dict(data="toyif", init="base:toyif"),
+    few=dict(rows=300, steps=500, eval_every=25),                # few pairs, looked at often
+    short=dict(steps=120, eval_every=120),                       # of forgetting
+    plain_sgd=dict(optimiser="sgd", lr=3e-3, clip=1e9, warmup=0),              # ... without Adam
 )
 CURVES = {"loss": ["loss"],
           "log-ratios to the reference": ["chosen_ratio", "rejected_ratio", "margin"],
@@ -190,84 +96,924 @@ CURVES = {"loss": ["loss"],
           "KL, nats per response": ["val_kl", "ood_kl"],
           "length, tokens": ["val_length", "ood_length"]}
 
-# --- 2 losses: one number a row, [B] (several objectives: [B, M]); the loop takes the step's mean -
-# Positional arguments name what a loss reads, and only that is computed: chosen_, rejected_, other_
-# one side of a row, list_ all of them [B, S], no prefix the only one; then   ratio  Σ log π - log
-# π_ref   logp  Σ log π   len  tokens   mean  logp / len   tok  log π, [B, T]   delta  log π - log
-# π_ref, [B, T]   mask, eos  [B, T]   prev_ratio  Σ log π - log π_prev EOS is a token of a response
-# like any other. Everything else is a field of the row, or a batch's statistic.
+# --- the loss: one number a row, [B]; the loop takes the step's mean ------------------------------
+# What it reads are its positional arguments, by name: chosen_, rejected_, other_ (a side of a row)
+# or list_ (all of them, [B, S]), no prefix for the only side, and a row of READS or PASS; any other
+# name is a field of the row, or a statistic of the batch. EOS is a token of a response like others.
 
 logs = F.logsigmoid
+
 
 def dpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """DPO, 2305.18290 eq. 7:  -log σ(β h),  h = chosen_ratio - rejected_ratio.   [B], [B] -> [B]"""
     return -logs(beta * (chosen_ratio - rejected_ratio))
+
+
+def none():
+    """No statistic: the loss reads its own row only."""
+    return {}
+
+
+def at_start(start):
+    """Log-ratios against the model that training starts from."""
+    return start
+
+
+def previous(policy):
+    """Log-ratios against the policy as it is when it makes the rows: the last iterate."""
+    return policy
+
+
+# --- facts: what losses, sources and judges ask for by name, made of other facts ------------------
+
+
+def total(logps):
+    """Σ log π of a response.   [N, T] -> [N]"""
+    return logps.sum(-1)
+
+
+def length(mask):
+    """Tokens of a response, EOS included.   [N, T] -> [N]"""
+    return mask.sum(-1)
+
+
+def mean(logps, mask):
+    """Mean log π of a response's tokens.   [N]"""
+    return logps.sum(-1) / mask.sum(-1)
+
+
+def ratio(logps, ref_logps):
+    """Σ log π - log π_ref of a response.   [N]"""
+    return (logps - ref_logps).sum(-1)
+
+
+def ref_logps(rows, anchor, logprobs):
+    """log π_ref of every token of the rows.   -> [n] a row"""
+    return logprobs(rows, anchor)
+
+
+def gold_score(problems, groups, world):
+    """A world's gold reward of every response."""
+    return [world.reward(p, y["text"], y["finished"]) for p, ys in zip(problems, groups)
+            for y in ys]
+
+
+def part_of(name):
+    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"): of the only side; "good" -> (None,
+    "good"): no fact of a side."""
+    head, _, tail = name.partition("_")
+    if head in SIDES and (tail in READS or tail in PASS):
+        return SIDES[head], tail
+    return (0 if name in READS or name in PASS else None), name
+
+
+def fact(name, known):
+    """known[name]; what is not known yet is made by READS or FACTS, of what these ask for."""
+    if name not in known:
+        known[name] = ask((READS if name in READS else FACTS)[name], known)
+    return known[name]
+
+
+def ask(function, known):
+    """What a function says of the facts that its positional arguments name."""
+    return function(*(fact(name, known) for name in needs(function)))
+
+
+# --- samples and verdicts -------------------------------------------------------------------------
+# A problem is {"prompt": text, "ids"}, a response {"ids", "text", "finished"}; its ids end in EOS
+# where it ended by itself.
+
+
+def gold(score, *, sharp: Positive = 1.0):
+    """Bradley-Terry on a world's gold reward:  P = σ(sharp (s_i - s_j)).   [K] -> [K, K]"""
+    return torch.sigmoid(sharp * (score[:, None] - score[None]))
+
+
+# --- sources: rows {"prompt": ids, "sides": [ids], …what a loss reads} ----------------------------
+
+
+def row(problem, sides, **fields):
+    """One row of a problem and some of its responses."""
+    return dict(prompt=problem["ids"], sides=[y["ids"] for y in sides], **fields)
+
+
+def pairs(data):
+    """The data's own pairs."""
+    return [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]]) for r in data]
+
+
+def coin(P, generator):
+    """The first two responses, the winner drawn with the judge's probability."""
+    first = torch.rand((), generator=generator).item() < P[0, 1]
+    return (0, 1) if first else (1, 0)
+
+
+def online(problems, sample, compare, generator):
+    """Online DPO (2402.04792): two samples a prompt, the label drawn from the judge's
+    probability."""
+    return judged(problems, sample(problems, 2), compare, lambda P: (coin(P, generator), {}))
+
+
+def initial(c, f, make=True):
+    """The folder of --init, made if need be; without make the longest context that it has."""
+    return sft.find(c.init, c.config, make, seed=c.seed, device=c.device)
+
+
+# --- the tables: chapters add their rows ----------------------------------------------------------
+
+SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
+PASS = ("logps", "mask")                 # of every token of a forward pass, [N, T]
+LOSSES = dict(dpo=dpo)
+STATISTICS = dict(none=none)
+SOURCES = dict(pairs=pairs, online=online)
+JUDGES = dict(gold=gold)
+ANCHORS = dict(start=at_start, previous=previous)
+READS = dict(logp=total, len=length, mean=mean, ratio=ratio)   # of each side, of a forward pass
+FACTS = dict(ref_logps=ref_logps, score=gold_score)            # what else functions ask for
+
+# What else a chapter brings, by the name that a function asks for: a memory between steps, saved
+# with the run (a class with state() and load(state)), and a model, as the function that finds it;
+MEMORIES = {}
+MODELS = dict(start=initial)
+# and by the row that brings it: the names that it gives to a loss; what must be so before a run;
+# how --data is opened; how many rows come of a prompt; gradients that are not a mean loss's; what
+# is evaluated beside the win rate.
+GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"))
+CHECKS, OPEN, PER_PROMPT, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
+
+
+# --- rows, and one step ---------------------------------------------------------------------------
+
+
+def make_rows(c, f, known, problems):
+    """Fresh rows of the source, with what is frozen about them, such as reference log-probs."""
+    if not static(f):
+        many = PER_PROMPT[c.source](f.source.keywords) if c.source in PER_PROMPT else 1
+        wanted = min(4000, math.ceil(c.batch * c.refresh / many))
+        picked = batch_indices(len(problems), wanted, known["stage"], c.seed).tolist()
+        problems = [problems[i] for i in picked]
+    rows = ask(f.source, known | dict(problems=problems))
+    rows = usable(rows, c, known["context"], known["counts"])
+    if "start" in known:
+        known["anchor"] = ask(f.anchor, known)
+    here = known | dict(rows=rows)
+    if static(f):
+        here["logprobs"] = partial(cached_logprobs, known["tok"], c, known["say"])
+    for name in frozen_facts(f):
+        for r, x in zip(rows, ask(FACTS[name], here)):
+            r[name] = x
+    return rows
+
+
+def measure(c, known, rows):
+    """Every side of the rows in one batched forward pass -> known, tokens, mask and logps [N, T],
+    and what numbers of tokens the rows hold."""
+    tok, policy = known["tok"], known["policy"]
+    sides = [(r["prompt"], y) for r in rows for y in r["sides"]]
+    tokens, mask = collate(sides, tok.pad or 0, c.device)
+    out = known | dict(tokens=tokens, mask=mask, logps=token_logprobs(policy, tokens, mask))
+    for key in [key for key, x in rows[0].items() if isinstance(x, torch.Tensor)]:
+        flat = torch.cat([r[key] for r in rows]).to(mask)
+        out[key] = torch.zeros_like(mask).masked_scatter(mask > 0, flat)
+    return out
+
+
+def inputs(names, here, rows, statistics=()):
+    """What a loss names, of these rows: facts of a side, a statistic of the batch, or a row's
+    field."""
+    out, S, like = {}, len(rows[0]["sides"]), here["logps"]
+    for name in names:
+        side, what = part_of(name)
+        if side is not None:
+            value = fact(what, here)
+            out[name] = value.view(-1, S, *value.shape[1:])[:, side]
+        elif name in statistics:
+            out[name] = statistics[name]
+        else:
+            out[name] = torch.tensor([r[name] for r in rows], dtype=like.dtype, device=like.device)
+    return out
+
+
+def losses(c, f, known, rows, metrics):
+    """The loss of each micro-batch with its graph, to be taken backward before the next one; adds
+    what happened to metrics."""
+    statistics = statistics_of(c, f, known, rows)
+    for i in range(0, len(rows), c.micro):
+        part = rows[i:i + c.micro]
+        now = {k: x[i:i + c.micro] for k, x in statistics.items()}
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, part)
+            given = inputs(needs(f.loss), here, part, now)
+        loss = f.loss(**given)                                                           # [b]
+        if c.sft:
+            loss = loss - c.sft * inputs(["chosen_mean"], here, part)["chosen_mean"]
+        metrics.update(sums(here, part))
+        yield loss
+
+
+def backward(batch, passes):
+    """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value."""
+    value = 0.0
+    for loss in passes:
+        (loss.sum() / len(batch)).backward()
+        value += loss.sum().item() / len(batch)
+    return value
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def evaluate(c, f, known, sets, held, before):
+    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float},
+    {split: gold rewards}, samples.
+
+    win: how often the policy's sample has more gold than the start's (before), same prompt and
+    draws, ties half; kl: k1 to the start, nats per response.
+    """
+    out, golds, samples, world = {}, {}, [], known["world"]
+    for split, problems in sets.items():
+        sample = Sampler(known["policy"], known["tok"], c, known["room"],
+                         torch.Generator().manual_seed(c.seed + 1), Counter())
+        ys = [y for y, in sample(problems)]
+        rows = [row(p, [y]) for p, y in zip(problems, ys)]
+        if "start" in known:
+            mine, ref = (known["logprobs"](rows, known[x]) for x in ("policy", "start"))
+            out[f"{split}_kl"] = sum((a - b).sum().item() for a, b in zip(mine, ref)) / len(rows)
+        out |= {f"{split}_length": sum(len(y["ids"]) for y in ys) / len(ys),
+                f"{split}_truncated": 1 - sum(y["finished"] for y in ys) / len(ys)}
+        if world:
+            golds[split] = gold_score(problems, [[y] for y in ys], world)
+            duels = list(zip(golds[split], before.get(split, golds[split])))
+            out |= {f"{split}_gold": sum(golds[split]) / len(ys),
+                    f"{split}_win": sum((a > b) + 0.5 * (a == b) for a, b in duels) / len(ys)}
+        here = known | dict(split=split, problems=problems, responses=ys, sample=sample,
+                            options=f.source.keywords)
+        for name in dict.fromkeys(x for x in rows_of(c) if x in EVALUATIONS):
+            out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
+        samples += [(p["prompt"], y["text"], world.demo(p) if world else "")
+                    for p, y in zip(problems[:2], ys)]
+    for name, rows in held.items():
+        out[f"{name}_accuracy"] = float(accuracy(rows, known["logprobs"](rows, known["policy"])))
+    return out, golds, samples
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def train(c, f):
+    """One run: load, make rows, score, update, log. -> the last evaluation and the start's
+    (start_…)."""
+    world = tasks.task(c.data) if c.data in prefs.WORLDS else None
+    initial(c, f)                                      # made before this run's clock starts
+    kernels.use(c.kernels)
+    with Run(c, f, "dpo", CURVES) as run:
+        policy, tok, models = open_models(c, f, run.last)
+        longest = policy.config.max_position_embeddings
+        context = min(c.context or longest, longest)
+        opener = OPEN[c.source] if c.source in OPEN else open_pairs
+        data, held, prompts = opener(c, tok, world, context, run.say)
+        problems, sets = held_out(c, world, data, prompts)
+        room = encode(c, tok, context, [*problems, *(p for x in sets.values() for p in x)],
+                      world.max_new if world else 128)
+        generator, counts = torch.Generator().manual_seed(c.seed), Counter()
+        known = models | dict(c=c, world=world, policy=policy, tok=tok, data=data, context=context,
+                              room=room, generator=generator, counts=counts, say=run.say, step=0,
+                              stage=0, logprobs=partial(response_logprobs, tok, c),
+                              sample=Sampler(policy, tok, c, room, generator, counts))
+        known["compare"] = partial(compare, f, known)
+        memories = {x: ask(MEMORIES[x], known) for x in sorted(MEMORIES.keys() & asked_by(c, f))}
+        known |= memories
+        opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
+               else torch.optim.SGD(policy.parameters(), c.lr))
+        if "start" in models:
+            for rows in held.values():
+                for r, x in zip(rows, known["logprobs"](rows, models["start"])):
+                    r["ref_logps"] = x
+        rows, fresh = make_rows(c, f, known, problems) if static(f) else None, 0
+        size, what = sum(p.numel() for p in policy.parameters()) / 1e6, "labelled responses"
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} "
+                f"{'pairs' if 'chosen' in data[0] else what}, {c.steps} steps of {c.batch}, "
+                f"{c.device} {c.dtype}, {'with' if 'start' in models else 'without'} a reference")
+        if run.state:
+            opt.load_state_dict(run.state["opt"])
+            generator.set_state(run.state["rng"])
+            counts.update(run.state["counts"])
+            for name, memory in memories.items():
+                memory.load(run.state["memories"][name])
+            rows, fresh = rows or run.state["rows"], run.state["fresh"]
+            known["stage"], before = run.state["stage"], run.state["before"]
+            first = scores = run.state["first"]
+        else:
+            first, before, samples = evaluate(c, f, known, sets, held, {})
+            run.log(0, **first, show=True)
+            scores = first
+        if "start" in models:
+            known["anchor"] = ask(f.anchor, dict(known))
+
+        for step in run.steps(c.steps):
+            # 1. rows ------------------------------------------------------------------------------
+            clock, known["step"] = time.perf_counter(), step
+            if rows is None or not static(f) and step - fresh >= c.refresh:
+                rows, fresh = make_rows(c, f, known, problems), step
+                known["stage"] += 1
+            order = batch_indices(len(rows), c.batch, step - fresh, c.seed + known["stage"])
+            batch = [rows[i] for i in order.tolist()]
+            t_rows = time.perf_counter() - clock
+            # 2. score and update ------------------------------------------------------------------
+            clock, metrics = time.perf_counter(), Counter()
+            here = dict(policy=policy, batch=batch, combine=f.combine,
+                        passes=losses(c, f, known, batch, metrics))
+            loss = ask(BACKWARD[c.loss] if c.loss in BACKWARD else backward, here)
+            norm = clip_grad_norm_(policy.parameters(), c.clip)
+            set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
+            opt.step()
+            opt.zero_grad()
+            # 3. log -------------------------------------------------------------------------------
+            run.log(step + 1, loss=loss, **means(metrics, len(batch)), norm=norm,
+                    **{k: n for k, n in counts.items() if n},
+                    t_rows=t_rows, t_update=time.perf_counter() - clock)
+            if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                run.check(step + 1, policy)
+                scores, _, samples = evaluate(c, f, known, sets, held, before)
+                run.log(step + 1, **scores, show=True)
+            if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
+                run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
+                         rng=generator.get_state(), counts=dict(counts), stage=known["stage"],
+                         memories={x: memory.state() for x, memory in memories.items()},
+                         rows=None if static(f) else rows, fresh=fresh, first=first, before=before)
+        if c.stop and c.stop < c.steps:
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
+                    "goes on")
+            return scores
+        if run.state and run.start >= c.steps:                         # resumed after its last step
+            scores, _, samples = evaluate(c, f, known, sets, held, before)
+        run.say(f"  rows dropped: {dropped_in_words(counts)}")
+        report(run, first, scores, samples)
+        peak = max((r["val_gold"] for r in read_log(run.folder) if "val_gold" in r), default=0.0)
+        return run.finish(**scores, **{f"start_{k}": x for k, x in first.items()}, val_peak=peak)
+
+
+AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, anchor=ANCHORS,
+            combine=COMBINE, kernels=kernels.MODES)
+
+
+def main(argv=None):
+    """python dpo.py …: see the docstring above, or --help."""
+    return launch("dpo", Config, PRESETS, AXES, __doc__, checked, argv, readers)
+
+
+# === sampling: problems, responses and verdicts ===================================================
+
+
+class Sampler:
+    """Samples responses; counts them, and those that were cut off."""
+
+    def __init__(self, policy, tok, c, room, generator, counts):
+        self.policy, self.tok, self.c, self.room = policy, tok, c, room
+        self.generator, self.counts = generator, counts
+
+    @torch.no_grad()
+    def __call__(self, problems, k=1, model=None, **how):
+        """k responses a problem of the policy, or of another model -> [[response]]. At most 4,096
+        at a time."""
+        prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
+        for i in range(0, len(prompts), size):
+            with autocast(self.c.device, self.c.dtype):
+                roll = generate(model or self.policy, prompts[i:i + size], self.room, samples=k,
+                                generator=self.generator, **how)
+            out += [dict(ids=t[m > 0].tolist(), text=self.tok.decode(text), finished=done)
+                    for t, m, text, done
+                    in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
+        self.counts["sampled"] += len(out)
+        self.counts["truncated"] += sum(not y["finished"] for y in out)
+        return [out[i:i + k] for i in range(0, len(out), k)]
+
+
+@torch.no_grad()
+def compare(f, known, problems, groups):
+    """The judge's P for each problem's responses -> [[K, K]] in float64: P[i, j], the probability
+    that i is preferred to j."""
+    here = known | dict(problems=problems, groups=groups)
+    scores = {name: ask(FACTS[name], here) for name in needs(f.judge) if name in FACTS}
+    out, at = [], 0
+    for problem, group in zip(problems, groups):
+        own = {name: torch.tensor(x[at:at + len(group)], dtype=torch.float64)
+               for name, x in scores.items()}
+        out.append(ask(f.judge, dict(world=known["world"], problem=problem, group=group) | own))
+        at += len(group)
+    return out
+
+
+def texts_of(pair):
+    """An encoded pair as a problem and its two responses."""
+    problem = dict(prompt=pair["text"]["prompt"], ids=pair["prompt"])
+    return problem, [dict(ids=pair[side], text=pair["text"][side],
+                          finished=pair["text"].get(f"{side}_finished", True))
+                     for side in ("chosen", "rejected")]
+
+
+def judged(problems, groups, compare, choose):
+    """Rows of what choose(P) picks from each problem's responses: (indices of the sides, fields),
+    or None."""
+    out = []
+    for problem, ys, pick in zip(problems, groups, map(choose, compare(problems, groups))):
+        if pick:
+            sides, fields = pick
+            out.append(row(problem, [ys[i] for i in sides], **fields))
+    return out
+
+
+# === asked: what a run asks for, by name ==========================================================
+
+
+def asked(f, *functions):
+    """All that functions ask for, what these facts are made of, and so on -> {names}; f: the run's
+    rows, of which `compare` asks the judge, and `anchor` its own."""
+    makers = READS | FACTS | dict(compare=f.judge, anchor=f.anchor)
+    out, todo = set(), list(functions)
+    while todo:
+        for _, name in map(part_of, needs(todo.pop())):
+            if name not in out:
+                out.add(name)
+                todo += [makers[name]] if name in makers else []
+    return out
+
+
+def asked_by(c, f):
+    """All that a run asks for."""
+    measures = [EVALUATIONS[row] for row in rows_of(c) if row in EVALUATIONS]
+    return asked(f, f.loss, f.statistic, f.source, *measures)
+
+
+def rows_of(c):
+    """The rows of axes that a run uses."""
+    return c.loss, c.statistic, c.source, c.judge, c.anchor
+
+
+def frozen_facts(f):
+    """The facts of a run's rows that are made once, with the rows: those that ask for them."""
+    found = asked(f, f.loss, f.statistic)
+    return sorted(x for x in found if x in FACTS and "rows" in needs(FACTS[x]))
+
+
+def static(f):
+    """Whether a source asks nothing of the policy: then its rows are made once."""
+    return not {"sample", "extend"} & set(needs(f.source))
+
+
+# === checks: what can be told before a run ========================================================
+
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    found, world = asked_by(c, f), c.data in prefs.WORLDS
+    return dict(
+        statistic=(set(GIVES[c.statistic]) & set(needs(f.loss)),
+                   "losses that read it: beta_dpo, bco, kto"),
+        noise=(world, "a world's labels: --data ring or toyif"),
+        length_bias=(world, "a world's labels: --data ring or toyif"),
+        judge=("compare" in found, "sources that have responses judged"),
+        combine=(c.loss in BACKWARD, "--loss objectives"),
+        refresh=(not static(f), "sources that sample"),
+        anchor=("anchor" in found, "losses that read a reference"),
+        compile=(False, "sft.py, ppo.py and grpo.py"))
+
+
+def checked(c, f):
+    """train(), after check()."""
+    check(c, f)
+    return train(c, f)
+
+
+def check(c, f):
+    """UserError for rows of the config that do not go together, and for all else that can be known
+    before anything is made: files and folders."""
+    world = c.data in prefs.WORLDS
+    check_names(c, f)
+    for name in rows_of(c):
+        if name in CHECKS:
+            CHECKS[name](c, f)
+    found = asked_by(c, f)
+    if not world and "compare" in found and "world" in asked(f, f.judge):
+        raise UserError(f"--judge {c.judge}: {c.data} has no gold reward; name a reward model's "
+                        "folder, or take --judge cdr")
+    if not world and "world" in asked(f, f.source):
+        raise UserError(f"--source {c.source} reads demonstrations or gold: take a world, --data "
+                        "ring or toyif")
+    if not world and c.source not in OPEN:
+        prefs.check_pairs(c.data)
+    for name in sorted(MODELS.keys() & found):
+        MODELS[name](c, f, make=False)
+    if c.max_new >= (most := initial(c, f, make=False)):
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    if static(f) and "policy" in asked(f, *(FACTS[x] for x in frozen_facts(f))):
+        raise UserError(f"--source {c.source}: its rows are made once, so there is no previous "
+                        "policy; use --anchor start, and a loss without one")
+    if c.sft and not any(name.startswith("chosen") for name in needs(f.loss)):
+        raise UserError(f"--sft {c.sft}: --loss {c.loss} has no chosen response; leave it at 0")
+
+
+def check_names(c, f):
+    """UserError if the loss or the statistic reads what neither source nor statistic gives."""
+    fields = {name for given in GIVES.values() for name in given}
+    here = {*GIVES[c.source], *GIVES[c.statistic]}
+    for axis, function in (("loss", f.loss), ("statistic", f.statistic)):
+        sides = {name.partition("_")[0] for name in needs(function) if part_of(name)[0] is not None}
+        wanted = sides & (SIDES.keys() - {"list"}) | asked(f, function) & fields
+        for name in sorted(wanted - here):
+            givers = [row for row, names in GIVES.items() if name in names]
+            usual = [p for p, keys in PRESETS.items() if keys.get(axis) == getattr(c, axis)]
+            raise UserError(f"--{axis} {getattr(c, axis)} reads {name}: neither --source "
+                            f"{c.source} nor --statistic {c.statistic} gives it, but "
+                            f"{' or '.join(givers)}"
+                            + "".join(f"; try --config {x}" for x in usual[:1]))
+
+
+# === opening: models and data =====================================================================
+
+
+def open_models(c, f, last):
+    """(policy, tokenizer, {name: each other model that the run asks for})."""
+    policy, tok = load(last or initial(c, f), c.device)
+    if not isinstance(policy, Transformer):
+        raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
+    models, found = {}, asked_by(c, f)
+    if c.kl or "anchor" in found:                      # then the KL is measured to the start, too
+        found |= {"start"}
+    for name in sorted(MODELS.keys() & found):
+        path = MODELS[name](c, f)
+        models[name], other = load(path, c.device)
+        models[name].requires_grad_(False)
+        if other.tokens != tok.tokens:
+            raise UserError(f"{path} and --init {c.init} have different tokenizers: both must read "
+                            "the same ids")
+    return policy, tok, models
+
+
+def open_pairs(c, tok, world, context, say):
+    """(pairs as ids, {name: held-out rows}, a file's held-out prompts) of --data."""
+    if world:
+        train = world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise, length_bias=c.length_bias)
+        val = world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")
+    elif c.noise or c.length_bias:
+        raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
+    else:
+        train, sets = prefs.pair_sets(c.data, c.rows)
+        val = sets["val"]
+    train = prefs.encode_pairs(train, tok, context, "training pairs", c.chat)
+    val = prefs.encode_pairs(val, tok, context, "val pairs", c.chat)
+    return train, {"val": pairs(val)}, [r["text"]["prompt"] for r in val]
+
+
+def held_out(c, world, data, prompts):
+    """(training problems, {split: held-out problems}) of a world, or of a file's pairs."""
+    if world:
+        sets = {x: world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
+        return world.problems("train", 4096, 1000 + c.seed), sets
+    known = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
+    held = [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]
+    return [dict(prompt=x) for x in known], {"val": held}
+
+
+def encode(c, tok, context, problems, most):
+    """Give the problems their prompts' ids -> the longest sample that fits them, at most `most`."""
+    for problem in problems:
+        problem["ids"] = tok.prompt(problem["prompt"], c.chat)
+    width = max(len(problem["ids"]) for problem in problems)
+    room = c.max_new or min(most, context - width)
+    if room < 1:
+        raise UserError(f"the longest prompt has {width} tokens: no room for a response in the "
+                        f"context of {context}; shorten it, or raise --context")
+    return room
+
+
+# === rows: which rows are trained on, and reference log-probs that are kept on disk ===============
+
+
+def usable(rows, c, context, counts):
+    """Rows without those whose pair (of a ranking: all) is of equal sides, with an empty one, or
+    longer than the context; these are counted. UserError if none is left."""
+    kept = []
+    for r in rows:
+        sides = [tuple(y) for y in r["sides"]]
+        first = sides if "labels" in GIVES[c.source] else sides[:2]
+        why = ("empty" if not all(sides) else
+               "identical" if len(sides) > 1 and len(set(first)) == 1 else
+               "long" if len(r["prompt"]) + max(map(len, sides)) > context else "")
+        if why:
+            counts[why] += 1
+        else:
+            kept.append(r)
+    if not kept:
+        raise UserError(f"--source {c.source}: no row is left to train on "
+                        f"({dropped_in_words(counts)}); if samples are identical the policy has "
+                        "collapsed: lower --lr")
+    return kept
+
+
+@torch.no_grad()
+def response_logprobs(tok, c, rows, model):
+    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] a row,
+    CPU."""
+    out = []
+    for i in range(0, len(rows), c.micro):
+        part = rows[i:i + c.micro]
+        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
+        tokens, mask = collate(sides, tok.pad or 0, c.device)
+        with autocast(c.device, c.dtype):
+            flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
+        out += flat.split([sum(map(len, r["sides"])) for r in part])
+    return [x.clone() for x in out]
+
+
+def fingerprint(rows, model, dtype):
+    """A hash of the rows' ids, the model's weights and the precision: what reference log-probs
+    depend on."""
+    h = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode()
+                       + str(dtype).encode())
+    for name, p in model.state_dict().items():
+        h.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def cached_logprobs(tok, c, say, rows, model):
+    """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once,
+    ever."""
+    path = CACHE / f"reference-{fingerprint(rows, model, c.dtype)}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):  # absent, or broken
+        out = list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
+        say(f"  reference log-probs: {path}")
+        return out
+    out = response_logprobs(tok, c, rows, model)
+    with contextlib.suppress(OSError, SafetensorError):                         # it costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+        save_file(dict(logp=torch.cat(out)), tmp)
+        tmp.replace(path)
+    return out
+
+
+# === metrics: statistics of a whole batch before the step, and what the log says after it =========
+
+
+@torch.no_grad()
+def statistics_of(c, f, known, rows):
+    """The whole batch's statistics, without gradient -> {name: [B]}."""
+    here, parts = known | dict(batch=rows), []
+    own = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in rows[0]]
+    for i in range(0, len(rows) if own else 0, c.micro):
+        part = rows[i:i + c.micro]
+        with autocast(c.device, c.dtype):
+            parts.append(inputs(own, measure(c, known, part), part))
+    for x in own:
+        here[x] = torch.cat([part[x] for part in parts])
+    return ask(f.statistic, here)
+
+
+@torch.no_grad()
+def sums(here, rows):
+    """Sums over rows for the log: log-probs and log-ratios of both sides apart, pairs in the right
+    order."""
+    names, S = ["logp", "len", *(["ratio"] if "ref_logps" in here else [])], len(rows[0]["sides"])
+    score = {name: fact(name, here).view(-1, S) for name in names}                       # [B, S]
+    out, one = {}, torch.ones(len(rows)).to(here["mask"])
+    if S == 1:
+        good = torch.tensor([r.get("good", 1.0) for r in rows]).to(one)
+        where = dict(chosen=(0, good), rejected=(0, 1 - good))
+    else:
+        where = dict(chosen=(0, one), rejected=(1, one))
+        by = score["ratio"] if "ratio" in score else score["logp"] / score["len"]
+        out["hits"] = ((by[:, 0] > by[:, 1]) + 0.5 * (by[:, 0] == by[:, 1])).sum().item()
+    for side, (i, weight) in where.items():
+        out[f"{side}_n"] = weight.sum().item()
+        out |= {f"{side}_{k}": (x[:, i] * weight).sum().item() for k, x in score.items()}
+    return out
+
+
+def means(metrics, B):
+    """A step's metrics, of the sums over its B rows."""
+    out = dict(metrics)
+    for side in ("chosen", "rejected"):
+        n = out.pop(f"{side}_n")
+        for key in [k for k in out if k.startswith(side)]:
+            out[key] /= max(1.0, n)
+            if n == 0:                       # a step may have no binary label of this kind
+                del out[key]
+    if "hits" in out:
+        out["accuracy"] = out.pop("hits") / B
+        if "chosen_ratio" in out:
+            out["margin"] = out["chosen_ratio"] - out["rejected_ratio"]
+    return out
+
+
+def dropped_in_words(counts):
+    """How many rows were dropped and why, and how many samples had no end, in words."""
+    dropped = {k: n for k, n in counts.items() if n and k not in ("sampled", "truncated")}
+    words = ", ".join(f"{n} {k}" for k, n in dropped.items()) or "none"
+    if not counts["sampled"]:
+        return words
+    return f"{words}; of {counts['sampled']} samples {counts['truncated']} were truncated (no EOS)"
+
+
+def scores_of(row, logps):
+    """A log-ratio of each side, without a reference a mean log-prob; logps: of all its tokens."""
+    sizes = [len(y) for y in row["sides"]]
+    if "ref_logps" in row:
+        return [x.sum().item() for x in (logps - row["ref_logps"]).split(sizes)]
+    return [x.mean().item() for x in logps.split(sizes)]
+
+
+def accuracy(rows, logps):
+    """Share of pairs with a larger score of the chosen side (see scores_of); of binary labels the
+    area under the ROC curve."""
+    score = [scores_of(r, x) for r, x in zip(rows, logps)]
+    if len(rows[0]["sides"]) == 1:
+        return auroc(torch.tensor([a for a, in score]), torch.tensor([r["good"] > 0 for r in rows]))
+    return sum((a > b) + 0.5 * (a == b) for a, b, *_ in score) / len(score)
+
+
+# === cdpo, rdpo: Mitchell's note, 2403.00409, labels that are wrong with probability e ============
+
 
 def cdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
     """Conservative DPO:  -(1-e) log σ(βh) - e log σ(-βh);  stationary at βh = log((1-e)/e)."""
     z = beta * (chosen_ratio - rejected_ratio)
     return -(1 - flip) * logs(z) - flip * logs(-z)
 
-def rdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
-    """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e): DPO in expectation over
-    flips.
 
-    Unbounded below: it never stops pushing, and its own value means nothing. UserError unless e <
-    1/2."""
-    if flip >= 0.5:
-        raise UserError(f"--flip {flip}: labels wrong half of the time teach nothing; choose below 0.5")
+def rdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("[0, 0.5)") = 0.1):
+    """Robust DPO, 2403.00409:  [-(1-e) log σ(βh) + e log σ(-βh)] / (1-2e), DPO in expectation.
+
+    Unbounded below: it never stops pushing, and its own value means nothing.
+    """
     z = beta * (chosen_ratio - rejected_ratio)
     return (-(1 - flip) * logs(z) + flip * logs(-z)) / (1 - 2 * flip)
+
+
+LOSSES["cdpo"], LOSSES["rdpo"] = cdpo, rdpo
+PRESETS["flips20"] = dict(noise=0.2, flip=0.2)         # arms of the claim `noise`: told the rate
+PRESETS["flips40"] = dict(noise=0.4, flip=0.4)
+
+
+# === ipo, ipo_norm: 2310.12036, squared distance of the margin to 1/(2 tau); of means =============
+
 
 def ipo(chosen_ratio, rejected_ratio, *, tau: Positive = 0.1):
     """IPO, 2310.12036 eq. 17:  (h - 1/(2τ))²  of sums over tokens."""
     return (chosen_ratio - rejected_ratio - 1 / (2 * tau)) ** 2
 
+
 def ipo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, tau: Positive = 0.1):
     """IPO on log-ratios per token: what its authors confirm that they ran."""
     return ipo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, tau=tau)
 
+
+LOSSES["ipo"], LOSSES["ipo_norm"] = ipo, ipo_norm
+
+
+# === dpo_norm: 2411.15124, DPO of log-ratios per token (Tülu 3) ===================================
+
+
 def dpo_norm(chosen_ratio, rejected_ratio, chosen_len, rejected_len, *, beta: Positive = 1.0):
-    """Length-normalised DPO (Tülu 3, 2411.15124):  -log σ(β (d_w/n_w - d_l/n_l));  β some ten times
-    DPO's."""
+    """Length-normalised DPO:  -log σ(β (d_w/n_w - d_l/n_l));  β some ten times DPO's."""
     return dpo(chosen_ratio / chosen_len, rejected_ratio / rejected_len, beta=beta)
 
+
+LOSSES["dpo_norm"] = dpo_norm
+
+
+# === hinge, rso: 2309.06657, pairs from the estimated optimum, by rejection sampling; a hinge =====
+
+
 def hinge(chosen_ratio, rejected_ratio, *, gamma=0.05):
-    """RSO's hinge-norm, 2309.06657:  max(0, 1 - γ h)."""
+    """RSO's hinge-norm:  max(0, 1 - γ h)."""
     return F.relu(1 - gamma * (chosen_ratio - rejected_ratio))
 
+
+def rewards_of(P):
+    """Scores behind P: mean log-odds over the others; exact up to a constant for Bradley-Terry.
+    -> [K]"""
+    return torch.logit(P, eps=1e-9).mean(1)
+
+
+def accepted(reward, k, beta, generator, passes=0):
+    """RSO's rejection sampling, alg. 1: indices of k of the candidates.   reward [N]
+
+    Passes over the rest: each is accepted with probability exp((r - max of the rest)/β), and
+    leaves; the maximum is taken anew before every pass. β -> 0 takes the best in order, β -> ∞
+    takes the first ones. passes: stop after so many (0: when there are k); in the first the rest is
+    all, so that it is exact.
+    """
+    rest, out, done = list(range(len(reward))), [], 0
+    while rest and len(out) < k and (done < passes or not passes):
+        done += 1
+        top = max(reward[i] for i in rest)
+        u = torch.rand(len(rest), generator=generator).tolist()
+        hit = [i for i, x in zip(rest, u) if x < math.exp((reward[i] - top) / beta)]
+        out, rest = out + hit, [i for i in rest if i not in hit]
+    return out[:k]
+
+
+def rso(problems, sample, compare, start, generator, *, n: Range("[2, inf)") = 16,
+        k: Range("[2, inf)") = 4, beta_rso: Positive = 0.5):
+    """RSO: k of the start's n samples accepted in proportion to e^(r/β), paired at random, then
+    judged."""
+    groups, out = sample(problems, n, model=start), []
+    for p, ys, P in zip(problems, groups, compare(problems, groups)):
+        kept = accepted(rewards_of(P).tolist(), k, beta_rso, generator)
+        kept = [kept[i] for i in torch.randperm(len(kept), generator=generator)]
+        out += [row(p, [ys[a], ys[b]] if P[a, b] > 0.5 else [ys[b], ys[a]])
+                for a, b in zip(kept[::2], kept[1::2])]
+    return out
+
+
+def pairs_of_accepted(options):
+    """RSO makes one pair of every two accepted samples of a prompt."""
+    return max(1, options["k"] // 2)
+
+
+LOSSES["hinge"], SOURCES["rso"] = hinge, rso
+GIVES["rso"], PER_PROMPT["rso"] = ("chosen", "rejected"), pairs_of_accepted
+PRESETS["rso"] = dict(loss="hinge", source="rso", refresh=200)
+
+
+# === exo: 2402.00856, KL between the pair's softmax and smoothed labels ===========================
+
+
 def exo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, flip: Range("(0, 0.5)") = 1e-3):
-    """EXO, 2402.00856:  KL((q, 1-q) || (1-e, e)),  q = σ(βh)."""
+    """EXO:  KL((q, 1-q) || (1-e, e)),  q = σ(βh)."""
     z = beta * (chosen_ratio - rejected_ratio)
     q = torch.sigmoid(z)
     return q * (logs(z) - math.log(1 - flip)) + (1 - q) * (logs(-z) - math.log(flip))
 
+
+LOSSES["exo"] = exo
+
+
+# === flex: 2406.07327, a smaller weight on the rejected side against the drastic drop =============
+
+
 def flex(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1, beta_minus=0.02):
-    """Flex-DPO (3D-properties, 2406.07327):  -log σ(β⁺ d_w - β⁻ d_l)."""
+    """Flex-DPO (3D-properties):  -log σ(β⁺ d_w - β⁻ d_l)."""
     return -logs(beta * chosen_ratio - beta_minus * rejected_ratio)
 
-F_PRIME = dict(forward_kl=lambda d, a: -torch.exp((-d).clamp(max=80)), js=lambda d, a: logs(d),
-               alpha=lambda d, a: -torch.expm1((-a * d).clamp(max=80))
-               / a, reverse_kl=lambda d, a: d)
+
+LOSSES["flex"] = flex
+
+
+# === fdpo: 2309.16240, another f-divergence's derivative in the log-ratio's place =================
+
+
+def forward_kl(d, a):
+    """-1/u, its exponent stopped at 80."""
+    return -torch.exp((-d).clamp(max=80))
+
+
+def js(d, a):
+    """log u/(1+u)."""
+    return logs(d)
+
+
+def alpha_divergence(d, a):
+    """(1 - u^-α)/α, its exponent stopped at 80."""
+    return -torch.expm1((-a * d).clamp(max=80)) / a
+
+
+def reverse_kl(d, a):
+    """log u: DPO."""
+    return d
+
+
+F_PRIME = dict(forward_kl=forward_kl, js=js, alpha=alpha_divergence, reverse_kl=reverse_kl)
+
 
 def fdpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1,
          divergence: Literal[*F_PRIME] = "js", alpha: Range("(0, 1)") = 0.5):
-    """f-DPO, 2309.16240:  -log σ(β [f'(u_w) - f'(u_l)]),  u = e^d.
+    """f-DPO:  -log σ(β [f'(u_w) - f'(u_l)]),  u = e^d.
 
-    f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1. Exponents
-    stop at 80.
+    f': reverse_kl d;  forward_kl -e^-d;  js log σ(d);  alpha (1 - e^-αd)/α, 0 < α < 1.
     """
-    if divergence not in F_PRIME:
-        raise UserError(f"--divergence {divergence}: choose from {', '.join(F_PRIME)}")
     prime = F_PRIME[divergence]
     return -logs(beta * (prime(chosen_ratio, alpha) - prime(rejected_ratio, alpha)))
+
+
+LOSSES["fdpo"] = fdpo
+
+
+# === rpo: 2405.16436, DPO and a little SFT on the chosen response =================================
+
+PRESETS["rpo"] = dict(loss="dpo", sft=0.005)           # eta 0.005 (there with beta 0.01)
+
+
+# === madpo: 2510.05342, weights by a judge's margin: hard pairs more, contradicted ones less ======
+
 
 def margin_weight(margin, strongest=2.0, tau=2.0, sharpness=1.0):
     """MADPO's (c, w):  c = c_min + (c_max - c_min) / (1 + k e^(λ(|m|-τ))),  w = σ(c m)/σ(m), 1 for
     m <= -τ.
 
-    c_min = 1/c_max, k = (c_max - 1)/(1 - c_min), so that c(τ) = 1; above 1 for |m| < τ. 1 for c_max
-    = 1.
+    c_min = 1/c_max, k = (c_max - 1)/(1 - c_min), so that c(τ) = 1; above 1 for |m| < τ. 1 for
+    c_max = 1.
     """
     if strongest == 1:
         return torch.ones_like(margin), torch.ones_like(margin)
@@ -276,21 +1022,94 @@ def margin_weight(margin, strongest=2.0, tau=2.0, sharpness=1.0):
     c = low + (strongest - low) / (1 + k * torch.exp(sharpness * (margin.abs() - tau)))
     return c, torch.where(margin > -tau, torch.exp(logs(c * margin) - logs(margin)), 1.0)
 
+
 def madpo(chosen_ratio, rejected_ratio, margin, *, beta: Positive = 0.1, strongest=2.0,
           tau: Positive = 6.906755, sharpness=1.0):
-    """MADPO, 2510.05342:  -w(m) log σ(βh): margin m = r_w - r_l of a judge; its target βh is c(m)
-    m."""
-    return margin_weight(margin, strongest, tau, sharpness)[1] * dpo(chosen_ratio, rejected_ratio,
-                                                                     beta=beta)
+    """MADPO:  -w(m) log σ(βh): margin m = r_w - r_l of a judge; its target βh is c(m) m."""
+    weight = margin_weight(margin, strongest, tau, sharpness)[1]
+    return weight * dpo(chosen_ratio, rejected_ratio, beta=beta)
+
+
+def margins(data, compare, generator, *, shuffled=False):
+    """The data's pairs with the judge's log-odds as `margin`; shuffled, a control: another
+    pair's."""
+    margin = [torch.logit(P[0, 1], eps=1e-9).item() for P in compare(*zip(*map(texts_of, data)))]
+    if shuffled:                                       # is it the information that helps?
+        margin = [margin[i] for i in torch.randperm(len(data), generator=generator).tolist()]
+    return [r | dict(margin=m) for r, m in zip(pairs(data), margin)]
+
+
+LOSSES["madpo"], SOURCES["margins"] = madpo, margins
+GIVES["margins"] = "chosen", "rejected", "margin"
+PRESETS["madpo"] = dict(loss="madpo", source="margins")
+
+
+# === beta_dpo: 2407.08639, beta by the batch's gap; unlikely gaps are dropped =====================
+
+
+class Gaps:
+    """The running mean and std of the batches' gaps, [] before the first one."""
+
+    def __init__(self):
+        self.now = []
+
+    def note(self, mean, std, momentum):
+        """Count a batch's; ours: the first one's are the beginning (public code: 0). -> both"""
+        old = self.now or (mean, std)
+        self.now = [momentum * x + (1 - momentum) * y for x, y in zip(old, (mean, std))]
+        return self.now
+
+    def state(self):
+        return self.now
+
+    def load(self, state):
+        self.now = state
+
 
 def beta_dpo(chosen_ratio, rejected_ratio, beta_now, kept):
-    """β-DPO, 2407.08639:  -log σ(β_batch h) on the kept pairs; `pace` sets both."""
+    """β-DPO:  -log σ(β_batch h) on the kept pairs; `pace` sets both."""
     return -logs(beta_now * (chosen_ratio - rejected_ratio)) * kept
+
+
+def pace(chosen_ratio, rejected_ratio, gaps, generator, *, beta: Positive = 0.1, a=0.6,
+         drop: Fraction = 0.2, momentum: Fraction = 0.9):
+    """β-DPO's β_batch and the pairs kept.   gap = h, not times β -> beta_now [B], kept [B]
+
+    β_batch = max(1e-3, β (1 + a (mean kept gap - M0))); (1 - drop) B pairs are kept, drawn with
+    weights exp(-½ ((gap - M0)/s0)²). M0, s0: running mean and std, this batch included. kept is
+    scaled: the step's mean is over kept pairs.
+    """
+    gap = chosen_ratio - rejected_ratio                                                  # [B]
+    mean, std = gaps.note(gap.mean().item(), gap.std().item() if len(gap) > 1 else 0.0, momentum)
+    n = max(1, int((1 - drop) * len(gap) + 1e-9))
+    weight = torch.exp(-0.5 * ((gap - mean) / max(std, 1e-6)) ** 2).clamp(min=1e-30).cpu()     # [B]
+    drawn = torch.multinomial(weight, n, generator=generator)
+    pick = torch.zeros_like(weight).scatter(0, drawn, 1.0).to(gap.device)
+    beta_now = max(1e-3, beta * (1 + a * ((gap * pick).sum().item() / n - mean)))
+    return dict(beta_now=torch.full_like(gap, beta_now), kept=pick * len(gap) / n)
+
+
+LOSSES["beta_dpo"], STATISTICS["pace"], MEMORIES["gaps"] = beta_dpo, pace, Gaps
+GIVES["pace"] = "beta_now", "kept"
+PRESETS["beta_dpo"] = dict(loss="beta_dpo", statistic="pace")
+
+
+# === ld_dpo: 2409.06411, tokens beyond the shorter response's length count less ===================
+
+
+def token_ratio(logps, ref_logps):
+    """log π - log π_ref of every token.   [N, T]"""
+    return logps - ref_logps
+
+
+def ends(tokens, mask, tok):
+    """1 on a response's EOS.   [N, T]"""
+    return mask * (tokens == tok.eos)
+
 
 def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos, rejected_eos, *,
            beta: Positive = 0.1, alpha: Share = 0.5, with_eos=True):
-    """LD-DPO, 2409.06411: DPO with weight α on the tokens beyond the shorter response's
-    length.   [B, T]
+    """LD-DPO: DPO with weight α on the tokens beyond the shorter response's length.   [B, T]
 
     with_eos False leaves EOS out of both (ours): else the shorter side's EOS counts, the longer
     one's hardly.
@@ -303,103 +1122,376 @@ def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos,
     return dpo(total(chosen_delta, chosen_mask, chosen_eos),
                total(rejected_delta, rejected_mask, rejected_eos), beta=beta)
 
-def treg(chosen_ratio, rejected_ratio, chosen_tok, rejected_tok, chosen_credit, rejected_credit, *,
-         beta: Positive = 0.1, alpha=0.25):
-    """T-REG, 2412.02685:  DPO + α ω Σ_sides Σ_t -β r_t log π_t,  ω = σ(-βh) detached,  r_t in (-½,
-    ½).
+
+LOSSES["ld_dpo"], READS["delta"], READS["eos"] = ld_dpo, token_ratio, ends
+PRESETS["no_eos"] = dict(alpha=0.0, with_eos=False)    # an arm of the claim `length`
+
+
+# === treg: 2412.02685, token credits regularise where the margin is small =========================
+
+
+def credit(credits):
+    """The rows' own token credits.   [N, T]"""
+    return credits
+
+
+def treg(chosen_ratio, rejected_ratio, chosen_logps, rejected_logps, chosen_credit,
+         rejected_credit, *, beta: Positive = 0.1, alpha=0.25):
+    """T-REG:  DPO + α ω Σ_sides Σ_t -β r_t log π_t,  ω = σ(-βh) detached,  r_t in (-½, ½).
 
     credit [B, T]: r_t = σ(log π_ref(y_t|better prompt) - log π_ref(y_t|worse prompt)) - ½ (see
-    `credits`)."""
+    prompted)."""
     z = beta * (chosen_ratio - rejected_ratio)
-    push = (chosen_credit * chosen_tok).sum(1) + (rejected_credit * rejected_tok).sum(1)       # [B]
+    push = (chosen_credit * chosen_logps).sum(1) + (rejected_credit * rejected_logps).sum(1)   # [B]
     return -logs(z) - alpha * torch.sigmoid(-z).detach() * beta * push
+
+
+def credited(data, world, tok, *, scale=1.0):
+    """The data's pairs with an oracle's credits: σ(scale · what the token adds to gold) - ½."""
+    rows = pairs(data)
+    for r, pair in zip(rows, data):
+        problem, out = dict(prompt=pair["text"]["prompt"]), []
+        for ids in r["sides"]:
+            texts = [tok.decode(ids[:i]) for i in range(len(ids) + 1)]
+            texts[-1] = tok.decode(ids[:-1] if ids[-1] == tok.eos else ids)
+            worth = torch.tensor([world.reward(problem, text, True) for text in texts])
+            out.append(torch.sigmoid(scale * worth.diff()) - 0.5)
+        r["credits"] = torch.cat(out).float()
+    return rows
+
+
+def prompted(data, start, tok, c, *, better="A good answer.\n", worse="A bad answer.\n"):
+    """T-REG's own: σ(log π_ref(y_t|better, x) - log π_ref(y_t|worse, x)) - ½, texts put before the
+    prompt."""
+    rows = pairs(data)
+    for r, pair in zip(rows, data):
+        prompts, out = [tok.prompt(x + pair["text"]["prompt"], c.chat) for x in (better, worse)], []
+        for ids in r["sides"]:
+            tokens, mask = collate([(prompt, ids) for prompt in prompts], tok.pad or 0, c.device)
+            with torch.no_grad(), autocast(c.device, c.dtype):
+                a, b = (x[m > 0] for x, m in zip(token_logprobs(start, tokens, mask), mask))
+            out.append(torch.sigmoid(a - b).cpu() - 0.5)
+        r["credits"] = torch.cat(out).float()
+    return rows
+
+
+LOSSES["treg"], READS["credit"] = treg, credit
+SOURCES["credited"], SOURCES["prompted"] = credited, prompted
+GIVES["credited"] = GIVES["prompted"] = "chosen", "rejected", "credits"
+PRESETS["treg"] = dict(loss="treg", source="credited")
+
+
+# === sparsepo: 2410.05102, token weights on rewards and KL ========================================
+
+
+def ref_hidden(anchor, tokens):
+    """The reference's last hidden states, at each token's own prediction.   [N, T-1, D]"""
+    with torch.no_grad():
+        return anchor(tokens)[:, :-1]
+
+
+def mapo_mask(ref_hidden, mask):
+    """MaPO's mask: the mean of the reference's hidden state over features, stretched to [0, 1]
+    within the response (§3; its final layer, ours).   [N, T]"""
+    a = F.pad(ref_hidden.float().mean(-1), (1, 0))                                       # [N, T]
+    low = a.masked_fill(mask == 0, torch.inf).amin(1, keepdim=True)
+    high = a.masked_fill(mask == 0, -torch.inf).amax(1, keepdim=True)
+    return (a - low) / (high - low).clamp(min=1e-6) * mask
+
+
+def token_kl(policy, anchor, ref_hidden, tokens, mask):
+    """KL(π_ref||π) of each token's distribution, over the whole vocabulary.   [N, T]"""
+    h, where = policy(tokens)[:, :-1], mask[:, 1:] > 0
+    found = kernels.linear_distill(h[where], policy.head, ref_hidden[where], anchor.head,
+                                   "forward_kl")                                         # [n]
+    spread = torch.zeros_like(mask[:, 1:]).masked_scatter(where, found.float())
+    return F.pad(spread, (1, 0))
+
+
+MASKS = ("map", "ones", "zeros")
+
+
+def masked(weight, mask, which):
+    """A side's weights: MaPO's (map), 1 (ones) or 0 (zeros).   [B, T]"""
+    return dict(map=weight, ones=mask, zeros=0 * mask)[which]
+
 
 def sparsepo(chosen_delta, rejected_delta, chosen_kl, rejected_kl, chosen_weight, rejected_weight,
              chosen_mask, rejected_mask, *, beta: Positive = 0.1, l1=0.0,
-             reward_mask: Literal["map", "ones", "zeros"] = "map",
-             kl_mask: Literal["map", "ones", "zeros"] = "map"):
-    """SparsePO, 2410.05102:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d
-    KL(π_ref||π)_t.
+             reward_mask: Literal[*MASKS] = "map", kl_mask: Literal[*MASKS] = "map"):
+    """SparsePO:  -log σ(β [u_w - u_l + k_w - k_l]),  u = Σ m_u delta,  k = Σ m_d KL(π_ref||π)_t.
 
-    Weights are `weight` (map: MaPO's, from the reference's activations), 1 (ones) or 0 (zeros):
-    ones and zeros is DPO, ones twice TDPO. l1: the penalty on the masks, a constant as ours are not
-    learned."""
-    masks = dict(map=lambda w, m: w, ones=lambda w, m: m, zeros=lambda w, m: 0 * m)
-    for name in (reward_mask, kl_mask):
-        if name not in masks:
-            raise UserError(f"--reward_mask, --kl_mask {name}: choose from {', '.join(masks)}")
+    Masks ones and zeros are DPO, ones twice TDPO. l1: the penalty on the masks, a constant as ours
+    are not learned."""
     out, size = 0.0, 0.0
-    for sign, delta, kl, w, m in ((1, chosen_delta, chosen_kl, chosen_weight, chosen_mask),
-                                  (-1, rejected_delta, rejected_kl, rejected_weight,
-                                   rejected_mask)):
-        m_u, m_d = masks[reward_mask](w, m), masks[kl_mask](w, m)                        # [B, T]
+    for sign, delta, kl, w, m in (
+            (1, chosen_delta, chosen_kl, chosen_weight, chosen_mask),
+            (-1, rejected_delta, rejected_kl, rejected_weight, rejected_mask)):
+        m_u, m_d = masked(w, m, reward_mask), masked(w, m, kl_mask)                      # [B, T]
         out = out + sign * (m_u * delta + m_d * kl).sum(1)
         size = size + (m_u.abs() + m_d.abs()).sum(1)
     return -logs(beta * out) + l1 * size
 
-def bco_pair(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
-    """BCO without its shift, 2404.04656:  -log σ(β d_w) - log σ(-β d_l) >= DPO."""
-    return -logs(beta * chosen_ratio) - logs(-beta * rejected_ratio)
+
+def check_every_step(c, f):
+    """UserError if what is read of the reference at every step is of one that moves."""
+    if c.anchor != "start":
+        raise UserError(f"--anchor {c.anchor}: --loss {c.loss} reads the reference at every step: "
+                        "use --anchor start")
+
+
+LOSSES["sparsepo"], CHECKS["sparsepo"] = sparsepo, check_every_step
+FACTS["ref_hidden"], READS["weight"], READS["kl"] = ref_hidden, mapo_mask, token_kl
+
+
+# === nca: 2402.05369, noise contrastive alignment: the chosen response must not fall ==============
+
 
 def nca(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
-    """NCA, 2402.05369:  -log σ(β d_w) - ½ log σ(-β d_w) - ½ log σ(-β d_l)."""
+    """NCA:  -log σ(β d_w) - ½ log σ(-β d_w) - ½ log σ(-β d_l)."""
     return (-logs(beta * chosen_ratio) - 0.5 * logs(-beta * chosen_ratio)
             - 0.5 * logs(-beta * rejected_ratio))
 
+
+LOSSES["nca"] = nca
+
+
+# === apo_zero, apo_down: 2408.06266, anchored: raise the chosen, lower the rejected; lower both ===
+
+
 def apo_zero(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
-    """APO-zero, 2408.06266:  1 - σ(β d_w) + σ(β d_l): for chosen responses better than the
-    model."""
+    """APO-zero:  1 - σ(β d_w) + σ(β d_l): for chosen responses better than the model."""
     return 1 - torch.sigmoid(beta * chosen_ratio) + torch.sigmoid(beta * rejected_ratio)
 
+
 def apo_down(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
-    """APO-down, 2408.06266:  σ(β d_w) + 1 - σ(β h): for chosen responses worse than the model."""
-    return torch.sigmoid(beta * chosen_ratio) + 1 - torch.sigmoid(beta
-                                                                  * (chosen_ratio - rejected_ratio))
+    """APO-down:  σ(β d_w) + 1 - σ(β h): for chosen responses worse than the model."""
+    h = chosen_ratio - rejected_ratio
+    return torch.sigmoid(beta * chosen_ratio) + 1 - torch.sigmoid(beta * h)
+
+
+LOSSES["apo_zero"], LOSSES["apo_down"] = apo_zero, apo_down
+
+
+# === simpo: 2405.14734, mean log-probs and a target margin, no reference ==========================
+
 
 def simpo(chosen_mean, rejected_mean, *, beta: Positive = 2.0, gamma=1.0):
-    """SimPO, 2405.14734 eq. 6:  -log σ(β (a_w - a_l) - γ),  a = mean log-prob."""
+    """SimPO eq. 6:  -log σ(β (a_w - a_l) - γ),  a = mean log-prob."""
     return -logs(beta * (chosen_mean - rejected_mean) - gamma)
+
+
+LOSSES["simpo"] = simpo
+
+
+# === orpo: 2403.07691, SFT and the odds ratio, no reference =======================================
+
 
 def log_odds(a):
     """log p/(1-p) of p = e^a, a < 0, without cancellation on either end."""
     return a - torch.where(a > -0.693, torch.log(-torch.expm1(a)), torch.log1p(-torch.exp(a)))
 
+
 def orpo(chosen_mean, rejected_mean, *, lam=0.1):
-    """ORPO, 2403.07691:  -a_w - λ log σ(log odds a_w - log odds a_l)."""
+    """ORPO:  -a_w - λ log σ(log odds a_w - log odds a_l)."""
     top = -1e-6                                            # a certain response has infinite odds
     o = log_odds(chosen_mean.clamp(max=top)) - log_odds(rejected_mean.clamp(max=top))
     return -chosen_mean - lam * logs(o)
 
+
+LOSSES["orpo"] = orpo
+
+
+# === slic_hf: 2305.10425, a hinge on log-probs and SFT, no reference ==============================
+
+
 def slic_hf(chosen_logp, rejected_logp, *, delta=1.0, lam=0.5):
-    """SLiC-HF, 2305.10425:  max(0, δ - log π_w + log π_l) - λ log π_w; the SFT target is the chosen
-    one."""
+    """SLiC-HF:  max(0, δ - log π_w + log π_l) - λ log π_w; the SFT target is the chosen one."""
     return F.relu(delta - chosen_logp + rejected_logp) - lam * chosen_logp
 
+
+LOSSES["slic_hf"] = slic_hf
+
+
+# === kto: 2402.01306, binary labels, value around a reference point ===============================
+
+
+def open_labels(c, tok, world, context, say):
+    """A file's labelled responses, where --data holds such; else as open_pairs."""
+    found = [] if world else prefs.load_labels(c.data)
+    if not found:
+        return open_pairs(c, tok, world, context, say)
+    train, val = (prefs.encode_labels(rows, tok, context, what, c.chat) for rows, what in (
+        (found[:c.rows or None], "train labels"), (prefs.load_labels(c.data, "val"), "val labels")))
+    mixed = len({r["good"] for r in val}) > 1
+    if len({r["good"] for r in train}) < 2:
+        raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad "
+                        "ones")
+    if not mixed:
+        say("  all held-out labels are alike: there is no val_accuracy")
+    return train, {"val": val} if mixed else {}, [r["text"]["prompt"] for r in val]
+
+
+def binary_labels(data):
+    """Binary feedback: a file's labelled responses, or both sides of the pairs, each for itself."""
+    if "good" in data[0]:
+        return data
+    return [dict(prompt=r["prompt"], sides=[r[side]], good=float(side == "chosen"))
+            for r in data for side in ("chosen", "rejected")]
+
+
 def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
-    """KTO, 2402.01306:  λ_D (1 - σ(β(d - z0))) if good, else λ_U (1 - σ(β(z0 - d))).   [B]
+    """KTO:  λ_D (1 - σ(β(d - z0))) if good, else λ_U (1 - σ(β(z0 - d))).   [B]
 
     z0: the batch's KL on mismatched pairs, see `mismatch`."""
     return torch.where(good > 0, desirable * (1 - torch.sigmoid(beta * (ratio - z0))),
                        undesirable * (1 - torch.sigmoid(beta * (z0 - ratio))))
 
+
+def mismatched(batch, context, policy, anchor, logprobs, c):
+    """The mean log-ratio of prompts with another row's response, for each row.   [B]"""
+    mixed = [dict(prompt=r["prompt"], sides=batch[i - 1]["sides"]) for i, r in enumerate(batch)]
+    fits = [r for r in mixed if len(r["prompt"]) + len(r["sides"][0]) <= context]
+    mine, ref = (logprobs(fits, model) for model in (policy, anchor))
+    ratios = [(a - b).sum() for a, b in zip(mine, ref)]
+    mean = torch.stack(ratios).mean() if fits else torch.zeros(())
+    return mean.expand(len(batch)).to(c.device)
+
+
+def mismatch(mismatched):
+    """KTO's z0 = max(0, mean log-ratio of prompts with another row's response), a KL.   [B] ->
+    [B]"""
+    return dict(z0=mismatched.mean().clamp(min=0).expand(len(mismatched)))
+
+
+def check_labels(c, f):
+    """UserError unless --data has labels, or pairs."""
+    if c.data not in prefs.WORLDS and not prefs.load_labels(c.data):
+        prefs.check_pairs(c.data)
+
+
+def check_mismatch(c, f):
+    """UserError unless there is another row, and a reference that stays."""
+    check_every_step(c, f)
+    if c.batch < 2:
+        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise "
+                        "--batch")
+
+
+LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, binary_labels
+OPEN["labels"], CHECKS["labels"], CHECKS["mismatch"] = open_labels, check_labels, check_mismatch
+FACTS["mismatched"], GIVES["mismatch"], GIVES["labels"] = mismatched, ("z0",), ("good",)
+PRESETS["kto"] = dict(loss="kto", statistic="mismatch", source="labels", batch=128, micro=128)
+
+
+# === bco, bco_pair: 2404.04656, binary labels, a classifier with a moving shift; of pairs =========
+
+
+class Shift:
+    """A moving average of the reward's shift, from the first batch on."""
+
+    def __init__(self):
+        self.now = []
+
+    def note(self, now, decay):
+        """Count a batch's -> the average."""
+        self.now = [decay * (self.now or [now])[0] + (1 - decay) * now]
+        return self.now[0]
+
+    def state(self):
+        return self.now
+
+    def load(self, state):
+        self.now = state
+
+
 def bco(ratio, good, reward_shift, *, beta: Positive = 0.1):
-    """BCO, 2404.04656:  -log σ(βd - δ) if good, else -log σ(δ - βd);  δ from `shift`."""
+    """BCO:  -log σ(βd - δ) if good, else -log σ(δ - βd);  δ from `shift`."""
     z = beta * ratio - reward_shift
     return -logs(torch.where(good > 0, z, -z))
 
+
+def bco_pair(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
+    """BCO without its shift:  -log σ(β d_w) - log σ(-β d_l) >= DPO."""
+    return -logs(beta * chosen_ratio) - logs(-beta * rejected_ratio)
+
+
+def shift(ratio, good, shifts, *, beta: Positive = 0.1, decay: Fraction = 0.99):
+    """BCO's δ = ½ (mean β d of the good + of the others), a moving average."""
+    sides = [beta * ratio[which].mean().item() for which in (good > 0, good <= 0) if which.any()]
+    now = shifts.note(sum(sides) / len(sides), decay)
+    return dict(reward_shift=torch.full_like(ratio, now))
+
+
+LOSSES["bco"], LOSSES["bco_pair"], STATISTICS["shift"] = bco, bco_pair, shift
+MEMORIES["shifts"], GIVES["shift"] = Shift, ("reward_shift",)
+PRESETS["bco"] = dict(loss="bco", statistic="shift", source="labels", batch=128, micro=128)
+
+
+# === npo, ga: 2404.05868, forget: the rejected half of DPO; gradient ascent =======================
+
+
+def demo(world, tok):
+    """A function that gives a problem's demonstration as a response."""
+    def of(problem):
+        text = world.demo(problem)
+        return dict(ids=[*tok.encode(text), tok.eos], text=text, finished=True)
+    return of
+
+
 def npo(ratio, good, mean, *, beta: Positive = 0.1, retain=1.0):
-    """NPO, 2404.05868:  (2/β) softplus(β d) on what to forget (not good), -retain mean log π on the
-    rest."""
+    """NPO:  (2/β) softplus(β d) on what to forget (not good), -retain mean log π on the rest."""
     return torch.where(good > 0, -retain * mean, 2 / beta * F.softplus(beta * ratio))
+
 
 def ga(logp, good, mean, *, retain=1.0):
     """Gradient ascent, NPO's limit β -> 0:  log π on what to forget, -retain mean log π on the
     rest."""
     return torch.where(good > 0, -retain * mean, logp)
 
+
+def forget(problems, demo, *, key="a"):
+    """Demonstrations, to be forgotten (good 0) where the prompt holds `key`, else retained (good
+    1)."""
+    rows = [row(p, [demo(p)], good=float(key not in p["prompt"])) for p in problems]
+    if len({r["good"] for r in rows}) < 2:
+        raise UserError(f"--key {key}: it is in all prompts or in none: nothing to forget or to "
+                        "keep")
+    return rows
+
+
+def forgotten(split, problems, demo, options, logprobs, policy):
+    """Mean NLL of a token of held-out demonstrations: prompts to forget, and the rest; ood has
+    keywords of its own."""
+    if split != "val":
+        return {}
+    rows = forget(problems, demo, **options)
+    logps, out = logprobs(rows, policy), {}
+    for name, good in (("forget", 0), ("retain", 1)):
+        mine = torch.cat([x for r, x in zip(rows, logps) if r["good"] == good])
+        out[f"{name}_nll"] = -mine.mean().item()
+    return out
+
+
+LOSSES["npo"], LOSSES["ga"], SOURCES["forget"], FACTS["demo"] = npo, ga, forget, demo
+GIVES["forget"], EVALUATIONS["forget"] = ("good",), forgotten
+PRESETS["npo"], PRESETS["ga"] = dict(loss="npo", source="forget"), dict(loss="ga", source="forget")
+
+
+# === lipo, list_mle: 2402.01878, LambdaLoss over a list; Plackett-Luce: the likelihood of a ranking
+
+
+def lists(problems, sample, compare, *, k: Range("[2, inf)") = 4):
+    """k samples a prompt, best first, with their mean win rates as labels: for the losses over
+    lists."""
+    def choose(P):
+        order = P.mean(1).argsort(descending=True, stable=True)
+        return order.tolist(), dict(labels=P.mean(1)[order].tolist())
+    return judged(problems, sample(problems, k), compare, choose)
+
+
 def lipo(list_ratio, labels, *, beta: Positive = 0.1):
-    """LiPO-λ, 2402.01878:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] ->
-    [B]
+    """LiPO-λ:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] -> [B]
 
     Δ_ij = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|, τ the rank by s now, from 1; no gradient
     through Δ.
@@ -407,10 +1499,11 @@ def lipo(list_ratio, labels, *, beta: Positive = 0.1):
     s = beta * list_ratio
     rank = s.detach().argsort(1, descending=True).argsort(1) + 1                         # [B, K]
     gain, discount = 2 ** labels, 1 / torch.log1p(rank)                                  # [B, K]
-    delta = (gain[:, :, None] - gain[:, None]).abs() * (discount[:, :, None]
-                                                        - discount[:, None]).abs()
+    gains = (gain[:, :, None] - gain[:, None]).abs()                                     # [B, K, K]
+    delta = gains * (discount[:, :, None] - discount[:, None]).abs()
     wins = (labels[:, :, None] > labels[:, None]).float()                                # [B, K, K]
     return (wins * delta * F.softplus(-(s[:, :, None] - s[:, None]))).sum((1, 2))
+
 
 def list_mle(list_ratio, labels, *, beta: Positive = 0.1):
     """Plackett-Luce on the ranking by label:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] ->
@@ -418,9 +1511,18 @@ def list_mle(list_ratio, labels, *, beta: Positive = 0.1):
     s = (beta * list_ratio).gather(1, labels.argsort(1, descending=True))       # [B, K], best first
     return (s.flip(1).logcumsumexp(1).flip(1) - s).sum(1)
 
+
+LOSSES["lipo"], LOSSES["list_mle"], SOURCES["lists"] = lipo, list_mle, lists
+GIVES["lists"] = "chosen", "rejected", "labels"
+PRESETS["lipo"] = dict(loss="lipo", source="lists", refresh=200, beta=0.05)   # §5: beta 0.05
+PRESETS["list_mle"] = dict(loss="list_mle", source="lists", refresh=200)
+
+
+# === pro: 2306.17492, one against the rest, down the ranking, and SFT on the best =================
+
+
 def pro(list_mean, list_logp, labels, *, weight=0.05):
-    """PRO, 2306.17492: down the ranking, the best left against the rest; + w (n-1)² NLL of the
-    best.   [B]
+    """PRO: down the ranking, the best left against the rest; + w (n-1)² NLL of the best.   [B]
 
     Σ_k logsumexp(a_k T_k, a_i (r_k - r_i)) - a_k T_k over the i behind k,  T_k = max_i (r_k - r_i).
     """
@@ -433,69 +1535,460 @@ def pro(list_mean, list_logp, labels, *, weight=0.05):
         out = out + torch.logsumexp(torch.cat([own, a[:, k + 1:] * gap], 1), 1) - own[:, 0]
     return out - weight * (n - 1) ** 2 * logp[:, 0]
 
+
+LOSSES["pro"] = pro
+PRESETS["pro"] = dict(loss="pro", source="lists", refresh=200)
+
+
+# === logo: 2410.18533, SimPO against several rejected responses ===================================
+
+
 def logo(list_mean, *, beta: Positive = 2.5, gamma=0.25, lam=0.1):
-    """LOGO, 2410.18533:  -log σ(β (a_w - mean_j a_j) - γ) - λ a_w; the first of the list is the
-    winner."""
+    """LOGO:  -log σ(β (a_w - mean_j a_j) - γ) - λ a_w; the first of the list is the winner."""
     a = list_mean[:, 0]
     return -logs(beta * (a - list_mean[:, 1:].mean(1)) - gamma) - lam * a
+
+
+LOSSES["logo"] = logo
+PRESETS["logo"] = dict(loss="logo", source="lists", refresh=200)
+
+
+# === raco: 2602.02495, several objectives: conflict-averse gradients, clipped by their weights ====
+
 
 def objectives(chosen_ratio, rejected_ratio, signs, *, beta: Positive = 0.1):
     """One DPO loss an objective: -log σ(β s h), 0 where it has no opinion.   signs [B, M] -> [B, M]
 
-    s = 1: it prefers the chosen response, -1: the rejected one (RACO, 2602.02495)."""
+    s = 1: it prefers the chosen response, -1: the rejected one."""
     return -logs(beta * signs * (chosen_ratio - rejected_ratio)[:, None]) * (signs != 0)
 
+
+def signs_of_groups(data, world, *, groups: Literal["A", "B", "AB", "BA"] = "AB"):
+    """Ring's pairs with what each group of annotators prefers: 1 the chosen, -1 the rejected one,
+    0 none."""
+    out = []
+    for problem, sides in map(texts_of, data):
+        golds = [gold_of_groups(world, problem, y, groups) for y in sides]               # [2][M]
+        out.append(row(problem, sides, signs=[float((a > b) - (a < b)) for a, b in zip(*golds)]))
+    return out
+
+
+def gold_of_groups(world, problem, y, groups):
+    """What a response is worth to each group of annotators."""
+    return [world.judge(problem["prompt"], y["text"], y["finished"], g)["gold"] for g in groups]
+
+
+def worth_to_groups(problems, responses, world, options):
+    """The mean gold reward of each group of annotators."""
+    golds = [gold_of_groups(world, p, y, options["groups"]) for p, y in zip(problems, responses)]
+    return {f"gold_{g}": sum(x) / len(x) for g, x in zip(options["groups"], zip(*golds))}
+
+
+def flattened(grads):
+    """The gradients of all parameters as one vector.   [D]"""
+    return torch.cat([g.reshape(-1) for g in grads])
+
+
+def backward_each(policy, batch, passes, combine):
+    """A gradient an objective, of the mean over the rows on which it has an opinion; then --combine
+    -> the sum of the objectives' losses."""
+    params = [p for p in policy.parameters() if p.requires_grad]
+    count = torch.tensor([r["signs"] for r in batch]).abs().sum(0).clamp(min=1)          # [M]
+    G, total, value = 0, 0.0, 0.0
+    for loss in passes:
+        each = loss.sum(0) / count.to(loss.device)                                       # [M]
+        grads = [torch.autograd.grad(one, params, retain_graph=True) for one in each]
+        G = torch.stack([flattened(own) for own in grads]) + G                           # [M, D]
+        total = total + each.detach()
+        value += each.sum().item()
+    known = dict(G=G, losses=total)
+    flat = combine(**{k: known[k] for k in needs(combine)})
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+    return value
+
+
+def check_signs(c, f):
+    """UserError unless there are groups of annotators, and a weight for each."""
+    if c.data != "ring":
+        raise UserError("--source signs: only Ring has groups of annotators; take --data ring")
+    shares(f.combine.keywords.get("weights", ""), len(f.source.keywords["groups"]))
+
+
+def check_objectives(c, f):
+    """UserError for an SFT term: every objective has another chosen response."""
+    if c.sft:
+        raise UserError(f"--sft {c.sft}: --loss objectives has no chosen response; leave it at 0")
+
+
+LOSSES["objectives"], SOURCES["signs"] = objectives, signs_of_groups
+BACKWARD["objectives"] = backward_each
+CHECKS["objectives"], CHECKS["signs"] = check_objectives, check_signs
+GIVES["signs"], EVALUATIONS["signs"] = ("chosen", "rejected", "signs"), worth_to_groups
+PRESETS["raco"] = dict(loss="objectives", source="signs", combine="cagrad",
+                       beta=0.2)                                              # §5: beta 0.2
+
+
+# === spin: 2401.01335, demonstrations against the last iterate's samples ==========================
+
+
+def spin(problems, sample, demo):
+    """SPIN: the demonstration is chosen, the last iterate's sample rejected: no judge.
+
+    ours: samples of the iterate before are not mixed in."""
+    return [row(p, [demo(p), y]) for p, (y,) in zip(problems, sample(problems))]
+
+
+SOURCES["spin"], GIVES["spin"] = spin, ("chosen", "rejected")
+PRESETS["spin"] = dict(source="spin", anchor="previous", refresh=50)
+
+
+# === sppo, sppo_hard: 2405.00675, regress log-ratios on win rates: self-play, Nash ================
+
+
+def extremes(P, least=0.0):
+    """The best and the worst by mean win rate, against all with themselves at a half; None if the
+    rates differ by less than `least` (SPPO, DNO)."""
+    win = P.mean(1)
+    a, b = win.argmax().item(), win.argmin().item()
+    if win[a] - win[b] >= least:
+        return (a, b), dict(chosen_win=win[a].item(), rejected_win=win[b].item())
+
+
 def sppo(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
-    """SPPO, 2405.00675:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]
+    """SPPO:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]
 
     β: ours; the paper's 0.001 asks for log-ratios of hundreds of nats."""
     return 0.5 * ((chosen_ratio - (chosen_win - 0.5) / beta) ** 2
                   + (rejected_ratio - (rejected_win - 0.5) / beta) ** 2)
 
+
 def sppo_hard(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """SPPO with P = 1 and 0."""
     return sppo(chosen_ratio, rejected_ratio, 1.0, 0.0, beta=beta)
 
-def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *,
-         eta: Positive = 0.3, tau: Positive = 0.1):
-    """INPO, 2407.00617:  (h_t - 1/(2η))²,  h_t = (τ/η) h + (1 - τ/η) h against π_t.   0 < τ <= η
 
-    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are
-    ours in size (0.0075 and 0.0025 in the paper), its ratio."""
-    if not 0 < tau <= eta:
-        raise UserError(f"--tau {tau} --eta {eta}: INPO needs 0 < tau <= eta")
-    h, before = chosen_ratio - rejected_ratio, chosen_prev_ratio - rejected_prev_ratio
-    return (tau / eta * h + (1 - tau / eta) * before - 1 / (2 * eta)) ** 2
+def ranked(problems, sample, compare, *, k: Range("[2, inf)") = 5):
+    """SPPO: the best and the worst of k samples, with their win rates."""
+    return judged(problems, sample(problems, k), compare, extremes)
+
+
+LOSSES["sppo"], LOSSES["sppo_hard"], SOURCES["ranked"] = sppo, sppo_hard, ranked
+GIVES["ranked"] = "chosen", "rejected", "chosen_win", "rejected_win"
+PRESETS["sppo"] = dict(loss="sppo", source="ranked", anchor="previous", refresh=50)
+
+
+# === dno: 2404.03715, direct Nash optimisation: large-margin pairs of iterate and demonstrations ==
+
 
 def dno(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
-    """DNO's exact step, 2404.03715:  DPO with the soft label σ(r_w - r_l),  r = win rate against
-    π_t."""
+    """DNO's exact step:  DPO with the soft label σ(r_w - r_l),  r = win rate against π_t."""
     q, z = torch.sigmoid(chosen_win - rejected_win), beta * (chosen_ratio - rejected_ratio)
     return -q * logs(z) - (1 - q) * logs(-z)
 
+
+def dno_pairs(problems, sample, compare, demo, counts, *, k: Range("[2, inf)") = 5, least=0.2):
+    """DNO-Prct: best against worst of k samples and the demonstration, if win rates differ by
+    `least`.
+
+    ours: the threshold, and that earlier iterations' pairs are not mixed in."""
+    groups = [[*ys, demo(p)] for p, ys in zip(problems, sample(problems, k))]
+    rows = judged(problems, groups, compare, partial(extremes, least=least))
+    counts["close"] += len(problems) - len(rows)
+    return rows
+
+
+LOSSES["dno"], SOURCES["dno"] = dno, dno_pairs
+GIVES["dno"] = "chosen", "rejected", "chosen_win", "rejected_win"
+PRESETS["dno"] = dict(source="dno", anchor="previous", refresh=50)
+
+
+# === inpo: 2407.00617, iterative Nash: mirror descent on the regularised game, from hard labels ===
+
+
+def prev_logps(rows, policy, logprobs):
+    """Log-probs of the rows' tokens under the policy that has made them.   -> [n] a row"""
+    return logprobs(rows, policy)
+
+
+def prev_ratio(logps, prev_logps):
+    """Σ log π - log π_t, against the policy that has made the rows.   [N]"""
+    return (logps - prev_logps).sum(-1)
+
+
+def inpo(chosen_ratio, rejected_ratio, chosen_prev_ratio, rejected_prev_ratio, *,
+         eta: Positive = 0.3, tau: Positive = 0.1):
+    """INPO:  (h_t - 1/(2η))²,  h_t = (τ/η) h + (1 - τ/η) h against π_t.   0 < τ <= η
+
+    That is log π_w/π_l - (τ/η) log π_ref - ((η-τ)/η) log π_t: both references at once. η and τ are
+    ours in size (0.0075 and 0.0025 in the paper), its ratio."""
+    h, before = chosen_ratio - rejected_ratio, chosen_prev_ratio - rejected_prev_ratio
+    return (tau / eta * h + (1 - tau / eta) * before - 1 / (2 * eta)) ** 2
+
+
+def check_inpo(c, f):
+    """UserError unless τ <= η."""
+    if not f.loss.keywords["tau"] <= f.loss.keywords["eta"]:
+        raise UserError("--loss inpo: --tau is at most --eta")
+
+
+LOSSES["inpo"], CHECKS["inpo"] = inpo, check_inpo
+FACTS["prev_logps"], READS["prev_ratio"] = prev_logps, prev_ratio
+PRESETS["inpo"] = dict(loss="inpo", source="online", refresh=50)
+
+
+# === nash_md: 2312.00886, Nash by policy gradient against a mixture with the reference ============
+
+
 def nash_md(logp, ratio, win, *, tau: Positive = 0.1):
-    """Nash-MD-PG, 2312.00886:  -[P(y > y') - ½ - τ d] log π(y), bracket detached; sums over
-    tokens.   [B]"""
+    """Nash-MD-PG:  -[P(y > y') - ½ - τ d] log π(y), bracket detached; sums over tokens.   [B]"""
     return -(win - 0.5 - tau * ratio).detach() * logp
 
-def nash_mp(logp, ratio, prev_ratio, win, *, tau: Positive = 0.1, eta: Positive = 0.2):
-    """Nash-MP, 2505.19731: policy gradient of the proximal step.   [B]
 
-    -[(P(y > opponent) - ½)/τ - d - d_prev/η] log π(y), bracket detached, times τ to keep nash_md's
-    scale; d against the reference, d_prev against π_k."""
-    return -(win - 0.5 - tau * (ratio + prev_ratio / eta)).detach() * logp
+def beating(problems, ours, theirs, compare):
+    """Single rows of our samples with their probability of beating theirs."""
+    groups = [[a, b] for (a,), (b,) in zip(ours, theirs)]
+    return judged(problems, groups, compare, lambda P: ((0,), dict(win=P[0, 1].item())))
+
+
+def mixture(problems, sample, compare, start, *, kappa: Share = 0.5):
+    """Nash-MD: y of the policy against y' of its token-wise mixture π^(1-κ) π_ref^κ; κ = 0 is
+    self-play."""
+    theirs = sample(problems, contrast=(start, -kappa))
+    return beating(problems, sample(problems), theirs, compare)
+
+
+LOSSES["nash_md"], SOURCES["mixture"], GIVES["mixture"] = nash_md, mixture, ("win",)
+PRESETS["nash_md"] = dict(loss="nash_md", source="mixture")
+
+
+# === nash_mp: 2505.19731, Nash by Mirror Prox: two half-steps, near the last iterate ==============
+
+
+class Opponents:
+    """Copies of the policy: the last iterate π_k, and the opponent, π_k or then π_(k+½)."""
+
+    def __init__(self, policy):
+        self.policy, self.iterate, self.opponent = policy, None, None
+
+    def state(self):
+        return {k: getattr(self, k).state_dict() for k in ("iterate", "opponent") if self.iterate}
+
+    def load(self, state):
+        for key, weights in state.items():
+            setattr(self, key, frozen(self.policy))
+            getattr(self, key).load_state_dict(weights)
+
+
+def frozen(model):
+    """A copy that nothing trains."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def iterate_logps(rows, opponents, logprobs):
+    """Log-probs of the rows' tokens under the last iterate.   -> [n] a row"""
+    return logprobs(rows, opponents.iterate)
+
+
+def iterate_ratio(logps, iterate_logps):
+    """Σ log π - log π_k, against the last iterate.   [N]"""
+    return (logps - iterate_logps).sum(-1)
+
+
+def nash_mp(logp, ratio, iterate_ratio, win, *, tau: Positive = 0.1, eta: Positive = 0.2):
+    """Nash-MP: policy gradient of the proximal step.   [B]
+
+    -[(P(y > opponent) - ½)/τ - d - d_k/η] log π(y), bracket detached, times τ to keep nash_md's
+    scale; d against the reference, d_k against π_k."""
+    return -(win - 0.5 - tau * (ratio + iterate_ratio / eta)).detach() * logp
+
+
+def prox(problems, sample, compare, opponents, policy, stage, *, inner: Count = 4):
+    """Nash-MP: `inner` policy-gradient steps against π_k, then as many against π_(k+½), both near
+    π_k."""
+    phase = stage % (2 * inner)
+    if phase == 0:
+        opponents.iterate = frozen(policy)
+    if phase in (0, inner):
+        opponents.opponent = frozen(policy)
+    ours = sample(problems)
+    return beating(problems, ours, sample(problems, model=opponents.opponent), compare)
+
+
+def check_nash_mp(c, f):
+    """UserError without its source, which knows the last iterate."""
+    if c.source != "prox":
+        raise UserError(f"--loss nash_mp reads the last iterate, which --source {c.source} does "
+                        "not keep: take --source prox")
+
+
+LOSSES["nash_mp"], SOURCES["prox"], GIVES["prox"] = nash_mp, prox, ("win",)
+FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
+MEMORIES["opponents"], CHECKS["nash_mp"] = Opponents, check_nash_mp
+PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
+
+
+# === duel: 2312.00886, intransitive annotators, and how exploitable a policy is among them ========
+
+
+def duel(world, problem, group, *, cycle=2.0):
+    """Ring's intransitive annotators: Bradley-Terry plus a cycle of dominant classes.   -> [K,
+    K]"""
+    texts = [(y["text"], y["finished"]) for y in group]
+    P = torch.full((len(group), len(group)), 0.5, dtype=torch.float64)
+    for i, j in permutations(range(len(group)), 2):
+        (a, whole_a), (b, whole_b) = texts[i], texts[j]
+        P[i, j] = world.duel(problem["prompt"], a, b, cycle, whole_a, whole_b)
+    return P
+
+
+def exploitability(problems, sample, compare, start, *, k=16, most=48):
+    """max_y P(y > π) - ½, averaged over prompts: what the best of 2 k responses wins against the
+    policy.
+
+    Candidates: k samples of the start and k of the policy; P(y > π) by k other samples of the
+    policy. A maximum over samples: it is above 0 for the best of policies too, so compare arms, not
+    with 0."""
+    problems = problems[:most]
+    groups = [a + b + c for a, b, c in zip(sample(problems, k, model=start),
+                                           sample(problems, k), sample(problems, k))]
+    best = [P[:2 * k, 2 * k:].mean(1).max().item() for P in compare(problems, groups)]
+    return dict(exploitability=sum(best) / len(best) - 0.5)
+
+
+def check_duel(c, f):
+    """UserError unless there are intransitive annotators."""
+    if c.data != "ring":
+        raise UserError("--judge duel: only Ring has intransitive annotators; take --data ring")
+
+
+JUDGES["duel"], EVALUATIONS["duel"], CHECKS["duel"] = duel, exploitability, check_duel
+
+
+# === learned: a reward model's folder as --judge ==================================================
+
+
+def scorer(c, f, make=True):
+    """The reward model that --judge names."""
+    if not make:
+        peek(c.judge, scalar=True, option="--judge")
+    return c.judge
+
+
+def batches(problems, groups, tok, c):
+    """All problems and their responses -> [(tokens, mask)] of --micro rows each, [n, T]."""
+    rows = [(p["ids"], y["ids"]) for p, ys in zip(problems, groups) for y in ys]
+    tokens, mask = collate(rows, tok.pad or 0, c.device)
+    return list(zip(tokens.split(c.micro), mask.split(c.micro)))
+
+
+def rated(problems, groups, scorer, tok, c):
+    """A reward model's score of every response, read at its last token."""
+    with autocast(c.device, c.dtype):
+        score = [sequence_score(scorer, t, m.size(1) - m.flip(1).argmax(1))
+                 for t, m in batches(problems, groups, tok, c)]
+    return torch.cat(score).tolist()
+
+
+def learned(rated, *, sharp: Positive = 1.0):
+    """A reward model's scores as Bradley-Terry.   [K] -> [K, K]"""
+    return gold(rated, sharp=sharp)
+
+
+JUDGES["PATH"], FACTS["rated"], MODELS["scorer"] = learned, rated, scorer
+
+
+# === cdr: 2411.02481, two language models as a judge: nothing is trained ==========================
+
+
+def strong(c, f, make=True):
+    """The checkpoint of --strong."""
+    return one_of_two(c, f, "strong", make)
+
+
+def weak(c, f, make=True):
+    """The checkpoint of --weak; UserError if it is that of --strong."""
+    path = one_of_two(c, f, "weak", make)
+    if make and path == one_of_two(c, f, "strong", make):
+        raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a "
+                        "tie")
+    return path
+
+
+def one_of_two(c, f, name, make):
+    """sft.find of one of the two, by default of --init."""
+    path = f.judge.keywords[name] or c.init
+    return sft.find(path, c.config, make, f"--{name}", device=c.device)
+
+
+def density(problems, groups, strong, weak, tok, c):
+    """Mean log π_strong/π_weak of every response's tokens."""
+    with autocast(c.device, c.dtype):
+        score = [(token_logprobs(strong, t, m) - token_logprobs(weak, t, m)).sum(1) / m.sum(1)
+                 for t, m in batches(problems, groups, tok, c)]
+    return torch.cat(score).tolist()
+
+
+def cdr(density, *, strong="", weak="", sharp: Positive = 1.0):
+    """CDR: scores are mean log π_strong/π_weak. Both are checkpoints."""
+    return gold(density, sharp=sharp)
+
+
+JUDGES["cdr"], FACTS["density"], MODELS["strong"], MODELS["weak"] = cdr, density, strong, weak
+
+
+# === xpo: 2405.21046, online and optimistic: what the reference samples becomes less likely =======
+
 
 def xpo(chosen_ratio, rejected_ratio, other_logp, *, beta: Positive = 0.1, alpha=1e-5):
-    """XPO, 2405.21046:  DPO + α log π(ỹ),  ỹ ~ π_ref: optimism lowers what is covered already."""
+    """XPO:  DPO + α log π(ỹ),  ỹ ~ π_ref: optimism lowers what is covered already."""
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + alpha * other_logp
 
+
+def explore(problems, sample, compare, start, generator):
+    """XPO: a sample of the policy against one of the reference, ỹ, which is the row's third side
+    too."""
+    both = [[a, b] for (a,), (b,) in zip(sample(problems), sample(problems, model=start))]
+    return judged(problems, both, compare, lambda P: ((*coin(P, generator), 1), {}))
+
+
+LOSSES["xpo"], SOURCES["explore"] = xpo, explore
+GIVES["explore"] = "chosen", "rejected", "other"
+PRESETS["xpo"] = dict(loss="xpo", source="explore")
+
+
+# === selm: 2405.19332, the policy's own greedy response becomes more likely =======================
+
+
+def next_pairs(data, problems, stage, c):
+    """As many encoded pairs of the data, in an order of their own."""
+    picked = batch_indices(len(data), len(problems), stage, c.seed + 7).tolist()
+    return [data[i] for i in picked]
+
+
 def selm(chosen_ratio, rejected_ratio, other_ratio, *, beta: Positive = 0.1, alpha=0.001):
-    """SELM, 2405.19332:  DPO + α β d(ỹ),  ỹ the last iterate's greedy response."""
+    """SELM:  DPO + α β d(ỹ),  ỹ the last iterate's greedy response."""
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + alpha * beta * other_ratio
 
+
+def selm_pairs(drawn, sample, compare):
+    """SELM: best and worst of the data's pair and the last iterate's greedy response, the third
+    side too."""
+    where, groups = zip(*map(texts_of, drawn))
+    groups = [[*ys, y] for ys, (y,) in zip(groups, sample(where, temperature=0.0))]
+    return judged(where, groups, compare, lambda P: ((*extremes(P)[0], 2), {}))
+
+
+LOSSES["selm"], SOURCES["selm"], FACTS["drawn"] = selm, selm_pairs, next_pairs
+GIVES["selm"] = "chosen", "rejected", "other"
+PRESETS["selm"] = dict(loss="selm", source="selm", anchor="previous", refresh=50)
+
+
+# === hypo: 2406.01462, offline DPO and an online KL ===============================================
+
+
 def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta: Positive = 0.1, lam=1e-3):
-    """HyPO, 2406.01462:  DPO + λ Σ_i c_i log π(y_i) / k: KL(π||π_ref) on the policy's own
-    samples.   [B]
+    """HyPO:  DPO + λ Σ_i c_i log π(y_i) / k: KL(π||π_ref) on the policy's own samples.   [B]
 
     The list's first two sides are the pair; c_i = d_i - mean of the others (RLOO), detached."""
     d, logp = list_ratio[:, 2:].detach(), list_logp[:, 2:]                               # [B, k]
@@ -503,9 +1996,52 @@ def hypo(chosen_ratio, rejected_ratio, list_ratio, list_logp, *, beta: Positive 
     c = (d - d.mean(1, keepdim=True)) * k / (k - 1)
     return dpo(chosen_ratio, rejected_ratio, beta=beta) + lam * (c * logp).mean(1)
 
+
+def hybrid(drawn, sample, *, k: Range("[2, inf)") = 2):
+    """HyPO: the data's pairs, and k samples of the policy for the online KL."""
+    where, groups = zip(*map(texts_of, drawn))
+    return [row(p, [*ys, *more]) for p, ys, more in zip(where, groups, sample(where, k))]
+
+
+def check_hypo(c, f):
+    """UserError without its source, whose rows hold the policy's samples."""
+    if c.source != "hybrid":
+        raise UserError(f"--loss hypo reads samples beside the pair, which --source {c.source} "
+                        "does not give: take --source hybrid")
+
+
+LOSSES["hypo"], SOURCES["hybrid"], CHECKS["hypo"] = hypo, hybrid, check_hypo
+GIVES["hybrid"] = "chosen", "rejected"
+PRESETS["hypo"] = dict(loss="hypo", source="hybrid")
+
+
+# === mpo: 2403.19443, easy pairs by DPO, then policy gradients on the hard prompts ================
+
+
+class Handover:
+    """The data's margins by the judge, and the model that DPO has made of the easy pairs."""
+
+    def __init__(self, policy):
+        self.start, self.margins, self.policy = policy, [], None
+
+    def state(self):
+        return dict(margins=self.margins, policy=self.policy and self.policy.state_dict())
+
+    def load(self, state):
+        self.margins = state["margins"]
+        if state["policy"]:
+            self.policy = frozen(self.start)
+            self.policy.load_state_dict(state["policy"])
+
+
+def at_handover(start, handover):
+    """Log-ratios against the start, and on the hard prompts against the model that DPO has made."""
+    return handover.policy or start
+
+
 def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
         beta: Positive = 0.1, tau: Positive = 0.1):
-    """MPO, 2403.19443: DPO on easy rows; on hard ones the policy gradient of two samples.   [B]
+    """MPO: DPO on easy rows; on hard ones the policy gradient of two samples.   [B]
 
     With k = 2 RLOO's advantages are ±A, A = gain - τ (d_1 - d_2): -½ A (log π_1 - log π_2). ours:
     the paper runs PPO there; ratios are to the DPO model by then."""
@@ -513,747 +2049,173 @@ def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
     return torch.where(hard > 0, -0.5 * advantage * (chosen_logp - rejected_logp),
                        dpo(chosen_ratio, rejected_ratio, beta=beta))
 
-LOSSES = dict(dpo=dpo, cdpo=cdpo, rdpo=rdpo, ipo=ipo, ipo_norm=ipo_norm, dpo_norm=dpo_norm,
-              hinge=hinge,
-              exo=exo, flex=flex, fdpo=fdpo, madpo=madpo, beta_dpo=beta_dpo, ld_dpo=ld_dpo,
-              treg=treg,
-              sparsepo=sparsepo, bco_pair=bco_pair, nca=nca, apo_zero=apo_zero, apo_down=apo_down,
-              simpo=simpo, orpo=orpo, slic_hf=slic_hf, kto=kto, bco=bco, npo=npo, ga=ga, lipo=lipo,
-              list_mle=list_mle, pro=pro, logo=logo, objectives=objectives, sppo=sppo,
-              sppo_hard=sppo_hard,
-              inpo=inpo, dno=dno, nash_md=nash_md, nash_mp=nash_mp, xpo=xpo, selm=selm, hypo=hypo,
-              mpo=mpo)
 
-# --- 3 statistics of the whole batch, before the step, without gradient ---------------------------
+def pool(data, compare, handover, easy, done):
+    """(whether it is the hard pairs' turn, these or the easy ones); easy 0: policy gradients alone,
+    1: DPO alone; done: the share of the run behind us."""
+    if not handover.margins:
+        handover.margins = [abs(torch.logit(P[0, 1], eps=1e-9).item())
+                            for P in compare(*zip(*map(texts_of, data)))]
+    order = sorted(range(len(data)), key=lambda i: -handover.margins[i])
+    cut = round(easy * len(order))
+    hard = cut == 0 or cut < len(order) and done
+    return hard, [data[i] for i in (order[cut:] if hard else order[:cut])]
 
-def none():
-    """Nothing: the loss reads its own row only."""
-    return {}
 
-def pace(gap, memory, generator, *, beta: Positive = 0.1, a=0.6, drop: Fraction = 0.2,
-         momentum: Fraction = 0.9):
-    """β-DPO's β_batch and the pairs kept, 2407.08639.   gap [B] = h, not times β -> beta_now [B],
-    kept [B]
+def mpo_rows(problems, data, sample, compare, handover, policy, step, stage, c, *,
+             easy: Share = 0.5):
+    """MPO: half of the run, the share `easy` of the pairs, those of the largest margin; then two
+    samples each of the other pairs' prompts and the judge's log-odds, near the model that DPO has
+    made."""
+    hard, rest = pool(data, compare, handover, easy, step >= c.steps // 2)
+    picked = [rest[i] for i in batch_indices(len(rest), len(problems), stage, c.seed).tolist()]
+    where, groups = zip(*map(texts_of, picked))
+    if hard:
+        handover.policy = handover.policy or frozen(policy)
+        groups = sample(where, 2)
 
-    β_batch = max(1e-3, β (1 + a (mean kept gap - M0))); (1 - drop) B pairs are kept, drawn with
-    weights exp(-½ ((gap - M0)/s0)²). M0, s0: running mean and std, momentum 0.9, this batch
-    included; ours: they start from the first batch (public code from 0). kept is scaled: the step's
-    mean is over kept pairs.
+    def choose(P):
+        gain = torch.logit(P[0, 1], eps=1e-9).item() if hard else 0.0
+        return (0, 1), dict(hard=float(hard), gain=gain)
+    return judged(where, groups, compare, choose)
+
+
+def check_mpo(c, f):
+    """UserError without what belongs to it, and for an SFT term: the samples of the hard prompts
+    are not chosen ones."""
+    if (c.loss == "mpo") != (c.anchor == "handover"):
+        raise UserError(f"--loss {c.loss} --anchor {c.anchor}: --anchor handover is of --loss mpo, "
+                        "and the other way round; take --config mpo")
+    if c.sft:
+        raise UserError(f"--sft {c.sft}: --loss mpo has no chosen response; leave it at 0")
+
+
+LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
+MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Handover, check_mpo, check_mpo
+GIVES["mpo"] = "chosen", "rejected", "gain", "hard"
+PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
+
+
+# === search: 2405.00451, a tree of steps a prompt: which continuation is worth more? ==============
+
+
+class Node:
+    """One step: ids since the parent, its prior, v the worth of a response that goes on from it.
+
+    N visits;  r = v - v(parent);  V the children's mean Q by visits;  Q = r + V."""
+
+    def __init__(self, ids=(), prior=1.0, finished=False, parent=None):
+        self.ids, self.prior, self.finished, self.parent = list(ids), prior, finished, parent
+        self.v, self.V, self.N, self.children = 0.0, 0.0, 0, []
+
+    @property
+    def Q(self):
+        """r + V: what the step adds to its parent's worth, and its best continuations to its
+        own."""
+        return self.v - (self.parent.v if self.parent else 0.0) + self.V
+
+    def path(self):
+        """All ids from the root to here."""
+        return (self.parent.path() if self.parent else []) + self.ids
+
+
+def descend(node, w=1.0):
+    """PUCT down to a leaf: the child with the largest Q + w p √N / (1 + N_child)."""
+    while node.children:
+        root = math.sqrt(node.N)
+        node = max(node.children, key=lambda x: x.Q + w * x.prior * root / (1 + x.N))
+    return node
+
+
+def back_up(node):
+    """N + 1 on the way up;  V(parent) = Σ max(1, N_c) Q_c / Σ max(1, N_c)."""
+    while node:
+        node.N += 1
+        if node.children:
+            weights = [max(1, x.N) for x in node.children]
+            node.V = sum(n * x.Q for n, x in zip(weights, node.children)) / sum(weights)
+        node = node.parent
+
+
+def grow_trees(prompts, extend, value, room, *, iterations=8, children=3, chunk=4, depth=4):
+    """One tree a prompt -> their roots, after `iterations` leaves each; all grow by one leaf at a
+    time, so that a language model extends them in one batch.
+
+    extend([ids], new, k) -> for every start k tuples (ids of at most `new` tokens, prior,
+    finished); value(i, ids, finished) -> the worth of a whole response to prompt i. A leaf within
+    `depth` steps gets `children` steps of `chunk` tokens; each is worth what one completion from it
+    is (2405.00451 adds the model's own confidence: ours is the verifier alone).
     """
-    now = gap.mean().item(), gap.std().item() if len(gap) > 1 else 0.0
-    old = memory.get("gap", now)
-    mean, std = memory["gap"] = [momentum * x + (1 - momentum) * y for x, y in zip(old, now)]
-    n = max(1, int((1 - drop) * len(gap) + 1e-9))
-    weight = torch.exp(-0.5 * ((gap - mean) / max(std, 1e-6)) ** 2).clamp(min=1e-30).cpu()     # [B]
-    kept = torch.zeros_like(weight).scatter(0, torch.multinomial(weight, n, generator=generator),
-                                            1.0)
-    pick = kept.to(gap.device)
-    beta_now = max(1e-3, beta * (1 + a * ((gap * pick).sum().item() / n - mean)))
-    return dict(beta_now=torch.full_like(gap, beta_now), kept=pick * len(gap) / n)
-
-def shift(ratio, good, memory, *, beta: Positive = 0.1, decay: Fraction = 0.99):
-    """BCO's δ = ½ (mean β d of the good + of the others), a moving average from the first batch
-    on."""
-    sides = [beta * ratio[which].mean().item() for which in (good > 0, good <= 0) if which.any()]
-    now = sum(sides) / len(sides)
-    memory["shift"] = decay * memory.get("shift", now) + (1 - decay) * now
-    return dict(reward_shift=torch.full_like(ratio, memory["shift"]))
-
-def mismatch(mismatched):
-    """KTO's z0 = max(0, mean log-ratio of prompts with another row's response), a KL.   [B] ->
-    [B]"""
-    if len(mismatched) < 2:
-        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
-    return dict(z0=mismatched.mean().clamp(min=0).expand(len(mismatched)))
-
-STATISTICS = dict(none=none, pace=pace, shift=shift, mismatch=mismatch)
-GIVES = dict(none=(), pace=("beta_now", "kept"), shift=("reward_shift",), mismatch=("z0",))
-
-# --- 4 samples and verdicts; s is the run's state -------------------------------------------------
-
-def sequences(s, problems, groups):
-    """Problems and their responses -> tokens, mask [N, T] of all of them."""
-    rows = [(s.tok.prompt(p["prompt"], s.c.chat), y["ids"]) for p, ys in zip(problems, groups)
-            for y in ys]
-    return collate(rows, s.tok.pad or 0, s.c.device)
-
-@torch.no_grad()
-def compare(s, problems, groups):
-    """The judge's P for each problem's responses: [[{"ids", "text", "finished"}]] -> [[K, K]] in
-    float64."""
-    names, flat = needs(s.f.judge), None
-    if "score" in names:
-        flat = [s.world.reward(p, y["text"], y["finished"]) for p, ys in zip(problems, groups)
-                for y in ys]
-    if "judged" in names or "density" in names:
-        tokens, mask = sequences(s, problems, groups)
-        parts = list(zip(tokens.split(s.c.micro), mask.split(s.c.micro)))
-        with autocast(s.c.device, s.c.dtype):
-            if "judged" in names:
-                score = [sequence_score(s.models["judge"], t, m.size(1) - m.flip(1).argmax(1))
-                         for t, m in parts]                                      # at the last token
-            else:
-                score = [(token_logprobs(s.models["strong"], t, m)
-                          - token_logprobs(s.models["weak"], t, m)
-                          ).sum(1) / m.sum(1) for t, m in parts]
-        flat = torch.cat(score).tolist()
-    out, at = [], 0
-    for p, ys in zip(problems, groups):
-        have = dict(world=s.world, prompt=p["prompt"],
-                    texts=[(y["text"], y["finished"]) for y in ys])
-        if flat is not None:
-            have |= dict.fromkeys(("score", "judged", "density"),
-                                  torch.tensor(flat[at:at + len(ys)], dtype=torch.float64))
-            at += len(ys)
-        out.append(s.f.judge(**{k: have[k] for k in names}))
-    return out
-
-def sample(s, problems, k=1, model=None, **how):
-    """k responses a problem of the policy, or of another model -> [[{"ids", "text", "finished"}]].
-
-    ids end in EOS where the response did; one that was cut off has none. At most 4,096 at a
-    time."""
-    prompts, out = [s.tok.prompt(p["prompt"], s.c.chat) for p in problems], []
-    for i in range(0, len(prompts), max(1, 4096 // k)):
-        with autocast(s.c.device, s.c.dtype):
-            roll = generate(model or s.policy, prompts[i:i + max(1, 4096 // k)], s.max_new,
-                            samples=k,
-                            generator=s.g, **how)
-        out += [dict(ids=t[m > 0].tolist(), text=s.tok.decode(text), finished=done)
-                for t, m, text, done
-                in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
-    s.seen["sampled"] += len(out)
-    s.seen["truncated"] += sum(not y["finished"] for y in out)
-    return [out[i:i + k] for i in range(0, len(out), k)]
-
-def extend(s, starts, new, k):
-    """k continuations of each start, at most `new` tokens -> [(ids, e^(Σ log π / n^1.25),
-    finished)]."""
-    with autocast(s.c.device, s.c.dtype):
-        roll = generate(s.policy, starts, new, samples=k, generator=s.g)
-    made = [(t[m > 0].tolist(), (x.sum() / m.sum() ** 1.25).exp().item(), done) for t, m, x, done
-            in zip(roll.tokens, roll.mask, roll.logp, roll.finished.tolist())]
-    return [made[i:i + k] for i in range(0, len(made), k)]
-
-# --- 5 log-probs ----------------------------------------------------------------------------------
-
-COPIES = ("prev", "opponent",
-          "after_dpo")  # of the policy, made by a source on its way: saved with it
-
-def frozen(model):
-    """A copy that nothing trains."""
-    return copy.deepcopy(model).requires_grad_(False)
-
-def gold_credit(s, r, side, *, scale=1.0):
-    """An oracle's token credits for T-REG: σ(scale · what the token adds to gold) - ½.   -> [n]"""
-    ids = r["sides"][side]
-    problem = dict(prompt=r["text"]["prompt"])
-    gold = [s.world.reward(problem, s.tok.decode([t for t in ids[:i] if t != s.tok.eos]), True)
-            for i in range(len(ids) + 1)]
-    return torch.sigmoid(scale * torch.tensor(gold).diff()) - 0.5
-
-def prompted_credit(s, r, side, *, better="A good answer.\n", worse="A bad answer.\n"):
-    """T-REG's own: σ(log π_ref(y_t|better, x) - log π_ref(y_t|worse, x)) - ½, texts put before the
-    prompt."""
-    ids = r["sides"][side]
-    prompts = [s.tok.prompt(text + r["text"]["prompt"], s.c.chat) for text in (better, worse)]
-    tokens, mask = collate([(prompt, ids) for prompt in prompts], s.tok.pad or 0, s.c.device)
-    with torch.no_grad(), autocast(s.c.device, s.c.dtype):
-        a, b = (x[m > 0] for x, m in zip(token_logprobs(s.models["start"], tokens, mask), mask))
-    return torch.sigmoid(a - b).cpu() - 0.5
-
-CREDITS = dict(gold=gold_credit, prompts=prompted_credit)
-
-SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
-READS = dict(                    # of x: logp, mask, ref, … [B, S, T]
-    logp=lambda x: x["logp"].sum(-1), len=lambda x: x["mask"].sum(-1), tok=lambda x: x["logp"],
-    mean=lambda x: x["logp"].sum(-1)
-    / x["mask"].sum(-1), ratio=lambda x: (x["logp"] - x["ref"]).sum(-1),
-    delta=lambda x: x["logp"] - x["ref"], prev_ratio=lambda x: (x["logp"] - x["prev"]).sum(-1),
-    **{key: lambda x, key=key: x[key] for key in ("mask", "eos", "credit", "kl", "weight")})
-
-def part_of(name):
-    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"), of rows with one side; "margin" ->
-    None."""
-    head, _, tail = name.partition("_")
-    if head in SIDES and tail in READS:
-        return SIDES[head], tail
-    return (0, name) if name in READS else None
-
-def reads(f):
-    """All that a run's loss and statistic read of log-probs: {"ratio", "len", …}."""
-    names = needs(f.loss) + needs(f.statistic)
-    names += {"gap": ["chosen_ratio"],
-              "mismatched": ["ratio"]}.get(next(iter(needs(f.statistic)), ""), [])
-    return {part_of(name)[1] for name in names if part_of(name)}
-
-def needs_reference(c, f):
-    """Whether the run reads a reference at all: in its loss, in its source, or to measure the
-    KL."""
-    return (c.kl or bool(reads(f) & {"ratio", "delta", "kl", "weight"})
-            or c.source in ("mixture", "explore")
-            or "credit" in reads(f) and c.credit == "prompts" or c.judge == "duel")
-
-def judges(c, f):
-    """The folders of the models that this run's judge reads, {"judge"} or {"strong", "weak"}; {}
-    for one that needs none, or that no row of this run is shown to."""
-    names = needs(f.judge)
-    if "judged" in names:
-        return dict(judge=c.judge)
-    shown = c.source not in STATIC or "margin" in needs(f.loss)
-    pair = ("strong", "weak") if "density" in names and shown else ()
-    return {key: f.judge.keywords[key] or c.init for key in pair}
-
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    names, static = needs(f.loss), c.source in STATIC
-    fields = dict(
-        statistic=(set(GIVES[c.statistic]) & set(names), "losses that read it: beta_dpo, bco, kto"),
-        noise=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
-        length_bias=(c.data in prefs.WORLDS, "a world's labels: --data ring or toyif"),
-        judge=(not static or "margin" in names or c.judge == "duel",
-               "sources that sample, and losses that read a margin"),
-        combine=("signs" in names, "--loss objectives"),
-        credit=("credit" in reads(f), "--loss treg"),
-        refresh=(not static, "sources that sample"),
-        anchor=(needs_reference(c, f), "losses that read a reference"))
-    return fields
-
-def check(c, f, world):
-    """UserError for rows of the config that do not go together, and for all else that can be known
-    before anything is made: files and folders."""
-    names, static = needs(f.loss), c.source in STATIC
-    given = {name for some in GIVES.values() for name in some}
-    for name in sorted(given & set(names) - set(GIVES[c.statistic])):
-        raise UserError(f"--loss {c.loss} reads {name}: --statistic {c.statistic} does not give it; see the "
-                        "presets (--help)")
-    if c.loss == "inpo" and not f.loss.keywords["tau"] <= f.loss.keywords["eta"]:
-        raise UserError("--loss inpo: --tau is at most --eta")
-    if c.source in SHOWN and world is None:
-        raise UserError(f"--source {c.source} reads demonstrations: take a world, --data ring or toyif")
-    if (c.source == "signs" or c.judge == "duel") and c.data != "ring":
-        raise UserError(f"--source {c.source} --judge {c.judge}: only Ring has groups of annotators, and "
-                        "intransitive ones; take --data ring")
-    if "mismatched" in needs(f.statistic) and c.batch < 2:
-        raise UserError("--batch 1: KTO reads each prompt with another row's response; raise --batch")
-    if "good" in needs(f.statistic) and c.source not in ("labels", "forget"):
-        raise UserError(f"--statistic {c.statistic} reads labels, which --source {c.source} does not give")
-    if "gap" in needs(f.statistic) and c.source in ("labels", "forget"):
-        raise UserError(f"--statistic {c.statistic} reads pairs, which --source {c.source} does not give")
-    if world is None and not (c.source == "labels" and prefs.load_labels(c.data)):
-        prefs.check_pairs(c.data)
-    most = sft.find(c.init, c.config, make=False)
-    if c.max_new >= most:
-        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
-    for key, path in judges(c, f).items():
-        if key == "judge":
-            peek(path, scalar=True, option="--judge")
-        else:
-            sft.find(path, c.config, make=False, option=f"--{key}")
-    if static and (c.anchor == "previous" or "prev_ratio" in reads(f)):
-        raise UserError(f"--source {c.source}: its rows are made once, so there is no previous policy; "
-                        f"use --anchor start, and a loss without one")
-    if c.anchor == "previous" and (reads(f) & {"kl"} or c.statistic == "mismatch"):
-        raise UserError(f"--anchor previous: --loss {c.loss} reads the reference at every step: "
-                        f"use --anchor start")
-    if "score" in needs(f.judge) and world is None and (not static or "margin" in names):
-        raise UserError(f"--judge gold: {c.data} has no gold reward; name a reward model's folder, or take "
-                        f"--judge cdr")
-    if c.source == "signs":
-        shares(f.combine.keywords.get("weights", ""), len(f.source.keywords["groups"]))
-    if c.sft and ({"signs", "hard", "good"} & set(names)
-                  or not any(x.startswith("chosen") for x in names)):
-        raise UserError(f"--sft {c.sft}: --loss {c.loss} has no chosen response; leave it at 0")
-    if "credit" in reads(f) and (c.source != "pairs" or c.credit == "gold" and world is None):
-        raise UserError(f"--loss {c.loss}: token credits are of --source pairs; without a world, of "
-                        f"--credit prompts")
-
-def measure(s, rows, model):
-    """Every side of the rows in one batched forward pass -> logp, mask, eos and, where the rows
-    have it, ref, prev, credit, and where the loss reads them kl, weight: [B, S, T] each."""
-    S, wanted = len(rows[0]["sides"]), reads(s.f)
-    tokens, mask = collate([(r["prompt"], y) for r in rows for y in r["sides"]], s.tok.pad or 0,
-                           s.c.device)
-    x = dict(logp=token_logprobs(model, tokens, mask), mask=mask,                    # [B S, T] each
-             eos=mask * (tokens == s.tok.eos))
-    for key in ("ref", "prev", "credit"):
-        if key in rows[0]:
-            flat = torch.cat([r[key] for r in rows]).to(mask)
-            x[key] = torch.zeros_like(mask).masked_scatter(mask > 0, flat)
-    if wanted & {"kl", "weight"}:
-        x |= token_divergence(model, reference(s), tokens, mask)
-    return {key: v.view(-1, S, v.size(-1)) for key, v in x.items()}
-
-def token_divergence(model, ref, tokens, mask):
-    """SparsePO's kl, KL(π_ref||π) of each token's distribution, whole vocabulary, and weight,
-    MaPO's mask.
-
-    weight: mean of the reference's hidden state over features at the token's own prediction,
-    z-scored, then
-    stretched to [0, 1] within the response (2410.05102 §3; its final layer, ours).   -> [N, T] each
-    """
-    with torch.no_grad():
-        h_ref = ref(tokens)[:, :-1]                                                    # [N, T-1, D]
-        a = F.pad(h_ref.float().mean(-1), (1, 0))                                        # [N, T]
-        low = a.masked_fill(mask == 0, torch.inf).amin(1, keepdim=True)
-        high = a.masked_fill(mask == 0, -torch.inf).amax(1, keepdim=True)
-        weight = (a - low) / (high - low).clamp(min=1e-6) * mask
-    h, where = model(tokens)[:, :-1], mask[:, 1:] > 0
-    kl = kernels.linear_distill(h[where], model.head, h_ref[where], ref.head, "forward_kl")    # [n]
-    kl = torch.zeros_like(mask[:, 1:]).masked_scatter(where, kl.float())
-    return dict(kl=F.pad(kl, (1, 0)), weight=weight)
-
-def provide(names, x, rows, extra=None):
-    """What a loss names, for these rows: log-probs of a side, a statistic of the batch, or a row's
-    field."""
-    out, like = {}, x["logp"]
-    for name in names:
-        if part := part_of(name):
-            which, what = part
-            out[name] = READS[what](x)[:, which]
-        elif extra and name in extra:
-            out[name] = extra[name]
-        else:
-            out[name] = torch.tensor([r[name] for r in rows], dtype=like.dtype, device=like.device)
-    return out
-
-@torch.no_grad()
-def response_logprobs(s, rows, model):
-    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] per row,
-    CPU."""
-    out = []
-    for i in range(0, len(rows), s.c.micro):
-        part = rows[i:i + s.c.micro]
-        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
-        tokens, mask = collate(sides, s.tok.pad or 0, s.c.device)
-        with autocast(s.c.device, s.c.dtype):
-            flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
-        out += flat.split([sum(map(len, r["sides"])) for r in part])
-    return [x.clone() for x in out]
-
-def fingerprint(rows, model, dtype):
-    """A hash of the rows' ids, the model's weights and the precision: what reference log-probs
-    depend on."""
-    h = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode()
-                       + str(dtype).encode())
-    for name, p in model.state_dict().items():
-        h.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:16]
-
-def cached_logprobs(s, rows, model):
-    """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once,
-    ever."""
-    path = CACHE / f"reference-{fingerprint(rows, model, s.c.dtype)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):  # absent, or broken
-        out = list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
-        s.say(f"  reference log-probs: {path}")
-        return out
-    out = response_logprobs(s, rows, model)
-    with contextlib.suppress(OSError, SafetensorError):                         # it costs only time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-        save_file(dict(logp=torch.cat(out)), tmp)
-        tmp.replace(path)
-    return out
-
-def reference(s):
-    """The model that log-ratios are against: MPO's switch, else the policy as it is, or the
-    start."""
-    return s.models.get("after_dpo") or (s.policy if s.c.anchor == "previous"
-                                         else s.models["start"])
-
-def prepare(s, rows):
-    """Rows with what is frozen about them: reference log-probs, the last iterate's, token credits.
-
-    Rows whose pair is of equal sides (of a list: all), or with an empty one, or longer than the
-    context, are dropped and counted. UserError if the loss reads what the source does not give."""
-    kept, wanted = [], reads(s.f)
-    for name in needs(s.f.loss) if rows else []:
-        side = part_of(name)
-        short = side and side[0] in (1, 2) and len(rows[0]["sides"]) <= side[0]
-        if short or not (side or name in rows[0] or name in GIVES[s.c.statistic]):
-            raise UserError(f"--loss {s.c.loss} reads {name}: neither --source {s.c.source} nor --statistic "
-                            f"{s.c.statistic} gives it; see the presets (--help)")
-    for r in rows:
-        sides = [tuple(y) for y in r["sides"]]
-        pair = sides if s.c.source == "lists" else sides[:2]
-        why = ("empty" if not all(sides) else "identical" if len(sides) > 1 and len(set(pair)) == 1
-               else "long" if len(r["prompt"]) + max(map(len, sides)) > s.context else "")
-        if why:
-            s.seen[why] += 1
-        else:
-            kept.append(r)
-    if not kept:
-        raise UserError(f"--source {s.c.source}: no row is left to train on "
-                        f"({', '.join(f'{n} {k}' for k, n in s.seen.items() if n) or 'it gave none'}); "
-                        f"if samples are identical the policy has collapsed: lower --lr")
-    if wanted & {"ratio", "delta"}:
-        model = reference(s)
-        once = s.c.source in STATIC and model is s.models["start"]
-        for r, x in zip(kept, (cached_logprobs if once else response_logprobs)(s, kept, model)):
-            r["ref"] = x
-    if "prev_ratio" in wanted:
-        for r, x in zip(kept, response_logprobs(s, kept, s.models.get("prev") or s.policy)):
-            r["prev"] = x
-    if "credit" in wanted:
-        for r in kept:
-            r["credit"] = torch.cat([s.f.credit(s, r, i) for i in range(len(r["sides"]))]).float()
-    for r in kept:
-        r.pop("text", None)
-    return kept
-
-# --- 6 evaluate -----------------------------------------------------------------------------------
-
-def evaluate(s, sets, held):
-    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float},
-    samples.
-
-    win: how often the policy's sample has more gold than the start's, same prompt and draws (ties
-    half); kl: k1 to the start, nats per response; accuracy: pairs with a larger log-ratio (without
-    a reference: mean log-prob) of the chosen side, or of binary labels the area under the ROC
-    curve.
-    """
-    c, out, look = s.c, {}, []
-    g, seen = s.g, dict(s.seen)
-    for split, problems in sets.items():
-        s.g = torch.Generator().manual_seed(c.seed + 1)
-        ys = [y for y, in sample(s, problems)]
-        rows = [row(s, p, [y]) for p, y in zip(problems, ys)]
-        if "start" in s.models:
-            mine, ref = (response_logprobs(s, rows, m) for m in (s.policy, s.models["start"]))
-            out[f"{split}_kl"] = sum((a - b).sum().item() for a, b in zip(mine, ref)) / len(rows)
-        out |= {f"{split}_length": sum(len(y["ids"]) for y in ys) / len(ys),
-                f"{split}_truncated": 1 - sum(y["finished"] for y in ys) / len(ys)}
-        if s.world:
-            gold = [s.world.reward(p, y["text"], y["finished"]) for p, y in zip(problems, ys)]
-            before = s.before.setdefault(split, gold)
-            out |= {f"{split}_gold": sum(gold) / len(gold),
-                    f"{split}_win": sum((a > b) + 0.5 * (a == b) for a, b in zip(gold, before))
-                    / len(gold)}
-            if c.source == "signs":
-                for group in s.f.source.keywords["groups"]:
-                    out[f"{split}_gold_{group}"] = sum(
-                        s.world.judge(p["prompt"], y["text"], y["finished"], group)["gold"]
-                        for p, y in zip(problems, ys)) / len(ys)
-            if c.source == "forget" and split == "val":          # ood has keywords of its own
-                out |= forgotten(s, split, problems)
-            if c.judge == "duel":
-                out[f"{split}_exploitability"] = exploitability(s, problems[:48])
-        look += [(p["prompt"], y["text"], demo(s, p)["text"] if s.world else "")
-                 for p, y in zip(problems[:2], ys)]
-    s.g, s.seen = g, seen
-    return out | pair_accuracy(s, held), look
-
-def pair_accuracy(s, held):
-    """{"val_accuracy", …}: see evaluate; held: {name: rows}, with reference log-probs if there are
-    any."""
-    out = {}
-    for name, rows in held.items():
-        score = [[y.sum().item() if "ref" in rows[0] else y.mean().item()
-                  for y in (x - r["ref"] if "ref" in r else x).split([len(y) for y in r["sides"]])]
-                 for r, x in zip(rows, response_logprobs(s, rows, s.policy))]
-        if len(rows[0]["sides"]) == 1:
-            out[f"{name}_accuracy"] = auroc(torch.tensor([a for a, in score]),
-                                            torch.tensor([r["good"] > 0 for r in rows]))
-        else:
-            out[f"{name}_accuracy"] = sum((a > b) + 0.5 * (a == b)
-                                          for a, b, *_ in score) / len(score)
-    return {k: float(v) for k, v in out.items()}
-
-def forgotten(s, split, problems):
-    """Mean NLL of a token of held-out demonstrations: prompts to forget, and the rest."""
-    rows = forget(s, problems, **s.f.source.keywords)
-    logp = response_logprobs(s, rows, s.policy)
-    out = {}
-    for name, good in (("forget", 0), ("retain", 1)):
-        mine = torch.cat([x for r, x in zip(rows, logp) if r["good"] == good])
-        out[f"{split}_{name}_nll"] = -mine.mean().item()
-    return out
-
-def exploitability(s, problems, k=16):
-    """max_y P(y > π) - ½, averaged over prompts: what the best of 2 k responses wins against the
-    policy.
-
-    Candidates: k samples of the start and k of the policy; P(y > π) by k other samples of the
-    policy. A maximum over samples: it is above 0 for the best of policies too, so compare arms, not
-    with 0."""
-    groups = [a + b + c for a, b, c in zip(sample(s, problems, k, model=s.models["start"]),
-                                           sample(s, problems, k), sample(s, problems, k))]
-    best = [P[:2 * k, 2 * k:].mean(1).max().item() for P in compare(s, problems, groups)]
-    return sum(best) / len(best) - 0.5
-
-# --- 7 train --------------------------------------------------------------------------------------
+    roots = [Node() for _ in prompts]
+    for _ in range(iterations):
+        leaves = [descend(root) for root in roots]
+        grow = [i for i, x in enumerate(leaves)
+                if not x.finished and len(x.path()) + chunk <= min(chunk * depth, room)]
+        starts, fresh = [prompts[i] + leaves[i].path() for i in grow], []
+        for i, steps in zip(grow, extend(starts, chunk, children) if grow else []):
+            leaves[i].children = [Node(ids, prior, done, leaves[i]) for ids, prior, done in steps]
+            fresh += [(i, x) for x in leaves[i].children]
+        for (_, x), v in zip(fresh, worths(prompts, fresh, extend, value, room)):
+            x.v = v
+        for leaf in leaves:
+            back_up(leaf)
+    return roots
 
 
-def open_data(s, c):
-    """(training pairs as ids, or labelled rows, {name: held-out rows}, a file's held-out
-    prompts)."""
-    def ids(rows, what):
-        return prefs.encode_pairs(rows, s.tok, s.context, what, c.chat)
-    if s.world:
-        train = s.world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise,
-                              length_bias=c.length_bias)
-        held = {"val": s.world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")}
-    elif c.noise or c.length_bias:
-        raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
-    elif c.source == "labels" and (found := prefs.load_labels(c.data)):
-        both = dict(train=found[:c.rows or None], val=prefs.load_labels(c.data, "val"))
-        both = {k: prefs.encode_labels(x, s.tok, s.context, f"{k} labels", c.chat)
-                for k, x in both.items()}
-        mixed = {k: len({r["good"] for r in rows}) > 1 for k, rows in both.items()}
-        if not mixed["train"]:
-            raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad ones")
-        if not mixed["val"]:
-            s.say("  all held-out labels are alike: there is no val_accuracy")
-        held = {"val": both["val"]} if mixed["val"] else {}
-        return [], both["train"], held, [r["text"]["prompt"] for r in both["val"]]
-    else:
-        train, sets = prefs.pair_sets(c.data, c.rows)
-        held = {"val": sets["val"]}
-    train, held = ids(train, "training pairs"), {k: ids(rows, f"{k} pairs")
-                                                 for k, rows in held.items()}
-    return train, [], {k: [dict(prompt=r["prompt"], sides=[r["chosen"], r["rejected"]])
-                           for r in rows]
-                       for k, rows in held.items()}, [r["text"]["prompt"] for r in held["val"]]
+def worths(prompts, fresh, extend, value, room):
+    """What one completion from each new step is worth; fresh: [(prompt's index, Node)]."""
+    rest, ends = {}, [(x.path(), x.finished) for _, x in fresh]
+    for k, (path, finished) in enumerate(ends):
+        if not finished and len(path) < room:
+            rest.setdefault(room - len(path), []).append(k)
+    for left, same in rest.items():                    # one call a length: all end at room
+        starts = [prompts[fresh[k][0]] + ends[k][0] for k in same]
+        for k, ((ids, _, done),) in zip(same, extend(starts, left, 1)):
+            ends[k] = ends[k][0] + ids, done
+    return [value(i, *end) for (i, _), end in zip(fresh, ends)]
 
 
-def open_models(c, f, folder, last):
-    """(policy, tokenizer, {"start": the reference, if the run reads one, and what the judge
-    reads})."""
-    policy, tok = load(last or folder, c.device)
-    if not isinstance(policy, Transformer):
-        raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
-    models = {"start": load(folder,
-                            c.device)[0].requires_grad_(False)} if needs_reference(c, f) else {}
-    paths = {k: path if k == "judge" else sft.find(path, c.config, device=c.device)
-             for k, path in judges(c, f).items()}
-    if paths and paths.get("strong") == paths.get("weak") and "judge" not in paths:
-        raise UserError("--judge cdr: --strong and --weak are the same model, so every pair is a tie")
-    for name, path in paths.items():
-        models[name], other = load(path, c.device)
-        models[name].requires_grad_(False)
-        if isinstance(models[name], ScalarModel) != (name == "judge"):
-            raise UserError(f"--judge {path}: a folder must be a reward model, cdr's two are language models")
-        if other.tokens != tok.tokens:
-            raise UserError(f"--judge {path} and --init {c.init} have different tokenizers: both must read "
-                            f"the same ids")
-    return policy, tok, models
+# === mcts: 2405.00451, pairs of steps from a search tree ==========================================
 
 
-def look_first(s, rows):
-    """The batch's statistics, without gradient -> {name: [B]}."""
-    names = needs(s.f.statistic)
-    if not names:
-        return {}
-    have = dict(memory=s.memory, generator=s.g)
-    if "mismatched" in names:
-        mixed = [dict(prompt=r["prompt"], sides=rows[i - 1]["sides"]) for i, r in enumerate(rows)]
-        fits = [r for r in mixed if len(r["prompt"]) + len(r["sides"][0]) <= s.context]
-        mine, ref = (response_logprobs(s, fits, m) for m in (s.policy, reference(s)))
-        mean = torch.stack([(a - b).sum()
-                            for a, b in zip(mine, ref)]).mean() if fits else torch.zeros(())
-        have["mismatched"] = mean.expand(len(rows)).to(s.c.device)
-    else:
-        wanted = ["chosen_ratio", "rejected_ratio"] if "gap" in names else ["ratio", "good"]
-        with torch.no_grad(), autocast(s.c.device, s.c.dtype):
-            parts = [provide(wanted, measure(s, rows[i:i + s.c.micro], s.policy),
-                             rows[i:i + s.c.micro])
-                     for i in range(0, len(rows), s.c.micro)]
-        have |= {k: torch.cat([p[k] for p in parts]) for k in wanted}
-        if "gap" in names:
-            have["gap"] = have["chosen_ratio"] - have["rejected_ratio"]
-    return s.f.statistic(**{k: have[k] for k in names})
-
-
-def backward(s, rows, extra):
-    """Gradients of one step, accumulated over micro-batches -> what happened, as a dict of floats.
-
-    The sum over rows is divided by the step's rows (an objective's by those on which it has an
-    opinion), so --micro changes nothing. Several objectives: one backward pass each, then
-    --combine.
-    """
-    names, B, told = needs(s.f.loss), len(rows), dict(loss=0.0)
-    params = [p for p in s.policy.parameters() if p.requires_grad]
-    G, total, count = None, 0.0, B
-    if "signs" in names:
-        count = torch.tensor([r["signs"]
-                              for r in rows]).abs().sum(0).clamp(min=1).to(s.c.device)         # [M]
-    for i in range(0, B, s.c.micro):
-        part = rows[i:i + s.c.micro]
-        with autocast(s.c.device, s.c.dtype):
-            x = measure(s, part, s.policy)
-        loss = s.f.loss(**provide(names, x, part,
-                                  {k: v[i:i + s.c.micro] for k, v in extra.items()}))
-        if s.c.sft:
-            loss = loss - s.c.sft * READS["mean"](x)[:, 0]                      # side 0: the chosen
-        if loss.dim() == 2:
-            losses = loss.sum(0) / count                                                 # [M]
-            grads = [torch.cat([g.reshape(-1)
-                                for g in torch.autograd.grad(one, params, retain_graph=True)])
-                     for one in losses]
-            G, total = torch.stack(grads) + (0 if G is None else G), total + losses.detach()
-            told["loss"] += losses.sum().item()
-        else:
-            (loss.sum() / B).backward()
-            told["loss"] += loss.sum().item() / B
-        for key, v in tell(x, part).items():
-            told[key] = told.get(key, 0.0) + v
-    if G is not None:
-        have = dict(G=G, losses=total)
-        flat = s.f.combine(**{k: have[k] for k in needs(s.f.combine)})
-        for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = g.view_as(p)
-    for side in ("chosen", "rejected"):
-        n = told.pop(f"{side}_n")
-        told |= {k: v / max(1.0, n) for k, v in told.items() if k.startswith(side)}
-        if n == 0:  # binary labels: none of this kind in the step
-            told = {k: v for k, v in told.items() if not k.startswith(side)}
-    if "hits" in told:
-        told["accuracy"] = told.pop("hits") / B
-        if "chosen_ratio" in told:
-            told["margin"] = told["chosen_ratio"] - told["rejected_ratio"]
-    return told
-
-
-@torch.no_grad()
-def tell(x, rows):
-    """Sums over rows for the log: log-probs and log-ratios of both sides apart, pairs in the right
-    order."""
-    score = {k: READS[k](x) for k in ("logp", "len", *(["ratio"] if "ref" in x else []))}   # [B, S]
-    out = {}
-    if len(rows[0]["sides"]) == 1:
-        good = torch.tensor([r.get("good", 1.0) for r in rows]).to(x["mask"])
-        where = dict(chosen=(0, good), rejected=(0, 1 - good))
-    else:
-        where = dict(chosen=(0, torch.ones(len(rows)).to(x["mask"])),
-                     rejected=(1, torch.ones(len(rows)).to(x["mask"])))
-        by = score["ratio"] if "ratio" in score else score["logp"] / score["len"]
-        out["hits"] = ((by[:, 0] > by[:, 1]) + 0.5 * (by[:, 0] == by[:, 1])).sum().item()
-    for side, (i, weight) in where.items():
-        out[f"{side}_n"] = weight.sum().item()
-        out |= {f"{side}_{k}": (v[:, i] * weight).sum().item() for k, v in score.items()}
+def step_pairs(root):
+    """(prefix, better ids, worse ids) at every node down the most valuable path; none where Q is
+    equal."""
+    out, node = [], root
+    while node.children:
+        best, worst = (choose(node.children, key=lambda x: x.Q) for choose in (max, min))
+        if best.Q > worst.Q and best.ids != worst.ids:
+            out.append((node.path(), best.ids, worst.ids))
+        node = best
     return out
 
 
-def train(c, f):
-    """One run: load, make rows, score, update, tell. -> the last evaluation and the start's
-    (start_…)."""
-    world = tasks.task(c.data) if c.data in prefs.WORLDS else None
-    check(c, f, world)
-    folder = sft.find(c.init, c.config, seed=c.seed,
-                      device=c.device)                         # made before this run's clock starts
-    kernels.use(c.kernels)
-    with Run(c, f, "dpo", CURVES) as run:
-        policy, tok, models = open_models(c, f, folder, run.last)
-        longest = policy.config.max_position_embeddings
-        context = min(c.context or longest, longest)
-        seen = dict.fromkeys(("sampled", "truncated", "identical", "empty", "long", "close"), 0)
-        s = SimpleNamespace(c=c, f=f, policy=policy, tok=tok, models=models, memory={}, before={},
-                            margins=[],
-                            g=torch.Generator().manual_seed(c.seed), context=context, say=run.say,
-                            step=0,
-                            stage=0, taken=0, seen=seen)
-        s.sample, s.compare, s.extend = (partial(fn, s) for fn in (sample, compare, extend))
-        s.copy = partial(frozen, policy)
-        s.world = world
-        s.data, s.labels, held, prompts = open_data(s, c)
-        if s.world:
-            problems = s.world.problems("train", 4096, 1000 + c.seed)
-            sets = {x: s.world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
-        else:
-            problems = [dict(prompt=x) for x in dict.fromkeys(r["text"]["prompt"] for r in s.data)]
-            sets = {"val": [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]}
-        width = max(len(tok.prompt(p["prompt"], c.chat)) for x in (problems, *sets.values())
-                    for p in x)
-        s.max_new = c.max_new or min(s.world.max_new if s.world else 128, context - width)
-        if s.max_new < 1:
-            raise UserError(f"the longest prompt has {width} tokens: no room for a response in the context "
-                            f"of {context}; shorten it, or raise --context")
-        opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
-               else torch.optim.SGD(policy.parameters(), c.lr))
-        if "start" in models:
-            for rows in held.values():
-                for r, x in zip(rows, response_logprobs(s, rows, models["start"])):
-                    r["ref"] = x
-        size, static = sum(p.numel() for p in policy.parameters()) / 1e6, c.source in STATIC
-        rows = prepare(s, f.source(s, problems if c.source == "forget" else [])) if static else None
-        run.say(f"{run.folder}: {size:.2f} M parameters, {len(s.data or s.labels)} "
-                f"{'pairs' if s.data else 'labelled responses'}, {c.steps} steps of {c.batch}, {c.device} "
-                f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
-        if run.state:
-            opt.load_state_dict(run.state["opt"])
-            s.g.set_state(run.state["rng"])
-            for key in ("memory", "before", "stage", "taken", "seen"):
-                setattr(s, key, run.state[key])
-            rows, made, scores = rows or run.state["rows"], run.state["made"], run.state["first"]
-            for name, weights in run.state["copies"].items():
-                s.models[name] = frozen(policy)
-                s.models[name].load_state_dict(weights)
-            first = scores
-        else:
-            first, look = evaluate(s, sets, held)
-            run.log(0, **first, show=True)
-            scores, made = first, 0
-
-        for step in run.steps(c.steps):
-            # 1. rows
-            # ------------------------------------------------------------------------------------
-            clock, s.step = time.perf_counter(), step
-            if rows is None or not static and step - made >= c.refresh:
-                wanted = min(4000, math.ceil(c.batch * c.refresh / per_prompt(f.source)))
-                picked = batch_indices(len(problems), wanted, s.stage, c.seed).tolist()
-                rows, made = prepare(s, f.source(s, [problems[i] for i in picked])), step
-                s.stage += 1
-            order = batch_indices(len(rows), c.batch, step - made, c.seed + s.stage).tolist()
-            batch = [rows[i] for i in order]
-            t_rows = time.perf_counter() - clock
-            # 2. look at the whole batch, 3. update
-            # -------------------------------------------------------
-            clock = time.perf_counter()
-            told = backward(s, batch, look_first(s, batch))
-            norm = clip_grad_norm_(policy.parameters(), c.clip)
-            set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
-            opt.step()
-            opt.zero_grad()
-            # 4. tell
-            # --------------------------------------------------------------------------------------
-            run.log(step + 1, **told, norm=norm, **{k: v for k, v in s.seen.items() if v},
-                    t_rows=t_rows, t_update=time.perf_counter() - clock)
-            if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
-                run.check(step + 1, policy)
-                scores, look = evaluate(s, sets, held)
-                run.log(step + 1, **scores, show=True)
-            if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
-                copies = {k: m.state_dict() for k, m in s.models.items() if k in COPIES}
-                run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
-                         rng=s.g.get_state(), memory=s.memory, before=s.before, stage=s.stage,
-                         taken=s.taken,
-                         seen=s.seen, made=made, rows=None if static else rows, copies=copies,
-                         first=first)
-        if c.stop and c.stop < c.steps:
-            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
-            return scores
-        if run.state and run.start >= c.steps:                         # resumed after its last step
-            scores, look = evaluate(s, sets, held)
-        dropped = ", ".join(f"{n} {k}" for k, n in s.seen.items() if n
-                            and k not in ("sampled", "truncated"))
-        cut = f"; of {s.seen['sampled']} samples {s.seen['truncated']} were truncated (no EOS is scored)"
-        run.say(f"  rows dropped: {dropped or 'none'}" + cut * (s.seen["sampled"] > 0))
-        report(run, first, scores, look)
-        peak = max((r["val_gold"] for r in read_log(run.folder) if "val_gold" in r), default=0.0)
-        return run.finish(**scores, **{f"start_{k}": v for k, v in first.items()}, val_peak=peak)
+def extend(policy, c, generator):
+    """A function that samples k continuations of each start, of at most `new` tokens -> [(ids,
+    e^(Σ log π / n^1.25), finished)]."""
+    def of(starts, new, k):
+        with autocast(c.device, c.dtype):
+            roll = generate(policy, starts, new, samples=k, generator=generator)
+        out = [(t[m > 0].tolist(), (x.sum() / m.sum() ** 1.25).exp().item(), done)
+               for t, m, x, done
+               in zip(roll.tokens, roll.mask, roll.logp, roll.finished.tolist())]
+        return [out[i:i + k] for i in range(0, len(out), k)]
+    return of
 
 
-AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, combine=COMBINE,
-            credit=CREDITS,
-            kernels=kernels.MODES)
+def tree(problems, world, tok, extend, room, *, iterations: Count = 8,
+         children: Range("[2, inf)") = 3, chunk: Count = 4, depth: Count = 4):
+    """MCTS-DPO: pairs of steps from a search tree a prompt; a shared prefix cancels in h."""
+    def value(i, ids, done):
+        return world.reward(problems[i], tok.decode(ids[:-1] if done else ids), done)
+    prompts = [p["ids"] for p in problems]
+    trees = grow_trees(prompts, extend, value, room, iterations=iterations, children=children,
+                       chunk=chunk, depth=depth)
+    return [dict(prompt=prompt + prefix, sides=[a, b]) for prompt, root in zip(prompts, trees)
+            for prefix, a, b in step_pairs(root)]
 
-# --- main -----------------------------------------------------------------------------------------
 
-
-def main(argv=None):
-    """python dpo.py …: see the docstring above, or --help."""
-    return launch("dpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+SOURCES["mcts"], FACTS["extend"], GIVES["mcts"] = tree, extend, ("chosen", "rejected")
 
 
 if __name__ == "__main__":

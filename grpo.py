@@ -1,209 +1,124 @@
 """
-grpo.py - group-relative policy optimisation with verifiable rewards: sample a group, compare, reinforce.
+grpo.py - group-relative policy optimisation with verifiable rewards: sample a group, compare,
+reinforce.
 
-    python grpo.py                                 # a tiny model learns to reason by trial and error: minutes
-    python grpo.py --config tiny                   # the same in seconds: shows that everything turns
-    python grpo.py --config dapo --seed 1
+    python grpo.py                                 # a tiny model learns to reason: minutes
+    python grpo.py --config tiny                   # the same in seconds: it shows that all turns
+    python grpo.py --config dapo --seed 1          # a method of a chapter; --help lists them
+    python grpo.py --config dapo --eject mine.py   # the script of one method alone
     python grpo.py --init Qwen2.5-0.5B --data gsm8k.jsonl --config dr_grpo
-    python grpo.py --reward mine.py:score          # a reward of your own: score(problem, text, finished)
+    python grpo.py --reward mine.py:score          # your own score(problem, text, finished)
 
-Map      1 config   2 advantages   3 credit   4 surrogates   5 penalties   6 weights   7 filters   8 roll out
-         9 before training   10 evaluate   11 train   12 LatentSeek   13 claims; rewards: data/shaping.py
-Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: index t belongs to tokens[:, t]
+The spine is GRPO (2402.03300), whole; its KL penalty is --penalty k3. A chapter is what another
+paper changes: rows of axes, and what they ask for by the names of their positional arguments:
+facts of responses, of the batch or of a minibatch, and memories of earlier steps.
 
-preset         paper          idea: what differs from GRPO
-grpo           2402.03300     the group's mean as baseline, its std as unit, PPO's clip; KL: --penalty k3
-dr_grpo        2503.20783     no std, and a constant in the place of each response's length
-rloo           2402.14740     the other samples' mean as baseline, no clip, KL in the reward
-reinforce_pp   2501.03262     no group: advantages whitened over the batch's tokens
-rpp_baseline   2501.03262     ... of rewards less the group's mean
-dapo           2503.14476     clip-higher, only mixed groups, token-level mean, soft penalty of overlong ones
-linear         control        every response pays for its length
-dler           2510.15110     truncation as the only penalty, whitened over the batch, clip-higher
-da_dler        2510.15110     ... with a shorter one for prompts that are mostly solved
-dot            2601.03969     in groups all correct, the longest outliers are cut off, and so fail
-easy           2505.18086     GRPO-λ: a length penalty in the easiest groups only
-hapo           2505.11225     beat the shortest correct response that the prompt has ever had
-arlcp          2602.12113     reflection and length penalised, by how much a response reflects
-drpo           2510.04474     correct responses by length, wrong ones by a soft maximum: no shared baseline
-clip_cov       2505.22617     no gradient from a few tokens of high covariance of log-prob and advantage
-kl_cov         2505.22617     ... a KL penalty on those of the highest
-acereason      2506.13284     the temperature of entropy 0.3; unfinished responses do not train
-ace            2602.21420     wrong responses that became likelier pay more
-apo            2506.21655     wrong and too long pays more; KL is loosened on hard prompts
-rapo           2510.03865     forward KL to a reference that is flattened where the answer was wrong
-spae           2601.03823     a probe after each step: those that raise the truth's probability earn more
-care           2506.16141     a bonus for reasoning that makes the answer likely under a slow copy
-rlpr           2506.18254     no verifier: the reward is the probability of the true answer
-co_reward      2508.00410     no label: agreement with the majority on the same question in other words
-swe_rl         2502.18449     similarity to a reference response
-noisy          2505.22653     rewards flipped for 40 % of the prompts
-rpr            2505.22653     no outcome: a reward for the forms of reasoning
-rpr_noisy      2505.22653     ... added to a noisy reward where that is low
-clip_delta     2410.15115     process rewards of each step, bounded so that more steps earn no more
-knowrl         2604.12627     the fewest hints that suffice, in training only
-recap          2510.21978     an old task replayed, objectives weighted by how they converge
-rif            2507.05386     without the prompts that the first model never solves
-rlvr           2411.15124     Tülu 3: 10 if verified, -10 without EOS, KL in the reward
-aipo           2505.24034     stale rollouts: importance weights with a cap and no clip
-rlad           2602.22495     the teacher in the trust region: a mixed anchor
-kdrl           2506.02208     reverse KL to a teacher beside the reward
-opd            2602.12125     on-policy distillation: the teacher's log-ratio as a token reward
-exopd          2602.12125     ... extrapolated past the teacher
-latentseek     2505.13308     no training: REINFORCE on the hidden states of one answer, rewarded by itself
-Watch    correct (of training samples, before shaping) should rise. flat is the share of groups without a
-         signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0 early ends exploration;
-         clipped says how many ratios left the trust region. length beside guessing: shorter is worthless
-         if the model stops reasoning. kl is k1 to the start, nats per response.
+Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: index t belongs to
+         tokens[:, t]
+Watch    correct (of training samples, before shaping) should rise. flat is the share of groups
+         without a signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0
+         early ends exploration; clipped says how many ratios left the trust region. length beside
+         guessing: shorter is worthless if the model stops reasoning. kl is k1 to the start, in
+         nats per response.
 """
 import copy
 import itertools
 import random
 import statistics
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 import sft
-from data import curricula, tasks
-from data.run import (Count, Positive, Run, Share, UserError, batch_indices,
+from data import tasks
+from data.run import (Count, Positive, Run, Share, Training, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, read_log, report)
-from data.shaping import SHAPERS, TRIMS, among_correct, flipped
-from model import Rollout, Transformer, autocast, collate, generate, load, save, token_logprobs
+from model import (Rollout, Transformer, autocast, collate, generate, load, logprobs, save,
+                   token_logprobs)
 from optim import optimiser, set_lr
-
-# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    """What every run has; what belongs to a shaper, an advantage or a loss is an argument of its
-    function."""
-    config: str = ""             # presets and TOML files, left to right
-    data: str = "chain"          # a task, several ("chain+sort"), or a JSONL of prompts and answers
-    watch: str = ""              # tasks that are evaluated too ("chain,sort"): what is forgotten?
+class Config(Training):
+    """A run's settings; what belongs to a row of an axis is an argument of its function."""
+    data: str = "chain"          # a task, several ("chain+sort"), or a JSONL of pairs
+    watch: str = ""              # tasks that are evaluated too: what is forgotten?
     init: str = "base:chain"     # the SFT model: where the policy starts, and the reference
-    teacher: str = ""  # a better model with the same tokenizer, for the methods that learn from one
-    chat: bool = False           # wrap prompts in the checkpoint's chat template
-    reward: str = "task"  # task, similarity, pattern, or PATH.py:FUNCTION (problem, text, finished)
-    noise: Share = 0.0           # rewards flipped with this probability …
-    noise_level: Literal["group", "response"] = "group"  # … drawn once per group, or per response
-    twins: bool = False          # the second half of a batch is the first in other words
-    trim: str = "whole"          # which row of TRIMS
-    shaper: str = "plain"        # which row of SHAPERS
+    teacher: str = ""            # a better model with the same tokenizer, for what learns from one
+    prepare: str = "nothing"     # which row of PREPARATIONS: once, before step 0
+    draw: str = "in_turn"        # which row of DRAWS: the prompts of an iteration
+    actor: str = "current"       # which row of ACTORS: the model that samples
+    reward: str = "task"         # which row of REWARDS, or PATH.py:FUNCTION
+    noise: str = "clean"         # which row of NOISES: what becomes of the reward
+    trim: str = "whole"          # which row of TRIMS: how many tokens of a response train
+    shaper: str = "plain"        # which row of SHAPERS: what a response is worth to training
     advantage: str = "group"     # which row of ADVANTAGES
-    credit: str = "same"         # which row of CREDIT
+    credit: str = "same"         # which row of CREDITS: advantages once more
     surrogate: str = "clip"      # which row of SURROGATES
-    chooser: str = "nothing"     # which row of CHOOSERS
     penalty: str = "none"        # which row of PENALTIES
-    weight: str = "sequence_mean"  # which row of WEIGHTS
-    filter: str = "every"        # which row of FILTERS
+    weight: str = "sequence_mean"  # which row of WEIGHTS: of a token in the loss
+    filter: str = "every"        # which row of FILTERS: the groups that train
     steps: int = 60              # rollout-and-update iterations
     prompts: Count = 16          # groups per iteration
     samples: Count = 8           # responses per group
     minibatches: Count = 4       # optimizer steps per rollout, of whole groups
-    micro: Count = 64  # responses per forward pass, at least a group: lower it if memory runs out
-    rounds: Count = 10           # how often a filter may ask for more groups
     pool: Count = 400            # training prompts, visited again and again
-    screen: int = 0              # drop prompts that so many first samples never solve (0: keep all)
-    hints: int = 0               # samples to measure each set of hints with (0: no hints)
-    reweigh: float = 0.0  # RECAP's temperature for the weights of a mixture's tasks (0: all alike)
-    seek: int = 0                # LatentSeek on so many held-out prompts after training
-    lr: Positive = 1e-4          # AdamW's, constant after the warm-up
-    warmup: int = 0              # iterations of linear warm-up
+    temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
+    max_new: int = 0             # longest response in tokens (0: the task says)
     entropy: float = 0.0         # coefficient of an entropy bonus
     kl_reward: float = 0.0       # KL in the reward: β k1 to the reference, nats per response
-    lag: int = 0                 # rollouts come from the policy of so many iterations ago
-    temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
-    at_entropy: float = 0.0      # choose the temperature at which the first entropy is this (0: as given)
-    max_new: int = 0             # longest response in tokens (0: the task says)
-    eval_every: Count = 20       # iterations between evaluations on held-out prompts
     eval_prompts: Count = 256    # how many of each held-out split
     eval_samples: Count = 4      # samples of each: pass@k and maj@k
+    lr: Positive = 1e-4          # AdamW's, constant after the warm-up
+    micro: Count = 64            # responses a forward pass, at least a group: lower it for memory
     save_every: Count = 20       # iterations between checkpoints
-    keep: Count = 2              # checkpoints to keep
-    stop: int = 0                # pause after this iteration (0: no); --resume goes on
-    out: str = ""                # run folder (default out/grpo/<presets>)
-    seed: int = 0                # of SFT, prompts and sampling
-    device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
-    compile: bool = False        # torch.compile the policy's training pass
-    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
-    resume: bool = False         # go on from the newest checkpoint of the run folder
 
 
-PRESETS = dict(                  # the papers' settings, but for lr, sizes and what is marked ours
-    grpo=dict(),
-    dr_grpo=dict(advantage="centred", weight="constant"),
-    rloo=dict(advantage="rloo", surrogate="reinforce", weight="sequence_sum", minibatches=1,
-              kl_reward=0.05),
-    reinforce_pp=dict(advantage="returns", weight="token_mean"),
-    rpp_baseline=dict(advantage="whitened", weight="token_mean"),
-    dapo=dict(shaper="overlong", filter="mixed", eps_high=0.28, weight="token_mean"),
-    linear=dict(shaper="linear"),
-    dler=dict(trim="to_target", shaper="truncate", filter="mixed_shaped", advantage="whitened",
-              eps_high=0.28,
-              dual=10.0, weight="token_mean", penalty="k3", beta=5e-4),
-    da_dler=dict(trim="to_target", shaper="truncate", filter="mixed_shaped", advantage="whitened",
-                 eps_high=0.28, dual=10.0, weight="token_mean", penalty="k3", beta=5e-4, target=26,
-                 easy=18),
-    dot=dict(trim="outliers", shaper="regraded", filter="mixed_shaped", surrogate="kl_cov",
-             chooser="top",
-             samples=16, prompts=8),
-    easy=dict(shaper="easiest"),
-    hapo=dict(shaper="history", pool=60),
-    arlcp=dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3),
-    drpo=dict(surrogate="drpo", chooser="hinge"),
-    clip_cov=dict(surrogate="clip_cov", chooser="band", filter="mixed", weight="token_mean"),
-    kl_cov=dict(surrogate="kl_cov", chooser="top", filter="mixed", weight="token_mean"),
-    acereason=dict(at_entropy=0.3, trim="ended", filter="mixed"),
-    ace=dict(credit="overconfident", weight="token_mean"),
-    apo=dict(credit="too_long", penalty="by_difficulty"),
-    rapo=dict(penalty="flattened", entropy=1e-3),
-    spae=dict(advantage="stepwise", filter="mixed", eps_high=0.28, weight="token_mean"),
-    care=dict(shaper="consistent", group_eps=1e-4),
-    rlpr=dict(shaper="probable", filter="steady", rounds=1, eps_high=0.27, weight="token_mean"),
-    co_reward=dict(shaper="agreed", twins=True, penalty="k3", beta=0.005),
-    swe_rl=dict(reward="similarity"),
-    noisy=dict(noise=0.4),
-    rpr=dict(reward="pattern"),
-    rpr_noisy=dict(noise=0.4, shaper="calibrated"),
-    clip_delta=dict(advantage="process", weight="token_mean", kl_reward=1e-3),
-    knowrl=dict(hints=8, pool=60, eps_high=0.28, weight="token_mean"),
-    recap=dict(data="sort+chain", watch="chain,sort", init="base:chain_sort", reweigh=5.0),
-    rif=dict(screen=8),
-    rlvr=dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05),
-    aipo=dict(advantage="centred", surrogate="stale", weight="token_mean", lag=4),
-    rlad=dict(surrogate="anchored", weight="token_mean"),
-    kdrl=dict(penalty="to_teacher", weight="token_mean"),
-    opd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128),
-    exopd=dict(advantage="distilled", weight="token_mean", samples=1, prompts=128, lam=1.25),
-    latentseek=dict(steps=0, seek=64),
-    tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2, eval_prompts=16,
-              save_every=2,
-              max_new=24, pool=32),
-    # parts and controls of the claims
-    wide=dict(eval_samples=8, eval_every=60, save_every=60, keep=1),
-    tokens=dict(filter="every", weight="token_mean"),  # what else the arms of `exploration` share
-    harsher=dict(credit="harsher"), no_penalty=dict(coef=0.0), brief=dict(steps=15),
-    reverse=dict(penalty="k2", beta=0.01, entropy=1e-3),
-    lag1=dict(lag=1), lag0=dict(lag=0), each=dict(noise_level="response"), sharp=dict(reweigh=0.5),
-    behind=dict(surrogate="clip_stale"), blind=dict(surrogate="reinforce"),
-    taught=dict(teacher="base:chain_right"),
-    on_sort=dict(data="sort", watch="chain,sort", init="base:chain_sort"),
-    replay=dict(data="sort+chain", watch="chain,sort", init="base:chain_sort"),
+PRESETS = dict(
+    grpo=dict(),                                               # the spine's own
+    tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2,
+              eval_prompts=16, save_every=2, max_new=24, pool=32),       # goes with every method
 )
 CURVES = {"correct": ["correct", "val_accuracy", "val_greedy", "ood_accuracy", "val_rouge_l",
                       "val_gold", "chain_val_accuracy", "sort_val_accuracy"],
           "length, tokens": ["length"], "entropy, nats": ["entropy"], "flat groups": ["flat"],
           "KL to the start, nats per response": ["kl"], "clipped": ["clipped"]}
 
-# --- advantages: rewards [P, G] -> [N, T], 0 off the mask -----------------------------------------
+# --- GRPO: the plain row of every axis ------------------------------------------------------------
+
+
+def nothing(pool, c):
+    """Training begins at once.   -> the prompts, the temperature, what was measured"""
+    return pool, c.temperature, {}
+
+
+def in_turn(pool, cursor, c):
+    """The next prompts, shuffled anew every epoch.   -> their places in the pool, the problems"""
+    where = batch_indices(len(pool), c.prompts, cursor, c.seed).tolist()
+    return where, [pool[i] for i in where]
+
+
+def current(policy):
+    """The policy itself, as it is now."""
+    return policy
+
+
+def plain(score):
+    """The reward as it is: no noise, and what a response is worth to training.   [P, G]"""
+    return score
+
+
+def whole(length):
+    """All tokens of a response train.   [P, G]"""
+    return length
 
 
 def tokens_of(x, mask):
@@ -211,17 +126,8 @@ def tokens_of(x, mask):
     return x.reshape(-1, 1) * mask
 
 
-def whiten(x, mask, eps=1e-8):
-    """(x - mean) / std over all valid tokens, unbiased.   [N, T]"""
-    n = mask.sum()
-    mean = (x * mask).sum() / n
-    var = ((x - mean) ** 2 * mask).sum() / (n - 1).clamp(min=1)
-    return (x - mean) * torch.rsqrt(var + eps) * mask
-
-
 def deviations(x):
-    """x less its group's mean, exactly 0 in a group of equals: 0.7 summed eight times is not
-    5.6.   [P, G]"""
+    """x less its group's mean, exactly 0 in a group of equals, whatever rounding does.   [P, G]"""
     x = x - x[:, :1]
     return x - x.mean(1, keepdim=True)
 
@@ -232,9 +138,460 @@ def group_norm(shaped, mask, *, group_eps=1e-6):
     return tokens_of(A / (A.std(1, keepdim=True) + group_eps), mask)
 
 
+def same(adv):
+    """The advantages as they are.   [N, T]"""
+    return adv
+
+
+def ratio_of(logp, old_logp, most=20.0):
+    """π/π_old, its logarithm capped against overflow."""
+    return (logp - old_logp).clamp(-most, most).exp()
+
+
+def clip(logp, old_logp, adv, *, eps: Positive = 0.2):
+    """PPO's (1707.06347 eq. 7):  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)), a loss a token.   [n, T]
+
+    Of every surrogate with an eps the second argument is what its ratio is around.
+    """
+    ratio = ratio_of(logp, old_logp)                                                     # [n, T]
+    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
+
+
+def none(logp):
+    """No penalty.   [n, T]"""
+    return torch.zeros_like(logp)
+
+
+def k3(logp, ref_logp, *, beta=0.04):
+    """GRPO's KL (2402.03300 eq. 4):  β (exp(-d) - 1 + d), d = log π/π_ref.   [n, T]
+
+    Unbiased and never below 0; its gradient is that of KL(π_ref||π).
+    """
+    d = (logp - ref_logp).clamp(-20, 20)
+    return beta * (torch.expm1(-d) + d).clamp(max=10)
+
+
+def sequence_mean(mask):
+    """Every response alike, a token 1/L of it: the loss is Σ loss · weight.   [N, T]"""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+
+
+def every(fresh):
+    """All groups of one round.   fresh: rounds, made as they are asked for -> batch, all seen"""
+    groups = next(fresh)
+    return dict(groups), groups
+
+
+PREPARATIONS = dict(nothing=nothing)
+DRAWS = dict(in_turn=in_turn)
+ACTORS = dict(current=current)
+REWARDS = dict(task=tasks.REWARDS["task"], PATH=tasks.scorer)
+NOISES = dict(clean=plain)
+TRIMS = dict(whole=whole)
+SHAPERS = dict(plain=plain)
+ADVANTAGES = dict(group=group_norm)
+CREDITS = dict(same=same)
+SURROGATES = dict(clip=clip)
+PENALTIES = dict(none=none, k3=k3)
+WEIGHTS = dict(sequence_mean=sequence_mean)
+FILTERS = dict(every=every)
+AXES = dict(prepare=PREPARATIONS, draw=DRAWS, actor=ACTORS, reward=REWARDS, noise=NOISES,
+            trim=TRIMS, shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDITS, surrogate=SURROGATES,
+            penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
+
+# --- what functions ask for -----------------------------------------------------------------------
+
+
+def call(fn, known):
+    """A function of what its positional arguments name."""
+    return fn(**{name: known[name] for name in needs(fn)})
+
+
+def ask(names, table, known):
+    """Add to `known` what a table's functions say under these names, and what they ask for."""
+    for name in sorted(names & table.keys()):
+        if name not in known:
+            ask(set(needs(table[name])), table, known)
+            known[name] = call(table[name], known)
+
+
+FACTS = {}                       # of responses, before the filter: P or N numbers
+BATCH = {}                       # of the batch that trains
+MINIBATCH = {}                   # of a minibatch, before its gradient
+MEMORIES = {}                    # classes: tell() before a step, note(…) after, state(), load()
+
+# --- roll out, evaluate ---------------------------------------------------------------------------
+
+
+def rollouts(model, problems, tok, c, samples, generator):
+    """Samples of many problems, as many rows at once as a step has; yields (problems, Rollout)."""
+    size = max(1, c.prompts * c.samples // samples)
+    for i in range(0, len(problems), size):
+        some = problems[i:i + size]
+        with autocast(c.device, c.dtype):
+            yield some, generate(model, [tok.prompt(p, c.chat) for p in some], c.max_new,
+                                 samples=samples, temperature=c.temperature, generator=generator)
+
+
+def graded(score, problems, roll, tok, samples):
+    """A reward of every response.   -> [P, G], the texts"""
+    texts = [tok.decode(ids) for ids in roll.completions()]
+    rewards = [float(score(problems[i // samples], text, done))
+               for i, (text, done) in enumerate(zip(texts, roll.finished.tolist()))]
+    return torch.tensor(rewards, device=roll.tokens.device).view(-1, samples), texts
+
+
+def respond(known, f, asked, cursor):
+    """One round: prompts, responses, and by name what is known of them, [P, G] tensors mostly."""
+    c, task, tok = known["c"], known["task"], known["tok"]
+    where, problems = call(f.draw, known | dict(cursor=cursor))
+    _, roll = next(rollouts(known["actor"], problems, tok, c, c.samples, known["generator"]))
+    score, texts = graded(known["score_of"], problems, roll, tok, c.samples)             # [P, G]
+    right = score
+    if c.reward != "task" and task.metric == "accuracy":       # the score does not say it
+        right, _ = graded(task.reward, problems, roll, tok, c.samples)
+    groups = known | dict(
+        problems=problems, posed=[p for p in problems for _ in range(c.samples)], roll=roll,
+        texts=texts, where=torch.tensor(where, device=c.device)[:, None], score=score,
+        correct=(right > 0.5).to(score), length=roll.mask.sum(1).view(score.shape),
+        truncated=~roll.finished.view(score.shape), cap=c.max_new, passed=len(problems))
+    for name in sorted(asked & FACTS.keys()):
+        fact = torch.as_tensor(call(FACTS[name], groups), dtype=torch.float32, device=c.device)
+        groups[name] = fact.view(len(problems), -1)                            # [P, G] or [P, 1]
+    groups["score"] = call(f.noise, groups)
+    groups["trained"] = call(f.trim, groups)
+    groups["shaped"] = call(f.shaper, groups)
+    return groups
+
+
+def evaluate(policy, sets, tok, c):
+    """Held-out prompts, always the same and with the same draws, sampled as in training.
+
+    sets: {split: (task, problems)}. greedy: the accuracy at temperature 0; length_right and
+    _wrong: of right and of wrong responses, 0 for none. -> {split_key: mean}, some samples
+    """
+    out, samples, G = {}, [], c.eval_samples
+    for split, (task, problems) in sets.items():
+        scores, greedy, lengths, texts, finished = [], [], [], [], []
+        g = torch.Generator().manual_seed(c.seed + 1)
+        for some, roll in rollouts(policy, problems, tok, c, G, g):
+            cold = replace(c, temperature=0.0, prompts=len(some))
+            _, greedily = next(rollouts(policy, some, tok, cold, 1, g))
+            score, written = graded(task.reward, some, roll, tok, G)                     # [p, G]
+            scores.append(score)
+            greedy.append(graded(task.reward, some, greedily, tok, 1)[0])
+            lengths.append(roll.mask.sum(1).view(-1, G))
+            texts += written
+            finished.append(roll.finished)
+        posed = [p for p in problems for _ in range(G)]
+        means = measured(task, posed, texts, torch.cat(scores), torch.cat(lengths),
+                         torch.cat(finished)) | dict(greedy=torch.cat(greedy).mean())
+        out |= {f"{split}_{k}": float(x) for k, x in means.items()}
+        samples += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::G])]
+    return out, samples
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def of_groups(batch, groups):
+    """A batch's tensors of some groups: the rows of a [P, …], the responses' of a [N, …]."""
+    P, G = batch["length"].shape
+    rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()       # [n]
+    return {k: x[groups if len(x) == P else rows] for k, x in batch.items()}
+
+
+def backward(policy, batch, groups, c, f, g, progress=0.0):
+    """Gradients of one minibatch of whole groups -> what happened, a dict of floats.
+
+    batch: tensors [N, T], [P, G] or [P, 1]. The weights are those of the whole minibatch, so
+    --micro changes nothing. progress: how much of the run is over, for what is annealed.
+    """
+    mini = of_groups(batch, groups)
+    width, aligned = int(mini["ends"].max()), mini["mask"].shape
+    mini = {k: x[:, :width] if x.shape == aligned else x for k, x in mini.items()}
+    numbers = dict(cap=c.max_new, groups=len(groups), progress=progress)
+    known = f.surrogate.keywords | mini | numbers | dict(policy=policy, c=c, generator=g)
+    ask(set(needs(f.surrogate)), MINIBATCH, known)
+    mini |= {k: known[k] for k in needs(f.surrogate) if k in MINIBATCH}                  # [n, T]
+    mini["weight"] = call(f.weight, known)                                               # [n, T]
+    metrics = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
+    n, low = mini["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
+    high = f.surrogate.keywords.get("eps_high", 0.0) or low
+    order = torch.arange(len(groups), device=groups.device)
+    for part in order.split(max(1, c.micro // c.samples)):
+        b = of_groups(mini, part)
+        with autocast(c.device, c.dtype):
+            logp, entropy = token_logprobs(policy, b["tokens"], b["mask"], entropy=True,
+                                           temperature=c.temperature)
+        known = numbers | b | dict(logp=logp)
+        loss = call(f.surrogate, known)                                      # [n, T] or [p]
+        loss = loss.sum() / len(groups) if loss.dim() == 1 else (loss * b["weight"]).sum()
+        more = call(f.penalty, known)                                                    # [n, T]
+        more = more - c.entropy * entropy if c.entropy else more
+        loss = loss + (more * b["weight"]).sum()
+        loss.backward()
+        off = (ratio_of(logp.detach(), b["old_logp"]) - 1).abs() * b["mask"]             # [n, T]
+        ratio = ratio_of(logp.detach(), known[needs(f.surrogate)[1]] if low else logp.detach())
+        clipped = (ratio < 1 - low) | (ratio > 1 + high)
+        metrics["loss"] += loss.item()
+        metrics["worst"] = max(metrics["worst"], off.max().item())
+        for key, x in dict(off=off, clipped=clipped, entropy=entropy.detach()).items():
+            metrics[key] += ((x * b["mask"]).sum() / n).item()
+    return metrics
+
+
+def held_out(c, task):
+    """{split: (task, problems)} of what is evaluated: the task's own, and that of --watch."""
+    watched = {"": task} | {f"{x}_": tasks.task(x) for x in c.watch.split(",") if x}
+    return {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
+            for tag, one in watched.items() for split in ("val", "ood") if split in one.splits}
+
+
+def train(c, f):
+    """One run: load, roll out, score, update, tell. -> the last evaluation, and the first (sft_)"""
+    tasks.check_data(c.data, is_text=False)
+    task = tasks.task(c.data)
+    asked = check(c, f, task)
+    ours = c.reward in tasks.REWARDS
+    score_of = partial(f.reward, task=task) if ours else f.reward(c.reward, task)
+    init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
+    kernels.use(c.kernels)
+    with Run(c, f, "grpo", CURVES) as run:
+        ref, tok = load(init, c.device)
+        if not isinstance(ref, Transformer):
+            raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
+        ref.requires_grad_(False)
+        policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
+        pool, sets = task.problems("train", c.pool, 1000 + c.seed), held_out(c, task)
+        prompts = pool + [p for _, some in sets.values() for p in some]
+        room = tasks.room(c, tok, prompts, task, policy.config.max_position_embeddings)
+        c, saved = replace(c, max_new=room), run.state or {}
+        opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
+        known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, pool=pool, score_of=score_of,
+                     generator=torch.Generator().manual_seed(c.seed + 2))
+        pool, heat, found = prepared = saved.get("prepared") or call(f.prepare, known)
+        c = replace(c, temperature=heat)
+        known |= dict(c=c, pool=pool, generator=g)
+        memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(pool)} prompts, {c.steps} steps of "
+                f"{c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} {c.dtype}"
+                + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+        if saved:
+            opt.load_state_dict(saved["opt"])
+            g.set_state(saved["rng"])
+            cursor, before = saved["cursor"], saved["before"]
+            for name, memory in memories.items():
+                memory.load(saved["memories"][name])
+        else:
+            cursor, (before, samples) = 0, evaluate(policy, sets, tok, c)
+            run.log(0, **before, show=True)
+        scores, trained = before, torch.compile(policy) if c.compile else policy
+
+        for step in run.steps(c.steps):
+            # 1. roll out: rounds of groups, as many as the filter asks for
+            clock = time.perf_counter()
+            known |= {name: memory.tell() for name, memory in memories.items()}
+            actor = known["actor"] = call(f.actor, known)
+            fresh = (respond(known, f, asked, i) for i in itertools.count(cursor))
+            batch, seen = call(f.filter, known | dict(fresh=fresh, prompts=c.prompts))
+            cursor += len(seen["score"]) // c.prompts
+            t_gen = time.perf_counter() - clock
+            # 2. score: [N, T], but [P, G] where it belongs to a response
+            clock, roll = time.perf_counter(), batch["roll"]
+            mask = roll.mask * (roll.mask.cumsum(1) <= batch["trained"].view(-1, 1))
+            ref_logp = logprobs(ref, roll.tokens, mask, c)
+            old_logp = roll.logp if actor is policy else logprobs(policy, roll.tokens, mask, c)
+            batch |= f.weight.keywords | dict(mask=mask, old_logp=old_logp, ref_logp=ref_logp)
+            ask(asked, BATCH, batch)
+            kl = ((old_logp - ref_logp) * mask).sum(1)                                   # [N]
+            batch["shaped"] = batch["shaped"] - c.kl_reward * kl.view(-1, c.samples)
+            batch["adv"] = call(f.advantage, batch)
+            batch["adv"] = call(f.credit, batch) * (batch["passed"] > 0)
+            ends = (roll.prompt_len + roll.mask.sum(1).long())[:, None]                  # [N, 1]
+            tensors = {k: x for k, x in batch.items() if torch.is_tensor(x)}
+            tensors |= dict(tokens=roll.tokens, ends=ends)
+            t_score = time.perf_counter() - clock
+            # 3. update: minibatches of whole groups
+            clock, updates = time.perf_counter(), []
+            set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
+            order = torch.randperm(c.prompts, generator=g).to(mask.device)
+            for groups in order.split(c.prompts // c.minibatches):
+                updates.append(backward(trained, tensors, groups, c, f, g,
+                                        step / max(1, c.steps - 1)))
+                if len(updates) == 1 and actor is policy:
+                    check_first_ratio(updates[0], c.dtype)
+                norm = clip_grad_norm_(policy.parameters(), 1.0)
+                opt.step()
+                opt.zero_grad()
+            # 4. tell
+            flat = seen["shaped"].std(1, correction=0) < 1e-6                            # [P]
+            row = dict(correct=seen["correct"].mean(), reward=seen["shaped"].mean(),
+                       flat=flat.float().mean(), length=seen["length"].mean(),
+                       truncated=seen["truncated"].float().mean(), kl=kl.mean(), norm=norm,
+                       entropy=updates[0]["entropy"], groups=min(batch["passed"], c.prompts),
+                       generated=seen["length"].sum())
+            for key in ("loss", "clipped"):
+                row[key] = sum(x[key] for x in updates) / len(updates)
+            for memory in memories.values():
+                row |= call(memory.note, batch | seen | dict(done=step + 1)) or {}
+            run.log(step + 1, **row, t_gen=t_gen, t_score=t_score,
+                    t_update=time.perf_counter() - clock)
+            if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
+                run.check(step + 1, policy)
+                scores, samples = evaluate(policy, sets, tok, c)
+                run.log(step + 1, **scores, show=True)
+            if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
+                run.save(step + 1, lambda folder: save(policy, tok, folder), opt=opt.state_dict(),
+                         rng=g.get_state(), cursor=cursor, before=before, prepared=prepared,
+                         memories={name: memory.state() for name, memory in memories.items()})
+        if c.stop and c.stop < c.steps:
+            return scores
+        if saved and run.start >= c.steps:                       # resumed after its last step
+            scores, samples = evaluate(policy, sets, tok, c)
+        report(run, before, scores, samples)
+        rows = [row for row in read_log(run.folder) if "entropy" in row][-10:]
+        for key in ("correct", "entropy", "length", "flat", "kl", "generated") if rows else ():
+            found[f"train_{key}"] = statistics.fmean(row[key] for row in rows)
+        return run.finish(**scores, **found, **{f"sft_{k}": x for k, x in before.items()})
+
+
+def main(argv=None):
+    """python grpo.py …: see the docstring above, or --help."""
+    return launch("grpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+
+# === refused: what does not go together, told before anything is made =============================
+
+
+def asked_by(f):
+    """The names that a run's functions ask for, and those that what answers them asks for."""
+    names, more = set(), {k for axis in AXES if axis != "kernels" for k in needs(getattr(f, axis))}
+    while more - names:
+        names |= more
+        answers = [table[name] for table in (FACTS, BATCH, MINIBATCH, MEMORIES)
+                   for name in sorted(names & table.keys())]
+        more = set().union(*map(needs, answers))
+    return names
+
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    adv = "adv" in {*needs(f.surrogate), *needs(f.penalty)}
+    shaped = adv and "shaped" in needs(f.advantage)
+    score = "score" in needs(f.shaper) and shaped or c.filter != "every"
+    learner = "a --surrogate or --penalty of advantages"
+    return dict(advantage=(adv, learner), credit=(adv, learner),
+                shaper=(shaped or c.filter != "every", "an --advantage of rewards"),
+                kl_reward=(shaped, "an --advantage of rewards"),
+                reward=(score, "a --shaper of scores"), noise=(score, "a --shaper of scores"),
+                teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"))
+
+
+def compares(c):
+    """Words against groups in which nothing can be compared."""
+    return f"--samples {c.samples}: a group needs two responses to compare" * (c.samples < 2)
+
+
+CHECKS = dict(group=compares)    # of rows of the axes: what is wrong, in words, or ""
+
+
+def check(c, f, task):
+    """The names that a run asks for; UserError where its parts do not fit together, and for all
+    that can be known before anything is made: files, folders, a reward of your own."""
+    asked, known = asked_by(f), dict(c=c, f=f, task=task)
+    rows = dict.fromkeys(getattr(c, axis) for axis in AXES)
+    words = [call(CHECKS[row], known) for row in rows if row in CHECKS]
+    words += [f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
+              "groups"] * (c.prompts % c.minibatches > 0)
+    for wrong in filter(None, words):
+        raise UserError(wrong)
+    for name in filter(None, c.watch.split(",")):
+        tasks.check_data(name, is_text=False)
+    most = sft.find(c.init, c.config, make=False)
+    if c.max_new >= most:
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    return asked
+
+
+def lacks(task, skill):
+    """Words against a task that cannot do what a method needs."""
+    able = all(hasattr(x, skill) for x in getattr(task, "parts", [task]))
+    return (f"this method needs a task with {skill!r}, see data/chains.py; {task.name} has "
+            "none") * (not able)
+
+
+def unanswered(task):
+    """Words against a task that is not solved by an answer."""
+    return f"this method asks for answers: {task.name} has none" * (task.metric != "accuracy")
+
+# === pass_at_k, maj_at_k: 2107.03374, 2203.11171, what several samples of held-out prompts come to
+
+
+def pass_at_k(n, correct, k):
+    """1 - C(n-c, k) / C(n, k): that one of k samples is right, from c of n (2107.03374 eq. 1)."""
+    out = 1.0
+    for i in range(n - correct + 1, n + 1):
+        out *= 1 - k / i
+    return 1 - out
+
+
+def of_samples(right, answers):
+    """{"pass@2", "pass@4", … up to G; "maj@G"} of right [P, G] and what each response stated.
+
+    maj@G: the share of prompts whose most frequent answer is right ("" is none; ties: the first).
+    """
+    G, out = right.size(1), {}
+    counts, rows = right.sum(1).tolist(), right.tolist()
+    for k in sorted({min(2 ** i, G) for i in range(1, 12)} if G > 1 else ()):
+        out[f"pass@{k}"] = statistics.fmean(pass_at_k(G, n, k) for n in counts)
+    wins = 0
+    for i, row in enumerate(rows):
+        mine = answers[i * G:(i + 1) * G]
+        votes = [x for x in mine if x]
+        winner = max(votes, key=votes.count) if votes else None
+        wins += any(ok for ok, x in zip(row, mine) if x == winner)
+    return out | {f"maj@{G}": wins / len(rows)}
+
+
+def measured(task, posed, texts, score, length, finished):
+    """What a split's samples come to, by name.   score, length [P, G]; posed, texts of N"""
+    out = {"length": length.mean(), "truncated": 1 - finished.float().mean(),
+           task.metric: score.mean()}
+    homes = [tasks.part(task, p) for p in posed]
+    if task.metric == "accuracy":
+        answers = [tasks.stated(x, text) if done else ""
+                   for x, text, done in zip(homes, texts, finished.tolist())]
+        out |= of_samples(score > 0.5, answers)
+        for kind, rows in dict(right=score > 0.5, wrong=score < 0.5).items():
+            out[f"length_{kind}"] = length[rows].mean() if rows.any() else 0.0
+    habits = [x.habits(text) for x, text in zip(homes, texts) if hasattr(x, "habits")]
+    for key in habits[0] if habits else ():
+        out[key] = statistics.fmean(x[key] for x in habits)
+    return out
+
+
+# of the claims that judge by pass@8
+PRESETS["wide"] = dict(eval_samples=8, eval_every=60, save_every=60, keep=1)
+
+# === dr_grpo: 2503.20783, no std, and a constant in the place of each response's length ===========
+
+
 def centred(shaped, mask):
-    """Dr. GRPO (2503.20783):  A = R - mean."""
+    """Dr. GRPO (2503.20783):  A = R - mean: no prompt counts more for being easy or hard."""
     return tokens_of(deviations(shaped), mask)
+
+
+def constant(mask, cap):
+    """Every token alike and by a constant, the longest response allowed.   [N, T]"""
+    return mask / (len(mask) * cap)
+
+
+ADVANTAGES["centred"], WEIGHTS["constant"] = centred, constant
+CHECKS["centred"] = compares
+PRESETS["dr_grpo"] = dict(advantage="centred", weight="constant")
+
+# === rloo: 2402.14740, the other samples' mean as baseline, no clip, KL in the reward =============
 
 
 def leave_one_out(shaped, mask):
@@ -243,28 +600,532 @@ def leave_one_out(shaped, mask):
     return tokens_of(deviations(shaped) * G / (G - 1), mask)
 
 
+def reinforce(logp, adv):
+    """-A log π: one step a rollout, no ratio.   [n, T]"""
+    return -adv * logp
+
+
+def sequence_sum(mask):
+    """Every response's sum, averaged.   [N, T]"""
+    return mask / len(mask)
+
+
+ADVANTAGES["rloo"], SURROGATES["reinforce"] = leave_one_out, reinforce
+WEIGHTS["sequence_sum"] = sequence_sum
+CHECKS["rloo"] = compares
+PRESETS["rloo"] = dict(advantage="rloo", surrogate="reinforce", weight="sequence_sum",
+                       minibatches=1, kl_reward=0.05)
+
+# === dapo: 2503.14476, clip-higher, only mixed groups, token-level mean, overlong ones pay ========
+
+
+def overlong(score, length, cap, *, buffer=16):
+    """DAPO (2503.14476 eq. 13): ±1, and minus up to 1 in the last `buffer` tokens to the cap."""
+    return 2 * score - 1 + ((cap - buffer - length) / buffer).clamp(-1, 0)
+
+
+def clip_higher(logp, old_logp, adv, *, eps: Positive = 0.2, eps_high=0.28, dual=0.0):
+    """DAPO (2503.14476):  max(-A ρ, -A clip(ρ, 1-ε, 1+ε_high)): room for what was unlikely.
+
+    dual > 1: where A < 0 the loss is at most -A dual (dual clip, 1912.09729).   [n, T]
+    """
+    ratio = ratio_of(logp, old_logp)                                                     # [n, T]
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps_high))
+    return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss) if dual else loss
+
+
+def token_mean(mask):
+    """Every token alike.   [N, T]"""
+    return mask / mask.sum().clamp(min=1)
+
+
+def chosen(groups, keep):
+    """What is known of the groups where keep [P] is true."""
+    rows = keep.repeat_interleave(len(groups["posed"]) // len(keep))                     # [N]
+    out = {k: x[keep] if torch.is_tensor(x) else x for k, x in groups.items()}
+    for name, where in dict(problems=keep, posed=rows, texts=rows).items():
+        out[name] = list(itertools.compress(groups[name], where.tolist()))
+    return out | dict(roll=Rollout(*(x[rows] for x in groups["roll"][:-1])))
+
+
+def joined(rounds):
+    """Rounds of groups as one, their rollouts padded to the widest."""
+    out = dict(rounds[0])
+    for name, x in rounds[0].items():
+        out[name] = torch.cat([x[name] for x in rounds]) if torch.is_tensor(x) else x
+    for name in ("problems", "posed", "texts"):
+        out[name] = [x for one in rounds for x in one[name]]
+    rolls, pad = [x["roll"] for x in rounds], max(out["ref"].config.pad_token_id, 0)
+
+    def stack(name, fill=0):
+        rows = [row for roll in rolls for row in getattr(roll, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=fill)
+    return out | dict(roll=Rollout(stack("tokens", pad), stack("mask"), stack("logp"),
+                                   torch.cat([x.prompt_len for x in rolls]),
+                                   torch.cat([x.finished for x in rolls])))
+
+
+def gathered(fresh, prompts, rounds, keep):
+    """Rounds until so many groups are kept.   keep: groups -> [P] bool.   -> batch, all seen"""
+    seen, kept, passed = [], [], 0
+    for groups in itertools.islice(fresh, rounds):
+        good = keep(groups)                                                              # [P]
+        seen.append(groups)
+        kept.append(chosen(groups, good))
+        passed += int(good.sum())
+        if passed >= prompts:
+            break
+    batch = joined(kept if passed else seen[-1:])              # all are flat: a penalty can teach
+    first = torch.arange(len(batch["score"]), device=batch["score"].device) < prompts
+    return chosen(batch, first) | dict(passed=passed), joined(seen)
+
+
+def mixed(fresh, prompts, *, rounds: Count = 10):
+    """Groups whose rewards differ, before a shaper's length terms; up to so many rounds."""
+    return gathered(fresh, prompts, rounds, lambda groups: groups["score"].std(1) > 1e-6)
+
+
+SHAPERS["overlong"], SURROGATES["clip_higher"] = overlong, clip_higher
+WEIGHTS["token_mean"], FILTERS["mixed"] = token_mean, mixed
+CHECKS["mixed"] = compares
+PRESETS["dapo"] = dict(shaper="overlong", filter="mixed", surrogate="clip_higher",
+                       weight="token_mean")
+
+# === reinforce_pp, rpp_baseline: 2501.03262, no group: whitened over the batch's tokens ===========
+
+
+def whiten(x, mask, eps=1e-8):
+    """(x - mean) / std over all valid tokens, unbiased.   [N, T]"""
+    n = mask.sum()
+    mean = (x * mask).sum() / n
+    var = ((x - mean) ** 2 * mask).sum() / (n - 1).clamp(min=1)
+    return (x - mean) * torch.rsqrt(var + eps) * mask
+
+
 def returns(shaped, mask, old_logp, ref_logp, *, beta=0.0):
-    """REINFORCE++ (2501.03262): R at the last token less β k1 of each from t on, whitened over the
-    batch."""
+    """REINFORCE++ (2501.03262): R at the last token less β k1 of each from t on, whitened."""
     k1 = (old_logp - ref_logp) * mask                                                    # [N, T]
     ahead = k1.flip(1).cumsum(1).flip(1)
     return whiten(tokens_of(shaped, mask) - beta * ahead * mask, mask)
 
 
 def whitened(shaped, mask):
-    """REINFORCE++-baseline (2501.03262), DLER (2510.15110): less the group's mean, whitened over
-    the batch.
+    """REINFORCE++-baseline (2501.03262): less the group's mean, whitened over the batch.
 
-    Over tokens, so that long responses count for more, and a group without a signal is not quite at
-    0.
+    Over tokens, so that long responses count for more, and a group without a signal is not quite
+    at 0.
     """
     return whiten(centred(shaped, mask), mask)
 
 
-def distilled(old_logp, teach_logp, base_logp, mask, *, lam=1.0, most: Positive = 10.0):
-    """G-OPD (2602.12125): the token reward λ log π_T/π_base with a KL of weight 1; λ 1: log
-    π_T/π_old."""
-    return (lam * (teach_logp - base_logp).clamp(-most, most) - (old_logp - base_logp)) * mask
+ADVANTAGES["returns"], ADVANTAGES["whitened"] = returns, whitened
+CHECKS["whitened"] = compares
+PRESETS["reinforce_pp"] = dict(advantage="returns", weight="token_mean")
+PRESETS["rpp_baseline"] = dict(advantage="whitened", weight="token_mean")
+
+# === dler, da_dler: 2510.15110, truncation as the only penalty, whitened over the batch ===========
+
+
+def targets(correct, length, target, easy):
+    """The longest response; `easy` (if not 0): of prompts half solved within the target.  [P, 1]"""
+    solved = (correct * (length <= target)).mean(1, keepdim=True) >= 0.5                 # [P, 1]
+    return torch.where(solved, float(easy or target), float(target))
+
+
+def to_target(correct, length, *, target: Count = 22, easy=0):
+    """DLER (2510.15110): as if generation had stopped at the target.   [P, G]"""
+    return torch.minimum(length, targets(correct, length, target, easy))
+
+
+def truncate(score, correct, length, *, target: Count = 22, easy=0):
+    """DLER (2510.15110): nothing for a response longer than the target.   [P, G]"""
+    return score * (length <= targets(correct, length, target, easy))
+
+
+def mixed_shaped(fresh, prompts, *, rounds: Count = 10):
+    """Groups whose shaped rewards differ, where truncation is the only shaping."""
+    return gathered(fresh, prompts, rounds, lambda groups: groups["shaped"].std(1) > 1e-6)
+
+
+TRIMS["to_target"], SHAPERS["truncate"], FILTERS["mixed_shaped"] = to_target, truncate, mixed_shaped
+CHECKS["mixed_shaped"] = compares
+PRESETS["dler"] = dict(trim="to_target", shaper="truncate", filter="mixed_shaped",
+                       advantage="whitened", surrogate="clip_higher", dual=10.0,
+                       weight="token_mean", penalty="k3", beta=5e-4)
+# DA-DLER: prompts that are mostly solved get a shorter target
+PRESETS["da_dler"] = PRESETS["dler"] | dict(target=26, easy=18)
+
+# === dot: 2601.03969, in groups all correct the longest outliers are cut off, and so fail =========
+
+
+def outliers(correct, length, *, spread: Positive = 1.5, least=2):
+    """DOT (2601.03969): in a group all correct, ⌊mean + α std⌋ of what is `least` tokens longer.
+
+    The paper's α = 3 can never be reached in a group of ten or fewer: z <= (G - 1) / √G.   [P, G]
+    """
+    limit = length.mean(1, keepdim=True) + spread * length.std(1, keepdim=True)          # [P, 1]
+    limit = limit.floor()
+    cut = (correct.min(1, keepdim=True).values > 0) & (length - limit >= least)
+    return torch.where(cut, limit, length)
+
+
+def regraded(score, length, trained):
+    """DOT (2601.03969): what was cut has no end, and so no reward.   [P, G]"""
+    return score * (trained >= length)
+
+
+TRIMS["outliers"], SHAPERS["regraded"] = outliers, regraded
+CHECKS["regraded"] = lambda c: ("--shaper regraded does nothing with --trim whole, which cuts "
+                                "nothing: try --trim outliers") * (c.trim == "whole")
+PRESETS["dot"] = dict(trim="outliers", shaper="regraded", filter="mixed_shaped",
+                      surrogate="kl_cov", samples=16, prompts=8)
+
+# === linear: control, every response pays for its length ==========================================
+
+
+def linear_length(score, length, cap, *, price=0.1, correct_only=False):
+    """R - a L/C for every response, or for what earned something (correct_only).   [P, G]"""
+    return score - price * length / cap * (score if correct_only else 1)
+
+
+SHAPERS["linear"] = linear_length
+
+# === easy: 2505.18086, GRPO-λ, a length penalty in the easiest groups only ========================
+
+
+def among_correct(x, correct, unbiased=False):
+    """Mean and std of x over each group's correct responses, [P, 1] each; std 1 for fewer than
+    two."""
+    n = correct.sum(1, keepdim=True)                                                     # [P, 1]
+    mean = (x * correct).sum(1, keepdim=True) / n.clamp(min=1)
+    var = ((x - mean) ** 2 * correct).sum(1, keepdim=True) / (n - int(unbiased)).clamp(min=1)
+    return mean, torch.where(n > 1, var.sqrt(), torch.ones_like(var))
+
+
+def easiest(correct, length, *, share: Share = 0.2, alpha=0.6):
+    """GRPO-λ (2505.18086): in the ⌈λP⌉ groups with most correct ones, c (1 - α σ((L - μ) / s)).
+
+    μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt.
+    """
+    mean, std = among_correct(length, correct)
+    z = (length - mean) / std.clamp(min=1e-4)                                            # [P, G]
+    penalised = correct * (1 - alpha * torch.sigmoid(z))
+    k = min(len(correct), -int(-share * len(correct) // 1))                            # the ceiling
+    picked = correct.mean(1).argsort(descending=True, stable=True)[:k]                   # [k]
+    among = torch.zeros(len(correct), 1, dtype=torch.bool, device=correct.device)
+    return torch.where(among.index_fill(0, picked, True), penalised, correct)
+
+
+SHAPERS["easy"] = easiest
+
+# === hapo: 2505.11225, beat the shortest correct response that the prompt has ever had ============
+
+
+class Records:
+    """The length of each prompt's shortest correct response yet, inf for none."""
+
+    def __init__(self, pool):
+        self.best = [float("inf")] * len(pool)
+
+    def tell(self):
+        """A list of the pool's length."""
+        return self.best
+
+    def note(self, where, length, correct):
+        """The responses of a step: where [P, 1], length and correct [P, G]."""
+        for i, lengths, right in zip(where.flatten().tolist(), length, correct):
+            self.best[i] = min([self.best[i], *lengths[right > 0].tolist()])
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.best
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.best = state
+
+
+def record_of(records, where):
+    """The record of each prompt.   [P, 1]"""
+    return [records[i] for i in where.flatten().tolist()]
+
+
+def history(correct, length, best, *, weight=1.0, floor=-0.7, wrong_penalty=True):
+    """HAPO (2505.11225): c + w f, f = cos(π/2 L/h) up to twice the record h, else -1; 0 without h.
+
+    best [P, 1]: h, inf for none. Correct: max(f, floor); wrong: min(f, 0), or 0 without
+    wrong_penalty.
+    """
+    f = torch.where(length < 2 * best, torch.cos(torch.pi / 2 * length / best),
+                    -torch.ones_like(length))
+    wrong = f.clamp(max=0) if wrong_penalty else torch.zeros_like(f)
+    f = torch.where(correct > 0, f.clamp(min=floor), wrong)
+    return correct + weight * torch.where(torch.isfinite(best), f, torch.zeros_like(f))
+
+
+MEMORIES["records"], FACTS["best"], SHAPERS["history"] = Records, record_of, history
+PRESETS["hapo"] = dict(shaper="history", pool=60)              # ours: so few come back in 60 steps
+
+# === arlcp: 2602.12113, reflection and length penalised, by how much a response reflects ==========
+
+
+def reflections(texts, posed, task):
+    """How often each response looks again: wait, but, …   of N"""
+    return [tasks.second_looks(tasks.part(task, p), text) for p, text in zip(posed, texts)]
+
+
+def share_of_correct(x, correct):
+    """σ of x's z-score against the group's correct responses.   [P, G]"""
+    mean, std = among_correct(x, correct, unbiased=True)
+    return torch.sigmoid((x - mean) / (std + 1e-6))
+
+
+def reflective(correct, length, reflections, *, low=1, high=3):
+    """ARLCP (2602.12113): c (1 - λ1 σ(z_K) - λ2 σ(z_L)), λ1 = .05, .10, .15 by the reflections K.
+
+    λ1 + λ2 = .2. The paper's steps are 40 and 80 of its much longer responses.   [P, G]
+    """
+    first = 0.05 + 0.05 * (reflections > low) + 0.05 * (reflections > high)              # [P, G]
+    return correct * (1 - first * share_of_correct(reflections, correct)
+                      - (0.2 - first) * share_of_correct(length, correct))
+
+
+FACTS["reflections"], SHAPERS["reflective"] = reflections, reflective
+PRESETS["arlcp"] = dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3)
+
+# === rlvr: 2411.15124, Tülu 3, 10 if verified, -10 without EOS, KL in the reward ==================
+
+
+def verified(correct, truncated, *, scale=10.0):
+    """Tülu 3's RLVR (2411.15124): scale if correct, 0 if not, -scale without EOS.   [P, G]"""
+    return torch.where(truncated, -scale * torch.ones_like(correct), scale * correct)
+
+
+SHAPERS["verified"] = verified
+PRESETS["rlvr"] = dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05)
+
+# === drpo: 2510.04474, correct ones by length, wrong ones by a soft maximum, no shared baseline ===
+
+
+def drpo(logp, old_logp, mask, correct, length, cap, price, *, lam=0.1, tau: Positive = 10.0,
+         beta: Positive = 10.0, delta: Positive = 1e-4):
+    """DRPO (2510.04474): -J = -(Σ w s - τ log mean exp(s/τ)) of a group, s a mean log-prob.
+
+    w over the correct ones ∝ exp((1 - L/C) / λ), the soft maximum over the wrong; 0 without
+    either. price: the trust region's, of a token (see hinge; beta and delta are its).   -> [p]
+    """
+    G = correct.size(1)
+    s = ((logp * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, G)                    # [p, G]
+    w = torch.softmax(((1 - length / cap) / lam).masked_fill(correct < 1, -torch.inf), 1)
+    wrong = (s / tau).masked_fill(correct > 0, -torch.inf)
+    k = (correct < 1).sum(1)                                                             # [p]
+    both = (k > 0) & (k < G)
+    w, wrong = w.nan_to_num(), torch.where(both[:, None], wrong, torch.zeros_like(wrong))
+    J = (w * s).sum(1) - tau * (torch.logsumexp(wrong, 1) - k.clamp(min=1).log())
+    paid = (price * (old_logp - logp) * mask).sum(1).view(-1, G).sum(1)                  # [p]
+    return paid - torch.where(both, J, torch.zeros_like(J))
+
+
+def now(policy, tokens, mask, c):
+    """The policy's log-probs over the whole minibatch, before its gradient.   [n, T]"""
+    return logprobs(policy, tokens, mask, c)
+
+
+def hinge(now, old_logp, mask, groups, beta, delta):
+    """DRPO's trust region: max(β (KL - δ), 0) KL, KL the tokens' mean of log π_old/π.   [n, T]
+
+    The factor, without gradient, spread so that the sum over tokens of it and of log π_old/π,
+    divided by the groups, is the penalty.
+    """
+    n = mask.sum()
+    kl = ((old_logp - now) * mask).sum() / n
+    return torch.full_like(mask, (beta * (kl - delta)).clamp(min=0).item() * groups / n.item())
+
+
+def weighs_nothing(c):
+    """Words against weights of tokens, where only groups have a loss."""
+    idle = c.weight != "sequence_mean" and c.penalty == "none" and not c.entropy
+    return (f"--weight {c.weight} does nothing with --surrogate drpo, whose loss is of groups: "
+            "leave it out") * idle
+
+
+MINIBATCH["now"], MINIBATCH["price"], SURROGATES["drpo"] = now, hinge, drpo
+CHECKS["drpo"] = weighs_nothing
+
+# === clip_cov, kl_cov: 2505.22617, no gradient, or a KL, on the tokens that lower the entropy =====
+
+
+def covariance(now, adv, mask):
+    """(A - mean A) (log π - mean log π) of each token: what lowers the entropy (eq. 11).  [n, T]"""
+    off = [x - (x * mask).sum() / mask.sum() for x in (adv, now)]
+    return off[0] * off[1]
+
+
+def band(now, old_logp, adv, mask, generator, ratio, low, high, eps):
+    """max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not clip."""
+    rho, cov = ratio_of(now, old_logp), covariance(now, adv, mask)
+    clipped = -adv * rho.clamp(1 - eps, 1 + eps) > -adv * rho
+    inside = (cov > low) & (cov < high) & ~clipped & (mask > 0)
+    where = inside.flatten().nonzero().flatten()                                         # [k]
+    n = min(len(where), max(1, int(ratio * mask.sum())))
+    picked = where[torch.randperm(len(where), generator=generator)[:n].to(where.device)]
+    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
+
+
+def steepest(now, adv, mask, ratio):
+    """The max(1, ratio n) tokens of the highest covariance.   [n, T], 1 or 0"""
+    cov = covariance(now, adv, mask).masked_fill(mask < 1, -torch.inf).flatten()
+    picked = cov.topk(max(1, int(ratio * mask.sum()))).indices
+    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
+
+
+def clip_cov(logp, old_logp, adv, dropped, *, eps=1.0, ratio: Share = 2e-3, low=0.5, high=5.0):
+    """Clip-Cov (2505.22617): no gradient from a few tokens; the ratio's clip nearly off.   [n, T]
+
+    dropped: 1 where it is one of them; ratio, low and high say which (see band).
+    """
+    return clip(logp, old_logp, adv, eps=eps) * (1 - dropped)
+
+
+def kl_cov(logp, old_logp, adv, steep, *, coef=1.0, ratio: Share = 2e-3):
+    """KL-Cov (2505.22617): -A ρ, and coef |log π/π_old| on a share of the tokens: no clip.  [n, T]
+
+    steep: 1 where it is one of them (see steepest). A token that has not moved has no sign: what
+    rounding leaves of its ratio 1 earns no gradient.
+    """
+    moved = logp - old_logp
+    size = torch.where(moved.abs() > 1e-5, moved.abs(), torch.zeros_like(moved))
+    return -adv * ratio_of(logp, old_logp) + coef * steep * size
+
+
+MINIBATCH["dropped"], SURROGATES["clip_cov"] = band, clip_cov
+MINIBATCH["steep"], SURROGATES["kl_cov"] = steepest, kl_cov
+PRESETS["clip_cov"] = dict(surrogate="clip_cov", filter="mixed", weight="token_mean")
+PRESETS["kl_cov"] = dict(surrogate="kl_cov", filter="mixed", weight="token_mean")
+# what the arms of the claim `exploration` share
+PRESETS["tokens"] = dict(filter="every", weight="token_mean")
+
+# === ace: 2602.21420, wrong responses that became likelier pay more ===============================
+
+
+def overconfident(adv, old_logp, ref_logp, mask, *, alpha=1.0):
+    """ACE (2602.21420): where A < 0, A (1 + α softplus(mean of log π/π_ref)); α ours (unknown)."""
+    shift = ((old_logp - ref_logp) * mask).sum(1) / mask.sum(1).clamp(min=1)             # [N]
+    return torch.where(adv < 0, adv * (1 + alpha * F.softplus(shift)[:, None]), adv)
+
+
+def harsher(adv, *, factor=1.693147):
+    """A control: every negative advantage times 1 + log 2, whatever the confidence."""
+    return torch.where(adv < 0, factor * adv, adv)
+
+
+CREDITS["overconfident"], CREDITS["harsher"] = overconfident, harsher
+PRESETS["ace"] = dict(credit="overconfident", weight="token_mean")
+
+# === apo: 2506.21655, wrong and too long pays more; KL is loosened on hard prompts ================
+
+
+def too_long(adv, correct, length, *, base: Positive = 1.1):
+    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) of wrong ones longer than the correct mean μ."""
+    mean, _ = among_correct(length, correct)                                             # [P, 1]
+    over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
+    return adv * (2 - base ** -over).reshape(-1, 1)
+
+
+def by_difficulty(logp, ref_logp, adv, correct, *, beta=1e-3):
+    """APO's DADS (2506.21655): k3, where A > 0 times 1 - exp(-e (1 - d)), d = 1 - mean(c).
+
+    No factor where d is 0 or 1.   [n, T]
+    """
+    d = 1 - correct.mean(1, keepdim=True)                                                # [p, 1]
+    w = torch.where((d > 0) & (d < 1), 1 - torch.exp(-torch.e * (1 - d)), torch.ones_like(d))
+    w = w.expand_as(correct).reshape(-1, 1)                                              # [n, 1]
+    return k3(logp, ref_logp, beta=beta) * torch.where(adv > 0, w, torch.ones_like(w))
+
+
+CREDITS["too_long"], PENALTIES["by_difficulty"] = too_long, by_difficulty
+PRESETS["apo"] = dict(credit="too_long", penalty="by_difficulty")
+
+# === k2, k3_straight: Schulman's note, KL penalties whose gradient is that of KL(π||π_ref) ========
+
+
+def k2(logp, ref_logp, *, beta=0.04):
+    """β d²/2, d = log π/π_ref: on-policy its gradient is that of KL(π||π_ref).   [n, T]"""
+    return beta * 0.5 * (logp - ref_logp) ** 2
+
+
+def k3_straight(logp, ref_logp, *, beta=0.04):
+    """k3's value with k2's gradient.   [n, T]"""
+    square = k2(logp, ref_logp, beta=beta)
+    return square - square.detach() + k3(logp, ref_logp, beta=beta).detach()
+
+
+PENALTIES["k2"], PENALTIES["k3_straight"] = k2, k3_straight
+
+# === rapo: 2510.03865, forward KL to a reference that is flattened where the answer was wrong =====
+
+
+def flat_logp(ref, ref_logp, correct, roll, mask, c):
+    """Log-probs under the reference at temperature 1/φ, φ = (1 + R) / 2 of the response.  [N, T]"""
+    hot = logprobs(ref, roll.tokens, mask, c, 2 * c.temperature)
+    return torch.where(correct.view(-1, 1) > 0, ref_logp, hot)
+
+
+def flattened(logp, flat_logp, *, beta=0.01, most: Positive = 5.0):
+    """RAPO (2510.03865): forward KL to π_ref^φ, w log w - w + 1, w = π_ref^φ/π.   [n, T]
+
+    beta is ours: the paper's is unknown to us.
+    """
+    log_w = (flat_logp - logp).clamp(-20, most)
+    return beta * (log_w.exp() * (log_w - 1) + 1)
+
+
+BATCH["flat_logp"], PENALTIES["flattened"] = flat_logp, flattened
+PRESETS["rapo"] = dict(penalty="flattened", entropy=1e-3)
+# RAPO's control: the reverse KL, at the same strength
+PRESETS["reverse"] = dict(penalty="k2", beta=0.01, entropy=1e-3)
+
+# === clip_delta: 2410.15115, process rewards, bounded so that more steps earn no more =============
+
+
+def spelled(ids, tok, chars):
+    """How many of the ids spell the first `chars` characters."""
+    return bisect_left(range(len(ids) + 1), chars, key=lambda i: len(tok.decode(ids[:i])))
+
+
+def step_ends(roll, texts, posed, task, tok):
+    """After how many tokens each step of each response ends.   N lists"""
+    out = []
+    for ids, text, problem in zip(roll.completions(), texts, posed):
+        found = tasks.step_ends(tasks.part(task, problem), text)
+        out.append([spelled(ids, tok, end) for end in found])
+    return out
+
+
+def probed(cuts, mask):
+    """Which of K steps a response has.   [N, K]"""
+    counts = torch.tensor([len(row) for row in cuts], device=mask.device)
+    return torch.arange(max(1, int(counts.max())), device=mask.device) < counts[:, None]
+
+
+def step_of(cuts, roll):
+    """The step of every token, the last goes on to the end; -1 where there is none.  [N, T]"""
+    step = torch.full(roll.mask.shape, -1)
+    for i, row in enumerate(cuts):
+        start = int(roll.prompt_len[i])
+        for k, (a, b) in enumerate(itertools.pairwise([0, *row])):
+            step[i, start + a:start + b if k + 1 < len(row) else None] = k
+    return step.to(roll.mask.device)
+
+
+def process(cuts, texts, posed, probed, task):
+    """The task's score of every step.   [N, K]"""
+    value = torch.zeros(probed.shape, device=probed.device)
+    for i, row in enumerate(cuts):
+        if row:
+            scores = tasks.part(task, posed[i]).process(posed[i], texts[i])
+            value[i, :len(row)] = torch.tensor(scores)
+    return value
 
 
 def at_step(x, step, otherwise=0.0):
@@ -273,38 +1134,11 @@ def at_step(x, step, otherwise=0.0):
                        torch.full_like(x[:, :1], otherwise))
 
 
-def potential(acc, conf):
-    """SPAE's Φ in [-1, 1]: -1 is confidently wrong, 1 confidently right."""
-    return 1.5 * acc * conf + 0.5 * acc - conf
-
-
-def stepwise(shaped, mask, step, acc, conf, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9,
-             white=True):
-    """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch's
-    tokens.
-
-    f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over
-    the batch) less its mean. acc, conf [N, K]: probability of the truth and confidence if asked
-    after a step, where probed is true.
-    """
-    phi = potential(acc, conf)                                                           # [N, K]
-    sure = ((phi > full) & probed).to(phi)
-    f = 1 - alpha * (1 - torch.exp(sure - sure.cumsum(1)))
-    change = F.pad(phi[:, 1:] - phi[:, :-1], (1, 0))
-    low, high = (change[probed].min(), change[probed].max()) if probed.any() else (phi.min(),
-                                                                                   phi.max())
-    g = ((change - low) / (high - low).clamp(min=1e-8)).exp()
-    g = (g - (g * probed).sum() / probed.sum().clamp(min=1)) * probed
-    A = (centred(shaped, mask) * at_step(f, step, 1.0) + xi * at_step(g, step)) * mask
-    return whiten(A, mask) if white else A
-
-
 def step_returns(p, probed, rule="clip_delta", eta=0.9):
-    """The return from each step on, of scores p [N, K] (2410.15115): plain sum, clip, delta or
-    clip_delta.
+    """The return from each step on, of scores p [N, K] (2410.15115), by a rule.
 
     clip: min(p - η, 0). delta: p_k - p_k+1, but the last but one keeps its own and the last earns
-    0: the return is p_k.
+    0: the return is p_k. sum: p.
     """
     r = (p - eta).clamp(max=0) if "clip" in rule else p
     r = r * probed
@@ -317,339 +1151,28 @@ def step_returns(p, probed, rule="clip_delta", eta=0.9):
 def process_returns(shaped, mask, step, process, probed, *,
                     rule: Literal["sum", "clip", "delta", "clip_delta"] = "clip_delta", eta=0.9,
                     scale=1.0, bug=0.0):
-    """Process rewards (2410.15115): the outcome and the return of the token's step, whitened over
-    the batch.
+    """Process rewards (2410.15115): the outcome and the return of the token's step, whitened.
 
     process [N, K]: a score of each step; bug: what a faulty scorer adds to each, which a plain sum
-    invites to farm. rule: sum, clip, delta or clip_delta.
+    invites to farm.
     """
     ahead = scale * step_returns(process + bug, probed.to(process), rule, eta)           # [N, K]
     return whiten(tokens_of(shaped, mask) + at_step(ahead, step) * mask, mask)
 
 
-ADVANTAGES = dict(group=group_norm, centred=centred, rloo=leave_one_out, returns=returns,
-                  whitened=whitened,
-                  distilled=distilled, stepwise=stepwise, process=process_returns)
-
-# --- credit: advantages [N, T] once more, by what else is known of a response ---------------------
-
-
-def same(adv):
-    """The advantages as they are."""
-    return adv
-
-
-def overconfident(adv, old_logp, ref_logp, mask, *, alpha=1.0):
-    """ACE (2602.21420): where A < 0, A (1 + α softplus(mean of log π/π_ref)); α ours (unknown)."""
-    shift = ((old_logp - ref_logp) * mask).sum(1) / mask.sum(1).clamp(min=1)             # [N]
-    return torch.where(adv < 0, adv * (1 + alpha * F.softplus(shift)[:, None]), adv)
-
-
-def too_long(adv, correct, length, *, base: Positive = 1.1):
-    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) for wrong responses longer than the correct mean
-    μ."""
-    mean, _ = among_correct(length, correct)                                             # [P, 1]
-    over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
-    return adv * (2 - base ** -over).reshape(-1, 1)
-
-
-def harsher(adv, *, factor=1.693147):
-    """A control for ACE: every negative advantage times 1 + log 2, whatever the confidence."""
-    return torch.where(adv < 0, factor * adv, adv)
-
-
-CREDIT = dict(same=same, overconfident=overconfident, too_long=too_long, harsher=harsher)
-
-# --- surrogates: a loss per token [n, T], or per group [p] ----------------------------------------
-
-
-def ratio_of(logp, old_logp, most=20.0):
-    """π/π_old, its logarithm capped against overflow."""
-    return (logp - old_logp).clamp(-most, most).exp()
-
-
-def clip(logp, old_logp, adv, *, eps: Positive = 0.2, eps_high=0.0, dual=0.0):
-    """PPO's (1707.06347 eq. 7): max(-A ρ, -A clip(ρ, 1-ε, 1+ε)); eps_high: an upper ε of its own
-    (DAPO).
-
-    dual > 1: where A < 0 the loss is at most -A dual (dual clip, 1912.09729).
-    """
-    ratio = ratio_of(logp, old_logp)                                                     # [n, T]
-    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + (eps_high or eps)))
-    return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss) if dual else loss
-
-
-def reinforce(logp, adv):
-    """-A log π: one step a rollout, no ratio."""
-    return -adv * logp
-
-
-def stale(logp, behaviour_logp, adv, *, most: Positive = 4.0):
-    """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
-    return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
-
-
-def clip_stale(logp, behaviour_logp, adv, *, eps: Positive = 0.2, eps_high=0.0):
-    """PPO's clip around the policy μ that generated, however old: a control for AIPO."""
-    return clip(logp, behaviour_logp, adv, eps=eps, eps_high=eps_high)
-
-
-def anchored(logp, old_logp, teach_logp, adv, *, alpha: Share = 0.5, eps: Positive = 0.2):
-    """RLAD (2602.22495): PPO's clip around π_old^α π_T^(1-α).   log r = α log π/π_old + (1-α) log
-    π/π_T"""
-    return clip(logp, alpha * old_logp + (1 - alpha) * teach_logp, adv, eps=eps)
-
-
-def clip_cov(logp, old_logp, adv, chosen, *, eps=1.0):
-    """Clip-Cov (2505.22617): no gradient from the chosen tokens (see band); the ratio's clip nearly
-    off."""
-    return clip(logp, old_logp, adv, eps=eps) * (1 - chosen)
-
-
-def kl_cov(logp, old_logp, adv, chosen, *, coef=1.0):
-    """KL-Cov (2505.22617): -A ρ, and coef |log π/π_old| on the chosen tokens (see top): no clip.
-
-    A token that has not moved has no sign: what rounding leaves of its ratio 1 earns no gradient.
-    """
-    moved = logp - old_logp
-    size = torch.where(moved.abs() > 1e-5, moved.abs(), torch.zeros_like(moved))
-    return -adv * ratio_of(logp, old_logp) + coef * chosen * size
-
-
-def drpo(logp, old_logp, mask, correct, length, cap, chosen, *, lam=0.1, tau: Positive = 10.0):
-    """DRPO (2510.04474): -J = -(Σ w s - τ log mean exp(s/τ)) of a group, s a response's mean
-    log-prob.
-
-    w over the correct ones ∝ exp((1 - L/C) / λ), the soft maximum over the wrong; 0 without either.
-    chosen:
-    the trust region's price of a token (see hinge).   -> [p], one loss a group
-    """
-    G = correct.size(1)
-    s = ((logp * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, G)                    # [p, G]
-    w = torch.softmax(((1 - length / cap) / lam).masked_fill(correct < 1, -torch.inf), 1)
-    wrong = (s / tau).masked_fill(correct > 0, -torch.inf)
-    k = (correct < 1).sum(1)                                                             # [p]
-    mixed = (k > 0) & (k < G)
-    w, wrong = w.nan_to_num(), torch.where(mixed[:, None], wrong, torch.zeros_like(wrong))
-    J = (w * s).sum(1) - tau * (torch.logsumexp(wrong, 1) - k.clamp(min=1).log())
-    price = (chosen * (old_logp - logp) * mask).sum(1).view(-1, G).sum(1)                # [p]
-    return price - torch.where(mixed, J, torch.zeros_like(J))
-
-
-def anchor_of(surrogate, b):
-    """The log-probs that a surrogate's clip is around."""
-    if surrogate.func is anchored:
-        return torch.lerp(b["teach_logp"], b["old_logp"], surrogate.keywords["alpha"])
-    return b["behaviour_logp" if surrogate.func is clip_stale else "old_logp"]
-
-
-SURROGATES = dict(clip=clip, reinforce=reinforce, stale=stale, clip_stale=clip_stale,
-                  anchored=anchored,
-                  clip_cov=clip_cov, kl_cov=kl_cov, drpo=drpo)
-
-# Which tokens a surrogate treats apart: of the whole minibatch, before its gradient.   -> [N, T]
-
-
-def covariance(now, adv, mask):
-    """(A - mean A) (log π - mean log π) of each token: what lowers the entropy (2505.22617 eq.
-    11)."""
-    def off(x):
-        return x - (x * mask).sum() / mask.sum()
-    return off(adv) * off(now)
-
-
-def nothing(mask):
-    """No token."""
-    return torch.zeros_like(mask)
-
-
-def band(now, old_logp, adv, mask, generator, *, ratio: Share = 2e-3, low=0.5, high=5.0, eps=1.0):
-    """Clip-Cov's: max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not
-    clip."""
-    rho, cov = ratio_of(now, old_logp), covariance(now, adv, mask)
-    clipped = -adv * rho.clamp(1 - eps, 1 + eps) > -adv * rho
-    where = ((cov > low) & (cov < high) & ~clipped
-             & (mask > 0)).flatten().nonzero().flatten()                                       # [k]
-    n = min(len(where), max(1, int(ratio * mask.sum())))
-    picked = where[torch.randperm(len(where), generator=generator)[:n].to(where.device)]
-    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
-
-
-def top(now, adv, mask, *, ratio: Share = 2e-3):
-    """KL-Cov's: the max(1, ratio n) tokens of the highest covariance."""
-    cov = covariance(now, adv, mask).masked_fill(mask < 1, -torch.inf).flatten()
-    picked = cov.topk(max(1, int(ratio * mask.sum()))).indices
-    return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
-
-
-def hinge(now, old_logp, mask, groups, *, beta: Positive = 10.0, delta: Positive = 1e-4):
-    """DRPO's trust region: max(β (KL - δ), 0) KL, KL the tokens' mean of log π_old/π; the factor
-    without gradient, spread so that the sum over tokens, divided by the groups, is the penalty."""
-    n = mask.sum()
-    kl = ((old_logp - now) * mask).sum() / n
-    return torch.full_like(mask, (beta * (kl - delta)).clamp(min=0).item() * groups / n.item())
-
-
-CHOOSERS = dict(nothing=nothing, band=band, top=top, hinge=hinge)
-
-# --- penalties: added to the loss of a token, [n, T] ----------------------------------------------
-
-
-def none(logp):
-    """No penalty."""
-    return torch.zeros_like(logp)
-
-
-def k2(logp, ref_logp, *, beta=0.04):
-    """β d²/2, d = log π/π_ref: on-policy its gradient is that of KL(π||π_ref)."""
-    return beta * 0.5 * (logp - ref_logp) ** 2
-
-
-def k3(logp, ref_logp, *, beta=0.04):
-    """β (exp(-d) - 1 + d), d = log π/π_ref: unbiased, never below 0; its gradient is that of
-    KL(π_ref||π)."""
-    d = (logp - ref_logp).clamp(-20, 20)
-    return beta * (torch.expm1(-d) + d).clamp(max=10)
-
-
-def k3_straight(logp, ref_logp, *, beta=0.04):
-    """k3's value with k2's gradient."""
-    square = k2(logp, ref_logp, beta=beta)
-    return square - square.detach() + k3(logp, ref_logp, beta=beta).detach()
-
-
-def by_difficulty(logp, ref_logp, adv, correct, *, beta=1e-3):
-    """APO's DADS (2506.21655): k3 where A > 0 times 1 - exp(-e (1 - d)), d = 1 - mean(c); 1 for d 0
-    or 1."""
-    d = 1 - correct.mean(1, keepdim=True)                                                # [p, 1]
-    w = torch.where((d > 0) & (d < 1), 1 - torch.exp(-torch.e * (1 - d)), torch.ones_like(d))
-    w = w.expand_as(correct).reshape(-1, 1)                                              # [n, 1]
-    return k3(logp, ref_logp, beta=beta) * torch.where(adv > 0, w, torch.ones_like(w))
-
-
-def flattened(logp, flat_logp, *, beta=0.01, most: Positive = 5.0):
-    """RAPO (2510.03865): forward KL to π_ref^φ, w log w - w + 1, w = π_ref^φ/π.   β ours (unknown)
-
-    flat_logp [n, T]: log-probs under the reference at temperature 1/φ, φ = (1 + R) / 2 of the
-    response.
-    """
-    log_w = (flat_logp - logp).clamp(-20, most)
-    return beta * (log_w.exp() * (log_w - 1) + 1)
-
-
-def to_teacher(logp, teach_logp, correct, progress, *, beta=2e-3, beta_start=0.0, wrong_only=False):
-    """KDRL (2506.02208): β k2 to the teacher, or only on wrong responses.
-
-    beta_start: anneal from it to beta, linearly over the run (progress, from 0 to 1); 0: β is
-    constant.
-    """
-    rows = (1 - correct).reshape(-1, 1) if wrong_only else 1.0
-    beta = beta_start + (beta - beta_start) * progress if beta_start else beta
-    return k2(logp, teach_logp, beta=beta) * rows
-
-
-PENALTIES = dict(none=none, k2=k2, k3=k3, k3_straight=k3_straight, by_difficulty=by_difficulty,
-                 flattened=flattened, to_teacher=to_teacher)
-
-# --- weights: the loss of a minibatch is Σ loss · weight over its tokens.   mask -> [N, T] --------
-
-
-def token_mean(mask):
-    """Every token alike (DAPO)."""
-    return mask / mask.sum().clamp(min=1)
-
-
-def sequence_mean(mask):
-    """Every response alike, a token 1/L of it (GRPO)."""
-    return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
-
-
-def constant(mask, cap):
-    """Every token alike and by a constant, the longest response allowed (Dr. GRPO)."""
-    return mask / (len(mask) * cap)
-
-
-def sequence_sum(mask):
-    """Every response's sum, averaged (RLOO)."""
-    return mask / len(mask)
-
-
-WEIGHTS = dict(token_mean=token_mean, sequence_mean=sequence_mean, constant=constant,
-               sequence_sum=sequence_sum)
-
-# --- filters: which groups train.   -> [P] bool ---------------------------------------------------
-
-
-def every(shaped):
-    """All of them."""
-    return torch.ones(len(shaped), dtype=torch.bool, device=shaped.device)
-
-
-def mixed(score):
-    """Groups whose rewards differ (DAPO's dynamic sampling), before a shaper's length terms."""
-    return score.std(1) > 1e-6
-
-
-def mixed_shaped(shaped):
-    """... after them: DLER's, whose only shaping is truncation."""
-    return shaped.std(1) > 1e-6
-
-
-def steady(shaped, usual, *, ratio: Share = 0.5):
-    """RLPR's (2506.18254): groups whose std is at least ratio times the usual one; never none."""
-    std = shaped.std(1)
-    return (std >= ratio * usual) | (std == std.max())
-
-
-FILTERS = dict(every=every, mixed=mixed, mixed_shaped=mixed_shaped, steady=steady)
-AXES = dict(trim=TRIMS, shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDIT, surrogate=SURROGATES,
-            chooser=CHOOSERS, penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS,
-            kernels=kernels.MODES)
-
-# --- roll out -------------------------------------------------------------------------------------
-
-
-def joined(rolls, pad):
-    """Rollouts one below the other, padded to the widest -> Rollout."""
-    width = max(r.tokens.size(1) for r in rolls)
-
-    def stack(name, fill):
-        return torch.cat([F.pad(getattr(r, name), (0, width - r.tokens.size(1)), value=fill)
-                          for r in rolls])
-    return Rollout(stack("tokens", pad), stack("mask", 0), stack("logp", 0),
-                   torch.cat([r.prompt_len for r in rolls]), torch.cat([r.finished for r in rolls]),
-                   sum(r.row_steps for r in rolls))
-
-
-def rows_of(roll, keep):
-    """The rows of a rollout where keep [N] is true."""
-    return Rollout(*(x[keep] for x in roll[:-1]), roll.row_steps)
-
-
-@torch.no_grad()
-def logprobs(model, tokens, mask, c, temperature=0.0):
-    """token_logprobs in micro-batches, without gradient, at the run's temperature and
-    precision.   [N, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([token_logprobs(model, t, m, temperature=temperature or c.temperature)
-                          for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
-
-
-def graded(score, problems, roll, tok, samples):
-    """A reward of every response.   -> [P, G], the texts"""
-    texts = [tok.decode(ids) for ids in roll.completions()]
-    got = [float(score(problems[i // samples], x, done))
-           for i, (x, done) in enumerate(zip(texts, roll.finished.tolist()))]
-    return torch.tensor(got, device=roll.tokens.device).view(-1, samples), texts
-
+BATCH["cuts"], BATCH["step"], BATCH["probed"] = step_ends, step_of, probed
+BATCH["process"], ADVANTAGES["process"] = process, process_returns
+CHECKS["process"] = lambda task: lacks(task, "process")
+PRESETS["clip_delta"] = dict(advantage="process", weight="token_mean", kl_reward=1e-3)
+
+# === spae: 2601.03823, a probe after each step: those that raise the truth's chance earn more =====
 
 MARK = "####"                    # an answer follows: see data/tasks.py
 
 
 @torch.no_grad()
 def forced(model, rows, c):
-    """Of rows (context ids, ids forced after it): their mean probability, log-prob and entropy.   3
-    x [R]
+    """Of rows (context ids, ids forced after it): mean probability, log-prob, entropy.   3 x [R]
 
     A row longer than the model's context loses its beginning.
     """
@@ -657,21 +1180,101 @@ def forced(model, rows, c):
     rows = [(a[-(most - len(b)):], b) for a, b in rows]
     tokens, mask = collate(rows, max(model.config.pad_token_id, 0), c.device)
     with autocast(c.device, c.dtype):
-        made = [token_logprobs(model, t, m, entropy=True)
-                for t, m in zip(tokens.split(c.micro), mask.split(c.micro))]
-    logp, entropy = (torch.cat(x) for x in zip(*made))                                   # [R, T]
+        pairs = [token_logprobs(model, t, m, temperature=1.0, entropy=True)
+                 for t, m in zip(tokens.split(c.micro), mask.split(c.micro))]
+    logp, entropy = (torch.cat(x) for x in zip(*pairs))                                  # [R, T]
     return [(x * mask).sum(1) / mask.sum(1).clamp(min=1) for x in (logp.exp(), logp, entropy)]
 
 
-def after_mark(model, roll, texts, truths, tok, c):
-    """(mean probability, exp of the mean log-prob) [N] of answers after each response's first ####.
+def truth(problem, task, tok):
+    """The ids of what follows #### in a good response."""
+    return tok.encode(task.demo(problem, "good").partition(MARK)[2])
 
-    truths: the ids to force there, or None for the response's own. 0 where nothing can be asked.
+
+def belief(policy, roll, cuts, probed, posed, task, tok, c):
+    """What the policy believes if it is asked for the answer after each step.   2 x [N, K]
+
+    The mean probability of the true answer's tokens, and exp(-their mean entropy): for an answer
+    of one token what the paper's short samples estimate.
+    """
+    rows, value = [], torch.zeros(2, *probed.shape, device=c.device)
+    for i, row in enumerate(cuts):
+        start, answer = int(roll.prompt_len[i]), truth(posed[i], task, tok)
+        rows += [(roll.tokens[i, :start + end].tolist() + tok.encode(MARK), answer) for end in row]
+    if rows:
+        acc, _, entropy = forced(policy, rows, c)
+        value[:, probed] = torch.stack([acc, torch.exp(-entropy)])
+    return value[0], value[1]
+
+
+def potential(acc, conf):
+    """SPAE's Φ in [-1, 1]: -1 is confidently wrong, 1 confidently right."""
+    return 1.5 * acc * conf + 0.5 * acc - conf
+
+
+def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9,
+             white=True):
+    """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch.
+
+    f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over
+    the batch) less its mean. belief, 2 x [N, K]: probability of the truth, confidence.
+    """
+    phi = potential(*belief)                                                             # [N, K]
+    sure = ((phi > full) & probed).to(phi)
+    f = 1 - alpha * (1 - torch.exp(sure - sure.cumsum(1)))
+    change = F.pad(phi[:, 1:] - phi[:, :-1], (1, 0))
+    asked = change[probed] if probed.any() else phi
+    low, high = asked.min(), asked.max()
+    g = ((change - low) / (high - low).clamp(min=1e-8)).exp()
+    g = (g - (g * probed).sum() / probed.sum().clamp(min=1)) * probed
+    A = (centred(shaped, mask) * at_step(f, step, 1.0) + xi * at_step(g, step)) * mask
+    return whiten(A, mask) if white else A
+
+
+BATCH["belief"], ADVANTAGES["stepwise"] = belief, stepwise
+CHECKS["stepwise"] = unanswered
+PRESETS["spae"] = dict(advantage="stepwise", filter="mixed", surrogate="clip_higher",
+                       weight="token_mean")
+
+# === care: 2506.16141, a bonus for reasoning that makes the answer likely under a slow copy =======
+
+
+class Slow:
+    """A copy of the policy that follows it slowly: in a short run it stays near the reference."""
+
+    def __init__(self, ref):
+        self.model = copy.deepcopy(ref)
+
+    def tell(self):
+        """The copy."""
+        return self.model
+
+    @torch.no_grad()
+    def note(self, done, policy):
+        """Half a per cent of the way, every ten steps."""
+        if done % 10 == 0:
+            for mine, new in zip(self.model.parameters(), policy.parameters()):
+                mine.lerp_(new, 0.005)
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.model.state_dict()
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.model.load_state_dict(state)
+
+
+def after_mark(model, roll, texts, truths, tok, c):
+    """(mean probability, exp of the mean log-prob) of answers after each response's ####.  [2, N]
+
+    truths: the ids to force there, of N, or None for the response's own. 0 where nothing can be
+    asked.
     """
     rows, where = [], []
     for i, (ids, text) in enumerate(zip(roll.completions(), texts)):
-        k, start = curricula.spelled(ids, tok, text.find(MARK) + len(MARK)), int(roll.prompt_len[i])
-        answer = ids[k:] if truths is None else truths[i // c.samples]
+        k, start = spelled(ids, tok, text.find(MARK) + len(MARK)), int(roll.prompt_len[i])
+        answer = ids[k:] if truths is None else truths[i]
         if MARK in text and answer:
             rows.append((roll.tokens[i, :start + k].tolist(), answer))
             where.append(i)
@@ -682,545 +1285,579 @@ def after_mark(model, roll, texts, truths, tok, c):
     return out
 
 
-def truth(problem, task, tok):
-    """The ids of what follows #### in a good response."""
-    return tok.encode(task.demo(problem, "good").partition(MARK)[2])
+def answer_prob(slow, roll, texts, tok, c):
+    """How likely a response's own answer is under the slow copy.   of N"""
+    return after_mark(slow, roll, texts, None, tok, c)[1]
 
 
-def facts(wanted, models, roll, texts, problems, task, tok, c):
-    """What was asked of the responses beyond their score, {name: [P, G], or [P, 1] of a prompt}.
+def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap: Share = 0.95):
+    """GRPO-CARE (2506.16141): a bonus where the answer is as likely as after the group's good ones.
 
-    models: policy, ref, and slow, the policy's trailing copy (GRPO-CARE).
+    answer_prob [P, G]: exp of the answer tokens' mean log-prob under a slow copy of the policy.
     """
-    mine = [p for p in problems for _ in range(c.samples)]
-    said = [tasks.stated(tasks.part(task, p), x) if done else "" for p, x, done in zip(
-        mine, texts, roll.finished.tolist())] if wanted & {"stated", "answer"} else []
-    number = {x: i for i, x in enumerate(dict.fromkeys(x for x in said if x))}
-    ask = [[*tok.prompt(p, c.chat), *tok.encode(MARK)]
-           for p in problems] if "base_prob" in wanted else []
-    truths = [truth(p, task, tok) for p in problems] if wanted & {"truth_prob", "base_prob"} else []
-    make = dict(
-        reflections=lambda: [tasks.second_looks(tasks.part(task, p), x)
-                             for p, x in zip(mine, texts)],
-        stated=lambda: [bool(x) for x in said], answer=lambda: [number.get(x, -1) for x in said],
-        objective=lambda: [p.get("task", 0) for p in problems],
-        pattern=lambda: [tasks.pattern(p, x, True, tasks.part(task, p))
-                         for p, x in zip(mine, texts)],
-        truth_prob=lambda: after_mark(models["policy"], roll, texts, truths, tok, c)[0],
-        base_prob=lambda: forced(models["ref"], list(zip(ask, truths)), c)[0],
-        answer_prob=lambda: after_mark(models["slow"], roll, texts, None, tok, c)[1])
-    return {k: torch.as_tensor(make[k](), dtype=torch.float32, device=c.device).view(len(problems),
-                                                                                     -1)
-            for k in sorted(wanted & set(make))}
+    q = answer_prob.clamp(max=cap)
+    good = ((score > 0.1) & (score >= score.mean(1, keepdim=True))).to(q)                # [P, G]
+    usual = (q * good).sum(1, keepdim=True) / good.sum(1, keepdim=True).clamp(min=1)     # [P, 1]
+    return score + bonus * score * good * (q >= usual - margin)
 
 
-def probes(policy, roll, problems, task, tok, c, scores=False):
-    """The steps of responses: {step [N, T], probed, acc, conf [N, K]} (SPAE), or with process
-    scores [N, K].
+MEMORIES["slow"], FACTS["answer_prob"], SHAPERS["consistent"] = Slow, answer_prob, consistent
+CHECKS["consistent"] = unanswered
+PRESETS["care"] = dict(shaper="consistent", group_eps=1e-4)
 
-    After each step the policy is asked for the answer: acc is the mean probability of the true
-    one's tokens, conf exp(-their mean entropy), for an answer of one token what the paper's short
-    samples estimate. The last step goes on to the end of the response; a response without steps is
-    of step -1.
+# === rlpr: 2506.18254, no verifier: the reward is the probability of the true answer ==============
+
+
+class Usual:
+    """A moving average of the groups' spread, 0 until it has been seen ten times."""
+
+    def __init__(self):
+        self.spreads = []
+
+    def tell(self):
+        """The usual standard deviation of a group."""
+        return self.spreads[-1] if len(self.spreads) > 9 else 0.0
+
+    def note(self, shaped):
+        """The shaped rewards of a step [P, G]; the first six stand for themselves."""
+        spread = shaped.std(1).mean().item() if shaped.size(1) > 1 else 0.0
+        if len(self.spreads) > 5:
+            spread = 0.99 * self.spreads[-1] + 0.01 * spread
+        self.spreads = [*self.spreads, spread][-12:]
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.spreads
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.spreads = state
+
+
+def statements(texts, posed, roll, task):
+    """The answers that finished responses state, "" for none.   of N"""
+    return [tasks.stated(tasks.part(task, p), text) if done else ""
+            for p, text, done in zip(posed, texts, roll.finished.tolist())]
+
+
+def stated(texts, posed, roll, task):
+    """Whether a response ended with an answer.   of N"""
+    return [bool(x) for x in statements(texts, posed, roll, task)]
+
+
+def truth_prob(policy, roll, texts, posed, task, tok, c):
+    """The mean probability of the true answer's tokens after the response's reasoning.   of N"""
+    truths = [truth(p, task, tok) for p in posed]
+    return after_mark(policy, roll, texts, truths, tok, c)[0]
+
+
+def base_prob(ref, problems, task, tok, c):
+    """The same of the first model without any reasoning.   of P"""
+    return forced(ref, [([*tok.prompt(p, c.chat), *tok.encode(MARK)], truth(p, task, tok))
+                        for p in problems], c)[0]
+
+
+def probable(truth_prob, base_prob, stated, *, share: Share = 0.9):
+    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [it has an answer].   [P, G]"""
+    return (share * (truth_prob - base_prob).clamp(min=0) + (1 - share) * stated).clamp(0, 1)
+
+
+def spread_enough(shaped, usual, ratio):
+    """Which groups' std is at least ratio times the usual one; never none.   [P]"""
+    std = shaped.std(1)
+    return (std >= ratio * usual) | (std == std.max())
+
+
+def steady(fresh, prompts, usual, *, ratio: Share = 0.5, rounds: Count = 1):
+    """RLPR's filter (2506.18254): groups whose rewards differ as much as is usual."""
+    return gathered(fresh, prompts, rounds,
+                    lambda groups: spread_enough(groups["shaped"], usual, ratio))
+
+
+FACTS["stated"], FACTS["truth_prob"], FACTS["base_prob"] = stated, truth_prob, base_prob
+MEMORIES["usual"], SHAPERS["probable"], FILTERS["steady"] = Usual, probable, steady
+CHECKS["probable"], CHECKS["steady"] = unanswered, compares
+PRESETS["rlpr"] = dict(shaper="probable", filter="steady", surrogate="clip_higher", eps_high=0.27,
+                       weight="token_mean")
+
+# === co_reward: 2508.00410, no label: agreement with the majority on a paraphrase =================
+
+
+def twins(pool, cursor, c, task):
+    """Half as many prompts, and the same questions in other words.   -> places, problems"""
+    where, problems = in_turn(pool, cursor, replace(c, prompts=c.prompts // 2))
+    rng = random.Random(f"{c.seed}/{cursor + 1}")
+    other = [tasks.part(task, p).paraphrase(p, rng) for p in problems]
+    return where + where, problems + other
+
+
+def numbered(texts, posed, roll, task):
+    """A number for each different answer of the round, -1 for none.   of N"""
+    answers = statements(texts, posed, roll, task)
+    number = {x: i for i, x in enumerate(dict.fromkeys(filter(None, answers)))}
+    return [number.get(x, -1) for x in answers]
+
+
+def agreed(answer, *, cross=True):
+    """Co-Reward (2508.00410): 1 for the majority's answer to the same question in other words.
+
+    Group i + P/2 is the paraphrase of i. Ties: the first seen. cross False: the own group's.
     """
-    mask, ends, texts = roll.mask, [], [tok.decode(ids) for ids in roll.completions()]
-    for i, ids in enumerate(roll.completions()):
-        found = tasks.step_ends(tasks.part(task, problems[i // c.samples]), texts[i])
-        ends.append([curricula.spelled(ids, tok, e) for e in found])
-    K = max(1, max(map(len, ends)))
-    step, probed = torch.full(mask.shape, -1), torch.zeros(len(ends), K, dtype=torch.bool)
-    rows, value = [], torch.zeros(2, len(ends), K, device=c.device)
-    truths = [] if scores else [truth(p, task, tok) for p in problems]
-    for i, row in enumerate(ends):
-        start, problem = int(roll.prompt_len[i]), problems[i // c.samples]
-        probed[i, :len(row)] = True
-        for k, (a, b) in enumerate(itertools.pairwise([0, *row])):
-            step[i, start + a:start + b if k + 1 < len(row) else None] = k
-            asked = roll.tokens[i, :start + b].tolist() + tok.encode(MARK)
-            rows += [] if scores else [(asked, truths[i // c.samples])]
-        if scores and row:
-            value[0, i, :len(row)] = torch.tensor(tasks.part(task, problem).process(problem,
-                                                                                    texts[i]))
-    step, probed = step.to(mask.device), probed.to(mask.device)
-    if rows:
-        acc, _, entropy = forced(policy, rows, c)
-        value[:, probed] = torch.stack([acc, torch.exp(-entropy)])
-    return dict(step=step, probed=probed, acc=value[0], conf=value[1], process=value[0])
+    top = []
+    for row in answer.tolist():
+        votes = [x for x in row if x >= 0]
+        top.append(max(votes, key=votes.count) if votes else -2)
+    top = torch.tensor(top).to(answer)                                                   # [P]
+    return (answer == (top.roll(len(top) // 2) if cross else top)[:, None]).float()
 
 
-# --- before training ------------------------------------------------------------------------------
+def no_twins(c, f, task):
+    """Words against a majority on another question."""
+    alone = f.shaper.keywords["cross"] and c.draw != "twins"
+    return unanswered(task) or ("--shaper agreed compares a question with its paraphrase: give "
+                                "--draw twins, or --cross false") * alone
 
 
-def rollouts(policy, problems, tok, c, max_new, samples, g):
-    """Samples for many problems, as many rows at once as a rollout has.   yields (problems,
-    Rollout)"""
-    size = max(1, c.prompts * c.samples // samples)
-    for i in range(0, len(problems), size):
-        some = problems[i:i + size]
-        with autocast(c.device, c.dtype):
-            yield some, generate(policy, [tok.prompt(p, c.chat) for p in some], max_new,
-                                 samples=samples,
-                                 temperature=c.temperature, generator=g)
+def no_pairs(c, task):
+    """Words against prompts that cannot be drawn in pairs."""
+    odd = c.prompts % 2 or c.filter != "every"
+    return lacks(task, "paraphrase") or "--draw twins: even --prompts, --filter every" * bool(odd)
 
 
-def screened(policy, problems, task, tok, c, max_new, g):
-    """The problems that the first policy solves at least once in --screen samples; UserError if
-    none."""
-    kept = []
-    for some, roll in rollouts(policy, problems, tok, c, max_new, c.screen, g):
-        right = (graded(task.reward, some, roll, tok, c.screen)[0] > 0.5).sum(1).tolist()
-        kept += [p for p, keep in zip(some, curricula.solvable(right)) if keep]
-    if not kept:
-        raise UserError(f"--screen {c.screen}: no prompt is ever solved: easier data, or a better --init")
-    return kept
+DRAWS["twins"], FACTS["answer"], SHAPERS["agreed"] = twins, numbered, agreed
+CHECKS["agreed"], CHECKS["twins"] = no_twins, no_pairs
+PRESETS["co_reward"] = dict(shaper="agreed", draw="twins", penalty="k3", beta=0.005)
+
+# === noisy, rpr, rpr_noisy: 2505.22653, flipped rewards, and a reward for forms of reasoning ======
 
 
-def hinted(policy, problems, task, tok, c, max_new, g):
-    """The problems with their sufficient hints after the prompt, in order; --hints samples measure
-    a set."""
-    out = []
-    for p in problems:
-        facts, seen = tasks.part(task, p).hints(p)[:-1], {}  # the last step is the answer itself
+def flipped(score, stated, generator, *, rate: Share = 0.4,
+            level: Literal["group", "response"] = "group"):
+    """Noise (2505.22653): 1 - r with probability `rate`, drawn once a group, or a response.
 
-        def shown(kept):
-            return p | dict(hint="".join(facts[i] for i in sorted(kept)))
+    What states no answer keeps its reward.   [P, G]
+    """
+    draw = torch.rand(len(score), 1 if level == "group" else score.size(1), generator=generator)
+    return torch.where((draw.to(score.device) < rate) & (stated > 0), 1 - score, score)
 
-        def accuracy(kept):
-            if kept not in seen:
-                some, roll = next(rollouts(policy, [shown(kept)], tok, c, max_new, c.hints, g))
-                seen[kept] = graded(task.reward, [p], roll, tok, c.hints)[0].mean().item()
-            return seen[kept]
-        out.append(shown(curricula.sufficient(len(facts), accuracy, margin=0.5 / c.hints ** 0.5)))
-    return out
+
+def pattern(texts, posed, task):
+    """How much a response has the forms of reasoning, [0, 1].   of N"""
+    return [tasks.pattern(p, text, True, tasks.part(task, p)) for p, text in zip(posed, texts)]
+
+
+def calibrated(score, pattern, *, price=0.1, sure=0.5):
+    """RPR calibration (2505.22653): min(1, r + price RPR) where the reward r is below `sure`."""
+    return torch.where(score < sure, (score + price * pattern).clamp(max=1), score)
+
+
+NOISES["noisy"], REWARDS["rpr"] = flipped, tasks.pattern
+FACTS["pattern"], SHAPERS["calibrated"] = pattern, calibrated
+CHECKS["noisy"] = unanswered
+PRESETS["rpr_noisy"] = dict(noise="noisy", shaper="calibrated")
+
+# === swe_rl: 2502.18449, similarity to a reference response =======================================
+
+REWARDS["swe_rl"] = tasks.similarity
+
+# === acereason: 2506.13284, the temperature of entropy 0.3; unfinished responses do not train =====
+
+
+def crossing(rising, target, low=0.05, high=20.0):
+    """x in [low, high] where an increasing function is the target; None if it never is."""
+    if rising(low) > target or rising(high) < target:
+        return None
+    while high / low > 1 + 1e-5:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return low
 
 
 @torch.no_grad()
-def temperature_at(policy, problems, tok, c, max_new, g):
-    """AceReason (2506.13284): the temperature at which the entropy of its own samples is
-    --at_entropy nats.
+def entropy_of(model, roll, c, temperature):
+    """The mean entropy of a rollout's tokens at a temperature, nats."""
+    with autocast(c.device, c.dtype):
+        H = token_logprobs(model, roll.tokens, roll.mask, temperature=temperature, entropy=True)[1]
+    return ((H * roll.mask).sum() / roll.mask.sum()).item()
+
+
+def temperature_at(ref, pool, tok, c, generator, *, at_entropy: Positive = 0.3):
+    """AceReason (2506.13284): the temperature at which its own samples have so many nats.
 
     Samples and bisection in turn, three times. UserError if no temperature from 0.05 to 20 has it.
     """
     for _ in range(3):
-        _, roll = next(rollouts(policy, problems, tok, c, max_new, c.samples, g))
-
-        def entropy(t):
-            with autocast(c.device, c.dtype):
-                H = token_logprobs(policy, roll.tokens, roll.mask, temperature=t, entropy=True)[1]
-            return ((H * roll.mask).sum() / roll.mask.sum()).item()
-        found = curricula.crossing(entropy, c.at_entropy)
-        if found is None:
-            raise UserError(f"--at_entropy {c.at_entropy}: temperatures from 0.05 to 20 have from "
-                            f"{entropy(0.05):.3g} to {entropy(20.0):.3g} nats")
-        c = replace(c, temperature=found)
-    return found
+        _, roll = next(rollouts(ref, pool, tok, c, c.samples, generator))
+        heat = crossing(partial(entropy_of, ref, roll, c), at_entropy)
+        if heat is None:
+            low, high = (entropy_of(ref, roll, c, x) for x in (0.05, 20.0))
+            raise UserError(f"--at_entropy {at_entropy}: temperatures from 0.05 to 20 have from "
+                            f"{low:.3g} to {high:.3g} nats")
+        c = replace(c, temperature=heat)
+    return pool, heat, {}
 
 
-# --- evaluate -------------------------------------------------------------------------------------
+def ended(length, truncated):
+    """Overlong filtering (2503.14476): none of a response that ran out of room.   [P, G]"""
+    return length * ~truncated
 
 
-def evaluate(policy, sets, tok, c, max_new):
-    """Held-out prompts, always the same and with the same draws: accuracy, pass@k, maj@k, length,
-    truncated.
+PREPARATIONS["at_entropy"], TRIMS["ended"] = temperature_at, ended
+PRESETS["acereason"] = dict(prepare="at_entropy", trim="ended", filter="mixed")
 
-    sets: {split: (task, problems)}. Sampled at the run's temperature; _greedy: the accuracy at
-    temperature 0; _length_right, _length_wrong: the mean length of right and of wrong responses, 0
-    where there is none. -> {split_key: mean}, [(prompt, text, reference)]
+# === knowrl: 2604.12627, the fewest hints that suffice, in training only ==========================
+
+
+def sufficient(m, accuracy, margin=0.0):
+    """KnowRL's constrained subset search (2604.12627): of hints 0 … m-1 those that reach most.
+
+    accuracy(frozenset of hints) -> float. H: those whose removal does not hurt; N, of H: those
+    whose removal is best, removed outright; of the others in H every subset is tried. Of all within
+    the margin of the best, a standard error of accuracy, the fewest hints.
     """
-    out, look, G = {}, [], c.eval_samples
-    for split, (task, problems) in sets.items():
-        scores, greedy, lengths, texts, done = [], [], [], [], []
-        g = torch.Generator().manual_seed(c.seed + 1)
-        for some, roll in rollouts(policy, problems, tok, c, max_new, G, g):
-            cold = replace(c, temperature=0.0, prompts=len(some))
-            _, best = next(rollouts(policy, some, tok, cold, max_new, 1, g))
-            score, said = graded(task.reward, some, roll, tok, G)                        # [p, G]
-            scores.append(score)
-            texts += said
-            lengths.append(roll.mask.sum(1).view(-1, G))
-            greedy.append(graded(task.reward, some, best, tok, 1)[0])
-            done.append(roll.finished)
-        score, length = torch.cat(scores), torch.cat(lengths)                            # [P, G]
-        told = dict(greedy=torch.cat(greedy).mean(), length=length.mean(),
-                    truncated=1 - torch.cat(done).float().mean())
-        told[task.metric] = score.mean()
-        if task.metric == "accuracy":
-            ended = torch.cat(done).tolist()
-            told |= curricula.of_samples(score > 0.5, [
-                tasks.stated(tasks.part(task, problems[i // G]), x) if ended[i] else ""
-                for i, x in enumerate(texts)])
-            kinds = dict(right=score > 0.5, wrong=score < 0.5)
-            told |= {f"length_{k}": length[x].mean() if x.any() else 0.0 for k, x in kinds.items()}
-        habits = [tasks.part(task, problems[i // G]).habits(x) for i, x in enumerate(texts)
-                  if hasattr(tasks.part(task, problems[i // G]), "habits")]
-        told |= {k: statistics.fmean(x[k] for x in habits) for k in (habits[0] if habits else ())}
-        out |= {f"{split}_{k}": float(x) for k, x in told.items()}
-        look += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::G])]
-    return out, look
+    full = frozenset(range(m))
+    without = {i: accuracy(full - {i}) for i in full}
+    most = max(accuracy(full), accuracy(frozenset()))
+    H = {i for i in full if without[i] >= most - margin}
+    N = {i for i in H if without[i] >= max(without.values())}
+    C = sorted(H - N)
+    tried = [full - N - set(x) for n in range(len(C) + 1) for x in itertools.combinations(C, n)]
+    tried = [frozenset(), full, *tried]
+    top = max(map(accuracy, tried))
+    return min((x for x in tried if accuracy(x) >= top - margin),
+               key=lambda x: (len(x), -accuracy(x)))
 
 
-# --- train ----------------------------------------------------------------------------------------
+def shown(problem, hints, kept):
+    """A problem with some of its hints after the prompt, in order."""
+    return problem | dict(hint="".join(hints[i] for i in sorted(kept)))
 
 
-def backward(policy, batch, groups, c, f, g, progress=0.0):
-    """Gradients of one minibatch of whole groups, over its micro-batches -> what happened, a dict
-    of floats.
+def share_solved(ref, task, tok, c, generator, samples, problem):
+    """The share of a model's samples that solve a problem."""
+    some, roll = next(rollouts(ref, [problem], tok, c, samples, generator))
+    return graded(task.reward, some, roll, tok, samples)[0].mean().item()
 
-    batch: [N, T] tensors, and what belongs to a group as [P, G]. The weights are those of the whole
-    minibatch, so --micro changes nothing. progress: how much of the run is over, for what is
-    annealed.
+
+def hinted(ref, pool, task, tok, c, generator, *, hints: Count = 8):
+    """The prompts with their sufficient hints; so many samples measure a set of them."""
+    out, share = [], partial(share_solved, ref, task, tok, c, generator, hints)
+    for p in pool:
+        facts = tasks.part(task, p).hints(p)[:-1]              # the last step is the answer itself
+        accuracy = cache(lambda kept, p=p, facts=facts: share(shown(p, facts, kept)))
+        kept = sufficient(len(facts), accuracy, margin=0.5 / hints ** 0.5)
+        out.append(shown(p, facts, kept))
+    return out, c.temperature, {}
+
+
+PREPARATIONS["hinted"] = hinted
+CHECKS["hinted"] = lambda task: lacks(task, "hints")
+PRESETS["knowrl"] = dict(prepare="hinted", pool=60, surrogate="clip_higher", weight="token_mean")
+
+# === rif: 2507.05386, without the prompts that the first model never solves =======================
+
+
+def solvable(ref, pool, task, tok, c, generator, *, screen: Count = 8):
+    """RIF (2507.05386): the prompts with a correct response among so many samples.
+
+    Those with nothing else stay, too. UserError if there is none.
     """
-    G = batch["length"].size(1)
-    rows = (groups[:, None] * G + torch.arange(G, device=groups.device)).flatten()       # [n]
-    whole = {k: x[groups] if x.size(0) * G == len(batch["mask"]) else x[rows]
-             for k, x in batch.items()}
-    width, aligned = int(whole["ends"].max()), whole["mask"].shape
-    whole = {k: x[:, :width] if x.shape == aligned else x for k, x in whole.items()}
-    extra = dict(cap=c.max_new, generator=g, groups=len(groups), progress=progress)
-    if "now" in needs(f.chooser):
-        whole["now"] = logprobs(policy, whole["tokens"], whole["mask"], c)
-    whole["chosen"] = f.chooser(**{k: (whole | extra)[k] for k in needs(f.chooser)})     # [n, T]
-    whole["weight"] = f.weight(**{k: (whole | extra)[k] for k in needs(f.weight)})       # [n, T]
-    if "lam" in whole:                                                             # RECAP's, [p, 1]
-        whole["weight"] = whole["weight"] * whole["lam"].repeat_interleave(G, 0)
-    told = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
-    n, low = whole["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
-    high = f.surrogate.keywords.get("eps_high", 0.0) or low
-    for part in torch.arange(len(groups), device=groups.device).split(max(1, c.micro // G)):
-        pick = (part[:, None] * G + torch.arange(G, device=part.device)).flatten()
-        b = {k: x[part] if x.size(0) == len(groups) and G > 1 else x[pick]
-             for k, x in whole.items()}
-        with autocast(c.device, c.dtype):
-            logp, entropy = token_logprobs(policy, b["tokens"], b["mask"],
-                                           temperature=c.temperature,
-                                           entropy=True)
-        have = b | extra | dict(logp=logp)
-        loss = f.surrogate(**{k: have[k] for k in needs(f.surrogate)})               # [n, T] or [p]
-        more = f.penalty(**{k: have[k] for k in needs(f.penalty)})                       # [n, T]
-        more = more - c.entropy * entropy if c.entropy else more
-        loss = (loss.sum() / len(groups) if loss.dim() == 1 else (loss * b["weight"]).sum()) + (
-            more * b["weight"]).sum()
-        loss.backward()
-        off = (ratio_of(logp.detach(), b["old_logp"]) - 1).abs() * b["mask"]             # [n, T]
-        ratio = ratio_of(logp.detach(), anchor_of(f.surrogate, b))
-        told["loss"] += loss.item()
-        told["worst"] = max(told["worst"], off.max().item())
-        clipped = (ratio < 1 - low) | (ratio > 1 + high) if low else torch.zeros_like(off)
-        for key, x in dict(off=off, clipped=clipped, entropy=entropy.detach()).items():
-            told[key] += ((x * b["mask"]).sum() / n).item()
-    return told
+    kept = []
+    for some, roll in rollouts(ref, pool, tok, c, screen, generator):
+        right = (graded(task.reward, some, roll, tok, screen)[0] > 0.5).any(1).tolist()
+        kept += itertools.compress(some, right)
+    if not kept:
+        raise UserError(f"--screen {screen}: no prompt is ever solved: easier data, or a better "
+                        "--init")
+    return kept, c.temperature, {}
 
 
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
-    fields = dict(teacher=("teach_logp" in asked, "methods that learn from one: kdrl, rlad, opd"),
-                  noise_level=(c.noise, "--noise above 0"),
-                  rounds=(c.filter != "every", "a --filter"),
-                  chooser=("chosen" in asked, "--surrogate clip_cov, kl_cov or drpo"))
-    return fields
+PREPARATIONS["rif"] = solvable
+
+# === recap: 2510.21978, an old task replayed, objectives weighted by how they converge ============
 
 
-def check(c, f, task):
-    """The names of everything that the functions ask for; UserError where parts do not fit
-    together, and for all else that can be known before anything is made: files, folders, the user's
-    reward."""
-    asked = {name for axis in AXES if axis != "kernels" for name in needs(getattr(f, axis))}
-    asked |= {name for name, want in dict(stated=c.noise, objective=c.reweigh).items() if want}
-    parts = getattr(task, "parts", [task])
-    wanted = dict(paraphrase=c.twins, hints=c.hints, process="process" in asked, checks=c.seek)
-    lacks = [name for name, want in wanted.items() if want
-             and not all(hasattr(x, name) for x in parts)]
-    answers = asked & {"truth_prob", "acc", "answer", "answer_prob"} or c.noise
-    compares = c.advantage in ("group", "centred", "rloo", "whitened") or c.filter != "every"
-    for wrong, words in (
-            ("teach_logp" in asked and not c.teacher,
-             "it learns from a teacher: give --teacher CHECKPOINT"),
-            (c.samples < 2 and compares,
-             f"--samples {c.samples}: a group needs two responses to compare"),
-            (c.prompts % max(1, c.minibatches),
-             f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole groups"),
-            (c.twins and (c.prompts % 2 or c.filter != "every"),
-             "--twins: even --prompts, --filter every"),
-            (c.reweigh and c.surrogate == "drpo",
-             "--reweigh weighs tokens, and --surrogate drpo has groups"),
-            (lacks,
-             f"this method needs a task with {lacks}, see data/chains.py; {task.name} has none"),
-            (answers and task.metric != "accuracy",
-             f"this method asks for answers: {task.name} has none")):
-        if wrong:
-            raise UserError(words)
-    tasks.scorer(c.reward, task)
-    for name in filter(None, c.watch.split(",")):
-        tasks.check_data(name, is_text=False)
-    most = sft.find(c.init, c.config, make=False)
-    if c.max_new >= most:
-        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
-    if "teach_logp" in asked:
-        sft.find(c.teacher, c.config, make=False, option="--teacher")
-    return asked
+class Losses:
+    """1 - the mean score of each task of a mixture, step by step."""
+
+    def __init__(self, task):
+        self.histories = [[] for _ in getattr(task, "parts", [task])]
+
+    def tell(self):
+        """A list for each task."""
+        return self.histories
+
+    def note(self, priority, score, objective):
+        """A step's scores [P, G] and tasks [P, 1]; -> the tasks' weights, for the log."""
+        for i, losses in enumerate(self.histories):
+            mine = score[objective.flatten() == i]
+            losses += [1 - mine.mean().item()] if len(mine) else []
+        return {f"lam_{i}": x for i, x in enumerate(priority)}
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.histories
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.histories = state
 
 
-def train(c, f):
-    """One run: load, roll out, score, update, tell. -> the last evaluation and the SFT model's
-    (sft_…)."""
-    tasks.check_data(c.data, is_text=False)
-    task = tasks.task(c.data)
-    asked = check(c, f, task)
-    init = sft.find(c.init, c.config, seed=c.seed,
-                    device=c.device)                           # made before this run's clock starts
-    teacher = sft.find(c.teacher, c.config, device=c.device) if "teach_logp" in asked else ""
-    kernels.use(c.kernels)
-    with Run(c, f, "grpo", CURVES) as run:
-        ref, tok = load(init, c.device)
-        if not isinstance(ref, Transformer):
-            raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
-        ref.requires_grad_(False)
-        teach, other = load(teacher, c.device) if "teach_logp" in asked else (None, tok)
-        if other.tokens != tok.tokens or not isinstance(teach or ref, Transformer):
-            raise UserError(f"--teacher {teacher}: need a language model with the tokenizer of --init {init}")
-        policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
-        score_of, G, pad = tasks.scorer(c.reward, task), c.samples, max(policy.config.pad_token_id,
-                                                                        0)
-        verified = c.reward == "task" or task.metric != "accuracy"  # the score says what is correct
-        problems = task.problems("train", c.pool, 1000 + c.seed)
-        watched = {f"{name}_": tasks.task(name) for name in c.watch.split(",") if name}
-        sets = {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
-                for tag, one in ({"": task} | watched).items() for split in ("val", "ood")
-                if split in one.splits}
-        max_new = tasks.room(c, tok, [p for s in (problems, *(x for _, x in sets.values()))
-                                      for p in s], task,
-                             policy.config.max_position_embeddings)
-        opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
-        first = torch.Generator().manual_seed(c.seed + 2)             # what happens before training
-        if run.state:
-            c, problems = replace(c, temperature=run.state["temperature"]), run.state["problems"]
-        else:
-            found = temperature_at(ref, problems, tok, c, max_new,
-                                   first) if c.at_entropy else c.temperature
-            c = replace(c, temperature=found)
-            problems = screened(ref, problems, task, tok, c, max_new,
-                                first) if c.screen else problems
-            problems = hinted(ref, problems, task, tok, c, max_new, first) if c.hints else problems
-        best, cursor, past, usual = [float("inf")] * len(problems), 0, [], []    # HAPO's, the data's place …
-        losses = [[] for _ in getattr(task, "parts", [task])]
-        run.say(f"{run.folder}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(problems)} prompts, {c.steps} steps of {c.prompts} x {G} responses, "
-                f"{c.device} {c.dtype}" + f", temperature {c.temperature:.3f}" * bool(c.at_entropy))
-        slow = copy.deepcopy(ref) if "answer_prob" in asked else ref              # GRPO-CARE's copy
-        models = dict(policy=policy, ref=ref, slow=slow)
-        if run.state:
-            opt.load_state_dict(run.state["opt"])
-            g.set_state(run.state["rng"])
-            best, cursor, before, past, usual, losses = (
-                run.state[k] for k in ("best", "cursor", "before", "past", "usual", "losses"))
-            slow.load_state_dict(run.state["slow"] or ref.state_dict())
-        else:
-            before, look = evaluate(policy, sets, tok, c, max_new)
-            run.log(0, **before, show=True)
-        scores, actor = before, copy.deepcopy(policy).requires_grad_(False) if c.lag else policy
-        train_policy = torch.compile(policy) if c.compile else policy
+def reweighted(losses, reweigh, *, window=10):
+    """RECAP (2510.21978): the weights of K objectives, K softmax((c + i) / T), T = reweigh.
 
-        for step in run.steps(c.steps):
-            # 1. roll out: groups until enough of them pass the filter
-            # ------------------------------------
-            clock, kept, seen = time.perf_counter(), [], []
-            if c.lag:
-                past = [*past, {k: v.cpu().clone() for k, v in policy.state_dict().items()}][-c.lag
-                                                                                             - 1:]
-                actor.load_state_dict(past[0])
-            for _ in range(c.rounds):
-                n = c.prompts // 2 if c.twins else c.prompts
-                where = batch_indices(len(problems), n, cursor, c.seed).tolist()
-                cursor, picked = cursor + 1, [problems[i] for i in where]
-                if c.twins:
-                    rng = random.Random(f"{c.seed}/{cursor}")
-                    picked += [tasks.part(task, p).paraphrase(p, rng) for p in picked]
-                    where = where + where
-                with autocast(c.device, c.dtype):
-                    roll = generate(actor, [tok.prompt(p, c.chat) for p in picked], max_new,
-                                    samples=G,
-                                    temperature=c.temperature, generator=g)
-                score, texts = graded(score_of, picked, roll, tok, G)                    # [P, G]
-                right = score if verified else graded(task.reward, picked, roll, tok, G)[0]
-                group = dict(score=score, correct=(right > 0.5).to(score),
-                             length=roll.mask.sum(1).view(score.shape),
-                             truncated=~roll.finished.view(score.shape),
-                             best=torch.tensor([[best[i]] for i in where]).to(score),
-                             where=torch.tensor(where, device=score.device)[:, None])
-                group |= facts(asked, models, roll, texts, picked, task, tok, c)
-                if c.noise:
-                    group["score"] = flipped(score, group["stated"], g, c.noise, c.noise_level)
-                have = group | dict(cap=max_new, usual=usual[-1] if len(usual) > 9 else 0.0)
-                have["trained"] = group["trained"] = f.trim(**{k: have[k] for k in needs(f.trim)})
-                group["shaped"] = have["shaped"] = f.shaper(**{k: have[k] for k in needs(f.shaper)})
-                keep = f.filter(**{k: have[k] for k in needs(f.filter)})                 # [P]
-                seen.append(group)
-                kept.append((rows_of(roll, keep.repeat_interleave(G)),
-                             {k: x[keep] for k, x in group.items()},
-                             list(itertools.compress(picked, keep.tolist()))))
-                if sum(len(x["score"]) for _, x, _ in kept) >= c.prompts:
-                    break
-            passed = sum(len(x["score"]) for _, x, _ in kept)
-            if not passed:  # flat groups: only a penalty can teach
-                kept = [(roll, group, picked)]
-            roll = rows_of(joined([x for x, *_ in kept], pad), slice(c.prompts * G))
-            have = {k: torch.cat([x[k] for _, x, _ in kept])[:c.prompts]
-                    for k in group}                                                    # [P, G] each
-            used = [p for *_, some in kept for p in some][:c.prompts]
-            mask = roll.mask * (roll.mask.cumsum(1) <= have["trained"].view(-1, 1))      # [N, T]
-            t_gen = time.perf_counter() - clock
-            # 2. score
-            # ------------------------------------------------------------------------------------
-            clock = time.perf_counter()
-            compute = dict(
-                old_logp=lambda: logprobs(policy, roll.tokens, mask, c) if c.lag else roll.logp,
-                ref_logp=lambda: logprobs(ref, roll.tokens, mask,
-                                          c), base_logp=lambda: have["ref_logp"],
-                teach_logp=lambda: logprobs(teach, roll.tokens, mask,
-                                            c), behaviour_logp=lambda: roll.logp,
-                flat_logp=lambda: torch.where(have["correct"].view(-1, 1) > 0, have["ref_logp"],
-                                              logprobs(ref, roll.tokens, mask, c,
-                                                       2 * c.temperature)))
-            have |= dict(mask=mask, cap=max_new)
-            for name in ["old_logp", "ref_logp",
-                         *sorted(asked & set(compute) - {"old_logp", "ref_logp"})]:
-                have[name] = compute[name]()
-            if "step" in asked:
-                have |= probes(policy, roll, used, task, tok, c, scores="process" in asked)
-            kl = ((have["old_logp"] - have["ref_logp"]) * mask).sum(1)                   # [N]
-            have["shaped"] = have["shaped"] - c.kl_reward * kl.view(-1, G)               # [P, G]
-            have["adv"] = f.advantage(**{k: have[k] for k in needs(f.advantage)})        # [N, T]
-            have["adv"] = f.credit(**{k: have[k] for k in needs(f.credit)}) * (passed > 0)
-            lam = curricula.reweighted(losses, temperature=c.reweigh) if c.reweigh else []
-            if c.reweigh:
-                each = have["objective"].long()                                          # [P, 1]
-                share = torch.bincount(each.flatten(), minlength=len(lam)) / len(each) * len(lam)
-                have["lam"] = (torch.tensor(lam).to(mask) / share.clamp(min=1e-8))[each]
-            batch = {k: x for k, x in have.items() if torch.is_tensor(x)} | dict(
-                tokens=roll.tokens, ends=(roll.prompt_len + roll.mask.sum(1).long())[:, None])
-            made = {k: torch.cat([x[k] for x in seen]) for k in group}           # before the filter
-            for i, lengths, right in zip(made["where"].flatten().tolist(), made["length"],
-                                         made["correct"]):
-                best[i] = min([best[i], *lengths[right > 0].tolist()])              # HAPO's records
-            spread = made["shaped"].std(1).mean().item() if G > 1 else 0.0
-            usual = [*usual, 0.99 * usual[-1] + 0.01 * spread if len(usual) > 5
-                     else spread][-12:]                                                     # RLPR's
-            t_score = time.perf_counter() - clock
-            # 3. update
-            # -----------------------------------------------------------------------------------
-            clock, told, norm = time.perf_counter(), [], 0.0
-            set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
-            size = c.prompts // c.minibatches
-            for groups in torch.randperm(len(have["score"]),
-                                         generator=g).to(mask.device).split(size):
-                told.append(backward(train_policy, batch, groups, replace(c, max_new=max_new), f, g,
-                                     step / max(1, c.steps - 1)))
-                if len(told) == 1 and not c.lag:
-                    check_first_ratio(told[0], c.dtype)
-                norm = clip_grad_norm_(policy.parameters(), 1.0)
-                opt.step()
-                opt.zero_grad()
-            if "answer_prob" in asked and (step + 1) % 10 == 0:
-                with torch.no_grad():  # in a short run it stays near the reference
-                    for a, b in zip(slow.parameters(), policy.parameters()):
-                        a.lerp_(b, 0.005)
-            # 4. tell
-            # -------------------------------------------------------------------------------------
-            flat = made["shaped"].std(1, correction=0) < 1e-6
-            row = dict(correct=made["correct"].mean(), reward=made["shaped"].mean(),
-                       flat=flat.float().mean(),
-                       length=made["length"].mean(), truncated=made["truncated"].float().mean(),
-                       kl=kl.mean(),
-                       entropy=told[0]["entropy"], norm=norm, groups=min(passed, c.prompts),
-                       generated=made["length"].sum())
-            row |= {k: sum(t[k] for t in told) / len(told) for k in ("loss", "clipped")}
-            row |= {f"lam_{i}": x for i, x in enumerate(lam)}
-            for i, history in enumerate(losses if c.reweigh else ()):
-                mine = made["score"][made["objective"].flatten() == i]
-                history += [1 - mine.mean().item()] if len(mine) else []
-            run.log(step + 1, **row, t_gen=t_gen, t_score=t_score,
-                    t_update=time.perf_counter() - clock)
-            if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
-                run.check(step + 1, policy)
-                scores, look = evaluate(policy, sets, tok, c, max_new)
-                run.log(step + 1, **scores, show=True)
-            if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
-                run.save(step + 1, lambda folder: save(policy, tok, folder), opt=opt.state_dict(),
-                         rng=g.get_state(), best=best, cursor=cursor, before=before, past=past,
-                         usual=usual,
-                         losses=losses, slow=slow.state_dict() if "answer_prob" in asked else None,
-                         temperature=c.temperature, problems=problems)
-        if c.stop and c.stop < c.steps:
-            return scores
-        if run.state and run.start >= c.steps:                   # resumed after its last step
-            scores, look = evaluate(policy, sets, tok, c, max_new)
-        report(run, before, scores, look)
-        rows = [row for row in read_log(run.folder) if "entropy" in row]
-        mean = {f"train_{k}": statistics.fmean(row[k] for row in rows[-10:])
-                for k in ("correct", "entropy", "length", "flat", "kl", "generated") if rows}
-        sought = seek(policy, task, tok, c, max_new, run) if c.seek else {}
-        return run.finish(**scores, **mean, **sought, **{f"sft_{k}": v for k, v in before.items()})
-
-
-# --- LatentSeek -----------------------------------------------------------------------------------
-
-
-def seek(policy, task, tok, c, max_new, run, share=0.2, rounds=10, lr=0.03, enough=-0.2):
-    """LatentSeek (2505.13308) on held-out problems: REINFORCE on first hidden states, the weights
-    untouched.
-
-    z, the states of the first share of the greedy answer's tokens, are the parameters; each round
-    writes argmax(head z), goes on greedily and takes a step on -R Σ log softmax(head z): R <= 0, so
-    what failed gets less likely. It stops above `enough`. Rewards: the task's own checks, without
-    the answer; the verifier less 1 (oracle); steps of the same length in random directions are the
-    control. -> {"seek_HOW": accuracy after, "seek_start": accuracy before}
+    c = mean(last W) / mean(the W before): stalled is near 1, improving below; i = std(last W) / the
+    sum of the two means: unstable. 1 each until all have 2 W values. The weights sum to K.
     """
-    def answer(p, start):
-        if tok.eos in start:
-            return (ids := start[:start.index(tok.eos)]), tok.decode(ids), True
-        roll = generate(policy, [tok.prompt(p, c.chat) + start], max_new - len(start),
-                        temperature=0.0)
-        ids = [*start, *roll.completions()[0]]
-        return ids, tok.decode(ids), roll.finished.item()
-    problems = task.problems("val", c.seek, c.seed)
+    if min(map(len, losses)) < 2 * window:
+        return [1.0] * len(losses)
+    needs_work = []
+    for x in losses:
+        last, before = statistics.fmean(x[-window:]), statistics.fmean(x[-2 * window:-window])
+        unstable = statistics.pstdev(x[-window:]) / max(last + before, 0.01)
+        needs_work.append(last / max(before, 0.01) + unstable)
+    z = torch.tensor(needs_work, dtype=torch.float64) / reweigh
+    return (len(needs_work) * torch.softmax(z, 0)).tolist()
+
+
+def objective(problems):
+    """The task of each problem, a number.   of P"""
+    return [p.get("task", 0) for p in problems]
+
+
+def weight_of_group(priority, objective, mask):
+    """Each group's weight: its task's, by that task's share of the batch.   [P, 1]"""
+    each, K = objective.long(), len(priority)                                            # [P, 1]
+    share = torch.bincount(each.flatten(), minlength=K) / len(each) * K                  # [K]
+    return (torch.tensor(priority).to(mask) / share.clamp(min=1e-8))[each]
+
+
+def converging(mask, lam, *, reweigh: Positive = 5.0):
+    """RECAP (2510.21978): sequence_mean times the group's weight λ.   [n, T]
+
+    lam [p, 1]; reweigh is the temperature of the weights (see reweighted): high makes them alike.
+    """
+    return sequence_mean(mask) * lam.repeat_interleave(len(mask) // len(lam), 0)
+
+
+def one_task(c, task):
+    """Words against weights of one objective, and of tokens where only groups have a loss."""
+    if not hasattr(task, "parts"):
+        return "--weight recap weighs tasks: give several, like --data sort+chain"
+    return "--weight recap weighs tokens, --surrogate drpo has groups" * (c.surrogate == "drpo")
+
+
+MEMORIES["losses"], FACTS["objective"], WEIGHTS["recap"] = Losses, objective, converging
+BATCH["priority"], BATCH["lam"], CHECKS["recap"] = reweighted, weight_of_group, one_task
+PRESETS["recap"] = dict(data="sort+chain", watch="chain,sort", init="base:chain_sort",
+                        weight="recap")
+# of the claim `forgetting`: the old task replayed without weights, and left out
+PRESETS["replay"] = dict(data="sort+chain", watch="chain,sort", init="base:chain_sort")
+PRESETS["on_sort"] = dict(data="sort", watch="chain,sort", init="base:chain_sort")
+
+# === aipo: 2505.24034, stale rollouts, importance weights with a cap and no clip ==================
+
+
+class Past:
+    """The policy's weights after its last steps, and a model to load them into."""
+
+    def __init__(self, policy):
+        self.actor, self.weights = copy.deepcopy(policy).requires_grad_(False), []
+        self.note(policy)
+
+    def tell(self):
+        """Itself."""
+        return self
+
+    def note(self, policy):
+        """The policy as it now is."""
+        self.weights.append({k: v.cpu().clone() for k, v in policy.state_dict().items()})
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.weights
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.weights = state
+
+
+def lagged(past, *, lag: Count = 4):
+    """The policy of so many iterations ago, as an asynchronous system has it."""
+    del past.weights[:-lag - 1]                                # no older one is asked for again
+    past.actor.load_state_dict(past.weights[0])
+    return past.actor
+
+
+def behaviour_logp(roll):
+    """Log-probs of whoever sampled.   [N, T]"""
+    return roll.logp
+
+
+def stale(logp, behaviour_logp, adv, *, most: Positive = 4.0):
+    """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
+    return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
+
+
+def clip_stale(logp, behaviour_logp, adv, *, eps: Positive = 0.2):
+    """A control: PPO's clip around the policy μ that generated, however old.   [n, T]"""
+    return clip(logp, behaviour_logp, adv, eps=eps)
+
+
+MEMORIES["past"], ACTORS["lagged"], BATCH["behaviour_logp"] = Past, lagged, behaviour_logp
+SURROGATES["stale"], SURROGATES["clip_stale"] = stale, clip_stale
+PRESETS["aipo"] = dict(advantage="centred", surrogate="stale", weight="token_mean", actor="lagged")
+
+# === rlad, kdrl, opd, exopd: 2602.22495, 2506.02208, 2602.12125, with a better model, --teacher ===
+
+
+class Teacher:
+    """The better model; UserError unless it speaks the policy's tokens."""
+
+    def __init__(self, c, tok):
+        path = sft.find(c.teacher, c.config, device=c.device)
+        self.model, other = load(path, c.device)
+        if other.tokens != tok.tokens or not isinstance(self.model, Transformer):
+            raise UserError(f"--teacher {c.teacher}: need a language model with the tokenizer of "
+                            f"--init {c.init}")
+
+    def tell(self):
+        """The model."""
+        return self.model
+
+    def note(self):
+        """Nothing: it does not learn."""
+
+    def state(self):
+        """Nothing."""
+
+    def load(self, state):
+        """Nothing."""
+
+
+def untaught(c):
+    """Words against a run without a teacher."""
+    if not c.teacher:
+        return "it learns from a teacher: give --teacher CHECKPOINT"
+    sft.find(c.teacher, c.config, make=False, option="--teacher")      # UserError if it has none
+
+
+def teach_logp(teacher, roll, mask, c):
+    """Log-probs under the teacher.   [N, T]"""
+    return logprobs(teacher, roll.tokens, mask, c)
+
+
+def anchor(old_logp, teach_logp, alpha):
+    """RLAD's middle between the old policy and the teacher.   [n, T]"""
+    return alpha * old_logp + (1 - alpha) * teach_logp
+
+
+def anchored(logp, anchor, adv, *, alpha: Share = 0.5, eps: Positive = 0.2):
+    """RLAD (2602.22495): PPO's clip around π_old^α π_T^(1-α), the teacher in the trust region.
+
+    log r = α log π/π_old + (1-α) log π/π_T   [n, T]
+    """
+    return clip(logp, anchor, adv, eps=eps)
+
+
+def to_teacher(logp, teach_logp, correct, progress, *, beta=2e-3, beta_start=0.0, wrong_only=False):
+    """KDRL (2506.02208): β k2 to the teacher beside the reward, or only on wrong responses.
+
+    beta_start: anneal from it to beta, linearly over the run (progress, from 0 to 1); 0: β is
+    constant.   [n, T]
+    """
+    rows = (1 - correct).reshape(-1, 1) if wrong_only else 1.0
+    beta = beta_start + (beta - beta_start) * progress if beta_start else beta
+    return k2(logp, teach_logp, beta=beta) * rows
+
+
+def distilled(old_logp, teach_logp, ref_logp, mask, *, lam=1.0, most: Positive = 10.0):
+    """G-OPD (2602.12125): a token's reward λ log π_T/π_ref with a KL of weight 1.   [N, T]
+
+    λ 1 is on-policy distillation, log π_T/π_old; above it the teacher is extrapolated (ExOPD).
+    """
+    return (lam * (teach_logp - ref_logp).clamp(-most, most) - (old_logp - ref_logp)) * mask
+
+
+MEMORIES["teacher"], BATCH["teach_logp"], MINIBATCH["anchor"] = Teacher, teach_logp, anchor
+SURROGATES["anchored"], CHECKS["anchored"] = anchored, untaught
+PENALTIES["to_teacher"], CHECKS["to_teacher"] = to_teacher, untaught
+ADVANTAGES["distilled"], CHECKS["distilled"] = distilled, untaught
+PRESETS["rlad"] = dict(surrogate="anchored", weight="token_mean")
+PRESETS["kdrl"] = dict(penalty="to_teacher", weight="token_mean")
+PRESETS["opd"] = dict(advantage="distilled", weight="token_mean", samples=1, prompts=128)
+PRESETS["exopd"] = dict(advantage="distilled", weight="token_mean", samples=1, prompts=128,
+                        lam=1.25)
+
+# === latentseek: 2505.13308, no training: one answer's hidden states, rewarded by itself ==========
+
+
+def go_on(model, prompt, start, tok, c):
+    """The greedy response that begins with the ids `start`.   -> ids, text, whether it ended"""
+    if tok.eos in start:
+        ids = start[:start.index(tok.eos)]
+        return ids, tok.decode(ids), True
+    roll = generate(model, [prompt + start], c.max_new - len(start), temperature=0.0)
+    ids = [*start, *roll.completions()[0]]
+    return ids, tok.decode(ids), roll.finished.item()
+
+
+def reward_of(how, problem, text, done, task):
+    """R <= 0: the verifier's less 1 (oracle), or the share of the task's own checks that hold."""
+    if how == "oracle":
+        return task.reward(problem, text, done) - 1
+    checks = tasks.part(task, problem).checks(problem, text) | dict(ended=done)
+    return statistics.fmean(checks.values()) - 1
+
+
+def sought(model, problem, states, first, how, known, rounds=10, lr=0.03, enough=-0.2):
+    """The response after REINFORCE on its first hidden states [m, D], from the greedy `first`.
+
+    Each round writes argmax(head z), goes on greedily and takes a step on -R Σ log softmax(head
+    z), or of the same length in a random direction; it stops above `enough`.  -> text, whether it
+    ended
+    """
+    c, tok, (text, done) = known["c"], known["tok"], first
+    z, g = states.clone().requires_grad_(), torch.Generator().manual_seed(c.seed)
+    opt = torch.optim.Adam([z], lr=lr)
+    for _ in range(rounds):
+        R = reward_of(how, problem, text, done, known["task"])
+        if R > enough + 1e-6:                                  # 4 / 5 - 1 is a little more than -.2
+            break
+        logp = torch.log_softmax(model.logits(z), -1)                                    # [m, V]
+        y = logp.argmax(-1)
+        z.grad = torch.randn(z.shape, generator=g).to(z) if how == "random" else (
+            torch.autograd.grad(-R * logp.gather(1, y[:, None]).sum(), z)[0])
+        opt.step()
+        start = model.logits(z.detach()).argmax(-1).tolist()
+        text, done = go_on(model, tok.prompt(problem, c.chat), start, tok, c)[1:]
+    return text, done
+
+
+def seek(ref, pool, task, tok, c, *, seek: Count = 64):
+    """LatentSeek (2505.13308) on so many held-out problems; the weights stay as they are.
+
+    -> {"seek_HOW": accuracy after, "seek_start": accuracy before}. self: rewarded by the task's
+    own checks, without the answer; oracle: by the verifier; random directions are the control.
+    """
+    problems = task.problems("val", seek, c.seed)
     out = dict(seek_start=0.0, seek_self=0.0, seek_oracle=0.0, seek_random=0.0)
     for p in problems:
-        ids, text, done = answer(p, [])
+        prompt = tok.prompt(p, c.chat)
+        ids, text, done = go_on(ref, prompt, [], tok, c)
         out["seek_start"] += task.reward(p, text, done) / len(problems)
-        m, prompt = max(1, int(share * len(ids))), tok.prompt(p, c.chat)
+        m = max(1, int(0.2 * len(ids)))                        # the first share of its tokens
         with torch.no_grad():
-            states = policy(torch.tensor([[*prompt, *ids]], device=c.device))[0,
-                                                                              len(prompt) - 1:][:m]
+            states = ref(torch.tensor([[*prompt, *ids]], device=c.device))[0, len(prompt) - 1:][:m]
         for how in ("self", "oracle", "random"):
-            z, said, g = states.clone().requires_grad_(), (text,
-                                                           done), torch.Generator().manual_seed(c.seed)
-            opt = torch.optim.Adam([z], lr=lr)
-            for _ in range(rounds):
-                checks = tasks.part(task, p).checks(p,
-                                                    said[0]) | dict(ended=said[1])    # - what fails
-                R = (task.reward(p, *said) if how == "oracle"
-                     else statistics.fmean(checks.values())) - 1
-                if R > enough + 1e-6:  # 4 / 5 - 1 is a little more than -.2
-                    break
-                logp = torch.log_softmax(policy.logits(z), -1)                           # [m, V]
-                y = logp.argmax(-1)
-                z.grad = torch.randn(z.shape, generator=g).to(z) if how == "random" else (
-                    torch.autograd.grad(-R * logp.gather(1, y[:, None]).sum(), z)[0])
-                opt.step()
-                said = answer(p, policy.logits(z.detach()).argmax(-1).tolist())[1:]
-            out[f"seek_{how}"] += task.reward(p, *said) / len(problems)
-    run.say(f"\n  LatentSeek on {len(problems)} held-out prompts, greedy: "
-            + "  ".join(f"{k[5:]} {x:.3f}" for k, x in out.items()))
-    return out
+            end = sought(ref, p, states, (text, done), how, dict(c=c, tok=tok, task=task))
+            out[f"seek_{how}"] += task.reward(p, *end) / len(problems)
+    return pool, c.temperature, out
 
 
-# --- main -----------------------------------------------------------------------------------------
-
-
-def main(argv=None):
-    """python grpo.py …: see the docstring above, or --help."""
-    return launch("grpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+PREPARATIONS["latentseek"] = seek
+CHECKS["latentseek"] = lambda task: lacks(task, "checks")
+PRESETS["latentseek"] = dict(steps=0, prepare="latentseek")
 
 
 if __name__ == "__main__":

@@ -1397,13 +1397,6 @@ class PackedLinear(nn.Module):
 INT_UNIT = {2: 4, 3: 8, 4: 2, 8: 1}                  # bits: codes that fill whole bytes
 
 
-def check_bits(bits, group):
-    """UserError for what the format does not hold."""
-    if bits not in INT_UNIT or group == 0:
-        raise UserError(f"--bits {bits} --group {group}: 2, 3, 4 or 8 bits, a group of inputs "
-                        "(-1: the row)")
-
-
 def quantize(W, bits, group, symmetric=False):
     """Round to nearest: W [out, in] -> codes [out, in], scale, zero [out, groups]; symmetric: zero
     is None.

@@ -1639,6 +1639,25 @@ def shard(model, dtype="float32"):
     return whole
 
 
+# === micro_batches: ours, what a model says of many rows, without gradient, a few rows at a time ==
+
+
+@torch.no_grad()
+def logprobs(model, tokens, mask, c, temperature=0.0):
+    """token_logprobs, c.micro rows at once, at the run's precision and temperature.   [N, T]"""
+    with autocast(c.device, c.dtype):
+        return torch.cat([
+            token_logprobs(model, t, m, temperature=temperature or c.temperature)
+            for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
+
+
+@torch.no_grad()
+def critic_values(critic, tokens, mask, c):
+    """token_values, c.micro rows at once, at the run's precision; 0 outside the mask.   [N, T]"""
+    with autocast(c.device, c.dtype):
+        return torch.cat([token_values(critic, t) for t in tokens.split(c.micro)]) * mask
+
+
 # === stream: ours, one completion, token by token =================================================
 
 

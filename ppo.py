@@ -31,11 +31,11 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
-from data.judging import spearman
 from data.run import (Count, Positive, Run, Share, Training, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, report)
-from model import (ScalarModel, Transformer, autocast, generate, load, masked_mean, masked_whiten,
-                   peek, save, sequence_score, token_logprobs, token_values)
+from data.stats import explained_variance, rank_correlation
+from model import (ScalarModel, Transformer, autocast, critic_values, generate, load, logprobs,
+                   masked_whiten, peek, save, sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -215,21 +215,6 @@ AXES = dict(reward=REWARDS, advantage=ADVANTAGES, surrogate=SURROGATES, eos=EOS,
             kernels=kernels.MODES)
 
 
-@torch.no_grad()
-def logprobs(model, tokens, mask, c):
-    """token_logprobs in micro-batches, without gradient, at the run's temperature.   [B, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([token_logprobs(model, t, m, temperature=c.temperature)
-                          for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
-
-
-@torch.no_grad()
-def read_values(critic, tokens, mask, c):
-    """token_values in micro-batches, 0 outside the mask.   [B, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([token_values(critic, t) for t in tokens.split(c.micro)]) * mask
-
-
 def quality(task, problems, roll, tok):
     """The task's own reward of every completion's text.   [B]"""
     per = len(roll.tokens) // len(problems)
@@ -243,11 +228,10 @@ def quality(task, problems, roll, tok):
 # what a function asks for: the option that names the checkpoint which it takes, what that must be
 MODELS = dict(base_logp=("base", Transformer), base=("base", Transformer))
 # what a reward asks for: a function of (models, roll, quality [B], c)
-PROVIDE = dict(mask=lambda models, roll, truth, c: roll.mask,
-               sft_logp=lambda models, roll, truth, c: logprobs(models["ref"], roll.tokens,
-                                                                roll.mask, c),
-               base_logp=lambda models, roll, truth, c: logprobs(models["base"], roll.tokens,
-                                                                 roll.mask, c))
+PROVIDE = dict(
+    mask=lambda models, roll, truth, c: roll.mask,
+    sft_logp=lambda models, roll, truth, c: logprobs(models["ref"], roll.tokens, roll.mask, c),
+    base_logp=lambda models, roll, truth, c: logprobs(models["base"], roll.tokens, roll.mask, c))
 
 
 def wanted(f):
@@ -271,8 +255,7 @@ def open_frozen(path, option, kind, c):
     """A checkpoint that does not learn, and its tokenizer; UserError for another kind of model."""
     model, tok = load(path, c.device)
     if not isinstance(model, kind):
-        raise UserError(f"--{option} {path}: need a {kind.__name__}, found a "
-                        f"{type(model).__name__}")
+        raise UserError(f"--{option} {path}: need a {kind.__name__}, found {type(model).__name__}")
     return model.requires_grad_(False), tok
 
 
@@ -303,9 +286,8 @@ def open_models(c, f, init, base, resume_from):
 def evaluate(policy, models, sets, task, tok, c, f, max_new):
     """Held-out prompts, always the same, with the same draws: reward, quality, KL to SFT, length.
 
-    reward is the run's own, without the EOS rule. kl is k1 of the policy's weights, summed per
-    response (so 0 for an untrained policy, however it is decoded). -> {split_key: mean}, [(prompt,
-    text, reference)].
+    reward is without the EOS rule. kl is k1 of the policy's weights, summed per response, however
+    it is decoded. -> {split_key: mean}, [(prompt, text, reference)].
     """
     out, shown = {}, []
     for split, problems in sets.items():
@@ -326,46 +308,7 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
     return {k: float(v) for k, v in out.items()}, shown
 
 
-def rank_correlation(a, b):
-    """Spearman's correlation within each row, averaged over the rows where both vary.   a, b [P, G]
-
-    Does the reward order a prompt's own samples as the quality does? 0: it says nothing about them.
-    """
-    rows = [spearman(x, y) for x, y in zip(a, b) if x.std() > 0 and y.std() > 0]
-    return sum(rows) / max(1, len(rows))
-
-
-def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over the mask: 0 for a constant critic, 1 for a perfect one."""
-    def var(x):
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    return 1 - var(returns - values) / var(returns).clamp(min=1e-8)
-
-
 # --- train ----------------------------------------------------------------------------------------
-
-
-def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, samples=8):
-    """What the run's reward says of the SFT model's own samples, before any training -> {name: x}.
-
-    mean, std of the score: token rewards are divided by std, and the score is centred first.
-    Neither changes what is optimised (the KL term is scaled along); both matter to the critic,
-    which starts at 0 and moves at most eps_v a rollout: one that lags behind credits late tokens
-    more than early ones, and the policy learns to stop early. bias: the mean raw score of a reward
-    that has no zero of its own. agreement: rank_correlation with the quality. cut: the share of
-    samples that did not end.
-    """
-    with autocast(c.device, c.dtype):
-        roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
-                        temperature=c.temperature, generator=generator)
-    truth = quality(task, problems, roll, tok)                                           # [B]
-    if "judged" in needs(f.reward):
-        models["bias"] = PROVIDE["judged"](models, roll, truth, c).mean().item()
-    raw = scored(models, roll, truth, c, f)                                              # [B]
-    score = f.eos(raw, roll.finished)                                                    # [B]
-    return dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
-                bias=models["bias"], cut=1 - roll.finished.float().mean().item(),
-                agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
 
 
 def backward(policy, critic, batch, rows, c, f):
@@ -400,31 +343,6 @@ def backward(policy, critic, batch, rows, c, f):
                            clipped=off > f.surrogate.keywords.get("eps", 0.2)).items():
             metrics[key] += ((x * b.mask).sum() / n).item()
     return metrics
-
-
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    return dict(base=("base" in wanted(f), "--reward coherent or --decode contrast"),
-                critic_lr=("values" in needs(f.advantage), "--advantage gae"),
-                lr=(c.steps, "runs with --steps"),
-                warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"))
-
-
-def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not
-    combine."""
-    tasks.check_data(c.data, is_text=False)
-    if "samples" in needs(f.advantage) and c.samples < 2:
-        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at "
-                        "least two")
-    most = sft.find(c.init, c.config, make=False)
-    if c.max_new >= most:
-        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
-    for option, kind in wanted(f).items():
-        if option == "base":
-            sft.find(c.base, c.config, make=False, option="--base")
-        else:
-            peek(getattr(c, option), scalar=kind is ScalarModel, option=f"--{option}")
 
 
 def train(c, f):
@@ -485,7 +403,7 @@ def train(c, f):
             truth = quality(task, picked, roll, tok)                                     # [B]
             score = f.eos(scored(models, roll, truth, c, f), roll.finished)              # [B]
             ref_logp = logprobs(models["ref"], roll.tokens, mask, c)                     # [B, T]
-            old_values = read_values(critic, roll.tokens, mask, c)                       # [B, T]
+            old_values = critic_values(critic, roll.tokens, mask, c)                       # [B, T]
             unit = (score - scale["mean"]) / scale["std"]                                # [B]
             rewards = f.shaping(unit, roll.logp, ref_logp, mask, factor / scale["std"])  # [B, T]
             known = dict(rewards=rewards, values=old_values, mask=mask, score=score,
@@ -549,6 +467,60 @@ def train(c, f):
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
     return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+
+
+# === refused: what a run reads, and what does not go together, told before anything is made =======
+
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    return dict(base=("base" in wanted(f), "--reward coherent or --decode contrast"),
+                critic_lr=("values" in needs(f.advantage), "--advantage gae"),
+                lr=(c.steps, "runs with --steps"),
+                warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"))
+
+
+def check(c, f):
+    """UserError for all that can be known before anything is made: files, folders, what does not
+    combine."""
+    tasks.check_data(c.data, is_text=False)
+    if "samples" in needs(f.advantage) and c.samples < 2:
+        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at "
+                        "least two")
+    most = sft.find(c.init, c.config, make=False)
+    if c.max_new >= most:
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    for option, kind in wanted(f).items():
+        if option == "base":
+            sft.find(c.base, c.config, make=False, option="--base")
+        else:
+            peek(getattr(c, option), scalar=kind is ScalarModel, option=f"--{option}")
+
+
+# === calibrate: 2009.01325, the reward in units of how the SFT model's own samples differ =========
+
+
+def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, samples=8):
+    """What the run's reward says of the SFT model's own samples, before any training -> {name: x}.
+
+    mean, std of the score: token rewards are divided by std, and the score is centred first.
+    Neither changes what is optimised (the KL term is scaled along); both matter to the critic,
+    which starts at 0 and moves at most eps_v a rollout: one that lags behind credits late tokens
+    more than early ones, and the policy learns to stop early. bias: the mean raw score of a reward
+    that has no zero of its own. agreement: rank_correlation with the quality. cut: the share of
+    samples that did not end.
+    """
+    with autocast(c.device, c.dtype):
+        roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
+                        temperature=c.temperature, generator=generator)
+    truth = quality(task, problems, roll, tok)                                           # [B]
+    if "judged" in needs(f.reward):
+        models["bias"] = PROVIDE["judged"](models, roll, truth, c).mean().item()
+    raw = scored(models, roll, truth, c, f)                                              # [B]
+    score = f.eos(raw, roll.finished)                                                    # [B]
+    return dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
+                bias=models["bias"], cut=1 - roll.finished.float().mean().item(),
+                agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
 
 
 # === ppo: 1707.06347, with the details of 2403.17031, on the task's own reward ====================

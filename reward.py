@@ -1,47 +1,31 @@
 """
 reward.py - reward models and judges: train, evaluate, attack, route.
 
-    python reward.py                               # a reward model on the world Ring, its table and curves
+    python reward.py                               # a reward model on the world Ring: table, curves
     python reward.py --data pairs.jsonl --init Qwen2.5-0.5B --context 512
-    python reward.py --eval out/reward/default --data pairs.jsonl       # any reward-model checkpoint
+    python reward.py --config margin               # another loss on the same pairs
+    python reward.py --config ensemble,uwo         # another system, from data to numbers
+    python reward.py --eval out/reward/default --data pairs.jsonl       # any reward model
     python ppo.py --config ring,ppo --reward out/reward/default         # use it
-    python reward.py --claim advrm --seeds 5       # a paper's claim against its baselines, with a verdict
+    python reward.py --claim advrm --seeds 5       # a paper's claim against its baselines
 
-Map      1 config   2 losses   3 many models   4 attacks   5 data   6 rewards   7 the loop   8 RL   9 evaluate
-         10 recipes   11 claims          B rows, T tokens, D width, K members or attributes, P prompts
-preset      paper               idea
-bt          2203.02155          Bradley-Terry: the chosen response scores higher (the default)
-margin      2307.09288          ... by a margin that grows with the preference's strength
-scaled      2410.01257          ... weighted by the strength
-smooth      label smoothing     ... labels believed wrong with probability e
-win_tie     2512.22170          ... ties pull two scores together
-goal        2407.13887          ... and early states point to the chosen response's end
-regression  2406.08673          five attributes, combined with fixed weights (HelpSteer2)
-hs2pref     2410.01257          regression, then scaled BT, then extrapolation
-armo        2406.12845          ridge heads on frozen features, verbosity taken out, a prompt-only gate
-polar       2507.05197          pre-trained to tell policies apart, then few labels
-arm         2410.08193          GenARM: a language model whose log-probs are token rewards
-cdr         2411.02481          log-ratio of a strong and a weak model, nothing trained
-ensemble    2310.02743          several, by --aggregate mean, wco (worst case), uwo (less variance), lcb
-maxmin      2402.08925          one model for each hidden group of annotators, by EM
-overopt     2210.10760          gold under best-of-n and RL against a proxy and its ensembles
-router      2510.20369          a Gaussian-process head says when to ask a dear judge
-rubrics     2510.07743          OpenRubrics: generator and judge from contrastive, consistent rubrics
-thinkrm     2505.16265          a judge that reasons at length, by SFT and rule-based RL
-rmr1        2505.02387          the same, binary reward, from traces of any length
-judge_lora  2506.05748          a frozen model and rank-16 adapters as a pointwise judge
-first       2406.15657          a listwise judge read off the first token's logits
-advrm       2504.06141          trained on what an adversarial policy finds
-Watch    accuracy of held-out pairs, not the loss: reward models overfit in a few passes. ECE says whether the
-         scores' gap is a probability. A high length Spearman, or a null model that wins, is a hack waiting.
-         Under RL, gold rises and then falls while the proxy rises on: only the worlds here can show it.
+The spine is Bradley-Terry: pairs become a score, and the score is held to pairs that it has not
+seen and to the gold reward of samples. A chapter adds a loss, or a system with its own recipe.
+Letters  B rows, T tokens, D width, V vocabulary, K members or attributes, P prompts
+Watch    accuracy of held-out pairs, not the loss: reward models overfit in a few passes. ECE says
+         whether the scores' gap is a probability. A high length Spearman, or a null model that
+         wins, is a hack waiting. Under RL, gold rises and then falls while the proxy rises on:
+         only the worlds here can show it.
 """
 import copy
+import json
 import math
 import random
+import re
 import statistics
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Literal
 
@@ -54,89 +38,51 @@ from tqdm import trange
 
 import kernels
 import sft
-from data import judging, prefs, tasks
-from data.decoding import autoregressive
-from data.judging import (ROUTERS, RULE_REWARDS, PairModel, accuracy, assign, auroc, best_of_n,
-                          expected_score, group_norm, majority, pushed, ranknet, ridge, rloo,
-                          routing_curve,
-                          routing_table, spearman, verbosity_penalties, verdict_rates)
-from data.prefs import StrongJudge
-from data.run import (Count, Positive, Range, Run, Share, UserError, batch_indices, cli,
-                      launch, needs)
+from data import prefs, tasks
+from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices, cli,
+                      launch, needs, pyplot)
+from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
 from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
                    peek, preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
-
 # --- config ---------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
-class Config:
-    """What every run has; what belongs to a loss or a recipe is an argument of its function."""
-    config: str = ""             # presets and TOML files, left to right
-    data: str = "ring"  # a world (ring, toyif), or a JSONL of {"prompt", "chosen", "rejected"}
+class Config(Training):
+    """What belongs to a loss or a recipe is an argument of its function."""
+    data: str = "ring"           # a world (ring, toyif), or a JSONL of prompt, chosen, rejected
     rows: int = 0                # training pairs (0: the recipe's number, or the whole file)
     noise: Share = 0.0           # share of a world's training labels that is flipped
     init: str = "base:ring"      # language model to start from; base:PRESETS makes it first
     eval: str = ""               # evaluate this reward model instead of training one
     context: int = 0             # longest pair in tokens (0: the model's)
-    chat: bool = False           # wrap prompts in the checkpoint's chat template
-    recipe: str = "scalar"       # which row of RECIPES
-    loss: str = "bt"             # which row of LOSSES
-    aggregate: str = "mean"      # which row of AGGREGATES
-    attack: str = "disagreement"  # which row of ATTACKS: Adv-RM's reward
+    recipe: str = "bt"           # which row of RECIPES: a system, from data to numbers
+    loss: str = "bt"             # which row of LOSSES: on a pair's two scores
+    aggregate: str = "mean"      # which row of AGGREGATES: of an ensemble
     steps: int = 0               # optimizer steps of each model (0: epochs decides)
     epochs: Positive = 3.0       # passes over the pairs
     batch: Count = 64            # pairs per optimizer step
-    micro: Count = 64            # pairs per forward pass: lower it when memory runs out
     optimiser: str = "adamw"     # which row of optim.RULES updates the matrices of the blocks
-    lr: Positive = 1e-3          # peak learning rate, falling linearly to 0
-    aux_lr: float = 0.0  # of AdamW for what is no block matrix, beside another optimiser (0: lr)
-    warmup: int = 0              # steps of linear warm-up
+    aux_lr: float = 0.0          # of AdamW for what is no block matrix (0: lr)
     weight_decay: float = 0.0    # on matrices
     clip: Positive = 1.0         # largest gradient norm
-    save_every: Count = 200      # steps between checkpoints
-    keep: Count = 2              # checkpoints to keep
-    stop: int = 0                # pause after this step (0: no); --resume goes on
-    out: str = ""                # run folder (default out/reward/<presets>)
-    seed: int = 0                # of data, heads and sampling
-    device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"  # of the matmuls: float32, or bfloat16 under autocast (default on CUDA)
-    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
-    resume: bool = False  # go on: from the newest checkpoint, or after the last finished stage
 
 
-WORLDS = prefs.WORLDS
-TOYIF, CHECKS = (dict(data="toyif", init=f"base:toyif_{x}") for x in ("base", "judge"))
-MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)
-PRESETS = dict(  # learning rates and sizes: ours, the papers' are for billions of weights
-    bt=dict(), margin=dict(loss="margin"), scaled=dict(loss="scaled"), smooth=dict(loss="smooth"),
-    win_tie=dict(loss="win_tie"), goal=dict(loss="goal"), regression=dict(loss="regression"),
-    arm=dict(loss="arm"), hs2pref=dict(recipe="hs2pref"), armo=dict(recipe="armo"),
-    cdr=dict(recipe="cdr"),
-    polar=dict(recipe="polar"), ensemble=dict(recipe="ensemble"), maxmin=dict(recipe="maxmin"),
-    overopt=dict(recipe="overopt", steps=250, lr=2e-3),
-    router=dict(recipe="router", **TOYIF, epochs=4.0),
-    rubrics=dict(recipe="openrubrics", **CHECKS, steps=600, lr=2e-3),
-    thinkrm=dict(recipe="thinkrm", steps=1500, **MUON),
-    rmr1=dict(recipe="thinkrm", steps=1500, **MUON, style="random", rule="sign"),
-    judge_lora=dict(recipe="judge_lora", **TOYIF, lr=2e-3),
-    first=dict(recipe="first", **TOYIF, loss="listwise"),
-    advrm=dict(recipe="advrm", **TOYIF, epochs=4.0),
-    ring=dict(), toyif=TOYIF,
-    noisy=dict(noise=0.25), big_router=dict(rows=16000, epochs=3.0, warmup=100, rivals=0),
-    direct=dict(judge="direct"), nocontrast=dict(contrast=False), nofilter=dict(consistent=False),
-    bt_rubrics=dict(recipe="scalar", data="rubrics", lr=1e-3),
-    short_style=dict(style="short"), filler_style=dict(style="filler", rl_steps=0),
-    direct_style=dict(style="direct", rl_steps=0),
-    bt_style=dict(style="bt", optimiser="adamw", lr=5e-4, aux_lr=0.0, warmup=0),
-    tiny=dict(rows=256, steps=6, batch=16, save_every=3, lr=1e-3),
+WORLDS = prefs.WORLDS            # preference data with a known gold reward
+TOYIF = dict(data="toyif", init="base:toyif_base")
+PRESETS = dict(
+    bt=dict(recipe="bt", loss="bt"),                             # the defaults
+    ring=dict(data="ring", init="base:ring"),                    # the worlds
+    toyif=TOYIF,
+    tiny=dict(rows=256, steps=6, batch=16, save_every=3, lr=1e-3),       # shows that all turns
 )
 CURVES = {"loss": ["loss"], "accuracy of the batch": ["accuracy"], "scores": ["gap", "score_std"]}
 
 
-# --- losses: one number a row, [B]; the loop divides by the whole step's rows, tokens or labels ---
-# A loss's positional arguments name what it reads, and only that is computed (see `provide`).
+# --- the loss: one number a row, [B]; the loop divides by the whole step's rows -------------------
+
 
 def bt(chosen, rejected, *, center=0.0):
     """Bradley-Terry:  -log σ(d),  d = r_chosen - r_rejected.   [B], [B] -> [B]
@@ -144,21 +90,535 @@ def bt(chosen, rejected, *, center=0.0):
     center: + c (r_chosen + r_rejected)² keeps scores near 0 (2312.09244 eq. 2; TRL uses 0.01)."""
     return -F.logsigmoid(chosen - rejected) + center * (chosen + rejected) ** 2
 
+
+LOSSES = dict(bt=bt)
+
+
+# --- rewards: functions of (tokens [B, T], start [B], end [B]) -> [B] -----------------------------
+# A response is tokens[start:end]; a reward model's score is read at its last token.
+
+
+def chunked(fn, c):
+    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' length."""
+    @torch.no_grad()
+    def reward(tokens, start, end):
+        parts = zip(tokens.split(c.micro), start.split(c.micro), end.split(c.micro))
+        with autocast(c.device, c.dtype):
+            return torch.cat([fn(t[:, :int(e.max())], s, e).float() for t, s, e in parts])
+    return reward
+
+
+def scalar_reward(model, c):
+    """A reward model's score at the last token."""
+    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end), c)
+
+
+def score_rows(reward, rows, side, c, pad):
+    """[N] scores of one side of encoded pairs, on the CPU."""
+    tokens, mask = collate([(r["prompt"], r[side]) for r in rows], pad, c.device)
+    start = torch.tensor([len(r["prompt"]) for r in rows], device=c.device)
+    return reward(tokens, start, start + mask.sum(1).long()).cpu()
+
+
+# --- the one training loop ------------------------------------------------------------------------
+# A loss's positional arguments name what it reads, and only that is computed: rows of FACTS, or
+# numbers that the data's rows hold.
+
+
+class Batch:
+    """Encoded rows, and what the model makes of them: computed once, when first asked for."""
+
+    def __init__(self, model, rows, c, pad, generator):
+        self.model, self.rows, self.c, self.pad, self.generator = model, rows, c, pad, generator
+
+    def of(self, *sides):
+        """Prompts with these sides, one after the other: tokens, mask [B, T], start, length [B]."""
+        parts = [(r["prompt"], r[side]) for side in sides for r in self.rows]
+        tokens, mask = collate(parts, self.pad, self.c.device)
+        return SimpleNamespace(tokens=tokens, mask=mask, start=mask.argmax(1),
+                               length=mask.sum(1).long())
+
+    @cached_property
+    def pairs(self):
+        """All chosen responses, then all rejected ones: one forward pass."""
+        return self.of("chosen", "rejected")
+
+    @cached_property
+    def answers(self):
+        """The responses of rows that have only one."""
+        return self.of("answer")
+
+    @cached_property
+    def hidden(self):
+        """The body's states of the pairs.   [2B, T, D]"""
+        return self.model.model(self.pairs.tokens)
+
+
+def scores(batch):
+    """A reward model's scores of both sides, at the last token, in float32.   [B] each"""
+    end = batch.pairs.start + batch.pairs.length - 1                                     # [2B]
+    last = batch.hidden[torch.arange(len(end)), end].float()                             # [2B, D]
+    score = (last * batch.model.score.weight[0].float()).sum(-1)         # a sum: never bfloat16
+    return dict(zip(("chosen", "rejected"), score.chunk(2)))
+
+
+FACTS = dict(chosen=scores)      # a loss's argument: batch -> {name: tensor} of it and its like
+UNITS = dict(chosen=len)         # … : rows -> what the step's summed loss is divided by
+
+
+def provide(model, rows, names, c, pad, generator):
+    """What a loss names among its positional arguments, for these rows: {name: tensor}."""
+    batch, known = Batch(model, rows, c, pad, generator), {}
+    for name in names:
+        if name in FACTS:
+            known |= FACTS[name](batch)
+        elif name not in known:
+            numbers = [r[name] for r in rows]
+            known[name] = torch.tensor(numbers, dtype=torch.float32, device=c.device)
+    return {k: known[k] for k in names}
+
+
+def units(names, rows):
+    """What the step's summed loss is divided by: the last argument that has a unit says."""
+    return next((UNITS[k] for k in reversed(names) if k in UNITS), len)(rows)
+
+
+def pair_metrics(known):
+    """How far the two scores of a pair are apart, in the micro-batch at hand."""
+    if "rejected" not in known:
+        return {}
+    win, lose = known["chosen"].detach(), known["rejected"].detach()
+    return dict(gap=(win - lose).mean(), accuracy=accuracy(win, lose),
+                score_std=win.std(correction=0))
+
+
+def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None, apart=()):
+    """The training loop of everything here: shuffle, score, step, tell -> whether it has ended.
+
+    steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a
+    single stage, which then resumes exactly (apart: prefixes of the weights that are not in that
+    folder); a run of several stages resumes after the last finished one (Run.stage)."""
+    names = needs(loss)
+    total = steps or c.steps or max(1, math.ceil(len(rows) * c.epochs / c.batch))
+    opt = optimiser(model, RULES[c.optimiser], c.lr, c.weight_decay, seed, aux_lr=c.aux_lr)
+    g = torch.Generator().manual_seed(seed)
+    if write and run.state:
+        opt.load_state_dict(run.state["opt"])
+        g.set_state(run.state["rng"])
+        model.load_state_dict(run.state["apart"], strict=False)
+    for step in run.steps(total) if write else trange(total, desc=name, leave=False, disable=None):
+        # 1. get data
+        picked = [rows[i] for i in batch_indices(len(rows), c.batch, step, seed).tolist()]
+        count, value = units(names, picked), 0.0
+        # 2. score
+        for i in range(0, len(picked), c.micro):
+            with autocast(c.device, c.dtype):
+                known = provide(model, picked[i:i + c.micro], names, c, tok.pad or 0, g)
+                part = loss(**known).sum() / count
+            part.backward()
+            value += part.item()
+        # 3. update
+        norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip).item()
+        set_lr(opt, c.lr * linear(step, total, c.warmup))
+        opt.step()
+        opt.zero_grad()
+        # 4. tell
+        metrics = dict(loss=value, norm=norm) | pair_metrics(known)
+        run.log(run.at + step + 1, **{f"{name} {k}".strip(): v for k, v in metrics.items()})
+        if write and ((step + 1) % c.save_every == 0 or step + 1 in (total, c.stop)):
+            other = {k: x for k, x in model.state_dict().items() if k.startswith(apart)}
+            run.save(step + 1, write, opt=opt.state_dict(), rng=g.get_state(), apart=other)
+    run.at += total
+    return not (write and c.stop and c.stop < total)
+
+
+# --- evaluate: labelled pairs, and samples of the policy that a reward will steer -----------------
+# score([(prompt ids, response ids)]) -> [N];  sample(problems, n, seed) -> (n responses each, as
+# ids, whether each has ended)
+
+
+def ece(conf, correct, bins=5):
+    """Expected calibration error, equal bins on (0.5, 1]:  Σ n_b/n |mean conf - share right|."""
+    which = ((conf - 0.5) * 2 * bins).ceil().clamp(1, bins)
+    gaps = [(conf[which == b].mean() - correct[which == b].mean()).abs()
+            * (which == b).float().mean() for b in range(1, bins + 1) if (which == b).any()]
+    return float(sum(gaps))
+
+
+def grade(win, lose):
+    """Accuracy, ECE, Brier score of pairs, p = σ(r_c - r_r) -> (dict, conf [N], right [N])."""
+    p = torch.sigmoid(win - lose)
+    conf, right = torch.maximum(p, 1 - p), (p > 0.5).float()
+    return dict(n=len(p), accuracy=accuracy(win, lose), ece=ece(conf, right),
+                brier=((1 - p) ** 2).mean().item()), conf, right
+
+
+def grade_sets(score, sets, say):
+    """Held-out sets and their subsets, a line said of each -> ([row], conf [N], right [N])."""
+    say(f"\n  {'pairs':<26}{'n':>6}{'accuracy':>10}{'ECE':>8}{'Brier':>8}   "
+        "(chance: accuracy 0.5)")
+    table, points = [], []
+    for name, rows in sets.items():
+        win = score([(row["prompt"], row["chosen"]) for row in rows])
+        lose = score([(row["prompt"], row["rejected"]) for row in rows])
+        where = {id(row): i for i, row in enumerate(rows)}
+        for part, members in prefs.subsets(name, rows).items():
+            at = [where[id(row)] for row in members]
+            row, *point = grade(win[at], lose[at])
+            table.append(dict(subset=part) | row)
+            points += [point] if part == name else []
+            say(f"  {part:<26}{row['n']:>6}{row['accuracy']:>10.3f}{row['ece']:>8.3f}"
+                f"{row['brier']:>8.3f}")
+    return table, *map(torch.cat, zip(*points))
+
+
+def study(score, sample, world, tok, split, seed, prompts=48, n=64):
+    """What a reward makes of samples of the policy that it will steer -> (numbers, curve).
+
+    Spearman with gold within a prompt, and with length over all; best of n, with its KL bound."""
+    problems = world.problems(split, prompts, seed)
+    ys, done = sample(problems, n, seed + 1)
+    ends = [[*y, tok.eos] if d else y for y, d in zip(ys, done)]
+    proxy = score([(tok.prompt(problems[i // n]), y) for i, y in enumerate(ends)]).view(prompts, n)
+    gold = torch.tensor([world.reward(problems[i // n], tok.decode(y), d)
+                         for i, (y, d) in enumerate(zip(ys, done))]).view(prompts, n)
+    proxy = (proxy - proxy.mean()) / proxy.std().clamp(min=1e-8)
+    curve = [dict(n=k, kl=bon_kl(k), proxy=best_of_n(proxy, proxy, k).mean().item(),
+                  gold=best_of_n(proxy, gold, k).mean().item()) for k in (1, 2, 4, 8, 16, 32)]
+    length = torch.tensor([float(len(y)) for y in ends])
+    return dict(spearman=statistics.fmean(map(spearman, proxy, gold)),
+                length_spearman=spearman(proxy.flatten(), length), sft_gold=gold.mean().item(),
+                bon8_gold=curve[3]["gold"], bon32_gold=curve[5]["gold"]), curve
+
+
+def examine(score, sample, world, tok, sets, seed, say, path):
+    """The evaluation of a reward, said and drawn -> dict of floats.
+
+    sets {name: encoded pairs}; world None: pairs alone, else also best of n and chapter null."""
+    table, conf, right = grade_sets(score, sets, say)
+    out, curves = {row["subset"]: row["accuracy"] for row in table if row["subset"] in sets}, {}
+    out["accuracy"] = statistics.fmean(out.values())
+    for row in table:
+        out |= {f"{row['subset'].replace(' ', '_')}_{k}": row[k] for k in ("accuracy", "ece")}
+    if world:
+        for split in ("val", "ood"):
+            numbers, curves[split] = study(score, sample, world, tok, split, seed)
+            out |= {f"{split}_{k}": v for k, v in numbers.items()}
+        hacks, text = attacks(score, sample, world, tok, seed)
+        out |= hacks
+        say(f"\n  samples of the SFT model: Spearman with gold within a prompt "
+            f"{out['val_spearman']:.2f} (ood {out['ood_spearman']:.2f}), with length "
+            f"{out['val_length_spearman']:.2f}\n  null model: the constant {text!r} beats "
+            f"{hacks['null_wins']:.0%} of SFT samples by this reward, "
+            f"{hacks['null_wins_gold']:.0%} by gold\n  padding raises this reward in "
+            f"{hacks['padding_wins']:.0%} of samples, gold in {hacks['padding_wins_gold']:.0%}\n\n"
+            "  best of n " + "".join(f"{p['n']:>8}" for p in curves["val"]))
+        for split, curve in curves.items():
+            for what in ("proxy", "gold"):
+                say(f"  {split + ' ' + what:<10}" + "".join(f"{p[what]:>8.2f}" for p in curve))
+    draw_evaluation(path, conf, right, [(row["subset"], row["accuracy"]) for row in table], curves)
+    return out
+
+
+def samples_of(policy, tok, world, problems, c, seed, samples=2, temperature=1.0):
+    """`samples` responses of a policy to each of a world's problems -> Rollout."""
+    with autocast(c.device, c.dtype):
+        return generate(policy, [tok.prompt(p) for p in problems], world.max_new, samples=samples,
+                        temperature=temperature, generator=torch.Generator().manual_seed(seed))
+
+
+def evaluate(reward, policy, sets, tok, c, run):
+    """examine() of a reward on held-out pairs, and in a world on the policy's samples."""
+    world = tasks.task(c.data) if c.data in WORLDS else None
+
+    def score(rows):
+        rows = [dict(prompt=x, chosen=y) for x, y in rows]
+        return score_rows(reward, rows, "chosen", c, tok.pad or 0)
+
+    def sample(problems, n, seed):
+        roll = samples_of(policy, tok, world, problems, c, seed, n)
+        return roll.completions(), roll.finished.tolist()
+    return examine(score, sample, world, tok, sets, c.seed, run.say, run.folder / "eval.png")
+
+
+# --- recipes: a system each, from data to numbers -------------------------------------------------
+# What a recipe names among its positional arguments is made for it: see `arguments`.
+
+
+def start(c):
+    """The base that a recipe starts from: policy (frozen), tok, pad, context, world (None for a
+    file).
+
+    Raises UserError where --init is no language model."""
+    policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device)
+    if not isinstance(policy, Transformer):
+        raise UserError(f"--init {c.init} is a reward model already: give a language model, or use "
+                        "--eval")
+    return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
+                           context=c.context or policy.config.max_position_embeddings,
+                           world=tasks.task(c.data) if c.data in WORLDS else None)
+
+
+def pair_sets(c, tok, context, ties=False):
+    """(training rows, {name: held-out rows}) of --data as ids; with --eval no training rows."""
+    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, ties, bool(c.eval))
+    encoded = partial(prefs.encode_pairs, tok=tok, context=context, chat=c.chat)
+    return [] if c.eval else encoded(rows, what="train"), {
+        k: encoded(some, what=k) for k, some in held.items() if some}
+
+
+def new_scalar(body, seed):
+    """A reward model with the language model's body and a small random head."""
+    model, g = ScalarModel.from_lm(body), torch.Generator().manual_seed(seed)
+    model.score.weight.data.copy_(torch.randn(model.score.weight.shape, generator=g)
+                                  / math.sqrt(body.config.hidden_size + 1))
+    return model
+
+
+def introduce(c, run, tok, model, rows):
+    """Say what is trained, and show a pair."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}")
+    for side in ("chosen", "rejected"):
+        run.say(f"  {side:<9}{tok.decode(rows[0]['prompt'] + rows[0][side])[-300:]!r}")
+
+
+def scalar(c, run, base, pairs, loss, last):
+    """One reward model on pairs: a …ForSequenceClassification folder.
+
+    last: the newest checkpoint of a resumed run."""
+    rows, sets = pairs
+    model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
+    introduce(c, run, base.tok, model, rows)
+    if not fit(model, rows, loss, c, run, base.tok, seed=c.seed,
+               write=lambda folder: save(model, base.tok, folder)):
+        return {}
+    return evaluate(scalar_reward(model, c), base.policy, sets, base.tok, c, run)
+
+
+def mean(scores):
+    """The mean of an ensemble's members.   [K, B] -> [B]"""
+    return scores.mean(0)
+
+
+RECIPES = dict(bt=scalar)
+AGGREGATES = dict(mean=mean)
+AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, optimiser=RULES,
+            kernels=kernels.MODES)
+WORLDS_OF = {}                   # recipe: the worlds whose gold reward it reads (else any data)
+CHECKS = {}                      # recipe: (c, f) -> None, UserError before anything is made
+INSTEAD = {}                     # an option: (c, run) -> numbers, in the place of a recipe
+
+
+def arguments(c, f, run):
+    """What the recipe names, and only that: {name: value}."""
+    names = needs(f.recipe)
+    known = dict(c=c, run=run, loss=f.loss, aggregate=f.aggregate, rows=c.rows, noise=c.noise,
+                 last=run.last)
+    if "base" in names:
+        base = known["base"] = start(c)
+        known["encoded"] = partial(prefs.encode_pairs, tok=base.tok, context=base.context)
+    if "pairs" in names:
+        known["pairs"] = pair_sets(c, base.tok, base.context, ties="tie" in needs(f.loss))
+    return {k: known[k] for k in names}
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def train(c, f):
+    """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
+    kernels.use(c.kernels)
+    check(c, f)
+    if c.data in WORLDS if c.eval else "base" in needs(f.recipe):
+        sft.find(c.init, c.config, device=c.device)            # made before this run's clock starts
+    with Run(c, f, "reward", CURVES) as run:
+        out = INSTEAD["eval"](c, run) if c.eval else f.recipe(**arguments(c, f, run))
+        if not out:                                            # --stop came first
+            return run.say(f"  paused at step {c.stop}: the same command with --resume and no "
+                           "--stop goes on")
+        run.say(f"\n  {run.folder}: log.jsonl, pictures" + f"; checkpoint {run.last}"
+                * bool(run.last))
+        return run.finish(**out)
+
+
+def main(argv=None):
+    """python reward.py …: see the docstring above, or --help."""
+    return launch("reward", Config, PRESETS, AXES, __doc__, train, argv, readers)
+
+
+# === checks: what a run does not read, and what does not combine, told before anything is made ====
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    names, world = set(needs(f.recipe)), c.data in WORLDS
+    fields = dict(
+        data=("base" in names, "recipes that start from --init"),
+        init=("base" in names, "other recipes"),
+        context=(bool(names & {"pairs", "encoded"}), "recipes that train on pairs"),
+        chat=("pairs" in names, "recipes that train on the pairs of --data"),
+        rows=(bool(names & {"pairs", "rows"}), "recipes that train on pairs"),
+        noise=(bool(names & {"pairs", "noise"}) and world, "a world's training labels"),
+        loss=("loss" in names, "recipes that leave the loss open"),
+        aggregate=("aggregate" in names, "--recipe ensemble"),
+        epochs=(not c.steps, "runs without --steps"),
+        eval_every=(False, "scripts that evaluate while they train"),
+        compile=(False, "sft.py, ppo.py and grpo.py"))
+    single = "last" in names, "recipes of one stage: others save and resume by stages"
+    fields |= dict.fromkeys(("stop", "save_every", "keep"), single)
+    if c.eval:
+        trains = ("recipe", "loss", "aggregate", "noise", "steps", "epochs", "batch", "optimiser",
+                  "lr", "aux_lr", "warmup", "weight_decay", "clip", "save_every", "keep", "stop")
+        fields |= dict.fromkeys(trains, (False, "training, without --eval"))
+        fields |= dict.fromkeys(("data", "context", "chat"), (True, ""))
+        fields |= dict(init=(world, "worlds, where it gives the samples"),
+                       rows=(not world, "files"))
+    return fields
+
+
+def check(c, f):
+    """UserError for all that can be known before anything is made."""
+    if c.eval and not INSTEAD:
+        raise UserError("--eval: this script trains only; reward.py evaluates checkpoints")
+    if not c.eval and "base" not in needs(f.recipe):
+        return
+    prefs.check_pairs(c.data, whole=bool(c.eval))
+    if c.eval:
+        peek(c.eval, scalar=True, option="--eval")
+    worlds = WORLDS_OF.get(c.recipe)
+    if worlds and not c.eval and c.data not in worlds:
+        raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold "
+                        f"reward it uses; not {c.data}")
+    if c.eval and c.data not in WORLDS:
+        return
+    most = sft.find(c.init, c.config, make=False)
+    if c.context > most:
+        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if c.recipe in CHECKS and not c.eval:
+        CHECKS[c.recipe](c, f)
+
+
+# === eval: the table of any reward model's checkpoint, nothing trained ============================
+
+def judge_checkpoint(c, run):
+    """--eval: the table of a reward model, in a world with samples of --init."""
+    run.begin()                                  # pictures are made before there is a result
+    model, tok = load(c.eval, c.device)
+    sets = pair_sets(c, tok, c.context or model.config.max_position_embeddings)[1]
+    policy = start(c).policy if c.data in WORLDS else None
+    return evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
+
+
+INSTEAD["eval"] = judge_checkpoint
+
+
+# === picture: a reward model's reliability, accuracy by subset, best of n =========================
+
+def draw_evaluation(path, conf, correct, table, curves):
+    """A reward model's picture: reliability, accuracy by subset [(name, accuracy)], and best-of-n
+    curves {split: [dict(kl, proxy, gold)]}, where there are any."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 3 if curves else 2, figsize=(14 if curves else 9.4, 3.8))
+    edges = torch.linspace(0.5, 1, 11)
+    inside = [(conf > a) & (conf <= b) for a, b in zip(edges, edges[1:])]
+    axes[0].plot([0.5, 1], [0.5, 1], color="gray", lw=1, ls=":")
+    axes[0].plot(*zip(*[(conf[k].mean(), correct[k].mean()) for k in inside if k.any()]),
+                 marker="o", ms=3)
+    axes[0].set(xlabel="confidence", ylabel="share correct", title="reliability, held-out pairs")
+    axes[1].barh(*zip(*table))
+    axes[1].axvline(0.5, color="gray", lw=1, ls=":")
+    axes[1].set(xlabel="accuracy (chance 0.5)", xlim=(0, 1))
+    axes[1].invert_yaxis()
+    for i, (split, curve) in enumerate(curves.items()):
+        for what, style in (("proxy", "--"), ("gold", "-")):
+            axes[2].plot([p["kl"] ** 0.5 for p in curve], [p[what] for p in curve], style,
+                         color=f"C{i}", label=f"{split} {what}", marker="o", ms=3)
+    if curves:
+        axes[2].set(xlabel="sqrt KL of best of n, nats", title="best of n by this reward")
+        axes[2].legend()
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+# === null: 2410.07137, two cheap attacks: a constant response, and padding ========================
+
+def null_attack(score, ids, seed=0, iterations=300, longest=16):
+    """The constant response that a reward likes best (2410.07137): random edits, kept while
+    score(ids) rises.
+
+    score: list of ids -> float, its mean over the search prompts; ids: the alphabet."""
+    g = random.Random(seed)
+    best = [g.choice(ids) for _ in range(4)]
+    top = score(best)
+    for _ in range(iterations):
+        new, at, edit = list(best), g.randrange(len(best)), g.choice(("swap", "add", "cut"))
+        if edit == "cut" and len(best) > 1:
+            del new[at]
+        elif edit == "add" and len(best) < longest:
+            new.insert(at, g.choice(ids))
+        else:
+            new[at] = g.choice(ids)
+        if (now := score(new)) > top:
+            best, top = new, now
+    return best
+
+
+def attacks(score, sample, world, tok, seed, search=64, test=128, extra=4):
+    """Two cheap attacks -> (numbers, the null model's text).
+
+    null_wins: how often the constant response that null_attack found on 64 prompts beats samples of
+    others; padding_wins: how often saying a sample's last token `extra` more times raises its
+    score; also by gold."""
+    problems = world.problems("val", search + test, seed + 7)
+    prompts, held = [tok.prompt(p) for p in problems], problems[search:]
+
+    def of_a_constant(y):
+        return score([(x, [*y, tok.eos]) for x in prompts[:search]]).mean().item()
+
+    def of(responses):
+        return score(list(zip(prompts[search:], responses)))
+
+    def gold(responses, finished):
+        return torch.tensor([world.reward(p, tok.decode(y), d)
+                             for p, y, d in zip(held, responses, finished)])
+    null = null_attack(of_a_constant, [i for i in range(tok.vocab_size) if i not in tok.hidden],
+                       seed)
+    ys, done = sample(held, 1, seed + 8)
+    ends = [[*y, tok.eos] if d else y for y, d in zip(ys, done)]
+    long = [[*y, *y[-1:] * extra] for y in ys]
+    keep = torch.tensor([bool(y) and d for y, d in zip(ys, done)])       # those that have an end
+    return dict(
+        null_wins=accuracy(of([[*null, tok.eos]] * test), of(ends)),
+        null_wins_gold=accuracy(gold([null] * test, [True] * test), gold(ys, done)),
+        padding_wins=accuracy(of([[*y, tok.eos] for y in long])[keep], of(ends)[keep]),
+        padding_wins_gold=accuracy(gold(long, done)[keep], gold(ys, done)[keep])), tok.decode(null)
+
+
+# === margin: 2307.09288, Llama 2: stronger preferences must be further apart ======================
+
 def bt_margin(chosen, rejected, strength, *, unit: Positive = 1.0):
-    """-log σ(d - m): stronger preferences must be further apart (Llama 2, 2307.09288).   m = unit
-    strength"""
+    """-log σ(d - m): stronger preferences must be further apart (Llama 2, 2307.09288).
+
+    m = unit strength"""
     return -F.logsigmoid(chosen - rejected - unit * strength)
 
-def bt_scaled(chosen, rejected, strength):
-    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (HelpSteer2-Preference,
-    2410.01257)."""
-    return -strength * F.logsigmoid(chosen - rejected)
+
+LOSSES["margin"] = bt_margin
+
+
+# === smooth: label smoothing, labels believed wrong with probability e ============================
 
 def bt_smooth(chosen, rejected, *, flip: Range("[0, 0.5)") = 0.1):
-    """-(1-e) log σ(d) - e log σ(-d): e is the share of labels believed wrong; d* = log((1-e)/e) is
-    finite."""
+    """-(1-e) log σ(d) - e log σ(-d), e the share of labels believed wrong: d* = log((1-e)/e)."""
     d = chosen - rejected
     return -(1 - flip) * F.logsigmoid(d) - flip * F.logsigmoid(-d)
+
+
+LOSSES["smooth"] = bt_smooth
+
+
+# === win_tie: 2512.22170, SoliReward: ties pull two scores together ===============================
 
 def win_tie(chosen, rejected, tie, *, margin=3.0, tie_coef=1.0):
     """SoliReward, 2512.22170:  a win -log σ(d - m);  a tie -log σ(d - m) - log σ(-d - m), least at
@@ -169,216 +629,26 @@ def win_tie(chosen, rejected, tie, *, margin=3.0, tie_coef=1.0):
     win = -F.logsigmoid(d - margin)
     return (1 - tie) * win + tie * tie_coef * (win - F.logsigmoid(-d - margin))
 
-def regression(predicted, ratings):
-    """HelpSteer2 (2406.08673): squared error on every attribute that has a label (NaN: none).   [B,
-    K] -> [B]
 
-    The loop divides by the labels of the step, not by its rows."""
-    known = ratings.isfinite()
-    return ((predicted - ratings.nan_to_num()) ** 2 * known).sum(1)
+LOSSES["win_tie"] = win_tie
+
+
+# === goal: 2407.13887, early states of a response point to where the chosen one ends ==============
 
 def goal(chosen, rejected, early, late, wrong, *, weight=0.5):
     """Goal-conditioned contrastive term (2407.13887) on top of bt:  w (-log p+ - log(1 - p-)).
 
     early, late [B, S, D]: hidden states of the chosen response, wrong [B, S, D] of the rejected
-    one; p+ is the mean of σ(cos(early, late)) over the pass, p- with wrong: logs of means, so it
-    depends on --micro."""
+    one; p+ is the mean of σ(cos(early, late)), p- with wrong, over the pass: --micro matters."""
     early, late, wrong = (F.normalize(h, dim=-1) for h in (early, late, wrong))
     plus, minus = (torch.sigmoid(early @ x.transpose(1, 2)).mean() for x in (late, wrong))
     return bt(chosen, rejected) + weight * (-plus.log() - (1 - minus).log())
 
-def preference(logit, label, strength):
-    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l = 1: the first is
-    better."""
-    return strength * (-label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit))
-
-def nll(logp):
-    """Cross-entropy of a judge's text, reasoning and verdict together.   [B, T] -> [B]"""
-    return -logp.sum(1)
-
-def listwise(logp, identifiers, ranks, *, weight=10.0):
-    """FIRST (2406.15657): cross-entropy a token of the ranking + w RankNet on the first token's
-    logits.
-
-    identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
-    return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
-
-LOSSES = dict(bt=bt, margin=bt_margin, scaled=bt_scaled, smooth=bt_smooth, win_tie=win_tie,
-              goal=goal,
-              regression=regression, arm=autoregressive, preference=preference, nll=nll,
-              listwise=listwise)
-
-
-# --- many models, one reward ----------------------------------------------------------------------
-
-def mean(scores):
-    """The members' mean.   [K, B] -> [B]"""
-    return scores.mean(0)
-
-def wco(scores):
-    """Worst case (2310.02743): the lowest member.   [K, B] -> [B]"""
-    return scores.amin(0)
-
-def uwo(scores, *, lam=0.5):
-    """Uncertainty-weighted (2310.02743): mean - λ variance (unbiased; 0 for one member).   [K, B]
-    -> [B]"""
-    return scores.mean(0) - lam * (scores.var(0) if len(scores) > 1 else 0.0)
-
-def lcb(scores):
-    """Lower confidence bound: mean - standard deviation (unbiased; 0 for one member).   [K, B] ->
-    [B]"""
-    return scores.mean(0) - (scores.std(0) if len(scores) > 1 else 0.0)
-
-AGGREGATES = dict(mean=mean, wco=wco, uwo=uwo, lcb=lcb)
-
-class Gate(nn.Module):
-    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   prompt feature [B, D] -> [B,
-    K]"""
-
-    def __init__(self, width, outputs, hidden=1024):
-        super().__init__()
-        sizes = [width, hidden, hidden, hidden, outputs]
-        self.mlp = nn.Sequential(*(m for i, o in zip(sizes, sizes[1:])
-                                   for m in (nn.Linear(i, o), nn.ReLU())))
-        self.mlp = self.mlp[:-1]
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, h):
-        return torch.softmax(self.mlp(h) / 10, -1) * self.scale
-
-def density_ratio(strong_logp, weak_logp, mask):
-    """CDR (2411.02481):  Σ log π_strong(y|c,x) - log π_weak(y|x).   [B, T] each -> [B]
-
-    Criteria and examples c belong into the strong model's prompt. With the SFT model over its base
-    it is Self-Rewarding PPO's reward (2510.21090)."""
-    return ((strong_logp - weak_logp) * mask).sum(1)
-
-
-# --- Adv-RM (2504.06141) --------------------------------------------------------------------------
-
-def disagreement(r1, r2, bar=0.0, *, lam=1.5, C: Positive = 3.0):
-    """R1 - λ R2 where R1 > T(x), else R1 - C: please the target, displease its twin.   [B] -> [B]
-
-    Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0
-    and neither shift nor scale of R matters. For raw rewards: bar T(x), and C 25 in a public
-    implementation."""
-    return torch.where(r1 > bar, r1 - lam * r2, r1 - C)
-
-def overoptimise(r1, r2):
-    """The weaker attack: the target's reward alone.   [B] -> [B]"""
-    return r1
-
-ATTACKS = dict(disagreement=disagreement, overopt=overoptimise)
-
-def adversarial(z1, disagreement, mean, std, *, z_min=1.96):
-    """Adv-RM's filter: R1 above the SFT mean and U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] ->
-    [B] bool"""
-    return (z1 > 0) & ((disagreement - mean) / std > z_min)
-
-def strict_success(z1, zgold):
-    """The proxy likes it (Z > 0), gold finds it far below the SFT samples (Z < -1.96).   [B] -> [B]
-    bool"""
-    return (z1 > 0) & (zgold < -1.96)
-
-
-# --- rewards: functions of (tokens [B, T], start [B], end [B]) -> [B]; a response is tokens[start:e
-
-def chunked(fn, c):
-    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' own
-    length."""
-    @torch.no_grad()
-    def reward(tokens, start, end):
-        parts = zip(tokens.split(c.micro), start.split(c.micro), end.split(c.micro))
-        with autocast(c.device, c.dtype):
-            return torch.cat([fn(t[:, :int(e.max())], s, e).float() for t, s, e in parts])
-    return reward
-
-def scalar_reward(model, c):
-    """A reward model's score at the last token."""
-    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end), c)
-
-def likelihood_reward(strong, c, weak=None):
-    """GenARM's reward, log π_r(y|x); with a weak model density_ratio, CDR's."""
-    def fn(tokens, start, end):
-        t = torch.arange(tokens.size(1), device=tokens.device)
-        mask = ((t >= start[:, None]) & (t < end[:, None])).float()                      # [B, T]
-        logp = token_logprobs(strong, tokens, mask)
-        return density_ratio(logp, token_logprobs(weak, tokens, mask) if weak else 0 * logp, mask)
-    return chunked(fn, c)
-
-def standardised(reward, roll):
-    """A reward less its mean, over its std, on samples of the SFT model: comparable with its
-    like."""
-    s = score_roll(reward, roll)
-    mu, sd = s.mean().item(), s.std().item()
-    return lambda *where: (reward(*where) - mu) / sd
-
-def combined(rewards, aggregate):
-    """Standardised members as one reward."""
-    return lambda *where: aggregate(torch.stack([r(*where) for r in rewards]))
-
-def score_rows(reward, rows, side, c, pad):
-    """[N] scores of one side of encoded pairs, on the CPU."""
-    tokens, mask = collate([(r["prompt"], r[side]) for r in rows], pad, c.device)
-    start = torch.tensor([len(r["prompt"]) for r in rows], device=c.device)
-    return reward(tokens, start, start + mask.sum(1).long()).cpu()
-
-def pair_accuracy(reward, rows, c, pad):
-    """Share of encoded pairs whose chosen response scores higher (equal: half)."""
-    return accuracy(*(score_rows(reward, rows, side, c, pad) for side in ("chosen", "rejected")))
-
-def score_roll(reward, roll):
-    """[B] scores of a rollout's completions, on the CPU."""
-    return reward(roll.tokens, roll.prompt_len, roll.prompt_len + roll.mask.sum(1).long()).cpu()
-
-def gold_of(world, problems, roll, tok):
-    """The world's gold reward of every completion, on the CPU.   [B]"""
-    per = len(roll.tokens) // len(problems)
-    return torch.tensor([world.reward(problems[i // per], tok.decode(ids), done) for i, (ids, done)
-                         in enumerate(zip(roll.completions(), roll.finished.tolist()))])
-
-
-# --- the one training loop ------------------------------------------------------------------------
-
-def last_hidden(model, tokens, end):
-    """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    body = model.model if isinstance(model, ScalarModel) else model
-    return body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
-
-def provide(model, rows, names, c, pad, generator):
-    """What a loss names among its positional arguments, for these rows: both sides in one forward
-    pass."""
-    have = {k: torch.tensor([r[k] for r in rows], dtype=torch.float32, device=c.device)
-            for k in names if k in ("strength", "tie", "label", "ratings", "ranks")}
-    if "label" in names:
-        tokens, mask = collate([((), r["pair"]) for r in rows], pad, c.device)
-        return have | dict(logit=model(tokens, mask.sum(1).long()))
-    sides = ("chosen", "rejected") if {"chosen", "chosen_logp"} & set(names) else ("answer",)
-    tokens, mask = collate([(r["prompt"], r[side]) for side in sides for r in rows], pad,
-                           c.device)                                                       # [2B, T]
-    start, n = mask.argmax(1), mask.sum(1).long()                                        # [2B]
-    if "chosen_logp" in names:
-        logp = token_logprobs(model, tokens, mask).sum(1)                                # [2B]
-        have |= dict(zip(("chosen_logp", "rejected_logp"), logp.chunk(2)))
-    elif "chosen" in names:
-        hidden = model.model(tokens)                                                    # [2B, T, D]
-        last = hidden[torch.arange(len(n)), start + n - 1].float()                       # [2B, D]
-        score = (last * model.score.weight[0].float()).sum(-1)                           # [2B]
-        have |= dict(zip(sides, score.chunk(2)))
-        have |= goal_states(hidden.float(), start, n, generator) if "early" in names else {}
-    elif "predicted" in names:
-        h = last_hidden(model, tokens, start + n)                                        # [B, D]
-        have |= dict(predicted=(h[:, None] * model.ratings.weight).sum(-1))        # [B, K], float32
-    else:
-        have |= dict(logp=token_logprobs(model, tokens, mask))
-    if "identifiers" in names:
-        z = model.logits(last_hidden(model, tokens, start))                              # [B, V]
-        have |= dict(identifiers=z[:, rows[0]["identifier_ids"]])
-    return have
 
 def goal_states(hidden, start, n, generator, draws=16):
-    """`goal`'s states: positions a <= b of the chosen response, any of the rejected.   [2B, T,
-    D]"""
+    """`goal`'s states: positions a <= b of the chosen response, any of the rejected.
+
+    hidden [2B, T, D], start and n [2B] of the responses -> early, late, wrong [B, S, D]"""
     B = len(n) // 2
     u = torch.rand(3, B, draws, generator=generator).to(hidden.device)
     ab = (u[:2] * n[:B, None]).long().sort(0).values                                     # [2, B, S]
@@ -389,93 +659,514 @@ def goal_states(hidden, start, n, generator, draws=16):
     return dict(early=at(ab[0], slice(0, B)), late=at(ab[1], slice(0, B)),
                 wrong=at((u[2] * n[B:, None]).long(), slice(B, None)))
 
-def units(names, rows):
-    """What the step's summed loss is divided by: scored tokens, known labels, or rows."""
-    if "logp" in names and "ranks" not in names:
-        return sum(len(r["answer"]) for r in rows)
-    return sum(math.isfinite(x) for r in rows
-               for x in r["ratings"]) if "ratings" in names else len(rows)
 
-def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None):
-    """The training loop of everything here: shuffle, score, step, tell.   -> whether it came to its
-    end
+def states_of(batch):
+    """goal_states of a batch, from the forward pass that gave its scores."""
+    return goal_states(batch.hidden.float(), batch.pairs.start, batch.pairs.length,
+                       batch.generator)
 
-    steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a
-    single stage, which then resumes exactly; a run of several stages resumes after the last
-    finished one (Run.stage)."""
-    names, total = needs(loss), steps or c.steps or max(1,
-                                                        math.ceil(len(rows) * c.epochs / c.batch))
-    opt = optimiser(model, RULES[c.optimiser], c.lr, c.weight_decay, seed, aux_lr=c.aux_lr)
-    g = torch.Generator().manual_seed(seed)
-    if write and run.state:
-        opt.load_state_dict(run.state["opt"])
-        g.set_state(run.state["rng"])
-        model.load_state_dict(run.state["heads"], strict=False)
-    for step in run.steps(total) if write else trange(total, desc=name, leave=False, disable=None):
-        # 1. get data
-        picked = batch_indices(len(rows), c.batch, step, seed).tolist()
-        n, value = units(names, [rows[i] for i in picked]), 0.0
-        # 2. score
-        for i in range(0, len(picked), c.micro):
-            with autocast(c.device, c.dtype):
-                have = provide(model, [rows[j] for j in picked[i:i + c.micro]], names, c, tok.pad
-                               or 0, g)
-                part = loss(**{k: have[k] for k in names}).sum() / n
-            part.backward()
-            value += part.item()
-        # 3. update
-        norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip).item()
-        set_lr(opt, c.lr * linear(step, total, c.warmup))
-        opt.step()
-        opt.zero_grad()
-        # 4. tell
-        told = dict(loss=value, norm=norm)
-        if "rejected" in names:                                  # of the last micro-batch
-            win, lose = have["chosen"].detach(), have["rejected"].detach()
-            told |= dict(gap=(win - lose).mean(), accuracy=accuracy(win, lose),
-                         score_std=win.std(correction=0))
-        run.log(run.at + step + 1, **{f"{name} {k}".strip(): v for k, v in told.items()})
-        if write and ((step + 1) % c.save_every == 0 or step + 1 in (total, c.stop)):
-            heads = {k: x for k, x in model.state_dict().items() if k.startswith("ratings")}
-            run.save(step + 1, write, opt=opt.state_dict(), rng=g.get_state(), heads=heads)
-    run.at += total
-    return not (write and c.stop and c.stop < total)
+
+LOSSES["goal"], FACTS["early"] = goal, states_of
+
+
+# === stages: what systems of several models share, each trained once and kept in the run's folder =
 
 def trained(run, name, model, rows, loss, c, tok, finish=None, **options):
     """A stage's model, frozen: fitted now and saved as the run's folder `name`, or loaded where a
     resumed run has it. finish(model): what is saved."""
+    teach = partial(fit, model, rows, loss, c, run, tok, name=name, **dict(seed=c.seed) | options)
+
     def write(folder):
-        model.to(c.device).requires_grad_()
-        fit(model, rows, loss, c, run, tok, name=name, **dict(seed=c.seed) | options)
+        teach()
         save(finish(model) if finish else model, tok, folder)
+    model.to(c.device).requires_grad_()
     return load(run.stage(name, write), c.device)[0].requires_grad_(False)
 
 
-# --- RL: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ----------
+def last_hidden(model, tokens, end):
+    """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
+    body = model.model if isinstance(model, ScalarModel) else model
+    return body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
-def samples_of(policy, tok, world, problems, c, seed, samples=2, temperature=1.0):
-    """`samples` responses of a policy to each of a world's problems -> Rollout."""
-    with autocast(c.device, c.dtype):
-        return generate(policy, [tok.prompt(p) for p in problems], world.max_new, samples=samples,
-                        temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
-def sampled_pairs(policy, tok, world, n, c, seed, split="train", **label):
-    """Labelled pairs of two samples of the policy, for n prompts (fewer: duplicates and ties are
-    dropped)."""
-    problems = world.problems(split, n, seed)
-    roll = samples_of(policy, tok, world, problems, c, seed)
-    texts, done = [tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
-    return prefs.label_pairs(world, [(p["prompt"], *texts[2 * i:2 * i + 2], *done[2 * i:2 * i + 2])
-                                     for i, p in enumerate(problems)], seed, **label)
+def ending(ids, pad, c):
+    """Sequences of ids without a response -> tokens [N, T] and their lengths [N]."""
+    tokens, mask = collate([((), x) for x in ids], pad, c.device)
+    return tokens, mask.sum(1).long()
+
+
+def pair_accuracy(reward, rows, c, pad):
+    """Share of encoded pairs whose chosen response scores higher (equal: half)."""
+    return accuracy(*(score_rows(reward, rows, side, c, pad) for side in ("chosen", "rejected")))
+
+
+def score_roll(reward, roll):
+    """[B] scores of a rollout's completions, on the CPU."""
+    return reward(roll.tokens, roll.prompt_len, roll.prompt_len + roll.mask.sum(1).long()).cpu()
+
+
+def gold_of(world, problems, roll, tok):
+    """The world's gold reward of every completion, on the CPU.   [B]"""
+    per = len(roll.tokens) // len(problems)
+    return torch.tensor([world.reward(problems[i // per], tok.decode(ids), done) for i, (ids, done)
+                         in enumerate(zip(roll.completions(), roll.finished.tolist()))])
+
+
+def listed(run, out):
+    """A result, said a line a number where it has no other table (curves are left out)."""
+    run.say("  " + "\n  ".join(f"{k:<40} {v:.3f}" for k, v in out.items() if "@" not in k))
+    return out
+
+
+# === regression: 2406.08673, HelpSteer2: five attributes, combined with fixed weights =============
+
+RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55, -0.4)   # the paper's (unverified); the last is verbosity
+
+
+def regression(predicted, ratings):
+    """HelpSteer2 (2406.08673): squared error on every attribute that has a label (NaN: none).
+
+    [B, K] -> [B]; the loop divides by the labels of the step, not by its rows."""
+    known = ratings.isfinite()
+    return ((predicted - ratings.nan_to_num()) ** 2 * known).sum(1)
+
+
+def predictions(batch):
+    """A rater's ratings of the answers, in float32.   [B, K]"""
+    part = batch.answers
+    h = last_hidden(batch.model, part.tokens, part.start + part.length)                  # [B, D]
+    return dict(predicted=(h[:, None] * batch.model.ratings.weight).sum(-1))
+
+
+def known_labels(rows):
+    """How many ratings the rows have."""
+    return sum(math.isfinite(x) for r in rows for x in r["ratings"])
+
+
+def rated(rows, world):
+    """Pairs -> single responses with the ratings of their attributes (0 to 4), for `regression`."""
+    return [dict(prompt=r["prompt"], answer=r[side],
+                 ratings=world.ratings(r["text"]["prompt"], r["text"][side]))
+            for side in ("chosen", "rejected") for r in rows]
+
+
+def new_rater(body, seed):
+    """A reward model with a head for each attribute besides its score."""
+    model = new_scalar(body, seed)
+    model.ratings = nn.Linear(body.config.hidden_size, len(RATING_WEIGHTS), bias=False)
+    model.ratings.to(body.head.device)
+    nn.init.zeros_(model.ratings.weight)
+    return model
+
+
+def folded(model):
+    """A rater as a plain reward model: its score is the fixed combination of the ratings."""
+    plain = copy.deepcopy(model)
+    heads = model.ratings.weight.detach()                                                # [K, D]
+    plain.score.weight.data = torch.tensor([RATING_WEIGHTS]).to(heads) @ heads
+    del plain.ratings
+    return plain
+
+
+def rater(c, run, base, pairs, last):
+    """One rater, saved as the reward model that its ratings come to."""
+    rows, sets = pairs
+    model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
+    model.ratings = new_rater(base.policy, c.seed).ratings
+    introduce(c, run, base.tok, model, rows)
+    if not fit(model, rated(rows, base.world), regression, c, run, base.tok, seed=c.seed,
+               write=lambda folder: save(folded(model), base.tok, folder), apart=("ratings",)):
+        return {}
+    return evaluate(scalar_reward(folded(model), c), base.policy, sets, base.tok, c, run)
+
+
+FACTS["predicted"], UNITS["ratings"] = predictions, known_labels
+RECIPES["regression"], WORLDS_OF["regression"] = rater, ("ring",)
+
+
+# === scaled, hs2pref: 2410.01257, HelpSteer2-Preference: a rater, then BT by strength, extrapolated
+
+def bt_scaled(chosen, rejected, strength):
+    """-m log σ(d), m in {1, 2, 3}: stronger preferences count more (2410.01257)."""
+    return -strength * F.logsigmoid(chosen - rejected)
+
+
+def hs2pref(c, run, base, pairs, *, expo=1.52):
+    """HelpSteer2-Preference (2410.01257): regression, scaled BT, then ExPO: θ1 + a (θ2 - θ1)."""
+    rows, sets = pairs
+    one = trained(run, "regression", new_rater(base.policy, c.seed), rated(rows, base.world),
+                  regression, c, base.tok, folded)
+    two = trained(run, "scaled", copy.deepcopy(one), rows, bt_scaled, c, base.tok)
+    far = copy.deepcopy(two)
+    for p, a, b in zip(far.parameters(), one.parameters(), two.parameters()):
+        p.copy_(a + expo * (b - a))
+    run.stage("final", lambda folder: save(far, base.tok, folder))
+    return evaluate(scalar_reward(far, c), base.policy, sets, base.tok, c, run)
+
+
+LOSSES["scaled"] = bt_scaled
+RECIPES["hs2pref"], WORLDS_OF["hs2pref"] = hs2pref, ("ring",)
+
+
+# === ridge: heads for ratings on frozen features, and how much verbosity to take out of them ======
+
+PENALTIES = (0, .01, .025, .05, .075, .1, .125, *(i / 20 for i in range(3, 20)))
+
+
+def ridge_weights(X, Y, alpha):
+    """argmin_W Σ (X W - Y)² + α|W|² over the labelled rows of each column.
+
+    X [N, D], Y [N, K], NaN where there is no label -> [K, D]"""
+    rows = [(X[k], y[k]) for y in Y.T for k in [y.isfinite()]]
+    eye = torch.eye(X.size(1), dtype=X.dtype)
+    return torch.stack([torch.linalg.solve(x.T @ x + alpha * eye, x.T @ y) for x, y in rows])
+
+
+def best_ridge(X, Y):
+    """ridge_weights() with the α that a fifth of the rows likes best -> (W [K, D], α)"""
+    held = torch.arange(len(X)) % 5 == 0
+
+    def error(alpha):
+        W = ridge_weights(X[~held], Y[~held], alpha)
+        return (X[held] @ W.T - Y[held]).square().mean()
+    alpha = min((10.0 ** e for e in range(-4, 5)), key=error)
+    return ridge_weights(X, Y, alpha).float(), alpha
+
+
+def verbosity_penalties(R, v, threshold=0.03):
+    """The smallest λ_k of PENALTIES with Spearman(r_k - λ_k r_v, r_v) <= threshold (2406.12845).
+
+    R [N, K] ratings, v the verbosity column -> [K]; 1 where none passes, and for v."""
+    def smallest(k):
+        passing = (x for x in PENALTIES
+                   if spearman(R[:, k] - x * R[:, v], R[:, v]) <= threshold)
+        return next(passing, 1.0) if k != v else 1.0
+    return torch.tensor([smallest(k) for k in range(R.size(1))])
+
+
+# === armo: 2406.12845, ArmoRM: ridge heads, verbosity taken out, and a gate that reads the prompt =
+
+class Gate(nn.Module):
+    """ArmoRM's gate (2406.12845):  softmax(MLP(h)/10) c, sums to c.   h [B, D] -> [B, K]"""
+
+    def __init__(self, width, outputs, hidden=1024):
+        super().__init__()
+        sizes = [width, hidden, hidden, hidden, outputs]
+        layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, h):
+        return torch.softmax(self.mlp(h) / 10, -1) * self.scale
+
+
+def train_gate(gate, at_prompt, gap, c, steps, lr):
+    """Bradley-Terry on the gated sum of the ratings' gaps.   at_prompt [N, D], gap [N, K]"""
+    opt = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        k = batch_indices(len(gap), 256, step, c.seed)
+        opt.param_groups[0]["lr"] = lr * cosine(step, steps)
+        opt.zero_grad()
+        bt((gate(at_prompt[k]) * gap[k]).sum(1), torch.zeros(len(k))).mean().backward()
+        opt.step()
+
+
+def armo(c, run, base, pairs, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256,
+         train_raw=False):
+    """ArmoRM (2406.12845): ridge heads on frozen features, less verbosity; a prompt-only gate.
+
+    train_raw: the gate trains on ratings with verbosity in them, as in the released script."""
+    rows, sets = pairs
+    both = rated(rows, base.world)
+    body = trained(run, "body", new_rater(base.policy, c.seed), both, regression, c, base.tok,
+                   folded)
+
+    def states(ids):
+        tokens, end = ending(ids, base.pad, c)
+        return chunked(lambda t, _, end: last_hidden(body, t, end), c)(tokens, end, end).cpu()
+    X = states([r["prompt"] + r["answer"] for r in both]).double()                       # [N, D]
+    W, alpha = best_ridge(X, torch.tensor([r["ratings"] for r in both]).double() / 4)    # [K, D]
+    v = len(prefs.ATTRIBUTES) - 1
+    penalty = verbosity_penalties(X[::max(1, len(X) // 2000)].float() @ W.T, v)          # [K]
+    clean = W - penalty[:, None] * W[v]
+    run.say(f"  ridge alpha {alpha:g}; verbosity penalties "
+            + ", ".join(f"{a} {p:.3g}" for a, p in zip(prefs.ATTRIBUTES, penalty)))
+    torch.manual_seed(c.seed)
+    gate = Gate(W.size(1), len(W), hidden)
+    gap = (X[:len(rows)] - X[len(rows):]).float() @ (W if train_raw else clean).T        # [N, K]
+    train_gate(gate, states([r["prompt"] for r in rows]), gap, c, gate_steps, gate_lr)
+    save_file({f"gate.{k}": x for k, x in gate.state_dict().items()}
+              | dict(ratings=clean.contiguous()), run.folder / "body" / "armo.safetensors")
+
+    def reward(tokens, start, end):
+        h, at_start = (last_hidden(body, tokens, t).cpu() for t in (end, start))
+        return (gate(at_start) * (h @ clean.T)).sum(1)
+    return evaluate(chunked(reward, c), base.policy, sets, base.tok, c, run)
+
+
+RECIPES["armo"], WORLDS_OF["armo"] = armo, ("ring",)
+
+
+# === cdr: 2411.02481, the log-ratio of a strong and a weak model as a reward, nothing trained =====
+
+def density_ratio(strong_logp, weak_logp, mask):
+    """CDR (2411.02481):  Σ log π_strong(y|c,x) - log π_weak(y|x).   [B, T] each -> [B]
+
+    Criteria and examples c belong into the strong model's prompt. With the SFT model over its base
+    it is Self-Rewarding PPO's reward (2510.21090)."""
+    return ((strong_logp - weak_logp) * mask).sum(1)
+
+
+def likelihood_reward(strong, c, weak=None):
+    """GenARM's reward, log π_r(y|x); with a weak model density_ratio, CDR's."""
+    def fn(tokens, start, end):
+        t = torch.arange(tokens.size(1), device=tokens.device)
+        mask = ((t >= start[:, None]) & (t < end[:, None])).float()                      # [B, T]
+        logp = token_logprobs(strong, tokens, mask)
+        return density_ratio(logp, token_logprobs(weak, tokens, mask) if weak else 0 * logp, mask)
+    return chunked(fn, c)
+
+
+def cdr(c, run, base, pairs, *, strong="", weak=""):
+    """CDR (2411.02481): log π_strong - log π_weak of two checkpoints as a reward, nothing trained.
+    By default the SFT model is the weak one and GenARM's π_r over it the strong one."""
+    rows, sets = pairs
+    better = load(strong, c.device)[0] if strong else trained(
+        run, "strong", copy.deepcopy(base.policy), rows, autoregressive, c, base.tok)
+    worse = load(weak, c.device)[0] if weak else base.policy
+    return evaluate(likelihood_reward(better, c, worse), base.policy, sets, base.tok, c, run)
+
+
+def check_cdr(c, f):
+    """Both checkpoints, where they are given, are language models."""
+    for path in filter(None, (f.recipe.keywords[k] for k in ("strong", "weak"))):
+        peek(path, option="--strong or --weak")
+
+
+RECIPES["cdr"], CHECKS["cdr"] = cdr, check_cdr
+
+
+# === arm: 2410.08193, GenARM: a language model whose log-probs are rewards of tokens ==============
+
+def autoregressive(chosen_logp, rejected_logp, *, beta_r: Positive = 0.05):
+    """GenARM, 2410.08193:  -log σ(β_r (log π_r(y+) - log π_r(y-))), sums, no reference.
+
+    [B], [B] -> [B]"""
+    return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
+
+
+def pair_logp(batch):
+    """log π of both responses, summed over their tokens.   [B] each"""
+    logp = token_logprobs(batch.model, batch.pairs.tokens, batch.pairs.mask).sum(1)      # [2B]
+    return dict(zip(("chosen_logp", "rejected_logp"), logp.chunk(2)))
+
+
+def arm(c, run, base, pairs, last, *, beta_r: Positive = 0.05):
+    """GenARM (2410.08193): one language model on pairs; it scores, and in a world it guides the
+    SFT model's decoding: π π_r as generate's contrast, alpha 1."""
+    rows, sets = pairs
+    model = load(last, c.device)[0] if last else copy.deepcopy(base.policy).requires_grad_()
+    introduce(c, run, base.tok, model, rows)
+    loss = partial(autoregressive, beta_r=beta_r)
+    if not fit(model, rows, loss, c, run, base.tok, seed=c.seed,
+               write=lambda folder: save(model, base.tok, folder)):
+        return {}
+    out = evaluate(likelihood_reward(model, c), base.policy, sets, base.tok, c, run)
+    if base.world:
+        problems = base.world.problems("val", 256, c.seed)
+        roll = generate(base.policy, [base.tok.prompt(p) for p in problems], base.world.max_new,
+                        temperature=0.5, generator=torch.Generator().manual_seed(c.seed),
+                        contrast=(model, -0.5))
+        out["guided_gold"] = gold_of(base.world, problems, roll, base.tok).mean().item()
+        run.say(f"  decoding guided by it: gold {out['guided_gold']:.2f}, unguided "
+                f"{out['val_sft_gold']:.2f}")
+    return out
+
+
+RECIPES["arm"], FACTS["chosen_logp"] = arm, pair_logp
+
+
+# === polar: 2507.05197, POLAR: pre-trained to tell policies apart, then few labels ================
+
+def policy_pairs(pool, base, c, rng, n):
+    """Rows that tell policies apart: two samples of one against a sample of another.
+
+    pool [(model, temperature)]; a row is prompt, reference, EOS, prompt, candidate, EOS."""
+    rows, tok = [], base.tok
+    for i, mine in enumerate(pool):
+        other = pool[rng.choice([k for k in range(len(pool)) if k != i])]
+        problems = base.world.problems("train", n, c.seed)[i::len(pool)]
+        same, rival = (samples_of(model, tok, base.world, problems, c, 10 * c.seed + i + samples,
+                                  samples, temperature).completions()
+                       for samples, (model, temperature) in ((2, mine), (1, other)))
+        for k, x in enumerate(map(tok.prompt, problems)):
+            rows.append(dict(prompt=[*x, *same[2 * k], tok.eos],
+                             chosen=[*x, *same[2 * k + 1], tok.eos],
+                             rejected=[*x, *rival[k], tok.eos]))
+    return rows
+
+
+def referred(rows, base):
+    """Labelled pairs as such rows: the reference is the world's demonstration."""
+    out = []
+    for i, r in enumerate(rows):
+        best = base.tok.encode(base.world.demo(r["text"] | dict(seed=i)))
+        out.append(r | dict(prompt=[*r["prompt"], *best, base.tok.eos],
+                            chosen=[*r["prompt"], *r["chosen"]],
+                            rejected=[*r["prompt"], *r["rejected"]]))
+    return out
+
+
+def polar(c, run, base, encoded, loss, noise, *, pretrain: Count = 4000, labels: Count = 200,
+          pretrain_epochs: Positive = 2.0):
+    """POLAR (2507.05197): first learn, without labels, which policy wrote a response; then few
+    labels. scratch_accuracy: plain BT, the same labels."""
+    early = [load(sft.base(c.init.removeprefix("base:"), c.config, steps=n, device=c.device),
+                  c.device)[0] for n in (50, 150)]
+    pool = [(model, t) for model in (*early, base.policy) for t in (0.7, 1.0, 1.3)][:-1]
+    rows = policy_pairs(pool, base, c, random.Random(f"polar/{c.seed}"), pretrain)
+    few = encoded(base.world.pairs(labels, 1000 + c.seed, "train", noise))
+    test = encoded(base.world.pairs(600, c.seed, "val", 0.0))
+    first = trained(run, "pretrained", new_scalar(base.policy, c.seed), rows, loss, c, base.tok,
+                    steps=c.steps or math.ceil(len(rows) * pretrain_epochs / c.batch))
+    tuned = trained(run, "final", copy.deepcopy(first), referred(few, base), loss, c, base.tok)
+    plain = trained(run, "scratch", new_scalar(base.policy, c.seed), few, loss, c, base.tok)
+    seen = referred(test, base)
+    models = dict(pretrained=(first, seen), val=(tuned, seen), scratch=(plain, test))
+    return listed(run, {f"{name}_accuracy": pair_accuracy(scalar_reward(model, c), some, c,
+                                                          base.pad)
+                        for name, (model, some) in models.items()})
+
+
+def check_polar(c, f):
+    """Its early policies are trained anew."""
+    if not c.init.startswith("base:"):
+        raise UserError("--recipe polar trains its early policies anew: give --init base:PRESETS")
+
+
+RECIPES["polar"], WORLDS_OF["polar"], CHECKS["polar"] = polar, WORLDS, check_polar
+
+
+# === ensemble, wco, uwo, lcb: 2310.02743, several reward models, and what their scores come to ====
+
+def wco(scores):
+    """Worst case (2310.02743): the lowest member.   [K, B] -> [B]"""
+    return scores.amin(0)
+
+
+def uwo(scores, *, lam=0.5):
+    """Uncertainty-weighted (2310.02743): mean - λ variance (unbiased; 0 for one member).
+
+    [K, B] -> [B]"""
+    return scores.mean(0) - lam * (scores.var(0) if len(scores) > 1 else 0.0)
+
+
+def lcb(scores):
+    """Lower confidence bound: mean - standard deviation (unbiased; 0 for one member).
+
+    [K, B] -> [B]"""
+    return scores.mean(0) - (scores.std(0) if len(scores) > 1 else 0.0)
+
+
+def standardised(reward, roll):
+    """A reward less its mean, over its std, on samples of the SFT model: members compare."""
+    raw = score_roll(reward, roll)
+    mu, sd = raw.mean().item(), raw.std().item()
+    return lambda *where: (reward(*where) - mu) / sd
+
+
+def combined(rewards, aggregate):
+    """Standardised members as one reward."""
+    return lambda *where: aggregate(torch.stack([r(*where) for r in rewards]))
+
+
+def ensemble(c, run, base, pairs, loss, aggregate, *, members: Count = 5):
+    """Reward models of other heads and data orders, standardised on SFT samples, aggregated."""
+    rows, sets = pairs
+    problems = base.world.problems("train", 64, c.seed)
+    roll = samples_of(base.policy, base.tok, base.world, problems, c, c.seed, samples=8)
+    rewards = []
+    for i in range(members):
+        seed = 100 * c.seed + i
+        model = trained(run, f"member-{i}", new_scalar(base.policy, seed), rows, loss, c, base.tok,
+                        seed=seed)
+        rewards.append(standardised(scalar_reward(model, c), roll))
+    return evaluate(combined(rewards, aggregate), base.policy, sets, base.tok, c, run)
+
+
+AGGREGATES["wco"], AGGREGATES["uwo"], AGGREGATES["lcb"] = wco, uwo, lcb
+RECIPES["ensemble"], WORLDS_OF["ensemble"] = ensemble, WORLDS
+
+
+# === maxmin: 2402.08925, MaxMin-RLHF: a model for each hidden group of annotators, by EM ==========
+
+def assign(margins, annotator):
+    """E-step (2402.08925): each annotator goes to the model that likes their pairs best.
+
+    margins [U, N] of each model on the labelled pairs, annotator [N] ids -> [A] in 0..U-1"""
+    total = torch.zeros(int(annotator.max()) + 1, len(margins))                          # [A, U]
+    return total.index_add(0, annotator, F.logsigmoid(margins).T).argmax(1)
+
+
+def margins_of(model, rows, c, pad):
+    """r_chosen - r_rejected of encoded pairs.   [N]"""
+    chosen, rejected = (score_rows(scalar_reward(model, c), rows, side, c, pad)
+                        for side in ("chosen", "rejected"))
+    return chosen - rejected
+
+
+def maxmin(c, run, base, encoded, loss, rows, noise, *, groups: Count = 2, rounds: Count = 4,
+           minority: Share = 0.3):
+    """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has
+    named, by hard EM. min_accuracy: of the worse-served group; pooled_…: of a single model."""
+    train = partial(trained, run, loss=loss, c=c, tok=base.tok)
+    rows = encoded(base.world.pairs(rows or 4000, seed=1000 + c.seed, noise=noise,
+                                    minority=minority))
+    who = torch.tensor([r["annotator"] for r in rows])                                   # [N]
+    truth = {r["annotator"]: r["group"] == "B" for r in rows}
+    pooled = train("pooled", new_scalar(base.policy, c.seed), rows)
+    g = torch.Generator().manual_seed(c.seed)
+    group = torch.randint(groups, (int(who.max()) + 1,), generator=g)                    # [A]
+    for k in range(rounds):
+        models = []
+        for u in range(groups):
+            own = [r for r in rows if group[r["annotator"]] == u] or rows
+            models.append(train(f"round-{k}-group-{u}", new_scalar(base.policy, c.seed), own))
+        group = assign(torch.stack([margins_of(m, rows, c, base.pad) for m in models]), who)
+        agree = statistics.fmean((group[a] == 1) == b for a, b in truth.items())
+        run.say(f"  round {k}: groups of {torch.bincount(group, minlength=groups).tolist()} "
+                f"annotators, {max(agree, 1 - agree):.0%} with their like")
+    mine, single = [], []
+    for is_b in (False, True):                   # a group's model: where most of it was put
+        test = encoded(base.world.pairs(600, seed=c.seed, split="val", minority=float(is_b)))
+        own = models[statistics.mode(int(group[a]) for a, b in truth.items() if b == is_b)]
+        mine.append(pair_accuracy(scalar_reward(own, c), test, c, base.pad))
+        single.append(pair_accuracy(scalar_reward(pooled, c), test, c, base.pad))
+    return listed(run, dict(assignment=max(agree, 1 - agree), min_accuracy=min(mine),
+                            pooled_min_accuracy=min(single)))
+
+
+RECIPES["maxmin"], WORLDS_OF["maxmin"] = maxmin, ("ring",)
+
+
+# === rl: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ==========
+
+def rloo(r):
+    """RLOO (2402.14740):  A_i = (G r_i - Σ r) / (G - 1).   [P, G] -> [P, G]"""
+    return (r.size(1) * r - r.sum(1, keepdim=True)) / max(1, r.size(1) - 1)
+
+
+def group_norm(r, *, eps=1e-6):
+    """GRPO (2402.03300):  A = (r - mean) / (std + eps), unbiased std.   [P, G] -> [P, G]"""
+    return (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
+
 
 def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, groups=32, samples=4,
-       lr=3e-4,
-       beta=0.0, kl_loss=0.0, advantages=rloo):
+       lr=3e-4, beta=0.0, kl_loss=0.0, advantages=rloo):
     """Policy gradient, one step a rollout, so that the ratio is 1.   -> the log's rows
 
     reward(roll, problems of the step) -> ([B], {name: float}); beta: KL in the reward, nats a
-    response; kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], constant over a response's
-    tokens."""
+    response; kl_loss: k3 in the loss; advantages: [P, G] -> [P, G], the same for all tokens."""
     run.cut()
     opt, out, g = optimiser(policy, lr=lr), [], torch.Generator().manual_seed(c.seed)
     for step in trange(steps, desc=name, leave=False, disable=None):
@@ -486,7 +1177,7 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
                             generator=g)
         mask = roll.mask                                                                 # [B, T]
         # 2. score
-        score, told = reward(roll, picked)                                               # [B]
+        score, metrics = reward(roll, picked)                                            # [B]
         with torch.no_grad(), autocast(c.device, c.dtype):
             parts = zip(roll.tokens.split(c.micro), mask.split(c.micro))
             ref_logp = torch.cat([token_logprobs(ref, t, m) for t, m in parts])          # [B, T]
@@ -504,403 +1195,442 @@ def rl(policy, ref, tok, problems, reward, c, run, *, name, steps, max_new, grou
         opt.step()
         opt.zero_grad()
         # 4. tell
-        out.append(told | dict(reward=score.mean().item(), kl=kl.mean().item(), norm=norm.item(),
-                               length=mask.sum(1).mean().item()))
+        out.append(metrics | dict(reward=score.mean().item(), kl=kl.mean().item(),
+                                  norm=norm.item(), length=mask.sum(1).mean().item()))
         run.log(run.at + step + 1, **{f"{name} {k}": v for k, v in out[-1].items()})
     run.at += steps
     return out
 
-def steer(policy, tok, world, problems, reward, c, run, *, no_eos=1.0, **options):
-    """RLHF on reward(roll, problems) [B], less no_eos without EOS; gold watched -> (policy, rl()'s
-    rows)."""
+
+# === steer: what becomes of a policy that is pushed along a reward, gold watched ==================
+
+def steer(base, problems, reward, c, run, *, no_eos=1.0, **options):
+    """RLHF of the base on reward(roll, problems) [B], less no_eos without EOS, gold watched.
+
+    -> (policy, rl()'s rows)"""
     def scored(roll, picked):
-        gold = gold_of(world, picked, roll, tok)
-        return reward(roll,
-                      picked) - no_eos * (~roll.finished).float().cpu(), dict(gold=gold.mean().item())
-    net = copy.deepcopy(policy).requires_grad_()
-    return net, rl(net, policy, tok, problems, scored, c, run, max_new=world.max_new, **options)
-
-def rlhf(s, total, c, run, **options):
-    """How gold fares while a policy is pushed against the reward `total`: pushed()'s numbers."""
-    return pushed(steer(s.policy, s.tok, s.world, s.world.problems("train", 4096, c.seed),
-                        lambda roll, picked: score_roll(total, roll), c, run, **options)[1])
+        gold = gold_of(base.world, picked, roll, base.tok)
+        unfinished = (~roll.finished).float().cpu()
+        return reward(roll, picked) - no_eos * unfinished, dict(gold=gold.mean().item())
+    net = copy.deepcopy(base.policy).requires_grad_()
+    return net, rl(net, base.policy, base.tok, problems, scored, c, run,
+                   max_new=base.world.max_new, **options)
 
 
-# --- evaluate -------------------------------------------------------------------------------------
+def pushed(rows, window=5):
+    """How a policy fared under a reward, from rl()'s rows, smoothed over `window` steps -> dict.
 
-def evaluate(reward, policy, sets, tok, c, run):
-    """judging.evaluate of a reward on held-out pairs, and in a world on the policy's samples ->
-    dict."""
-    def score(rows):
-        return score_rows(reward, [dict(prompt=x, chosen=y) for x, y in rows], "chosen", c, tok.pad
-                          or 0)
-
-    def sample(problems, n, seed):
-        roll = samples_of(policy, tok, world, problems, c, seed, n)
-        return roll.completions(), roll.finished.tolist()
-    world = tasks.task(c.data) if c.data in WORLDS else None
-    return judging.evaluate(score, sample, world, tok, sets, c.seed, run.say,
-                            run.folder / "eval.png")
-
-
-# --- recipes: one system each, from data to numbers -----------------------------------------------
-
-def start(c):
-    """What a recipe starts from: policy (frozen), tok, pad, context, world (None for a file).
-
-    Raises UserError where --init is no language model."""
-    policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device)
-    if not isinstance(policy, Transformer):
-        raise UserError(f"--init {c.init} is a reward model already: give a language model, or use --eval")
-    return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
-                           context=c.context or policy.config.max_position_embeddings,
-                           world=tasks.task(c.data) if c.data in WORLDS else None)
-
-def pair_sets(c, tok, context):
-    """(training rows, {name: held-out rows}) of --data as ids; with --eval no training rows."""
-    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, c.loss == "win_tie", bool(c.eval))
-    encoded = partial(prefs.encode_pairs, tok=tok, context=context, chat=c.chat)
-    return [] if c.eval else encoded(rows, what="train"), {
-        k: encoded(some, what=k) for k, some in held.items() if some}
-
-def new_scalar(body, seed):
-    """A reward model with the language model's body and a small random head."""
-    model, g = ScalarModel.from_lm(body), torch.Generator().manual_seed(seed)
-    model.score.weight.data.copy_(torch.randn(model.score.weight.shape, generator=g)
-                                  / math.sqrt(body.config.hidden_size + 1))
-    return model
-
-RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55,
-                  -0.4)  # HelpSteer2's five (unverified); the last is verbosity
-
-def rated(rows, world):
-    """Pairs -> single responses with the ratings of their attributes (0 to 4), for `regression`."""
-    return [dict(prompt=r["prompt"], answer=r[side],
-                 ratings=world.ratings(r["text"]["prompt"], r["text"][side]))
-            for side in ("chosen", "rejected") for r in rows]
-
-def new_rater(body, seed):
-    """A reward model with a head for each attribute besides its score."""
-    model = new_scalar(body, seed)
-    model.ratings = nn.Linear(body.config.hidden_size, len(RATING_WEIGHTS),
-                              bias=False).to(body.head.device)
-    nn.init.zeros_(model.ratings.weight)
-    return model
-
-def folded(model):
-    """A rater as a plain reward model: its score is the fixed combination of the ratings."""
-    plain = copy.deepcopy(model)
-    heads = model.ratings.weight.detach()                                                # [K, D]
-    plain.score.weight.data = torch.tensor([RATING_WEIGHTS]).to(heads) @ heads
-    del plain.ratings
-    return plain
-
-def scalar(c, f, run):
-    """One reward model on pairs by --loss: a …ForSequenceClassification folder (arm: a language
-    model)."""
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    if run.last:
-        model = load(run.last, c.device)[0]
-    else:
-        model = copy.deepcopy(s.policy).requires_grad_() if c.loss == "arm" else new_scalar(s.policy, c.seed)
-    if c.loss == "regression":
-        model.ratings = new_rater(s.policy, c.seed).ratings
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}\n"
-            + "\n".join(
-        f"  {x:<9}{s.tok.decode(rows[0]['prompt'] + rows[0][x])[-300:]!r}"
-        for x in ("chosen", "rejected")))
-
-    def plain():
-        return folded(model) if c.loss == "regression" else model
-    data = rated(rows, s.world) if c.loss == "regression" else rows
-    if not fit(model, data, f.loss, c, run, s.tok, seed=c.seed,
-               write=lambda folder: save(plain(), s.tok, folder)):
-        return {}
-    if c.loss != "arm":
-        return evaluate(scalar_reward(plain(), c), s.policy, sets, s.tok, c, run)
-    out = evaluate(likelihood_reward(model, c), s.policy, sets, s.tok, c, run)
-    if s.world:  # π π_r as generate's contrast: alpha 1
-        problems, g = s.world.problems("val", 256, c.seed), torch.Generator().manual_seed(c.seed)
-        roll = generate(s.policy, [s.tok.prompt(p) for p in problems], s.world.max_new,
-                        temperature=0.5,
-                        generator=g, contrast=(model, -0.5))
-        out["guided_gold"] = gold_of(s.world, problems, roll, s.tok).mean().item()
-        run.say(f"  decoding guided by it: gold {out['guided_gold']:.2f}, unguided {out['val_sft_gold']:.2f}")
+    peak and final gold; collapse: steps until gold is 10 % below its running maximum (all of them
+    if never); gold@k: gold when the KL first reaches k nats a response (if never, the last)."""
+    def smooth(key):
+        x = [r[key] for r in rows]
+        return [statistics.fmean(x[max(0, i - window + 1):i + 1]) for i in range(len(x))]
+    gold, kl = smooth("gold"), smooth("kl")
+    top = list(accumulate(gold, max))
+    fell = [i for i, (g, m) in enumerate(zip(gold, top)) if g < m - 0.1 * abs(m)]
+    out = dict(peak=top[-1], final=gold[-1], collapse=fell[0] if fell else len(rows),
+               kl_end=kl[-1])
+    for k in (0.5, 1, 2, 4, 8):
+        out[f"gold@{k}"] = next((g for g, x in zip(gold, kl) if x >= k), gold[-1])
     return out
 
-def ensemble(c, f, run, *, members: Count = 5):
-    """Reward models of different heads and data orders, standardised on SFT samples, then
-    --aggregate."""
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    rewards = [scalar_reward(trained(run, f"member-{i}", new_scalar(s.policy, k), rows, f.loss, c,
-                                     s.tok,
-                                     seed=k), c) for i in range(members)
-               for k in [100 * c.seed + i]]
-    roll = samples_of(s.policy, s.tok, s.world, s.world.problems("train", 64, c.seed), c, c.seed,
-                      samples=8)
-    total = combined([standardised(r, roll) for r in rewards], f.aggregate)
-    return evaluate(total, s.policy, sets, s.tok, c, run)
 
-def hs2pref(c, f, run, *, expo=1.52):
-    """HelpSteer2-Preference (2410.01257): regression, scaled BT from it, then θ1 + a (θ2 - θ1)
-    (ExPO)."""
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    one = trained(run, "regression", new_rater(s.policy, c.seed), rated(rows, s.world), regression,
-                  c, s.tok, folded)
-    two = trained(run, "scaled", copy.deepcopy(one), rows, bt_scaled, c, s.tok)
-    far = copy.deepcopy(two)
-    for p, a, b in zip(far.parameters(), one.parameters(), two.parameters()):
-        p.copy_(a + expo * (b - a))
-    run.stage("final", lambda folder: save(far, s.tok, folder))
-    return evaluate(scalar_reward(far, c), s.policy, sets, s.tok, c, run)
+def rlhf(base, total, c, run, **options):
+    """How gold fares while a policy is pushed against the reward `total`: pushed()'s numbers."""
+    problems = base.world.problems("train", 4096, c.seed)
+    return pushed(steer(base, problems, lambda roll, picked: score_roll(total, roll), c, run,
+                        **options)[1])
 
-def armo(c, f, run, *, gate_steps=500, gate_lr: Positive = 1e-3, hidden: Count = 256,
-         train_raw=False):
-    """ArmoRM (2406.12845): ridge heads for ratings on frozen features, less verbosity; a
-    prompt-only gate.
 
-    train_raw: the gate is trained on ratings with verbosity still in them, as in the released
-    script."""
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    both = rated(rows, s.world)
-    body = trained(run, "body", new_rater(s.policy, c.seed), both, regression, c, s.tok, folded)
+def sampled_pairs(base, n, c, seed, split="train", **label):
+    """Labelled pairs of two samples of the base, for n prompts, less duplicates and ties."""
+    problems = base.world.problems(split, n, seed)
+    roll = samples_of(base.policy, base.tok, base.world, problems, c, seed)
+    texts, done = [base.tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
+    triples = [(p["prompt"], *texts[2 * i:2 * i + 2], *done[2 * i:2 * i + 2])
+               for i, p in enumerate(problems)]
+    return prefs.label_pairs(base.world, triples, seed, **label)
 
-    def hidden_of(some):
-        tokens, mask = collate([((), ids) for ids in some], s.pad, c.device)
-        return chunked(lambda t, _, end: last_hidden(body, t, end), c)(
-            tokens, mask.sum(1).long(), mask.sum(1).long()).cpu()                        # [N, D]
-    X = hidden_of([r["prompt"] + r["answer"] for r in both]).double()
-    Y, held = torch.tensor([r["ratings"] for r in both]).double() / 4, torch.arange(len(X)) % 5 == 0
-    alpha = min((10.0 ** e for e in range(-4, 5)),               # 20 % of the rows choose it
-                key=lambda a: (X[held] @ ridge(X[~held], Y[~held], a).T - Y[held]).square().mean())
-    W, v = ridge(X, Y, alpha).float(), len(prefs.ATTRIBUTES) - 1                         # [K, D]
-    penalty = verbosity_penalties(X[::max(1, len(X) // 2000)].float() @ W.T, v)          # [K]
-    clean = W - penalty[:, None] * W[v]
-    run.say(f"  ridge alpha {alpha:g}; verbosity penalties "
-            + ", ".join(f"{a} {p:.3g}" for a, p in zip(prefs.ATTRIBUTES, penalty)))
-    torch.manual_seed(c.seed)
-    gate, at_prompt = Gate(W.size(1), len(W), hidden), hidden_of([r["prompt"] for r in rows])
-    gap = (X[:len(rows)] - X[len(rows):]).float() @ (W if train_raw else clean).T        # [N, K]
-    opt = torch.optim.AdamW(gate.parameters(), lr=gate_lr, weight_decay=0.0)
-    for step in range(gate_steps):
-        k = batch_indices(len(rows), 256, step, c.seed)
-        opt.param_groups[0]["lr"] = gate_lr * cosine(step, gate_steps)
-        opt.zero_grad()
-        bt((gate(at_prompt[k]) * gap[k]).sum(1), torch.zeros(len(k))).mean().backward()
-        opt.step()
-    save_file({f"gate.{k}": x for k, x in gate.state_dict().items()}
-              | dict(ratings=clean.contiguous()), run.folder / "body" / "armo.safetensors")
 
-    def reward(tokens, start, end):
-        h, at_start = (last_hidden(body, tokens, t).cpu() for t in (end, start))
-        return (gate(at_start) * (h @ clean.T)).sum(1)
-    return evaluate(chunked(reward, c), s.policy, sets, s.tok, c, run)
+# === overopt: 2210.10760, 2310.02743, gold under best-of-n and RL against a proxy and its ensembles
 
-def maxmin(c, f, run, *, groups: Count = 2, rounds: Count = 4, minority: Share = 0.3):
-    """MaxMin-RLHF's mixture (2402.08925): reward models for groups of annotators that nobody has
-    named, by hard EM. min_accuracy is that of the worse-served group; pooled_min_accuracy a single
-    model's."""
-    s = start(c)
-    encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
-    rows = encoded(s.world.pairs(c.rows or 4000, seed=1000 + c.seed, noise=c.noise,
-                                 minority=minority))
-    who = torch.tensor([r["annotator"] for r in rows])                                   # [N]
-    truth = {r["annotator"]: r["group"] == "B" for r in rows}
+HOW = dict(single=mean, mean=mean, wco=wco, uwo=partial(uwo, lam=0.5))           # the paper's λ
 
-    def margins(model, some):
-        return (score_rows(scalar_reward(model, c), some, "chosen", c, s.pad)
-                - score_rows(scalar_reward(model, c), some, "rejected", c, s.pad))
-    pooled = trained(run, "pooled", new_scalar(s.policy, c.seed), rows, f.loss, c, s.tok)
-    g = torch.Generator().manual_seed(c.seed)
-    group = torch.randint(groups, (int(who.max()) + 1,), generator=g)                    # [A]
-    for k in range(rounds):
-        models = [trained(run, f"round-{k}-group-{u}", new_scalar(s.policy, c.seed), [
-            r for r in rows if group[r["annotator"]] == u] or rows, f.loss, c, s.tok)
-                  for u in range(groups)]
-        group = assign(torch.stack([margins(m, rows) for m in models]), who)
-        agree = statistics.fmean((group[a] == 1) == b for a, b in truth.items())
-        run.say(f"  round {k}: groups of {torch.bincount(group, minlength=groups).tolist()} annotators, "
-                f"{max(agree, 1 - agree):.0%} with their like")
-    mine, single = [], []
-    for is_b in (False, True):  # a group's model: where most of it was put
-        test = encoded(s.world.pairs(600, seed=c.seed, split="val", minority=float(is_b)))
-        own = models[statistics.mode(int(group[a]) for a, b in truth.items() if b == is_b)]
-        mine.append(pair_accuracy(scalar_reward(own, c), test, c, s.pad))
-        single.append(pair_accuracy(scalar_reward(pooled, c), test, c, s.pad))
-    return dict(assignment=max(agree, 1 - agree), min_accuracy=min(mine),
-                pooled_min_accuracy=min(single))
 
-def polar(c, f, run, *, pretrain: Count = 4000, labels: Count = 200,
-          pretrain_epochs: Positive = 2.0):
-    """POLAR (2507.05197): first learn, without labels, which policy wrote a response; then few
-    labels.
+def small_members(base, rows, loss, c, run, members, body):
+    """Rewards of small models from random weights, so that their bodies differ."""
+    out = []
+    for k in range(100 * c.seed, 100 * c.seed + members):
+        fresh = new_scalar(init(preset(body, base.tok, 64), k), k)
+        model = trained(run, f"member-{k}", fresh, rows, loss, c, base.tok, seed=k)
+        out.append(scalar_reward(model, c))
+    return out
 
-    A row is prompt, reference, EOS, prompt, candidate, EOS; scratch_accuracy: plain BT, the same
-    labels."""
-    s, rng = start(c), random.Random(f"polar/{c.seed}")
-    early = [load(sft.base(c.init.removeprefix("base:"), c.config, steps=n, device=c.device),
-                  c.device)[0]
-             for n in (50, 150)]
-    pool, rows = [(m, t) for m in (*early, s.policy)
-                  for t in (0.7, 1.0, 1.3)][:-1], []                                # eight policies
-    for i, a in enumerate(pool):
-        b = pool[rng.choice([k for k in range(len(pool)) if k != i])]
-        problems = s.world.problems("train", pretrain, c.seed)[i::len(pool)]
-        same, other = (samples_of(m, s.tok, s.world, problems, c, 10 * c.seed + i + n, n,
-                                  t).completions()
-                       for n, (m, t) in ((2, a), (1, b)))
-        for k, x in enumerate(map(s.tok.prompt, problems)):
-            rows.append(dict(prompt=[*x, *same[2 * k], s.tok.eos],
-                             chosen=[*x, *same[2 * k + 1], s.tok.eos],
-                             rejected=[*x, *other[k], s.tok.eos]))
 
-    def referred(some):
-        best = [s.tok.encode(s.world.demo(r["text"] | dict(seed=i))) for i, r in enumerate(some)]
-        return [r | {side: [*r["prompt"], *r[side]] for side in ("chosen", "rejected")}
-                | dict(prompt=[*r["prompt"], *y, s.tok.eos]) for r, y in zip(some, best)]
-    few, test = (prefs.encode_pairs(s.world.pairs(n, k + c.seed, split, q), s.tok, s.context)
-                 for n, k, split, q in ((labels, 1000, "train", c.noise), (600, 0, "val", 0.0)))
-    first = trained(run, "pretrained", new_scalar(s.policy, c.seed), rows, f.loss, c, s.tok,
-                    steps=c.steps or math.ceil(len(rows) * pretrain_epochs / c.batch))
-    tuned = trained(run, "final", copy.deepcopy(first), referred(few), f.loss, c, s.tok)
-    plain = trained(run, "scratch", new_scalar(s.policy, c.seed), few, f.loss, c, s.tok)
-    return {f"{name}_accuracy": pair_accuracy(scalar_reward(m, c), some, c, s.pad)
-            for name, m, some in (
-        ("pretrained", first, referred(test)), ("val", tuned, referred(test)),
-        ("scratch", plain, test))}
+def scored_samples(rewards, base, problems, c, samples):
+    """(each reward's scores [K, P, N], gold [P, N]) of the base's samples, the same for all."""
+    scored, gold = [], []
+    for i in range(0, len(problems), 8):
+        part = problems[i:i + 8]
+        roll = samples_of(base.policy, base.tok, base.world, part, c, c.seed + i, samples=samples)
+        gold.append(gold_of(base.world, part, roll, base.tok).view(-1, samples))
+        scored.append(torch.stack([score_roll(r, roll) for r in rewards]))
+    shape = len(rewards), len(problems), samples
+    return torch.cat(scored, 1).view(shape), torch.cat(gold)
 
-def cdr(c, f, run, *, strong="", weak=""):
-    """CDR (2411.02481): log π_strong - log π_weak of two checkpoints as a reward, nothing trained.
-    By default the SFT model is the weak one and GenARM's π_r over it the strong one."""
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    better = load(strong, c.device)[0] if strong else trained(
-        run, "strong", copy.deepcopy(s.policy), rows, autoregressive, c, s.tok)
-    worse = load(weak, c.device)[0] if weak else s.policy
-    return evaluate(likelihood_reward(better, c, worse), s.policy, sets, s.tok, c, run)
 
-def overopt(c, f, run, *, members: Count = 5, rl_steps=100, rl_beta=0.0,
-            samples: Range("[2, inf)") = 512, prompts: Count = 48, body="1x32"):
+def overopt(c, run, base, encoded, loss, rows, noise, *, members: Count = 5, rl_steps=100,
+            rl_beta=0.0, samples: Range("[2, inf)") = 512, prompts: Count = 48, body="1x32"):
     """Over-optimisation (2210.10760) and ensembles against it (2310.02743): gold under best-of-n
     and RL.
 
-    Gold is standardised on SFT samples. Members are small models from random weights, so that their
-    bodies differ; --noise flips labels. single: under best-of-n the average over the members, under
-    RL member 0."""
-    s, tail = start(c), f", {c.noise:.0%} noise" if c.noise else ""
-    rows, test = (prefs.encode_pairs(sampled_pairs(s.policy, s.tok, s.world, n, c, seed + c.seed,
-                                                   split,
-                                                   noise=q), s.tok, s.context)
-                  for n, seed, split, q in ((c.rows or 3000, 1000, "train", c.noise),
-                                            (600, 2000, "val", 0)))
-    small = partial(init, preset(body, s.tok, 64))
-    rewards = [scalar_reward(trained(run, f"member-{k}", new_scalar(small(k), k), rows, f.loss, c,
-                                     s.tok,
-                                     seed=k), c) for k in range(100 * c.seed,
-                                                                100 * c.seed + members)]
-    problems = s.world.problems("train", 256, c.seed + 7)
-    roll = samples_of(s.policy, s.tok, s.world, problems, c, c.seed + 7, samples=4)
-    gold = gold_of(s.world, problems, roll, s.tok)
+    Gold is standardised on SFT samples; --noise flips labels. single: under best-of-n the average
+    over the members, under RL member 0."""
+    tail = f", {noise:.0%} noise" if noise else ""
+    train = encoded(sampled_pairs(base, rows or 3000, c, 1000 + c.seed, "train", noise=noise))
+    test = encoded(sampled_pairs(base, 600, c, 2000 + c.seed, "val", noise=0))
+    rewards = small_members(base, train, loss, c, run, members, body)
+    problems = base.world.problems("train", 256, c.seed + 7)
+    roll = samples_of(base.policy, base.tok, base.world, problems, c, c.seed + 7, samples=4)
+    gold = gold_of(base.world, problems, roll, base.tok)
     mu, sd, z = gold.mean().item(), gold.std().item(), [standardised(r, roll) for r in rewards]
-    out = dict(clean_accuracy=statistics.fmean(pair_accuracy(r, test, c, s.pad) for r in rewards))
-    S, gold = [], []
-    held = s.world.problems("val", prompts, c.seed)  # best of n: the same samples for every arm
-    for i in range(0, prompts, 8):
-        roll = samples_of(s.policy, s.tok, s.world, held[i:i + 8], c, c.seed + i, samples=samples)
-        gold.append((gold_of(s.world, held[i:i + 8], roll, s.tok).view(-1, samples) - mu) / sd)
-        S.append(torch.stack([score_roll(r, roll) for r in z]))
-    S, gold = torch.cat(S, 1).view(members, prompts, samples), torch.cat(gold)   # [K, P, N], [P, N]
-    how = dict(single=mean, mean=mean, wco=wco, uwo=partial(uwo, lam=0.5))           # the paper's λ
-    for name, fn in how.items():
+    out = dict(clean_accuracy=statistics.fmean(pair_accuracy(r, test, c, base.pad)
+                                               for r in rewards))
+    held = base.world.problems("val", prompts, c.seed)
+    scored, gold = scored_samples(z, base, held, c, samples)                 # [K, P, N], [P, N]
+    gold = (gold - mu) / sd
+    for name, how in HOW.items():
+        proxies = scored if name == "single" else [how(scored)]
         for n in (2 ** k for k in range(9) if 2 ** k <= samples // 2):
             out[f"{name}{tail}|best-of-n gold@{n}"] = statistics.fmean(
-                best_of_n(p, gold, n).mean().item() for p in (S if name == "single" else [fn(S)]))
-    for name, fn in (how | dict(uwo=partial(uwo, lam=0.1))).items() if rl_steps else ():
-        total = combined(z[:1] if name == "single" else z, fn)
-        told = rlhf(s, total, c, run, name=name, steps=rl_steps, beta=rl_beta)
+                best_of_n(p, gold, n).mean().item() for p in proxies)
+    for name, how in (HOW | dict(uwo=partial(uwo, lam=0.1))).items() if rl_steps else ():
+        total = combined(z[:1] if name == "single" else z, how)
+        fared = rlhf(base, total, c, run, name=name, steps=rl_steps, beta=rl_beta)
         out |= {f"{name}{tail}|RL {x}": (v - mu) / sd if x not in ("collapse", "kl_end") else v
-                for x, v in told.items()}
-    return out
+                for x, v in fared.items()}
+    return listed(run, out)
+
+
+def check_overopt(c, f):
+    """The members' size is one that exists."""
+    preset(f.recipe.keywords["body"], prefs.tokenizer())
+
+
+RECIPES["overopt"], WORLDS_OF["overopt"], CHECKS["overopt"] = overopt, ("ring",), check_overopt
+PRESETS["overopt"] = dict(recipe="overopt", steps=250, lr=2e-3)      # both ours, for these sizes
+
+
+# === gp: 2006.10108, random features of a Gaussian kernel, and how far from its data an input is ==
+
+def random_features(h, W, b):
+    """φ(h) = sqrt(2/R) cos(W h + b), W ~ N(0, σ²):  φ(h)·φ(h') -> exp(-σ² |h - h'|² / 2).
+
+    h [N, D], W [R, D], b [R] -> [N, R]"""
+    return math.sqrt(2 / len(W)) * torch.cos(h @ W.T + b)
+
+
+def spectrally_bounded(W, u, steps=0, bound=1.0):
+    """W min(1, c / σ(W)): a bound, no division. σ by power iteration, `steps` of it kept in u."""
+    with torch.no_grad():
+        for _ in range(steps):
+            u.copy_(F.normalize(W @ F.normalize(W.T @ u, dim=0), dim=0))
+        v = F.normalize(W.T @ u, dim=0)
+    return W * (bound / (u @ W @ v)).clamp(max=1.0)
+
+
+def gp_variance(phi, P, ridge):
+    """ridge φᵀ (sym(P) + ridge I)⁻¹ φ, in (0, |φ|²]: large where training saw nothing; solved in
+    float64.
+
+    phi [N, R], P [R, R] -> [N]."""
+    L = torch.linalg.cholesky((P + P.T).double() / 2 + ridge
+                              * torch.eye(len(P), device=P.device).double())
+    phi = phi.double()
+    return (ridge * (phi * torch.cholesky_solve(phi.T, L).T).sum(1)).float()
+
+
+# === sngp: 2510.20369, a classifier of pairs that knows what it has not seen ======================
+
+class PairModel(nn.Module):
+    """Pairwise preference classifier with a Gaussian process as last layer (SNGP, as in
+    2510.20369).
+
+    tokens of "prompt, first, second" [B, T], end [B] -> logit [B], > 0 if the first is better.
+        h' = W_sn h + b, h the last hidden state;  φ = random_features(h');  g = wᵀ φ
+    W, b of φ are drawn once, never trained. P = Σ φ φᵀ of the training set (add() after the last
+    step) tells how far an input is from it. features 0: a plain linear head; sn False: h' = h, as
+    in the released code.
+    """
+
+    def __init__(self, body, features=1024, sigma=0.05, sn=True, generator=None):
+        super().__init__()
+        D = body.config.hidden_size
+        self.body, self.features, self.config = body, features, body.config
+        self.pool = nn.Linear(D, D) if sn and features else nn.Identity()
+        self.w = nn.Parameter(0.05 * torch.randn(features or D, generator=generator))
+        for name, x in dict(W=torch.randn(features, D, generator=generator) * sigma,
+                            b=torch.rand(features, generator=generator) * 2 * math.pi,
+                            u=F.normalize(torch.randn(D, generator=generator), dim=0),
+                            P=torch.zeros(features, features)).items():
+            self.register_buffer(name, x)
+        if sn and features:
+            nn.init.orthogonal_(self.pool.weight, generator=generator)
+            nn.init.zeros_(self.pool.bias)
+
+    def phi(self, tokens, end):
+        """The features that the last layer reads [B, R], in float32."""
+        h = last_hidden(self.body, tokens, end)                                          # [B, D]
+        if not self.features:
+            return h
+        with torch.autocast(h.device.type, enabled=False):       # the kernel needs every bit
+            if isinstance(self.pool, nn.Linear):  # one power iteration a training forward
+                W = spectrally_bounded(self.pool.weight, self.u, int(torch.is_grad_enabled()))
+                h = h @ W.T + self.pool.bias
+            return random_features(h, self.W, self.b)
+
+    def forward(self, tokens, end):
+        return (self.phi(tokens, end) * self.w).sum(-1)                        # sum: never bfloat16
+
+    @torch.no_grad()
+    def add(self, tokens, end):
+        """Count training rows in P: all of them, in both orders, after the last step."""
+        phi = self.phi(tokens, end)
+        with torch.autocast(phi.device.type, enabled=False):
+            self.P += phi.T @ phi
+
+    @torch.no_grad()
+    def calibrated(self, tokens, end, ridge=30.0, lam=10.0):
+        """(mean-field calibrated logit g / u, uncertainty u >= 1), both [B]."""
+        phi = self.phi(tokens, end)
+        u = (1 + lam * gp_variance(phi, self.P,
+                                   ridge)).sqrt() if self.features else phi.new_ones(len(phi))
+        return (phi * self.w).sum(-1) / u, u
+
+
+def preference(logit, label, strength):
+    """Pairwise classifier (2510.20369):  s (-l log σ(g) - (1-l) log σ(-g)),  l 1: first better."""
+    return strength * (-label * F.logsigmoid(logit) - (1 - label) * F.logsigmoid(-logit))
+
+
+def pair_logit(batch):
+    """A PairModel's logit of rows that hold a pair's ids.   [B]"""
+    ids = [r["pair"] for r in batch.rows]
+    return dict(logit=batch.model(*ending(ids, batch.pad, batch.c)))
+
+
+FACTS["logit"] = pair_logit
+
+
+# === routing: 2510.20369, scores of pairs, whom to ask about them, and what asking is worth =======
+
+def pair_scores(F12, U):
+    """Both orders of all pairs -> antisymmetric scores and symmetric uncertainty.   [K, K] each
+
+    s_ij = (f(i,j) - f(j,i)) / 2,  u_ij = (u(i,j) + u(j,i)) / 2, diagonals 0."""
+    off = 1 - torch.eye(len(F12), dtype=F12.dtype)
+    return (F12 - F12.T) / 2 * off, (U + U.T) / 2 * off
+
+
+def by_uncertainty(score, u, wrong):
+    """Ask about the pairs of highest uncertainty.   -> priority [N], higher is asked first"""
+    return u
+
+
+def by_margin(score, u, wrong):
+    """Ask where the logit is smallest: the cheap control that needs no Gaussian process."""
+    return -score.abs()
+
+
+def by_both(score, u, wrong):
+    """Ask where the calibrated logit |s u| is smallest (the released evaluation's "min")."""
+    return -(score * u).abs()
+
+
+def by_oracle(score, u, wrong):
+    """Ask about the errors: the ceiling of every router."""
+    return wrong.float()
+
+
+ROUTERS = dict(uncertainty=by_uncertainty, margin=by_margin, both=by_both, oracle=by_oracle)
+
+
+def pairwise_rloo(S, scale=1.0):
+    """A_i = scale/(K-1) Σ_j s_ij: RLOO when s_ij = r_i - r_j (2510.20369).
+
+    [.., K, K] -> [.., K]"""
+    return scale * S.sum(-1) / max(1, S.size(-1) - 1)
+
+
+def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 1)):
+    """Accuracy once the judge has answered the share of highest priority.
+
+    right, judged [N]: credit of model and judge, 1, 0 or 0.5 -> {"accuracy@0.1": …, "area"};
+    area: the mean over 0.1, 0.25, 0.4."""
+    order, out = priority.argsort(descending=True), {}
+    for q in shares:
+        asked = order[:round(q * len(order))]
+        out[f"accuracy@{q}"] = ((right.sum() - right[asked].sum() + judged[asked].sum())
+                                / len(order)).item()
+    return out | dict(area=sum(out[f"accuracy@{q}"] for q in (0.1, 0.25, 0.4)) / 3)
+
+
+def routing_table(curves):
+    """{name: routing_curve's result} as lines to read."""
+    shares = [k for k in next(iter(curves.values())) if k.startswith("accuracy@")]
+    lines = ["\n  accuracy of the stream after the judge has answered a share of it",
+             " " * 14 + "".join(f"{k.partition('@')[2]:>8}" for k in shares)]
+    for name, row in curves.items():
+        lines.append(f"{name:<14}" + "".join(f"{row[k]:>8.3f}" for k in shares))
+    return "\n  ".join(lines)
+
+
+# === route, router, big_router: 2510.20369, ask a dear judge where the cheap one is uncertain =====
+
+def route(S, U, judge, threshold=0.0, budget=None, logit=2.0):
+    """Ask the judge about pairs i < j with u_ij > threshold, at most `budget` of them, most
+    uncertain first.
+
+    judge(i, j) -> 1, 2, 0 (tie) or None (failed: the score stays). S, U [K, K] -> S with ±logit or
+    0 in the routed places, antisymmetric, and the number of calls."""
+    pairs = [(i, j) for i in range(len(S)) for j in range(i + 1, len(S)) if U[i, j] > threshold]
+    pairs = sorted(pairs, key=lambda p: -U[p].item())[:budget]
+    S = S.clone()
+    for i, j in pairs:
+        verdict = judge(i, j)
+        if verdict is not None:
+            S[i, j] = {1: logit, 2: -logit, 0: 0.0}[verdict]
+            S[j, i] = -S[i, j]
+    return S, len(pairs)
+
+
+def pair_ids(tok, prompt, a, b):
+    """A pair as the classifier reads it."""
+    return [*tok.prompt(f"{prompt}A{a}B{b}"), tok.eos]
+
 
 def both_orders(pm, tok, triples, c, **options):
-    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)] in both orders.   [N],
-    [N]"""
-    rows, out = [((), [*tok.prompt(f"{x}A{y}B{z}"), tok.eos]) for x, a, b in triples
-                 for y, z in ((a, b), (b, a))], []
+    """Scores s > 0 if a is better, and uncertainties u, of [(prompt, a, b)].   [N], [N]"""
+    rows, out = [], []
+    for x, a, b in triples:
+        rows += [pair_ids(tok, x, a, b), pair_ids(tok, x, b, a)]
     for i in range(0, len(rows), c.micro):
-        tokens, mask = collate(rows[i:i + c.micro], tok.pad or 0, c.device)
+        tokens, end = ending(rows[i:i + c.micro], tok.pad or 0, c)
         with autocast(c.device, c.dtype):
-            out.append(torch.stack(pm.calibrated(tokens, mask.sum(1).long(), **options)).cpu())
+            out.append(torch.stack(pm.calibrated(tokens, end, **options)).cpu())
     g, u = torch.cat(out, 1).view(2, -1, 2)                                              # [N, 2]
     return (g[:, 0] - g[:, 1]) / 2, u.mean(1)
 
-def router(c, f, run, *, features: Count = 1024, ridge: Positive = 30.0, lam: Positive = 10.0,
-           sn=True, judge_error: Share = 0.1, rivals=3):
+
+def kernel_width(policy, rows, pad, c):
+    """The kernel's σ, by which σ² median |h - h'|² / 2 = 1 over the first training pairs."""
+    with torch.no_grad():
+        h = last_hidden(policy, *ending([r["pair"] for r in rows[:256]], pad, c)).cpu()
+    return math.sqrt(2 / torch.pdist(h).square().median().item())
+
+
+def classifier(width, seed, name, *, sigma, sn, base, rows, c, run):
+    """A PairModel of `width` random features, trained on the rows and then told of them."""
+    g = torch.Generator().manual_seed(seed)
+    pm = PairModel(copy.deepcopy(base.policy).requires_grad_(), width, sigma, sn, g)
+    fit(pm.to(c.device), rows, preference, c, run, base.tok, seed=seed, name=name)
+    for i in range(0, len(rows), c.micro) if width else ():      # the covariance pass: no step
+        tokens, end = ending([r["pair"] for r in rows[i:i + c.micro]], base.pad, c)
+        with autocast(c.device, c.dtype):
+            pm.add(tokens, end)
+    return pm
+
+
+def save_classifier(folder, pm, tok):
+    """The body as a language model, and beside it what the classifier adds."""
+    save(pm.body, tok, folder)
+    own = {k: x.contiguous() for k, x in pm.state_dict().items() if not k.startswith("body.")}
+    save_file(own, folder / "pair.safetensors")
+
+
+def curves_of(priorities, right, judged, ood, g):
+    """routing_curve of each priority, over all pairs and those of another kind; at random, too."""
+    out = {}
+    for name, x in priorities.items():
+        other = routing_curve(x[ood], right[ood], judged[ood])
+        out[name] = routing_curve(x, right, judged) | {f"ood_{k}": v for k, v in other.items()}
+    draws = [routing_curve(torch.rand(len(right), generator=g), right, judged) for _ in range(20)]
+    out["random"] = {}
+    for k in draws[0]:
+        out["random"][k] = statistics.fmean(d[k] for d in draws)
+    return out
+
+
+def router(c, run, base, rows, *, features: Count = 1024, ridge: Positive = 30.0,
+           lam: Positive = 10.0, sn=True, judge_error: Share = 0.1, rivals=3):
     """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen
     in kind.
 
     Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five
     (mix). rivals: plain classifiers whose spread is another uncertainty. ridge, the kernel's width:
     ours, for this size."""
-    s, kind = start(c), dict(mixture=prefs.ROUTING, min_gap=0.05)
-    raw = s.world.pairs(c.rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH", **kind)
-    tests = dict(id=s.world.pairs(600, seed=c.seed, split="val", heads="FLH", **kind),
-                 ood=s.world.pairs(600, seed=c.seed, split="base", heads="N#", rules=(1,), **kind),
-                 mix=s.world.pairs(600, seed=c.seed, split="val", rules=(2,), **kind))
-    rows = [dict(pair=[*s.tok.prompt(f"{r['prompt']}A{r[a]}B{r[b]}"), s.tok.eos],
-                 label=float(a == "chosen"),
-                 strength=float(r["strength"])) for r in raw
-            for a, b in (("chosen", "rejected"), ("rejected", "chosen"))]
-
-    with torch.no_grad():                                        # σ² median |h - h'|² / 2 = 1
-        tokens, mask = collate([((), r["pair"]) for r in rows[:256]], s.pad, c.device)
-        h = last_hidden(s.policy, tokens, mask.sum(1).long()).cpu()
-    sigma = math.sqrt(2 / torch.pdist(h).square().median().item())
-
-    def classifier(width, seed, name):
-        g = torch.Generator().manual_seed(seed)
-        pm = PairModel(copy.deepcopy(s.policy).requires_grad_(), width, sigma, sn, g)
-        fit(pm.to(c.device), rows, preference, c, run, s.tok, seed=seed, name=name)
-        for i in range(0, len(rows), c.micro) if width else ():  # the covariance pass: no step
-            tokens, mask = collate([((), r["pair"]) for r in rows[i:i + c.micro]], s.pad, c.device)
-            with autocast(c.device, c.dtype):
-                pm.add(tokens, mask.sum(1).long())
-        return pm
-    pm = classifier(features, c.seed, "pm")
-
-    def write(folder):
-        save(pm.body, s.tok, folder)
-        save_file({k: x.contiguous() for k, x in pm.state_dict().items()
-                   if not k.startswith("body.")},
-                  folder / "pair.safetensors")
-    run.put("pm", write)
+    pairs = partial(base.world.pairs, mixture=prefs.ROUTING, min_gap=0.05)
+    tests = dict(id=pairs(600, seed=c.seed, split="val", heads="FLH"),
+                 ood=pairs(600, seed=c.seed, split="base", heads="N#", rules=(1,)),
+                 mix=pairs(600, seed=c.seed, split="val", rules=(2,)))
+    train = []
+    for r in pairs(rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH"):
+        for a, b in (("chosen", "rejected"), ("rejected", "chosen")):
+            train.append(dict(pair=pair_ids(base.tok, r["prompt"], r[a], r[b]),
+                              label=float(a == "chosen"), strength=float(r["strength"])))
+    make = partial(classifier, sigma=kernel_width(base.policy, train, base.pad, c), sn=sn,
+                   base=base, rows=train, c=c, run=run)
+    pm = make(features, c.seed, "pm")
+    run.put("pm", partial(save_classifier, pm=pm, tok=base.tok))
     triples = [(r["prompt"], r["chosen"], r["rejected"]) for some in tests.values() for r in some]
     where = torch.tensor([i for i, some in enumerate(tests.values()) for _ in some])
-    score, u = both_orders(pm, s.tok, triples, c, ridge=ridge, lam=lam)
-    right, judge = (score > 0).float(), StrongJudge(s.world, judge_error)
-    g = torch.Generator().manual_seed(c.seed)
+    score, u = both_orders(pm, base.tok, triples, c, ridge=ridge, lam=lam)
+    right, judge = (score > 0).float(), prefs.StrongJudge(base.world, judge_error)
     judged = torch.tensor([{1: 1.0, 2: 0.0, 0: 0.5}[judge.judge(*t)] for t in triples])
-    first = {name: fn(score, u, right < 1) for name, fn in ROUTERS.items()}
-    first["shuffled"] = u[torch.randperm(len(u), generator=g)]
-    if rivals > 1:
-        others = [classifier(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
-        first["ensemble"] = torch.stack([both_orders(m, s.tok, triples, c)[0]
+    g = torch.Generator().manual_seed(c.seed)
+    priorities = {name: fn(score, u, right < 1) for name, fn in ROUTERS.items()}
+    priorities["shuffled"] = u[torch.randperm(len(u), generator=g)]
+    if rivals:
+        others = [make(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
+        priorities["ensemble"] = torch.stack([both_orders(m, base.tok, triples, c)[0]
                                          for m in others]).std(0)
-    got = {name: routing_curve(x, right, judged) | {f"ood_{k}": v for k, v in routing_curve(
-        x[where == 1], right[where == 1], judged[where == 1]).items()} for name, x in first.items()}
-    draws = [routing_curve(torch.rand(len(u), generator=g), right, judged) for _ in range(20)]
-    got["random"] = {k: statistics.fmean(d[k] for d in draws) for k in draws[0]}
-    run.say(routing_table(got))
-    return {f"{name}|{k}": x for name, row in got.items() for k, x in row.items()} | {
-        f"{name}_accuracy": right[where == i].mean().item() for i, name in enumerate(tests)} | dict(
+    curves = curves_of(priorities, right, judged, where == 1, g)
+    run.say(routing_table(curves))
+    out = {f"{name}|{k}": x for name, row in curves.items() for k, x in row.items()}
+    out |= {f"{name}_accuracy": right[where == i].mean().item() for i, name in enumerate(tests)}
+    return listed(run, out | dict(
         u_auroc=auroc(u, right < 1), margin_auroc=auroc(-score.abs(), right < 1),
-        u_mean=u.mean().item(),
-        u_shift=(u[where == 1].mean() - u[where == 0].mean()).item(), judge_calls=judge.calls)
+        u_mean=u.mean().item(), u_shift=(u[where == 1].mean() - u[where == 0].mean()).item(),
+        judge_calls=judge.calls))
+
+
+def check_router(c, f):
+    """One rival has no spread."""
+    if f.recipe.keywords["rivals"] == 1:
+        raise UserError("--rivals 1: a spread needs two of them; give 0 for none")
+
+
+RECIPES["router"], WORLDS_OF["router"], CHECKS["router"] = router, ("toyif",), check_router
+PRESETS["router"] = dict(recipe="router", **TOYIF, epochs=4.0)
+PRESETS["big_router"] = dict(rows=16000, epochs=3.0, warmup=100, rivals=0)       # the claim's
+
+
+# === written: judges that write, their texts and their votes ======================================
+
+def nll(logp):
+    """Cross-entropy of a judge's text, reasoning and verdict together.   [B, T] -> [B]"""
+    return -logp.sum(1)
+
+
+def answer_logp(batch):
+    """log π of the answers' tokens, 0 elsewhere.   [B, T]"""
+    return dict(logp=token_logprobs(batch.model, batch.answers.tokens, batch.answers.mask))
+
+
+def answer_tokens(rows):
+    """How many tokens the answers have."""
+    return sum(len(r["answer"]) for r in rows)
+
 
 def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
     """A judge's texts, [prompts][samples]; '' where one did not end."""
@@ -913,8 +1643,177 @@ def written(model, tok, prompts, c, *, max_new, temperature=0.0, samples=1):
                 for y, done in zip(roll.completions(), roll.finished.tolist())]
     return [out[i:i + samples] for i in range(0, len(out), samples)]
 
-def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", contrast=True,
-                consistent=True, verbose: Share = 0.2, votes: Count = 5, most: Count = 5600):
+
+def majority(votes):
+    """The sign of the sum of ±1 votes as 1.0, 0.0, or 0.5 for a tie; None casts no vote."""
+    total = sum(1 if v > 0 else -1 for v in votes if v)
+    return 0.5 if total == 0 else float(total > 0)
+
+
+FACTS["logp"], UNITS["logp"] = answer_logp, answer_tokens
+
+
+# === judge_lora: 2506.05748, a frozen model and rank-16 adapters as a pointwise judge =============
+
+def expected_score(logits, values):
+    """A judge's score as E[digit] under its verdict token (2506.05748).
+
+    [B, K] logits, [K] values -> [B]"""
+    return torch.softmax(logits.float(), -1) @ values
+
+
+def json_rubric(criteria, weights):
+    """The one-line rubric of 2506.05748: criteria, their weights, and a score from 1 to 10."""
+    return json.dumps(dict(criteria=criteria, weights=weights, output=dict(score="1-10")))
+
+
+def question_of(r, side, tok):
+    """What the judge reads of one side of a pair, as ids."""
+    return [*r["prompt"], *tok.encode(r["text"][side] + prefs.JUDGE["ANS"])]
+
+
+def pointwise_accuracy(model, sets, ids, base, c):
+    """The share of each set's pairs whose chosen response has the higher expected level.
+
+    ids [levels]: the tokens of the levels, lowest first"""
+    out, levels = {}, torch.arange(float(len(ids)))
+    for name, rows in sets.items():
+        expected = []
+        for side in ("chosen", "rejected"):
+            tokens, end = ending([question_of(r, side, base.tok) for r in rows], base.pad, c)
+            with torch.no_grad():
+                logits = model.logits(last_hidden(model, tokens, end))[:, ids]           # [N, K]
+            expected.append(expected_score(logits.cpu(), levels))
+        out[name] = accuracy(*expected)
+    return out
+
+
+def judge_lora(c, run, base, pairs, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
+    """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the
+    verdict token, score = E[digit]. _off: the model without the adapter."""
+    rows, sets = pairs
+    letters, examples = list(prefs.SCORES.values())[:levels], []
+    ids = torch.tensor([base.tok.encode(x)[0] for x in letters])
+    for r in rows:
+        for side in ("chosen", "rejected"):                      # gold in levels
+            gold = base.world.reward(r["text"], r["text"][side])
+            answer = base.tok.encode(letters[round(gold / 1.5 * (levels - 1))])
+            examples.append(dict(prompt=question_of(r, side, base.tok), answer=answer))
+    model = lora(copy.deepcopy(base.policy).requires_grad_(),
+                 torch.Generator().manual_seed(c.seed), rank=rank)
+    off = pointwise_accuracy(model, sets, ids, base, c)
+    fit(model, examples, nll, c, run, base.tok, seed=c.seed, name="judge")
+    run.put("judge", lambda folder: save(merge(model), base.tok, folder))
+    on = pointwise_accuracy(model, sets, ids, base, c)
+    return listed(run, {f"{k}_accuracy": v for k, v in on.items()}
+                  | {f"{k}_off": v for k, v in off.items()})
+
+
+RECIPES["judge_lora"], WORLDS_OF["judge_lora"] = judge_lora, ("toyif",)
+PRESETS["judge_lora"] = dict(recipe="judge_lora", **TOYIF, lr=2e-3)  # lr: ours
+
+
+# === first: 2406.15657, FIRST: a listwise judge read off the first token's logits =================
+
+def ranknet(score, ranks):
+    """mean over pairs with rank_i < rank_j of log(1 + exp(s_j - s_i)) / (rank_i + rank_j).
+
+    [B, K], [B, K] -> [B]"""
+    above = (ranks[:, :, None] < ranks[:, None, :]).float()                    # [B, K, K] i above j
+    loss = (F.softplus(score[:, None, :] - score[:, :, None])
+            / (ranks[:, :, None] + ranks[:, None, :]))
+    return (above * loss).sum((1, 2)) / above.sum((1, 2)).clamp(min=1)
+
+
+def listwise(logp, identifiers, ranks, *, weight=10.0):
+    """FIRST (2406.15657): cross-entropy a token of the ranking + w RankNet on the first token's
+    logits.
+
+    identifiers [B, K]: the candidates' logits there; ranks [B, K] from 1, best first."""
+    return nll(logp) / (ranks.size(1) + 1) + weight * ranknet(identifiers, ranks)
+
+
+def identifier_logits(batch):
+    """The candidates' logits where the judge begins to speak.   [B, K]"""
+    z = batch.model.logits(last_hidden(batch.model, batch.answers.tokens, batch.answers.start))
+    return dict(identifiers=z[:, batch.rows[0]["identifier_ids"]])
+
+
+def lists(n, split, seed, base, digits):
+    """n prompts with as many responses as digits, to be ranked by gold."""
+    rng, out, tok = random.Random(f"first/{split}/{seed}"), [], base.tok
+    for p in base.world.problems(split, n, seed):
+        ys = [base.world.draw(p["prompt"], rng, prefs.ROUTING) for _ in digits]
+        gold = [base.world.reward(p, y) + 1e-6 * rng.random() for y in ys]       # ties by a coin
+        order = sorted(range(len(digits)), key=lambda k: -gold[k])
+        text = "".join(d + y for d, y in zip(digits, ys)) + prefs.JUDGE["ANS"]
+        answer = tok.encode("".join(digits[k] for k in order))
+        out.append(dict(prompt=[*tok.prompt(p), *tok.encode(text)], answer=[*answer, tok.eos],
+                        identifier_ids=[tok.encode(d)[0] for d in digits], gold=gold,
+                        ranks=[float(order.index(k) + 1) for k in range(len(digits))]))
+    return out
+
+
+def first(c, run, base, rows, *, candidates: Range("[2, 9]") = 4, weight=10.0):
+    """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first
+    logits. weight: of RankNet in `listwise`."""
+    digits = "1234567890"[:candidates]
+    train = lists(rows or 4000, "train", 1000 + c.seed, base, digits)
+    model = trained(run, "judge", copy.deepcopy(base.policy), train,
+                    partial(listwise, weight=weight), c, base.tok)
+    test = lists(600, "val", c.seed, base, digits)
+    prompts, ids = [r["prompt"] for r in test], test[0]["identifier_ids"]
+    with torch.no_grad():
+        h = last_hidden(model, *ending(prompts, base.pad, c))
+        z = model.logits(h)[:, ids].cpu()                                                # [N, K]
+    texts = written(model, base.tok, prompts, c, max_new=candidates + 1)
+    spoken = []
+    for (text,) in texts:                                        # an identifier's place in it
+        spoken.append([-(text + digits).index(d) for d in digits])
+    spoken, gold = torch.tensor(spoken), torch.tensor([r["gold"] for r in test])
+    return listed(run, dict(first_spearman=statistics.fmean(map(spearman, z, gold)),
+                            generated_spearman=statistics.fmean(map(spearman, spoken, gold))))
+
+
+FACTS["identifiers"], UNITS["ranks"] = identifier_logits, len
+RECIPES["first"], WORLDS_OF["first"] = first, ("toyif",)
+PRESETS["first"] = dict(recipe="first", **TOYIF)
+
+
+# === openrubrics, rubrics, bt_rubrics: 2510.07743, rubrics by contrast, kept if they are consistent
+
+def student(name, examples, base, c, run):
+    """The base, taught to continue prompts [(prompt, answer)].   -> a frozen language model"""
+    tok = base.tok
+    rows = [dict(prompt=tok.prompt(x), answer=[*tok.encode(y), tok.eos]) for x, y in examples]
+    return trained(run, name, copy.deepcopy(base.policy), rows, nll, c, tok)
+
+
+def write_rubrics(writer, prompts, tok, c):
+    """{prompt: rubric} of distinct prompts, greedy; and how they compare with the true ones."""
+    texts = written(writer, tok, list(map(tok.prompt, prompts)), c, max_new=13)
+    rubric = {x: y for x, (y,) in zip(prompts, texts)}
+    grades = zip(*(prefs.rubric_recall(x, y) for x, y in rubric.items()))
+    named = zip(("recall", "precision", "principle"), grades)
+    return rubric, {k: statistics.fmean(x) for k, x in named}
+
+
+def rubric_votes(reader, rows, rubric, name, tok, c, votes):
+    """A judge's votes on pairs, [rows][votes]: 1 for the chosen response, -1 for the other, None
+    for no verdict. The order of display is by a coin."""
+    order = random.Random(f"{name}/{c.seed}").choices("AB", k=len(rows))       # where chosen is
+    prompts = [tok.prompt(prefs.question(r, rubric[r["prompt"]], at))
+               for r, at in zip(rows, order)]
+    texts, out = written(reader, tok, prompts, c, max_new=24, temperature=0.7, samples=votes), []
+    for some, at in zip(texts, order):
+        winners = [prefs.parse_winner(text) for text in some]
+        out.append([w and (1 if w == at else -1) for w in winners])
+    return out
+
+
+def openrubrics(c, run, base, rows, *, judge: Literal["rubric", "direct"] = "rubric",
+                contrast=True, consistent=True, verbose: Share = 0.2, votes: Count = 5,
+                most: Count = 5600):
     """OpenRubrics (2510.07743): rubrics by contrasting two responses, kept if they reproduce the
     label, then distilled into a generator (prompt -> rubric) and a judge (prompt, rubric, A, B ->
     criteria, winner).
@@ -922,41 +1821,133 @@ def openrubrics(c, f, run, *, judge: Literal["rubric", "direct"] = "rubric", con
     judge "direct": the same model, the winner at once; a scalar model: --data rubrics. most: any
     judge's examples, of 8000 pairs before the filter. verbose: the share of training labels that
     prefer the longer response, whatever gold says; tests are gold's."""
-    prefs.one_of(judge, ("rubric", "direct"), "--judge")
-    s, pairs = start(c), prefs.rubric_pairs(c.rows or 8000, 1000 + c.seed, verbose)
+    pairs = prefs.rubric_pairs(rows or 8000, 1000 + c.seed, verbose)
     tests, out = prefs.rubric_tests(c.seed), {}
-    made = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
-    texts, rubrics = (x[:most] for x in made)
-
-    def student(name, examples):
-        rows = [dict(prompt=s.tok.prompt(x), answer=[*s.tok.encode(y), s.tok.eos])
-                for x, y in examples]
-        return trained(run, name, copy.deepcopy(s.policy), rows, nll, c, s.tok)
-    reader, writer = student("judge", texts), student("rubrics", rubrics) if rubrics else None
+    examples = prefs.judge_examples(pairs, c.seed, judge == "rubric", contrast, consistent)
+    texts, rubrics = (x[:most] for x in examples)
+    reader = student("judge", texts, base, c, run)
+    writer = student("rubrics", rubrics, base, c, run) if rubrics else None
     for source in ("", "oracle|") if rubrics else ("",):  # oracle: the judge reads the true rubric
         for name, some in tests.items():
-            asked = list(dict.fromkeys(r["prompt"] for r in some))
-            rubric = {x: prefs.true_rubric(x) if source else "" for x in asked}
-            if rubrics and not source:                           # greedy, once a prompt
-                told = written(writer, s.tok, list(map(s.tok.prompt, asked)), c, max_new=13)
-                rubric = {x: y for x, (y,) in zip(asked, told)}
-                grades = zip(*(prefs.rubric_recall(x, y) for x, y in rubric.items()))
-                out |= {f"{name}_{k}": statistics.fmean(x) for k, x in zip(
-                    ("recall", "precision", "principle"), grades)}
-            first = random.Random(f"{name}/{c.seed}").choices("AB", k=len(some))   # where chosen is
-            prompts = [s.tok.prompt(prefs.question(r, rubric[r["prompt"]], at))
-                       for r, at in zip(some, first)]
-            says = written(reader, s.tok, prompts, c, max_new=24, temperature=0.7, samples=votes)
-            cast = [[w and (1 if w == at else -1) for w in map(prefs.parse_winner, told)]
-                    for told, at in zip(says, first)]
+            prompts = list(dict.fromkeys(r["prompt"] for r in some))
+            rubric = {x: prefs.true_rubric(x) if source else "" for x in prompts}
+            if rubrics and not source:
+                rubric, grades = write_rubrics(writer, prompts, base.tok, c)
+                out |= {f"{name}_{k}": x for k, x in grades.items()}
+            cast = rubric_votes(reader, some, rubric, name, base.tok, c, votes)
             out |= {f"{source}{name}": statistics.fmean(majority(v[:1]) for v in cast),
                     f"{source}{name}_vote": statistics.fmean(map(majority, cast))}
-        out |= {f"{source}accuracy{x}": statistics.fmean(out[f"{source}{name}{x}"]
-                                                         for name in tests)
-                for x in ("", "_vote")}
-    return out | dict(kept=len(made[0]) / len(pairs))
+        for x in ("", "_vote"):
+            out[f"{source}accuracy{x}"] = statistics.fmean(out[f"{source}{name}{x}"]
+                                                           for name in tests)
+    return listed(run, out | dict(kept=len(examples[0]) / len(pairs)))
 
-def thinkrm(c, f, run, *,
+
+RECIPES["rubrics"], WORLDS_OF["rubrics"] = openrubrics, ("toyif",)
+PRESETS["rubrics"] = dict(recipe="rubrics", data="toyif", init="base:toyif_judge", steps=600,
+                          lr=2e-3)                               # steps and lr: ours
+PRESETS["bt_rubrics"] = dict(recipe="bt", data="rubrics", lr=1e-3)   # the claim's scalar model
+
+
+# === thinkrm, filler_style, direct_style, bt_style: 2505.16265, Think-RM: reasons, then its verdict
+
+def parse_verdict(text):
+    """Think-RM's score (2505.16265): the last of ±1..±3 in the last <answer> block; negative: A is
+    better.
+
+    None if there is no such block or number. (ParityJudge has its own: tasks.ParityJudge.parse.)"""
+    blocks = re.findall(r"<answer>(.*?)</answer>", text, re.S)
+    hits = re.findall(r"(?<!\d)(?<!\d\.)-?[123](?!\d|\.\d)", blocks[-1]) if blocks else []
+    return int(hits[-1]) if hits else None
+
+
+def graded(score, label):
+    """Think-RM's multiclass rule reward: 1 for the very score, 0.5 for its sign, else 0."""
+    return 0.0 if score is None else 1.0 if score == label else 0.5 if score * label > 0 else 0.0
+
+
+def right_sign(score, label):
+    """Think-RM's binary rule reward: 1 if the preferred response is right, else 0."""
+    return float(score is not None and score * label > 0)
+
+
+RULE_REWARDS = dict(graded=graded, sign=right_sign)            # of a judge's score, given gold's
+
+
+def verdict_rates(samples, greedy, labels):
+    """Means over pairs: of one sample's verdict, of a _vote of all, _greedy, and _graded (see
+    graded).
+
+    samples [P][votes] and greedy [P]: scores, or None for no verdict, which counts ½ among samples
+    and 0 where greedy or graded;  labels [P]: gold's, never 0."""
+    signs = []
+    for some, label in zip(samples, labels):
+        signs.append([x and (1 if x * label > 0 else -1) for x in some])
+    each = {"": [majority(v[:1]) for v in signs], "_vote": map(majority, signs),
+            "_greedy": map(right_sign, greedy, labels),
+            "_graded": map(graded, [v[0] for v in samples], labels)}
+    return {k: statistics.fmean(v) for k, v in each.items()}
+
+
+def judge_matrix(says, G, length=None):
+    """Verdicts s_ij (negative: i is better) of pairs i < j -> d [G, G] with d_ij = -s_ij, d_ji =
+    s_ij.
+
+    None counts as 0; length {pair: tokens of the judgement}: binary verdicts weigh 1/length."""
+    D = torch.zeros(G, G)
+    for (i, j), score in says.items():
+        score = score or 0
+        D[i, j] = -score if not length else ((score < 0) - (score > 0)) / length[i, j]
+        D[j, i] = -D[i, j]
+    return D
+
+
+def pairwise_grpo(D, eps=1e-6):
+    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.
+
+    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps as in the released code.
+    [.., G, G] -> [.., G]"""
+    G = D.size(-1)
+    return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
+
+
+def verdicts(judge, task, tok, sets, c, votes):
+    """How often a judge is right on sets of problems, and how much it writes -> dict."""
+    out = {}
+    for name, some in sets.items():
+        prompts = list(map(tok.prompt, some))
+        texts = written(judge, tok, prompts, c, max_new=task.max_new, temperature=0.6,
+                        samples=votes)
+        greedy = written(judge, tok, prompts, c, max_new=task.max_new)
+        samples = [list(map(task.parse, x)) for x in texts]
+        each = verdict_rates(samples, [task.parse(x) for (x,) in greedy],
+                             [p["label"] for p in some])
+        each |= dict(_length=statistics.fmean(len(x[0]) for x in texts))
+        out |= {f"{name}{k}": v for k, v in each.items()}
+    for k in each:
+        out[f"accuracy{k}"] = statistics.fmean(out[f"{name}{k}"] for name in sets)
+    return out
+
+
+def rule_reward(roll, picked, *, task, tok, rule):
+    """The rule reward of eight judgements a problem, and how many problems' are all alike."""
+    ended = zip(roll.completions(), roll.finished.tolist())
+    scores = [task.parse(tok.decode(ids)) if done else None for ids, done in ended]
+    r = torch.tensor([RULE_REWARDS[rule](x, picked[i // 8]["label"])
+                      for i, x in enumerate(scores)])
+    return r, dict(flat=(r.view(-1, 8).std(1) == 0).float().mean().item())
+
+
+def scalar_judge(fresh, task, sets, shown, tok, c, run):
+    """The baseline: Bradley-Terry on the same pairs, no reasoning -> its accuracies."""
+    texts = {k: list(map(task.pair, x)) for k, x in (sets | dict(train=shown[::2])).items()}
+    pairs = {k: prefs.encode_pairs(x, tok, 64) for k, x in texts.items()}
+    model = trained(run, "bt", new_scalar(fresh, c.seed), pairs["train"], bt, c, tok)
+    out = {k: pair_accuracy(scalar_reward(model, c), pairs[k], c, tok.pad) for k in sets}
+    return out | dict(accuracy=statistics.fmean(out.values()))
+
+
+def thinkrm(c, run, rows, *,
             style: Literal["long", "short", "random", "last", "direct", "filler", "bt"] = "long",
             error: Range("[0, 0.5]") = 0.05, bits: Range("[2, 10]") = 7, rl_steps=60,
             rl_pairs: Count = 2000, rl_lr: Positive = 3e-5,
@@ -968,132 +1959,88 @@ def thinkrm(c, f, run, *,
     style: long, short, random, last, direct, filler (as long as long, but empty), or bt, a scalar
     model. hard: pairs that differ in one place. One sample at temperature 0.6; _vote: the majority
     of `votes`; "long+RL|…": the judge that learned by long traces, after RL."""
-    prefs.one_of(rule, RULE_REWARDS, "--rule")
-    tok, name = prefs.tokenizer(), f"parity_{'direct' if style == 'bt' else style}"
-    task, n = tasks.task(name, error=error, bits=bits), c.rows or 4000
+    tok = prefs.tokenizer()
+    task = tasks.task(f"parity_{'direct' if style == 'bt' else style}", error=error, bits=bits)
     fresh = init(preset("2x64", tok, 6 * bits + 24, "llama"), c.seed)
     sets = dict(id=task.problems("val", 400, c.seed), hard=task.problems("hard", 300, c.seed))
-
-    shown = task.demonstrations(n, seed=1000 + c.seed)  # in both orders, one after the other
+    shown = task.demonstrations(rows or 4000, seed=1000 + c.seed)      # in both orders, in turn
     if style == "bt":
-        pairs = {k: prefs.encode_pairs(list(map(task.pair, x)), tok, 64)
-                 for k, x in (sets | dict(train=shown[::2])).items()}
-        model = scalar_reward(trained(run, "bt", new_scalar(fresh, c.seed), pairs["train"], bt, c,
-                                      tok), c)
-        out = {k: pair_accuracy(model, pairs[k], c, tok.pad) for k in sets}
-        return out | dict(accuracy=statistics.fmean(out.values()))
-    rows = [dict(prompt=tok.prompt(r["prompt"]), answer=[*tok.encode(r["completion"]), tok.eos])
-            for r in shown]
-    judge = trained(run, "sft", fresh, rows, nll, c, tok)
-
-    def measured(judge):
-        out = {}
-        for name, some in sets.items():
-            ask = partial(written, judge, tok, list(map(tok.prompt, some)), c, max_new=task.max_new)
-            says, greedy = ask(temperature=0.6, samples=votes), [task.parse(x) for x, in ask()]
-            each = verdict_rates([list(map(task.parse, x)) for x in says], greedy,
-                                 [p["label"] for p in some])
-            each |= dict(_length=statistics.fmean(len(x[0]) for x in says))
-            out |= {f"{name}{k}": v for k, v in each.items()}
-        return out | {f"accuracy{k}": statistics.fmean(out[f"{name}{k}"] for name in sets)
-                      for k in each}
-
-    def reward(roll, picked):
-        said = [task.parse(tok.decode(ids)) if done else None
-                for ids, done in zip(roll.completions(), roll.finished.tolist())]
-        r = torch.tensor([RULE_REWARDS[rule](x, picked[i // 8]["label"])
-                          for i, x in enumerate(said)])
-        return r, dict(flat=(r.view(-1, 8).std(1) == 0).float().mean().item())
-    out = measured(judge)
+        return listed(run, scalar_judge(fresh, task, sets, shown, tok, c, run))
+    examples = [dict(prompt=tok.prompt(r["prompt"]),
+                     answer=[*tok.encode(r["completion"]), tok.eos]) for r in shown]
+    judge = trained(run, "sft", fresh, examples, nll, c, tok)
+    out = verdicts(judge, task, tok, sets, c, votes)
     if rl_steps:
         judge, ref = copy.deepcopy(judge).requires_grad_(), judge
-        told = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed), reward, c, run,
-                  name="rl",
-                  steps=rl_steps, max_new=task.max_new, samples=8, lr=rl_lr, kl_loss=1e-3,
-                  advantages=group_norm)
+        log = rl(judge, ref, tok, task.problems("train", rl_pairs, 5000 + c.seed),
+                 partial(rule_reward, task=task, tok=tok, rule=rule), c, run, name="rl",
+                 steps=rl_steps, max_new=task.max_new, samples=8, lr=rl_lr, kl_loss=1e-3,
+                 advantages=group_norm)
         run.put("rl", lambda folder: save(judge, tok, folder))
-        out |= {f"{style}+RL|{k}": v
-                for k, v in (measured(judge) | dict(flat_end=told[-1]["flat"])).items()}
-    return out
+        after = verdicts(judge, task, tok, sets, c, votes) | dict(flat_end=log[-1]["flat"])
+        out |= {f"{style}+RL|{k}": v for k, v in after.items()}
+    return listed(run, out)
 
-def judge_lora(c, f, run, *, rank: Count = 16, levels: Range("[2, 7]") = 7):
-    """A frozen model with a rank-16 adapter as a pointwise judge (2506.05748): cross-entropy on the
-    verdict token, score = E[digit]. _off: the model without the adapter."""
-    prefs.within(levels, 2, 7, "--levels")
-    s = start(c)
-    rows, sets = pair_sets(c, s.tok, s.context)
-    letters = list(prefs.SCORES.values())[:levels]
-    ids = torch.tensor([s.tok.encode(x)[0] for x in letters])
 
-    def question(r, side):
-        return [*r["prompt"], *s.tok.encode(r["text"][side] + prefs.JUDGE["ANS"])]
+RECIPES["thinkrm"] = thinkrm
+MUON = dict(optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50)         # ours, for these sizes
+PRESETS["thinkrm"] = dict(recipe="thinkrm", steps=1500, **MUON)
+PRESETS["filler_style"] = dict(style="filler", rl_steps=0)             # the claim's arms
+PRESETS["direct_style"] = dict(style="direct", rl_steps=0)
+PRESETS["bt_style"] = dict(style="bt", optimiser="adamw", lr=5e-4, aux_lr=0.0, warmup=0)
 
-    def verdict(r, side):                                        # gold in levels
-        return s.tok.encode(letters[round(s.world.reward(r["text"], r["text"][side]) / 1.5
-                                          * (levels - 1))])
 
-    def measure(model):
-        def score(some, side):
-            tokens, mask = collate([((), question(r, side)) for r in some], s.pad, c.device)
-            with torch.no_grad():
-                logits = model.logits(last_hidden(model, tokens, mask.sum(1).long()))[:, ids]
-            return expected_score(logits.cpu(), torch.arange(float(levels)))
-        return {k: accuracy(score(some, "chosen"), score(some, "rejected"))
-                for k, some in sets.items()}
-    model = lora(copy.deepcopy(s.policy).requires_grad_(), torch.Generator().manual_seed(c.seed),
-                 rank=rank)
-    off = measure(model)
-    fit(model, [dict(prompt=question(r, side), answer=verdict(r, side)) for r in rows
-                for side in ("chosen", "rejected")], nll, c, run, s.tok, seed=c.seed, name="judge")
-    run.put("judge", lambda folder: save(merge(model), s.tok, folder))
-    return {f"{k}_accuracy": v for k, v in measure(model).items()} | {f"{k}_off": v
-                                                                      for k, v in off.items()}
+# === rmr1: 2505.02387, RM-R1: Think-RM with a binary reward, from traces of any length ============
 
-def first(c, f, run, *, candidates: Range("[2, 9]") = 4):
-    """FIRST (2406.15657): a listwise judge that learns to write the ranking, read off its first
-    logits."""
-    prefs.within(candidates, 2, 9, "--candidates")
-    s, digits = start(c), "1234567890"[:candidates]
-    ids = [s.tok.encode(d)[0] for d in digits]
+def tagged(text, label, window=80):
+    """RM-R1's rule reward (2505.02387): +1 if the last 80 characters hold [[A]] or [[B]] as
+    labelled and not the other tag, else -1. label "A" or "B"."""
+    right, wrong = ("[[A]]", "[[B]]") if label == "A" else ("[[B]]", "[[A]]")
+    return 1.0 if right in text[-window:] and wrong not in text[-window:] else -1.0
 
-    def lists(n, split, seed):
-        rng, out = random.Random(f"first/{split}/{seed}"), []
-        for p in s.world.problems(split, n, seed):
-            ys = [s.world.draw(p["prompt"], rng, prefs.ROUTING) for _ in digits]
-            g = [s.world.reward(p, y) + 1e-6 * rng.random() for y in ys]            # ties by a coin
-            order = sorted(range(candidates), key=lambda k: -g[k])
-            text = "".join(d + y for d, y in zip(digits, ys)) + prefs.JUDGE["ANS"]
-            out.append(dict(prompt=[*s.tok.prompt(p), *s.tok.encode(text)], identifier_ids=ids,
-                            gold=g,
-                            answer=[*s.tok.encode("".join(digits[k] for k in order)), s.tok.eos],
-                            ranks=[float(order.index(k) + 1) for k in range(candidates)]))
-        return out
-    rows = lists(c.rows or 4000, "train", 1000 + c.seed)
-    model = trained(run, "judge", copy.deepcopy(s.policy), rows, f.loss, c, s.tok)
-    test = lists(600, "val", c.seed)
-    tokens, mask = collate([((), r["prompt"]) for r in test], s.pad, c.device)
-    with torch.no_grad():
-        z = model.logits(last_hidden(model, tokens, mask.sum(1).long()))[:, ids].cpu()   # [N, K]
-    told = written(model, s.tok, [r["prompt"] for r in test], c, max_new=candidates + 1)
-    spoken = torch.tensor([[-(x + digits).index(d) for d in digits] for (x,) in told])
-    gold = torch.tensor([r["gold"] for r in test])
-    return dict(first_spearman=statistics.fmean(map(spearman, z, gold)),
-                generated_spearman=statistics.fmean(map(spearman, spoken, gold)))
+
+PRESETS["rmr1"] = dict(recipe="thinkrm", steps=1500, **MUON, style="random", rule="sign")
+
+
+# === attack: 2504.06141, the adversarial policy's reward, where it is aimed, and what is kept of it
+
+def disagreement(r1, r2, bar=0.0, *, lam=1.5, C: Positive = 3.0):
+    """R1 - λ R2 where R1 > T(x), else R1 - C: please the target, displease its twin.   [B] -> [B]
+
+    Here on standardised rewards (ours), z = (R - its prompt's SFT mean) / std over all, so T = 0
+    and neither shift nor scale of R matters. A public implementation on raw R has C 25."""
+    return torch.where(r1 > bar, r1 - lam * r2, r1 - C)
+
+
+def overoptimise(r1, r2):
+    """The weaker attack: the target's reward alone.   [B] -> [B]"""
+    return r1
+
+
+def adversarial(z1, disagreement, mean, std, *, z_min=1.96):
+    """Adv-RM's filter: R1 above the SFT mean, U = z1 - λ z2 an outlier, Z(U) > 1.96.   [B] bool"""
+    return (z1 > 0) & ((disagreement - mean) / std > z_min)
+
+
+def strict_success(z1, zgold):
+    """The proxy likes it (Z > 0), gold finds it far below SFT (Z < -1.96).   [B] bool"""
+    return (z1 > 0) & (zgold < -1.96)
+
 
 class Field:
     """Prompts with samples of the SFT model and their gold: attacks are aimed and measured here."""
 
-    def __init__(self, s, problems, c, samples=16):
+    def __init__(self, base, problems, c, samples=16):
         self.problems, self.samples = problems, samples
         self.at = {p["seed"]: i for i, p in enumerate(problems)}
-        self.roll = samples_of(s.policy, s.tok, s.world, problems, c, c.seed + 11, samples)
-        self.texts = [s.tok.decode(ids) for ids in self.roll.completions()]
-        self.gold = gold_of(s.world, problems, self.roll, s.tok).view(-1, samples)       # [P, 16]
+        self.roll = samples_of(base.policy, base.tok, base.world, problems, c, c.seed + 11,
+                               samples)
+        self.texts = [base.tok.decode(ids) for ids in self.roll.completions()]
+        self.gold = gold_of(base.world, problems, self.roll, base.tok).view(-1, samples)  # [P, 16]
 
     @cache
     def standard(self, reward):
-        """A reward as z(roll, problems): less its prompt's mean over SFT samples, over the std of
-        all."""
+        """A reward as z(roll, problems): less its prompt's SFT mean, over the std of all."""
         all_ = score_roll(reward, self.roll).view(self.gold.shape)                       # [P, 16]
 
         def z(roll, problems):
@@ -1102,12 +2049,12 @@ class Field:
             return (score_roll(reward, roll) - mu) / all_.std()
         return z
 
-def pairs_against(s, field, roll, rows, rng, each=4):
-    """SFT samples preferred to the responses `rows` of a rollout: `each` for every distinct
-    response."""
-    texts, done, out, seen = [s.tok.decode(y)
-                              for y in roll.completions()], roll.finished.tolist(), [], set()
-    per, gold = len(texts) // len(field.problems), gold_of(s.world, field.problems, roll, s.tok)
+
+def pairs_against(base, field, roll, rows, rng, each=4):
+    """SFT samples preferred to the responses `rows` of a rollout, `each` for every distinct one."""
+    texts, done = [base.tok.decode(y) for y in roll.completions()], roll.finished.tolist()
+    gold = gold_of(base.world, field.problems, roll, base.tok)
+    per, out, seen = len(texts) // len(field.problems), [], set()
     for i in rows:
         p, x = i // per, field.problems[i // per]["prompt"]
         own = range(field.samples * p, field.samples * (p + 1))
@@ -1120,171 +2067,106 @@ def pairs_against(s, field, roll, rows, rng, each=4):
     return [r for r in out if r["rejected"].strip() and r["chosen"].strip()
             and r["rejected"] != r["chosen"]]
 
-def advrm(c, f, run, *, rounds=2, attack_steps: Count = 160, attack_lr: Positive = 1e-3,
-          attack_beta=0.05, lam=1.5, rl_steps=120, rl_beta=0.0, most: Count = 1500,
-          prompts: Range("[8, inf)") = 1536):
+
+# === advrm: 2504.06141, Adv-RM: reward models trained on what an adversarial policy finds =========
+
+def twins(name, rows, members=(1, 2), *, base, loss, c, run):
+    """Reward models with different heads and data orders, trained on the same rows."""
+    out = []
+    for i in members:
+        seed = 10 * c.seed + i
+        model = trained(run, f"{name}-{i}", new_scalar(base.policy, seed), rows, loss, c, base.tok,
+                        seed=seed)
+        out.append(scalar_reward(model, c))
+    return out
+
+
+def attacker(rewards, objective, name, *, field, base, c, run, **options):
+    """A policy trained on a field's prompts to raise objective(z1, z2) of the twins' rewards."""
+    z = [field.standard(r) for r in rewards]
+
+    def reward(roll, picked):
+        return objective(*(x(roll, picked) for x in z))
+    return steer(base, field.problems, reward, c, run, name=name, no_eos=3.0, **options)[0]
+
+
+def struck(net, rewards, field, base, c):
+    """An attacker's samples on a field: (roll, z1, z2, rate of strict success)."""
+    roll = samples_of(net, base.tok, base.world, field.problems, c, c.seed + 13, samples=8)
+    z1, z2 = (field.standard(r)(roll, field.problems) for r in rewards)
+    gold = gold_of(base.world, field.problems, roll, base.tok)
+    mu, sd = field.gold.mean(1), field.gold.std(1).clamp(min=1e-3)                       # [P]
+    below = (gold - mu.repeat_interleave(8)) / sd.repeat_interleave(8)                   # [B]
+    return roll, z1, z2, strict_success(z1, below).float().mean().item()
+
+
+def findings(net, rewards, field, base, c, rng, lam):
+    """Pairs against what an attacker found on its own prompts and the filter kept."""
+    roll, z1, z2, _ = struck(net, rewards, field, base, c)
+    own1, own2 = (field.standard(r)(field.roll, field.problems) for r in rewards)
+    own = own1 - lam * own2                                      # the SFT samples' disagreement
+    kept = torch.where(adversarial(z1, z1 - lam * z2, own.mean(), own.std()))[0].tolist()
+    return pairs_against(base, field, roll, kept, rng)
+
+
+def advrm(c, run, base, encoded, loss, rows, *, rounds=2, attack_steps: Count = 160,
+          attack_lr: Positive = 1e-3, attack_beta=0.05, lam=1.5, C: Positive = 3.0, rl_steps=120,
+          rl_beta=0.0, most: Count = 1500, prompts: Range("[8, inf)") = 1536):
     """Adv-RM (2504.06141): a policy learns to please the reward model while its twin objects; what
     it finds joins the data as rejected, the models are trained anew; then: how far can RLHF push
     before gold falls?
 
-    Against it: plain, the twins' mean and lcb, and as many pairs more of another kind (more_random:
-    samples of a policy that only over-optimises; more_gold: pairs labelled by gold). strict: the
-    share of attacks that the model likes and gold finds far below the SFT samples, on prompts the
-    attacker has not seen."""
-    s, rng = start(c), random.Random(f"advrm/{c.seed}")
-    encoded = partial(prefs.encode_pairs, tok=s.tok, context=s.context)
-    sampled = partial(sampled_pairs, s.policy, s.tok, s.world, c=c, min_gap=0.02)
-    rows, test = (encoded(sampled(n, seed=k + c.seed, split=split))
-                  for n, k, split in ((c.rows or 4000, 1000, "train"), (800, 2000, "val")))
-    seen, unseen = (Field(s, s.world.problems(split, n, c.seed), c) for split, n in (
-        ("train", prompts), ("val", prompts // 8)))
-
-    def models(name, extra=(), members=(1, 2)):
-        return [scalar_reward(trained(run, f"{name}-{i}", new_scalar(s.policy, k), [*rows, *extra],
-                                      f.loss, c,
-                                      s.tok, seed=k), c) for i in members
-                for k in [10 * c.seed + i]]
-
-    def attacker(R, fn, name):
-        """A policy trained from the SFT model, on `seen`, to raise fn of the standardised
-        rewards."""
-        z = [seen.standard(r) for r in R]
-        return steer(s.policy, s.tok, s.world, seen.problems, lambda roll, picked: fn(
-            *(x(roll, picked) for x in z)), c, run, name=name, steps=attack_steps, lr=attack_lr,
-            beta=attack_beta, no_eos=3.0)[0]
-
-    def struck(net, R, field):
-        """The attacker's samples on a field: (roll, z1, z2, rate of strict success)."""
-        roll = samples_of(net, s.tok, s.world, field.problems, c, c.seed + 13, samples=8)
-        z1, z2 = (field.standard(r)(roll, field.problems) for r in R)
-        below = (gold_of(s.world, field.problems, roll, s.tok)
-                 - field.gold.mean(1).repeat_interleave(8)
-                 ) / field.gold.std(1).clamp(min=1e-3).repeat_interleave(8)
-        return roll, z1, z2, strict_success(z1, below).float().mean().item()
-    R = R0 = models("round-0")
-    weak, extra = attacker(R, overoptimise, "overopt"), []
-    out = dict(plain_accuracy=pair_accuracy(R[0], test, c, s.pad),
-               strict_overopt=struck(weak, R, unseen)[-1])
+    Against it: plain, the twins' mean and lcb, and as many pairs more of another kind (see arms).
+    strict: the share of attacks that the model likes and gold finds far below the SFT samples, on
+    prompts the attacker has not seen; strict_overopt: of an attack that over-optimises only."""
+    rng, pairs = random.Random(f"advrm/{c.seed}"), partial(sampled_pairs, base, c=c, min_gap=0.02)
+    train = encoded(pairs(rows or 4000, seed=1000 + c.seed))
+    test = encoded(pairs(800, seed=2000 + c.seed, split="val"))
+    seen = Field(base, base.world.problems("train", prompts, c.seed), c)
+    unseen = Field(base, base.world.problems("val", prompts // 8, c.seed), c)
+    models = partial(twins, base=base, loss=loss, c=c, run=run)
+    attack = partial(attacker, field=seen, base=base, c=c, run=run, steps=attack_steps,
+                     lr=attack_lr, beta=attack_beta)
+    objective, extra = partial(disagreement, lam=lam, C=C), []
+    R = R0 = models("round-0", train)
+    weak = attack(R, overoptimise, "overopt")
+    out = dict(plain_accuracy=pair_accuracy(R[0], test, c, base.pad),
+               strict_overopt=struck(weak, R, unseen, base, c)[-1])
     for k in range(rounds):
-        net = attacker(R, f.attack, f"attack {k}")
-        roll, z1, z2, _ = struck(net, R, seen)
-        U = [x(seen.roll, seen.problems) for x in map(seen.standard, R)]
-        U = U[0] - lam * U[1]                                    # the SFT samples' own disagreement
-        kept = torch.where(adversarial(z1, z1 - lam * z2, U.mean(), U.std()))[0].tolist()
-        made = pairs_against(s, seen, roll, kept, rng)[:most]
-        out |= {f"strict_{k}": struck(net, R, unseen)[-1], f"pairs_{k}": len(made),
-                f"confirmed_{k}": statistics.fmean(r["margin"] > 0 for r in made) if made else 0.0}
+        net = attack(R, objective, f"attack {k}")
+        found = findings(net, R, seen, base, c, rng, lam)[:most]
+        confirmed = statistics.fmean(r["margin"] > 0 for r in found) if found else 0.0
+        out |= {f"strict_{k}": struck(net, R, unseen, base, c)[-1], f"pairs_{k}": len(found),
+                f"confirmed_{k}": confirmed}
         run.say("  " + "  ".join(f"{x} {v:.3g}" for x, v in out.items()))
-        extra += encoded(made) if made else []
-        R = models(f"round-{k + 1}", extra)
-    out |= dict(strict_last=struck(attacker(R, f.attack, "last attack"), R, unseen)[-1],
-                adv_accuracy=pair_accuracy(R[0], test, c, s.pad))
-    roll = struck(weak, R0, seen)[0]
-    more_random = pairs_against(s, seen, roll, rng.sample(range(8 * prompts), 8 * prompts),
-                                rng)[:len(extra)]
-    more_gold = sampled(2 * len(extra) + 64, seed=3000 + c.seed)[:len(extra)]
-    arms = dict(plain=(R0[:1], mean), mean=(R0, mean), lcb=(R0, lcb), adv=(R[:1], mean))
-    for name, made in (("more_random", more_random), ("more_gold", more_gold)):
-        arms[name] = (models(name, encoded(made) if made else [], (1,)), mean)
-    for name, (some, how) in arms.items():
+        extra += encoded(found) if found else []
+        R = models(f"round-{k + 1}", [*train, *extra])
+    last = attack(R, objective, "last attack")
+    out |= dict(strict_last=struck(last, R, unseen, base, c)[-1],
+                adv_accuracy=pair_accuracy(R[0], test, c, base.pad))
+    roll = struck(weak, R0, seen, base, c)[0]
+    order = rng.sample(range(8 * prompts), 8 * prompts)
+    more = dict(more_random=pairs_against(base, seen, roll, order, rng)[:len(extra)],
+                more_gold=pairs(2 * len(extra) + 64, seed=3000 + c.seed)[:len(extra)])
+    more = {name: encoded(found) if found else [] for name, found in more.items()}
+    others = {name: models(name, [*train, *found], (1,)) for name, found in more.items()}
+    for name, (some, how) in arms(R0, R, others).items():
         total = combined([standardised(r, seen.roll) for r in some], how)
-        told = rlhf(s, total, c, run, name=name, steps=rl_steps, beta=rl_beta)
-        out |= {f"{name}|{k}": v for k, v in told.items()}
-    return out
-
-RECIPES = dict(scalar=scalar, ensemble=ensemble, hs2pref=hs2pref, armo=armo, maxmin=maxmin,
-               polar=polar,
-               cdr=cdr, overopt=overopt, router=router, openrubrics=openrubrics, thinkrm=thinkrm,
-               judge_lora=judge_lora, first=first, advrm=advrm)
-PAIR_LOSSES = ("bt", "margin", "scaled", "smooth", "win_tie", "goal")
-LOSSES_OF = dict(scalar=(*PAIR_LOSSES, "regression", "arm"), first=("listwise",)) | dict.fromkeys(
-    ("ensemble", "maxmin", "polar", "overopt", "advrm"), PAIR_LOSSES)            # others: their own
-AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, attack=ATTACKS, optimiser=RULES,
-            kernels=kernels.MODES)
+        fared = rlhf(base, total, c, run, name=name, steps=rl_steps, beta=rl_beta)
+        out |= {f"{name}|{k}": v for k, v in fared.items()}
+    return listed(run, out)
 
 
-# --- train ----------------------------------------------------------------------------------------
-
-WORLD_OF = dict.fromkeys(("hs2pref", "armo", "maxmin", "overopt"), ("ring",)) | dict.fromkeys(
-    ("router", "openrubrics", "judge_lora", "first", "advrm"), ("toyif",)) | dict.fromkeys(
-    ("ensemble", "polar"), WORLDS)               # the worlds whose gold reward a recipe reads
-
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    fixed = c.recipe in ("router", "openrubrics", "thinkrm", "first", "advrm")    # they make labels
-    fields = dict(noise=(c.data in WORLDS and not fixed and not c.eval,
-                         "a world's training labels"),
-                  init=(c.recipe != "thinkrm" and (not c.eval or c.data in WORLDS),
-                        "other recipes"),
-                  attack=(c.recipe == "advrm", "--recipe advrm"),
-                  aggregate=(c.recipe == "ensemble", "--recipe ensemble"),
-                  stop=(c.recipe == "scalar" and not c.eval,
-                        "--recipe scalar: others resume by stages"),
-                  epochs=(not c.steps, "runs without --steps"))
-    if c.eval:
-        trains = ("recipe", "loss", "steps", "epochs", "batch", "optimiser", "lr", "aux_lr",
-                  "warmup", "weight_decay", "clip", "save_every", "keep")
-        fields |= dict.fromkeys(trains, (False, "training, without --eval"))
-    return fields
-
-def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not
-    combine."""
-    prefs.one_of(c.loss, LOSSES_OF.get(c.recipe, ("bt",)), f"--recipe {c.recipe}: loss")
-    if c.recipe == "thinkrm" and not c.eval:
-        return
-    prefs.check_pairs(c.data, whole=bool(c.eval))
-    if c.eval:
-        peek(c.eval, scalar=True, option="--eval")
-    worlds = ("ring",) if c.loss == "regression" else WORLD_OF.get(c.recipe)
-    if worlds and not c.eval and c.data not in worlds:
-        raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold reward it uses; "
-                        f"not {c.data}")
-    if c.eval and c.data not in WORLDS:
-        return
-    most = sft.find(c.init, c.config, make=False)
-    if c.context > most:
-        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
-    if c.recipe == "polar" and not c.init.startswith("base:"):
-        raise UserError("--recipe polar trains its early policies anew: give --init base:PRESETS")
-    for path in filter(None, (f.recipe.keywords.get(k) for k in ("strong", "weak"))):
-        peek(path, option="--strong or --weak")
-    if c.recipe == "overopt":
-        preset(f.recipe.keywords["body"], prefs.tokenizer())
-
-def train(c, f):
-    """One run of a recipe, or with --eval only the table of a reward model.   -> the result's
-    numbers"""
-    kernels.use(c.kernels)
-    check(c, f)
-    if c.recipe != "thinkrm" and (c.data in WORLDS or not c.eval):
-        sft.find(c.init, c.config, device=c.device)  # made before this run's clock starts
-    with Run(c, f, "reward", CURVES) as run:
-        if c.eval:
-            run.begin()  # pictures are made before there is a result
-            model, tok = load(c.eval, c.device)
-            context = c.context or model.config.max_position_embeddings
-            sets = pair_sets(c, tok, context)[1]
-            policy = start(c).policy if c.data in WORLDS else None               # gives the samples
-            out = evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
-        else:
-            out = f.recipe(c, f, run)
-            if c.recipe not in ("scalar", "ensemble", "hs2pref", "armo",
-                                "cdr"):                                        # those print a table
-                run.say("  " + "\n  ".join(f"{k:<40} {v:.3f}" for k, v in out.items()
-                                           if "@" not in k))
-        if not out:                                              # --stop came first
-            return run.say(f"  paused at step {c.stop}: the same command with --resume and no --stop goes on")
-        run.say(f"\n  {run.folder}: log.jsonl, pictures" + f"; checkpoint {run.last}"
-                * bool(run.last))
-        return run.finish(**out)
+def arms(before, after, others):
+    """What RLHF is pushed along: {name: (rewards, aggregate)}. plain, mean and lcb of the twins
+    before any attack; adv, retrained; more_random: on as many samples of a policy that only
+    over-optimises; more_gold: on as many pairs labelled by gold."""
+    return dict(plain=(before[:1], mean), mean=(before, mean), lcb=(before, lcb),
+                adv=(after[:1], mean)) | {name: (some, mean) for name, some in others.items()}
 
 
-# --- main -----------------------------------------------------------------------------------------
-
-def main(argv=None):
-    """python reward.py …: see the docstring above, or --help."""
-    return launch("reward", Config, PRESETS, AXES, __doc__, train, argv, readers)
+RECIPES["advrm"], WORLDS_OF["advrm"] = advrm, ("toyif",)
+PRESETS["advrm"] = dict(recipe="advrm", **TOYIF, epochs=4.0)         # epochs: ours
 
 
 if __name__ == "__main__":

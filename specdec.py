@@ -3,45 +3,30 @@ specdec.py - speculative decoding: train a draft, verify, measure; and other way
 
     python specdec.py                                   # a draft for a small base model, made first
     python specdec.py --config adaspec,docs             # of a task: docstrings from signatures
-    python specdec.py --init path/to/7B --draft path/to/0.5B --data gsm8k.jsonl --steps 0 --context 512
+    python specdec.py --init path/to/7B --draft path/to/0.5B --data gsm8k.jsonl --steps 0
     python specdec.py --claim adaspec --seeds 5         # the paper's claim, and at equal data
 
-Map      1 config   2 the rule   3 draft lengths   4 drafters   5 the loop   6 training a draft   7 measure
-         8 decode   9 other decoders (data/decoding.py)   10 train   11 claims
 Letters  p the target's distribution, q the draft's; G drafted tokens a round; B rows, V vocabulary;
          c = a draft step / a target step, v = a target step over G + 1 tokens / over one
-preset      paper          idea
-speculative 2211.17192     draft, verify in one pass, keep what the target would have said (the default)
-lookup      -              no model: what followed the last words when they stood there before
-omnidraft   2507.02659     a draft of another vocabulary, translated by a cache
-distillspec 2310.08461     the draft distilled from the target on all tokens
-on_policy   2310.08461     ... on its own samples
-adaspec     2510.19779     ... on the tokens where a reference draft shows most left to learn
-ead         2502.06833     the large model writes only while predictions are uncertain
-deal        2402.06147     beams scored by where a greedy look ahead leads
-genarm      2410.08193     a reward model that scores every next token
-equilibrium 2310.09139     generator and discriminator agree on an answer
-self_eval   2410.02725     the policy says whether another try would be better
-docs        task           before or after the first six: a target that writes docstrings
-tiny        size           half a minute on any CPU; draft and target are then alike: it shows nothing
-Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted one,
-         E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding replays graphs).
-         acceptance: of the tokens tested, up to the first refused; kept/drafted: of all; E, i.i.d.: if each
-         were kept with the mean acceptance; drafts: mean G. Other decoders read no option from draft to
-         length, temperature to top_p, prompt to source: a task gives their prompts and lengths.
+Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted
+         one, E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding
+         replays graphs). acceptance: of the tokens tested, up to the first refused; kept/drafted:
+         of all; E, i.i.d.: if each were kept with the mean acceptance; drafts: mean G. Other
+         decoders stand beside their controls; a task gives their prompts and lengths.
 """
 import copy
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, groupby, pairwise
 from statistics import fmean
 from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import numpy as np
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -49,30 +34,25 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import decoding, prefs, tasks
-from data.crossvocab import NgramCache, Translated
-from data.decoding import at_cost, numbers, tabled, voted
-from data.drafting import COLUMNS, Lookup, Tally, first_difference, line
-from data.judging import accuracy, auroc, best_of_n, bon_kl
-from data.text import is_corpus
-from data.run import (Count, Positive, Range, Run, Share, UserError, batch_indices,
+from data import prefs, tasks
+from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
                       checkpoint, cli, clock, launch, needs)
+from data.stats import accuracy, auroc, best_of_n, bon_kl
+from data.text import is_corpus
 from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset,
                    save, tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
 
-# --- 1 config -------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Training):
     """What every run has; what belongs to a method is an argument of its function."""
-    config: str = ""             # presets and TOML files, left to right
+    data: str = "stdlib"         # a text, or a task or file: what a draft learns, and the prompts
     init: str = "base:target"    # the target
     draft: str = "base:draft64"  # a checkpoint, or a new draft of LAYERSxWIDTH
-    data: str = "stdlib"         # what a draft learns from and prompts come from: a text, or a task or file
     rows: int = 0                # learn from only so many demonstrations or windows (0: all)
-    chat: bool = False           # wrap prompts in the target's chat template
     decode: str = "speculative"  # which row of DECODERS
     drafter: str = "small"       # which row of DRAFTERS
     length: str = "optimal"      # which row of LENGTHS says when a draft is long enough
@@ -86,11 +66,10 @@ class Config:
     max_new: Count = 64          # new tokens a prompt
     together: Count = 1          # rows decoded at once
     loss: str = "forward_kl"     # which row of LOSSES draws the draft to the target
-    select: str = "every"        # which row of SELECT says which tokens of a batch count
+    select: str = "every"        # which row of SELECT says which tokens of a micro-batch count
     source: str = "data"         # which row of SOURCES: whose completions the draft learns on
     steps: int = 300             # of the draft's training; 0: it is used as it is
     batch: Count = 16            # rows a step
-    micro: Count = 64            # rows per forward pass; select compares tokens within one
     context: Range("[2, inf)") = 96  # tokens of a training row
     lr: Positive = 3e-3          # peak learning rate, of the draft or of what a decoder trains
     warmup: int = 30             # steps of linear warm-up
@@ -99,57 +78,32 @@ class Config:
     refresh: Count = 50          # steps between new samples, where --source samples
     eval_rows: Count = 64        # held-out rows on which agreement is measured
     eval_every: Count = 100      # steps between such measurements
-    save_every: Count = 200      # steps between checkpoints
     keep: Count = 1              # checkpoints to keep
-    stop: int = 0                # pause after this step (0: no); --resume goes on
-    out: str = ""                # run folder (default out/specdec/<presets>)
-    seed: int = 0                # of a new draft, the data order, sampling, and of a base:… model
-    device: str = "auto"         # cpu or cuda
-    dtype: str = "auto"  # of the weights that decode: float32, or bfloat16 (default on CUDA)
-    kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
-    resume: bool = False         # go on from the newest checkpoint of the run folder
+    dtype: str = "auto"          # of the weights that decode: float32, or bfloat16 (CUDA's default)
 
 
-CHAIN = dict(data="chain", init="base:chain", prompts=256, steps=200, batch=64, lr=2e-3)
 PRESETS = dict(
-    speculative=dict(), lookup=dict(drafter="lookup", length="fixed", gamma=8, steps=0),
-    omnidraft=dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3, steps=0),
-    distillspec=dict(), on_policy=dict(source="draft"),
-    adaspec=dict(select="adaspec", batch=40, ref_batch=16),
-    docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),
-    # learning rates ours, not tuned; of genarm's two were tried
-    ead=dict(decode="ead", data="chain", init="base:chain_right", prompts=200),
-    deal=dict(decode="deal", data="toyif", init="base:toyif", prompts=256),
-    genarm=dict(decode="genarm", data="toyif", init="base:toyif_base", prompts=512, steps=200,
-                batch=64,
-                lr=3e-4),
-    equilibrium=dict(decode="equilibrium", **CHAIN), self_eval=dict(decode="self_eval", **CHAIN),
-    # what only the arms of claims need
-    at_once=dict(window=1, stay=1),
-    arena=dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0, length="fixed",
-               gamma=4),
-    wide=dict(batch=20), by_chance=dict(select="at_random"), smallest_gap=dict(select="smallest"),
-    draft64=dict(draft="base:draft64"), draft32=dict(draft="base:draft32"),
+    docs=dict(init="base:target_docs", data="signatures", context=320, micro=20),  # docstrings
+    # half a minute on any CPU; draft and target are then alike: it shows nothing
     tiny=dict(steps=4, batch=4, ref_batch=4, context=48, prompts=4, max_new=12, prompt=8,
-              eval_rows=4,
-              refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
-              middle_model="1x64", rounds=50),
-)
+              eval_rows=4, refresh=2, samples=4, train_prompts=8, pairs=64, small_model="1x32",
+              middle_model="1x64", rounds=50))
 CURVES = {"loss": ["loss", "kl", "asked"], "acceptance Σ min(p, q)": ["overlap"]}
 
-# --- 2 the rule: 2211.17192, 2302.01318 -----------------------------------------------------------
+# --- the rule: 2211.17192, 2302.01318 -------------------------------------------------------------
 
 
 def draw(p, u):
-    """Sample by inverting the distribution function.   p [..., V] of any sum, u [...] in [0, 1) ->
-    [...]"""
+    """Sample by inverting the distribution function.
+
+    p [..., V] of any sum, u [...] in [0, 1) -> [...]
+    """
     cdf = p.double().cumsum(-1)
     return torch.searchsorted(cdf, u[..., None].double() * cdf[..., -1:], right=True).squeeze(-1)
 
 
 def law(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The distribution that is sampled from [..., V]; greedy (temperature 0): all mass on the
-    argmax."""
+    """The distribution that is sampled from [..., V]; greedy: a one on the argmax."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     return tempered(logits, temperature, top_k, top_p).softmax(-1)
@@ -158,13 +112,13 @@ def law(logits, temperature=1.0, top_k=0, top_p=1.0):
 def verify(p, q, drafted, count, u, *, lenience=1.0):
     """Which drafted tokens stay, and the one after them: together distributed as p, whatever q is.
 
-    Token x is kept with probability min(1, p(x) / q(x)); after the first that is not, one of max(p
-    - q, 0), normalised, and after a block kept whole one of p (Leviathan et al., 2211.17192,
+    Token x is kept with probability min(1, p(x) / q(x)); after the first that is not, one of
+    max(p - q, 0), normalised, and after a block kept whole one of p (Leviathan et al., 2211.17192,
     Algorithm 1). Greedy is the same with one-hot p. lenience l < 1 is their lossy variant: l q for
     q, so that no token gets more than p / l. p [B, G+1, V];  q [B, G, V], what the tokens were
     drawn from, or None where nothing was drawn (point masses);  drafted [B, G], of which count [B]
-    are real;  u [B, G+1, 2], uniform: of the tests, of the drawn
-    tokens.   -> kept [B], next token [B]
+    are real;  u [B, G+1, 2], uniform: of the tests, of the drawn tokens.
+    -> kept [B], next token [B]
     """
     G, row = drafted.size(1), torch.arange(len(drafted), device=p.device)
     px = p[:, :G].gather(-1, drafted[..., None]).squeeze(-1)                             # [B, G]
@@ -177,13 +131,12 @@ def verify(p, q, drafted, count, u, *, lenience=1.0):
         rest = p.scatter_add(1, x, -lenience * lost.to(p)).clamp(min=0)
     else:
         rest = (p - lenience * F.pad(q, (0, 0, 0, 1))[row, kept] * lost).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest,
-                       p)  # p = q: then rejection was rounding
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q: rejection was rounding
     return kept, draw(rest, u[row, kept, 1])
 
 
-# --- 3 draft lengths: is one more token, the (k+1)-th, worth drafting? -> bool or bool [B] --------
-# They see the draft and what is committed, never the verdict on the draft at hand: the rule stays
+# --- the length of a draft: is a (k+1)-th token worth drafting? -> bool or bool [B] ---------------
+# A rule sees the draft and what is committed, never the verdict on the draft at hand: it stays
 # lossless.
 
 
@@ -192,49 +145,33 @@ def fixed(k, *, gamma: Count = 4):
     return k < gamma
 
 
-def heuristic(k, reach, *, gamma: Count = 16):
-    """Two more after a block kept whole, else one fewer (Hugging Face's assisted generation);
-    starts at 5."""
-    return (k < reach) & (k < gamma)
+LENGTHS = dict(fixed=fixed)
+FACTS = {}       # what a rule asks for beside k, sure and cost: functions of (tally, sure [B, k])
+MEMORIES = {}    # … and what it remembers of each row: a class with keep(order), note(kept, count)
 
 
-def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
-    """While the draft's own probability of its last token is at least `least` (0.4 unverified)."""
-    return sure[:, -1] >= least if 0 < k < gamma else k < gamma
+def worth(rule, reads, known, tally, room, k, sure):
+    """Which rows want a (k+1)-th token: those with room for it, if the rule says so.   -> [B]"""
+    known = known | dict(k=k, sure=sure)
+    known |= {x: FACTS[x](tally, sure) for x in reads if x in FACTS}
+    known |= {x: known[x].value for x in reads if x in MEMORIES}
+    return (k < room) & rule(**{x: known[x] for x in reads})
 
 
-def optimal(k, chance, cost, turn, *, gamma: Count = 8, explore=16):
-    """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a the chances to be
-    kept.
-
-    chance [B, k+1]: of the k tokens, from how often tokens of that confidence were kept, and for
-    the next the mean. For constant a it stops at the best fixed length. ours: the calibration
-    (Tally.chance), and that every 16th round drafts one token at least, or a bad beginning would
-    never be corrected.
-    """
-    if k == 0 and turn % explore == 0 or k >= gamma:
-        return k < gamma
-    stays = chance.cumprod(1)                                                            # [B, k+1]
-    now, more = 1 + stays[:, :k].sum(1), 1 + stays.sum(1)                                # [B]
-    return more * (k * cost.c + cost.v[k]) > now * ((k + 1) * cost.c + cost.v[k + 1])
-
-
-LENGTHS = dict(optimal=optimal, fixed=fixed, heuristic=heuristic, confident=confident)
-
-# --- 4 drafters: propose(text, length, u, more) drafts after text[b, :length[b]] ------------------
+# --- a drafter: propose(text, length, u, more) drafts after text[b, :length[b]] -------------------
 # -> drafted [B, G], q [B, G, V] (None: nothing was drawn), count [B] (row b's real drafts), sure
 # [B, G] (the draft's own probability of each). more(k, sure [B, k]) -> bool [B]: which rows want a
 # (k+1)-th. start and keep follow the loop's batch.
 
 
 class Small:
-    """A smaller language model of the target's vocabulary; padding rows of either head are never
-    drafted."""
+    """A smaller language model of the target's vocabulary; no padding row of a head is drafted."""
+    per_token = 1.0                        # draft steps for a drafted token
 
     def __init__(self, model, vocab, words, sampling):
         self.model, self.vocab, self.sampling = model, vocab, sampling
-        self.words, self.context = min(words,
-                                       model.config.vocab_size), model.config.max_position_embeddings
+        self.words = min(words, model.config.vocab_size)
+        self.context = model.config.max_position_embeddings
 
     def start(self, prompts, length, rows, new):
         self.cache, self.lacks = prefill(self.model, prompts, length, rows, new)[1], 2
@@ -244,7 +181,8 @@ class Small:
 
     def propose(self, text, length, u, more):
         """Feeds first what the cache lacks: two tokens, as a block kept whole leaves the last
-        drafted one unread, and one more after every round without a draft."""
+        drafted one unread, and one more after every round without a draft.
+        """
         begin = length - self.lacks
         self.cache.length, self.cache.used = begin, int(begin.max())
         feed = text.gather(1, begin[:, None] + torch.arange(self.lacks, device=text.device))
@@ -266,31 +204,133 @@ class Small:
         return drafted, torch.stack(qs, 1) if qs else None, count, sure
 
 
-# --- 5 the loop -----------------------------------------------------------------------------------
+def small(draft, tok, c, target):
+    """A smaller language model of the target's vocabulary."""
+    return Small(draft, target.config.vocab_size, tok.vocab_size, (c.temperature, c.top_k, c.top_p))
 
 
-def fits(target, drafter, prompts, max_new, most):
-    """The context that target and draft share; UserError where prompt, new tokens and draft do not
-    fit it."""
-    whole, longest = target.config.max_position_embeddings, max((len(p) for p in prompts),
-                                                                default=0)
-    if longest == 0 or min(map(len, prompts)) == 0 or max_new < 1 or most < 0:
-        raise UserError(f"speculative decoding needs at least one prompt and a token in each, --max_new "
-                        f"{max_new} of at least 1 and --gamma {most} of at least 0")
-    if most >= whole:
-        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} tokens; lower "
-                        "it")
-    context = min(whole, drafter.context)
-    if longest + max_new > context:
-        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context of "
-                        f"{context} of target and draft: shorten the prompt or lower --max_new")
-    return context
+DRAFTERS = dict(small=small)
+
+# --- the loop -------------------------------------------------------------------------------------
+
+BINS = 10    # of the draft's confidence, in a tally's tries and hits
+
+
+class Tally:
+    """What was counted: the numbers of a speculative run, and what draft lengths are chosen by.
+
+    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed:
+    drafted ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft;
+    tries, hits: by the draft's confidence.
+    """
+
+    def __init__(self):
+        self.rounds = self.tokens = self.proposed = 0
+        self.passes, self.tested, self.kept = Counter(), Counter(), Counter()
+        self.tries, self.hits = [0] * BINS, [0] * BINS
+
+    def note(self, kept, count, sure):
+        """One round: kept, count [B], sure [B, G]. Tokens behind the first refused do not count."""
+        self.passes[sure.size(1)] += 1
+        for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
+            self.rounds, self.proposed = self.rounds + 1, self.proposed + n
+            for j in range(min(k + 1, n)):
+                place = min(BINS - 1, int(row[j] * BINS))
+                self.tested[j] += 1
+                self.kept[j] += j < k
+                self.tries[place] += 1
+                self.hits[place] += j < k
+
+    @property
+    def acceptance(self):
+        """Kept of tested tokens."""
+        return self.kept.total() / max(1, self.tested.total())
+
+    @property
+    def efficiency(self):
+        """E, tokens a target pass and row."""
+        return self.tokens / max(1, self.rounds)
+
+
+def reported(logits, temperature, top_k, top_p):
+    """log-probs as generate() reports them, and the law that is sampled from.   both [..., V]"""
+    kept = tempered(logits, temperature, top_k, top_p) if temperature else logits
+    logp = torch.log_softmax(kept, -1)
+    return logp, logp.exp() if temperature else law(logits, 0)
+
+
+class Flight:
+    """The rows in flight: what of them is committed, prompt and completion.
+
+    text, logp [B, W] and u [B, W', 3], of all rows; of the n that are not done: row, their places
+    there; length, committed tokens; end, the most there may be;  stop: the ids that end a row.
+    """
+
+    def __init__(self, prompts, start, max_new, most, stop, u):
+        self.text, self.stop = F.pad(prompts, (0, max_new + most + 1)), stop             # [B, W]
+        self.logp = torch.zeros_like(self.text, dtype=torch.float32)
+        self.row = torch.arange(len(start), device=start.device)                         # [n]
+        self.length, self.start, self.end = start.clone(), start, start + max_new        # [n]
+        self.u, self.most = u, most
+
+    def uniforms(self):
+        """The numbers of each row's next tokens, one more than may be drafted.   [n, most+1, 3]"""
+        ahead = torch.arange(self.most + 1, device=self.row.device)
+        return self.u[self.row[:, None], (self.length - self.start)[:, None] + ahead]
+
+    def commit(self, block, logps, kept):
+        """Write the kept tokens of block [n, G+1] and one more; the rest is overwritten later.
+
+        -> fresh [n], committed tokens up to a stop, and whether it came before that one more [n]
+        """
+        at = torch.arange(block.size(1), device=block.device)
+        place = self.row[:, None], self.length[:, None] + at
+        self.text[place] = block
+        self.logp[place] = logps.gather(-1, block[..., None]).squeeze(-1)
+        ends = torch.isin(block, self.stop) & (at <= kept[:, None])                      # [n, G+1]
+        fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1                # [n]
+        self.length = self.length + fresh
+        self.done = ends.any(1) | (self.length == self.end)
+        return fresh, ends.any(1) & (fresh <= kept)
+
+    def leave(self, followers):
+        """Finished rows leave, the last rows alive fill the gaps.   -> whether any is left"""
+        n = int((~self.done).sum())
+        if n and n < len(self.row):
+            order, done = torch.arange(len(self.row), device=self.row.device), self.done
+            order[:n][done[:n]] = order[n:][~done[n:]]
+            order = order[:n]
+            for x in followers:
+                x.keep(order)
+            self.row, self.length, self.start, self.end = (
+                x[order] for x in (self.row, self.length, self.start, self.end))
+        return n > 0
+
+
+def one_round(target, drafter, flight, cache, want, tally, context, sampling, lenience):
+    """Draft, verify, commit, of every row in flight.   -> kept, count [n], as verify() has them"""
+    # 1. draft: never past the end, nor past the context
+    text, length = flight.text[flight.row], flight.length                                # [n, W]
+    room = torch.minimum(flight.end - length - 1, context - length.max())                # [n]
+    u, more = flight.uniforms(), partial(want, room)                                # [n, most+1, 3]
+    drafted, q, count, sure = drafter.propose(text, length, u, more)
+    # 2. verify
+    last = text.gather(1, length[:, None] - 1)                                           # [n, 1]
+    cache.length, cache.used = length - 1, int(length.max()) - 1
+    logits = target.logits(target(torch.cat([last, drafted], 1), cache))            # [n, G+1, V]
+    logps, p = reported(logits, *sampling)
+    kept, token = verify(p, q, drafted, count, u[:, :drafted.size(1) + 1, 1:], lenience=lenience)
+    # 3. commit; what is drafted behind a stop does not count
+    block = torch.cat([drafted, last], 1).scatter(1, kept[:, None], token[:, None])      # [n, G+1]
+    fresh, early = flight.commit(block, logps, kept)
+    tally.note(*(torch.where(early, fresh, x) for x in (kept, count)), sure)
+    tally.tokens += int(fresh.sum())
+    return kept, count
 
 
 @torch.no_grad()
 def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temperature=0.0,
-              top_k=0,
-              top_p=1.0, stop=None, generator=None, lenience=1.0, tally=None):
+              top_k=0, top_p=1.0, stop=None, generator=None, lenience=1.0, tally=None):
     """model.generate, one sample a prompt, by drafting and verifying -> (Rollout, Tally).
 
     Rounds: draft after the committed tokens, one target pass over the last of them and the draft,
@@ -301,155 +341,59 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temp
     length_rule: a row of LENGTHS with its arguments bound; cost: of measure_costs, if it reads one.
     Raises UserError where they do not fit the context.
     """
-    device, config = target.head.device, target.config
-    most, reads = length_rule.keywords["gamma"], needs(length_rule)
+    sampling, reads = (temperature, top_k, top_p), needs(length_rule)
+    device, most = target.head.device, length_rule.keywords["gamma"]
     context = fits(target, drafter, prompts, max_new, most)
-    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device,
-                        dtype=torch.long)
-    index = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    stop = target.config.eos_token_id if stop is None else stop
+    stop = torch.tensor(stop, device=device, dtype=torch.long)
+    tally, pad = tally or Tally(), max(target.config.pad_token_id, 0)
+    before, index = tally.rounds, {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.tensor([index[tuple(p)] for p in prompts], device=device)               # [B]
-    distinct, _ = collate([(p, ()) for p in index], max(config.pad_token_id, 0), device)
-    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
-    tally = tally or Tally()
-    before = tally.rounds
-
-    B, start = len(rows), length[rows]
-    u = torch.rand(B, max_new + most + 1, 3, generator=generator).to(device)
-    text = F.pad(distinct[rows], (0, max_new + most + 1))                                # [B, W]
-    logp = torch.zeros_like(text, dtype=torch.float32)
-    hidden, cache = prefill(target, distinct, length, rows, max_new + most)
-    drafter.start(distinct, length, rows, max_new + most)
-    row, end = torch.arange(B, device=device), start + max_new
-    length = start.clone()                             # [B] committed tokens: prompt and completion
-    reach = torch.full_like(length, 5)
-
-    def score(logits):
-        """log-probs as generate() reports them, and the law that is sampled from."""
-        logp = torch.log_softmax(tempered(logits, temperature, top_k, top_p) if temperature
-                                 else logits, -1)
-        return logp, logp.exp() if temperature else law(logits, 0)
-
-    logps, p = score(target.logits(hidden))                                              # [B, V]
-    token = draw(p, u[:, 0, 2])
-    text[row, length], logp[row, length] = token, logps.gather(1, token[:, None]).squeeze(1)
-    length += 1
-    done = torch.isin(token, stop) | (length == end)
-    while True:
-        if done.any():                                       # the last rows alive fill the gaps
-            n = int((~done).sum())
-            if n == 0:
-                break
-            order = torch.arange(len(row), device=device)
-            order[:n][done[:n]] = order[n:][~done[n:]]
-            order = order[:n]
-            cache.keep(order)
-            drafter.keep(order)
-            row, length, reach = row[order], length[order], reach[order]
-        # 1. draft: never past the end, nor past the context
-        room = torch.minimum(end[row] - length - 1, context - length.max())
-        here = (length - start[row])[:, None] + torch.arange(most + 1, device=device)  # [n, most+1]
-        mine = u[row[:, None], here]                                                # [n, most+1, 3]
-
-        def more(k, sure):
-            have = dict(k=k, reach=reach, sure=sure, cost=cost, turn=tally.passes.total())
-            if "chance" in reads:
-                have["chance"] = tally.chance(sure)
-            return (k < room) & length_rule(**{x: have[x] for x in reads})
-        drafted, q, count, sure = drafter.propose(text[row], length, mine, more)
-        # 2. verify
-        last = text[row].gather(1, length[:, None] - 1)                                  # [n, 1]
-        cache.length, cache.used = length - 1, int(length.max()) - 1
-        logps, p = score(target.logits(target(torch.cat([last, drafted], 1), cache)))  # [n, G+1, V]
-        kept, token = verify(p, q, drafted, count, mine[:, :drafted.size(1) + 1, 1:],
-                             lenience=lenience)
-        # 3. commit: the kept tokens and one more; what stands behind them is overwritten later
-        block = torch.cat([drafted, last], 1).scatter(1, kept[:, None], token[:, None])  # [n, G+1]
-        at = torch.arange(block.size(1), device=device)
-        text[row[:, None], length[:, None] + at] = block
-        logp[row[:, None], length[:, None] + at] = logps.gather(-1, block[..., None]).squeeze(-1)
-        ends = torch.isin(block, stop) & (at <= kept[:, None])                           # [n, G+1]
-        fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1         # [n] up to a stop
-        length = length + fresh
-        done = ends.any(1) | (length == end[row])
-        reach = torch.where(kept == count, reach + 2, (reach - 1).clamp(min=1))
-        early = ends.any(1) & (fresh <= kept)  # what is drafted behind a stop does not count
-        tally.note(*(torch.where(early, fresh, x) for x in (kept, count)), sure)
-        tally.tokens += int(fresh.sum())
+    distinct, _ = collate([(p, ()) for p in index], pad, device)
+    size = torch.tensor([len(p) for p in index], device=device)                          # [U]
+    u = torch.rand(len(rows), max_new + most + 1, 3, generator=generator).to(device)
+    hidden, cache = prefill(target, distinct, size, rows, max_new + most)
+    drafter.start(distinct, size, rows, max_new + most)
+    start = size[rows]                                                                   # [B]
+    flight = Flight(distinct[rows], start, max_new, most, stop, u)
+    memories = {x: MEMORIES[x](start) for x in reads if x in MEMORIES}
+    want = partial(worth, length_rule, reads, dict(cost=cost, **memories), tally)
+    logps, p = reported(target.logits(hidden), *sampling)                                # [B, V]
+    flight.commit(draw(p, u[:, 0, 2])[:, None], logps[:, None], torch.zeros_like(start))
+    while flight.leave([cache, drafter, *memories.values()]):
+        verdict = one_round(target, drafter, flight, cache, want, tally, context, sampling,
+                            lenience)
+        for memory in memories.values():
+            memory.note(*verdict)
     place = start[:, None] + torch.arange(max_new, device=device)                        # [B, new]
-    roll = collect(distinct[rows], start, text.gather(1, place), logp.gather(1, place), stop,
-                   max(config.pad_token_id, 0), tally.rounds - before)
-    return roll, tally
+    logp = flight.logp.gather(1, place)
+    return collect(distinct[rows], start, flight.text.gather(1, place), logp, stop, pad,
+                   tally.rounds - before), tally
 
 
-# --- 6 training a draft ---------------------------------------------------------------------------
-# h [N, D] and W [V, D] of the draft, t and U of the target -> nats a token [N]; target, draft: p, q
+# --- what a draft learns: a loss a token, which tokens count, on whose completions ----------------
 
 
 def forward_kl(h, W, t, U):
-    """Σ p log(p / q):  DistillSpec's and AdaSPEC's."""
+    """Σ p log(p / q), of the draft's h [N, D], W [V, D] and the target's t, U.   -> nats [N]"""
     return kernels.linear_distill(h, W, t, U, "forward_kl")
 
 
-def reverse_kl(h, W, t, U):
-    """Σ q log(q / p)."""
-    return kernels.linear_distill(h, W, t, U, "reverse_kl")
-
-
-def jsd(h, W, t, U, *, beta: Range("(0, 1)") = 0.5):
-    """β KL(p‖m) + (1-β) KL(q‖m),  m = β p + (1-β) q."""
-    return kernels.linear_distill(h, W, t, U, "jsd", beta=beta)
-
-
-def tvd(h, W, t, U):
-    """½ Σ |p - q|: what acceptance loses itself."""
-    q, p = (kernels.wide(x @ w.to(x.dtype).T).softmax(-1)
-            for x, w in ((h, W), (t, U)))                                              # [N, V] each
-    return (q - p.detach()).abs().sum(-1) / 2
-
-
-LOSSES = dict(forward_kl=forward_kl, reverse_kl=reverse_kl, jsd=jsd, tvd=tvd)
-
-# which tokens of a micro-batch count: loss [N] of the draft, ref [N] of the reference draft -> bool
-# [N]
-
-
 def every(loss):
-    """All: DistillSpec (2310.08461)."""
+    """All tokens.   losses of a micro-batch [N] -> bool [N]"""
     return torch.ones_like(loss, dtype=torch.bool)
 
 
-def top(x, k):
-    """The share k of largest values: those not below the (1-k) quantile, so equal ones may be
-    more."""
-    if not 0 < k <= 1:
-        raise UserError(f"--k {k}: a share of the tokens, above 0 and at most 1")
-    return x >= torch.quantile(x, 1 - k) if x.numel() else x > 0
+def given(rows, draft, target, c, generator):
+    """The data's own completions."""
+    return rows
 
 
-def adaspec(loss, ref, *, k: Range("(0, 1]") = 0.4):
-    """AdaSPEC (2510.19779): the largest  Δ = loss - ref,  what a draft of this size can still
-    learn."""
-    return top(loss - ref, k)
+LOSSES = dict(forward_kl=forward_kl)
+SELECT = dict(every=every)
+SOURCES = dict(data=given)
 
-
-def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
-    """A control: the smallest Δ."""
-    return top(ref - loss, k)
-
-
-def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
-    """A control: the tokens on which the reference is nearest to the target."""
-    return top(-ref, k)
-
-
-def at_random(loss, generator, *, k: Range("(0, 1]") = 0.4):
-    """A control: as many at random."""
-    return top(torch.rand(len(loss), generator=generator).to(loss), k)
-
-
-SELECT = dict(every=every, adaspec=adaspec, smallest=smallest, easiest=easiest, at_random=at_random)
-
-# whose completions: rows, [(prompt ids, completion ids)], -> such rows
+# --- train ----------------------------------------------------------------------------------------
 
 
 def head(row, c, corpus):
@@ -457,153 +401,228 @@ def head(row, c, corpus):
     return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
 
 
-def sampled(model, rows, c, generator):
-    """The rows with completions that the model samples, as long as --context allows. ours: at
-    temperature 1, not at that of the decoding."""
-    if not rows:
-        return []
-    out, prompts = [], [head(row, c, is_corpus(c.data)) for row in rows]
-    new = min(c.context, model.config.max_position_embeddings) - max(map(len, prompts))
-    if new < 1:
-        raise UserError(f"--context {c.context}: a prompt of {max(map(len, prompts))} tokens leaves no room "
-                        "for a completion; raise it")
-    for i in range(0, len(prompts), 64):
-        roll = generate(model, prompts[i:i + 64], new, generator=generator)
-        out += [(p, t[m > 0].tolist())
-                for p, t, m in zip(prompts[i:i + 64], roll.tokens, roll.mask)]
-    return out
+def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
+    """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
+    corpus, metrics, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
+    held = tasks.rows(c, tok, c.split)
+    held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
+    prompts = [head(row, c, corpus) for row in held][:c.prompts]
+    if not prompts:
+        raise UserError(f"no row of the split {c.split} fits --context {c.context}, prompt and "
+                        "completion together: raise it")
+    if len(prompts) < c.prompts:
+        run.say(f"  {len(prompts)} held-out prompts, fewer than --prompts {c.prompts}")
+    known = dict(target=target, tok=tok, c=c)
+    if "draft" in needs(f.drafter):
+        known["draft"], known["own"] = open_draft(target, tok, c, f, run)
+        if "own" not in needs(f.drafter):
+            metrics = train_draft(known["draft"], target, tok, held[:c.eval_rows], c, f, run)
+        known["draft"].to(target.head.dtype)
+    name = "draft" if "draft" in known else "lookup"
+    drafters[name] = f.drafter(**{x: known[x] for x in needs(f.drafter)})
+    if c.temperature and (lenience < 1 or getattr(drafters[name], "lossy", False)):
+        run.say("  lossy: these samples do not have the target's law")
+    return metrics | race(target, drafters, prompts, c, f, run, lenience)
 
 
-def given(rows, draft, target, c, generator):
-    """The data's own."""
-    return rows
+DECODERS = dict(speculative=speculative)
+AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
+            source=SOURCES, kernels=kernels.MODES)
 
 
-def own(rows, draft, target, c, generator):
-    """The draft's samples as it is now: on-policy."""
-    return sampled(draft, rows, c, generator)
+def parameters(model, dims=0):
+    """How many parameters a model has, or only its matrices (dims 2)."""
+    return sum(p.numel() for p in model.parameters() if p.dim() >= dims)
 
 
-def teacher(rows, draft, target, c, generator):
-    """The target's samples."""
-    return sampled(target, rows, c, generator)
+def train(c, f):
+    """One run: load the target, train what helps it, decode, measure. -> the table's numbers."""
+    check(c, f)
+    folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
+    kernels.use(c.kernels)
+    with Run(c, f, "specdec", CURVES) as run:
+        if "result" in run.info:
+            run.say(f"  finished already: {run.last or run.folder}")
+            return run.info["result"]
+        target, tok = load(folder, c.device, getattr(torch, c.dtype))
+        if not isinstance(target, Transformer):
+            raise UserError(f"--init {c.init} is a reward model; specdec.py decodes with a "
+                            "language model")
+        target.requires_grad_(False)
+        run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
+        known = dict(target=target, tok=tok, c=c, f=f, run=run)
+        metrics = f.decode(**{x: known[x] for x in needs(f.decode)})
+        if c.stop and c.stop < c.steps:
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
+                    "goes on")
+            return metrics
+        return run.finish(**metrics)
 
 
-def mixed(rows, draft, target, c, generator):
-    """Every other row the draft's sample."""
-    return [x for pair in zip(rows[::2], sampled(draft, rows[1::2], c, generator))
-            for x in pair] + (
-        rows[-1:] if len(rows) % 2 else [])
+def main(argv=None):
+    """python specdec.py …: see the docstring above, or --help."""
+    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
 
 
-SOURCES = dict(data=given, draft=own, target=teacher, mixed=mixed)
+# === check: what a run reads, and what does not combine, told before anything is made =============
+
+CHECKS, READERS = {}, {}     # of a decoder: check(c, f), and readers(c, f) of the fields below
+OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
+DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
+          "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
+          "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
 
 
-def states(model, tokens, mask):
-    """The hidden states that predict the scored tokens [N, D]."""
-    return model(tokens)[:, :-1][mask[:, 1:] > 0]
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
+    fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"))
+    return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
 
 
-@torch.no_grad()
-def remember(target, rows, visits, c):
-    """The target's states [n, D] of each row, made once, if rows come twice and 2 GB hold them;
-    else None."""
-    size = sum(len(y) for _, y in rows) * target.config.hidden_size * 4
-    if visits < 2 * len(rows) or size > 2e9:
-        return None
-    out = []
-    for i in tqdm(range(0, len(rows), c.micro), desc="target", disable=None, leave=False):
-        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
-        out += states(target, tokens, mask).split(mask[:, 1:].sum(1).long().tolist())
-    return out
+def check(c, f):
+    """UserError for what does not combine, and for files and folders that are not there."""
+    if is_corpus(c.data) and not readers(c, f)["prompt"][0]:
+        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take "
+                        f"--config {c.decode}, or a task as --data")
+    tasks.check_data(c.data)
+    if c.split not in tasks.held_out(c.data):
+        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
+    sft.find(c.init, c.config, make=False)
+    if c.decode in CHECKS:
+        CHECKS[c.decode](c, f)
 
 
-def learn(draft, target, reference, rows, known, c, f, generator, words):
-    """Accumulate the gradient of one step over its rows. -> loss of the selected tokens, share
-    selected
-
-    With a selection the losses of all tokens are made without a graph first; head and backward then
-    see the selected ones alone. ours: the mean over these, the authors' code divides by all; a
-    micro-batch weighs by its tokens, and a selection compares those of one micro-batch, as theirs
-    does.
-    """
-    U, W, told, names = target.head[:words], draft.head[:words], [0.0, 0.0], needs(f.select)
-    for i in range(0, len(rows), c.micro):
-        part = rows[i:i + c.micro]
-        tokens, mask = collate(part, target.config.pad_token_id, c.device)             # [b, T] each
-        with torch.no_grad():                                                            # [N, D]
-            t = torch.cat(known[i:i + c.micro]) if known else states(target, tokens, mask)
-        h = states(draft, tokens, mask)
-        chosen = slice(None)
-        if names != ["loss"]:
-            with torch.no_grad():
-                have = dict(loss=f.loss(h, W, t, U), generator=generator)
-                if "ref" in names:
-                    have["ref"] = f.loss(states(reference, tokens, mask), reference.head[:words],
-                                         t, U)
-                chosen = f.select(**{x: have[x] for x in names})                         # [N]
-        loss = f.loss(h[chosen], W, t[chosen], U)
-        weight = len(h) / sum(len(y) for _, y in rows)
-        (loss.mean() * weight).backward()
-        told[0] += loss.mean().item() * weight
-        told[1] += len(loss) / len(h) * weight
-    return told
+def draft_readers(c, f):
+    """readers() of speculative decoding."""
+    fields = dict.fromkeys((*DRAFTS, *OWN), (True, ""))
+    corpus, asks = is_corpus(c.data), needs(f.drafter)
+    trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
+              "rows", "eval_every", "save_every", "keep", "stop")
+    if not (c.steps and "draft" in asks and "own" not in asks):
+        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
+    else:
+        fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
+                       refresh=(c.source != "data", "--source that samples"))
+    sampling = c.temperature, "--temperature above 0"
+    return fields | dict(
+        top_k=sampling, top_p=sampling, samples=(False, "decoders that draw several samples"),
+        draft=("draft" in asks, "drafters that are models"), prompt=(corpus, "a text as --data"),
+        chat=(not corpus, "demonstrations, not a text"))
 
 
-def teach(draft, target, reference, rows, known, c, f, run, steps, batch, ticks, words,
-          save_at=None):
-    """Train the draft in place on `rows` for the steps that `ticks` yields, `batch` rows each;
-    known: of remember(), or None."""
-    opt, g, pool = optimiser(draft, lr=c.lr), torch.Generator().manual_seed(c.seed), []
-    if run.state and save_at:
-        opt.load_state_dict(run.state["opt"])
-        g.set_state(run.state["rng"])
-        pool = run.state["pool"]
-    sampling = f.source.func is not given
-    for step in ticks:
-        at = batch_indices(len(rows), batch, step, c.seed).tolist()
-        if sampling:
-            if not pool or step % c.refresh == 0:
-                ahead = [i for s in range(step, min(step + c.refresh - step % c.refresh, steps))
-                         for i in batch_indices(len(rows), batch, s, c.seed).tolist()]
-                pool = f.source([(list(p), list(y)) for p, y in map(rows.__getitem__, ahead)],
-                                draft, target, c, g)
-            picked, pool = pool[:batch], pool[batch:]
+def check_draft(c, f):
+    """What speculative decoding does not combine."""
+    most, gamma = sft.find(c.init, c.config, make=False), f.length.keywords["gamma"]
+    if c.context > most:
+        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if f.decode.keywords["lenience"] < 1 and not c.temperature:
+        raise UserError("--lenience below 1 is for sampling: give a --temperature")
+    if gamma >= most:
+        raise UserError(f"--gamma {gamma}: a draft longer than the target's context of {most}")
+    if is_corpus(c.data) and c.prompt + c.max_new > most:
+        raise UserError(f"--prompt {c.prompt} and --max_new {c.max_new} exceed the {most} tokens "
+                        f"of {c.init}")
+    if "draft" in needs(f.drafter):
+        if re.fullmatch(r"\d+x\d+", c.draft):
+            preset(c.draft, prefs.tokenizer())
         else:
-            picked = [rows[i] for i in at]
-        ready = known and [known[i] for i in at]
-        loss, share = learn(draft, target, reference, picked, ready, c, f, g, words)
-        norm = clip_grad_norm_(draft.parameters(), c.clip)
-        set_lr(opt, c.lr * max(0.1, linear(step, steps, c.warmup)))
-        opt.step()
-        opt.zero_grad()
-        if save_at:
-            save_at(step + 1, opt, g, pool, dict(loss=loss, share=share, norm=norm))
+            sft.find(c.draft, c.config, make=False, option="--draft")
 
 
-# --- 7 measure ------------------------------------------------------------------------------------
+CHECKS["speculative"], READERS["speculative"] = check_draft, draft_readers
 
 
-@torch.no_grad()
-def agreement(target, draft, rows, c, words):
-    """On rows [(prompt, completion)]: overlap = Σ min(p, q), the chance that a sample is kept at
-    temperature 1; kl = KL(p‖q) in nats; same_top; means over the completions' tokens."""
-    told, count = torch.zeros(3, dtype=torch.double), 0
-    for i in range(0, len(rows), c.micro):
-        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
-        p, q = (torch.log_softmax(m.logits(states(m, tokens, mask))[:, :words], -1)
-                for m in (target, draft))                                              # [N, V] each
-        told += torch.stack([torch.minimum(p.exp(), q.exp()).sum(), (p.exp() * (p - q)).sum(),
-                             (p.argmax(-1) == q.argmax(-1)).sum()]).double().cpu()
-        count += len(p)
-    return dict(zip(("overlap", "kl", "same_top"), (told / max(1, count)).tolist()))
+# === race: plain decoding and each drafter in turns, and whether greedy outputs are equal =========
+
+
+def first_difference(target, a, b, prompt):
+    """The target's gap between its two likeliest tokens, in nats, where two completions part."""
+    i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
+    with torch.no_grad():
+        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]],
+                                                   device=target.head.device))[:, -1])
+    best = logits[0].topk(2).values
+    return (best[0] - best[1]).item()
+
+
+def compared(target, whole, roll, prompts, greedy):
+    """How many completions are plain decoding's own, and the gaps where greedy ones part."""
+    pairs = list(zip(whole.completions(), roll.completions(), prompts))
+    gaps = [first_difference(target, *pair) for pair in pairs if greedy and pair[0] != pair[1]]
+    return sum(a == b for a, b, _ in pairs), gaps
+
+
+def race(target, drafters, prompts, c, f, run, lenience):
+    """Decode the prompts plainly and with each drafter, in turns: a busy machine slows all alike.
+
+    -> numbers of the table, drafter x's as "x_speedup", …; greedy outputs are compared token by
+    token.
+    """
+    device, costs = target.head.device, costs_of(target, drafters, prompts, c, f)
+    sampling = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
+    tallies, spent, plain = {x: Tally() for x in drafters}, dict.fromkeys(drafters, 0.0), [0.0, 0]
+    same, gaps = dict.fromkeys(drafters, 0), []
+    parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
+    for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
+        seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
+        began = clock(device)
+        whole = generate(target, part, c.max_new, generator=seed, **sampling)
+        took = clock(device) - began
+        for x, drafter in drafters.items():
+            began = clock(device)
+            roll, _ = speculate(target, drafter, part, c.max_new, f.length, cost=costs[x],
+                                generator=seed, lenience=lenience, tally=tallies[x], **sampling)
+            spent[x] += clock(device) - began
+            if i:
+                equal, parted = compared(target, whole, roll, part, c.temperature == 0)
+                same[x], gaps = same[x] + equal, gaps + parted
+            else:  # the first part warms everything up and is not counted
+                tallies[x], spent[x] = Tally(), 0.0
+        plain = [plain[0] + took, plain[1] + whole.mask.sum().item()] if i else plain
+    out = table(run, drafters, tallies, costs, spent, len(prompts), plain[1] / plain[0])
+    return out if c.temperature else out | equality(run, same, gaps, len(prompts), target)
+
+
+def equality(run, same, gaps, n, target):
+    """Say how many greedy outputs are plain decoding's own.   -> numbers of the table"""
+    widest = max(gaps, default=0.0)
+    close = widest < (1e-3 if target.head.dtype == torch.float32 else 0.1)
+    parted = (f"; where they part the target's two likeliest tokens are at most {widest:.1e} nats "
+              "apart: " + ("rounding" if close else "WRONG, the outputs differ")) if gaps else ""
+    run.say("  greedy outputs equal to plain decoding's: "
+            + ", ".join(f"{x} {equal} of {n}" for x, equal in same.items()) + parted)
+    return dict(widest_gap=widest) | {f"{x}_same": equal / n for x, equal in same.items()}
+
+
+# === costs: 2211.17192, what passes cost, the speedup that they predict, and a row of the table ===
+
+
+def block_efficiency(alpha, gamma):
+    """Tokens a round where each of γ drafts is kept with chance α:  (1 - α^(γ+1)) / (1 - α)."""
+    return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+
+
+def predicted(tally, cost):
+    """The speedup that E and the measured costs of single passes give."""
+    spent = sum(n * (G * cost.c + cost.v[G]) for G, n in tally.passes.items())
+    return tally.efficiency * tally.passes.total() / max(spent, 1e-9)
+
+
+def independent(tally):
+    """E if every drafted token were kept with the mean probability, whatever came before it."""
+    tokens = sum(n * block_efficiency(tally.acceptance, G) for G, n in tally.passes.items())
+    return tokens / max(1, tally.passes.total())
 
 
 @torch.no_grad()
 def measure_costs(target, draft, rows, held, most, repeats=30):
-    """What passes cost beside a target pass over one token: c, the draft's step (0 without a
-    draft), and v[G] of a target pass over G + 1; rows sequences of `held` tokens. The least of
-    interleaved repetitions."""
+    """What passes cost beside a target pass over one token, the least of interleaved repetitions.
+
+    -> c, the draft's step (0 without a draft), and v[G] of a target pass over G + 1; rows sequences
+    of `held` tokens.
+    """
     device, best = target.head.device, {}
     widths = sorted({1, 2, 3, 5, 9, most + 1} & {*range(1, most + 2)})
     jobs = [(target, w) for w in widths] + ([(draft, 1)] if draft else [])
@@ -624,100 +643,275 @@ def measure_costs(target, draft, rows, held, most, repeats=30):
     return SimpleNamespace(c=best[draft, 1] / one if draft else 0.0, v=v.tolist())
 
 
-def race(target, drafters, prompts, c, f, run, lenience):
-    """Decode the prompts plainly and with each drafter, in turns, so that a busy machine slows all
-    alike.
+def fits(target, drafter, prompts, max_new, most):
+    """The context that target and draft share; UserError where the whole does not fit it."""
+    whole = target.config.max_position_embeddings
+    shortest, longest = (by(map(len, prompts), default=0) for by in (min, max))
+    if shortest == 0 or max_new < 1 or most < 0:
+        raise UserError("speculative decoding needs at least one prompt and a token in each, "
+                        f"--max_new {max_new} of at least 1 and --gamma {most} of at least 0")
+    if most >= whole:
+        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} "
+                        "tokens; lower it")
+    context = min(whole, drafter.context)
+    if longest + max_new > context:
+        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context "
+                        f"of {context} of target and draft: shorten the prompt or lower --max_new")
+    return context
 
-    -> numbers of the table, drafter x's as "x_speedup", …; greedy outputs are compared token by
-    token.
-    """
-    device, most = target.head.device, f.length.keywords["gamma"]
-    sampling = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
-    room = min(fits(target, d, prompts, c.max_new, most) for d in drafters.values())
-    room = min([room, *(d.model.config.max_position_embeddings for d in drafters.values()
-                        if d.model)])
-    held = max(1, min(max(map(len, prompts)) + c.max_new // 2, room - most - 1))
-    costs = {x: measure_costs(target, d.model, c.together, held, most) for x, d in drafters.items()}
-    tallies, spent, plain = {x: Tally() for x in drafters}, dict.fromkeys(drafters, 0.0), [0.0, 0]
-    same, gaps = dict.fromkeys(drafters, 0), []
-    parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
-    for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
-        seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
-        began = clock(device)
-        whole = generate(target, part, c.max_new, generator=seed, **sampling)
-        took = clock(device) - began
-        for x, drafter in drafters.items():
-            began = clock(device)
-            roll, _ = speculate(target, drafter, part, c.max_new, f.length, cost=costs[x],
-                                generator=seed,
-                                lenience=lenience, tally=tallies[x], **sampling)
-            spent[x] += clock(device) - began
-            if i:
-                pairs = list(zip(whole.completions(), roll.completions(), part))
-                same[x] += sum(a == b for a, b, _ in pairs)
-                gaps += [first_difference(target, *pair) for pair in pairs if pair[0] != pair[1]
-                         and c.temperature == 0]
-            else:  # the first part warms everything up and is not counted
-                tallies[x], spent[x] = Tally(), 0.0
-        plain = [plain[0] + took, plain[1] + whole.mask.sum().item()] if i else plain
-    rate = plain[1] / plain[0]
-    run.say(f"{COLUMNS}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
-    told = dict(plain_tokens_per_second=rate)
-    for x, t in tallies.items():
-        costs[x].c *= getattr(drafters[x], "per_token",
-                              1.0)  # a translated token is several draft steps
-        row = t.numbers(costs[x], spent[x], len(prompts), rate)
-        told |= {f"{x}_{k}": v for k, v in row.items()}
-        run.say(line(x, row))
-        if hasattr(drafters[x], "passes"):
-            told |= {f"{x}_per_token": drafters[x].per_token}
-            run.say(f"  {'':<12}{drafters[x].per_token:.2f} draft steps a token; the cache knew "
-                    f"{drafters[x].cache.hits / max(1, drafters[x].cache.read):.1%} of the tokens read")
-        kept = [f"{t.kept[j] / t.tested[j]:.2f}" for j in range(len(t.tested))]
+
+def costs_of(target, drafters, prompts, c, f):
+    """{drafter: its costs} half-way through a completion."""
+    most = f.length.keywords["gamma"]
+    room = [fits(target, d, prompts, c.max_new, most) for d in drafters.values()]
+    room += [d.model.config.max_position_embeddings for d in drafters.values() if d.model]
+    held = max(1, min(max(map(len, prompts)) + c.max_new // 2, min(room) - most - 1))
+    return {x: measure_costs(target, d.model, c.together, held, most) for x, d in drafters.items()}
+
+
+# === table: the numbers of a race =================================================================
+
+COLUMNS = dict(tokens_per_second=("tokens/s", 9, 1), speedup=("speedup", 9, 2),
+               predicted=("predicted", 10, 2), acceptance=("acceptance", 11, 3),
+               kept_of_drafted=("kept/drafted", 13, 3), efficiency=("E", 7, 2),
+               independent=("E, i.i.d.", 10, 2), drafts=("drafts", 8, 2), cost=("c", 7, 3),
+               verify_cost=("v", 6, 2))    # (title, width, digits)
+
+
+def numbers_of(tally, cost, seconds, rows, plain):
+    """A row of the table: `rows` prompts took `seconds`; plain: tokens a second without drafts."""
+    drafts = sum(G * n for G, n in tally.passes.items()) / max(1, tally.passes.total())
+    rate = (tally.tokens + rows) / seconds        # the prefill gives each row its first token
+    return dict(tokens_per_second=rate, speedup=rate / plain, predicted=predicted(tally, cost),
+                acceptance=tally.acceptance,
+                kept_of_drafted=tally.kept.total() / max(1, tally.proposed),
+                efficiency=tally.efficiency, independent=independent(tally), drafts=drafts,
+                cost=cost.c, verify_cost=float(np.interp(drafts, range(len(cost.v)), cost.v)))
+
+
+def table(run, drafters, tallies, costs, spent, rows, rate):
+    """Say what each drafter came to beside plain decoding's rate, and return it."""
+    titles = "".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values())
+    run.say(f"  {'':<12}{titles}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
+    out = dict(plain_tokens_per_second=rate)
+    for x, tally in tallies.items():
+        costs[x].c *= drafters[x].per_token   # a translated token is several draft steps
+        row = numbers_of(tally, costs[x], spent[x], rows, rate)
+        out |= {f"{x}_{k}": v for k, v in row.items()}
+        cells = (f"{row[k]:>{width}.{digits}f}" for k, (_, width, digits) in COLUMNS.items())
+        run.say(f"  {x:<12}" + "".join(cells))
+        if hasattr(drafters[x], "summary"):
+            out |= {f"{x}_per_token": drafters[x].per_token}
+            run.say(f"  {'':<12}{drafters[x].summary()}")
+        kept = [f"{tally.kept[j] / tally.tested[j]:.2f}" for j in range(len(tally.tested))]
         run.say(f"  {'':<12}of the tokens tested at place 1, 2, … were kept: {' '.join(kept)}")
-    if c.temperature:
-        return told
-    close = max(gaps, default=0.0) < (1e-3 if target.head.dtype == torch.float32 else 0.1)
-    run.say("  greedy outputs equal to plain decoding's: "
-            + ", ".join(f"{x} {n} of {len(prompts)}" for x, n in same.items())
-            + (f"; where they part the target's two likeliest tokens are at most {max(gaps):.1e} nats apart: "
-               + ("rounding" if close else "WRONG, the outputs differ") if gaps else ""))
-    return told | dict(widest_gap=max(gaps, default=0.0)) | {f"{x}_same": n / len(prompts)
-                                                             for x, n in same.items()}
+    return out
 
 
-# --- 8 decode -------------------------------------------------------------------------------------
+# === lookup: prompt lookup, no model: what followed the last words where they stood before ========
 
 
-def small(draft, tok, c, target):
-    """A smaller language model of the target's vocabulary."""
-    return Small(draft, target.config.vocab_size, tok.vocab_size, (c.temperature, c.top_k, c.top_p))
+class Lookup:
+    """Prompt lookup: what followed the row's last n = 3, 2, 1 tokens where they stood last.
+
+    A point mass, so sampling keeps x with probability p(x). ours: the latest place, not the first.
+    """
+    model, context, per_token = None, math.inf, 1.0
+
+    def __init__(self, n=3):
+        self.n = n
+
+    def start(self, prompts, length, rows, new):
+        self.seen = [[] for _ in rows]           # the tokens that `last` knows of, of each row
+        self.last = [{} for _ in rows]           # (n tokens) -> where what followed them stands
+
+    def keep(self, order):
+        self.seen = [self.seen[i] for i in order.tolist()]
+        self.last = [self.last[i] for i in order.tolist()]
+
+    def read(self, seen, last, tokens):
+        """Note where each n-gram was last followed by something."""
+        for token in tokens:
+            for n in range(1, min(self.n, len(seen)) + 1):
+                last[tuple(seen[-n:])] = len(seen)
+            seen.append(token)
+
+    def propose(self, text, length, u, more):
+        found = []
+        for b, (seen, last) in enumerate(zip(self.seen, self.last)):
+            self.read(seen, last, text[b, len(seen):length[b]].tolist())
+            at = next((last[k] for n in range(self.n, 0, -1) if (k := tuple(seen[-n:])) in last),
+                      len(seen))
+            found.append(seen[at:])
+        k, want = 0, torch.tensor([len(x) for x in found], device=text.device)           # [B]
+        count, sure = torch.zeros_like(want), torch.ones_like(u[:, :, 0])
+        while (alive := (want > k) & more(k, sure[:, :k])).any():
+            k, count = k + 1, count + alive
+        drafted = torch.zeros(len(text), k, dtype=torch.long, device=text.device)        # [B, G]
+        for b, x in enumerate(found):
+            drafted[b, :min(k, len(x))] = torch.tensor(x[:k], device=text.device)
+        return drafted, None, count, sure[:, :k]
 
 
 def lookup(*, n: Count = 3):
     """No model: what followed the last n tokens, or fewer, where they stood last."""
-    if n < 1:
-        raise UserError(f"--n {n}: at least one token to look up")
     return Lookup(n)
 
 
-def omnidraft(draft, tok, own, c, target, *,
-              mode: Literal["point", "ngram"] = "point", longest: Count = 32):
-    """OmniDraft (2507.02659): a model of another tokenizer, `own`, behind a cache. point: its
-    likeliest tokens, as point masses, exact;  ngram: samples and the paper's q', approximate where
-    strings nest."""
-    sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
-    return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling,
-                      prefill=prefill,
-                      law=law, draw=draw, mode=mode, longest=longest)
+DRAFTERS["lookup"] = lookup
+PRESETS["lookup"] = dict(drafter="lookup", length="fixed", gamma=8, steps=0)
 
 
-DRAFTERS = dict(small=small, lookup=lookup, omnidraft=omnidraft)
+# === optimal: a draft grows while one token more should pay, by measured costs and counts =========
+
+
+def optimal(k, chance, cost, turn, *, gamma: Count = 8, explore=16):
+    """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a: chances to be kept.
+
+    chance [B, k+1]: of the k tokens, from how often tokens of that confidence were kept, and for
+    the next the mean. For constant a it stops at the best fixed length. ours: the calibration
+    (chance), and that every 16th round drafts one token at least, or a bad beginning would never
+    be corrected.
+    """
+    if k == 0 and turn % explore == 0 or k >= gamma:
+        return k < gamma
+    stays = chance.cumprod(1)                                                            # [B, k+1]
+    now, more = 1 + stays[:, :k].sum(1), 1 + stays.sum(1)                                # [B]
+    return more * (k * cost.c + cost.v[k]) > now * ((k + 1) * cost.c + cost.v[k + 1])
+
+
+def chance(tally, sure):
+    """How often tokens of this confidence [B, k] were kept, and at the end the mean.   -> [B, k+1]
+
+    Counts start as if two tokens of each confidence had been tested, and kept as often as it says.
+    """
+    rates = [(h + (2 * i + 1) / BINS) / (t + 2)
+             for i, (h, t) in enumerate(zip(tally.hits, tally.tries))]
+    mean = (sum(tally.hits) + 1.4) / (sum(tally.tries) + 2)
+    rows = []
+    for row in sure.tolist():
+        rows.append([*(rates[min(BINS - 1, int(x * BINS))] for x in row), mean])
+    return torch.tensor(rows, device=sure.device)
+
+
+def turn(tally, sure):
+    """Rounds so far, of the whole batch."""
+    return tally.passes.total()
+
+
+LENGTHS["optimal"], FACTS["chance"], FACTS["turn"] = optimal, chance, turn
+
+
+# === heuristic, confident: draft lengths by the last verdict, and by the draft's confidence =======
+
+
+class Reach:
+    """How far each row may draft: it starts at 5, and follows whether its last block was kept."""
+
+    def __init__(self, rows):
+        self.value = torch.full_like(rows, 5)                                            # [n]
+
+    def keep(self, order):
+        self.value = self.value[order]
+
+    def note(self, kept, count):
+        self.value = torch.where(kept == count, self.value + 2, (self.value - 1).clamp(min=1))
+
+
+def heuristic(k, reach, *, gamma: Count = 16):
+    """Two more after a block kept whole, else one fewer (Hugging Face's assisted generation)."""
+    return (k < reach) & (k < gamma)
+
+
+def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
+    """While the draft's own probability of its last token is at least `least` (0.4 unverified)."""
+    return sure[:, -1] >= least if 0 < k < gamma else k < gamma
+
+
+LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confident, Reach
+
+
+# === distillspec: 2310.08461, the draft learns the target's distribution of every token ===========
+
+
+def states(model, tokens, mask):
+    """The hidden states that predict the scored tokens [N, D]."""
+    return model(tokens)[:, :-1][mask[:, 1:] > 0]
+
+
+def selected(h, t, tokens, mask, draft, target, reference, f, generator, words):
+    """Which of a micro-batch's tokens count, by their losses, made without a graph.   -> [N]"""
+    if needs(f.select) == ["loss"]:
+        return slice(None)
+    U = target.head[:words]
+    with torch.no_grad():
+        known = dict(loss=f.loss(h, draft.head[:words], t, U), generator=generator)
+        if "ref" in needs(f.select):
+            ref = states(reference, tokens, mask)
+            known["ref"] = f.loss(ref, reference.head[:words], t, U)
+        return f.select(**{x: known[x] for x in needs(f.select)})
+
+
+def learn(draft, target, reference, rows, known, c, f, generator, words):
+    """Accumulate the gradient of one step over its rows. -> loss of the selected tokens, share
+
+    With a selection, head and backward see the selected tokens alone. ours: the mean over these,
+    the authors' code divides by all; a micro-batch weighs by its tokens, and a selection compares
+    those of one micro-batch, as theirs does.
+    """
+    U, W, mean, share = target.head[:words], draft.head[:words], 0.0, 0.0
+    for i in range(0, len(rows), c.micro):
+        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
+        with torch.no_grad():                                                            # [N, D]
+            t = torch.cat(known[i:i + c.micro]) if known else states(target, tokens, mask)
+        h = states(draft, tokens, mask)
+        chosen = selected(h, t, tokens, mask, draft, target, reference, f, generator, words)
+        loss = f.loss(h[chosen], W, t[chosen], U)
+        weight = len(h) / sum(len(y) for _, y in rows)
+        (loss.mean() * weight).backward()
+        mean += loss.mean().item() * weight
+        share += len(loss) / len(h) * weight
+    return [mean, share]
+
+
+def teach(draft, target, reference, rows, known, c, f, run, batch, ticks, words, save_at=None):
+    """Train the draft in place on `rows` for the steps that `ticks` yields, `batch` rows each.
+
+    known: of remember(), or None; save_at(step, optimiser, generator, pool, metrics): told of each
+    step.
+    """
+    opt, g, pool = optimiser(draft, lr=c.lr), torch.Generator().manual_seed(c.seed), []
+    if run.state and save_at:
+        opt.load_state_dict(run.state["opt"])
+        g.set_state(run.state["rng"])
+        pool = run.state["pool"]
+    for step in ticks:
+        if f.source.func is given:
+            at = batch_indices(len(rows), batch, step, c.seed).tolist()
+            picked, ready = [rows[i] for i in at], known and [known[i] for i in at]
+        else:
+            pool = refilled(pool, rows, step, batch, draft, target, c, f, g)
+            picked, pool, ready = pool[:batch], pool[batch:], None
+        loss, share = learn(draft, target, reference, picked, ready, c, f, g, words)
+        norm = clip_grad_norm_(draft.parameters(), c.clip)
+        set_lr(opt, c.lr * max(0.1, linear(step, c.steps, c.warmup)))
+        opt.step()
+        opt.zero_grad()
+        if save_at:
+            save_at(step + 1, opt, g, pool, dict(loss=loss, share=share, norm=norm))
+
+
+PRESETS["distillspec"] = dict()    # the defaults
+
+
+# === draft: 2310.08461, the draft of a run: opened or made, trained, saved, compared ==============
 
 
 def open_draft(target, tok, c, f, run):
-    """--draft, a new model of that size or a checkpoint, and its tokenizer. UserError for another
-    vocabulary unless the drafter translates."""
+    """--draft, a new model of that size or a checkpoint, and its tokenizer.
+
+    UserError for another vocabulary unless the drafter translates.
+    """
     if re.fullmatch(r"\d+x\d+", c.draft):
         family = "qwen3" if target.config.moe else target.config.model_type
         shape = preset(c.draft, tok, target.config.max_position_embeddings, family)
@@ -728,92 +922,565 @@ def open_draft(target, tok, c, f, run):
     if not isinstance(draft, Transformer):
         raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
     if "own" not in needs(f.drafter) and own.tokens != tok.tokens:
-        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a draft with "
-                        "the target's tokenizer, a new one (--draft 1x64), or --drafter omnidraft")
+        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a "
+                        "draft with the target's tokenizer, a new one (--draft 1x64), or --drafter "
+                        "omnidraft")
     if "own" in needs(f.drafter) and c.steps:
-        run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across vocabularies")
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (draft, target)]
-    if sizes[0] >= sizes[1]:
-        run.say(f"warning: the draft has {sizes[0] / 1e6:.2f} M parameters, the target "
-                f"{sizes[1] / 1e6:.2f} M: drafting with it cannot pay")
+        run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across "
+                "vocabularies")
+    mine, theirs = (parameters(m) / 1e6 for m in (draft, target))
+    if mine >= theirs:
+        run.say(f"warning: the draft has {mine:.2f} M parameters, the target {theirs:.2f} M: "
+                "drafting with it cannot pay")
     return draft, own
 
 
-def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
-    """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
-    corpus, told, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
-    if not 0 < lenience <= 1 or lenience < 1 and not c.temperature:
-        raise UserError(f"--lenience {lenience}: above 0, at most 1 (exact), below 1 with --temperature")
-    held = tasks.rows(c, tok, c.split)
-    held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
-    prompts = [head(row, c, corpus) for row in held][:c.prompts]
-    if not prompts:
-        raise UserError(f"no row of the split {c.split} fits --context {c.context}, prompt and completion "
-                        "together: raise it")
-    if len(prompts) < c.prompts:
-        run.say(f"  {len(prompts)} held-out prompts, fewer than --prompts {c.prompts}")
-    have = dict(target=target, tok=tok, c=c)
-    if "draft" in needs(f.drafter):
-        have["draft"], have["own"] = open_draft(target, tok, c, f, run)
-        if "own" not in needs(f.drafter):
-            said = sampled(target, held[:c.eval_rows], c, torch.Generator().manual_seed(c.seed))
-            told = train_draft(have["draft"], target, tok, said, tok.vocab_size, c, f, run)
-        have["draft"].to(target.head.dtype)
-    drafters["draft" if "draft" in have
-             else "lookup"] = f.drafter(**{x: have[x] for x in needs(f.drafter)})
-    if c.temperature and (lenience < 1 or getattr(drafters.get("draft"), "mode", "") == "ngram"):
-        run.say("  lossy: these samples do not have the target's law")
-    return told | race(target, drafters, prompts, c, f, run, lenience)
-
-
-def train_draft(draft, target, tok, said, words, c, f, run):
-    """--steps of learning, after a reference draft where --select reads one. -> agreement before
-    and after"""
+def training_rows(c, tok):
+    """The rows that a draft learns on; with --rows so many, of a text windows at random."""
     rows = tasks.rows(c, tok, "train") if c.steps else []
-    if c.rows and c.rows < len(rows):            # of a text: windows at random
+    if c.rows and c.rows < len(rows):
         at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
         rows = [rows[i] for i in at.tolist()]
-    known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
-    before, reference = agreement(target, draft, said, c, words), None
-    if c.steps and "ref" in needs(f.select):
-        plain = SimpleNamespace(**vars(f) | dict(select=every))
+    return rows
 
-        def write(path):
-            ref = copy.deepcopy(draft)
-            ticks = tqdm(range(c.steps), desc="reference", disable=None, leave=False)
-            teach(ref, target, None, rows, known, c, plain, run, c.steps, c.ref_batch, ticks, words)
-            save(ref, tok, path)
-        reference = load(run.stage("reference", write), c.device)[0].requires_grad_(False)
-        run.at = run.start
-        run.cut()  # what a resumed run had logged beyond its checkpoint
-        told = agreement(target, reference, said, c, words)
-        run.say(f"  reference: overlap {told['overlap']:.3f}, kl {told['kl']:.3f}")
+
+def after_step(draft, target, tok, held, c, run, step, opt, g, pool, metrics):
+    """Log a step of the draft's training; measure agreement and save where it is time."""
+    last = step in (c.steps, c.stop)
+    if step % c.eval_every == 0 or last:
+        run.check(step, draft)
+        metrics |= agreement(target, draft, held, c, tok.vocab_size)
+    run.log(step, **metrics, show=last)
+    if step % c.save_every == 0 or last:
+        run.save(step, lambda path: save(draft, tok, path), opt=opt.state_dict(),
+                 rng=g.get_state(), pool=pool)
+
+
+def train_draft(draft, target, tok, held, c, f, run):
+    """--steps of learning. held: rows whose prompts the target completes, to measure agreement.
+
+    -> agreement before (start_…) and after
+    """
+    held = sampled(target, held, c, torch.Generator().manual_seed(c.seed))
+    rows, words = training_rows(c, tok), tok.vocab_size
+    known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
+    before, reference = agreement(target, draft, held, c, words), None
+    if c.steps and "ref" in needs(f.select):
+        reference = reference_of(draft, target, tok, rows, known, held, c, f, run)
     if run.last:
         draft.load_state_dict(load(run.last, c.device)[0].state_dict())
-
-    def after(step, opt, g, pool, told):
-        last = step in (c.steps, c.stop)
-        if step % c.eval_every == 0 or last:
-            run.check(step, draft)
-        if step % c.eval_every == 0 or last:
-            told |= agreement(target, draft, said, c, words)
-        run.log(step, **told, show=last)
-        if step % c.save_every == 0 or last:
-            run.save(step, lambda path: save(draft, tok,
-                                             path), opt=opt.state_dict(), rng=g.get_state(),
-                     pool=pool)
     if c.steps:
-        ticks = run.steps(c.steps)
-        teach(draft, target, reference, rows, known, c, f, run, c.steps, c.batch, ticks, words,
-              after)
-    told = agreement(target, draft, said, c, words)
-    run.say(f"  agreement on the target's samples: overlap {before['overlap']:.3f} -> {told['overlap']:.3f}, "
-            f"kl {before['kl']:.3f} -> {told['kl']:.3f}, same top token {before['same_top']:.1%} -> "
-            f"{told['same_top']:.1%}")
-    return told | {f"start_{k}": v for k, v in before.items()}
+        teach(draft, target, reference, rows, known, c, f, run, c.batch, run.steps(c.steps), words,
+              partial(after_step, draft, target, tok, held, c, run))
+    after = agreement(target, draft, held, c, words)
+    run.say("  agreement on the target's samples: overlap "
+            f"{before['overlap']:.3f} -> {after['overlap']:.3f}, "
+            f"kl {before['kl']:.3f} -> {after['kl']:.3f}, "
+            f"same top token {before['same_top']:.1%} -> {after['same_top']:.1%}")
+    return after | {f"start_{k}": v for k, v in before.items()}
 
 
-# --- 9 other decoders, each against honest controls; their algorithms are in data/decoding.py -----
+# === agreement, remembered: how near the draft is, and the target's states made only once =========
+
+
+@torch.no_grad()
+def agreement(target, draft, rows, c, words):
+    """On rows [(prompt, completion)], means over the completions' tokens.
+
+    overlap = Σ min(p, q), the chance that a sample is kept at temperature 1; kl = KL(p‖q) in nats;
+    same_top: how often the likeliest token is the same.
+    """
+    total, count = torch.zeros(3, dtype=torch.double), 0
+    for i in range(0, len(rows), c.micro):
+        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
+        p, q = (torch.log_softmax(m.logits(states(m, tokens, mask))[:, :words], -1)
+                for m in (target, draft))                                              # [N, V] each
+        total += torch.stack([torch.minimum(p.exp(), q.exp()).sum(), (p.exp() * (p - q)).sum(),
+                              (p.argmax(-1) == q.argmax(-1)).sum()]).double().cpu()
+        count += len(p)
+    return dict(zip(("overlap", "kl", "same_top"), (total / max(1, count)).tolist()))
+
+
+@torch.no_grad()
+def remember(target, rows, visits, c):
+    """The target's states [n, D] of each row, if rows come twice and 2 GB hold them; else None."""
+    size = sum(len(y) for _, y in rows) * target.config.hidden_size * 4
+    if visits < 2 * len(rows) or size > 2e9:
+        return None
+    out = []
+    for i in tqdm(range(0, len(rows), c.micro), desc="target", disable=None, leave=False):
+        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
+        out += states(target, tokens, mask).split(mask[:, 1:].sum(1).long().tolist())
+    return out
+
+
+# === reverse_kl, jsd, tvd: 2310.08461, other divergences of the draft from the target =============
+
+# h [N, D] and W [V, D] of the draft, t and U of the target -> nats a token [N]; target, draft: p, q
+
+
+def reverse_kl(h, W, t, U):
+    """Σ q log(q / p)."""
+    return kernels.linear_distill(h, W, t, U, "reverse_kl")
+
+
+def jsd(h, W, t, U, *, beta: Range("(0, 1)") = 0.5):
+    """β KL(p‖m) + (1-β) KL(q‖m),  m = β p + (1-β) q."""
+    return kernels.linear_distill(h, W, t, U, "jsd", beta=beta)
+
+
+def tvd(h, W, t, U):
+    """½ Σ |p - q|: what acceptance loses itself."""
+    q, p = (kernels.wide(x @ w.to(x.dtype).T).softmax(-1) for x, w in ((h, W), (t, U)))   # [N, V]
+    return (q - p.detach()).abs().sum(-1) / 2
+
+
+LOSSES["reverse_kl"], LOSSES["jsd"], LOSSES["tvd"] = reverse_kl, jsd, tvd
+
+
+# === on_policy, target, mixed: 2310.08461, the draft learns on samples: its own, the target's =====
+
+# a source: rows, [(prompt ids, completion ids)], -> such rows
+
+
+def sampled(model, rows, c, generator):
+    """The rows with completions that the model samples, as long as --context allows.
+
+    ours: at temperature 1, not at that of the decoding.
+    """
+    if not rows:
+        return []
+    out, prompts = [], [head(row, c, is_corpus(c.data)) for row in rows]
+    new = min(c.context, model.config.max_position_embeddings) - max(map(len, prompts))
+    if new < 1:
+        raise UserError(f"--context {c.context}: a prompt of {max(map(len, prompts))} tokens "
+                        "leaves no room for a completion; raise it")
+    for i in range(0, len(prompts), 64):
+        roll = generate(model, prompts[i:i + 64], new, generator=generator)
+        out += [(p, t[m > 0].tolist())
+                for p, t, m in zip(prompts[i:i + 64], roll.tokens, roll.mask)]
+    return out
+
+
+def on_policy(rows, draft, target, c, generator):
+    """The draft's samples as it is now: on-policy."""
+    return sampled(draft, rows, c, generator)
+
+
+def teacher(rows, draft, target, c, generator):
+    """The target's samples."""
+    return sampled(target, rows, c, generator)
+
+
+def mixed(rows, draft, target, c, generator):
+    """Every other row the draft's sample."""
+    pairs = zip(rows[::2], sampled(draft, rows[1::2], c, generator))
+    return [x for pair in pairs for x in pair] + (rows[-1:] if len(rows) % 2 else [])
+
+
+def refilled(pool, rows, step, batch, draft, target, c, f, g):
+    """The samples that are left, or new ones for the steps up to the next refresh if it is due."""
+    if pool and step % c.refresh:
+        return pool
+    steps = range(step, min(step + c.refresh - step % c.refresh, c.steps))
+    ahead = [i for x in steps for i in batch_indices(len(rows), batch, x, c.seed).tolist()]
+    return f.source([(list(p), list(y)) for p, y in map(rows.__getitem__, ahead)], draft, target,
+                    c, g)
+
+
+SOURCES["on_policy"], SOURCES["target"], SOURCES["mixed"] = on_policy, teacher, mixed
+
+
+# === adaspec: 2510.19779, only tokens where a reference draft shows most left to learn ============
+
+
+def reference_of(draft, target, tok, rows, known, held, c, f, run):
+    """The reference: the draft as it is, trained on all tokens; made once a run.   -> frozen"""
+    write = partial(write_reference, draft, target, tok, rows, known, c, f, run)
+    reference = load(run.stage("reference", write), c.device)[0].requires_grad_(False)
+    run.at = run.start
+    run.cut()  # what a resumed run had logged beyond its checkpoint
+    near = agreement(target, reference, held, c, tok.vocab_size)
+    run.say(f"  reference: overlap {near['overlap']:.3f}, kl {near['kl']:.3f}")
+    return reference
+
+
+def write_reference(draft, target, tok, rows, known, c, f, run, path):
+    """Train the reference draft on every token and save it."""
+    ref, plain = copy.deepcopy(draft), SimpleNamespace(**vars(f) | dict(select=every))
+    ticks = tqdm(range(c.steps), desc="reference", disable=None, leave=False)
+    teach(ref, target, None, rows, known, c, plain, run, c.ref_batch, ticks, tok.vocab_size)
+    save(ref, tok, path)
+
+
+def top(x, k):
+    """The share k of largest values: those not below the (1-k) quantile; equal ones may be more."""
+    return x >= torch.quantile(x, 1 - k) if x.numel() else x > 0
+
+
+def adaspec(loss, ref, *, k: Range("(0, 1]") = 0.4):
+    """AdaSPEC (2510.19779): the largest  Δ = loss - ref,  what such a draft can still learn."""
+    return top(loss - ref, k)
+
+
+def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
+    """A control: the smallest Δ."""
+    return top(ref - loss, k)
+
+
+def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
+    """A control: the tokens on which the reference is nearest to the target."""
+    return top(-ref, k)
+
+
+def at_random(loss, generator, *, k: Range("(0, 1]") = 0.4):
+    """A control: as many at random."""
+    return top(torch.rand(len(loss), generator=generator).to(loss), k)
+
+
+SELECT["adaspec"], SELECT["smallest"] = adaspec, smallest
+SELECT["easiest"], SELECT["at_random"] = easiest, at_random
+PRESETS["adaspec"] = dict(select="adaspec", batch=40, ref_batch=16)    # 2.5 times the data
+# every arm of the claim: one size of data, sampling at temperature 1, four tokens a draft
+PRESETS["arena"] = dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0,
+                        length="fixed", gamma=4)
+
+
+# === omnidraft: 2507.02659, a draft of another vocabulary, translated by a cache ==================
+
+# t a target token, d a draft token; V, W the rows of their vocabularies
+
+
+def words_of(tok):
+    """{id: bytes} of a tokenizer's tokens of text: no specials, no holes."""
+    special = {*tok.specials.values(), tok.bos, tok.eos, tok.pad}
+    return {i: word for i, word in enumerate(tok.tokens) if word and i not in special}
+
+
+def matches(target_tok, draft_tok):
+    """The direct maps {target id: draft id}: equal bytes, one to one, the lowest of equal ids."""
+    target = {word: i for i, word in reversed(words_of(target_tok).items())}
+    draft = {word: i for i, word in reversed(words_of(draft_tok).items())}
+    return {t: draft[word] for word, t in reversed(target.items()) if word in draft}
+
+
+def spell(data, tok):
+    """Bytes -> ids; a piece of a UTF-8 character by bytes, a byte without a token is left out."""
+    ranks = []
+    for part in re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape")):
+        stray = len(part) == 1 and "\udc80" <= part <= "\udcff"
+        ranks += [ord(part) - 0xdc00] if stray else tok.engine.encode_ordinary(part)
+    return [tok.order[rank] for rank in ranks if tok.order[rank] >= 0]
+
+
+def omnidraft(draft, tok, own, c, target, *,
+              mode: Literal["point", "ngram"] = "point", longest: Count = 32):
+    """OmniDraft (2507.02659): a model of another tokenizer, `own`, behind a cache.
+
+    point: its likeliest tokens, as point masses, exact;  ngram: samples and the paper's q',
+    approximate where strings nest.
+    """
+    sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
+    return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling, mode=mode,
+                      longest=longest)
+
+
+DRAFTERS["omnidraft"] = omnidraft
+PRESETS["omnidraft"] = dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3,
+                            steps=0)
+
+
+# === ngram_cache: 2507.02659, strings of draft tokens that are learned while text is read =========
+
+
+class NgramCache:
+    """Target token <-> the strings of draft tokens that have its bytes.
+
+    Strings of one token come from the vocabularies; a longer one is added where, in text that is
+    read, both ends of a target token are ends of draft tokens (ours: each round's commit is spelled
+    by itself). A draft without merges spells a token in one way: all are there at once. The rows
+    share it: what one has read may change what another drafts, not the law of what it says.
+    strings {(d, …): t};  starts: what longer strings begin with;  known: the t of strings;
+    direct {t: d};  usable [W]: the d of strings;  read, hits: target tokens read, known by then.
+    """
+
+    def __init__(self, target_tok, draft_tok):
+        self.words, self.draft = words_of(target_tok), draft_tok
+        self.direct, self.read, self.hits = matches(target_tok, draft_tok), 0, 0
+        self.strings, self.starts, self.known = {}, set(), set()
+        self.usable = torch.zeros(draft_tok.vocab_size, dtype=torch.bool)
+        for t, d in self.direct.items():
+            self.add(t, (d,))
+        if len(draft_tok.order) == 256:                    # no merges
+            for t, word in self.words.items():
+                self.add(t, tuple(spell(word, draft_tok)))
+        if not self.strings:
+            raise UserError("the vocabularies of target and draft share no token: take a draft "
+                            "whose tokenizer has bytes, or words of the target's")
+        self.specials = {target_tok.bos: draft_tok.bos, target_tok.eos: draft_tok.eos}
+        for x, t in target_tok.specials.items():
+            if x in draft_tok.specials:
+                self.specials[t] = draft_tok.specials[x]
+
+    def add(self, t, string):
+        """An entry, if the bytes are the same."""
+        if string and b"".join(self.draft.tokens[d] for d in string) == self.words[t]:
+            self.strings.setdefault(string, t)
+            self.known.add(t)
+            self.starts.update(string[:n] for n in range(1, len(string)))
+            self.usable[list(string)] = True
+
+    def follow(self, tokens):
+        """Committed target ids -> the draft's ids of the same text; learns strings that line up.
+
+        A special becomes the draft's of the same text, BOS and EOS its own; others are not seen.
+        """
+        ids = []
+        for text, run in groupby(tokens, lambda t: t in self.words):
+            if text:
+                ids += self.learn(list(run))
+            else:
+                ids += [d for t in run if (d := self.specials.get(t)) is not None]
+        return ids
+
+    def learn(self, run):
+        """Target tokens of text -> the draft's."""
+        self.read, self.hits = self.read + len(run), self.hits + sum(t in self.known for t in run)
+        part = spell(b"".join(self.words[t] for t in run), self.draft)
+        places = accumulate((len(self.draft.tokens[d]) for d in part), initial=0)
+        at = {n: i for i, n in enumerate(places)}                            # bytes: draft tokens
+        ends = accumulate((len(self.words[t]) for t in run), initial=0)
+        for t, (a, b) in zip(run, pairwise(ends)):
+            if a in at and b in at:
+                self.add(t, tuple(part[at[a]:at[b]]))
+        return part
+
+
+# === translate: 2507.02659, draft tokens to target tokens, and the law that they have =============
+
+
+def translate(drafted, cache, over=True):
+    """Draft ids -> [(target id, how many draft ids it is)], and whether more could follow there.
+
+    From left to right the longest string of the cache (a direct map is a string of one); where none
+    begins the block ends. over: nothing follows; else what may yet become a longer string is left.
+    """
+    found, i = [], 0
+    while i < len(drafted):
+        longest, grows = 0, True
+        for n in range(1, len(drafted) - i + 1):
+            part = tuple(drafted[i:i + n])
+            longest, grows = n if part in cache.strings else longest, part in cache.starts
+            if not grows:
+                break
+        if not longest or grows and not over:
+            return found, grows and not over
+        found.append((cache.strings[tuple(drafted[i:i + longest])], longest))
+        i += longest
+    return found, True
+
+
+def carried(law, pairs, vocab, t, merged, first):
+    """q' [V] where the draft's law [W] began target token t.
+
+    q'(t) = q(d) of the direct maps, pairs [2, M] = (t, d).  merged (0: t is one draft token) is
+    Π_j q(d_j): t gets it, its first part's own token (`first`, or None) loses it,
+    q'(d_1) = q(d_1) - Π_j q(d_j).
+    """
+    q = law.new_zeros(vocab).index_copy(0, pairs[0], law[pairs[1]])
+    if merged:
+        q[t] += merged
+        if first is not None:
+            q[first] = max(q[first] - merged, 0)
+    return q
+
+
+def surety(found, k, u):
+    """The draft's own probability of each row's first k tokens [B, k]; 1 where it has fewer."""
+    out = torch.ones(len(found), k, device=u.device, dtype=u.dtype)
+    for b, row in enumerate(found):
+        if row[:k]:
+            out[b, :len(row[:k])] = torch.tensor([x[3] for x in row[:k]], dtype=u.dtype)
+    return out
+
+
+def settle(cache, drawn, found, wants, more, u):
+    """Translate what is complete, token by token; ask `more` after each.
+
+    drawn [B] lists of (d, its probability); found [B], which it extends, of (t, its first place in
+    drawn, its length, its probability); wants [B], which it updates: which rows draft on.
+    """
+    alive = [b for b, want in enumerate(wants) if want]
+    while alive:
+        new = []
+        for b in alive:
+            done = sum(n for _, _, n, _ in found[b])
+            ids, chances = zip(*drawn[b][done:]) if drawn[b][done:] else ((), ())
+            tokens, wants[b] = translate(ids, cache, over=False)
+            found[b] += [(t, done, n, math.prod(chances[:n])) for t, n in tokens[:1]]
+            new += [b] * bool(tokens)
+        answers = {}
+        for k in {len(found[b]) for b in new}:
+            answers[k] = more(k, surety(found, k, u)).tolist()
+        for b in new:
+            wants[b] = answers[len(found[b])][b]
+        alive = [b for b in new if wants[b]]
+
+
+# === spelled: 2507.02659, the rows in the draft's own tokens, and the draft's cache of them =======
+
+
+class Spelled:
+    """What a draft of another vocabulary has read of each row.
+
+    seen: target tokens that are spelled; ids: in draft tokens; held: those that kv holds.
+    """
+
+    def __init__(self, model, words, spare):
+        self.model, self.words, self.spare = model, words, spare
+        self.limit = model.config.max_position_embeddings
+
+    def start(self, prompts, length, rows, new):
+        ends = [x for x in (self.words.draft.bos, self.words.draft.eos, 0) if x is not None]
+        texts = [self.words.follow(p[:n].tolist()) or ends[:1]
+                 for p, n in zip(prompts, length.tolist())]
+        most = max(map(len, texts))
+        if most > self.limit:
+            raise UserError(f"a prompt of {most} of the draft's tokens exceeds its context of "
+                            f"{self.limit}: shorten the prompt or take a draft with a longer one")
+        size = torch.tensor([len(x) for x in texts], device=prompts.device)              # [U]
+        tokens = torch.tensor([x + [0] * (most - len(x)) for x in texts], device=prompts.device)
+        self.kv = prefill(self.model, tokens, size, rows, new)[1]
+        self.seen = length[rows].tolist()  # target tokens that are spelled, of each row
+        self.ids = [[*texts[i]] for i in rows.tolist()]    # … in draft tokens
+        self.held = [*map(len, self.ids)]                  # … that kv holds
+
+    def keep(self, order):
+        self.kv.keep(order)
+        rows = order.tolist()
+        self.seen, self.ids = [self.seen[i] for i in rows], [self.ids[i] for i in rows]
+        self.held = [self.held[i] for i in rows]
+
+    def read(self, device):
+        """Feed what the draft lacks, every row to its end.   -> the hidden states there [B, D]
+
+        A row that lacks less reads some again; one shorter than the largest gap is padded on the
+        right, and what that leaves behind its length is overwritten before it is seen.
+        """
+        sizes = [*map(len, self.ids)]
+        gap = max(1, *(n - held for n, held in zip(sizes, self.held)))
+        begin = [max(0, n - gap) for n in sizes]
+        feed = torch.tensor([(x[i:] + [0] * gap)[:gap] for x, i in zip(self.ids, begin)],
+                            device=device)
+        slots = self.kv.k.size(3)
+        if max(begin) + gap + self.spare > slots:
+            self.kv.spread(torch.arange(len(feed), device=device), slots + gap + self.spare)
+        self.kv.length, self.kv.used = torch.tensor(begin, device=device), max(begin)
+        hidden = self.model(feed, self.kv)                                             # [B, gap, D]
+        size, self.held = torch.tensor(sizes, device=device), sizes                      # [B]
+        last = size - 1 - (self.kv.length - gap)
+        self.kv.length, self.kv.used = size, max(sizes)
+        return hidden[torch.arange(len(feed), device=device), last]
+
+    def room(self):
+        """Draft tokens that the longest row has room for."""
+        return self.limit + 1 - max(map(len, self.ids))
+
+    def follow(self, text, length):
+        """Spell what has been committed since."""
+        for b, n in enumerate(length.tolist()):
+            self.ids[b] += self.words.follow(text[b, self.seen[b]:n].tolist())
+            self.seen[b] = n
+
+
+# === translated: 2507.02659, the drafter: it drafts in its own tokens, the cache translates =======
+
+
+class Translated:
+    """A language model of another vocabulary: it drafts in its own tokens, the cache translates.
+
+    point: a translated token is a point mass, kept with probability p(t). Exact: so is any
+    translation that sees committed text and draft alone. sampling is the draft's; (0, 0, 1.0)
+    drafts its likeliest.
+    ngram: the tests see q' (carried). Approximate, the law of samples changes: t is not proposed
+    with q'(t) where longer strings compete, of which a path of the draft shows one only. Exact
+    where all strings are single tokens, and greedily, in both modes.
+    ours: the draft draws among usable tokens alone, q being its law on them; a block has at most
+    `longest` draft tokens, and what could still grow at its end is dropped; the draws come from a
+    generator seeded with u[b, 0, 0], for verify's own numbers must not be seen; while the longest
+    row fills the draft's context nothing is drafted.
+    """
+    context = math.inf                                     # in target tokens, for the loop
+
+    def __init__(self, model, cache, vocab, sampling, *, mode="point", longest=32):
+        self.model, self.cache, self.vocab, self.sampling = model, cache, vocab, sampling
+        self.lossy, self.longest, self.passes, self.places = mode == "ngram", longest, 0, 0
+        self.rows = Spelled(model, cache, longest)
+        self.start, self.keep = self.rows.start, self.rows.keep
+
+    @property
+    def per_token(self):
+        """The draft's passes for a drafted token."""
+        return self.passes / max(1, self.places)
+
+    def summary(self):
+        """What the table adds. hits / read bounds what can be kept."""
+        known = self.cache.hits / max(1, self.cache.read)
+        return (f"{self.per_token:.2f} draft steps a token; the cache knew {known:.1%} of the "
+                "tokens read")
+
+    def propose(self, text, length, u, more):
+        """Draft, translate what is complete, ask `more` after every target token."""
+        self.rows.follow(text, length)
+        steps = max(0, min(self.longest, self.rows.room()))
+        drawn, found, laws = [[] for _ in text], [[] for _ in text], []
+        usable, v, d = self.cache.usable.to(text.device), self.uniforms(u, steps).to(u), None
+        wants = more(0, u[:, :0, 0]).tolist()
+        while any(wants) and len(laws) < steps:
+            hidden = (self.model(d[:, None], self.rows.kv)[:, -1] if laws
+                      else self.rows.read(text.device))                                  # [B, D]
+            logits = self.model.logits(hidden)[:, :len(usable)]
+            logits = logits.masked_fill(~usable, -math.inf)                              # [B, W]
+            laws.append(law(logits, *self.sampling))
+            d = draw(laws[-1], v[:, len(laws) - 1])                                      # [B]
+            own = logits.softmax(-1).gather(1, d[:, None]).squeeze(1)                    # [B]
+            for b, x in enumerate(zip(d.tolist(), own.tolist())):
+                drawn[b].append(x)
+            settle(self.cache, drawn, found, wants, more, u)
+        G = max(map(len, found))
+        self.passes, self.places = self.passes + len(laws), self.places + G
+        drafted = torch.zeros(len(text), G, dtype=torch.long, device=text.device)        # [B, G]
+        for b, row in enumerate(found):
+            drafted[b, :len(row)] = torch.tensor([x[0] for x in row], dtype=torch.long)
+        q = self.laws_of(drawn, found, laws, G) if G and self.lossy and self.sampling[0] else None
+        return drafted, q, torch.tensor([*map(len, found)], device=text.device), surety(found, G, u)
+
+    def uniforms(self, u, steps):
+        """What the draft draws by [B, steps], of 24 bits."""
+        seeds = [torch.Generator().manual_seed(int(x * 2 ** 24)) for x in u[:, 0, 0].tolist()]
+        return torch.stack([torch.rand(self.longest, generator=g)[:steps] for g in seeds])
+
+    def laws_of(self, drawn, found, laws, G):
+        """q' of every drafted token.   [B, G, V]"""
+        q = laws[0].new_zeros(len(found), G, self.vocab)
+        pairs = torch.tensor([*self.cache.direct.items()], dtype=torch.long,
+                             device=q.device).view(-1, 2).T
+        for b, row in enumerate(found):
+            for j, (t, i, n, _) in enumerate(row):
+                string = [d for d, _ in drawn[b][i:i + n]]
+                parts = [laws[i + m][b, d].item() for m, d in enumerate(string)]
+                first = self.cache.strings.get((string[0],))
+                merged = math.prod(parts) if n > 1 else 0
+                q[b, j] = carried(laws[i][b], pairs, self.vocab, t, merged, first)
+        return q
+
+
+# === decoders: what the other decoders share: samples, a training loop, a table ===================
+
+
+def own_readers(c, f):
+    """readers() of a decoder that trains a model and draws samples."""
+    return dict.fromkeys(OWN, (True, ""))
 
 
 def rng(c, salt):
@@ -822,39 +1489,39 @@ def rng(c, salt):
 
 
 def drawn(model, tok, world, problems, c, salt, samples=1, **kw):
-    """Samples of every problem -> (rollout, texts [P][N], ids with the stop token [P N], score [P,
-    N])."""
+    """Samples of every problem.
+
+    -> rollout, texts [P][N], ids with the stop token [P N], score [P, N]
+    """
     roll = generate(model, [tok.prompt(p) for p in problems], world.max_new, samples=samples,
                     generator=rng(c, salt), **kw)
     ids, done = roll.completions(), roll.finished.tolist()
     texts = [tok.decode(y) for y in ids]
     score = torch.tensor([world.reward(problems[i // samples], t, d)
-                          for i, (t, d) in enumerate(zip(texts, done))]).view(len(problems),
-                                                                              samples)
+                          for i, (t, d) in enumerate(zip(texts, done))])
+    score = score.view(len(problems), samples)
     whole = [[*y, *[tok.eos] * d] for y, d in zip(ids, done)]
     return roll, [texts[i:i + samples] for i in range(0, len(texts), samples)], whole, score
 
 
 def fit(model, c, run, loss_of, n):
-    """The training loop: loss_of(rows of the step, step) -> (loss, numbers for the log). ->
-    frozen"""
+    """The training loop: loss_of(rows of the step, step) -> (loss, metrics).   -> frozen"""
     opt = optimiser(model.requires_grad_(), lr=c.lr)
     for step in tqdm(range(c.steps), leave=False, disable=None):
-        loss, numbers = loss_of(batch_indices(n, c.batch, step, c.seed).tolist(), step)
+        loss, metrics = loss_of(batch_indices(n, c.batch, step, c.seed).tolist(), step)
         loss.backward()
         norm = clip_grad_norm_(model.parameters(), c.clip)
         set_lr(opt, c.lr * linear(step, c.steps, c.warmup))
         opt.step()
         opt.zero_grad()
-        run.log(step + 1, loss=loss.item(), norm=norm.item(), **numbers)
+        run.log(step + 1, loss=loss.item(), norm=norm.item(), **metrics)
     run.at += c.steps
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
 def scored(model, rows, c, pad, score):
-    """score(model, tokens, mask) of (prompt, completion) rows, 256 at a time, on the CPU.   -> [..,
-    B]"""
+    """score(model, tokens, mask) of (prompt, completion) rows, 256 at a time.   -> [.., B], CPU"""
     parts = (rows[i:i + 256] for i in range(0, len(rows), 256))
     return torch.cat([score(model, *collate(part, pad, c.device)).cpu() for part in parts], -1)
 
@@ -864,117 +1531,362 @@ def logp_sum(model, tokens, mask):
     return token_logprobs(model, tokens, mask).sum(1)
 
 
-def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle_model="2x96",
-        thresholds="0.2,0.4,0.6,0.8,1.0", window: Count = 5, stay: Count = 5):
-    """EAD, 2502.06833, greedy: accuracy against cost, beside a coin of the same share and three
-    models alone, of which the presets `recipe` of sft.py make two.
+def numbers(text, key):
+    """"0.2,0.4" -> ["0.2", "0.4"], as they will be written; UserError naming the option."""
+    found = text.split(",")
+    try:
+        [float(x) for x in found]
+    except ValueError:
+        raise UserError(f"--{key} {text}: numbers with commas between them, like 0.2,0.4") from None
+    return found
+
+
+def tabled(run, rows, note):
+    """Say a table {arm or "arm@x": {column: number}}, and return it as {"arm|column@x": number}."""
+    columns = {k: max(9, len(k) + 2) for row in rows.values() for k in row}
+    wide, out = max(map(len, rows)) + 2, {}
+    run.say(f"\n  {note}\n  {'':<{wide}}" + "".join(f"{k:>{n}}" for k, n in columns.items()))
+    for name, row in rows.items():
+        cells = {k: f"{round(v, 3) + 0.0:.3f}" for k, v in row.items()}
+        run.say(f"  {name.replace('@', ' '):<{wide}}"
+                + "".join(f"{cells.get(k, ''):>{n}}" for k, n in columns.items()))
+        arm, at, x = name.partition("@")
+        out |= {f"{arm}|{k}{at}{x}": v for k, v in row.items()}
+    return out
+
+
+# === entropy: 2502.06833, the uncertain words to the large model: two models in turn ==============
+
+
+def entropy_bits(logits):
+    """H = -Σ p log2 p of a prediction, untempered.   [..., V] -> [...]"""
+    return torch.special.entr(logits.softmax(-1)).sum(-1) / math.log(2)
+
+
+def uncertain(seen, large, stayed, *, threshold=1.0, window=5, stay=5):
+    """EAD, 2502.06833: whether the large model writes: if the mean H of the last 5 is above τ.
+
+    seen: bits of every token so far, by the model that wrote it; large: who wrote the last; stayed:
+    tokens since the last switch. Ours: nothing seen counts as 0 bits, so the small model begins; at
+    least 5 tokens pass between two switches; τ 1 bit (to be swept).
+    """
+    if stayed < stay:
+        return large
+    recent = seen[-window:]
+    return sum(recent) / max(1, len(recent)) > threshold
+
+
+def coin(seen, large, stayed, *, share=0.5, stay=5, rng=None):
+    """The control of EAD: every 5 tokens a coin falls on the large model with chance `share`."""
+    return large if len(seen) % stay else rng.random() < share
+
+
+class Switched(NamedTuple):
+    """One text by two models: its ids with the stop token, who wrote each (1: large), the bits of
+    each, and how many tokens each model has read, the prompt and what it had missed included.
+    """
+    ids: list
+    large: list
+    bits: list
+    read: list
+
+
+@torch.no_grad()
+def switching(models, prompt, new, choose, pick, make, stop):
+    """Two models in turn write up to `new` tokens after the prompt (ids). Nothing is verified.
+
+    models: (small, large); choose(seen, large, stayed) -> who is next; pick(logits [1, V]) -> id;
+    make(model): an empty cache of one row. The idle model's cache lags behind: on its next turn it
+    reads all that it has missed in one pass, the prompt too if it has never been asked.
+    """
+    text, caches, bits, wrote, read = list(prompt), [make(m) for m in models], [], [], [0, 0]
+    large, stayed = False, math.inf
+    while len(wrote) < new and not (wrote and text[-1] in stop):
+        turn = bool(choose(bits, large, stayed))
+        large, stayed = turn, stayed + 1 if turn == large else 1
+        model, cache = models[turn], caches[turn]
+        missed = text[cache.used:]
+        hidden = model(torch.tensor([missed], device=model.head.device), cache)[:, -1]   # [1, D]
+        logits = model.logits(hidden)                                                    # [1, V]
+        read[turn] += len(missed)
+        bits.append(entropy_bits(logits).item())
+        wrote.append(int(turn))
+        text.append(int(pick(logits)))
+    return Switched(text[len(prompt):], wrote, bits, read)
+
+
+# === ead, at_once: 2502.06833, accuracy against cost, beside a coin and three models alone ========
+
+
+def empty(model):
+    """A cache of one row of the model's whole context."""
+    return Cache(model.config, 1, model.config.max_position_embeddings, model.head.device,
+                 model.head.dtype)
+
+
+def by_turns(choose, models, size, problems, world, tok):
+    """Accuracy and cost of texts by two models of `size` {model: share of the large one's weights}.
 
     cost: weights read for a token, 1 for the large model alone (what was missed rides along in one
-    pass); work: products, the reading of the prompt and of what was missed included; over coin:
-    EAD's accuracy less the coin's, the mean over thresholds."""
-    world, stop = tasks.task(c.data), {tok.eos}
+    pass); work: products, the reading of the prompt and of what was missed included.
+    """
+    stop = {tok.eos}
+    outs = [switching(models, tok.prompt(p), world.max_new, choose, lambda z: z.argmax(-1), empty,
+                      stop) for p in problems]
+    right = [world.reward(p, tok.decode(x.ids), x.ids[-1] in stop) for p, x in zip(problems, outs)]
+    q = sum(sum(x.large) for x in outs) / sum(len(x.ids) for x in outs)
+    a, b = (size[m] for m in models)
+    return dict(accuracy=fmean(right), share=q, cost=q * b + (1 - q) * a,
+                work=sum(x.read[0] * a + x.read[1] * b for x in outs))
+
+
+def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle_model="2x96",
+        thresholds="0.2,0.4,0.6,0.8,1.0", window: Count = 5, stay: Count = 5):
+    """EAD, 2502.06833, greedy: accuracy against cost, beside a coin and three models alone.
+
+    The preset `recipe` of sft.py makes two of them. over coin: EAD's accuracy less that of a coin
+    with the same share, the mean over thresholds.
+    """
+    world, values = tasks.task(c.data), numbers(thresholds, "thresholds")
     problems = world.problems(c.split, c.prompts, c.seed)
-    (small, words), (middle, _) = (load(sft.base(recipe, c.config, model=m, device=c.device,
-                                                 seed=c.seed),
-                                        c.device) for m in (small_model, middle_model))
-    size = {m: sum(p.numel() for p in m.parameters() if p.dim() > 1)
-            for m in (small, middle, target)}
+    (low, words), (middle, _) = (
+        load(sft.base(recipe, c.config, model=m, device=c.device, seed=c.seed), c.device)
+        for m in (small_model, middle_model))
+    weights = {m: parameters(m, dims=2) for m in (low, middle, target)}
     if words.tokens != tok.tokens:
-        raise UserError(f"--init {c.init} has another vocabulary than what --recipe {recipe} makes: EAD "
-                        "switches between models of one tokenizer")
-
-    def empty(m):
-        return Cache(m.config, 1, m.config.max_position_embeddings, c.device, m.head.dtype)
-
-    def decoded(choose, models=(small, target)):
-        outs = [decoding.switching(models, tok.prompt(p), world.max_new, choose,
-                                   lambda z: z.argmax(-1), empty, stop) for p in problems]
-        right = [world.reward(p, tok.decode(o.ids), o.ids[-1] in stop)
-                 for p, o in zip(problems, outs)]
-        q = sum(sum(o.large) for o in outs) / sum(len(o.ids) for o in outs)
-        a, b = (size[m] / size[target] for m in models)
-        return dict(accuracy=fmean(right), share=q, cost=q * b + (1 - q) * a,
-                    work=sum(o.read[0] * a + o.read[1] * b for o in outs))
-    rows = dict(large=decoded(lambda *_: True), small=decoded(lambda *_: False),
-                middle=decoded(lambda *_: False, (middle, target)))
-    for t in numbers(thresholds, "thresholds"):
-        rows[f"EAD@{t}"] = decoded(partial(decoding.ead, threshold=float(t), window=window,
-                                           stay=stay))
-        rows[f"coin@{t}"] = decoded(partial(decoding.coin, share=rows[f"EAD@{t}"]["share"],
-                                            stay=stay,
-                                            rng=random.Random(c.seed)))
+        raise UserError(f"--init {c.init} has another vocabulary than what --recipe {recipe} "
+                        "makes: EAD switches between models of one tokenizer")
+    size = {m: n / weights[target] for m, n in weights.items()}
+    known = dict(size=size, problems=problems, world=world, tok=tok)
+    rows = dict(large=by_turns(lambda *_: True, (low, target), **known),
+                small=by_turns(lambda *_: False, (low, target), **known),
+                middle=by_turns(lambda *_: False, (middle, target), **known))
+    for t in values:
+        rule = partial(uncertain, threshold=float(t), window=window, stay=stay)
+        rows[f"EAD@{t}"] = by_turns(rule, (low, target), **known)
+        rule = partial(coin, share=rows[f"EAD@{t}"]["share"], stay=stay, rng=random.Random(c.seed))
+        rows[f"coin@{t}"] = by_turns(rule, (low, target), **known)
     whole = rows["large"]["work"]
     for row in rows.values():
         row["work"] /= whole
-    return tabled(run, rows,
-                  f"{len(problems)} {c.split} problems, greedy; weights of small, middle, large"
-                f": {', '.join(f'{n:,}' for n in size.values())}") | dict(over_coin=fmean(
-                    rows[f"EAD@{t}"]["accuracy"] - rows[f"coin@{t}"]["accuracy"]
-                    for t in numbers(thresholds, "thresholds")))
+    gained = [rows[f"EAD@{t}"]["accuracy"] - rows[f"coin@{t}"]["accuracy"] for t in values]
+    note = (f"{len(problems)} {c.split} problems, greedy; weights of small, middle, large: "
+            + ", ".join(f"{n:,}" for n in weights.values()))
+    return tabled(run, rows, note) | dict(over_coin=fmean(gained))
 
 
-def deal(target, tok, c, run, *, weight=4.0, look: Count = 10, beams: Count = 3,
-         expansions: Count = 5):
-    """DeAL, 2402.06147: h is the share of hard rules obeyed, read off the prompt; gold also has a
-    principle.
+def check_ead(c, f):
+    """The thresholds are numbers, and what the two other models are made of is there."""
+    numbers(f.decode.keywords["thresholds"], "thresholds")
+    for key in ("small_model", "middle_model"):
+        preset(f.decode.keywords[key], prefs.tokenizer())
+    sft.find(f"base:{f.decode.keywords['recipe']}", c.config, make=False)
 
-    tokens: computed in all, a prompt; best of n by h (ties by log π) for n that compute as many."""
-    world = tasks.task(c.data)
-    if not hasattr(world, "judge"):
-        raise UserError(f"--decode deal --data {c.data}: its constraints must be read off the prompt; "
-                        "take toyif")
-    problems = world.problems(c.split, c.prompts, c.seed)
-    prompts, spent = [tok.prompt(p) for p in problems], 0
+
+DECODERS["ead"], CHECKS["ead"] = ead, check_ead
+PRESETS["ead"] = dict(decode="ead", data="chain", init="base:chain_right", prompts=200)
+PRESETS["at_once"] = dict(window=1, stay=1)    # an arm: who writes is asked anew for every token
+
+
+# === beams: 2402.06147, beam search whose beams are scored by where a look ahead leads ============
+
+
+class Beam(NamedTuple):
+    """A prefix: ids without the stop token, Σ log π with it, whether it has stopped, its score."""
+    ids: tuple = ()
+    logp: float = 0.0
+    finished: bool = False
+    score: float = 0.0
+
+
+def search(prompts, expand, complete, score, stop, *, new=12, weight=1.0, beams=3, expansions=5):
+    """DeAL, 2402.06147: heuristic search for  log π(y_1..t | x) + λ h(x, y_1..t and a look ahead).
+
+    expand([ids]) -> log π of the next token [n, V]; complete([ids]) -> [(further ids, finished)],
+    the greedy look ahead; score(i, ids, finished) -> h of a text after prompt i, -inf where it is
+    forbidden. 3 beams of 5 expansions as in a public toolkit; ours: as many rounds as tokens, sums
+    without a length norm. λ 0 is beam search; a `complete` that adds nothing, a beam search with a
+    reward. -> the best Beam a prompt
+    """
+    front = [[Beam()] for _ in prompts]
+    for _ in range(new):
+        live = [(i, b) for i, row in enumerate(front) for b in row if not b.finished]
+        if not live:
+            break
+        logp = expand([[*prompts[i], *b.ids] for i, b in live])                          # [n, V]
+        grown = expanded(live, *logp.topk(min(expansions, logp.size(-1)), -1), stop)
+        if weight:  # λ 0 never looks: 0 times -inf is no number
+            ahead = iter(complete([[*prompts[i], *b.ids] for i, b in grown if not b.finished]))
+            ends = [((), True) if b.finished else next(ahead) for _, b in grown]
+            grown = [(i, b._replace(score=b.logp + weight * score(i, (*b.ids, *more), done)))
+                     for (i, b), (more, done) in zip(grown, ends)]
+        pool = []
+        for row in front:
+            pool.append([b for b in row if b.finished])
+        for i, b in grown:
+            pool[i].append(b)
+        front = [sorted(row, key=lambda b: -b.score)[:beams] for row in pool]
+    return [row[0] for row in front]
+
+
+def expanded(live, logp, token, stop):
+    """Every live (prompt, beam) with each of its likeliest next tokens.   both [n, expansions]"""
+    out = []
+    for (i, b), xs, ids in zip(live, logp.tolist(), token.tolist()):
+        for x, t in zip(xs, ids):
+            if x > -math.inf:
+                longer = b.ids if t in stop else (*b.ids, t)
+                out.append((i, Beam(longer, b.logp + x, t in stop, b.logp + x)))
+    return out
+
+
+def obeyed(world, problems, tok, i, ids, finished=True):
+    """h: the share of hard rules of problem i that the text obeys."""
+    return world.judge(problems[i]["prompt"], tok.decode(ids))["hard"]
+
+
+def judged_rows(world, problems, tok, ids, done, tokens):
+    """A row of the table: gold and hard rules, tokens computed a prompt."""
+    found = [world.judge(p["prompt"], tok.decode(y), d) for p, y, d in zip(problems, ids, done)]
+    return dict(gold=fmean(x["gold"] for x in found), hard=fmean(x["hard"] for x in found),
+                tokens=tokens / len(problems))
+
+
+# === deal: 2402.06147, the share of hard rules that are obeyed, beside best of n at its cost ======
+
+
+class Reader:
+    """The target as search() asks it. spent: tokens that it has computed."""
+
+    def __init__(self, target, pad, ahead):
+        self.target, self.pad, self.ahead, self.spent = target, pad, ahead, 0
 
     @torch.no_grad()
-    def expand(texts):
-        nonlocal spent
-        spent += len(texts)
-        tokens, _ = collate([(t, ()) for t in texts], tok.pad or 0, c.device)
-        last = torch.tensor([len(t) for t in texts], device=c.device) - 1
-        return target.logits(target(tokens)[torch.arange(len(texts)), last]).log_softmax(-1)
+    def expand(self, texts):
+        """log π of what follows each text.   -> [n, V]"""
+        self.spent += len(texts)
+        device = self.target.head.device
+        tokens, _ = collate([(t, ()) for t in texts], self.pad, device)
+        last = torch.tensor([len(t) for t in texts], device=device) - 1
+        hidden = self.target(tokens)[torch.arange(len(texts)), last]                     # [n, D]
+        return self.target.logits(hidden).log_softmax(-1)
 
-    def complete(texts, new):
-        nonlocal spent
-        if not (new and texts):
+    def complete(self, texts):
+        """What greedy decoding adds to each text in `ahead` tokens, and whether it ends."""
+        if not (self.ahead and texts):
             return [((), False)] * len(texts)
-        roll = generate(target, texts, new, temperature=0)
-        spent += int(roll.mask.sum())
+        roll = generate(self.target, texts, self.ahead, temperature=0)
+        self.spent += int(roll.mask.sum())
         return list(zip(roll.completions(), roll.finished.tolist()))
 
-    def hard(i, ids, finished=True):
-        return world.judge(problems[i]["prompt"], tok.decode(ids))["hard"]
 
-    def row(ids, done, tokens):
-        judged = [world.judge(p["prompt"], tok.decode(y), d)
-                  for p, y, d in zip(problems, ids, done)]
-        return {k: fmean(x[k] for x in judged) for k in ("gold", "hard")} | dict(
-            tokens=tokens / len(problems))
+def searched(target, tok, world, problems, ahead, **kw):
+    """The row of a search that looks so many tokens ahead."""
+    reader = Reader(target, tok.pad or 0, ahead)
+    found = search([tok.prompt(p) for p in problems], reader.expand, reader.complete,
+                   partial(obeyed, world, problems, tok), {tok.eos}, new=world.max_new, **kw)
+    return judged_rows(world, problems, tok, [b.ids for b in found], [b.finished for b in found],
+                       reader.spent)
 
-    def search(weight, look):
-        nonlocal spent
-        spent = 0
-        got = decoding.deal(prompts, expand, partial(complete, new=look), hard, {tok.eos},
-                            new=world.max_new,
-                            weight=weight, beams=beams, expansions=expansions)
-        return row([b.ids for b in got], [b.finished for b in got], spent)
 
-    def best_of(n, **kw):
-        roll = generate(target, prompts, world.max_new, samples=n, generator=rng(c, 1), **kw)
-        ids, done = roll.completions(), roll.finished.tolist()
-        h = torch.tensor([hard(i // n, y) if d else -1.0
-                          for i, (y, d) in enumerate(zip(ids, done))])
-        best = (1e3 * h
-                + roll.logp.sum(1).cpu()).view(-1, n).argmax(1) + n * torch.arange(len(problems))
-        return row([ids[i] for i in best], [done[i] for i in best], roll.mask.sum().item())
-    rows = {"greedy": best_of(1, temperature=0), "sample": best_of(1),
-            "beam search": search(0.0, 0),
-            "prefix": search(weight, 0), "DeAL": search(weight, look)}
+def best_by_rules(target, tok, world, problems, n, c, **kw):
+    """The row of the best of n samples by h, ties by log π."""
+    roll = generate(target, [tok.prompt(p) for p in problems], world.max_new, samples=n,
+                    generator=rng(c, 1), **kw)
+    ids, done = roll.completions(), roll.finished.tolist()
+    h = torch.tensor([obeyed(world, problems, tok, i // n, y) if d else -1.0
+                      for i, (y, d) in enumerate(zip(ids, done))])
+    best = (1e3 * h + roll.logp.sum(1).cpu()).view(-1, n).argmax(1)                      # [P]
+    best = best + n * torch.arange(len(problems))
+    return judged_rows(world, problems, tok, [ids[i] for i in best], [done[i] for i in best],
+                       roll.mask.sum().item())
+
+
+def deal(target, tok, c, run, *, weight=4.0, ahead: Count = 10, beams: Count = 3,
+         expansions: Count = 5):
+    """DeAL, 2402.06147: h is the share of hard rules obeyed, read off the prompt.
+
+    gold also has a principle. tokens: computed in all, a prompt; best of n by h for n that compute
+    as many.
+    """
+    world = tasks.task(c.data)
+    if not hasattr(world, "judge"):
+        raise UserError(f"--decode deal --data {c.data}: its constraints must be read off the "
+                        "prompt; take toyif")
+    known = target, tok, world, world.problems(c.split, c.prompts, c.seed)
+    size = dict(beams=beams, expansions=expansions)
+    rows = {"greedy": best_by_rules(*known, 1, c, temperature=0),
+            "sample": best_by_rules(*known, 1, c),
+            "beam search": searched(*known, 0, weight=0.0, **size),
+            "prefix": searched(*known, 0, weight=weight, **size),
+            "DeAL": searched(*known, ahead, weight=weight, **size)}
     for name in ("prefix", "DeAL"):
         n = max(1, round(rows[name]["tokens"] / rows["sample"]["tokens"]))
-        rows[f"best of n as {name}"] = best_of(n) | dict(n=n)
-    return tabled(run, rows,
-                  f"{len(problems)} {c.split} prompts; λ {weight:g}, look ahead {look}, prefix 0")
+        rows[f"best of n as {name}"] = best_by_rules(*known, n, c) | dict(n=n)
+    return tabled(run, rows, f"{len(known[-1])} {c.split} prompts; λ {weight:g}, look ahead "
+                  f"{ahead}, prefix 0")
+
+
+DECODERS["deal"] = deal
+PRESETS["deal"] = dict(decode="deal", data="toyif", init="base:toyif", prompts=256)
+
+
+# === genarm: 2410.08193, a reward model that scores every next token ==============================
+
+
+def autoregressive(chosen_logp, rejected_logp, *, beta_r: Positive = 0.05):
+    """GenARM, 2410.08193:  -log σ(β_r (log π_r(y+) - log π_r(y-))), sums, no reference.   [B] ->
+    [B]"""
+    return -F.logsigmoid(beta_r * (chosen_logp - rejected_logp))
+
+
+def guidance(alpha):
+    """(temperature, a) with which model.generate(contrast=(arm, a)) samples from π_base π_arm^α.
+
+    generate's logits ((1 + a) l - a l_arm) / T  are  l + α l_arm  for  T = 1/(1 + α), a = -α T.
+    """
+    if alpha < 0:
+        raise UserError(f"alpha {alpha}: the weight of a reward is not negative")
+    return 1 / (1 + alpha), -alpha / (1 + alpha)
+
+
+def encoded(world, n, seed, split, tok, target):
+    """So many pairs of the world, as ids."""
+    most = target.config.max_position_embeddings
+    return prefs.encode_pairs(world.pairs(n, seed, split), tok, most)
+
+
+def sides(rows):
+    """The chosen, then the rejected answers of pairs, as (prompt, completion)."""
+    return [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
+
+
+def pair_loss(arm, rows, pad, beta_r, ids, step):
+    """The loss of the pairs `ids`, and how many of them the model has right."""
+    batch = collate(sides([rows[i] for i in ids]), pad, arm.head.device)
+    logp = logp_sum(arm, *batch).chunk(2)
+    return autoregressive(*logp, beta_r=beta_r).mean(), dict(accuracy=accuracy(*logp))
+
+
+def write_arm(target, tok, world, c, run, pairs, beta_r, folder):
+    """Train the reward model from the target and save it."""
+    rows = encoded(world, pairs, c.seed, "train", tok, target)
+    arm = copy.deepcopy(target).float()
+    loss_of = partial(pair_loss, arm, rows, tok.pad or 0, beta_r)
+    save(fit(arm, c, run, loss_of, len(rows)), tok, folder)
+
+
+def guided_row(target, tok, world, problems, c, alpha, other, cost):
+    """Gold and KL to the base, of samples from π_base π_other^α."""
+    T, a = guidance(alpha)
+    roll, *_, score = drawn(target, tok, world, problems, c, 1, temperature=T, contrast=(other, a))
+    with torch.no_grad():
+        base = token_logprobs(target, roll.tokens, roll.mask)                            # [B, T]
+    kl = ((roll.logp - base) * roll.mask).sum(1).mean().item()
+    return dict(gold=score.mean().item(), kl=kl, cost=cost)
+
+
+# === genarm_table: 2410.08193, gold against KL, beside a cooled base and best of n ================
 
 
 def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
@@ -983,332 +1895,530 @@ def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
 
     Controls: the base cooled to temperature 1/(1+α), which is GenARM with an untrained reward
     model, and the best of n samples by the trained one, log π_r, whose KL is at most log n -
-    (n-1)/n. cost: forward passes of a model for a token of the answer, scoring included."""
+    (n-1)/n. cost: forward passes of a model for a token of the answer, scoring included.
+    """
     world, pad = tasks.task(c.data), tok.pad or 0
     if not hasattr(world, "pairs"):
-        raise UserError(f"--decode genarm --data {c.data}: it needs preferences; take toyif or ring")
-
-    def encoded(n, seed, split):
-        return prefs.encode_pairs(world.pairs(n, seed, split), tok,
-                                  target.config.max_position_embeddings)
-
-    def sides(rows):
-        return [(r["prompt"], r[side]) for side in ("chosen", "rejected") for r in rows]
-
-    def train(folder):
-        rows, arm = encoded(pairs, c.seed, "train"), copy.deepcopy(target).float()
-
-        def loss_of(ids, step):
-            logp = logp_sum(arm, *collate(sides([rows[i] for i in ids]), pad, c.device)).chunk(2)
-            return decoding.autoregressive(*logp,
-                                           beta_r=beta_r).mean(), dict(accuracy=accuracy(*logp))
-        save(fit(arm, c, run, loss_of, len(rows)), tok, folder)
-    arm = load(run.stage("arm", train), c.device)[0].requires_grad_(False)
-    held = encoded(min(pairs, 1000), c.seed + 1, "val")
+        raise UserError(f"--decode genarm --data {c.data}: it needs preferences; take toyif or "
+                        "ring")
+    write = partial(write_arm, target, tok, world, c, run, pairs, beta_r)
+    arm = load(run.stage("arm", write), c.device)[0].requires_grad_(False)
+    held = encoded(world, min(pairs, 1000), c.seed + 1, "val", tok, target)
     right = accuracy(*scored(arm, sides(held), c, pad, logp_sum).chunk(2))
     problems = world.problems(c.split, c.prompts, c.seed)
-
-    def guided(alpha, other, cost):
-        T, a = decoding.guidance(alpha)
-        roll, *_, score = drawn(target, tok, world, problems, c, 1, temperature=T,
-                                contrast=(other, a))
-        with torch.no_grad():
-            base = token_logprobs(target, roll.tokens, roll.mask)
-        return dict(gold=score.mean().item(),
-                    kl=((roll.logp - base) * roll.mask).sum(1).mean().item(),
-                    cost=cost)
-    rows = {"base": guided(0.0, arm, 1)}
+    row = partial(guided_row, target, tok, world, problems, c)
+    rows = {"base": row(0.0, arm, 1)}
     for x in numbers(alphas, "alphas"):
-        rows |= {f"GenARM@{x}": guided(float(x), arm, 2),
-                 f"cooled@{x}": guided(float(x), target, 1)}
+        rows |= {f"GenARM@{x}": row(float(x), arm, 2), f"cooled@{x}": row(float(x), target, 1)}
     roll, *_, score = drawn(target, tok, world, problems, c, 2, c.samples)
     with torch.no_grad():
         proxy = token_logprobs(arm, roll.tokens, roll.mask).sum(1).cpu().view(score.shape)
-    rows |= {f"best of@{n}": dict(gold=best_of_n(proxy, score, n).mean().item(), kl=bon_kl(n),
-                                  cost=2 * n)
-             for n in (2, 4, 8, 16, 32) if n <= c.samples}
-    return tabled(run, rows,
-                  f"{len(problems)} {c.split} prompts; the ARM is right on {right:.3f} of "
-                f"{len(held)} held-out pairs") | dict(pair_accuracy=right)
+    for n in (2, 4, 8, 16, 32):
+        if n <= c.samples:
+            rows[f"best of@{n}"] = dict(gold=best_of_n(proxy, score, n).mean().item(),
+                                        kl=bon_kl(n), cost=2 * n)
+    return tabled(run, rows, f"{len(problems)} {c.split} prompts; the ARM is right on {right:.3f} "
+                  f"of {len(held)} held-out pairs") | dict(pair_accuracy=right)
+
+
+def check_genarm(c, f):
+    """The weights are numbers."""
+    numbers(f.decode.keywords["alphas"], "alphas")
+
+
+DECODERS["genarm"], CHECKS["genarm"], READERS["genarm"] = genarm, check_genarm, own_readers
+# learning rates of the decoders are ours, not tuned; of genarm's two were tried
+PRESETS["genarm"] = dict(decode="genarm", data="toyif", init="base:toyif_base", prompts=512,
+                         steps=200, batch=64, lr=3e-4)
+
+
+# === control_tokens: 2410.02725, tokens by which a policy is asked what it thinks of its text =====
+
+# ASK is answered by NO (no restart is better) or YES, CHECK by RIGHT or WRONG, after (part of) a
+# response.
+
+
+def controls(model, tok):
+    """The ids of six control tokens, right wrong check ask no yes: unused rows of the embedding.
+
+    UserError where there are too few.
+    """
+    names = ("right", "wrong", "check", "ask", "no", "yes")
+    if model.config.vocab_size - tok.vocab_size < len(names):
+        raise UserError(f"{len(names)} control tokens need as many unused rows of the embedding; "
+                        f"this model has {model.config.vocab_size - tok.vocab_size}: take --init "
+                        "base:chain")
+    return SimpleNamespace(**{name: tok.vocab_size + i for i, name in enumerate(names)})
+
+
+def muted(model, ids):
+    """The same model, whose logits never choose these ids: they are read, and never written."""
+    out, logits, ids = copy.copy(model), model.logits, torch.tensor(ids, device=model.head.device)
+    out.logits = lambda hidden: logits(hidden).index_fill(-1, ids, -math.inf)
+    return out
+
+
+def answered(ids, model, tokens, mask):
+    """Logits of (NO, YES) after ASK and of (RIGHT, WRONG) after CHECK, each row's last two tokens.
+
+    What the policy says of the text before.   tokens, mask [B, T] -> [2, B, 2]
+    """
+    last = (mask.cumsum(1) * mask).argmax(1)                                             # [B]
+    row = torch.arange(len(tokens), device=tokens.device)[None]
+    logits = model.logits(model(tokens)[row, torch.stack([last - 1, last])])             # [2, B, V]
+    return torch.stack([logits[0][:, [ids.no, ids.yes]], logits[1][:, [ids.right, ids.wrong]]])
+
+
+def opinions(ids, model, tokens, mask):
+    """answered() as chances of the first answer.   -> [2, B]"""
+    return answered(ids, model, tokens, mask).softmax(-1)[..., 0]
 
 
 def asked(model, rows, ids, c, pad):
-    """P(NO: no restart is better) and P(correct) after every (prompt, part of a response).   -> [2,
-    B]"""
-    return scored(model, [(p, [*y, ids.ask, ids.check]) for p, y in rows], c, pad,
-                  lambda *have: decoding.answered(ids, *have).softmax(-1)[..., 0])
+    """P(NO: no restart is better), P(correct) after every (prompt, part of a response).  [2, B]"""
+    rows = [(p, [*y, ids.ask, ids.check]) for p, y in rows]
+    return scored(model, rows, c, pad, partial(opinions, ids))
 
 
-def taught(target, tok, world, c, run, train_prompts):
-    """The policy, once it has learned three things from its own samples; frozen, control tokens
-    muted.
+def rival_label(score):
+    """How often a sample is at least as good as another of its prompt, a tie half.   [P, N]
+
+    The paper labels a sample by one rival; ours is the mean over all N - 1 others, which has less
+    noise.
+    """
+    if score.size(1) < 2:
+        raise UserError("--samples 1: a sample is judged against others of its prompt; take at "
+                        "least 2")
+    mine, other = score[:, :, None], score[:, None]
+    same = (mine > other).float() + 0.5 * (mine == other).float()                        # [P, N, N]
+    return (same.sum(-1) - 0.5) / (score.size(1) - 1)          # a sample ties with itself
+
+
+def self_eval_loss(logits, label):
+    """Cross-entropy of an answer with soft labels:  -l log p - (1-l) log(1-p).
+
+    logits [B, 2] of (NO, YES), label [B]: the chance that no restart is better -> [B]. Ours: p is
+    normalised over the two.
+    """
+    logp = logits.log_softmax(-1)
+    return -label * logp[:, 0] - (1 - label) * logp[:, 1]
+
+
+def cut_points(length, u):
+    """Where a response of `length` tokens is cut for a label amid generation, uniform in 1..length.
+
+    u in [0, 1); the label stays that of the whole response.   [B], [B] -> [B]
+    """
+    return (u * length).long() + 1
+
+
+# === taught: 2410.02725, the policy learns to judge its own samples ===============================
+
+
+class Lessons:
+    """What the policy learns from: its samples of problems, and what they are worth.
+
+    prompts, answers [P N] ids;  rival, score [P N]: how often no other is better, its reward;
+    u [2, steps, batch]: where answers are cut.
+    """
+
+    def __init__(self, target, tok, world, c, train_prompts):
+        problems = world.problems("train", train_prompts, c.seed)
+        *_, self.answers, score = drawn(target, tok, world, problems, c, 3, c.samples)
+        self.rival, self.score = (x.flatten().to(c.device) for x in (rival_label(score), score))
+        self.prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
+        self.u, self.pad = torch.rand(2, c.steps, c.batch, generator=rng(c, 4)), tok.pad or 0
+
+
+def lesson_loss(model, ids, lessons, at, step):
+    """The loss of the samples `at`: what is said of a part of each, and each under its verdict.
 
     x y.. ASK CHECK: what it says anyhow, then the chance that no other try is better and that the
     whole is correct, after a part of it (half the time: all);  x RIGHT y or x WRONG y: the same
-    under its verdict. -> it, the same with its control tokens muted, their ids"""
-    ids, pad = decoding.controls(target, tok), tok.pad or 0
+    under its verdict.
+    """
+    answers, u, device = [lessons.answers[i] for i in at], lessons.u[:, step], model.head.device
+    length = torch.tensor([len(y) for y in answers])                                     # [B]
+    cut = torch.where(u[0] < 0.5, cut_points(length, u[1]), length).tolist()
+    parts = [(lessons.prompts[i], [*y[:k], ids.ask, ids.check])
+             for i, y, k in zip(at, answers, cut)]
+    under = [([*lessons.prompts[i], ids.right if lessons.score[i] > 0 else ids.wrong], y)
+             for i, y in zip(at, answers)]
+    tokens, mask = collate(parts, lessons.pad, device)
+    ask, check = (self_eval_loss(z, x[at]).mean() for z, x in
+                  zip(answered(ids, model, tokens, mask), (lessons.rival, lessons.score)))
+    mask = mask * (tokens < ids.right)                                       # asked is not written
+    logp = (token_logprobs(model, tokens, mask),
+            token_logprobs(model, *collate(under, lessons.pad, device)))
+    nats = -sum(x.sum() for x in logp) / (mask.sum() + length.sum())
+    return nats + ask + check, dict(nats=nats.item(), asked=ask.item(), checked=check.item())
 
-    def train(folder):
-        model, problems = copy.deepcopy(target).float(), world.problems("train", train_prompts,
-                                                                        c.seed)
-        *_, said, score = drawn(target, tok, world, problems, c, 3, c.samples)
-        rival, score = (x.flatten().to(c.device)
-                        for x in (decoding.rival_label(score), score))                       # [P N]
-        prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
-        u = torch.rand(2, c.steps, c.batch, generator=rng(c, 4))
 
-        def loss_of(at, step):
-            length = torch.tensor([len(said[i]) for i in at])
-            cut = torch.where(u[0, step] < 0.5, decoding.cut_points(length, u[1, step]),
-                              length).tolist()
-            parts = [(prompts[i], [*said[i][:k], ids.ask, ids.check]) for i, k in zip(at, cut)]
-            given = [([*prompts[i], ids.right if score[i] > 0 else ids.wrong], said[i]) for i in at]
-            tokens, mask = collate(parts, pad, c.device)
-            logits = decoding.answered(ids, model, tokens, mask)
-            ask, check = (decoding.self_eval_loss(z, x[at]).mean()
-                          for z, x in zip(logits, (rival, score)))
-            mask = mask * (tokens < ids.right)                                   # asked is not said
-            logp = token_logprobs(model, tokens,
-                                  mask), token_logprobs(model, *collate(given, pad, c.device))
-            nats = -sum(x.sum() for x in logp) / (mask.sum() + length.sum())
-            return nats + ask + check, dict(nats=nats.item(), asked=ask.item(),
-                                            checked=check.item())
-        save(fit(model, c, run, loss_of, len(said)), tok, folder)
-    model = load(run.stage("policy", train), c.device)[0].requires_grad_(False)
-    return model, decoding.muted(model, list(vars(ids).values())), ids
+def write_policy(target, tok, world, c, run, ids, train_prompts, folder):
+    """Train the policy and save it."""
+    model, lessons = copy.deepcopy(target).float(), Lessons(target, tok, world, c, train_prompts)
+    loss_of = partial(lesson_loss, model, ids, lessons)
+    save(fit(model, c, run, loss_of, len(lessons.answers)), tok, folder)
+
+
+def taught(target, tok, world, c, run, train_prompts):
+    """The policy, once it has learned; frozen.   -> it, it without control tokens, their ids"""
+    ids = controls(target, tok)
+    write = partial(write_policy, target, tok, world, c, run, ids, train_prompts)
+    model = load(run.stage("policy", write), c.device)[0].requires_grad_(False)
+    return model, muted(model, list(vars(ids).values())), ids
+
+
+def check_samples(c, f):
+    """Samples of one prompt are compared."""
+    if c.samples < 2:
+        raise UserError(f"--samples {c.samples}: --decode {c.decode} compares samples: at least 2")
+
+
+# === tries: 2410.02725, samples of held-out problems and what the policy says of them; votes ======
 
 
 def tried(model, quiet, ids, tok, world, c, split, salt):
-    """N samples of each problem of a split, and what the model says of them: problems, rows
-    [(prompt, response)], stated [P][N];  score, length, logp, no, right [P, N]."""
+    """N samples of each problem of a split, and what the model says of them.
+
+    -> problems, rows [(prompt, response)], stated [P][N];  score, length, logp, no, right [P, N]
+    """
     problems = world.problems(split, c.prompts, c.seed + salt)
-    roll, texts, said, score = drawn(quiet, tok, world, problems, c, salt, c.samples)
-    rows = [(tok.prompt(problems[i // c.samples]), y) for i, y in enumerate(said)]
+    roll, texts, answers, score = drawn(quiet, tok, world, problems, c, salt, c.samples)
+    rows = [(tok.prompt(problems[i // c.samples]), y) for i, y in enumerate(answers)]
     no, right = asked(model, rows, ids, c, tok.pad or 0).view(2, *score.shape)
-    stated = [[tasks.stated(world, t) if d else "" for t, d in zip(*row)]
-              for row in zip(texts, roll.finished.view(score.shape).tolist())]
+    stated = []
+    for some, done in zip(texts, roll.finished.view(score.shape).tolist()):
+        stated.append([tasks.stated(world, t) if d else "" for t, d in zip(some, done)])
     return SimpleNamespace(problems=problems, rows=rows, stated=stated, score=score, no=no,
-                           right=right,
-                           length=roll.mask.sum(1).long().cpu().view(score.shape),
+                           right=right, length=roll.mask.sum(1).long().cpu().view(score.shape),
                            logp=roll.logp.sum(1).cpu().view(score.shape))
 
 
+def vote(answers, weights=None):
+    """The answer of the largest total weight (1 each: majority vote); ties by first appearance.
+
+    "" only if nothing else was stated.
+    """
+    total = Counter()
+    for a, w in zip(answers, weights or [1.0] * len(answers)):
+        total[a] += w
+    return max(total, key=lambda a: (a != "", total[a]))
+
+
+def voted(answers, score, n, weights=None):
+    """Mean score of the answer that n samples vote for, over all places to begin.
+
+    answers [P][N] of strings, score and weights [P, N]; equal answers have equal scores
+    """
+    N, out = score.size(1), []
+    weights = torch.ones_like(score) if weights is None else weights
+    for a, w, r in zip(answers, weights.tolist(), score.tolist()):
+        for k in range(N if n < N else 1):
+            at = [(k + i) % N for i in range(n)]
+            best = vote([a[i] for i in at], [w[i] for i in at])
+            out.append(next(r[i] for i in at if a[i] == best))
+    return fmean(out)
+
+
+def at_cost(costs, values, cost):
+    """The value at a cost between two measured ones, by a straight line; beyond, the end's."""
+    points = sorted(zip(costs, values))
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= cost <= x1:
+            return y0 + (y1 - y0) * (cost - x0) / max(x1 - x0, 1e-9)
+    return points[0][1] if cost < points[0][0] else points[-1][1]
+
+
+# === consensus: 2310.09139, generator and discriminator play until they agree on an answer ========
+
+
+def normalised(logits, dim):
+    """softmax in logs; all -inf (padding alone) stays -inf."""
+    total = logits.logsumexp(dim, keepdim=True)
+    return logits - torch.where(total == -math.inf, torch.zeros_like(total), total)
+
+
+def consensus(generator, discriminator, *, rounds=5000, eta=0.1, lam=0.1):
+    """Equilibrium-ranking, 2310.09139: the two play until they agree; nothing is trained.
+
+    generator P(y | x, v), discriminator P(v | x, y), both [..., 2, Y], v = correct first; a
+    candidate that is padding has generator 0 in both rows.   π_G¹(y|v) ∝ P(y|x,v) / Σ_v' P(y|x,v'),
+    π_D¹(v|y) ∝ P(v|x,y) / Σ_y' P(v|x,y');  then
+    π_G(y|v) ∝ exp[(Q_G + λ log π_G¹) / (1/(η t) + λ)],  Q_G = (1/2t) Σ π_D(v|y) over the rounds so
+    far, and the same for D.  -> π_G(y|v), π_D(v|y), both [..., 2, Y]; rank by π_D's first.
+    """
+    if generator.shape != discriminator.shape or generator.size(-2) != 2:
+        raise UserError(f"equilibrium: P(y|v) {list(generator.shape)} and P(v|y) "
+                        f"{list(discriminator.shape)} must both be [..., 2, Y], correct first")
+    if eta <= 0 or lam <= 0:
+        raise UserError(f"--eta {eta} --lam {lam}: both above 0")
+    real = generator.sum(-2, keepdim=True) > 0                                         # [..., 1, Y]
+    d = torch.where(real, discriminator, 0.0)
+    G1 = normalised((generator / generator.sum(-2, keepdim=True)).nan_to_num().log(), -1)
+    D1 = normalised((d / d.sum(-1, keepdim=True)).log(), -2)
+    G, D = G1.exp(), D1.exp()                                                          # [..., 2, Y]
+    sum_g, sum_d = torch.zeros_like(G), torch.zeros_like(D)
+    for t in range(1, rounds + 1):
+        sum_g, sum_d = sum_g + G, sum_d + D
+        sharp = 1 / (1 / (eta * t) + lam)
+        G = normalised((sum_d / (2 * t) + lam * G1) * sharp, -1).exp()
+        D = normalised((sum_g / (2 * t) + lam * D1) * sharp, -2).exp()
+    return G, D
+
+
+def answer_views(answers, logp, given, right):
+    """What consensus() plays with, for N sampled responses of a prompt. -> answers [Y], two [2, Y]
+
+    answers [N]: what each states; logp [N] of each, the sampler's; given [2, N]: log P(y|x,v);
+    right [N]: P(correct|x,y). Ours: a candidate is a distinct answer a, with P(a|x,v) = (1/N) Σ_{i:
+    a} P(y_i|x,v) / P(y_i|x), an unbiased estimate as y_i is drawn from P(y|x), and P(v|x,a) of its
+    most convincing response: a mean would hold it against an answer that it was also guessed.
+    """
+    names = list(dict.fromkeys(answers))
+    place = torch.tensor([names.index(a) for a in answers])                              # [N]
+    member = F.one_hot(place, len(names)).T.to(logp.dtype)                               # [Y, N]
+    generator = (given - logp).exp() @ member.T / len(answers)                           # [2, Y]
+    p = (member * right).amax(1)                                                         # [Y]
+    return names, generator, torch.stack([p, 1 - p])
+
+
+# === equilibrium: 2310.09139, the distinct answers of N samples, by who ranks them ================
+
+
+def views(tries, model, ids, c, pad):
+    """Distinct answers of every problem, and the two players' first views, [P, 2, N] each."""
+    P, N, sampler, names = len(tries.problems), c.samples, tries.logp.double(), []
+    under = []
+    for verdict in (ids.right, ids.wrong):
+        rows = [([*p, verdict], y) for p, y in tries.rows]
+        under.append(scored(model, rows, c, pad, logp_sum).view(P, N))
+    under = torch.stack(under).double()                                                  # [2, P, N]
+    gen, dis = torch.zeros(P, 2, N).double(), torch.full((P, 2, N), 0.5).double()
+    for i in range(P):
+        found, g, d = answer_views(tries.stated[i], sampler[i], under[:, i],
+                                   tries.right[i].double())
+        keep = [j for j, a in enumerate(found) if a] or [0]              # no answer is no candidate
+        names.append([found[j] for j in keep])
+        gen[i, :, :len(keep)], dis[i, :, :len(keep)] = g[:, keep], d[:, keep]
+    return names, gen, dis
+
+
+def ranked(tries, names, gen, by):
+    """Mean score of the answers that `by` [P, 2, N] puts first."""
+    best = by[:, 0].masked_fill(gen.sum(1) == 0, -1.0).argmax(1).tolist()
+    truth = [dict(zip(a, r)) for a, r in zip(tries.stated, tries.score.tolist())]
+    return fmean(t[a[j]] for t, a, j in zip(truth, names, best))
+
+
+def equilibrium(target, tok, c, run, *, train_prompts: Count = 1024, rounds: Count = 5000,
+                eta: Positive = 0.1, lam: Positive = 0.1):
+    """Equilibrium-ranking, 2310.09139, of N samples' answers: accuracy by who ranks them."""
+    world, N = tasks.task(c.data), c.samples
+    model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
+    tries = tried(model, quiet, ids, tok, world, c, c.split, 6)
+    names, gen, dis = views(tries, model, ids, c, tok.pad or 0)
+    first_g, first_d = consensus(gen, dis, rounds=0)
+    last_g, last_d = consensus(gen, dis, rounds=rounds, eta=eta, lam=lam)
+    score, stated, rank = tries.score, tries.stated, partial(ranked, tries, names, gen)
+    values = {
+        "one sample": score.mean().item(), "vote": voted(stated, score, N),
+        "weighted vote": voted(stated, score, N, tries.right),
+        "best sample by P(correct)": best_of_n(tries.right, score, N).mean().item(),
+        "best sample by mean log-prob":
+            best_of_n(tries.logp / tries.length, score, N).mean().item(),
+        "generator P(a|correct)": rank(gen), "generator, first": rank(first_g),
+        "discriminator P(correct|a)": rank(dis), "discriminator, first": rank(first_d),
+        "equilibrium": rank(last_d), "equilibrium, generator": rank(last_g),
+        "some right": (score > 0).any(1).float().mean().item()}
+    return tabled(run, {k: dict(accuracy=v) for k, v in values.items()},
+                  f"{len(names)} {c.split} problems, {fmean(map(len, names)):.1f} distinct answers "
+                  f"of {N} samples")
+
+
+DECODERS["equilibrium"], CHECKS["equilibrium"] = equilibrium, check_samples
+READERS["equilibrium"] = own_readers
+PRESETS["equilibrium"] = dict(decode="equilibrium", data="chain", init="base:chain", prompts=256,
+                              steps=200, batch=64, lr=2e-3)
+
+
+# === stopping: 2410.02725, when sampling may stop, and which half may be dropped ==================
+
+
+def adaptive_best(p, *, threshold=0.98):
+    """Adaptive best-of-N: sample until one is good enough, max p >= threshold, or all N are spent.
+
+    p [P, N] in the order of sampling -> (the argmax of what was sampled [P], samples used [P]).
+    Threshold 0 is one sample, above 1 plain best-of-N. 0.98 is the paper's style, and depends on
+    the policy: sweep it.
+    """
+    best = p.cummax(1).values                                                            # [P, N]
+    used = 1 + (best < threshold)[:, :-1].sum(1)                                         # [P]
+    late = torch.arange(p.size(1), device=p.device) >= used[:, None]
+    return p.masked_fill(late, -math.inf).argmax(1), used
+
+
+def adaptive_value(p, score, *, threshold):
+    """adaptive_best over all places to begin.   p, score [P, N] -> mean score, mean samples used"""
+    turns = [(*adaptive_best(p.roll(k, 1), threshold=threshold), score.roll(k, 1))
+             for k in range(p.size(1))]
+    return (fmean(r.gather(1, pick[:, None]).mean().item() for pick, _, r in turns),
+            fmean(used.float().mean().item() for _, used, _ in turns))
+
+
+def annealed(k):
+    """Temperature of the k-th sample, 1 - 2^-(k-1): the first is greedy, later ones explore."""
+    return 1 - 2.0 ** -(k - 1)
+
+
+def survivors(p, *, keep=0.5):
+    """Pruning amid generation: the ⌈keep N⌉ samples of highest p go on; ties by order.   [P, N]"""
+    best = p.argsort(dim=1, descending=True, stable=True)[:, :math.ceil(keep * p.size(1) - 1e-9)]
+    return torch.zeros_like(p, dtype=torch.bool).scatter(1, best, True)
+
+
+def pruned_tokens(length, cut, alive):
+    """Tokens that pruning at `cut` costs: all are written up to there, the survivors to their end.
+
+    length, alive [P, N] -> [P]
+    """
+    return (length.clamp(max=cut) + (length - cut).clamp(min=0) * alive).sum(1)
+
+
+# === self_eval: 2410.02725, the policy says whether another try would be better ===================
+
+
+class Fixed:
+    """What a fixed number of samples is worth: the best of n by P(NO), and the majority of n."""
+
+    def __init__(self, tries, N):
+        self.tries, self.N, self.counts = tries, N, list(range(1, N + 1))
+        self.best = [best_of_n(tries.no, tries.score, n).mean().item() for n in self.counts]
+        self.votes = [voted(tries.stated, tries.score, n) for n in self.counts]
+        self.mean = tries.length.float().mean().item()           # tokens a sample
+
+    def kept(self, right, top):
+        """The share that `right` has of best of N's gain over one sample, if there is any."""
+        return (right - self.best[0]) / (top - self.best[0]) if top > self.best[0] else 0.0
+
+    def adaptive(self, p, threshold):
+        """A row: sampling stops when p is high enough."""
+        right, used = adaptive_value(p, self.tries.score, threshold=threshold)
+        top = best_of_n(p, self.tries.score, self.N).mean().item()
+        return dict(accuracy=right, samples=used, gain_kept=self.kept(right, top),
+                    fixed=at_cost(self.counts, self.best, used),
+                    vote=at_cost(self.counts, self.votes, used))
+
+    def pruned(self, p, place, share):
+        """A row: after `place` tokens only the samples of highest p go on."""
+        alive, no = survivors(p, keep=share), self.tries.no
+        pick = no.masked_fill(~alive, -1.0).argmax(1, keepdim=True)                      # [P, 1]
+        tokens = pruned_tokens(self.tries.length, place, alive).float().mean().item()
+        right = self.tries.score.gather(1, pick).mean().item()
+        costs = [n * self.mean for n in self.counts]
+        return dict(accuracy=right, tokens=tokens / (self.N * self.mean),
+                    gain_kept=self.kept(right, self.best[-1]),
+                    fixed=at_cost(costs, self.best, tokens),
+                    vote=at_cost(costs, self.votes, tokens))
+
+
 def self_eval(target, tok, c, run, *, train_prompts: Count = 1024, cut: Share = 0.5,
-              share: Share = 0.5,
-              gain=0.9):
-    """Self-evaluation, 2410.02725: does P(NO) know, when may sampling stop, and which half may be
-    dropped?
+              share: Range("(0, 1]") = 0.5, gain=0.9):
+    """Self-evaluation, 2410.02725: does P(NO) know, when may sampling stop, which half may go?
 
     A threshold is the lowest that reaches `gain` of best-of-N's gain on fresh problems of train;
     the cut is at that share of their mean length. Pruning is played on finished samples, which it
     does not change. fixed and vote: the best of n by P(NO), and the majority, for as many samples
-    (pruning: tokens)."""
-    world, pad, N = tasks.task(c.data), tok.pad or 0, c.samples
-    has = model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
-    tune, s = tried(*has, tok, world, c, "train", 5), tried(*has, tok, world, c, c.split, 6)
-    place, mean = max(1, round(cut
-                               * tune.length.float().mean().item())), s.length.float().mean().item()
-    half = asked(model, [(p, y[:place]) for p, y in s.rows], ids, c, pad)[0].view(s.score.shape)
-    good, going, counts = s.score > 0, s.length > place, list(range(1, N + 1))
-    fixed = [best_of_n(s.no, s.score, n).mean().item() for n in counts]
-    votes = [voted(s.stated, s.score, n) for n in counts]
-
-    def by(x):
-        return dict(accuracy=best_of_n(x, s.score, N).mean().item(),
-                    auroc=auroc(x.flatten(), good.flatten()))
-    before = drawn(target, tok, world, s.problems, c, 7, N)[-1].mean().item()
-    out = tabled(run, {
-        "one sample": dict(accuracy=fixed[0]), "before training": dict(accuracy=before),
-        "P(NO)": by(s.no), "P(correct)": by(s.right), "mean log-prob": by(s.logp / s.length),
-        "P(NO) at the cut": by(half),
-        "... if unfinished": dict(auroc=auroc(half[going], good[going])),
-        "vote": dict(accuracy=votes[-1]),
-        "weighted vote": dict(accuracy=voted(s.stated, s.score, N, s.right)),
-        "some right": dict(accuracy=good.any(1).float().mean().item())},
-        f"{len(s.problems)} {c.split} problems, {N} samples of {mean:.1f} tokens; the cut is after {place}")
-    # adaptive best of N, by P(NO) and by what sampling tells for nothing
-    def lowest(p):
-        one, top = tune.score.mean().item(), best_of_n(p, tune.score, N).mean().item()
-        grid = p.flatten().quantile(torch.linspace(0, 1, 51)).tolist()
-        return next((t for t in grid if decoding.adaptive_value(p, tune.score, threshold=t)[0]
-                     >= one + gain * (top - one)), grid[-1])
-
-    def adaptive(p, t):
-        right, used = decoding.adaptive_value(p, s.score, threshold=t)
-        top = best_of_n(p, s.score, N).mean().item()
-        return dict(accuracy=right, samples=used, gain_kept=kept(right, top),
-                    fixed=at_cost(counts, fixed, used), vote=at_cost(counts, votes, used))
-
-    def kept(right, top):  # of best of N's gain over one sample, if any
-        return (right - fixed[0]) / (top - fixed[0]) if top > fixed[0] else 0.0
-    chosen, rival = lowest(tune.no), lowest(tune.logp / tune.length)
-    rows = {f"adaptive@{t:g}": adaptive(s.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)} | {
-        "P(NO), chosen": adaptive(s.no, chosen),
-        "log-prob, chosen": adaptive(s.logp / s.length, rival)}
-    out |= tabled(run, rows,
-                  f"adaptive best of {N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
-                f"{rival:.2f} for mean log-prob")
-
-    # pruning, by P(NO) and by lot
-    def pruned(p):
-        alive = decoding.survivors(p, keep=share)
-        pick = s.no.masked_fill(~alive, -1.0).argmax(1, keepdim=True)
-        cost = decoding.pruned_tokens(s.length, place, alive).float().mean().item()
-        right = s.score.gather(1, pick).mean().item()
-        return dict(accuracy=right, tokens=cost / (N * mean), gain_kept=kept(right, fixed[-1]),
-                    fixed=at_cost([n * mean for n in counts], fixed, cost),
-                    vote=at_cost([n * mean for n in counts], votes, cost))
-    lots = [pruned(torch.rand(half.shape, generator=rng(c, 10 + i))) for i in range(20)]
-    by_lot = {k: fmean(x[k] for x in lots) for k in lots[0]}
-    out |= tabled(run, {"pruned": pruned(half), "pruned by lot": by_lot},
-                f"after {place} tokens {share:g} of {N} go on; tokens: 1 is all {N} whole")
-    # annealing
-    tries = [drawn(quiet, tok, world, s.problems, c, 40 + k, temperature=decoding.annealed(k))
-             for k in counts]
-    no = torch.stack([asked(model, [(p, y) for (p, _), y in zip(s.rows[::N], said)], ids, c, pad)[0]
-                      for *_, said, _ in tries], 1)                                      # [P, N]
-    score = torch.cat([x[-1] for x in tries], 1)                                         # [P, N]
-    return out | dict(threshold=chosen) | tabled(run, {f"annealed@{n}": dict(
-        accuracy=score[:, :n].gather(1, no[:, :n].argmax(1, keepdim=True)).mean().item(),
-        fixed=fixed[n - 1])
-        for n in counts}, "best of n by P(NO), the k-th at temperature 1 - 2^(1-k); fixed: at 1")
+    (pruning: tokens).
+    """
+    world, pad = tasks.task(c.data), tok.pad or 0
+    known = model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
+    tune = tried(*known, tok, world, c, "train", 5)
+    tries = tried(*known, tok, world, c, c.split, 6)
+    fixed, place = Fixed(tries, c.samples), max(1, round(cut * tune.length.float().mean().item()))
+    half = asked(model, [(p, y[:place]) for p, y in tries.rows], ids, c, pad)[0]
+    half = half.view(tries.score.shape)                                                  # [P, N]
+    before = drawn(target, tok, world, tries.problems, c, 7, c.samples)[-1].mean().item()
+    out = signals(run, fixed, half, place, before, c)
+    out |= stopped(run, fixed, tune, gain)
+    out |= dropped(run, fixed, half, place, share, c)
+    return out | cooled(run, known, tok, world, fixed, c)
 
 
-def equilibrium(target, tok, c, run, *, train_prompts: Count = 1024, rounds: Count = 5000,
-                eta: Positive = 0.1, lam=0.1):
-    """Equilibrium-ranking, 2310.09139, of the distinct answers of N samples: accuracy by who ranks
-    them."""
-    world, pad, N = tasks.task(c.data), tok.pad or 0, c.samples
-    model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
-    s = tried(model, quiet, ids, tok, world, c, c.split, 6)
-    P, sampler = len(s.problems), s.logp.double()
-    given = torch.stack([scored(model, [([*p, v], y) for p, y in s.rows], c, pad, logp_sum)
-                         for v in (ids.right, ids.wrong)]).view(2, P, N).double()
-    names, gen, dis = [], torch.zeros(P, 2, N).double(), torch.full((P, 2, N), 0.5).double()
-    for i in range(P):
-        found, g, d = decoding.answer_views(s.stated[i], sampler[i], given[:, i],
-                                            s.right[i].double())
-        keep = [j for j, a in enumerate(found) if a] or [0]              # no answer is no candidate
-        names.append([found[j] for j in keep])
-        gen[i, :, :len(keep)], dis[i, :, :len(keep)] = g[:, keep], d[:, keep]
-    first_g, first_d = decoding.equilibrium(gen, dis, rounds=0)
-    last_g, last_d = decoding.equilibrium(gen, dis, rounds=rounds, eta=eta, lam=lam)
-    truth = [dict(zip(a, r)) for a, r in zip(s.stated, s.score.tolist())]
-
-    def ranked(by):
-        best = by[:, 0].masked_fill(gen.sum(1) == 0, -1.0).argmax(1).tolist()
-        return fmean(t[a[j]] for t, a, j in zip(truth, names, best))
-    return tabled(run, {k: dict(accuracy=v) for k, v in {
-        "one sample": s.score.mean().item(), "vote": voted(s.stated, s.score, N),
-        "weighted vote": voted(s.stated, s.score, N, s.right),
-        "best sample by P(correct)": best_of_n(s.right, s.score, N).mean().item(),
-        "best sample by mean log-prob": best_of_n(s.logp / s.length, s.score, N).mean().item(),
-        "generator P(a|correct)": ranked(gen), "generator, first": ranked(first_g),
-        "discriminator P(correct|a)": ranked(dis), "discriminator, first": ranked(first_d),
-        "equilibrium": ranked(last_d), "equilibrium, generator": ranked(last_g),
-        "some right": (s.score > 0).any(1).float().mean().item()}.items()},
-        f"{P} {c.split} problems, {fmean(map(len, names)):.1f} distinct answers of {N} samples")
+DECODERS["self_eval"], CHECKS["self_eval"] = self_eval, check_samples
+READERS["self_eval"] = own_readers
+PRESETS["self_eval"] = dict(decode="self_eval", data="chain", init="base:chain", prompts=256,
+                            steps=200, batch=64, lr=2e-3)
 
 
-DECODERS = dict(speculative=speculative, ead=ead, deal=deal, genarm=genarm, equilibrium=equilibrium,
-                self_eval=self_eval)
-AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
-            source=SOURCES,
-            kernels=kernels.MODES)
-
-# --- 10 train -------------------------------------------------------------------------------------
+# === self_eval_tables: 2410.02725, its four tables ================================================
 
 
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    drafts, corpus = f.decode.func is speculative, is_corpus(c.data)
-    names = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
-             "loss",
-             "select", "source", "ref_batch", "refresh", "eval_rows", "chat", "rows", "prompt",
-             "stop")
-    fields = dict.fromkeys(names, (drafts, "--decode speculative"))
-    fields |= dict(samples=(not drafts, "decoders that draw several samples a prompt"))
-    if drafts and not (c.steps and "draft" in needs(f.drafter)):
-        trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch",
-                  "refresh")
-        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
-    elif drafts:
-        fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
-                       refresh=(c.source != "data", "--source that samples"))
-    if drafts:
-        sampled = bool(c.temperature)
-        fields |= dict(top_k=(sampled, "--temperature above 0"),
-                       top_p=(sampled, "--temperature above 0"),
-                       draft=("draft" in needs(f.drafter), "drafters that are models"),
-                       prompt=(corpus, "a text as --data"),
-                       chat=(not corpus, "demonstrations, not a text"))
-    return fields
+def signals(run, fixed, half, place, before, c):
+    """The table of what tells good samples from bad ones."""
+    tries, N = fixed.tries, fixed.N
+    good, going = tries.score > 0, tries.length > place
+    rows = {"one sample": dict(accuracy=fixed.best[0]), "before training": dict(accuracy=before)}
+    for name, x in {"P(NO)": tries.no, "P(correct)": tries.right,
+                    "mean log-prob": tries.logp / tries.length, "P(NO) at the cut": half}.items():
+        rows[name] = dict(accuracy=best_of_n(x, tries.score, N).mean().item(),
+                          auroc=auroc(x.flatten(), good.flatten()))
+    rows |= {"... if unfinished": dict(auroc=auroc(half[going], good[going])),
+             "vote": dict(accuracy=fixed.votes[-1]),
+             "weighted vote": dict(accuracy=voted(tries.stated, tries.score, N, tries.right)),
+             "some right": dict(accuracy=good.any(1).float().mean().item())}
+    return tabled(run, rows, f"{len(tries.problems)} {c.split} problems, {N} samples of "
+                  f"{fixed.mean:.1f} tokens; the cut is after {place}")
 
 
-def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not
-    combine."""
-    if f.decode.func is not speculative and is_corpus(c.data):
-        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take --config "
-                        f"{c.decode}, or a task as --data")
-    tasks.check_data(c.data)
-    if c.split not in tasks.held_out(c.data):
-        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
-    most = sft.find(c.init, c.config, make=False)
-    if f.decode.func is speculative and c.context > most:
-        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
-    if f.decode.keywords.get("lenience", 1) < 1 and not c.temperature:
-        raise UserError("--lenience below 1 is for sampling: give a --temperature")
-    if c.decode in ("equilibrium", "self_eval") and c.samples < 2:
-        raise UserError(f"--samples {c.samples}: --decode {c.decode} compares samples: at least 2")
-    if f.decode.func is speculative and f.length.keywords.get("gamma", 0) >= most:
-        raise UserError(f"--gamma {f.length.keywords['gamma']}: a draft longer than the target's context of "
-                        f"{most}")
-    if f.decode.func is speculative and is_corpus(c.data) and c.prompt + c.max_new > most:
-        raise UserError(f"--prompt {c.prompt} and --max_new {c.max_new} exceed the {most} tokens of {c.init}")
-    if f.decode.func is speculative and "draft" in needs(f.drafter):
-        if re.fullmatch(r"\d+x\d+", c.draft):
-            preset(c.draft, prefs.tokenizer())
-        else:
-            sft.find(c.draft, c.config, make=False, option="--draft")
-    for key in {"thresholds", "alphas"} & f.decode.keywords.keys():
-        numbers(f.decode.keywords[key], key)
-    for key in {"small_model", "middle_model"} & f.decode.keywords.keys():
-        preset(f.decode.keywords[key], prefs.tokenizer())
-    if "recipe" in f.decode.keywords:
-        sft.find(f"base:{f.decode.keywords['recipe']}", c.config, make=False)
+def lowest(p, tune, gain):
+    """The lowest threshold of p [P, N] that keeps `gain` of best-of-N's gain on `tune`."""
+    one, top = tune.score.mean().item(), best_of_n(p, tune.score, p.size(1)).mean().item()
+    grid = p.flatten().quantile(torch.linspace(0, 1, 51)).tolist()
+    enough = one + gain * (top - one)
+    return next((t for t in grid if adaptive_value(p, tune.score, threshold=t)[0] >= enough),
+                grid[-1])
 
 
-def train(c, f):
-    """One run: load the target, train what helps it, decode, measure. -> the numbers of the
-    table."""
-    check(c, f)
-    folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
-    kernels.use(c.kernels)
-    with Run(c, f, "specdec", CURVES) as run:
-        if "result" in run.info:
-            run.say(f"  finished already: {run.last or run.folder}")
-            return run.info["result"]
-        target, tok = load(folder, c.device, getattr(torch, c.dtype))
-        if not isinstance(target, Transformer):
-            raise UserError(f"--init {c.init} is a reward model; specdec.py decodes with a language model")
-        target.requires_grad_(False)
-        run.say(f"{run.folder}: target {sum(p.numel() for p in target.parameters()) / 1e6:.2f} M parameters, "
-                f"{c.device}")
-        have = dict(target=target, tok=tok, c=c, f=f, run=run)
-        told = f.decode(**{x: have[x] for x in needs(f.decode)})
-        if c.stop and c.stop < c.steps and f.decode.func is speculative:
-            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, goes on")
-            return told
-        return run.finish(**told)
+def stopped(run, fixed, tune, gain):
+    """The table of adaptive best of N, by P(NO) and by what sampling tells for nothing."""
+    tries = fixed.tries
+    chosen, rival = lowest(tune.no, tune, gain), lowest(tune.logp / tune.length, tune, gain)
+    rows = {f"adaptive@{t:g}": fixed.adaptive(tries.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    rows |= {"P(NO), chosen": fixed.adaptive(tries.no, chosen),
+             "log-prob, chosen": fixed.adaptive(tries.logp / tries.length, rival)}
+    note = (f"adaptive best of {fixed.N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
+            f"{rival:.2f} for mean log-prob")
+    return tabled(run, rows, note) | dict(threshold=chosen)
 
 
-# --- main -----------------------------------------------------------------------------------------
+def dropped(run, fixed, half, place, share, c):
+    """The table of pruning amid generation, by P(NO) and by lot."""
+    lots = [fixed.pruned(torch.rand(half.shape, generator=rng(c, 10 + i)), place, share)
+            for i in range(20)]
+    by_lot = dict(zip(lots[0], map(fmean, zip(*(x.values() for x in lots)))))
+    return tabled(run, {"pruned": fixed.pruned(half, place, share), "pruned by lot": by_lot},
+                  f"after {place} tokens {share:g} of {fixed.N} go on; tokens: 1 is all "
+                  f"{fixed.N} whole")
 
 
-def main(argv=None):
-    """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
+def cooled(run, known, tok, world, fixed, c):
+    """The table of annealing: the k-th of n samples is drawn at its own temperature."""
+    (model, quiet, ids), tries, nos, scores = known, fixed.tries, [], []
+    prompts = [p for p, _ in tries.rows[::fixed.N]]
+    for k in fixed.counts:
+        *_, answers, score = drawn(quiet, tok, world, tries.problems, c, 40 + k,
+                                   temperature=annealed(k))
+        nos.append(asked(model, list(zip(prompts, answers)), ids, c, tok.pad or 0)[0])
+        scores.append(score)
+    no, score = torch.stack(nos, 1), torch.cat(scores, 1)                                # [P, N]
+    rows = {}
+    for n, fixed_best in zip(fixed.counts, fixed.best):
+        pick = no[:, :n].argmax(1, keepdim=True)                                         # [P, 1]
+        rows[f"annealed@{n}"] = dict(accuracy=score[:, :n].gather(1, pick).mean().item(),
+                                     fixed=fixed_best)
+    return tabled(run, rows,
+                  "best of n by P(NO), the k-th at temperature 1 - 2^(1-k); fixed: at 1")
 
 
 if __name__ == "__main__":

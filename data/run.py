@@ -261,6 +261,12 @@ def read_toml(name):
     return row
 
 
+def entries(config):
+    """The entries of --config: a,b,weights=0.2,0.8 is a, b and weights=0.2,0.8, as no entry begins
+    with a number."""
+    return [x for x in re.split(r",(?![-.\d])", config) if x]
+
+
 def layer(name, presets, axes):
     """One --config entry, as a dict of keys: a preset's name, a TOML file's path, key=value, or the
     name of a row that only one axis has (`ipo` for loss=ipo)."""
@@ -359,7 +365,7 @@ def configure(Config, presets, axes, doc="", argv=None, readers=None):
 def layered(given, presets, axes):
     """The keys of a command line's presets, files and options, the later ones on top: (values, the
     keys that the user wrote, which must be read)."""
-    names = [name for key, value in given if key == "config" for name in value.split(",") if name]
+    names = [name for key, value in given if key == "config" for name in entries(value)]
     values, typed = {}, {key for key, _ in given}
     for name in names:
         row = layer(name, presets, axes)
@@ -827,7 +833,7 @@ class Run:
 
     def open_folder(self, script):
         """The folder of a new run, or with --resume the one that holds the run; locked."""
-        c, names = self.c, [Path(n).stem for n in self.c.config.split(",") if n]
+        c, names = self.c, [Path(n).stem for n in entries(self.c.config)]
         base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
         others = () if c.out else (base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))
         numbered = [base, *others]
@@ -1177,6 +1183,7 @@ HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
 APART_OF_SFT = {"base", "tokenizer", "summary"}          # chapters that an ejected script imports
+MAIN = {"launch", "cli", "Config", "PRESETS", "AXES", "readers", "train"}  # an ejected main's
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1280,7 +1287,7 @@ def reach(text, roots, tables, values=()):
                 own = table_rows(unit, tables)
                 if own is None:
                     kept[i] = None
-                    names |= unit.uses
+                    names |= MAIN if unit.defines == {"main"} else unit.uses
                 else:
                     table = next(iter(unit.defines))
                     kept[i] = [(table, k, v) for k, v in own.items() if k == tables[table]]
@@ -1292,11 +1299,13 @@ def reach(text, roots, tables, values=()):
 
 def row_is_used(row, tables, asked):
     """Whether a run reads TABLE["key"] = …: the row of its axis, or a name that something asks
-    for."""
+    for, with or without a prefix (chosen_ratio for ratio)."""
     table, key, _ = row
     if table in tables:
         return tables[table] == key
-    return key in SIZES if table == "PRESETS" else key is None or key in asked
+    if table == "PRESETS":
+        return key in SIZES
+    return key is None or any(name == key or name.endswith(f"_{key}") for name in asked)
 
 
 def tables_of(text, c, axes):
@@ -1307,7 +1316,8 @@ def tables_of(text, c, axes):
         if "AXES" in unit.defines:
             for x in unit.node.value.keywords:
                 if isinstance(x.value, (ast.Name, ast.Attribute)):
-                    out[last_name(x.value)] = getattr(c, x.arg, next(iter(axes[x.arg])))
+                    row = getattr(c, x.arg, next(iter(axes[x.arg])))
+                    out[last_name(x.value)] = row if row in axes[x.arg] else "PATH"
     return out
 
 
@@ -1446,7 +1456,7 @@ def docstring_of(path, file, text, units, kept, c, options):
     """The docstring of an ejected script: the method, its paper, where it comes from, the
     letters."""
     marks = [(i, m) for i, line in enumerate(text.splitlines(), 1) if (m := HEADING.match(line))]
-    asked, named = set(c.config.split(",")), []
+    asked, named = set(entries(c.config)), []
     for (begin, m), end in zip(marks, [*(i for i, _ in marks[1:]), len(text.splitlines()) + 1]):
         used = [k for k in kept if begin < units[k].first < end]
         named += [m] if used and asked & set(re.split(r", *", m[1])) else []
@@ -1476,7 +1486,8 @@ def source_of(unit, rows, lines, names, c, f):
         return textwrap.fill(f"{whole}({words})", 100, subsequent_indent=" " * (len(whole) + 1))
     if unit.defines == {"PRESETS"}:
         rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
-        return "PRESETS = dict(\n    " + ",\n    ".join(segment(x, lines) for x in rows) + ")"
+        return "PRESETS = dict(\n    " + ",\n    ".join(
+            size_preset(x, lines, c, f) for x in rows) + ")"
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
         return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
@@ -1498,6 +1509,14 @@ def source_of(unit, rows, lines, names, c, f):
             if mine and mine[0].keywords[arg.arg] != hyper(mine[0].func)[arg.arg]:
                 places.append((default, mine[0].keywords[arg.arg]))
     return replaced(unit, lines, places)
+
+
+def size_preset(row, lines, c, f):
+    """A size preset's text without the keys that only rows read which are not here."""
+    known = {x.name for x in dataclasses.fields(c)}.union(*(fn.keywords for fn in vars(f).values()))
+    keys = ", ".join(segment(x, lines) for x in row.value.keywords if x.arg in known)
+    return textwrap.fill(f"{row.arg}=dict({keys})", 94, break_long_words=False,
+                         subsequent_indent=" " * (len(row.arg) + 10))
 
 
 def config_with(node, unit, lines, c):

@@ -556,7 +556,7 @@ def pattern(problem, text, finished, task):
 
 
 REWARDS = dict(task=lambda problem, text, finished, task: task.reward(problem, text, finished),
-               similarity=similarity, pattern=pattern)
+               swe_rl=similarity, rpr=pattern)
 
 
 def scorer(spec, task):

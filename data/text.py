@@ -367,6 +367,7 @@ def split_rows(rows, split, key="prompt"):
     held = set(texts[:max(1, len(texts) // 16)])
     return [row for row in rows if (row[key] in held) == (split == "val")]
 
+
 SCHEMAS = ('{"prompt", "completion"}, the same with "label": true, {"prompt", "chosen", '
            '"rejected"}, '
            '{"question", "answer"}, {"messages": [{"role", "content"}, … {"role": "assistant", '

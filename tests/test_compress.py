@@ -1,6 +1,7 @@
 """compress.py: masks, codes and ARMOR by hand, their limits and invariances, and whole runs."""
 import dataclasses
 import functools
+import json
 import math
 import pickle
 import shutil
@@ -12,7 +13,6 @@ import torch
 from conftest import DATA_DIR, close, merged, rand
 
 import compress
-from data import structure
 from data.run import UserError, claims_of, configure, hyper
 from data.run import settings as settings_of
 from data.tokenizer import bytes_tokenizer
@@ -183,6 +183,13 @@ def test_armor_never_rises_and_ends_below_nowag_p():
     assert close(layer(x), x @ layer.dequantize().T, 1e-4)
     with pytest.raises(UserError, match="--block"):
         compress.armor(w[:, :22], h[:22], g, [])
+    promise = compress.Promise()
+    compress.armor(w, h, g, promise.tell(), block=8, iterations=20)
+    promise.note("layer 0", promise.trace[-1])
+    assert promise.metrics()["rise"] <= 1e-7 and .5 < promise.metrics()["worst_layer"] < 1
+    promise.tell().extend([.5, .6])
+    with pytest.raises(AssertionError, match="layer 1: ARMOR's proxy loss rose"):
+        promise.note("layer 1", .6)
     none = compress.armor(w, h, g, [], iterations=0)                           # where it starts
     assert close(none.dequantize(), compress.nowag_p(w, h).dequantize(), .05)
     zero = torch.zeros(8, 8)
@@ -205,10 +212,10 @@ def test_d_pruner_s_limits():
     w, H, g = rand(4, 16).float(), moment(16).float(), rand(4, 16, seed=5).float()
     g[:, 3] = 0
     taylor = (g * w + (g * w) ** 2 / 2).abs()
-    new = weight(compress.dprune(w, H, g, g ** 2, lam=0.))
+    new = weight(compress.dprune(w, H, (g, g ** 2), lam=0.))
     assert close(new != 0, compress.kept(taylor, "50%"))                # no penalty: Taylor's score
     assert (new[:, 3] == 0).all()                                       # no gradient, no importance
-    much = weight(compress.dprune(w, H, g, g ** 2, lam=1e12, lr=1.)) != 0
+    much = weight(compress.dprune(w, H, (g, g ** 2), lam=1e12, lr=1.)) != 0
     assert not (much == (new != 0)).all()
 
 
@@ -294,8 +301,8 @@ def test_mixed_widths_between_two_and_four_bits():
     assert bits == sorted(bits) and errors == sorted(errors, reverse=True)
     h[16:32] = 100
     assert compress.mixed(w, h, g, share=.25).width.tolist() == [2, 4, 2, 2]
-    with pytest.raises(UserError, match="--by"):
-        compress.mixed(w, h, g, by="luck")
+    with pytest.raises(UserError, match="--group 24"):
+        compress.mixed(w, h, g, group=24)
 
 
 def test_gptvq_weighs_and_hands_on_its_errors():
@@ -337,7 +344,7 @@ def settings(**more):
 @pytest.mark.parametrize("smooth", ["awq", "smoothquant"])
 def test_smoothing_changes_no_output(smooth, heads):
     model, tokens, where = block_of_a_model(heads=heads)
-    structure.spread_outliers(model, 20.)
+    compress.spread_outliers(model, 20.)
     before, old = model(tokens), {k: v.clone() for k, v in model.state_dict().items()}
     options = dict(clip=False) if smooth == "awq" else {}
     compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings(bits=3), **options)
@@ -352,7 +359,7 @@ def test_awq_s_scale_by_hand_and_it_helps_where_outliers_are():
 
     def loss(smooth):
         model, tokens, where = block_of_a_model()
-        structure.spread_outliers(model, 20.)
+        compress.spread_outliers(model, 20.)
         whole = model(tokens)
         compress.SMOOTH[smooth](model, [model.embed_tokens(tokens)], where, settings())
         for block in model.layers:
@@ -408,8 +415,8 @@ def test_activations_in_few_bits():
     assert layer.act == (4, 16, 1) and comet < block / 10                   # in ceil(4 / 16) blocks
     assert set(layer.order[:4].tolist()) == {5, 20, 40, 60}
     assert off(rotate=32)[0] < token and off(act=8)[0] < token / 50
-    for wrong in (dict(act=1), dict(wide=True), dict(order=True, rotate=32)):
-        with pytest.raises(UserError, match="activations of 2 to 8 bits"):
+    for wrong in (dict(wide=True), dict(order=True, rotate=32)):
+        with pytest.raises(UserError, match="wide blocks need a --block"):
             compress.w4a4(w, absmax, **wrong)
     assert [compress.largest_power(*x) for x in ((512, 24), (48, 64), (7, 8))] == [16, 16, 1]
     layer = compress.w4a4(w, absmax, rotate=32, bits=8)
@@ -424,6 +431,27 @@ def test_kmeans_by_hand():
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
     assert close(C[code], points, 1e-6)                              # more codes than points: exact
+
+
+def test_a_group_of_0_is_the_whole_row():
+    w, H = rand(4, 24).float(), moment(24).float()
+    for method in (compress.rtn, functools.partial(compress.gptq, H=H)):
+        assert close(method(w, group=0).dequantize(), method(w, group=24).dequantize())
+        assert method(w, group=0).scale.shape == (4, 1)
+
+
+def test_what_is_noted_of_a_layer_s_inputs():
+    """Σ over batches, per token; the rows that are asked for, and h."""
+    model, tokens, where = block_of_a_model()
+    block, inputs = model.layers[0], [model.embed_tokens(x) for x in tokens.split(3)]
+    outputs, found = compress.watch(block, inputs, where(0), ("H", "absmax", "absmean", "W"))
+    x = torch.cat([block.input_layernorm(y).flatten(0, 1) for y in inputs])
+    got = found["self_attn.k_proj"]
+    assert close(got["h"], 2 * (x ** 2).mean(0), 1e-4)
+    assert close(got["H"], 2 * x.T @ x / len(x), 1e-4)
+    assert close(got["absmax"], x.abs().amax(0)) and close(got["absmean"], x.abs().mean(0), 1e-5)
+    assert len(outputs) == 3 and close(outputs[1], block(inputs[1], *where(0)))
+    assert set(compress.watch(block, inputs, where(0), ())[1]["mlp.up_proj"]) == {"h"}
 
 
 def test_more_clusters_than_points():
@@ -478,7 +506,10 @@ def test_nowag_vq_stores_what_it_says():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-PRESETS = list(compress.PRESETS)[:list(compress.PRESETS).index("tiny")]
+# every row of an axis that decides what is made, and every preset that names a method
+ROWS = [row for axis in ("method", "smooth", "cache") for row in compress.AXES[axis]]
+PRESETS = list(dict.fromkeys([*(x for x in ROWS if x not in ("none", "full")), *(
+    name for name, row in compress.PRESETS.items() if "method" in row)]))
 
 
 def tiny(config, out, *extra):
@@ -549,11 +580,6 @@ def test_every_arm_of_a_claim_is_a_configuration(claim):
     assert named <= set(claim.arms)
 
 
-def test_the_docstring_lists_every_preset():
-    table = compress.__doc__.split("reads\n")[1].split("Watch")[0]
-    assert [row.split()[0] for row in table.splitlines() if row.strip()] == [*PRESETS, "tiny"]
-
-
 def test_a_finished_run_is_not_made_again_and_packed_weights_not_packed_twice(shared_bases, capsys):
     out = tiny("rtn", "run")
     assert tiny("rtn", "run", "--resume") == out and "finished already" in capsys.readouterr().out
@@ -583,10 +609,10 @@ def test_the_real_checkpoint_2_4(stories, workdir):
     magnitude."""
     shutil.copy(DATA_DIR / "tinystories-30k.txt", "stories.txt")
     args = ["--init", str(stories), "--data", "stories.txt", "--samples", "8", "--windows", "16"]
-    loss = {x: compress.main(merged(*args, "--config", x, "--out", x, *more))["loss_increase"]
-            for x, more in (
-        ("magnitude", []), ("nowag_p", []), ("sparsegpt", []),
-        ("armor", ["--iterations=60", "--block=4"]))}
+    more, loss = dict(armor=["--iterations=60", "--block=4"]), {}
+    for name in ("magnitude", "nowag_p", "sparsegpt", "armor"):
+        argv = merged(*args, "--config", name, "--out", name, *more.get(name, []))
+        loss[name] = compress.main(argv)["loss_increase"]
     assert max(loss["sparsegpt"], loss["armor"]) < loss["nowag_p"] < loss["magnitude"]
 
 
@@ -599,12 +625,20 @@ def test_the_real_checkpoint_2_4(stories, workdir):
     (["--config=nowag_vq,tiny", "--bits=2", "--dim=7"], "larger than the layer"),
     (["--config=mixed,tiny", "--share=7"], "--share 7: must be at least 0 and at most 1"),
     (["--config=awq,tiny", "--points=0"], "--points"),
+    (["--config=kivi,tiny", "--cache_window=5"], "multiple of the group"),
+    (["--config=evicting,tiny", "--stabilizers=2"], "give a --chunk"),
+    (["--config=evicting,tiny", "--chunk=4", "--stabilizers=9"], "must hold them"),
+    (["--config=slimmoe,tiny", "--at_once=true", "--stages=1"], "raise --stages"),
+    (["--config=slimmoe,tiny", "--kd_loss=kl"], "no kd_loss 'kl'"),
+    (["--config=slimmoe,tiny", "--kd_steps=0", "--kd_lr=1"], "for methods that distil"),
+    (["--kd_lr=1"], "for methods that distil"), (["--k=4"], "for methods that distil"),
+    (["--keep=3"], "save more than once"),
     (["--config=kivi,tiny", "--cache_bits=3"], "choose from 1, 2, 4, 8"),
     (["--config=gptq,tiny", "--damp=-1"], "--damp -1: must be above 0"),
     (["--method=armour"], "did you mean 'armor'"), (["--context=1"], "at least 2"),
-    (["--config=slimmoe,tiny", "--smooth=awq"], "does not read it"),
-    (["--config=minitron,tiny", "--sequential=true"], "does not read it"),
-    (["--domain=x"], "does not read it"),
+    (["--config=slimmoe,tiny", "--smooth=awq"], "rtn or gptq"),
+    (["--config=minitron,tiny", "--sequential=true"], "a layer at a time"),
+    (["--domain=x"], "methods that read gradients"),
     (["--config=w4a4,tiny", "--smooth=awq"], "rtn or gptq"),
     (["--config=rtn,tiny", "--init=base:pretrain_moe"], "has experts"),
     (["--config=slimmoe,tiny", "--outliers=20"], "has experts"),

@@ -1,4 +1,4 @@
-"""data/crossvocab.py: a draft of another vocabulary leaves the target's words and laws as they
+"""specdec.py's OmniDraft: a draft of another vocabulary leaves the target's words and laws as they
 are."""
 import itertools
 import math
@@ -10,10 +10,10 @@ import torch
 from conftest import chi_square, close, rule
 
 import specdec
-from data.crossvocab import NgramCache, Translated, carried, matches, spell, translate
 from data.run import UserError
 from data.tokenizer import Tokenizer, bytes_tokenizer, char_tokenizer, train_bpe
-from model import ModelConfig, generate, prefill
+from model import ModelConfig, generate
+from specdec import NgramCache, Translated, carried, matches, spell, translate
 
 TEXT = ("the cat sat on the mat and the other cat sat there; then they thought of theories. "
         "caf\u00e9 na\u00efve \u20ac5 \u20ac6 \u20ac7 ") * 3
@@ -40,8 +40,7 @@ def tiny_model(vocab, seed=0, layers=1, context=256, **kw):
 
 def drafter(target, draft, target_tok, draft_tok, sampling=GREEDY, cls=Translated, **kw):
     return cls(draft, NgramCache(target_tok, draft_tok), target.config.vocab_size, sampling,
-               prefill=prefill,
-               law=specdec.law, draw=specdec.draw, **kw)
+               **kw)
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -79,9 +78,9 @@ def test_a_draft_of_bytes_or_characters_knows_every_token_from_the_beginning():
 def test_a_draft_with_merges_learns_the_strings_whose_ends_line_up():
     target, draft = words("a", "b", "c", "abc", "cab"), words("a", "b", "c", "ab")
     cache = NgramCache(target, draft)
-    assert set(cache.strings) == {(1,), (2,), (3,)} and cache.bytes == 0
+    assert set(cache.strings) == {(1,), (2,), (3,)}
     assert cache.follow([4, 1]) == [4, 3, 1]                  # abc|a is ab|c|a: 'abc' = ab, c
-    assert cache.strings[4, 3] == 4 and (4,) in cache.starts and cache.bytes == 12
+    assert cache.strings[4, 3] == 4 and (4,) in cache.starts
     assert (cache.hits, cache.read) == (1, 2)                 # 'a' was known, 'abc' was a miss
     cache.follow([4])
     assert (cache.hits, cache.read) == (2, 3)                 # now it is a hit
@@ -266,11 +265,13 @@ class Scripted:
     def __call__(self, tokens, kv):
         T, held = tokens.size(1), kv.length
         place, at = kv.at(T)
-        assert kv.used + T <= self.config.max_position_embeddings and int(place.max()) < kv.k.size(3)
+        assert kv.used + T <= self.config.max_position_embeddings
+        assert int(place.max()) < kv.k.size(3)
         kv.put(0, *[tokens[:, None, :, None].double()] * 2, at)
         kv.length, kv.used = held + T, kv.used + T
         rows = kv.k[0, :, 0, :, 0].long().tolist()
-        says = [[[self.after(ids[:n + 1])] for n in row] for ids, row in zip(rows, place.tolist())]
+        says = [[[self.after(ids[:n + 1])] for n in row]
+                for ids, row in zip(rows, place.tolist())]
         return torch.tensor(says)                                                        # [B, T, 1]
 
     def after(self, read):
@@ -331,11 +332,6 @@ def test_where_the_draft_s_context_is_full_nothing_is_drafted():
     with pytest.raises(UserError, match="exceeds its context of 5"):
         target, d, prompts, _ = scripted(10 ** 9, context=5)
         specdec.speculate(target, d, prompts, 30, rule(gamma=4), stop=())
-
-
-def test_an_unknown_mode_is_named():
-    with pytest.raises(UserError, match="'pont' of translation; did you mean 'point'"):
-        drafter(tiny_model(300), tiny_model(261), BPE, BYTES, mode="pont")
 
 
 # --- sampling -------------------------------------------------------------------------------------

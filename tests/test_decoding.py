@@ -1,4 +1,4 @@
-"""data/decoding.py: two models in turn, a look ahead, guidance, the consensus game,
+"""specdec.py's other decoders: two models in turn, a look ahead, guidance, the consensus game,
 self-evaluation."""
 import itertools
 import math
@@ -9,17 +9,15 @@ import pytest
 import torch
 from conftest import close, rand
 
-from data.decoding import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered,
-                           autoregressive,
-                           at_cost, coin, controls, cut_points, deal, ead, entropy_bits,
-                           equilibrium,
-                           guidance, guided, muted, pruned_tokens, rival_label, self_eval_loss,
-                           survivors, switching, vote, voted)
 from data.chains import chain_tokenizer
-from data.judging import best_of_n
 from data.prefs import tokenizer as toyif_tokenizer
 from data.run import UserError, hyper
+from data.stats import best_of_n
 from model import Cache, ModelConfig, collate, generate, init, pick
+from specdec import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, at_cost,
+                     autoregressive, coin, consensus, controls, cut_points, entropy_bits, guidance,
+                     muted, pruned_tokens, rival_label, search, self_eval_loss, survivors,
+                     switching, uncertain, vote, voted)
 
 D = partial(torch.tensor, dtype=torch.float64)
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -69,7 +67,8 @@ def test_entropy_in_bits_by_hand():
 def test_a_threshold_below_every_entropy_is_the_large_model_and_above_it_the_small_one():
     models = lively(0), lively(1)
     for prompt in ([1, 5, 9], [1, 40], [7, 7, 7, 7, 8]):
-        low, high = (written(models, prompt, partial(ead, threshold=t)) for t in (-1.0, math.inf))
+        low, high = (written(models, prompt, partial(uncertain, threshold=t))
+                     for t in (-1.0, math.inf))
         assert low.ids == alone(models[1], prompt) and high.ids == alone(models[0], prompt)
         assert set(low.large) == {1} and low.read[0] == 0          # the other model is never asked
         assert set(high.large) == {0} and high.read[1] == 0
@@ -91,25 +90,25 @@ def test_a_model_that_comes_back_has_read_what_it_missed():
 
 def test_the_stop_token_ends_the_text():
     models = lively(0), lively(1)
-    whole = written(models, [1, 5], partial(ead, threshold=-1.0), stop=()).ids
-    cut = written(models, [1, 5], partial(ead, threshold=-1.0), stop=(whole[3],)).ids
+    whole = written(models, [1, 5], partial(uncertain, threshold=-1.0), stop=()).ids
+    cut = written(models, [1, 5], partial(uncertain, threshold=-1.0), stop=(whole[3],)).ids
     assert cut == whole[:whole.index(whole[3]) + 1] and len(cut) < len(whole)
 
 
 def test_the_window_is_a_mean_of_the_last_five():
     seen = [9.0, 1.0, 1.0, 1.0, 1.0, 2.0]                          # mean of the last five: 1.2
-    assert ead(seen, False, math.inf, threshold=1.19) and not ead(seen, False, math.inf,
-                                                                  threshold=1.21)
-    assert ead(seen, False, math.inf, threshold=2.4, window=6) and not ead([], False, math.inf,
-                                                                           threshold=0.0)
+    assert uncertain(seen, False, math.inf, threshold=1.19)
+    assert not uncertain(seen, False, math.inf, threshold=1.21)
+    assert uncertain(seen, False, math.inf, threshold=2.4, window=6)
+    assert not uncertain([], False, math.inf, threshold=0.0)
 
 
 def test_a_switch_is_followed_by_a_minimum_stay():
-    assert ead([0.0] * 9, True, 4) and not ead([0.0] * 9, True, 5)
-    assert not ead([9.0] * 9, False, 4) and ead([9.0] * 9, False, 5)
+    assert uncertain([0.0] * 9, True, 4) and not uncertain([0.0] * 9, True, 5)
+    assert not uncertain([9.0] * 9, False, 4) and uncertain([9.0] * 9, False, 5)
     seen, large, stayed, who = [], False, math.inf, []  # each model is sure, or not, of all
     for _ in range(60):
-        turn = ead(seen, large, stayed, threshold=1.0, window=1)
+        turn = uncertain(seen, large, stayed, threshold=1.0, window=1)
         stayed, large = stayed + 1 if turn == large else 1, turn
         who.append(large)
         seen.append(0.0 if large else 3.0)
@@ -119,7 +118,7 @@ def test_a_switch_is_followed_by_a_minimum_stay():
 
 def test_the_large_share_of_a_fixed_text_falls_with_the_threshold():
     bits = (3 * rand(200).abs()).tolist()
-    shares = [sum(ead(bits[:i], False, math.inf, threshold=t) for i in range(200)) / 200
+    shares = [sum(uncertain(bits[:i], False, math.inf, threshold=t) for i in range(200)) / 200
               for t in (-1.0, 0.5, 1.0, 2.0, 3.0, 4.0, math.inf)]
     assert shares == sorted(shares, reverse=True) and shares[0] == 1 and shares[-1] == 0
     assert 0.2 < shares[3] < 0.9
@@ -192,7 +191,7 @@ def never(*_):
 
 @pytest.mark.parametrize("beams", [1, 2, 3, 5])
 def test_weight_zero_is_beam_search_and_looks_at_nothing(beams):
-    got = deal(PROMPTS, expand, never, never, {3}, new=5, weight=0.0, beams=beams, expansions=4)
+    got = search(PROMPTS, expand, never, never, {3}, new=5, weight=0.0, beams=beams, expansions=4)
     for prompt, b in zip(PROMPTS, got):
         logp, ids, done = beam_search(prompt, 5, beams)
         assert b.ids == ids and b.finished == done and close(b.logp, logp) and b.score == b.logp
@@ -201,7 +200,7 @@ def test_weight_zero_is_beam_search_and_looks_at_nothing(beams):
 def test_enough_beams_find_the_best_of_all_texts():
     def h(i, ids, finished):
         return float(sum(ids)) if finished else -math.inf
-    got = deal(PROMPTS, expand, partial(look, new=0),
+    got = search(PROMPTS, expand, partial(look, new=0),
                lambda i, ids, done: h(i, ids, True), {3}, new=4,
                weight=0.7, beams=1000, expansions=4)
     for prompt, b in zip(PROMPTS, got):
@@ -214,8 +213,8 @@ def test_enough_beams_find_the_best_of_all_texts():
 def test_a_forbidden_symbol_never_comes():
     def h(i, ids, finished):
         return -math.inf if 1 in ids else 0.0
-    free = deal(PROMPTS, expand, never, never, {3}, new=6, weight=0.0)
-    got = deal(PROMPTS, expand, partial(look, new=0), h, {3}, new=6, beams=3, expansions=4)
+    free = search(PROMPTS, expand, never, never, {3}, new=6, weight=0.0)
+    got = search(PROMPTS, expand, partial(look, new=0), h, {3}, new=6, beams=3, expansions=4)
     assert any(1 in b.ids for b in free) and not any(1 in b.ids for b in got)
 
 
@@ -243,17 +242,17 @@ def test_a_look_ahead_sees_a_reward_that_the_prefix_does_not_have():
     def h(i, ids, finished):
         return float(2 in ids)
     kw = dict(new=3, weight=2.0, beams=1, expansions=2)
-    assert 2 in deal([[0, 0]], step, ahead, h, {3}, **kw)[0].ids
-    assert 2 not in deal([[0, 0]], step,
+    assert 2 in search([[0, 0]], step, ahead, h, {3}, **kw)[0].ids
+    assert 2 not in search([[0, 0]], step,
                          lambda texts: [((), False)] * len(texts), h, {3}, **kw)[0].ids
 
 
 def test_prompts_do_not_touch_each_other():
     def h(i, ids, finished):
         return float(len(ids)) * (1 if PROMPTS[i][0] else -1)
-    together = deal(PROMPTS, expand, partial(look, new=2), h, {3}, new=5)
+    together = search(PROMPTS, expand, partial(look, new=2), h, {3}, new=5)
     for i, b in enumerate(together):
-        single = deal([PROMPTS[i]], expand, partial(look, new=2),
+        single = search([PROMPTS[i]], expand, partial(look, new=2),
                       lambda _, *rest: h(i, *rest), {3}, new=5)
         assert single == [b] and isinstance(b, Beam)
 
@@ -261,25 +260,9 @@ def test_prompts_do_not_touch_each_other():
 # --- GenARM ---------------------------------------------------------------------------------------
 
 
-def test_guided_logits_by_hand():
-    base, arm = D([.5, .3, .2]).log(), D([.2, .2, .6]).log()
-    assert close(guided(base, [arm], [1.0]).softmax(-1), [0.357143, 0.214286, 0.428571])
-    assert close(guided(base, [arm], [0.5]).softmax(-1), [0.436144, 0.261686, 0.302170])
-    assert close(guided(base, [arm], [0.0]).softmax(-1), base.exp())
-    assert close(guided(base, [D([1., 1., 1.])], [7.0]).softmax(-1), base.exp())     # a uniform arm
-
-
-def test_arms_add_up_and_the_base_keeps_its_support():
-    base, a, b = rand(5, 8), rand(5, 8, seed=1), rand(5, 8, seed=2)
-    once = guided(base, [a, b], [0.5, 2.0])
-    assert close(once.softmax(-1), guided(guided(base, [a], [0.5]), [b], [2.0]).softmax(-1))
-    assert close(guided(base, [a, a], [0.5, 1.5]).softmax(-1), guided(base, [a], [2.0]).softmax(-1))
-    narrow = base.index_fill(-1, torch.tensor([3]), -math.inf)
-    p = guided(narrow, [100 * a], [50.0]).softmax(-1)
-    inside = a.index_fill(-1, torch.tensor([3]), -math.inf)
-    assert (p[:, 3] == 0).all() and (p.argmax(-1) == inside.argmax(-1)).all()
-    zero = a.index_fill(-1, torch.tensor([2]), -math.inf)
-    assert guided(base, [zero], [0.0]).isfinite().all()
+def guided(base, arm, alpha):
+    """Logits of  π(v) ∝ π_base(v) π_arm(v)^α  (2410.08193)."""
+    return base.log_softmax(-1) + alpha * arm.log_softmax(-1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 4.0])
@@ -289,7 +272,7 @@ def test_guidance_is_what_generate_samples_from(alpha):
     base, arm = D([.5, .3, .2]).log(), D([.2, .2, .6]).log()
     T, a = guidance(alpha)
     token, logp = pick(((1 + a) * base - a * arm).expand(999, 3), torch.arange(999) / 999, T)
-    p = guided(base, [arm], [alpha]).softmax(-1)
+    p = guided(base, arm, alpha).softmax(-1)
     assert close(logp, p.log()[token], 1e-6)
     assert close(torch.bincount(token, minlength=3) / 999, p, 2e-3)
 
@@ -300,7 +283,7 @@ def test_generate_follows_the_arm():
                     stop=[],
                     generator=torch.Generator().manual_seed(0))
     logits = [m.logits(m(roll.tokens)).double() for m in models]
-    want = guided(logits[0], [logits[1]], [1.5]).log_softmax(-1)[:, 2:-1]
+    want = guided(logits[0], logits[1], 1.5).log_softmax(-1)[:, 2:-1]
     assert close(want.gather(2, roll.tokens[:, 3:, None]).squeeze(2), roll.logp[:, 3:], 1e-4)
 
 
@@ -323,18 +306,18 @@ GAME = D([[.6, .3, .1], [.2, .3, .5]]), D([[.7, .8, .3], [.3, .2, .7]])
 
 
 def test_the_game_by_hand_and_its_ranking_flips():
-    G, P = equilibrium(*GAME, rounds=10)
+    G, P = consensus(*GAME, rounds=10)
     assert close(G[0], [0.355119, 0.344397, 0.300483]) and close(P[0],
                                                                  [0.516670, 0.523742, 0.463490])
     assert P[0].argmax() == 1
-    G, P = equilibrium(*GAME)
+    G, P = consensus(*GAME)
     assert close(G[0], [0.627070, 0.371342, 0.001588]) and close(P[0],
                                                                  [0.965951, 0.937206, 0.002782])
-    assert P[0].argmax() == 0 and hyper(equilibrium) == dict(rounds=5000, eta=0.1, lam=0.1)
+    assert P[0].argmax() == 0 and hyper(consensus) == dict(rounds=5000, eta=0.1, lam=0.1)
 
 
 def test_no_round_at_all_is_the_first_policy():
-    G, P = equilibrium(*GAME, rounds=0)
+    G, P = consensus(*GAME, rounds=0)
     g = GAME[0] / GAME[0].sum(0)
     d = GAME[1] / GAME[1].sum(1, keepdim=True)
     assert close(G, g / g.sum(1, keepdim=True)) and close(P, d / d.sum(0))
@@ -343,29 +326,29 @@ def test_no_round_at_all_is_the_first_policy():
 def test_the_players_stay_distributions_and_candidates_may_change_places():
     gen, dis = rand(4, 2, 5).exp(), rand(4, 2, 5, seed=1).exp()
     dis = dis / dis.sum(1, keepdim=True)
-    G, P = equilibrium(gen, dis, rounds=50)
+    G, P = consensus(gen, dis, rounds=50)
     assert close(G.sum(-1), torch.ones(4, 2)) and close(P.sum(-2), torch.ones(4, 5))
     order = torch.tensor([3, 0, 4, 1, 2])
-    for a, b in zip(equilibrium(gen[..., order], dis[..., order], rounds=50), (G, P)):
+    for a, b in zip(consensus(gen[..., order], dis[..., order], rounds=50), (G, P)):
         assert close(a, b[..., order])
 
 
 def test_padding_changes_nothing():
     gen, dis = (torch.cat([x, torch.zeros(2, 2)], 1)[None] for x in GAME)
-    for a, b in zip(equilibrium(gen, dis, rounds=20), equilibrium(*GAME, rounds=20)):
+    for a, b in zip(consensus(gen, dis, rounds=20), consensus(*GAME, rounds=20)):
         assert close(a[0, :, :3], b) and a.isfinite().all()
-    G, _ = equilibrium(gen, dis, rounds=20)
+    G, _ = consensus(gen, dis, rounds=20)
     assert (G[0, :, 3:] == 0).all()
 
 
 def test_a_strong_anchor_keeps_the_first_policies():
-    first, held = equilibrium(*GAME, rounds=0), equilibrium(*GAME, rounds=300, lam=1e6)
+    first, held = consensus(*GAME, rounds=0), consensus(*GAME, rounds=300, lam=1e6)
     assert all(close(a, b, 1e-4) for a, b in zip(first, held))
 
 
 def test_the_game_says_what_shapes_it_wants():
     with pytest.raises(UserError, match="correct first"):
-        equilibrium(rand(3, 2).exp(), rand(3, 2).exp())
+        consensus(rand(3, 2).exp(), rand(3, 2).exp())
 
 
 def test_views_of_answers_by_hand():
@@ -442,8 +425,6 @@ def test_pruning_keeps_the_best_half():
     assert survivors(p).tolist() == [[False, True, False, True], [True, True, False, False]]
     assert survivors(p, keep=0.25).sum(1).tolist() == [1, 1] and survivors(p, keep=1.0).all()
     assert survivors(rand(3, 5), keep=0.5).sum(1).tolist() == [3, 3, 3]
-    with pytest.raises(UserError, match="--share"):
-        survivors(p, keep=0.0)
 
 
 def test_tokens_of_pruning_by_hand():

@@ -1,15 +1,16 @@
 """grpo.py: every worked value and limit of its methods, and whole runs."""
+import inspect
 import math
+import re
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from conftest import close, merged, rand
 
 import grpo
-from data import curricula, shaping, tasks
-from data.run import UserError, hyper, needs, read_log
+from data import tasks
+from data.run import UserError, configure, headings, needs, read_log
 from model import load
 
 T = torch.tensor
@@ -56,16 +57,16 @@ def grad(fn, logp=LOGP):
 
 
 def test_overlong_by_hand():
-    shaped = shaping.overlong(C1, L1, 10, buffer=4)
+    shaped = grpo.overlong(C1, L1, 10, buffer=4)
     assert close(shaped, [[1, -2, -1, .5]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.998625, -1.180193, -.453920, .635488], 1e-5)
-    at = shaping.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)   # the ends of the slope
+    at = grpo.overlong(D([[1., 1, 1]]), D([[6., 10, 8]]), 10, buffer=4)   # the ends of the slope
     assert close(at, [[1, 0, .5]])
 
 
 def test_truncate_by_hand():
-    shaped = shaping.truncate(C2, C2, L2, target=7)
+    shaped = grpo.truncate(C2, C2, L2, target=7)
     assert close(shaped, [[1, 0, 0, 0], [1, 1, 1, 0]])
     adv = rows(grpo.whitened(shaped, mask_of(L2)), mask_of(L2))
     assert close(adv, [2.031959, *[-.353384] * 3, *[.839287] * 3, -1.546056], 1e-5)
@@ -75,135 +76,134 @@ def test_truncate_by_hand():
 
 @pytest.mark.parametrize("price", [.01, 1, 50])
 def test_in_a_group_of_wrong_answers_any_price_of_length_is_the_same(price):
-    shaped = shaping.linear_length(torch.zeros(1, 4).double(), L1, CAP, price=price)
+    shaped = grpo.linear_length(torch.zeros(1, 4).double(), L1, CAP, price=price)
     adv = rows(grpo.group_norm(shaped, mask_of(L1), group_eps=0), mask_of(L1))
     assert close(adv, [1.161895, -1.161895, .387298, -.387298], 1e-5)
-    assert close(shaping.linear_length(0 * C1, L1, CAP, price=price, correct_only=True), 0 * C1)
+    assert close(grpo.linear_length(0 * C1, L1, CAP, price=price, correct_only=True), 0 * C1)
 
 
 def test_easiest_by_hand():
-    shaped = shaping.easiest(C2, L2)
+    shaped = grpo.easiest(C2, L2)
     assert close(shaped, [[1, 0, 0, 1], [.801857, .801857, .517342, 0]], 1e-6)
     adv = rows(grpo.group_norm(shaped, mask_of(L2)), mask_of(L2))[4:]
     assert close(adv, [.718313, .718313, -.034175, -1.402451], 1e-5)      # correct, and pushed down
-    assert close(shaping.easiest(C1, L1, share=1.0), [[.838635, 0, 0, .561365]], 1e-6)
+    assert close(grpo.easiest(C1, L1, share=1.0), [[.838635, 0, 0, .561365]], 1e-6)
 
 
 def test_easiest_limits():
-    assert torch.equal(shaping.easiest(C2, L2, share=0.0), C2)
-    all_of = shaping.easiest(C2, L2, share=1.0, alpha=.3)
+    assert torch.equal(grpo.easiest(C2, L2, share=0.0), C2)
+    all_of = grpo.easiest(C2, L2, share=1.0, alpha=.3)
     assert torch.all(all_of[C2 == 0] == 0) and torch.all((all_of[C2 > 0] > .7)
                                                          & (all_of[C2 > 0] < 1))
     twin = torch.cat([C2[:1]] * 5)                               # ties: the first prompt
-    assert (shaping.easiest(twin, L2[:1].expand(5, 4))
+    assert (grpo.easiest(twin, L2[:1].expand(5, 4))
             != twin).any(1).tolist() == [True] + [False] * 4
-    assert close(shaping.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0),
+    assert close(grpo.easiest(D([[1., 0]]), D([[3., 5]]), share=1.0),
                  [[.7, 0]])                                                        # alone: σ(0) = ½
 
 
 def test_history_by_hand():
-    shaped = shaping.history(C1, L1, D([[5.]]))
+    shaped = grpo.history(C1, L1, D([[5.]]))
     assert close(shaped, [[1.309017, -1, -.309017, .3]], 1e-6)
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [1.260224, -1.097830, -.392173, .229778], 1e-5)
-    assert close(shaping.history(C1, L1, D([[8.]])), [[1.707107, -.382683, 0, 1]], 1e-6)
+    assert close(grpo.history(C1, L1, D([[8.]])), [[1.707107, -.382683, 0, 1]], 1e-6)
 
 
 def test_history_limits():
-    assert torch.equal(shaping.history(C1, L1, D([[math.inf]])), C1)               # the first visit
-    assert torch.equal(shaping.history(C1, L1, D([[5.]]), weight=0.0), C1)
-    shaped = shaping.history(C2, L2, D([[6.], [7.]]))
+    assert torch.equal(grpo.history(C1, L1, D([[math.inf]])), C1)               # the first visit
+    assert torch.equal(grpo.history(C1, L1, D([[5.]]), weight=0.0), C1)
+    shaped = grpo.history(C2, L2, D([[6.], [7.]]))
     assert shaped[C2 > 0].min() > shaped[C2 == 0].max()
-    assert torch.all(shaping.history(C2, L2, D([[6.], [7.]]), wrong_penalty=False)[C2 == 0] == 0)
+    assert torch.all(grpo.history(C2, L2, D([[6.], [7.]]), wrong_penalty=False)[C2 == 0] == 0)
 
 
 def test_reflective_by_hand():
     k = D([[2., 3, 1, 0]])
-    shaped = shaping.reflective(C1, L1, k, low=40, high=80)
+    shaped = grpo.reflective(C1, L1, k, low=40, high=80)
     assert close(shaped, [[.916976, 0, 0, .883024]], 1e-6)
     adv = rows(grpo.leave_one_out(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.622635, -.6, -.6, .577365], 1e-6)
-    assert close(shaping.reflective(C1, L1, k), [[.9, 0, 0, .883024]], 1e-6)
-    assert close(shaping.reflective(C1, D([[5.] * 4]), D([[2.] * 4])), [[.9, 0, 0, .9]])
+    assert close(grpo.reflective(C1, L1, k), [[.9, 0, 0, .883024]], 1e-6)
+    assert close(grpo.reflective(C1, D([[5.] * 4]), D([[2.] * 4])), [[.9, 0, 0, .9]])
 
 
 def test_verified_by_hand():
-    shaped = shaping.verified(C1, T([[False, True, False, False]]))
+    shaped = grpo.verified(C1, T([[False, True, False, False]]))
     assert close(shaped, [[10, -10, 0, 10]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.783349, -1.305582, -.261116, .783349], 1e-5)
-    assert shaping.verified(C1, T([[True, False, False, False]]))[0,
+    assert grpo.verified(C1, T([[True, False, False, False]]))[0,
                                                                   0] == -10    # correct, unfinished
 
 
 def test_consistent_by_hand():
-    shaped = shaping.consistent(C1, D([[.9, .4, .99, .6]]), margin=0.0)
+    shaped = grpo.consistent(C1, D([[.9, .4, .99, .6]]), margin=0.0)
     assert close(shaped, [[1.5, 0, 0, 1]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1), group_eps=1e-4), mask_of(L1))
     assert close(adv, [1.166511, -.833222, -.833222, .499933], 1e-5)
-    assert close(shaping.consistent(C1, D([[.97, 1, 1, .96]]), margin=0.0), [[1.5, 0, 0, 1.5]])
-    assert close(shaping.consistent(D([[0., 1, 0]]), D([[.9, .1, .9]])), [[0, 1.5, 0]])
+    assert close(grpo.consistent(C1, D([[.97, 1, 1, .96]]), margin=0.0), [[1.5, 0, 0, 1.5]])
+    assert close(grpo.consistent(D([[0., 1, 0]]), D([[.9, .1, .9]])), [[0, 1.5, 0]])
 
 
 def test_targets_of_easy_and_hard_prompts():
     """DA-DLER: the shorter one where at least half are correct within the longer"""
-    assert close(shaping.truncate(C2, C2, L2, target=7, easy=4), [[1, 0, 0, 0], [0, 0, 0, 0]])
-    assert close(shaping.to_target(C2, L2, target=7, easy=4), [[4, 7, 6, 7], [4, 4, 4, 4]])
-    assert close(shaping.to_target(D([[1., 0, 0, 0]]), L1, target=7, easy=4), [[4, 7, 6, 7]])
-    assert close(shaping.to_target(C2, L2, target=7), L2.clamp(max=7))
+    assert close(grpo.truncate(C2, C2, L2, target=7, easy=4), [[1, 0, 0, 0], [0, 0, 0, 0]])
+    assert close(grpo.to_target(C2, L2, target=7, easy=4), [[4, 7, 6, 7], [4, 4, 4, 4]])
+    assert close(grpo.to_target(D([[1., 0, 0, 0]]), L1, target=7, easy=4), [[4, 7, 6, 7]])
+    assert close(grpo.to_target(C2, L2, target=7), L2.clamp(max=7))
 
 
 def test_outliers_by_hand():
     length, right = D([[4., 5, 4, 6, 5, 4, 5, 40]]), torch.ones(1, 8).double()
-    trained = shaping.outliers(right, length, spread=2.0)
+    trained = grpo.outliers(right, length, spread=2.0)
     assert close(trained, [[4, 5, 4, 6, 5, 4, 5, 34]])
-    shaped = shaping.regraded(right, length, trained)
+    shaped = grpo.regraded(right, length, trained)
     adv = rows(grpo.group_norm(shaped, mask_of(length)), mask_of(length))
     assert close(adv, [*[.353552] * 7, -2.474867], 1e-5)
-    assert torch.equal(shaping.outliers(right, length, spread=3.0),
+    assert torch.equal(grpo.outliers(right, length, spread=3.0),
                        length)                                           # (G - 1) / √G = 2.4749 < 3
     wrong = right.clone()
     wrong[0, 0] = 0
-    assert torch.equal(shaping.outliers(wrong, length, spread=1.0), length)
-    assert torch.equal(shaping.outliers(right, length, spread=2.0, least=7), length)
-    assert torch.equal(shaping.outliers(right, trained, spread=2.5), trained)
+    assert torch.equal(grpo.outliers(wrong, length, spread=1.0), length)
+    assert torch.equal(grpo.outliers(right, length, spread=2.0, least=7), length)
+    assert torch.equal(grpo.outliers(right, trained, spread=2.5), trained)
 
 
 def test_a_clip_is_counted_around_its_own_anchor():
-    b = dict(old_logp=OLD, teach_logp=TEACH, behaviour_logp=BASE)
-    middle = .5 * OLD + .5 * TEACH
-    for name, anchor in (("clip", OLD), ("clip_stale", BASE), ("kl_cov", OLD),
-                         ("anchored", middle)):
-        fn = grpo.SURROGATES[name]
-        assert close(grpo.anchor_of(partial(fn, **hyper(fn)), b), anchor)
+    """the second argument of a surrogate with an eps is what its ratio is around"""
+    around = {name: needs(fn)[1] for name, fn in grpo.SURROGATES.items()}
+    assert {around[x] for x in ("clip", "clip_higher", "clip_cov", "drpo")} == {"old_logp"}
+    assert (around["clip_stale"], around["anchored"]) == ("behaviour_logp", "anchor")
+    assert close(grpo.anchor(OLD, TEACH, .5), .5 * OLD + .5 * TEACH)
 
 
 def test_unfinished_responses_do_not_train():
-    assert close(shaping.ended(L1, T([[False, True, False, False]])), [[4, 0, 6, 8]])
-    assert shaping.whole(L1) is L1
+    assert close(grpo.ended(L1, T([[False, True, False, False]])), [[4, 0, 6, 8]])
+    assert grpo.whole(L1) is L1
 
 
 def test_probable_by_hand():
-    shaped = shaping.probable(D([[.8, .3, .1, .7]]), D([[.2]]), D([[1., 1, 0, 1]]))
+    shaped = grpo.probable(D([[.8, .3, .1, .7]]), D([[.2]]), D([[1., 1, 0, 1]]))
     assert close(shaped, [[.64, .19, 0, .55]])
     adv = rows(grpo.group_norm(shaped, mask_of(L1)), mask_of(L1))
     assert close(adv, [.979528, -.514667, -1.145550, .680689], 1e-5)
-    assert close(shaping.probable(C2, D([[0.], [0]]), 0 * C2), .9 * C2)
+    assert close(grpo.probable(C2, D([[0.], [0]]), 0 * C2), .9 * C2)
 
 
 def test_agreed_by_hand():
     answers = T([[7, 7, 3, 7], [7, 5, 5, 5]])
-    assert shaping.agreed(answers).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
-    assert shaping.agreed(answers, cross=False).tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
-    assert shaping.agreed(T([[7, 7, 3, 7], [7, 7, 5, 7]])).tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
-    assert torch.equal(shaping.agreed(answers.flip(0)), shaping.agreed(answers).flip(0))
-    assert shaping.agreed(T([[-1, -1, -1], [2, 1, -1]])).tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert shaping.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0],
+    assert grpo.agreed(answers).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+    assert grpo.agreed(answers, cross=False).tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    assert grpo.agreed(T([[7, 7, 3, 7], [7, 7, 5, 7]])).tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
+    assert torch.equal(grpo.agreed(answers.flip(0)), grpo.agreed(answers).flip(0))
+    assert grpo.agreed(T([[-1, -1, -1], [2, 1, -1]])).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert grpo.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0],
                                                                     [0, 1, 0]]         # ties: first
 
 
 def test_calibrated_by_hand():
-    assert close(shaping.calibrated(D([[.3, .6, .49]]), D([[.35, 1, 1]])), [[.335, .6, .59]])
+    assert close(grpo.calibrated(D([[.3, .6, .49]]), D([[.35, 1, 1]])), [[.335, .6, .59]])
 
 
 @pytest.mark.parametrize("level", ["group", "response"])
@@ -211,14 +211,14 @@ def test_flipped_rewards(level):
     g, score = torch.Generator().manual_seed(0), (rand(4000, 4) > 0).double()
     stated = torch.ones_like(score)
     stated[:, 0], score[:, 0] = 0, 0
-    noisy = shaping.flipped(score, stated, g, .4, level)
+    noisy = grpo.flipped(score, stated, g, rate=.4, level=level)
     off = (noisy != score)[:, 1:].double()
     assert off.mean() == pytest.approx(.4, abs=.03) and not noisy[:, 0].any()
     assert (off.std(1) == 0).all() == (level == "group")
     adv = grpo.deviations(score)  # a flipped group is its negative: 1 - 2p of the signal
     assert close(grpo.deviations(1 - score), -adv)
     for rate in (0.0, 1.0):
-        assert close(shaping.flipped(C2, C2 + 1, g, rate), (1 - C2) * rate + C2 * (1 - rate))
+        assert close(grpo.flipped(C2, C2 + 1, g, rate=rate), (1 - C2) * rate + C2 * (1 - rate))
 
 
 # --- advantages -----------------------------------------------------------------------------------
@@ -318,21 +318,23 @@ def test_clip_by_hand():
 
 
 def test_clip_higher_by_hand():
-    loss = grpo.clip(LOGP, OLD, ADV, eps_high=.28)
+    loss = grpo.clip_higher(LOGP, OLD, ADV, eps_high=.28)
     assert close(loss[0], [-1.221403, -1, -.606531], 1e-6) and close(mean(loss), -.224619, 1e-6)
-    assert close(grad(lambda x: mean(grpo.clip(x, OLD, ADV, eps_high=.28)))[0, 0], -.244281, 1e-6)
+    got = grad(lambda x: mean(grpo.clip_higher(x, OLD, ADV, eps_high=.28)))
+    assert close(got[0, 0], -.244281, 1e-6)
+    assert torch.equal(grpo.clip_higher(LOGP, OLD, ADV, eps_high=.2), grpo.clip(LOGP, OLD, ADV))
 
 
 def test_dual_clip_by_hand():
     five = D([[math.log(5)]])
-    assert close(grpo.clip(five, 0 * five, D([[-1.]])), [[5]])
-    assert close(grpo.clip(five, 0 * five, D([[-1.]]), dual=3.0), [[3]])
+    assert close(grpo.clip_higher(five, 0 * five, D([[-1.]])), [[5]])
+    assert close(grpo.clip_higher(five, 0 * five, D([[-1.]]), dual=3.0), [[3]])
 
 
 @pytest.mark.parametrize("name", ["clip", "stale", "clip_cov", "kl_cov"])
 def test_at_ratio_one_every_surrogate_is_reinforce(name):
     fn, zero = grpo.SURROGATES[name], torch.zeros_like(MASK)
-    have = dict(old_logp=LOGP, behaviour_logp=LOGP, adv=ADV, chosen=zero)
+    have = dict(old_logp=LOGP, behaviour_logp=LOGP, adv=ADV, dropped=zero, steep=zero)
     got = grad(lambda x: mean(fn(x, **{k: have[k] for k in needs(fn)[1:]})))
     assert close(got, grad(lambda x: mean(grpo.reinforce(x, ADV))))
 
@@ -347,29 +349,30 @@ def test_stale_by_hand():
 
 @pytest.mark.parametrize("alpha, want", [(.5, -.014747), (0., .314205), (1., -.220339)])
 def test_anchored_by_hand(alpha, want):
-    assert close(mean(grpo.anchored(LOGP, OLD, TEACH, ADV, alpha=alpha)), want, 1e-6)
+    assert close(mean(grpo.anchored(LOGP, grpo.anchor(OLD, TEACH, alpha), ADV)), want, 1e-6)
 
 
 def test_anchored_limits():
-    assert torch.equal(grpo.anchored(LOGP, OLD, TEACH, ADV, alpha=1.0), grpo.clip(LOGP, OLD, ADV))
-    assert close(grpo.anchored(LOGP, OLD, OLD, ADV, alpha=.3), grpo.clip(LOGP, OLD, ADV))
+    clip = grpo.clip(LOGP, OLD, ADV)
+    assert torch.equal(grpo.anchored(LOGP, grpo.anchor(OLD, TEACH, 1.0), ADV), clip)
+    assert close(grpo.anchored(LOGP, grpo.anchor(OLD, OLD, .3), ADV), clip)
 
 
 def test_covariances_by_hand():
     cov = grpo.covariance(LOGP, ADV, MASK)
     assert close(cov * MASK, [[.032, .432, -.768], [-1.008, .552, 0]])
     g = torch.Generator().manual_seed(0)
-    assert not grpo.band(LOGP, OLD, ADV, MASK, g, low=1.0).any()
-    got = grpo.band(LOGP, OLD, ADV, MASK, g, low=.3, ratio=1.0, eps=.2)
+    assert not grpo.band(LOGP, OLD, ADV, MASK, g, ratio=2e-3, low=1.0, high=5.0, eps=1.0).any()
+    got = grpo.band(LOGP, OLD, ADV, MASK, g, ratio=1.0, low=.3, high=5.0, eps=.2)
     assert got.tolist() == [[0, 1, 0], [0, 0, 0]]                # PPO's clip has (1, 1) already
-    assert grpo.top(LOGP, ADV, MASK, ratio=2e-4).tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert grpo.steepest(LOGP, ADV, MASK, ratio=2e-4).tolist() == [[0, 0, 0], [0, 1, 0]]
 
 
 def test_kl_cov_by_hand():
-    chosen = grpo.top(LOGP, ADV, MASK, ratio=2e-4)
-    loss = grpo.kl_cov(LOGP, OLD, ADV, chosen)
+    steep = grpo.steepest(LOGP, ADV, MASK, ratio=2e-4)
+    loss = grpo.kl_cov(LOGP, OLD, ADV, steep)
     assert close(loss[1, 1], 1.106531, 1e-6) and close(mean(loss), -.163313, 1e-6)
-    assert close(grpo.kl_cov(LOGP, OLD, ADV, chosen, coef=0.0), -ADV * (LOGP - OLD).exp())
+    assert close(grpo.kl_cov(LOGP, OLD, ADV, steep, coef=0.0), -ADV * (LOGP - OLD).exp())
 
 
 def test_clip_cov_removes_what_is_chosen():
@@ -421,7 +424,7 @@ def test_drpo_trust_region():
     loss = grpo.drpo(now, old, mask, C2, L2, CAP, price) - grpo.drpo(now, old, mask, C2, L2, CAP,
                                                                      0 * mask)
     assert close(loss.mean(), 10 * (kl - .01) * kl)
-    assert not grpo.hinge(now, now, mask, 2).any()
+    assert not grpo.hinge(now, now, mask, 2, beta=10.0, delta=1e-4).any()
 
 
 # --- penalties ------------------------------------------------------------------------------------
@@ -504,17 +507,17 @@ def test_step_potentials_by_hand():
     mask, step, probed = torch.ones(2,
                                     5).double(), torch.arange(5).expand(2, 5), torch.ones(2,
                                                                                           5).bool()
-    two = [torch.cat([x, x]) for x in (acc, conf)]                      # A of the group: .5 and -.5
-    adv = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed, white=False)
+    two = [torch.cat([x, x]) for x in (acc, conf)]               # A of the group: .5 and -.5
+    adv = grpo.stepwise(D([[1., 0]]), mask, step, two, probed, white=False)
     assert close(adv[0], [.444958, .467372, .994677, .457457, -.022494], 1e-5)
-    plain = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed, alpha=0.0, xi=0.0, white=False)
+    plain = grpo.stepwise(D([[1., 0]]), mask, step, two, probed, alpha=0.0, xi=0.0, white=False)
     assert close(plain, mask * D([[.5], [-.5]]))                         # Dr. GRPO's
     some = probed.clone()
     some[1] = False                                                      # a response without a step
-    adv = grpo.stepwise(D([[1., 0]]), mask, step.where(some, -1), *two, some, white=False)
+    adv = grpo.stepwise(D([[1., 0]]), mask, step.where(some, -1), two, some, white=False)
     assert close(adv[1], [-.5] * 5) and close(adv[0],
                                               [.444958, .467372, .994677, .457457, -.022494], 1e-5)
-    white = grpo.stepwise(D([[1., 0]]), mask, step, *two, probed)
+    white = grpo.stepwise(D([[1., 0]]), mask, step, two, probed)
     assert close(white.mean(), 0) and close(white.var(), 1, 1e-6)
 
 
@@ -537,9 +540,23 @@ def test_step_returns_by_hand():
 
 def test_groups_of_the_usual_spread_train():
     shaped = D([[0., 1, 0, 1], [.5, .6, .5, .6], [.5, .5, .5, .5]])
-    assert grpo.steady(shaped, 0.0).tolist() == [True] * 3
-    assert grpo.steady(shaped, .2).tolist() == [True, False, False]
-    assert grpo.steady(shaped, 9.0).tolist() == [True, False, False]             # never none
+    assert grpo.spread_enough(shaped, 0.0, .5).tolist() == [True] * 3
+    assert grpo.spread_enough(shaped, .2, .5).tolist() == [True, False, False]
+    assert grpo.spread_enough(shaped, 9.0, .5).tolist() == [True, False, False]  # never none
+
+
+def test_the_usual_spread_by_hand():
+    """0 until it has been seen ten times; the first six stand for themselves"""
+    usual = grpo.Usual()
+    for spread in (1., 2, 3, 4, 5, 6):
+        usual.note(spread * D([[0, 2 ** .5]]))
+        assert usual.tell() == 0 and usual.state()[-1] == pytest.approx(spread)
+    for _ in range(4):
+        usual.note(D([[0, 2 ** .5]]))
+    assert usual.tell() == pytest.approx(1 + 5 * .99 ** 4)
+    other = grpo.Usual()
+    other.load(usual.state())
+    assert other.tell() == usual.tell()
 
 
 def test_sufficient_hints_by_hand():
@@ -548,38 +565,80 @@ def test_sufficient_hints_by_hand():
     def accuracy(kept):
         asked.append(tuple(sorted(kept)))
         return table[asked[-1]]
-    assert curricula.sufficient(3, accuracy) == {2} and set(asked) == set(table)
+    assert grpo.sufficient(3, accuracy) == {2} and set(asked) == set(table)
     table[2,] = .6
-    assert curricula.sufficient(3, accuracy) == {0, 2}
+    assert grpo.sufficient(3, accuracy) == {0, 2}
     table[2,] = .8                                                               # ties: fewer
-    assert curricula.sufficient(3, accuracy) == {2}
+    assert grpo.sufficient(3, accuracy) == {2}
     hurts = {(): .1, (0, 1): .9, (0,): .2, (1,): .3}
-    assert curricula.sufficient(2, lambda kept: hurts[tuple(sorted(kept))]) == {0, 1}
-    assert curricula.sufficient(2, lambda kept: 1.0 - .1 * len(kept)) == set()
+    assert grpo.sufficient(2, lambda kept: hurts[tuple(sorted(kept))]) == {0, 1}
+    assert grpo.sufficient(2, lambda kept: 1.0 - .1 * len(kept)) == set()
     near = {(): .1, (0, 1): .8, (0,): .7, (1,): .3}  # within a standard error: the fewest
-    assert curricula.sufficient(2, lambda kept: near[tuple(sorted(kept))], margin=.15) == {0}
+    assert grpo.sufficient(2, lambda kept: near[tuple(sorted(kept))], margin=.15) == {0}
 
 
-def test_solvable_prompts():
-    assert curricula.solvable([0, 3, 8, 1]) == [False, True, True, True]
+def test_solvable_prompts(monkeypatch):
+    right = T([[0., 0], [1, 0], [1, 1]])
+    monkeypatch.setattr(grpo, "rollouts", lambda *a: [(["never", "once", "always"], None)])
+    monkeypatch.setattr(grpo, "graded", lambda *a: (right, []))
+    c = grpo.Config(temperature=.7)
+    pool, heat, _ = grpo.solvable(None, [], tasks.task("chain"), None, c, None)
+    assert (pool, heat) == (["once", "always"], .7)
+    right[:] = 0
+    with pytest.raises(UserError, match="no prompt is ever solved"):
+        grpo.solvable(None, [], tasks.task("chain"), None, c, None)
 
 
 def test_reweighted_by_hand():
     a, b = [.5] * 4, [.9, .7, .8, .4]
-    assert close(curricula.reweighted([a, b], window=2), [1.010714, .989286], 1e-6)
-    assert close(curricula.reweighted([a, b], window=2, temperature=.5), [1.106735, .893265], 1e-6)
-    assert close(curricula.reweighted([a, b], window=2, temperature=1e9), [1, 1])
-    assert curricula.reweighted([a, a, a],
-                                window=2) == [1, 1, 1] == curricula.reweighted([a, b, b], window=3)
+    assert close(grpo.reweighted([a, b], 5.0, window=2), [1.010714, .989286], 1e-6)
+    assert close(grpo.reweighted([a, b], .5, window=2), [1.106735, .893265], 1e-6)
+    assert close(grpo.reweighted([a, b], 1e9, window=2), [1, 1])
+    assert grpo.reweighted([a, a, a], 5.0, window=2) == [1, 1, 1]
+    assert grpo.reweighted([a, b, b], 5.0, window=3) == [1, 1, 1]
+
+
+def test_a_group_s_weight_is_its_task_s_by_the_task_s_share():
+    each = T([[0.], [1.], [0.], [0.]])                           # three quarters of a half
+    got = grpo.weight_of_group([1.2, .8], each, MASK)
+    assert close(got, [[.8], [1.6], [.8], [.8]])
+    assert close(grpo.converging(MASK, D([[2.]])), 2 * grpo.sequence_mean(MASK))
+
+
+def test_losses_of_tasks_by_hand():
+    losses = grpo.Losses(tasks.task("sort+chain"))
+    score, objective = T([[1., 0], [1, 1], [0, 0]]), T([[0.], [0.], [1.]])
+    assert losses.note([.9, 1.1], score, objective) == dict(lam_0=.9, lam_1=1.1)
+    losses.note([1, 1], score[:1], objective[:1])
+    assert losses.tell() == [[.25, .5], [1.0]]
+
+
+def test_records_are_of_correct_responses():
+    records = grpo.Records(["a", "b", "c"])
+    records.note(T([[2], [0]]), T([[5., 3, 9], [4, 4, 4]]), T([[1., 0, 1], [0, 0, 0]]))
+    assert records.tell() == [math.inf, math.inf, 5]
+    records.note(T([[2]]), T([[7., 6, 9]]), T([[1., 1, 1]]))
+    assert grpo.record_of(records.tell(), T([[2], [1]])) == [5, math.inf]
+
+
+def test_the_lagged_policy_is_of_so_many_steps_ago():
+    policy = torch.nn.Linear(1, 1, bias=False)
+    past = grpo.Past(policy)
+    for step in range(5):
+        with torch.no_grad():
+            policy.weight.fill_(step)
+        past.note(policy)                                        # the start, 0, 1, 2, 3, 4
+    assert grpo.lagged(past, lag=2).weight.item() == 2 and len(past.state()) == 3
+    assert grpo.lagged(past, lag=9).weight.item() == 2           # as far back as there is
 
 
 def test_majority_and_pass_at_k():
     right = T([[True, False, False, True], [False] * 4, [False, True, True, True]])
-    told = curricula.of_samples(right, ["3", "4", "4", "3", "", "", "", "", "1", "2", "2", ""])
-    assert told == {"pass@2": pytest.approx((5 / 6 + 0 + 1) / 3), "pass@4": pytest.approx(2 / 3),
-                    "maj@4": pytest.approx(2 / 3)}               # 3 ties with 4 and comes first
-    assert curricula.of_samples(T([[True]]), ["3"]) == {"maj@1": 1.0}
-    cut = curricula.of_samples(T([[False, True, True, False]]),
+    shares = grpo.of_samples(right, ["3", "4", "4", "3", "", "", "", "", "1", "2", "2", ""])
+    assert shares == {"pass@2": pytest.approx((5 / 6 + 0 + 1) / 3), "pass@4": pytest.approx(2 / 3),
+                      "maj@4": pytest.approx(2 / 3)}             # 3 ties with 4 and comes first
+    assert grpo.of_samples(T([[True]]), ["3"]) == {"maj@1": 1.0}
+    cut = grpo.of_samples(T([[False, True, True, False]]),
                                ["", "3", "3", "5"])                            # unfinished: no vote
     assert cut["maj@4"] == 1
 
@@ -593,19 +652,18 @@ def test_the_temperature_of_an_entropy():
 
 def test_an_entropy_is_met(shared_bases):
     policy, tok = load(grpo.sft.base("chain_right", like="tiny"))
-    c = grpo.Config(device="cpu", dtype="float32", prompts=8, samples=8, at_entropy=1.0)
+    c = grpo.Config(device="cpu", dtype="float32", prompts=8, samples=8, max_new=24)
     problems, g = tasks.task("chain").problems("train", 8), torch.Generator().manual_seed(0)
-    t = grpo.temperature_at(policy, problems, tok, c, 24, g)
-    _, roll = next(grpo.rollouts(policy, problems, tok, replace(c, temperature=t), 24, 8, g))
-    H = grpo.token_logprobs(policy, roll.tokens, roll.mask, temperature=t, entropy=True)[1]
-    assert close((H * roll.mask).sum() / roll.mask.sum(), 1.0, .1)               # of fresh samples
+    _, t, _ = grpo.temperature_at(policy, problems, tok, c, g, at_entropy=1.0)
+    _, roll = next(grpo.rollouts(policy, problems, tok, replace(c, temperature=t), 8, g))
+    assert close(grpo.entropy_of(policy, roll, c, t), 1.0, .1)                   # of fresh samples
     with pytest.raises(UserError, match="--at_entropy 9"):
-        grpo.temperature_at(policy, problems, tok, replace(c, at_entropy=9.0), 24, g)
+        grpo.temperature_at(policy, problems, tok, c, g, at_entropy=9.0)
 
 
 def test_where_a_rising_function_crosses():
-    assert curricula.crossing(math.log, 0.5) == pytest.approx(math.exp(.5), rel=1e-4)
-    assert curricula.crossing(math.log, 9.0) is None is curricula.crossing(math.log, -9.0)
+    assert grpo.crossing(math.log, 0.5) == pytest.approx(math.exp(.5), rel=1e-4)
+    assert grpo.crossing(math.log, 9.0) is None is grpo.crossing(math.log, -9.0)
 
 
 def test_forced_answers(shared_bases):
@@ -622,39 +680,85 @@ def test_forced_answers(shared_bases):
         assert close(entropy[i], -(logits.exp() * logits).sum(1).mean(), 1e-5)
 
 
-def test_what_is_asked_after_steps_and_answers(shared_bases):
+TEXTS = ["-1=8;;+2=0####0", "####7", "+1=3w+1=2####2", "+1=2"]
+FOUND = ("stated", "answer", "reflections", "truth_prob", "answer_prob", "base_prob", "pattern",
+         "objective")
+
+
+@pytest.fixture
+def asked(shared_bases):
+    """What is known of four responses to two problems, and the probability of a text's answer."""
     policy, tok = load(grpo.sft.base("chain_right", like="tiny"))
     task, c = tasks.task("chain"), grpo.Config(device="cpu", dtype="float32", samples=2)
     problems = [dict(prompt="9-1+2?", answer="0", seed=0), dict(prompt="1+1?", answer="2", seed=0)]
-    texts = ["-1=8;;+2=0####0", "####7", "+1=3w+1=2####2", "+1=2"]
-    full = [(tok.prompt(problems[i // 2]), [*tok.encode(x), tok.eos]) for i, x in enumerate(texts)]
+    posed = [p for p in problems for _ in range(2)]
+    full = [(tok.prompt(p), [*tok.encode(x), tok.eos]) for p, x in zip(posed, TEXTS)]
     tokens, mask = grpo.collate(full, tok.pad)
-    start, finished = T([len(p) for p, _ in full]), T([True, True, True, False])
-    roll = grpo.Rollout(tokens, mask, 0 * mask, start, finished)
-    names = {"stated", "answer", "reflections", "truth_prob", "answer_prob", "base_prob", "pattern"}
-    models = dict.fromkeys(("policy", "ref", "slow"), policy)
-    made = grpo.facts(names, models, roll, texts, problems, task, tok, c)
-    assert made["stated"].tolist() == [[1, 1], [1, 0]] and made["answer"].tolist() == [[0, 1],
-                                                                                       [2, -1]]
-    assert made["reflections"].tolist() == [[0, 0], [1, 0]] and made["base_prob"].shape == (2, 1)
+    roll = grpo.Rollout(tokens, mask, 0 * mask, T([len(p) for p, _ in full]),
+                        T([True, True, True, False]))
 
     def prob(prompt, text, answer):
-        return grpo.forced(policy, [(tok.prompt(prompt) + tok.encode(text), tok.encode(answer))],
-                           c)[0]
+        rows = [(tok.prompt(prompt) + tok.encode(text), tok.encode(answer))]
+        return grpo.forced(policy, rows, c)[0]
+    return dict(c=c, policy=policy, ref=policy, slow=policy, tok=tok, task=task, roll=roll,
+                texts=TEXTS, problems=problems, posed=posed, mask=mask), prob
+
+
+def test_facts_of_responses(asked):
+    known, prob = asked
+    facts = {k: torch.as_tensor(grpo.call(grpo.FACTS[k], known)).float().view(2, -1)
+             for k in FOUND}
+    assert {*FOUND, "best"} == {*grpo.FACTS}
+    assert facts["stated"].tolist() == [[1, 1], [1, 0]]
+    assert facts["answer"].tolist() == [[0, 1], [2, -1]]
+    assert facts["reflections"].tolist() == [[0, 0], [1, 0]]
     after, bare = prob("9-1+2?", "-1=8;;+2=0####", "0"), prob("9-1+2?", "####", "0")
-    assert close(made["truth_prob"][0], [after, bare], 1e-6)
-    assert close(made["answer_prob"][0, 1:], prob("9-1+2?", "####", "7"), 1e-6)
-    assert made["answer_prob"][1, 1] == 0
-    assert close(made["base_prob"][:, 0], [prob("9-1+2?", "####", "0"), prob("1+1?", "####", "2")],
-                 1e-6)
-    asked = grpo.probes(policy, roll, problems, task, tok, c)
-    assert asked["probed"].tolist() == [[True, True], [False, False], [True, True], [True, False]]
-    at = len(tok.prompt(problems[0]))
-    assert asked["step"][0, at:at + 11].tolist() == [0] * 4 + [1] * 7 and (asked["step"][1]
-                                                                           == -1).all()
-    assert close(asked["acc"][0], [prob("9-1+2?", "-1=8####", "0"), after], 1e-6)
-    scored = grpo.probes(policy, roll, problems, task, tok, c, scores=True)
-    assert scored["process"].tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    assert close(facts["truth_prob"][0], [after, bare], 1e-6)
+    assert close(facts["answer_prob"][0, 1:], prob("9-1+2?", "####", "7"), 1e-6)
+    assert facts["answer_prob"][1, 1] == 0
+    assert close(facts["base_prob"][:, 0], [prob("9-1+2?", "####", "0"),
+                                            prob("1+1?", "####", "2")], 1e-6)
+
+
+def test_facts_of_steps(asked):
+    known, prob = asked
+    grpo.ask({"step", "belief", "process"}, grpo.BATCH, known)
+    assert known["probed"].tolist() == [[True, True], [False, False], [True, True], [True, False]]
+    at = len(known["tok"].prompt(known["problems"][0]))
+    assert known["step"][0, at:at + 11].tolist() == [0] * 4 + [1] * 7
+    assert (known["step"][1] == -1).all()
+    after = prob("9-1+2?", "-1=8;;+2=0####", "0")
+    assert close(known["belief"][0][0], [prob("9-1+2?", "-1=8####", "0"), after], 1e-6)
+    assert known["process"].tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+
+
+def test_only_what_is_asked_for_is_computed():
+    calls = []
+
+    def a(b):
+        calls.append("a")
+        return b + 1
+
+    def b(x):
+        calls.append("b")
+        return 2 * x
+
+    def never(x):
+        raise AssertionError
+    known = dict(x=3)
+    grpo.ask({"a", "b", "x"}, dict(a=a, b=b, c=never), known)
+    assert known == dict(x=3, a=7, b=6) and calls == ["b", "a"]
+
+
+def test_what_a_run_asks_for_in_the_end():
+    def names(*argv):
+        _, f = configure(grpo.Config, grpo.PRESETS, grpo.AXES, argv=["--config", *argv])
+        return grpo.asked_by(f)
+    assert {"records", "best"} <= names("hapo") and not {"slow", "cuts", "now"} & names("hapo")
+    assert {"slow", "roll"} <= names("care") and {"cuts", "belief"} <= names("spae")
+    assert {"losses", "priority", "objective"} <= names("recap") and "now" in names("drpo")
+    assert {"past", "behaviour_logp"} <= names("aipo") and "teacher" in names("kdrl")
+    assert not {*grpo.MEMORIES, *grpo.FACTS, *grpo.BATCH, *grpo.MINIBATCH} & names("grpo")
 
 
 # --- weights and filters --------------------------------------------------------------------------
@@ -664,10 +768,12 @@ def test_what_is_asked_after_steps_and_answers(shared_bases):
 def test_padding_weighs_nothing(name):
     fn, loss = grpo.WEIGHTS[name], rand(2, 3)
     wide = torch.cat([MASK, torch.zeros(2, 3).double()], 1)
-    args = () if name != "constant" else (CAP,)
-    assert close((fn(MASK, *args) * loss).sum(), (fn(wide, *args)[:, :3] * loss).sum())
-    assert not fn(wide, *args)[:, 3:].any()
-    assert torch.isfinite(fn(0 * MASK, *args)).all()             # rows that do not train
+
+    def weight(mask):
+        return grpo.call(fn, dict(mask=mask, cap=CAP, lam=D([[2.]])))
+    assert close((weight(MASK) * loss).sum(), (weight(wide)[:, :3] * loss).sum())
+    assert not weight(wide)[:, 3:].any()
+    assert torch.isfinite(weight(0 * MASK)).all()                # rows that do not train
 
 
 def test_weights_by_hand():
@@ -681,36 +787,76 @@ STEP = torch.arange(10).expand(8, 10) // 3
 PROBED = torch.tensor([[True] * 4, [True, True, False, False]] * 4)
 
 
-def test_mixed_groups_train():
-    assert grpo.mixed(D([[1., 1, 1], [1, 0, 1], [0, 0, 0]])).tolist() == [False, True, False]
+def rounds(*scores):
+    """Rounds of groups, and how many have been made."""
+    drawn = []
+    for i, score in enumerate(scores):
+        score = D(score)
+        n, width = score.numel(), 3 + i                          # a later round is wider
+        roll = grpo.Rollout(torch.full((n, width), i + 1), torch.ones(n, width),
+                            torch.zeros(n, width), torch.ones(n), torch.ones(n) > 0)
+        drawn.append(dict(
+            score=score, shaped=2 * score, roll=roll, ref=REFERENCE,
+            problems=[f"{i}.{k}" for k in range(len(score))],
+            posed=[f"{i}.{k}" for k in range(len(score)) for _ in score[0]], texts=["x"] * n))
+    return iter(drawn)
 
 
-@pytest.mark.parametrize("table",
-                         [grpo.TRIMS, grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDIT, grpo.SURROGATES,
-                                   grpo.PENALTIES, grpo.WEIGHTS, grpo.FILTERS])
+class REFERENCE:
+    class config:
+        pad_token_id = 9
+
+
+FLAT, MIXED = [1., 1], [1., 0]
+
+
+def test_a_filter_asks_for_rounds_until_enough_groups_are_mixed():
+    fresh = rounds([FLAT, MIXED], [FLAT, FLAT], [MIXED, MIXED], [MIXED, MIXED])
+    batch, seen = grpo.mixed(fresh, 2)
+    assert batch["problems"] == ["0.1", "2.0"] and batch["passed"] == 3
+    assert batch["posed"] == ["0.1", "0.1", "2.0", "2.0"] and len(seen["score"]) == 6
+    assert batch["roll"].tokens.tolist() == [[1, 1, 1, 9, 9]] * 2 + [[3] * 5] * 2
+    assert len(list(fresh)) == 1                                 # and for no more
+
+
+def test_a_filter_gives_up_after_so_many_rounds():
+    fresh = rounds([FLAT, MIXED], [FLAT, FLAT], [MIXED, MIXED])
+    batch, seen = grpo.mixed(fresh, 2, rounds=2)
+    assert batch["problems"] == ["0.1"] and batch["passed"] == 1 and len(seen["score"]) == 4
+    batch, _ = grpo.mixed(rounds([FLAT, FLAT], [FLAT, FLAT]), 2, rounds=2)       # none: the last
+    assert batch["problems"] == ["1.0", "1.1"] and batch["passed"] == 0
+    batch, seen = grpo.every(rounds([FLAT, MIXED]))
+    assert batch["problems"] == ["0.0", "0.1"] and seen["score"] is batch["score"]
+
+
+HAVE = dict(
+    score=C2, correct=C2, shaped=C2, length=L2, cap=CAP, best=D([[5.], [9.]]), reflections=L2,
+    truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None, price=mask_of(L2),
+    dropped=mask_of(L2), steep=mask_of(L2), truth_prob=C2 / 3, base_prob=D([[.1], [.2]]),
+    stated=C2, answer=3 * C2, pattern=C2 / 4, trained=L2, step=torch.arange(10).expand(8, 10) // 3,
+    probed=torch.tensor([[True] * 4, [True, True, False, False]] * 4), progress=.5,
+    belief=(rand(8, 4).sigmoid(), rand(8, 4, seed=1).sigmoid()), lam=D([[1.], [2]]),
+    process=rand(8, 4, seed=2).sigmoid())
+HAVE |= {k: rand(8, 10, seed=i) for i, k in enumerate((
+    "logp", "old_logp", "ref_logp", "teach_logp", "anchor", "behaviour_logp", "flat_logp", "adv"))}
+
+
+@pytest.mark.parametrize("table", [
+    grpo.TRIMS, grpo.SHAPERS, grpo.ADVANTAGES, grpo.CREDITS, grpo.SURROGATES, grpo.PENALTIES,
+    grpo.WEIGHTS])
 def test_nothing_changes_its_input(table):
-    have = dict(score=C2, correct=C2, shaped=C2, length=L2, cap=CAP, best=D([[5.], [9.]]),
-                reflections=L2,
-                truncated=C2 > 0, answer_prob=C2 / 2, mask=mask_of(L2), generator=None,
-                chosen=mask_of(L2),
-                truth_prob=C2 / 3, base_prob=D([[.1], [.2]]), stated=C2, answer=3 * C2,
-                pattern=C2 / 4,
-                trained=L2, step=STEP, probed=PROBED, acc=rand(8, 4).sigmoid(), usual=.1,
-                progress=.5,
-                conf=rand(8, 4, seed=1).sigmoid(), process=rand(8, 4, seed=2).sigmoid())
-    have |= {k: rand(8, 10, seed=i) for i, k in enumerate((
-        "logp", "old_logp", "ref_logp", "teach_logp", "base_logp", "behaviour_logp", "flat_logp",
-        "adv"))}
-    before = {k: x.clone() for k, x in have.items() if torch.is_tensor(x)}
+    before = {k: x.clone() for k, x in HAVE.items() if torch.is_tensor(x)}
     for fn in table.values():
-        out = fn(**{k: have[k] for k in needs(fn)})
-        assert torch.isfinite(out.double()).all()
-        assert all(torch.equal(have[k], x) for k, x in before.items())
+        assert torch.isfinite(grpo.call(fn, HAVE).double()).all()
+        assert all(torch.equal(HAVE[k], x) for k, x in before.items())
 
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-METHODS = list(grpo.PRESETS)[:list(grpo.PRESETS).index("tiny")]     # the rest belongs to the claims
+TOPICS = {"refused", "pass_at_k", "maj_at_k"}
+CHAPTERS = [x for names, _ in headings(inspect.getsource(grpo)) for x in re.split(", *", names)]
+METHODS = ["grpo", *(x for x in CHAPTERS if x not in TOPICS)]
+CONTROLS = {"tiny", "wide", "tokens", "reverse", "replay", "on_sort"}       # of the claims
 LEARNS_FROM_A_TEACHER = {"rlad", "kdrl", "opd", "exopd"}
 
 
@@ -721,23 +867,26 @@ def tiny(config, out, *extra):
                  acereason=["--at_entropy", "1.0"], latentseek=["--steps", "0", "--seek", "2"],
                  knowrl=["--pool", "4"], rif=["--screen", "64", "--pool", "8"])
     return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", *small.get(config, []),
-                            *teacher, "--out",
-                      out, *extra))
+                            *teacher, "--out", out, *extra))
+
+
+def test_every_preset_has_a_chapter():
+    assert {*grpo.PRESETS} - CONTROLS <= {*METHODS} and len(METHODS) == len({*METHODS})
 
 
 @pytest.mark.parametrize("config", METHODS)
-def test_every_preset_takes_two_steps(config, shared_bases, monkeypatch):
+def test_every_method_takes_two_steps(config, shared_bases, monkeypatch):
     """and the first update after a rollout has the ratio 1"""
     first = []
-    monkeypatch.setattr(grpo, "check_first_ratio", lambda told, dtype: first.append(told["worst"]))
+    monkeypatch.setattr(grpo, "check_first_ratio", lambda x, dtype: first.append(x["worst"]))
     out = tiny(config, "run")
     assert max(first, default=0.0) < 1e-4 and (first or config in ("aipo", "latentseek"))
     assert {"val_accuracy", "ood_accuracy", "val_pass@4", "sft_val_accuracy"} <= out.keys()
     assert all(math.isfinite(v) for v in out.values())
     log = [row for row in read_log("run") if "correct" in row]
     if config == "latentseek":                                   # trains nothing
-        assert {"seek_self",
-                "seek_random"} <= out.keys() and out["seek_oracle"] >= out["seek_start"]
+        assert {"seek_self", "seek_random"} <= out.keys()
+        assert out["seek_oracle"] >= out["seek_start"]
         assert not log and out["val_greedy"] == out["sft_val_greedy"]
         return
     keys = {"flat", "entropy", "kl", "length", "truncated", "clipped", "t_gen", "t_score",
@@ -746,20 +895,15 @@ def test_every_preset_takes_two_steps(config, shared_bases, monkeypatch):
     assert all(math.isfinite(v) for row in log for v in row.values())
 
 
-def test_the_map_names_every_method():
-    table = grpo.__doc__.partition("\npreset ")[2].partition("\nWatch")[0].splitlines()[1:]
-    assert [row.split()[0] for row in table] == METHODS
-
-
 def weights(folder):
     return load(folder)[0].state_dict()
 
 
 @pytest.mark.parametrize("config, extra", [
-    ("hapo", ()), ("aipo", ("--lag", "1")), ("rif", ("--at_entropy", "1.0"))])
+    ("hapo", ()), ("aipo", ("--lag", "1")), ("rif", ()), ("acereason", ()), ("recap", ()),
+    ("care", ()), ("rlpr", ()), ("kdrl", ())])
 def test_resume_is_exact(config, extra, shared_bases):
-    """4 steps = 2 + --resume + 2, bit for bit: records, a lagged policy, what was chosen at first
-    too"""
+    """4 steps = 2 + --resume + 2, bit for bit: memories, and what was prepared, too"""
     args = ["--steps", "4", "--save_every", "2", *extra]
     whole = tiny(config, "whole", *args)
     tiny(config, "half", *args, "--stop", "2")
@@ -780,12 +924,12 @@ def test_neither_micro_nor_order_changes_the_gradient(config, shared_bases, monk
         for micro, order in ((4, groups.flip(0) if config != "clip_cov" else groups), (64, groups)):
             g.set_state(state)  # Clip-Cov draws tokens in their order
             policy.zero_grad()
-            told = real(policy, batch, order, replace(c, micro=micro), f, g, progress)
+            result = real(policy, batch, order, replace(c, micro=micro), f, g, progress)
             grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()
                                     if p.grad is not None]))
         if grads[1].norm() > 0:                                  # a rollout may have no signal
             compared.append(((grads[0] - grads[1]).norm() / grads[1].norm()).item())
-        return told
+        return result
     monkeypatch.setattr(grpo, "backward", twice)
     tiny(config, "micro", "--samples", "8")
     assert compared and max(compared) < 1e-4
@@ -799,12 +943,12 @@ def test_the_weights_of_objectives_scale_their_gradients(shared_bases, monkeypat
         grads, lam = [], batch["lam"]
         for keep in (batch["objective"] == 0, batch["objective"] == 1, batch["objective"] >= 0):
             policy.zero_grad()
-            told = real(policy, batch | dict(lam=lam * keep), groups, *rest)
+            result = real(policy, batch | dict(lam=lam * keep), groups, *rest)
             grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()
                                     if p.grad is not None]))
         if grads[2].norm() > 0:
             compared.append(((grads[0] + grads[1] - grads[2]).norm() / grads[2].norm()).item())
-        return told
+        return result
     monkeypatch.setattr(grpo, "backward", split)
     tiny("recap", "lam", "--samples", "8", "--penalty", "k2", "--beta", "1.0")
     assert compared and max(compared) < 1e-4
@@ -833,8 +977,8 @@ def test_a_reward_of_ones_own(shared_bases):
     (shared_bases / "mine.py").write_text(code)
     tiny("grpo", "mine", "--reward", "mine.py:short")
     assert any(row.get("reward", 0) > 0 for row in read_log("mine"))
-    for spec, words in (("mine.py:shrot", "has no function 'shrot'"), ("mine", "PATH.py:FUNCTION"),
-                        ("ours.py:short", "of a file that exists")):
+    for spec, words in (("mine.py:shrot", "has no function 'shrot'"), ("mine", "give task, swe_rl"),
+                        ("PATH", "PATH.py:FUNCTION"), ("ours.py:short", "of a file that exists")):
         with pytest.raises(UserError, match=words):
             tiny("grpo", f"bad{spec}", "--reward", spec)
 
@@ -844,15 +988,40 @@ def test_a_reward_of_ones_own(shared_bases):
     (("--config", "grpoo"), "did you mean 'grpo'"), (("--temperature", "0"), "must be above 0"),
     (("--samples", "1"), "a group needs two responses"),
     (("--minibatches", "0"), "must be at least 1"),
-    (("--lag", "-1"), "--lag -1: must be at least 0"),
+    (("--config", "aipo", "--lag", "0"), "--lag 0: must be at least 1"),
     (("--minibatches", "3"), "does not part into"),
-    (("--eps_hihg", "2"), "did you mean 'eps_high'"), (("--config", "kdrl"), "give --teacher")])
+    (("--group_esp", "2"), "did you mean 'group_eps'"), (("--config", "kdrl"), "give --teacher"),
+    (("--data", "gsm8k.jsonl", "--config", "knowrl"), "no file")])
 def test_bad_input_is_named(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
         grpo.main(merged("--config", "tiny", "--out", "bad", *argv))
 
 
+@pytest.mark.parametrize("config, argv, words", [
+    ("drpo", ("--advantage", "rloo"), "--advantage: this run does not read it"),
+    ("drpo", ("--group_eps", "1"), "--group_eps: this run does not read it"),
+    ("drpo", ("--weight", "token_mean"), "--weight token_mean does nothing"),
+    ("opd", ("--kl_reward", "1", "--teacher", "base:chain_right"), "--kl_reward: this run"),
+    ("hapo", ("--noise", "noisy"), "--noise: this run does not read it"),
+    ("easy", ("--reward", "rpr"), "--reward: this run does not read it"),
+    ("grpo", ("--teacher", "base:chain_right"), "--teacher: this run does not read it"),
+    ("grpo", ("--ratio", "0.1"), "it belongs to surrogate 'clip_cov'"),
+    ("grpo", ("--rounds", "3"), "it belongs to filter 'mixed'"),
+    ("grpo", ("--shaper", "regraded"), "does nothing with --trim whole"),
+    ("grpo", ("--shaper", "agreed"), "give --draw twins"),
+    ("co_reward", ("--prompts", "5", "--minibatches", "1"), "even --prompts"),
+    ("co_reward", ("--filter", "mixed"), "--filter every"),
+    ("grpo", ("--weight", "recap"), "give several"),
+    ("recap", ("--surrogate", "drpo"), "whose loss is of groups"),
+    ("grpo", ("--data", "signatures", "--prepare", "rif", "--noise", "noisy"), "asks for answers"),
+    ("knowrl", ("--data", "arithmetic"), "needs a task with 'hints'")])
+def test_what_would_do_nothing_is_an_error(config, argv, words, shared_bases):
+    with pytest.raises(UserError, match=words):
+        grpo.main(merged("--config", f"{config},tiny", "--out", "bad", *argv))
+    assert not (shared_bases / "bad").exists()
+
+
 def test_pass_at_k_by_hand():
-    got = [curricula.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
+    got = [grpo.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
     assert got == pytest.approx([.25, .464286, .785714, 1], abs=1e-6)
-    assert curricula.pass_at_k(4, 0, 2) == 0 and curricula.pass_at_k(4, 4, 1) == 1
+    assert grpo.pass_at_k(4, 0, 2) == 0 and grpo.pass_at_k(4, 4, 1) == 1

@@ -17,32 +17,17 @@ from data.run import HEADING
 TOP = sorted(ROOT.glob("*.py"))
 DATA = sorted(ROOT.glob("data/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-# not yet rebuilt: scripts without chapters, what lies in data/ until they have them, their tests
-REBUILT_LATER = {
-    "compress.py", "dpo.py", "grpo.py", "reward.py", "specdec.py", "ppo.py",
-    *(f"data/{name}.py" for name in (
-        "crossvocab", "curricula", "decoding", "drafting", "judging", "kv", "search", "shaping",
-        "sources", "structure", "text")),
-    *(f"tests/claims/{name}.py" for name in ("__init__", "compress", "dpo", "grpo")),
-    *(f"tests/test_{name}.py" for name in (
-        "crossvocab", "dpo", "judging", "numerics", "reward", "specdec", "structure"))}
-LATER = pytest.mark.xfail(strict=True, reason="not yet rebuilt in chapters")
-
-
-def with_marks(paths, fine=()):
-    """pytest's parameters of files: those that are rebuilt later, but `fine`, are expected to
-    fail."""
-    names = [path.relative_to(ROOT).as_posix() for path in paths]
-    return [pytest.param(path, id=name, marks=[LATER] * (name in REBUILT_LATER - {*fine}))
-            for path, name in zip(paths, names)]
-
-
 CORE = {"srppo", "route", "adaspec", "openrubrics", "armor", "normuon", "slimmoe", "thinkrm",
         "nowag_p", "advrm"}
 SPINE, CHAPTER, CORE_CHAPTER, DOCSTRING, FUNCTION, TRAIN = 450, 80, 150, 25, 50, 120     # lines
 FIELDS, COLUMNS = 25, 100
-VAGUE = {"told", "have", "made", "said", "look", "s"}
+VAGUE = {"told", "have", "made", "said", "look"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def name_of(path):
+    """A file's path from the project's folder, as pytest prints it."""
+    return path.relative_to(ROOT).as_posix()
 
 
 def parts(text):
@@ -115,7 +100,7 @@ def vague(text):
              and isinstance(n.ctx, ast.Store)}
     names |= {(n.arg, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.arg)}
     return [f"line {line}: {name!r} tells nothing"
-            for name, line in sorted(names, key=lambda x: x[1]) if name in VAGUE - {"s"}]
+            for name, line in sorted(names, key=lambda x: x[1]) if name in VAGUE]
 
 
 def own_fields(text):
@@ -191,7 +176,6 @@ TEXTS = {path.stem: path.read_text() for path in TOP}
 BELOW = {path.stem: path.read_text() for path in DATA if path.stem != "__init__"}
 
 
-@LATER
 def test_data_is_what_goes_in_and_what_comes_out():
     assert {*BELOW} <= {"run", "tokenizer", "text", "tasks", "prefs", "stats"}
     assert leaks(BELOW, TEXTS) == {}
@@ -226,7 +210,7 @@ def test_the_top_level_is_fixed():
 # --- limits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", with_marks([*TOP, *DATA, *TESTS]))
+@pytest.mark.parametrize("path", [*TOP, *DATA, *TESTS], ids=name_of)
 def test_everything_is_of_a_size_that_can_be_understood(path):
     assert violations(path) == []
 
@@ -257,7 +241,7 @@ def test_parts_of_a_script():
 SCRIPTS = [path for path in TOP if "PRESETS" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", with_marks(SCRIPTS, fine=["ppo.py"]))
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_every_preset_sets_two_keys_and_is_in_the_map(path):
     """a preset that sets one key is key=value; what --help cannot explain has no name"""
     script, lines = importlib.import_module(path.stem), path.read_text().splitlines()

@@ -1,5 +1,5 @@
-"""data/judging.py: routes, advantages, verdicts, statistics by hand; then rewards known to be good
-or bad."""
+"""The judges and the evaluation of reward.py, and data/stats.py: routes, advantages, verdicts,
+statistics by hand; then rewards known to be good or bad."""
 import itertools
 import math
 import random
@@ -8,16 +8,14 @@ import pytest
 import torch
 from conftest import close, rand
 
-from data import judging
-from data.judging import (PENALTIES, ROUTERS, accuracy, assign, attacks, auroc, best_of_n, bon_kl,
-                          draw_evaluation, ece, evaluate, expected_score, gao_fit, grade, graded,
-                          group_norm,
-                          json_rubric, judge_matrix, majority, null_attack, pair_scores,
-                          pairwise_grpo,
-                          pairwise_rloo, parse_verdict, pushed, ranks, ridge, right_sign, rloo,
-                          route, routing_curve, routing_table, self_label, spearman, study, tagged,
-                          verbosity_penalties, verdict_rates)
+import reward
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
+from data.stats import accuracy, auroc, best_of_n, bon_kl, ranks, spearman
+from reward import (PENALTIES, ROUTERS, assign, attacks, draw_evaluation, ece, examine,
+                    expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
+                    null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
+                    ridge_weights, right_sign, rloo, route, routing_curve, routing_table, study,
+                    tagged, verbosity_penalties, verdict_rates)
 
 T = torch.tensor
 
@@ -34,9 +32,8 @@ def test_both_orders_by_hand():
     assert close(S, [[0, .8, -.6], [-.8, 0, .7], [.6, -.7, 0]])
     assert close(U, [[0, 1.25, 1.55], [1.25, 0, 1.25], [1.55, 1.25, 0]])
     assert close(pairwise_rloo(S), [.1, -.05, -.05])
-    S, U = pair_scores(F12 + 5 * torch.eye(3),
-                       U12 + 5 * torch.eye(3))                     # a pair with itself says nothing
-    assert S.diag().abs().sum() == U.diag().abs().sum() == 0
+    S, U = pair_scores(F12 + 5 * torch.eye(3), U12 + 5 * torch.eye(3))
+    assert S.diag().abs().sum() == U.diag().abs().sum() == 0       # a pair with itself: nothing
 
 
 def test_routing_by_hand():
@@ -80,8 +77,8 @@ def test_limits_of_routing():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_advantages_sum_to_zero_and_move_with_the_responses(seed):
-    Fs, Us, gold = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs(), rand(4,
-                                                                                    seed=seed + 19)
+    Fs, Us = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs()
+    gold = rand(4, seed=seed + 19)
     new = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
 
     def advantages(fn, p):
@@ -108,8 +105,8 @@ def test_differences_of_rewards_are_rloo(shift):
 def test_routers_by_their_definitions():
     s, u, wrong = T([.5, -2., .1]), T([1., 3., 2.]), T([False, True, False])
     got = {name: fn(s, u, wrong).argsort(descending=True).tolist() for name, fn in ROUTERS.items()}
-    assert got["uncertainty"] == [1, 2, 0] and got["margin"] == [2, 0, 1] and got["both"] == [2, 0,
-                                                                                              1]
+    assert got["uncertainty"] == [1, 2, 0] and got["margin"] == [2, 0, 1]
+    assert got["both"] == [2, 0, 1]
     assert got["oracle"][0] == 1
 
 
@@ -139,8 +136,8 @@ def test_invalid_verdicts_count_as_nothing():
     D = judge_matrix({(0, 1): None, (0, 2): None, (1, 2): None}, 3)
     assert close(D, torch.zeros(3, 3)) and close(pairwise_grpo(D), torch.zeros(3))      # and no NaN
     assert close(judge_matrix({(0, 1): None}, 2, {(0, 1): 40}), torch.zeros(2, 2))
-    assert judge_matrix({(0, 1): 3, (0, 2): None}, 3).tolist() == judge_matrix({(0, 1): 3},
-                                                                               3).tolist()
+    some = judge_matrix({(0, 1): 3, (0, 2): None}, 3)
+    assert some.tolist() == judge_matrix({(0, 1): 3}, 3).tolist()
 
 
 def test_the_order_of_display_changes_nothing():
@@ -158,15 +155,15 @@ def test_short_verdicts_weigh_more_and_eps_is_not_harmless():
     assert close(D, [[0, 1 / 1200, 1 / 800], [-1 / 1200, 0, -1 / 2000], [-1 / 800, 1 / 2000, 0]])
     assert close(pairwise_grpo(D), [.583212, -.373256, -.209956], 2e-6)
     assert close(pairwise_grpo(D, eps=0.0), [1.074338, -.687576, -.386762], 2e-6)
-    relative = judge_matrix(says, 3,
-                            {k: 3 * n / 4000 for k, n in length.items()})          # over their mean
+    over_mean = {k: 3 * n / 4000 for k, n in length.items()}
+    relative = judge_matrix(says, 3, over_mean)
     assert close(pairwise_grpo(relative), [1.074338, -.687576, -.386762], 1e-5)
 
 
 @pytest.mark.parametrize("rewards, want", [
-    ([3.5, -.25, -24.6, .6], [11.583333, 6.583333, -25.883333,
-                              7.716667]),                                # Adv-RM's raw reward, C 25
-    ([3.5, -.25, -3.1, .6], [4.416667, -.583333, -4.383333, .55])])            # and with R1 - T - 3
+    # Adv-RM's raw reward, C 25; and with R1 - T - 3
+    ([3.5, -.25, -24.6, .6], [11.583333, 6.583333, -25.883333, 7.716667]),
+    ([3.5, -.25, -3.1, .6], [4.416667, -.583333, -4.383333, .55])])
 def test_rloo_by_hand(rewards, want):
     assert close(rloo(T([rewards])), [want], 1e-5)
 
@@ -199,9 +196,8 @@ def test_verdicts_are_parsed(text, score):
     assert parse_verdict(text) == score
 
 
-@pytest.mark.parametrize("said, exact, sign",
-                         [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0), (-2, 0, 0),
-                                               (None, 0, 0)])
+@pytest.mark.parametrize("said, exact, sign", [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0),
+                                               (-2, 0, 0), (None, 0, 0)])
 def test_rule_rewards_for_gold_2(said, exact, sign):
     assert graded(said, 2) == exact and right_sign(said, 2) == sign
     mirrored = None if said is None else -said
@@ -226,9 +222,8 @@ def test_a_majority_of_independent_judges(m, want):
     assert got == pytest.approx(want)
 
 
-@pytest.mark.parametrize("votes, want",
-                         [([1, None, None], 1), ([None, -1], 0), ([1, -1], .5), ([], .5),
-                                         ([None], .5), ([3, -1, -2], 0),
+@pytest.mark.parametrize("votes, want", [([1, None, None], 1), ([None, -1], 0), ([1, -1], .5),
+                                         ([], .5), ([None], .5), ([3, -1, -2], 0),
                                          ([3, -1], .5)])                               # signs count
 def test_votes_that_are_not_cast_and_ties(votes, want):
     assert majority(votes) == want
@@ -241,8 +236,7 @@ def test_the_expected_digit():
     assert close(expected_score(logits + 100, values), [1.75, 2.0], 1e-5)
 
 
-def test_small_labels_and_the_rubric():
-    assert self_label(T([2., 1, 1]), T([1., 1, 2])).tolist() == [1, .5, 0]
+def test_the_rubric_as_json():
     rubric = '{"criteria": ["short"], "weights": [1.0], "output": {"score": "1-10"}}'
     assert json_rubric(["short"], [1.0]) == rubric
 
@@ -253,14 +247,15 @@ def test_small_labels_and_the_rubric():
 def test_ridge_is_its_closed_form_and_skips_what_has_no_label():
     X, Y, alpha = rand(20, 3), rand(20, 2, seed=1), 0.75
     Y[:4, 1] = math.nan
-    W = ridge(X, Y, alpha)                                                       # [2, 3]
+    W = ridge_weights(X, Y, alpha)                                                       # [2, 3]
     for k, rows in ((0, slice(0, None)), (1, slice(4, None))):
         x, y = X[rows], Y[rows, k]
         assert close(W[k], torch.inverse(x.T @ x + alpha * torch.eye(3)) @ x.T @ y, 1e-10)
-        assert close(x.T @ (x @ W[k] - y) + alpha * W[k], torch.zeros(3),
-                     1e-10)                                                    # no gradient is left
-    assert close(ridge(X, X @ W.T, 1e-12), W, 1e-9) and ridge(X, Y, 1e9).abs().max() < 1e-7
-    assert close(ridge(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])                    # 2·3 / (4 + 2)
+        left = x.T @ (x @ W[k] - y) + alpha * W[k]                   # of the gradient
+        assert close(left, torch.zeros(3), 1e-10)
+    assert close(ridge_weights(X, X @ W.T, 1e-12), W, 1e-9)
+    assert ridge_weights(X, Y, 1e9).abs().max() < 1e-7
+    assert close(ridge_weights(T([[2.0]]), T([[3.0]]), 2.0), [[1.0]])    # 2·3 / (4 + 2)
 
 
 def test_the_grid_of_penalties():
@@ -299,10 +294,10 @@ CONF, RIGHT = T([.95, .8, .65, .55, .9, .7]), T([1., 1, 0, 1, 1, 0])
 def test_calibration_by_hand():
     assert ece(CONF, RIGHT) == pytest.approx(.358333, abs=1e-6)
     assert auroc(CONF, RIGHT > 0) == pytest.approx(.75)
-    assert ece(T([.5, 1.0]), T([1., 1])) == pytest.approx(.25) and ece(T([1.0, 1.0]),
-                                                                       T([1., 1])) == 0
-    assert ece(torch.full((4,), .75),
-               T([1., 1, 1, 0])) == pytest.approx(0)                     # right as often as it says
+    assert ece(T([.5, 1.0]), T([1., 1])) == pytest.approx(.25)
+    assert ece(T([1.0, 1.0]), T([1., 1])) == 0
+    often = torch.full((4,), .75)                                # right as often as it says
+    assert ece(often, T([1., 1, 1, 0])) == pytest.approx(0)
 
 
 def test_a_probability_that_is_true_is_calibrated():
@@ -327,8 +322,8 @@ def test_auroc_against_every_pair():
     pairs = [(a > b).float() + .5 * (a == b).float() for a in score[positive]
              for b in score[~positive]]
     assert auroc(score, positive) == pytest.approx(sum(pairs).item() / len(pairs))
-    assert auroc(score.exp(),
-                 positive) == pytest.approx(auroc(score, positive))          # only the order counts
+    same = auroc(score, positive)                                # only the order counts
+    assert auroc(score.exp(), positive) == pytest.approx(same)
     assert auroc(-score, positive) == pytest.approx(1 - auroc(score, positive))
     assert auroc(score, score > -99) == auroc(score, score > 99) == .5          # a class is missing
 
@@ -350,8 +345,8 @@ PROXY, GOLD = T([[.5, .1, 1.4, .9]]), T([[2., 1, 3, 4]])  # by proxy: (.1 .5 .9 
 
 def test_best_of_n_by_hand():
     """N 4, n 2: weights 0 1/6 1/3 1/2"""
-    assert close(best_of_n(PROXY, GOLD, 2), [3.166667]) and close(best_of_n(PROXY, PROXY, 2),
-                                                                  [1.083333])
+    assert close(best_of_n(PROXY, GOLD, 2), [3.166667])
+    assert close(best_of_n(PROXY, PROXY, 2), [1.083333])
     weights = torch.cat([best_of_n(PROXY, torch.eye(4)[i:i + 1], 2) for i in (1, 0, 3, 2)])
     assert close(weights, [0, 1 / 6, 1 / 3, 1 / 2])
 
@@ -368,15 +363,14 @@ def test_limits_of_best_of_n():
     proxy, gold = rand(5, 512), rand(5, 512, seed=1)
     assert close(best_of_n(proxy, gold, 1), gold.mean(1))
     assert close(best_of_n(proxy, gold, 512), gold.gather(1, proxy.argmax(1, keepdim=True))[:, 0])
-    curve = torch.stack([best_of_n(proxy, proxy, 2 ** k)
-                         for k in range(10)])                          # the proxy itself only rises
-    assert (curve.diff(dim=0) > 0).all() and close(best_of_n(proxy, torch.ones(5, 512), 64),
-                                                   torch.ones(5))
+    curve = torch.stack([best_of_n(proxy, proxy, 2 ** k) for k in range(10)])
+    assert (curve.diff(dim=0) > 0).all()                         # the proxy itself only rises
+    assert close(best_of_n(proxy, torch.ones(5, 512), 64), torch.ones(5))
 
 
-@pytest.mark.parametrize("n, kl",
-                         [(1, 0), (2, .193147), (4, .636294), (16, 1.835089), (64, 3.174508),
-                                   (256, 4.549084), (1024, 5.932448), (12500, 8.433564)])
+@pytest.mark.parametrize("n, kl", [(1, 0), (2, .193147), (4, .636294), (16, 1.835089),
+                                   (64, 3.174508), (256, 4.549084), (1024, 5.932448),
+                                   (12500, 8.433564)])
 def test_the_kl_of_best_of_n(n, kl):
     assert bon_kl(n) == pytest.approx(kl, abs=1e-6)
 
@@ -386,25 +380,8 @@ def test_the_kl_of_best_of_n_is_a_bound_where_there_are_ties():
     F = p.cumsum(0)
     q = F ** 4 - torch.cat([T([0.0]), F[:-1]]) ** 4
     kl = (q * (q / p).log()).sum().item()
-    assert close(q, [.0625, .3471, .5904]) and kl == pytest.approx(.559751,
-                                                                   abs=1e-6) and kl < bon_kl(4)
-
-
-@pytest.mark.parametrize("kind, a, b, gold, peak, height", [
-    ("bon", 1, .25, lambda d: d * (1 - .25 * d), 2, 1),
-    ("rl", 1, .4, lambda d: d * (1 - .4 * d.log()), 4.481689, 1.792676)])
-def test_the_forms_of_overoptimisation(kind, a, b, gold, peak, height):
-    d = torch.linspace(.2, 6, 40)
-    assert gao_fit(d, gold(d), kind) == pytest.approx((a, b), abs=1e-4)
-    noisy = torch.cat([T([.01, .1]), d])                         # d < .2 is left out
-    assert gao_fit(noisy, torch.cat([T([99., -99]), gold(d)]), kind) == pytest.approx((a, b),
-                                                                                      abs=1e-4)
-    assert peak == pytest.approx(a / (2 * b) if kind == "bon" else math.exp(a / b - 1))
-    at = T(float(peak), requires_grad=True)
-    slope, = torch.autograd.grad(gold(at), at)
-    assert gold(at).item() == pytest.approx(height, abs=1e-5) and abs(slope) < 1e-5
-    zero = T(4.0 if kind == "bon" else 12.182494)                # gold is back where it began
-    assert abs(gold(zero)) < 1e-5
+    assert close(q, [.0625, .3471, .5904])
+    assert kl == pytest.approx(.559751, abs=1e-6) and kl < bon_kl(4)
 
 
 def log_of(gold, kl):
@@ -415,16 +392,15 @@ def test_a_pushed_policy_by_hand():
     """smoothed over two steps: gold 1 1.5 2.5 2.5 1.5, KL 0 .5 1.5 2.5 3.5"""
     got = pushed(log_of([1, 2, 3, 2, 1], [0, 1, 2, 3, 4]), window=2)
     want = dict(peak=2.5, final=1.5, collapse=4, kl_end=3.5)
-    assert got == pytest.approx(want | {f"gold@{k}": g
-                                        for k, g in ((.5, 1.5), (1, 2.5), (2, 2.5), (4, 1.5),
-                                                                    (8, 1.5))})
+    curve = {.5: 1.5, 1: 2.5, 2: 2.5, 4: 1.5, 8: 1.5}
+    assert got == pytest.approx(want | {f"gold@{k}": g for k, g in curve.items()})
 
 
 def test_a_policy_that_never_falls_has_not_collapsed():
     got = pushed(log_of(range(10), range(10)))
     assert got["collapse"] == 10 and got["peak"] == got["final"] == 7
-    assert pushed(log_of([1, .95, .92], [0, 0, 0]),
-                  window=1)["collapse"] == 3                             # less than 10 % is no fall
+    less = log_of([1, .95, .92], [0, 0, 0])                      # less than 10 % is no fall
+    assert pushed(less, window=1)["collapse"] == 3
     assert pushed(log_of([1, .95, .89], [0, 0, 0]), window=1)["collapse"] == 2
     assert pushed(log_of([-1, -1.05, -1.2], [0, 0, 0]), window=1)["collapse"] == 2    # below 0, too
 
@@ -451,12 +427,14 @@ def test_a_routing_curve_by_hand():
     """ten pairs, the model right on the first six; the judge is right but for a tie on the last"""
     right, judged = T([1.] * 6 + [0] * 4), T([1.] * 9 + [.5])
     worst_first = routing_curve(torch.arange(10.), right, judged)
-    assert worst_first["accuracy@0"] == pytest.approx(.6) and worst_first["accuracy@1"] == pytest.approx(.95)
+    assert worst_first["accuracy@0"] == pytest.approx(.6)
+    assert worst_first["accuracy@1"] == pytest.approx(.95)
     assert worst_first["accuracy@0.1"] == pytest.approx(.65)
     assert worst_first["accuracy@0.4"] == pytest.approx(.95)
     assert worst_first["area"] == pytest.approx((.65 + .75 + .95) / 3)           # .25 of ten is two
     best_first = routing_curve(-torch.arange(10.), right, judged)
-    assert best_first["accuracy@0.4"] == pytest.approx(.6) and best_first["accuracy@1"] == pytest.approx(.95)
+    assert best_first["accuracy@0.4"] == pytest.approx(.6)
+    assert best_first["accuracy@1"] == pytest.approx(.95)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -469,7 +447,8 @@ def test_nothing_routes_better_than_the_oracle(seed):
     assert all(oracle[f"accuracy@{q}"] > chance[f"accuracy@{q}"] + .03 for q in (.1, .25, .4))
     assert oracle["area"] > chance["area"] + .05
     for q, who in ((0, right), (1, judged)):
-        assert oracle[f"accuracy@{q}"] == chance[f"accuracy@{q}"] == pytest.approx(who.mean().item())
+        assert oracle[f"accuracy@{q}"] == chance[f"accuracy@{q}"]
+        assert oracle[f"accuracy@{q}"] == pytest.approx(who.mean().item())
 
 
 # --- attacks and the evaluation -------------------------------------------------------------------
@@ -523,7 +502,8 @@ def test_gold_as_a_reward_is_perfect():
     assert numbers["spearman"] == pytest.approx(1)
     assert numbers["sft_gold"] == pytest.approx(curve[0]["gold"], abs=1e-5)
     gold = [p["gold"] for p in curve]
-    assert gold == sorted(gold) and numbers["bon8_gold"] == gold[3] and numbers["bon32_gold"] == gold[5]
+    assert gold == sorted(gold)
+    assert numbers["bon8_gold"] == gold[3] and numbers["bon32_gold"] == gold[5]
     assert [p["n"] for p in curve] == [1, 2, 4, 8, 16, 32] and [p["kl"] for p in curve] == [
         bon_kl(n) for n in (1, 2, 4, 8, 16, 32)]
     assert curve[0]["proxy"] == pytest.approx(0, abs=1e-5)
@@ -540,9 +520,8 @@ def test_a_reward_for_length_is_seen_through(split):
 
 
 def test_a_constant_reward_tells_nothing():
-    numbers, _ = study(lambda rows: 0
-                       * length_reward(rows), demonstrators, WORLD, TOK, "val", 0, prompts=2,
-                       n=32)
+    numbers, _ = study(lambda rows: 0 * length_reward(rows), demonstrators, WORLD, TOK, "val", 0,
+                       prompts=2, n=32)
     assert numbers["spearman"] == numbers["length_spearman"] == 0
     assert all(math.isfinite(v) for v in numbers.values())
 
@@ -551,8 +530,8 @@ def test_attacks_on_rewards_that_can_be_hacked():
     """One counts the letter a, and a constant beats everything; one counts tokens, and padding
     pays"""
     there = demonstrators, WORLD, TOK, 0
-    out, text = attacks(lambda rows: T([float(y.count(A))
-                                        for _, y in rows]), *there, search=4, test=64)
+    out, text = attacks(lambda rows: T([float(y.count(A)) for _, y in rows]), *there, search=4,
+                        test=64)
     assert out["null_wins"] > .95 and text.count("a") > 8 and out["null_wins_gold"] < .5
     long, _ = attacks(length_reward, *there, search=2, test=64)
     assert long["padding_wins"] == 1 and long["padding_wins_gold"] < .5
@@ -571,11 +550,11 @@ def test_the_picture(splits, tmp_path):
 
 
 def test_the_evaluation_says_and_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(judging, "study", lambda *a: study(*a, prompts=2, n=32))
-    monkeypatch.setattr(judging, "attacks", lambda *a: attacks(*a, search=2, test=8))
+    monkeypatch.setattr(reward, "study", lambda *a: study(*a, prompts=2, n=32))
+    monkeypatch.setattr(reward, "attacks", lambda *a: attacks(*a, search=2, test=8))
     sets = {s: encode_pairs(WORLD.pairs(40, split=s), TOK, 64) for s in ("val", "ood")}
     said = []
-    out = evaluate(gold_reward, demonstrators, WORLD, TOK, sets, 0, said.append,
+    out = examine(gold_reward, demonstrators, WORLD, TOK, sets, 0, said.append,
                    tmp_path / "eval.png")
     assert out["val_accuracy"] == out["ood_accuracy"] == out["val_small_gap_accuracy"] == 1
     assert out["ood_spearman"] == pytest.approx(1) and (tmp_path / "eval.png").exists()
@@ -586,10 +565,10 @@ def test_the_evaluation_says_and_draws(tmp_path, monkeypatch):
 def test_pairs_of_a_file_are_evaluated_without_a_world(tmp_path):
     rows = [dict(prompt=CIRCLE[i], chosen="aaa", rejected="b" * (i + 1)) for i in range(8)]
     sets, path = dict(val=encode_pairs(rows, TOK, 64)), tmp_path / "eval.png"
-    out = evaluate(length_reward, None, None, TOK, sets, 0, lambda line: None, path)
-    assert out["val_accuracy"] == pytest.approx(2.5
-                                                / 8) and out["val_longer_is_worse_accuracy"] == 0
+    out = examine(length_reward, None, None, TOK, sets, 0, lambda line: None, path)
+    assert out["val_accuracy"] == pytest.approx(2.5 / 8)
+    assert out["val_longer_is_worse_accuracy"] == 0
     assert out["val_shorter_is_worse_accuracy"] == 1 and "val_spearman" not in out and path.exists()
-    flat = evaluate(lambda rows: 0
-                    * length_reward(rows), None, None, TOK, sets, 0, lambda line: None, path)
+    flat = examine(lambda rows: 0 * length_reward(rows), None, None, TOK, sets, 0,
+                   lambda line: None, path)
     assert flat["val_accuracy"] == .5

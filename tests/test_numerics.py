@@ -209,7 +209,8 @@ def test_lost_by_hand_and_its_gradients():
     assert close(got, [[.7 * 3 * (2 / (1 + math.exp(-2))) + .3 * 4 * 5]])
     layer = LostLinear(nn.Linear(16, 12), 4, 2, torch.Generator().manual_seed(0))
     layer(torch.randn(3, 16)).sum().backward()
-    assert {n for n, p in layer.named_parameters() if p.grad is not None} == {"A", "B", "columns", "bias"}
+    assert {n for n, p in layer.named_parameters()
+            if p.grad is not None} == {"A", "B", "columns", "bias"}
     assert sum(p.numel() for n, p in layer.named_parameters()
                if n != "bias") == 4 * (16 + 12) + 2 * 12
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.run import (UserError, cast, commit, layer, nearest, pyplot, read_json, read_log,
-                      set_aside, settings, source, write_text)
+from data.run import (UserError, cast, commit, entries, layer, nearest, pyplot, read_json,
+                      read_log, set_aside, settings, source, write_text)
 
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131]
@@ -165,7 +165,7 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
               results="data/results"):
     """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write.
 
-    configure_arm(argv) -> (c, f); `extra` goes to every arm's command line, `config` to its presets.
+    configure_arm(argv) -> (c, f); `extra` goes to each arm's command line, `config` to its presets.
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
@@ -241,12 +241,12 @@ def run_from_options(script, claims, setup, known, train, options):
     seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1, and 2 for an interval")
-    entries = [x for x in options.get("config", "").split(",") if x]
+    asked = entries(options.get("config", ""))
     fixed = {"seed", "out", "resume", "stop", "eject", *claim.tune[:1]}
     for arm in claim.arms.values():
-        for entry in filter(None, arm.split(",")):
+        for entry in entries(arm):
             fixed |= layer(entry, *known).keys()
-    for row in [*(layer(x, *known) for x in entries), options]:
+    for row in [*(layer(x, *known) for x in asked), options]:
         for key in row.keys() & fixed:
             raise UserError(f"--claim {name} with {key}: the claim sets it itself; "
                             "an arm would not be what its name says")

@@ -1,6 +1,7 @@
-"""The claims of compress.py: arms as --config strings, contrasts, what was published; and their
+"""The claims of compress.py: arms as --config strings, contrasts, what was published; their
 headlines."""
 from claims import Claim, in_parts
+
 
 def below(*pairs, **kw):
     """Tests 'a < b' of arms, {label: contrast}; a keyword's pairs get its name before the label."""
@@ -12,24 +13,26 @@ def below(*pairs, **kw):
 
 def at_bits(bits, *names):
     """Arms at so many bits: {"RTN, 2": "rtn,bits2", …}."""
-    presets = {"RTN": "rtn", "GPTQ": "gptq", "GPTQ, act order": "gptq,act_order", "AWQ": "awq",
-               "SmoothQuant+": "smoothquant", "k-means": "kmeans", "k-means, norms": "kmeans,norms",
-               "k-means, weights": "kmeans,weighted", "NoWag-VQ": "nowag_vq", "GPTVQ": "gptvq"}
+    presets = {"RTN": "rtn", "GPTQ": "gptq", "GPTQ, act order": "gptq,act_order=true",
+               "AWQ": "awq", "SmoothQuant+": "smoothquant", "k-means": "kmeans",
+               "k-means, norms": "kmeans,norms=true", "k-means, weights": "kmeans,weights=true",
+               "NoWag-VQ": "nowag_vq", "GPTVQ": "gptvq"}
     return {f"{name}, {bits}": f"{presets[name]},bits{bits}" for name in names or presets}
 
 
-TOLD = ("kl", "bits", "proxy")
+ALSO = ("kl", "bits", "proxy")
 ROUNDERS = ("RTN", "GPTQ", "AWQ", "SmoothQuant+", "k-means", "GPTVQ")
 CLAIMS = dict(
     pruning=Claim(
-        "At 2:4 ARMOR loses less than NoWag-P, that no more than Wanda, that less than magnitude; ARMOR also "
-        "less than SparseGPT and than a low-rank correction of its size",
-        "2510.05528: Llama-2-7B perplexity 7.21 (ARMOR), 11.14 (NoWag-P), 11.35 (Wanda), 10.16 (SparseGPT), "
-        "5.12 dense (second-hand)",
+        "At 2:4 ARMOR loses less than NoWag-P, that no more than Wanda, that less than magnitude; "
+        "ARMOR also less than SparseGPT and than a low-rank correction of its size",
+        "2510.05528: Llama-2-7B perplexity 7.21 (ARMOR), 11.14 (NoWag-P), 11.35 (Wanda), 10.16 "
+        "(SparseGPT), 5.12 dense (second-hand)",
         {"magnitude": "magnitude", "Wanda": "wanda", "NoWag-P": "nowag_p", "SparseGPT": "sparsegpt",
-         "low rank 4": "lowrank24,block4", "ARMOR 4": "armor,block4", "low rank 8": "lowrank24",
-         "ARMOR 8": "armor", "half, magnitude": "magnitude,half", "half, Wanda": "wanda,half",
-         "half, NoWag-P": "nowag_p,half", "half, SparseGPT": "sparsegpt,half"},
+         "low rank 4": "lowrank24,block=4", "ARMOR 4": "armor,block=4", "low rank 8": "lowrank24",
+         "ARMOR 8": "armor",
+         "half, magnitude": "magnitude,pattern=50%", "half, Wanda": "wanda,pattern=50%",
+         "half, NoWag-P": "nowag_p,pattern=50%", "half, SparseGPT": "sparsegpt,pattern=50%"},
         "loss_increase",
         below(order=[("ARMOR 4", "NoWag-P"), ("NoWag-P", "Wanda"), ("Wanda", "magnitude")],
               controls=[("ARMOR 4", "low rank 4"), ("ARMOR 8", "low rank 8")],
@@ -37,14 +40,14 @@ CLAIMS = dict(
               half=[("half, NoWag-P", "half, Wanda"), ("half, Wanda", "half, magnitude"),
                     ("half, SparseGPT", "half, NoWag-P")])
         | {"proxy: ARMOR 4 < NoWag-P": {"ARMOR 4|proxy": 1, "NoWag-P|proxy": -1}},
-        better="lower", also=TOLD,
+        better="lower", also=ALSO,
         conclude=in_parts("order", "controls", "rival", "half", "proxy")),
     codes=Claim(
         "NoWag-VQ loses less than other ways to round at about as many bits",
         "2504.14569: below one-shot QuIP#, AQLM and GPTVQ-like methods at 2 bits (second-hand)",
         at_bits(4, "RTN", "GPTQ", "NoWag-VQ") | at_bits(3) | at_bits(2)
-        | {"NoWag-VQ, 2, triples": "nowag_vq,bits2,triples",
-           "k-means, 2, triples": "kmeans,bits2,triples"},
+        | {"NoWag-VQ, 2, triples": "nowag_vq,bits2,dim=3",
+           "k-means, 2, triples": "kmeans,bits2,dim=3"},
         "loss_increase",
         below(**{f"{bits} bits": [(f"NoWag-VQ, {bits}", f"{name}, {bits}") for name in ROUNDERS]
                  for bits in (3, 2)},
@@ -52,28 +55,29 @@ CLAIMS = dict(
                          ("GPTQ, act order, 2", "GPTQ, 2")],
               parts=[("NoWag-VQ, 2", "k-means, 2"), ("k-means, norms, 2", "k-means, 2"),
                      ("k-means, weights, 2", "k-means, 2")]),
-        better="lower", also=TOLD, conclude=in_parts("3 bits", "2 bits", "corrected", "parts")),
+        better="lower", also=ALSO, conclude=in_parts("3 bits", "2 bits", "corrected", "parts")),
     widths=Claim(
-        "Bits given where columns lose most (BAQ) beat the same bits everywhere; groups that need 4 bits are "
-        "found by sensitivity",
-        "2506.05664: BAQ below GPTQ at equal average bits;  2311.16442: 4-bit groups by sensitivity",
+        "Bits given where columns lose most (BAQ) beat the same bits everywhere; groups that need "
+        "4 bits are found by sensitivity",
+        "2506.05664: BAQ below GPTQ at equal average bits;  2311.16442: 4-bit groups by "
+        "sensitivity",
         {f"{name}, {bits}": f"baq,bits{bits}{more}" for bits in (4, 3, 2)
-         for name, more in (("BAQ", ""), ("uniform", ",uniform"))}
-        | {"mixed": "mixed", "mixed, range": "mixed,by_range", "mixed, random": "mixed,by_chance"},
+         for name, more in (("BAQ", ""), ("uniform", ",allocate=false"))}
+        | {"mixed": "mixed", "mixed, range": "mixed,by=range", "mixed, random": "mixed,by=random"},
         "kl", below(BAQ=[(f"BAQ, {b}", f"uniform, {b}") for b in (4, 3, 2)],
                     mixed=[("mixed", "mixed, random"), ("mixed", "mixed, range")]),
         better="lower", also=("loss_increase", "bits"), conclude=in_parts("BAQ", "mixed")),
     arena=Claim(
-        "Methods that handle outliers win where outliers are: AWQ and SmoothQuant+ over rounding, Wanda over "
-        "magnitude, rotation and permutation over plain 4-bit activations",
-        "2306.00978, 2312.03788, 2306.11695, 2410.12168, 2501.02625; here two channels of every norm are "
-        "made 20 times larger and their readers 20 times smaller, which changes no output",
-        {f"{name}{mark}": f"{preset}{more}" for mark, more in (("", ""), (", spiky", ",spiky"))
-         for name, preset in (("RTN 4", "rtn"), ("AWQ 4", "awq"), ("SmoothQuant+ 4", "smoothquant"),
-                              ("magnitude", "magnitude,half,rows"), ("Wanda", "wanda,half"),
-                              ("W4A4", "w4a4"), ("W4A4 blocks", "w4a4,blocks16"),
-                              ("8-bit blocks", "w4a4,blocks16,by_blocks"), ("COMET", "comet"),
-                              ("HALO", "halo"))},
+        "Methods that handle outliers win where outliers are: AWQ and SmoothQuant+ over rounding, "
+        "Wanda over magnitude, rotation and permutation over plain 4-bit activations",
+        "2306.00978, 2312.03788, 2306.11695, 2410.12168, 2501.02625; here two channels of every "
+        "norm are made 20 times larger, what reads them 20 times smaller: no output changes",
+        {f"{name}{mark}": f"{preset}{more}"
+         for mark, more in (("", ""), (", spiky", ",outliers=20")) for name, preset in (
+             ("RTN 4", "rtn"), ("AWQ 4", "awq"), ("SmoothQuant+ 4", "smoothquant"),
+             ("magnitude", "magnitude,pattern=50%,scope=row"), ("Wanda", "wanda,pattern=50%"),
+             ("W4A4", "w4a4"), ("W4A4 blocks", "w4a4,block=16"),
+             ("8-bit blocks", "w4a4,block=16,wide=true"), ("COMET", "comet"), ("HALO", "halo"))},
         "kl", below(**{kind: [(f"{a}{mark}", f"{b}{mark}") for a, b in (
             ("AWQ 4", "RTN 4"), ("SmoothQuant+ 4", "RTN 4"), ("Wanda", "magnitude"),
             ("COMET", "8-bit blocks"), ("8-bit blocks", "W4A4 blocks"), ("W4A4 blocks", "W4A4"),
@@ -81,14 +85,16 @@ CLAIMS = dict(
             for kind, mark in (("plain", ""), ("spiky", ", spiky"))}),
         better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky")),
     kv=Claim(
-        "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens may go",
-        "2402.02750: a 2-bit cache loses least with keys by channel, values by token;  2410.01805: retaining "
-        "heads above sliding windows and sums of attention at equal budgets (both second-hand)",
+        "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens "
+        "may go",
+        "2402.02750: a 2-bit cache loses least with keys by channel, values by token;  "
+        "2410.01805: retaining heads above sliding windows and sums of attention at equal budgets "
+        "(both second-hand)",
         {f"{name}{mark}": f"kivi,decoded{more}{window}"
-         for mark, window in (("", ""), (", no window", ",windowless")) for name, more in (
-             ("KIVI", ""), ("keys by token", ",keys_token"),
-             ("values by channel", ",values_channel"))}
-        | {f"{score}, {kept}": f"evicting,decoded,by_{score},keep{kept}" for kept in (32, 16)
+         for mark, window in (("", ""), (", no window", ",cache_window=0")) for name, more in (
+             ("KIVI", ""), ("keys by token", ",keys=token"),
+             ("values by channel", ",values=channel"))}
+        | {f"{score}, {kept}": f"evicting,decoded,score={score},budget={kept}" for kept in (32, 16)
            for score in ("locret", "recency", "random", "attention")},
         "cache_increase",
         below(keys=[("KIVI", "keys by token"), ("KIVI, no window", "keys by token, no window"),
@@ -99,16 +105,18 @@ CLAIMS = dict(
                      for other in ("recency", "random", "attention")]),
         better="lower", also=("cache_bytes",), conclude=in_parts("keys", "values", "heads")),
     slim=Claim(
-        "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping experts, "
-        "random neurons, new weights and a dense model of its active size",
+        "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping "
+        "experts, random neurons, new weights and a dense model of its active size",
         "2506.18349: stages above one shot, slimming above dropping experts (no numbers at hand)",
-        {"two stages": "slimmoe,tuned", "one stage": "slimmoe,tuned,once",
-         "one stage, restarted": "slimmoe,tuned,restarted",
-         "random neurons": "slimmoe,tuned,once,by_luck",
+        {"two stages": "slimmoe,tuned", "one stage": "slimmoe,tuned,stages=1",
+         "one stage, restarted": "slimmoe,tuned,at_once=true",
+         "random neurons": "slimmoe,tuned,stages=1,importance=random",
          "drop experts": "drop_experts,tuned", "new weights": "fresh,tuned",
          "dense": "dense_active,tuned",
-         "two stages, long": "slimmoe,tuned,longer", "one stage, long": "slimmoe,tuned,once,longer",
-         "two stages, top 8": "slimmoe,tuned,top8", "one stage, top 8": "slimmoe,tuned,once,top8"},
+         "two stages, long": "slimmoe,tuned,kd_steps=1200",
+         "one stage, long": "slimmoe,tuned,stages=1,kd_steps=1200",
+         "two stages, top 8": "slimmoe,tuned,kd_loss=kd_topk",
+         "one stage, top 8": "slimmoe,tuned,stages=1,kd_loss=kd_topk"},
         "loss_increase",
         below(stages=[("two stages", "one stage"), ("two stages", "one stage, restarted"),
                       ("two stages, long", "one stage, long"),
@@ -121,13 +129,14 @@ CLAIMS = dict(
         better="lower", also=("cut_loss", "kl", "parameters"),
         conclude=in_parts("stages", "KL", "after", "cut")),
     widths_of_layers=Claim(
-        "The exact choice of a width for every layer beats one width for all, and that a random choice; "
-        "neurons chosen by activations beat a policy that reads weights, and that chance",
+        "The exact choice of a width for every layer beats one width for all, and that a random "
+        "choice; neurons chosen by activations beat a policy that reads weights, and that chance",
         "2411.19146: an integer programme over distilled blocks;  2407.14679;  2501.15296",
-        {"exact": "puzzle,cut", "uniform": "puzzle,cut,same", "random": "puzzle,cut,lottery",
-         "Minitron": "minitron,cut,most", "PruneNet": "prunenet,cut,most",
-         "PruneNet, largest": "prunenet,cut,most,largest",
-         "random neurons": "slimmoe,cut,once,by_luck,most"},
+        {"exact": "puzzle,cut", "uniform": "puzzle,cut,choice=uniform",
+         "random": "puzzle,cut,choice=random",
+         "Minitron": "minitron,cut,share=0.7", "PruneNet": "prunenet,cut,share=0.7",
+         "PruneNet, largest": "prunenet,cut,share=0.7,sampled=false",
+         "random neurons": "slimmoe,cut,stages=1,importance=random,share=0.7"},
         "kl", below(choice=[("exact", "uniform"), ("uniform", "random")],
                     neurons=[("Minitron", "PruneNet"), ("PruneNet", "random neurons")]),
         better="lower", also=("loss_increase", "parameters"),
@@ -138,28 +147,31 @@ CLAIMS = dict(
 # {arm|metric: weight} for a sum, or a number.
 HEADLINES = dict(
     pruning=("order: ARMOR 4 < NoWag-P", "ARMOR 4", "NoWag-P",
-             "At 2:4 ARMOR loses less than NoWag-P (2504.14569), that than Wanda, that than magnitude; and "
-             "less than SparseGPT and than a low-rank correction of its size", "nats lost ↓",
+             "At 2:4 ARMOR loses less than NoWag-P (2504.14569), that than Wanda, that than "
+             "magnitude; and less than SparseGPT and than a low-rank correction of its size",
+             "nats lost ↓",
              "Llama-2-7B perplexity 7.2 against 11.1; Wanda 11.4, SparseGPT 10.2 (second-hand)"),
     codes=("2 bits: NoWag-VQ, 2 < GPTVQ, 2", "NoWag-VQ, 2", "GPTVQ, 2",
            "NoWag-VQ loses less than other ways to round at about as many bits",
            "nats lost, 2 bits ↓", "better than other one-shot vector quantisers (second-hand)"),
     widths=("BAQ: BAQ, 3 < uniform, 3", "BAQ, 3", "uniform, 3",
-            "Bits where columns lose most (BAQ) beat the same bits everywhere; groups that need 4 bits are "
-            "found by sensitivity", "KL to the original, 3 bits ↓",
+            "Bits where columns lose most (BAQ) beat the same bits everywhere; groups that need 4 "
+            "bits are found by sensitivity", "KL to the original, 3 bits ↓",
             "below GPTQ at equal average bits"),
     arena=("spiky: AWQ 4, spiky < RTN 4, spiky", "AWQ 4, spiky", "RTN 4, spiky",
            "Methods that handle outliers win where outliers are", "KL to the original ↓", "-"),
     kv=("keys: KIVI < keys by token", "KIVI", "keys by token",
-        "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens may go",
+        "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens "
+        "may go",
         "nats lost ↓", "2 bits lose least with keys by channel, values by token (second-hand)"),
     slim=("stages: two stages < one stage", "two stages", "one stage",
-          "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping experts, "
-          "random neurons, new weights and a dense model of its active size", "nats lost ↓",
+          "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping "
+          "experts, random neurons, new weights and a dense model of its active "
+          "size", "nats lost ↓",
           "stages above one shot"),
     widths_of_layers=("choice: exact < uniform", "exact", "uniform",
-                      "The exact choice of a width for every layer beats one width for all, and that a "
-                      "random choice; neurons chosen by activations beat a policy that reads weights, and "
-                      "that chance",
+                      "The exact choice of a width for every layer beats one width for all, and "
+                      "that a random choice; neurons chosen by activations beat a policy that "
+                      "reads weights, and that chance",
                       "KL to the original ↓", "-"),
 )

@@ -2,12 +2,14 @@
 headlines."""
 from claims import Claim, gated, in_parts
 
+
 def versus(ours, *others, on="", tag=""):
     """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
     return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
-NOISY, ENSEMBLES, GRADED = ", 25% noise", ("mean", "wco", "uwo"), dict(on="accuracy_graded",
-                                                                       tag="RL: ")
+
+NOISY, ENSEMBLES = ", 25% noise", ("mean", "wco", "uwo")
+GRADED = dict(on="accuracy_graded", tag="RL: ")
 CLAIMS = dict(
     routing=Claim(
         "Sending uncertain pairs to the judge beats sending as many at random",
@@ -28,9 +30,10 @@ CLAIMS = dict(
         "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
         "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten "
         "benchmarks",
-        dict(rubric="rubrics", oracle="rubrics", direct="rubrics,direct", bt="rubrics,bt_rubrics")
-        | {"no contrast": "rubrics,nocontrast", "no filter": "rubrics,nofilter",
-           "neither": "rubrics,nocontrast,nofilter"}, "accuracy",
+        dict(rubric="rubrics", oracle="rubrics", direct="rubrics,judge=direct",
+             bt="rubrics,bt_rubrics") | {
+            "no contrast": "rubrics,contrast=false", "no filter": "rubrics,consistent=false",
+            "neither": "rubrics,contrast=false,consistent=false"}, "accuracy",
         versus("rubric", "direct", "bt", tag="judges: ")
         | versus("rubric", "no contrast", tag="contrast: ")
         | versus("no filter", "neither", tag="contrast alone: ")
@@ -46,7 +49,7 @@ CLAIMS = dict(
         "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest "
         "pairs too",
         "2505.16265: 75.1 on RM-Bench against 68.3 (BT) and 68.1 (short, 16 votes) (second-hand)",
-        {x + y: "thinkrm" + ",short_style" * (x == "short") for y in ("", "+RL")
+        {x + y: "thinkrm" + ",style=short" * (x == "short") for y in ("", "+RL")
          for x in ("long", "short")}
         | {x: f"thinkrm,{x}_style" for x in ("filler", "direct", "bt")}, "hard",
         versus("long", "bt", "direct", "filler", "short", tag="hard: ") | {
@@ -78,7 +81,7 @@ CLAIMS = dict(
         "Ensembles of reward models mitigate over-optimisation, with and without label noise",
         "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they "
         "reduce it",
-        {x + tail: "overopt" + ",noisy" * bool(tail) for tail in ("", NOISY)
+        {x + tail: "overopt" + ",noise=0.25" * bool(tail) for tail in ("", NOISY)
          for x in ("single", *ENSEMBLES)},
         "best-of-n gold@256",
         {f"{how}: {x}{tail} > single": {f"{x}{tail}|{on}": 1, f"single{tail}|{on}": -1}

@@ -2,13 +2,13 @@
 headlines."""
 from claims import Claim, in_parts
 
-CELLS = {f"{name} {size}": f"{preset}draft{size}"
+CELLS = {f"{name} {size}": f"{preset}draft=base:draft{size}"
          for name, preset in (("text", ""), ("docstrings", "docs,")) for size in (64, 32)}
 DRAFTS = {"KD": "distillspec,arena", "AdaSPEC": "adaspec,arena",
-          "KD, 2.5x": "distillspec,arena,wide", "AdaSPEC, 2.5x": "adaspec,arena,wide"}
-CONTROLS = {"random, 2.5x": "adaspec,arena,wide,by_chance",
-            "smallest, 2.5x": "adaspec,arena,wide,smallest_gap"}
-TOLD = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup",
+          "KD, 2.5x": "distillspec,arena,batch=20", "AdaSPEC, 2.5x": "adaspec,arena,batch=20"}
+CONTROLS = {"random, 2.5x": "adaspec,arena,batch=20,at_random",
+            "smallest, 2.5x": "adaspec,arena,batch=20,smallest"}
+ALSO = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup",
         "draft_predicted")
 
 
@@ -32,7 +32,7 @@ CLAIMS = dict(
         | over("same batch", CELLS, "AdaSPEC", "KD")
         | over("selection", ["docstrings 64"], "AdaSPEC, 2.5x", "random, 2.5x")
         | over("order", ["docstrings 64"], "AdaSPEC, 2.5x", "smallest, 2.5x"),
-        also=TOLD, conclude=in_parts("paper's budgets", "equal data", "same batch", "selection",
+        also=ALSO, conclude=in_parts("paper's budgets", "equal data", "same batch", "selection",
                                      "order")),
 )
 

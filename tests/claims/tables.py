@@ -22,7 +22,7 @@ import textwrap
 from pathlib import Path
 
 from claims import interval, table
-from data.run import HEADING, UserError, nearest, pyplot, write_text
+from data.run import HEADING, UserError, entries, nearest, pyplot, write_text
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -241,7 +241,7 @@ def verdicts(name, script, found):
     links = []
     for claim, report in of_script(script, found).items():
         arms = claims_of(script)[claim].arms.values()
-        if any(name in arm.split(",") for arm in arms):
+        if any(name in entries(arm) for arm in arms):
             verdict = cell(short_verdict(name, report["verdict"]))
             links.append(f"[{claim}: {verdict}]({script}.md#claim-{claim})")
     return "; ".join(links) or "-"
