@@ -154,9 +154,8 @@ def nowag_p(W, h, *, pattern="2:4"):
     return pruned(W * kept(normalise(W)[0] ** 2 * mend(h), pattern), pattern)
 
 
-def dense(W):
+def dense():
     """Nothing is done: the baseline."""
-    return W
 
 
 # --- calibrate ------------------------------------------------------------------------------------
@@ -227,20 +226,6 @@ def watch(block, inputs, where, names):
 
 def untouched(model, inputs, where, f):
     """Nothing."""
-
-
-def spread_outliers(model, factor, channels=2):
-    """An exactly equivalent model with outliers: the first channels of every norm times factor, the
-    columns that read them divided by it. In place."""
-    for block in model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, layers in (
-                (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
-            with torch.no_grad():
-                norm.weight[:channels] *= factor
-                for layer in layers:
-                    layer.weight[:, :channels] /= factor
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -353,48 +338,26 @@ def layer_by_layer(model, tok, tokens, held, c, f, run):
     return model, metrics
 
 
-def open_model(c, folder):
+def leave(model, *_):
+    """The model as it is, 16 bits a weight."""
+    return model, dict(bits=16.0, proxy=0.0)
+
+
+def open_model(c, f, folder):
     """The model and tokenizer to compress, checked. Raises UserError for what cannot be."""
     model, tok = load(folder, c.device)
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; compress.py takes a language model")
-    if model.config.moe and (c.method not in WHOLE or c.outliers):
+    if model.config.moe and ("batches" not in needs(f.method) or c.outliers):
         raise UserError(f"--init {c.init} has experts: only methods that cut structure take it, "
                         "without --outliers")
     if any(isinstance(m, PackedLinear) for m in model.modules()) or model.config.shaped:
         raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
     model.requires_grad_(False)
-    if c.outliers:
-        spread_outliers(model, c.outliers)
+    for field in PREPARE:
+        if getattr(c, field):
+            PREPARE[field](model, getattr(c, field))
     return model, tok
-
-
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    whole = c.method in WHOLE
-    return dict.fromkeys(("kd_batch", "kd_lr", "kd_loss"),
-                         (whole and c.kd_steps > 0, "methods that distil, for --kd_steps")) | dict(
-        kd_steps=(whole, "methods that distil"),
-        sequential=(not whole, "methods that go a layer at a time"),
-        domain=(any(k in FACTS for k in needs(f.method)), "methods that read gradients"),
-        keep=(False, "scripts that save more than once"))
-
-
-def check(c, f):
-    """UserError for all that can be known before anything is made: options, files and folders."""
-    if "pattern" in f.method.keywords:
-        pattern = f.method.keywords["pattern"]
-        m = pattern.partition(":")[2]
-        kept(torch.zeros(1, max(1, int(m)) if m.isdigit() else 8), pattern)
-    for row in (c.method, c.smooth, c.cache):
-        if row in CHECKS:
-            CHECKS[row](c, f)
-    for name in filter(None, (c.data, c.domain)):
-        if name != "stdlib":
-            text.documents(name)
-    most = sft.find(c.init, c.config, make=False)
-    if c.context > most:
-        raise UserError(f"--context {c.context}: {c.init} takes {most} tokens at most; lower it")
 
 
 def train(c, f):
@@ -408,7 +371,7 @@ def train(c, f):
             return run.info["result"]
 
         # 1. text to calibrate and to evaluate on ----------------------------------------------
-        model, tok = open_model(c, folder)
+        model, tok = open_model(c, f, folder)
         held = text.stream(text.documents(c.data, "val"), tok, c.windows * c.context)
         if len(held) < c.context:
             raise UserError(f"--data {c.data}: {len(held)} tokens to evaluate on: more text, or a "
@@ -424,7 +387,8 @@ def train(c, f):
                 f"{math.exp(before):.3f}")
 
         # 2. compress and save -----------------------------------------------------------------
-        clock, walk = time.perf_counter(), WHOLE.get(c.method, layer_by_layer)
+        clock = time.perf_counter()
+        walk = next((WALKS[x] for x in needs(f.method) if x in WALKS), leave)
         model, metrics = walk(model, tok, tokens, held, c, f, run)
         seconds, model = time.perf_counter() - clock, as_found(model, folder)
         run.save(len(model.layers), lambda path: save(model, tok, path))
@@ -432,7 +396,7 @@ def train(c, f):
         # 3. evaluate --------------------------------------------------------------------------
         after, rate = evaluate(model.float(), held), speed(model, held[0])
         size = sum(p.stat().st_size for p in run.last.glob("*.safetensors"))
-        kl, same = compare(model, open_model(c, folder)[0], held[:128])
+        kl, same = compare(model, open_model(c, f, folder)[0], held[:128])
         if c.cache in MEASURES:
             metrics |= MEASURES[c.cache](model, tokens, held, c, f, run)
         peak, now = peak_bytes(c.device), sum(p.numel() for p in model.parameters())
@@ -460,14 +424,74 @@ LOSSES = dict()          # of distillation
 AXES = dict(method=METHODS, smooth=SMOOTH, cache=CACHES, kd_loss=LOSSES, kernels=kernels.MODES)
 FACTS = dict()           # {what a method asks for: f(model, tok, c) -> {layer's name: it}}
 MEMORIES = dict()        # {what a method asks for: a class that hands it out and notes the outcome}
-WHOLE = dict()           # {method that is not for one layer at a time: what goes through the model}
-CHECKS = dict()          # {row: check(c, f)} of what a row cannot go with
+WALKS = dict()           # {what a method asks for, W or batches: what goes through the model}
+CHECKS = dict()          # {row, or what a method asks for: check(c, f)} of what cannot be
 MEASURES = dict()        # {cache: what it adds to the evaluation}
+PREPARE = dict()         # {field: what it first does to the model, if it is set}
+WALKS["W"] = layer_by_layer
 
 
 def main(argv=None):
     """python compress.py …: see the docstring above, or --help."""
     return launch("compress", Config, PRESETS, AXES, __doc__, train, argv, readers)
+
+
+# === refused: what a run reads, and what cannot be, told before anything is made ==================
+
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    asked = needs(f.method)
+    whole = "batches" in asked
+    return dict.fromkeys(("kd_batch", "kd_lr", "kd_loss"),
+                         (whole and c.kd_steps > 0, "methods that distil, for --kd_steps")) | dict(
+        kd_steps=(whole, "methods that distil"),
+        sequential=("W" in asked, "methods that go a layer at a time"),
+        domain=(any(k in FACTS for k in asked), "methods that read gradients"),
+        keep=(False, "scripts that save more than once"))
+
+
+def check(c, f):
+    """UserError for all that can be known before anything is made: options, files and folders."""
+    for row in (*needs(f.method), c.method, c.smooth, c.cache):
+        if row in CHECKS:
+            CHECKS[row](c, f)
+    for name in filter(None, (c.data, c.domain)):
+        if name != "stdlib":
+            text.documents(name)
+    most = sft.find(c.init, c.config, make=False)
+    if c.context > most:
+        raise UserError(f"--context {c.context}: {c.init} takes {most} tokens at most; lower it")
+
+
+def check_pattern(c, f):
+    """UserError for a --pattern that kept() does not know."""
+    if pattern := f.method.keywords.get("pattern"):
+        m = pattern.partition(":")[2]
+        kept(torch.zeros(1, max(1, int(m)) if m.isdigit() else 8), pattern)
+
+
+CHECKS["W"] = check_pattern
+
+
+# === outliers: ours, an equivalent model with what real models have and small ones do not =========
+
+
+def spread_outliers(model, factor, channels=2):
+    """An exactly equivalent model with outliers: the first channels of every norm times factor, the
+    columns that read them divided by it. In place."""
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, layers in (
+                (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
+            with torch.no_grad():
+                norm.weight[:channels] *= factor
+                for layer in layers:
+                    layer.weight[:, :channels] /= factor
+
+
+PREPARE["outliers"] = spread_outliers
 
 
 # === magnitude, wanda: 1506.02626, 2306.11695, the largest weights, or times their inputs' norms ==
@@ -1389,6 +1413,7 @@ def cut_and_distil(model, tok, tokens, held, c, f, run):
 
 
 PENALTIES = dict()       # {method: what is added to the loss of its student}
+WALKS["batches"] = cut_and_distil
 
 
 # === slicing: some neurons of every MLP, some groups of heads =====================================
@@ -1579,7 +1604,7 @@ def check_stages(c, f):
         raise UserError("--at_once true: a single stage cuts at once anyway; raise --stages")
 
 
-LOSSES["kd_topk"], METHODS["slimmoe"], WHOLE["slimmoe"] = kd_topk, slimmoe, cut_and_distil
+LOSSES["kd_topk"], METHODS["slimmoe"] = kd_topk, slimmoe
 CHECKS["slimmoe"] = check_stages
 PRESETS["slimmoe"] = dict(method="slimmoe", init="base:pretrain_moe")
 
@@ -1629,8 +1654,8 @@ def dense_active(model, teacher, batches, generator, *, share: Range("(0, 1]") =
                   generator)
 
 
-METHODS["fresh"], WHOLE["fresh"] = fresh, cut_and_distil
-METHODS["dense_active"], WHOLE["dense_active"] = dense_active, cut_and_distil
+METHODS["fresh"] = fresh
+METHODS["dense_active"] = dense_active
 PRESETS["fresh"] = dict(method="fresh", init="base:pretrain_moe")
 PRESETS["dense_active"] = dict(method="dense_active", init="base:pretrain_moe")
 
@@ -1671,7 +1696,7 @@ def drop_experts(model, teacher, batches, generator, *, share: Range("(0, 1]") =
                 num_experts_per_tok=min(count, c.num_experts_per_tok))
 
 
-METHODS["drop_experts"], WHOLE["drop_experts"] = drop_experts, cut_and_distil
+METHODS["drop_experts"] = drop_experts
 PRESETS["drop_experts"] = dict(method="drop_experts", init="base:pretrain_moe")
 
 
@@ -1708,7 +1733,7 @@ def minitron(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5
                         {name: top(x, width) for name, x in activity(model, batches).items()})
 
 
-METHODS["minitron"], WHOLE["minitron"] = minitron, cut_and_distil
+METHODS["minitron"] = minitron
 PRESETS["minitron"] = dict(method="minitron", kd_loss="forward_kl")
 
 
@@ -1724,9 +1749,9 @@ def ks_distance(a, b):
     return (below[0] - below[1]).abs().max().item()
 
 
-def spectrum_reward(W, kept):
-    """PruneNet's reward:  1 / KS(singular values of W, of its kept rows), 99999 for equal ones."""
-    distance = ks_distance(*(torch.linalg.svdvals(x.float()) for x in (W, W[kept])))
+def spectrum_reward(weight, kept):
+    """PruneNet's reward:  1 / KS(singular values of W, of its kept rows), 99999 if equal."""
+    distance = ks_distance(*(torch.linalg.svdvals(x.float()) for x in (weight, weight[kept])))
     return 1 / distance if distance else 99999.0
 
 
@@ -1784,7 +1809,7 @@ def prunenet(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.7
     yield slice_neurons(model, rows)
 
 
-METHODS["prunenet"], WHOLE["prunenet"] = prunenet, cut_and_distil
+METHODS["prunenet"] = prunenet
 PRESETS["prunenet"] = dict(method="prunenet", kd_loss="forward_kl")
 
 
@@ -1859,6 +1884,9 @@ def replace_one(teacher, library, batches):
 # === choices: a width for every layer, exact, equal or by chance, under one budget ================
 
 
+CHOICES = {}             # of what fits a budget
+
+
 def choose_dp(scores, costs, budget, generator):
     """min Σ score[i, j_i]  s.t.  Σ cost[j_i] <= budget,  exact: dynamic programming over costs.
     -> [L]"""
@@ -1903,7 +1931,7 @@ def choose_random(scores, costs, budget, generator):
     return picks
 
 
-CHOICES = dict(dp=choose_dp, uniform=choose_uniform, random=choose_random)
+CHOICES["dp"], CHOICES["uniform"], CHOICES["random"] = choose_dp, choose_uniform, choose_random
 
 
 # === puzzle, cosine_kl: 2411.19146, a width a layer, chosen exactly from distilled blocks =========
@@ -1946,8 +1974,7 @@ def puzzle(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5,
     scored alone in the teacher; the best choice whose widths sum to share * L * f at most. Then
     cosine_kl.
 
-    choice dp, uniform or random; local_steps and local_lr are ours. Attention variants are left
-    out.
+    choice dp, uniform or random; local_steps and local_lr are ours. Attention stays as it is.
     """
     library = block_library(model, batches, percentages(shares), multiple)
     distil_blocks(teacher, library, batches, local_steps, local_lr)
@@ -1957,13 +1984,8 @@ def puzzle(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.5,
     yield assemble(model, library, [widths[j] for j in picks])
 
 
-def check_shares(c, f):
-    """UserError for shares that are no numbers."""
-    percentages(f.method.keywords["shares"])
-
-
-LOSSES["cosine_kl"], METHODS["puzzle"], WHOLE["puzzle"] = cosine_kl, puzzle, cut_and_distil
-CHECKS["puzzle"] = check_shares
+LOSSES["cosine_kl"], METHODS["puzzle"] = cosine_kl, puzzle
+CHECKS["puzzle"] = lambda c, f: percentages(f.method.keywords["shares"])
 PRESETS["puzzle"] = dict(method="puzzle", kd_loss="cosine_kl")
 
 
@@ -2002,7 +2024,7 @@ def swiftkv(model, teacher, batches, generator, *, layer=0):
     yield student
 
 
-LOSSES["swift_kl"], METHODS["swiftkv"], WHOLE["swiftkv"] = swift_kl, swiftkv, cut_and_distil
+LOSSES["swift_kl"], METHODS["swiftkv"] = swift_kl, swiftkv
 PRESETS["swiftkv"] = dict(method="swiftkv", kd_loss="swift_kl")
 
 
@@ -2040,7 +2062,7 @@ def moh(model, teacher, batches, generator, *, shared: Share = 0.5, active: Rang
     yield build(model, state, shared_heads=S, routed_heads=K, head_router=router)
 
 
-METHODS["moh"], WHOLE["moh"], PENALTIES["moh"] = moh, cut_and_distil, head_balance
+METHODS["moh"], PENALTIES["moh"] = moh, head_balance
 PRESETS["moh"] = dict(method="moh", kd_loss="forward_kl", router="learned")
 
 
@@ -2294,11 +2316,11 @@ CHECKS["kivi"] = lambda c, f: f.cache()
 PRESETS["kivi"] = dict(method="dense", cache="kivi")
 
 
-# === scores: 2410.01805, 2306.14048, what a token is worth to each key head =======================
+# === watched: ours, what every block's attention is given, for whoever scores tokens by it ========
 
 
 def watch_attention(model, see):
-    """Call see(layer, attention, seen, where) after every block's attention; -> handles to remove.
+    """Call see(layer, self_attn, seen, where) after every block's attention; -> handles to remove.
 
     seen: its projections q, k, v [B, T, …], before norms and RoPE; where: what attention was called
     with, (x, cos, sin, cache, layer, at, visible).
@@ -2318,11 +2340,11 @@ def watch_attention(model, see):
     return handles
 
 
-def rotated(attention, x, norm, cos, sin):
+def rotated(self_attn, x, norm, cos, sin):
     """A projection [B, T, H hd] as attention uses it: by heads, normed where the model does, turned
     by RoPE. -> [B, H, T, hd]"""
-    x = x.unflatten(-1, (-1, attention.hd))                                          # [B, T, H, hd]
-    x = (getattr(attention, norm)(x) if attention.qk_norm else x).transpose(1, 2)
+    x = x.unflatten(-1, (-1, self_attn.hd))                                          # [B, T, H, hd]
+    x = (getattr(self_attn, norm)(x) if self_attn.qk_norm else x).transpose(1, 2)
     a, b = wide(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -2332,34 +2354,57 @@ def joined(seen):
     return torch.cat([seen[name].float() for name in "qkv"], -1)
 
 
-# Each is [B, K, T], the largest stays. It never changes, but for the sums of attention.
+# === scores: 2410.01805, 2306.14048, what a token is worth to each key head =======================
+
+SCORES, LATER = {}, {}   # score: [B, K, T] of new tokens, the largest stay; what it adds afterwards
 
 
-def by_head(cache, layer, attention, seen, where):
+def by_head(cache, layer, self_attn, seen, where):
     """Locret, 2410.01805: the retaining head's prediction."""
     return cache.heads[layer](joined(seen)).mT
 
 
-def by_recency(cache, layer, attention, seen, where):
+def by_recency(cache, layer, self_attn, seen, where):
     """The position: a sliding window without sinks."""
     at = (cache.base + cache.gone)[:, None] + torch.arange(seen["k"].size(1)).to(cache.base)
     return at.float()[:, None].expand(-1, cache.k.size(2), -1)
 
 
-def by_chance(cache, layer, attention, seen, where):
+def by_chance(cache, layer, self_attn, seen, where):
     """A random number, kept: what stays is a uniform sample."""
     B, T = seen["k"].shape[:2]
     return torch.rand(B, cache.k.size(2), T, generator=cache.generator).to(cache.k.device)
 
 
-def by_attention(cache, layer, attention, seen, where):
+def by_attention(cache, layer, self_attn, seen, where):
     """After H2O (2306.14048): all attention received so far. The sum waits for the rows' lengths:
-    Evicting.absorb."""
-    cache.pending[layer] = rotated(attention, seen["q"], "q_norm", *where[1:3])
+    add_attention."""
+    cache.pending[layer] = rotated(self_attn, seen["q"], "q_norm", *where[1:3])
     return torch.zeros(len(cache.base), cache.k.size(2), seen["k"].size(1), device=cache.k.device)
 
 
-SCORES = dict(locret=by_head, recency=by_recency, random=by_chance, attention=by_attention)
+def attention_paid(q, k, base, length):
+    """The attention that the queries of rows that were `base` [B] long, and are `length`, paid to
+    every slot; a row's padding pays none.   q [B, H, T, hd], k [B, K, S, hd] -> [B, K, S]"""
+    B, H, T, hd = q.shape
+    slot, own = (torch.arange(n, device=q.device) for n in (k.size(2), T))
+    own = base[:, None] + own                                                   # [B, T] their slots
+    logit = (q.reshape(B, k.size(1), -1, hd) @ k.mT / hd ** 0.5).unflatten(2, (-1, T))
+    logit = logit.masked_fill(slot > own[:, None, None, :, None], -math.inf)       # [B, K, G, T, S]
+    paid = logit.softmax(-1) * (own < length[:, None])[:, None, None, :, None]
+    return paid.sum((2, 3))
+
+
+def add_attention(cache):
+    """Add the attention that the last forward's queries paid."""
+    for layer, q in cache.pending.items():
+        k = cache.k[layer, :, :, :cache.used].float()                                # [B, K, S, hd]
+        cache.score[layer, :, :, :cache.used] += attention_paid(q, k, cache.base, cache.length)
+    cache.pending = {}
+
+
+SCORES["locret"], SCORES["recency"], SCORES["random"] = by_head, by_recency, by_chance
+SCORES["attention"], LATER["attention"] = by_attention, add_attention
 
 
 # === slots: what stays of a prompt, and the attention that is paid to it ==========================
@@ -2379,26 +2424,14 @@ def retained(score, length, budget, protect):
     return order.argsort(-1)[..., :int(count.max())], count
 
 
-def attention_paid(q, k, base, length):
-    """The attention that the queries of rows that were `base` [B] long, and are `length`, paid to
-    every slot; a row's padding pays none.   q [B, H, T, hd], k [B, K, S, hd] -> [B, K, S]"""
-    B, H, T, hd = q.shape
-    slot, own = (torch.arange(n, device=q.device) for n in (k.size(2), T))
-    own = base[:, None] + own                                                   # [B, T] their slots
-    logit = (q.reshape(B, k.size(1), -1, hd) @ k.mT / hd ** 0.5).unflatten(2, (-1, T))
-    logit = logit.masked_fill(slot > own[:, None, None, :, None], -math.inf)       # [B, K, G, T, S]
-    paid = logit.softmax(-1) * (own < length[:, None])[:, None, None, :, None]
-    return paid.sum((2, 3))
-
-
 def listen(model, cache):
     """Let a cache score what the model reads, by hooks that go when the cache does, whatever
     happens. -> a function that removes them"""
     me = weakref.ref(cache)
 
-    def see(layer, attention, seen, where):
+    def see(layer, self_attn, seen, where):
         if (cache := me()) is not None and where[3] is cache:
-            new = SCORES[cache.rule](cache, layer, attention, seen, where).float()       # [B, K, T]
+            new = SCORES[cache.rule](cache, layer, self_attn, seen, where).float()       # [B, K, T]
             cache.score[layer].view(-1).index_copy_(0, where[5], new.flatten())
             cache.blind = False
 
@@ -2451,11 +2484,9 @@ class Evicting:
     put = Cache.put
 
     def absorb(self):
-        """Add the attention that the last forward's queries paid, if that is the score."""
-        for layer, q in self.pending.items():
-            k = self.k[layer, :, :, :self.used].float()                              # [B, K, S, hd]
-            self.score[layer, :, :, :self.used] += attention_paid(q, k, self.base, self.length)
-        self.pending = {}
+        """Add to the scores what waited for the rows' lengths."""
+        if self.rule in LATER:
+            LATER[self.rule](self)
 
     def evict(self, budget, protect=0):
         """Keep each row's and head's `budget` best slots, its last `protect` among them."""
@@ -2531,8 +2562,8 @@ def retaining_data(model, tokens, answer):
     [B, P + answer]."""
     out = []
 
-    def see(layer, attention, seen, where):
-        q, k = (rotated(attention, seen[n], f"{n}_norm", *where[1:3]) for n in "qk")
+    def see(layer, self_attn, seen, where):
+        q, k = (rotated(self_attn, seen[n], f"{n}_norm", *where[1:3]) for n in "qk")
         out.append((joined(seen)[:, :-answer], retaining_labels(q, k, answer)))
     hooks = watch_attention(model, see)
     try:

@@ -1183,7 +1183,7 @@ HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
 HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
 APART_OF_SFT = {"base", "tokenizer", "summary"}          # chapters that an ejected script imports
-MAIN = {"launch", "cli", "Config", "PRESETS", "AXES", "readers", "train"}  # an ejected main's
+MAIN = {"launch", "cli", "Config", "PRESETS", "AXES", "train"}                # an ejected main's
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
 
 
@@ -1384,11 +1384,11 @@ def attributes(module, names):
     return {x.partition(".")[2] for x in names if x.startswith(f"{module}.")}
 
 
-def eject(path, file, c, f, axes, options):
+def eject(path, file, c, f, axes, options, idle=()):
     """Write the script of one configuration: what of `path` it uses, its values as defaults.
 
-    The file stands beside model.py, kernels.py, optim.py, sft.py and data/. Raises UserError if it
-    exists, or has no name for a script.
+    idle: fields that this configuration does not read. The file stands beside model.py, kernels.py,
+    optim.py, sft.py and data/. Raises UserError if it exists, or has no name for a script.
     """
     file = Path(file)
     if file.suffix != ".py" or not file.stem.isidentifier():
@@ -1396,16 +1396,25 @@ def eject(path, file, c, f, axes, options):
                         f"{c.config or 'mine'}.py")
     if file.exists():
         raise UserError(f"--eject {file}: it is there already; choose another name")
-    text = bases_apart(path.read_text())
-    units, tables = units_of(text), tables_of(text, c, axes)
-    values = {str(x) for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    values |= {x.name for x in dataclasses.fields(c) if getattr(c, x.name) != x.default}
-    kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
-    lines = text.splitlines()
+    text, before = bases_apart(path.read_text()), None
+    while text != before:                            # a field less may leave another one unread
+        units, tables, before = units_of(text), tables_of(text, c, axes), text
+        left = {x.name: x.default for x in dataclasses.fields(c) if x.name in fields_of(text, c)}
+        values = {getattr(c, k) for k in left if isinstance(getattr(c, k), str)}
+        values |= {k for k, default in left.items() if getattr(c, k) != default}
+        values |= {x for fn in vars(f).values() for x in fn.keywords.values() if isinstance(x, str)}
+        kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
+        text = without_unread(text, [units[i] for i in kept])
+    lines, known = text.splitlines(), fields_of(text, c)
+    for unit in units:
+        if "AXES" in unit.defines:
+            known = known.union(*(vars(f)[x.arg].keywords for x in unit.node.value.keywords))
+    idle = sorted(known & {*idle})
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
         gap = "\n" * (not lines[units[i].first - 2].strip()) if imports(units[i].node) else ""
-        pieces.append((units[i].first, gap + source_of(units[i], kept[i], lines, names, c, f)))
+        pieces.append((units[i].first, gap + source_of(
+            units[i], kept[i], lines, names, (known, idle), c, f)))
     for k, line in enumerate(lines, 1):                        # headings of what is left
         if re.match(r"# (===|---)", line):
             end = next((j for j, x in enumerate(lines[k:], k + 1) if re.match(r"# (===|---)", x)),
@@ -1436,6 +1445,43 @@ def bases_apart(text):
     names = ", ".join(sorted(unit.node.name for unit in moved))
     lines.insert(max(x.last for x in units if imports(x.node)), f"from sft import {names}")
     return "\n".join(lines) + "\n"
+
+
+def without_unread(text, kept):
+    """A script's text without the fields of its Config, and the axes of their names, that none of
+    the statements `kept` reads, nor a module below: attributes and texts of their names."""
+    lines, home, read = text.splitlines(), Path(__file__).parent.parent, set()
+    shared = [*home.glob("data/*.py"), home / "model.py", home / "sft.py"]
+    for path in shared:
+        read |= set(re.findall(r"\bc\.(\w+)", path.read_text()))
+    for unit in kept:
+        if not unit.defines & {"Config", "AXES", "PRESETS"}:
+            for x in ast.walk(unit.node):
+                read |= {x.attr} if isinstance(x, ast.Attribute) else set()
+                read |= {x.value} if isinstance(x, ast.Constant) else set()
+    fields = config_fields(text)
+    idle = fields.keys() - read - HERE
+    for unit in units_of(text):
+        if "AXES" in unit.defines:
+            axes = ", ".join(segment(x, lines) for x in unit.node.value.keywords
+                             if x.arg not in idle)
+            whole = textwrap.fill(f"AXES = dict({axes})", 100, subsequent_indent=" " * 12)
+            lines[unit.node.lineno - 1:unit.node.end_lineno] = whole.splitlines()
+    for name, node in reversed(fields.items()):
+        if name in idle:
+            del lines[node.lineno - 1:node.end_lineno]
+    return "\n".join(lines) + "\n"
+
+
+def config_fields(text):
+    """{name: its statement} of the fields that a script's Config has of its own."""
+    return {x.target.id: x for unit in units_of(text) if "Config" in unit.defines
+            for x in unit.node.body if isinstance(x, ast.AnnAssign)}
+
+
+def fields_of(text, c):
+    """The names of a Config's fields: those that every run has, and those left in the text."""
+    return {*config_fields(text), *(x.name for x in dataclasses.fields(type(c).__bases__[0]))}
 
 
 def joined_pieces(pieces):
@@ -1473,7 +1519,7 @@ def docstring_of(path, file, text, units, kept, c, options):
                       '"""'])
 
 
-def source_of(unit, rows, lines, names, c, f):
+def source_of(unit, rows, lines, names, fields, c, f):
     """A statement's text in an ejected script: rows, imports and defaults cut to what is used."""
     node, text = unit.node, "\n".join(lines[unit.first - 1:unit.last])
     if imports(node):
@@ -1487,21 +1533,22 @@ def source_of(unit, rows, lines, names, c, f):
     if unit.defines == {"PRESETS"}:
         rows = [x for x in getattr(node.value, "keywords", ()) if x.arg in SIZES]
         return "PRESETS = dict(\n    " + ",\n    ".join(
-            size_preset(x, lines, c, f) for x in rows) + ")"
+            size_preset(x, lines, fields[0]) for x in rows) + ")"
     if unit.defines == {"main"}:
         name = re.search(r'launch\(\s*"(\w+)"', text)[1]
-        return (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
-                '--help."""\n    return train(*configure(Config, PRESETS, AXES, __doc__, argv, '
-                'readers))')
+        return main_of(name, fields[1])
     if rows is not None and not unit.rows:
         table = next(iter(unit.defines))
         row = ", ".join(f"{k}={segment(v, lines)}" for _, k, v in rows)
         return textwrap.fill(f"{table} = dict({row})", 100, break_long_words=False,
                              subsequent_indent=" " * len(f"{table} = dict("))
     if rows is not None:
-        return "\n".join(f'{t}["{k}"] = {segment(v, lines)}' for t, k, v in rows)
+        names, values = [f'{t}["{k}"]' for t, k, _ in rows], [segment(v, lines) for *_, v in rows]
+        together = f"{', '.join(names)} = {', '.join(values)}"
+        apart = "\n".join(f"{name} = {value}" for name, value in zip(names, values))
+        return together if len(together) <= 100 else apart
     if unit.defines == {"Config"}:
-        return config_with(node, unit, lines, c)
+        return config_with(unit, lines, fields[0], c)
     places = []
     if isinstance(node, ast.FunctionDef):
         mine = [fn for fn in vars(f).values() if fn.func.__name__ == node.name]
@@ -1511,21 +1558,32 @@ def source_of(unit, rows, lines, names, c, f):
     return replaced(unit, lines, places)
 
 
-def size_preset(row, lines, c, f):
-    """A size preset's text without the keys that only rows read which are not here."""
-    known = {x.name for x in dataclasses.fields(c)}.union(*(fn.keywords for fn in vars(f).values()))
+def main_of(name, idle):
+    """The main of an ejected script: it trains, and refuses the fields that it does not read."""
+    out = (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
+           '--help."""\n')
+    if not idle:
+        return out + "    return train(*configure(Config, PRESETS, AXES, __doc__, argv))"
+    words = ", ".join(f'"{k}"' for k in idle) + "," * (len(idle) == 1)
+    unread = textwrap.fill(f"unread = ({words})", 96, subsequent_indent=" " * 10)
+    call = ("return train(*configure(Config, PRESETS, AXES, __doc__, argv, lambda c, f: "
+            'dict.fromkeys(\n        unread, (False, "other methods"))))')
+    return f"{out}{textwrap.indent(unread, ' ' * 4)}\n    {call}"
+
+
+def size_preset(row, lines, known):
+    """A size preset's text without the keys that are not here any more."""
     keys = ", ".join(segment(x, lines) for x in row.value.keywords if x.arg in known)
     return textwrap.fill(f"{row.arg}=dict({keys})", 94, break_long_words=False,
                          subsequent_indent=" " * (len(row.arg) + 10))
 
 
-def config_with(node, unit, lines, c):
+def config_with(unit, lines, known, c):
     """The Config's source with this run's values as its defaults; those of every run are added."""
-    own = {x.target.id: x for x in node.body if isinstance(x, ast.AnnAssign)}
-    places, more = [], []
+    own, places, more = config_fields("\n".join(lines)), [], []
     for x in dataclasses.fields(c):
         value = getattr(c, x.name)
-        if x.name in HERE or value == x.default:
+        if x.name in HERE or value == x.default or x.name not in known:
             continue
         if x.name in own:
             places.append((own[x.name].value, value))
@@ -1612,7 +1670,8 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
     elif "eject" in options:
         path = options.pop("eject")
         c, f = setup([f"--{k}={v}" for k, v in options.items()])
-        return eject(Path(inspect.getsourcefile(Config)), path, c, f, axes, options)
+        idle = [k for k, (read, _) in (readers(c, f) if readers else {}).items() if not read]
+        return eject(Path(inspect.getsourcefile(Config)), path, c, f, axes, options, idle)
     return train(*setup(argv))
 
 

@@ -67,7 +67,7 @@ def test_two_ranks_are_one_process(workdir):
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 from functools import partial
 from torch.distributed.device_mesh import init_device_mesh
@@ -110,8 +110,11 @@ local = walk("normuon", [(6, 4)], True, local_norm=True)[0]
 whole = walk("normuon", [(6, 4)], False)[0]
 assert (local - whole).abs().max() > 1e-4                # a shard's own norm: another optimiser
 if rank == 0:
-    print("equal")
+    print("equal", flush=True)
+dist.barrier()
 dist.destroy_process_group()
+del mesh                        # gloo aborts if a mesh is still there when the interpreter ends
+gc.collect()
 """
 
 
