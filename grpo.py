@@ -26,7 +26,6 @@ import itertools
 import random
 import statistics
 import time
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
@@ -34,14 +33,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 import sft
 from data import tasks
 from data.run import (Count, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, cli, launch, needs, read_log, report)
-from model import (Rollout, Transformer, autocast, collate, generate, load, logprobs, save,
+                      check_first_ratio, cli, launch, needs, read_log, report, rows_used)
+from data.stats import of_samples
+from data.tasks import MARK
+from model import (Transformer, autocast, collate, generate, joined, load, logprobs, rows_of, save,
                    token_logprobs)
 from optim import optimiser, set_lr
 
@@ -500,7 +500,7 @@ def check(c, f, task):
     """The names that a run asks for; UserError where its parts do not fit together, and for all
     that can be known before anything is made: files, folders, a reward of your own."""
     asked, known = asked_by(f), dict(c=c, f=f, task=task)
-    rows = dict.fromkeys(getattr(c, axis) for axis in AXES)
+    rows = dict.fromkeys(rows_used(c, AXES).values())
     words = [call(CHECKS[row], known) for row in rows if row in CHECKS]
     words += [f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
               "groups"] * (c.prompts % c.minibatches > 0)
@@ -525,33 +525,7 @@ def unanswered(task):
     """Words against a task that is not solved by an answer."""
     return f"this method asks for answers: {task.name} has none" * (task.metric != "accuracy")
 
-# === pass_at_k, maj_at_k: 2107.03374, 2203.11171, what several samples of held-out prompts come to
-
-
-def pass_at_k(n, correct, k):
-    """1 - C(n-c, k) / C(n, k): that one of k samples is right, from c of n (2107.03374 eq. 1)."""
-    out = 1.0
-    for i in range(n - correct + 1, n + 1):
-        out *= 1 - k / i
-    return 1 - out
-
-
-def of_samples(right, answers):
-    """{"pass@2", "pass@4", … up to G; "maj@G"} of right [P, G] and what each response stated.
-
-    maj@G: the share of prompts whose most frequent answer is right ("" is none; ties: the first).
-    """
-    G, out = right.size(1), {}
-    counts, rows = right.sum(1).tolist(), right.tolist()
-    for k in sorted({min(2 ** i, G) for i in range(1, 12)} if G > 1 else ()):
-        out[f"pass@{k}"] = statistics.fmean(pass_at_k(G, n, k) for n in counts)
-    wins = 0
-    for i, row in enumerate(rows):
-        mine = answers[i * G:(i + 1) * G]
-        votes = [x for x in mine if x]
-        winner = max(votes, key=votes.count) if votes else None
-        wins += any(ok for ok, x in zip(row, mine) if x == winner)
-    return out | {f"maj@{G}": wins / len(rows)}
+# === measured: 2107.03374, 2203.11171, what samples of held-out prompts come to: pass@k, maj@k ====
 
 
 def measured(task, posed, texts, score, length, finished):
@@ -645,24 +619,18 @@ def chosen(groups, keep):
     out = {k: x[keep] if torch.is_tensor(x) else x for k, x in groups.items()}
     for name, where in dict(problems=keep, posed=rows, texts=rows).items():
         out[name] = list(itertools.compress(groups[name], where.tolist()))
-    return out | dict(roll=Rollout(*(x[rows] for x in groups["roll"][:-1])))
+    return out | dict(roll=rows_of(groups["roll"], rows))
 
 
-def joined(rounds):
+def together(rounds):
     """Rounds of groups as one, their rollouts padded to the widest."""
     out = dict(rounds[0])
     for name, x in rounds[0].items():
         out[name] = torch.cat([x[name] for x in rounds]) if torch.is_tensor(x) else x
     for name in ("problems", "posed", "texts"):
         out[name] = [x for one in rounds for x in one[name]]
-    rolls, pad = [x["roll"] for x in rounds], max(out["ref"].config.pad_token_id, 0)
-
-    def stack(name, fill=0):
-        rows = [row for roll in rolls for row in getattr(roll, name)]
-        return pad_sequence(rows, batch_first=True, padding_value=fill)
-    return out | dict(roll=Rollout(stack("tokens", pad), stack("mask"), stack("logp"),
-                                   torch.cat([x.prompt_len for x in rolls]),
-                                   torch.cat([x.finished for x in rolls])))
+    pad = max(out["ref"].config.pad_token_id, 0)
+    return out | dict(roll=joined([x["roll"] for x in rounds], pad))
 
 
 def gathered(fresh, prompts, rounds, keep):
@@ -675,9 +643,9 @@ def gathered(fresh, prompts, rounds, keep):
         passed += int(good.sum())
         if passed >= prompts:
             break
-    batch = joined(kept if passed else seen[-1:])              # all are flat: a penalty can teach
+    batch = together(kept if passed else seen[-1:])              # all are flat: a penalty can teach
     first = torch.arange(len(batch["score"]), device=batch["score"].device) < prompts
-    return chosen(batch, first) | dict(passed=passed), joined(seen)
+    return chosen(batch, first) | dict(passed=passed), together(seen)
 
 
 def mixed(fresh, prompts, *, rounds: Count = 10):
@@ -1088,17 +1056,12 @@ PRESETS["reverse"] = dict(penalty="k2", beta=0.01, entropy=1e-3)
 # === clip_delta: 2410.15115, process rewards, bounded so that more steps earn no more =============
 
 
-def spelled(ids, tok, chars):
-    """How many of the ids spell the first `chars` characters."""
-    return bisect_left(range(len(ids) + 1), chars, key=lambda i: len(tok.decode(ids[:i])))
-
-
 def step_ends(roll, texts, posed, task, tok):
     """After how many tokens each step of each response ends.   N lists"""
     out = []
     for ids, text, problem in zip(roll.completions(), texts, posed):
         found = tasks.step_ends(tasks.part(task, problem), text)
-        out.append([spelled(ids, tok, end) for end in found])
+        out.append([tok.spelled(ids, end) for end in found])
     return out
 
 
@@ -1165,9 +1128,7 @@ BATCH["process"], ADVANTAGES["process"] = process, process_returns
 CHECKS["process"] = lambda task: lacks(task, "process")
 PRESETS["clip_delta"] = dict(advantage="process", weight="token_mean", kl_reward=1e-3)
 
-# === spae: 2601.03823, a probe after each step: those that raise the truth's chance earn more =====
-
-MARK = "####"                    # an answer follows: see data/tasks.py
+# === spae: 2601.03823, steps after which the true answer is likelier earn more ====================
 
 
 @torch.no_grad()
@@ -1273,7 +1234,7 @@ def after_mark(model, roll, texts, truths, tok, c):
     """
     rows, where = [], []
     for i, (ids, text) in enumerate(zip(roll.completions(), texts)):
-        k, start = spelled(ids, tok, text.find(MARK) + len(MARK)), int(roll.prompt_len[i])
+        k, start = tok.spelled(ids, text.find(MARK) + len(MARK)), int(roll.prompt_len[i])
         answer = ids[k:] if truths is None else truths[i]
         if MARK in text and answer:
             rows.append((roll.tokens[i, :start + k].tolist(), answer))

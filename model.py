@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import kernels
 from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli,
@@ -1639,7 +1640,7 @@ def shard(model, dtype="float32"):
     return whole
 
 
-# === micro_batches: ours, what a model says of many rows, without gradient, a few rows at a time ==
+# === many_rows: ours, what a model says of many rows, a few at a time; rollouts joined, or part =
 
 
 @torch.no_grad()
@@ -1656,6 +1657,21 @@ def critic_values(critic, tokens, mask, c):
     """token_values, c.micro rows at once, at the run's precision; 0 outside the mask.   [N, T]"""
     with autocast(c.device, c.dtype):
         return torch.cat([token_values(critic, t) for t in tokens.split(c.micro)]) * mask
+
+
+def rows_of(roll, where):
+    """Some rows of a rollout, by their places or a bool each."""
+    return Rollout(*(x[where] for x in roll[:-1]), roll.row_steps)
+
+
+def joined(rolls, pad):
+    """Rollouts as one, padded to the widest."""
+    def stack(name, fill=0):
+        rows = [row for roll in rolls for row in getattr(roll, name)]
+        return pad_sequence(rows, batch_first=True, padding_value=fill)
+    return Rollout(stack("tokens", pad), stack("mask"), stack("logp"),
+                   torch.cat([x.prompt_len for x in rolls]),
+                   torch.cat([x.finished for x in rolls]), sum(x.row_steps for x in rolls))
 
 
 # === stream: ours, one completion, token by token =================================================

@@ -35,7 +35,7 @@ from data.run import (Count, Positive, Run, Share, Training, UserError, batch_in
                       check_first_ratio, cli, launch, needs, report)
 from data.stats import explained_variance, rank_correlation
 from model import (ScalarModel, Transformer, autocast, critic_values, generate, load, logprobs,
-                   masked_whiten, peek, save, sequence_score, token_logprobs, token_values)
+                   masked_whiten, peek, rows_of, save, sequence_score, token_logprobs, token_values)
 from optim import linear, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -645,7 +645,7 @@ def best_of_n(model, prompts, max_new, generator, score, *, n: Count = 16):
     roll = generate(model, prompts, max_new, samples=n, generator=generator)
     value = torch.where(roll.finished, score(roll), -torch.inf).view(-1, n)              # [P, n]
     pick = value.argmax(1) + torch.arange(len(value), device=value.device) * n           # [P]
-    return type(roll)(*(x[pick] for x in roll[:-1]), roll.row_steps)
+    return rows_of(roll, pick)
 
 
 DECODERS["bon"] = best_of_n

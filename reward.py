@@ -144,11 +144,6 @@ class Batch:
         return self.of("chosen", "rejected")
 
     @cached_property
-    def answers(self):
-        """The responses of rows that have only one."""
-        return self.of("answer")
-
-    @cached_property
     def hidden(self):
         """The body's states of the pairs.   [2B, T, D]"""
         return self.model.model(self.pairs.tokens)
@@ -733,7 +728,7 @@ def regression(predicted, ratings):
 
 def predictions(batch):
     """A rater's ratings of the answers, in float32.   [B, K]"""
-    part = batch.answers
+    part = batch.of("answer")
     h = last_hidden(batch.model, part.tokens, part.start + part.length)                  # [B, D]
     return dict(predicted=(h[:, None] * batch.model.ratings.weight).sum(-1))
 
@@ -1624,7 +1619,8 @@ def nll(logp):
 
 def answer_logp(batch):
     """log π of the answers' tokens, 0 elsewhere.   [B, T]"""
-    return dict(logp=token_logprobs(batch.model, batch.answers.tokens, batch.answers.mask))
+    part = batch.of("answer")
+    return dict(logp=token_logprobs(batch.model, part.tokens, part.mask))
 
 
 def answer_tokens(rows):
@@ -1735,7 +1731,8 @@ def listwise(logp, identifiers, ranks, *, weight=10.0):
 
 def identifier_logits(batch):
     """The candidates' logits where the judge begins to speak.   [B, K]"""
-    z = batch.model.logits(last_hidden(batch.model, batch.answers.tokens, batch.answers.start))
+    part = batch.of("answer")
+    z = batch.model.logits(last_hidden(batch.model, part.tokens, part.start))
     return dict(identifiers=z[:, batch.rows[0]["identifier_ids"]])
 
 

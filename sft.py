@@ -39,7 +39,7 @@ import kernels
 from data import chains, prefs, tasks, text, tokenizer
 from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
                       batch_indices, changed, checkpoint, cli, code_of, configure, launch, lock,
-                      needs, rank, read_json, read_log, result, share, start_ranks)
+                      needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
 from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
@@ -238,8 +238,8 @@ AXES = dict(loss=LOSSES, feedback=FEEDBACK, optimiser=RULES, update=dict(optimis
 def asked(c, f):
     """What a run uses, by name: the rows of its axes, its loss's arguments, fields that are
     set."""
-    rows = [getattr(c, axis) for axis in AXES if hasattr(c, axis)]
-    given = [x.name for x in fields(c) if getattr(c, x.name) != x.default]
+    rows = rows_used(c, AXES).values()
+    given = [x.name for x in fields(c) if getattr(c, x.name)]
     return [*dict.fromkeys([*rows, *needs(f.loss), *given])]
 
 

@@ -374,6 +374,12 @@ def layered(given, presets, axes):
     return values | dict(given) | dict(config=",".join(names)), typed
 
 
+def rows_used(c, axes):
+    """{axis: the row that a run uses}. Where an axis has one row, as in a script of one method, the
+    Config needs no field for it."""
+    return {axis: getattr(c, axis, next(iter(rows))) for axis, rows in axes.items()}
+
+
 def refuse_unknown(values, typed, fields, bound, axes):
     """UserError for a key that no function reads. A preset's key may be idle under another row."""
     known = {key for fn in bound.values() for key in fn.keywords}
@@ -1400,11 +1406,12 @@ def eject(path, file, c, f, axes, options, idle=()):
     while text != before:                            # a field less may leave another one unread
         units, tables, before = units_of(text), tables_of(text, c, axes), text
         left = {x.name: x.default for x in dataclasses.fields(c) if x.name in fields_of(text, c)}
-        values = {getattr(c, k) for k in left if isinstance(getattr(c, k), str)}
+        values = {getattr(c, x.name) for x in dataclasses.fields(c)
+                  if isinstance(getattr(c, x.name), str)}
         values |= {k for k, default in left.items() if getattr(c, k) != default}
         values |= {x for fn in vars(f).values() for x in fn.keywords.values() if isinstance(x, str)}
         kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
-        text = without_unread(text, [units[i] for i in kept])
+        text = without_unread(text, [units[i] for i in kept], tables)
     lines, known = text.splitlines(), fields_of(text, c)
     for unit in units:
         if "AXES" in unit.defines:
@@ -1447,28 +1454,32 @@ def bases_apart(text):
     return "\n".join(lines) + "\n"
 
 
-def without_unread(text, kept):
+def without_unread(text, kept, tables):
     """A script's text without the fields of its Config, and the axes of their names, that none of
-    the statements `kept` reads, nor a module below: attributes and texts of their names."""
-    lines, home, read = text.splitlines(), Path(__file__).parent.parent, set()
-    shared = [*home.glob("data/*.py"), home / "model.py", home / "sft.py"]
-    for path in shared:
-        read |= set(re.findall(r"\bc\.(\w+)", path.read_text()))
+    the statements `kept` reads, nor a module below, and without the fields of axes of one row."""
+    lines, home, read, of_c = text.splitlines(), Path(__file__).parent.parent, set(), set()
+    for path in (*home.glob("data/*.py"), home / "model.py", home / "sft.py"):
+        of_c |= set(re.findall(r"\bc\.(\w+)", path.read_text()))
     for unit in kept:
         if not unit.defines & {"Config", "AXES", "PRESETS"}:
             for x in ast.walk(unit.node):
-                read |= {x.attr} if isinstance(x, ast.Attribute) else set()
                 read |= {x.value} if isinstance(x, ast.Constant) else set()
-    fields = config_fields(text)
-    idle = fields.keys() - read - HERE
+                if isinstance(x, ast.Attribute):
+                    read.add(x.attr)
+                    of_c |= {x.attr} if "c" in (getattr(x.value, "id", ""),
+                                                getattr(x.value, "attr", "")) else set()
+    fields, single = config_fields(text), set()
     for unit in units_of(text):
         if "AXES" in unit.defines:
-            axes = ", ".join(segment(x, lines) for x in unit.node.value.keywords
-                             if x.arg not in idle)
-            whole = textwrap.fill(f"AXES = dict({axes})", 100, subsequent_indent=" " * 12)
+            axes = [x for x in unit.node.value.keywords if x.arg in read | of_c
+                    or x.arg not in fields]
+            single = {x.arg for x in axes if isinstance(x.value, ast.Name)
+                      and tables.get(x.value.id) != "PATH"}
+            whole = textwrap.fill(f"AXES = dict({', '.join(segment(x, lines) for x in axes)})", 100,
+                                  subsequent_indent=" " * 12)
             lines[unit.node.lineno - 1:unit.node.end_lineno] = whole.splitlines()
     for name, node in reversed(fields.items()):
-        if name in idle:
+        if name not in HERE | of_c and (name in single or name not in read):
             del lines[node.lineno - 1:node.end_lineno]
     return "\n".join(lines) + "\n"
 
@@ -1490,10 +1501,11 @@ def joined_pieces(pieces):
     out, before = "", ""
     for _, piece in pieces:
         kind = piece.lstrip().split(None, 1)[0]
-        kind = "import" if kind in ("import", "from") else "big" if re.match(
-            r"(#.*\n)*(@|def |class |# (===|---)|if __name__)", piece) else "small"
-        gap = "" if not out else "\n" if kind == before == "import" else (
-            "\n\n\n" if "big" in (kind, before) else "\n")
+        kind = "import" if kind in ("import", "from") else "heading" if re.match(
+            r"# (===|---)", piece) else "big" if re.match(
+            r"(#.*\n)*(@|def |class |if __name__)", piece) else "small"
+        gap = "" if not out else "\n" if kind == before == "import" else "\n\n" if (
+            before == "heading") else "\n\n\n" if {kind, before} & {"big", "heading"} else "\n"
         out, before = out + gap + piece, kind
     return out + "\n"
 
@@ -1514,7 +1526,7 @@ def docstring_of(path, file, text, units, kept, c, options):
                          f"{commit() or 'unknown'}: the spine and the chapters that it uses. It "
                          "stands beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
     rest = re.search(r"^(Letters|Watch)\b.*", doc, re.M | re.S)
-    runs = [f"    python {file.name}", f"    python {file.name} --config tiny"]
+    runs = [f"    python {file.name}        # --config tiny: seconds, shows that all turns"]
     return "\n".join(['"""', *words, "", *runs, "", *come, *([rest[0].rstrip()] if rest else []),
                       '"""'])
 

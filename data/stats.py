@@ -1,8 +1,9 @@
 """
-stats.py - statistics that several scripts report: rank correlation, AUROC, accuracy of pairs, and
-what best of n samples is worth.
+stats.py - statistics that several scripts report: rank correlation, AUROC, accuracy of pairs, what
+best of n samples is worth, pass@k, how well a critic explains returns.
 """
 import math
+import statistics
 
 import torch
 
@@ -75,3 +76,29 @@ def explained_variance(values, returns, mask):
     def var(x):
         return mean((x - mean(x)) ** 2)
     return 1 - var(returns - values) / var(returns).clamp(min=1e-8)
+
+
+def pass_at_k(n, correct, k):
+    """1 - C(n-c, k) / C(n, k): that one of k samples is right, from c of n (2107.03374 eq. 1)."""
+    out = 1.0
+    for i in range(n - correct + 1, n + 1):
+        out *= 1 - k / i
+    return 1 - out
+
+
+def of_samples(right, answers):
+    """{"pass@2", "pass@4", … up to G; "maj@G"} of right [P, G] and what each response stated.
+
+    maj@G: the share of prompts whose most frequent answer is right ("" is none; ties: the first).
+    """
+    G, out = right.size(1), {}
+    counts, rows = right.sum(1).tolist(), right.tolist()
+    for k in sorted({min(2 ** i, G) for i in range(1, 12)} if G > 1 else ()):
+        out[f"pass@{k}"] = statistics.fmean(pass_at_k(G, n, k) for n in counts)
+    wins = 0
+    for i, row in enumerate(rows):
+        mine = answers[i * G:(i + 1) * G]
+        votes = [x for x in mine if x]
+        winner = max(votes, key=votes.count) if votes else None
+        wins += any(ok for ok, x in zip(row, mine) if x == winner)
+    return out | {f"maj@{G}": wins / len(rows)}

@@ -43,6 +43,7 @@ from data.text import (NAMED, check_split, digest, documents, examples, is_corpu
 # --- the verifier ---------------------------------------------------------------------------------
 
 NUMBER = r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+|e[-+]?\d+)?"    # 5-3 has no sign
+MARK = "####"            # what the answer follows
 STATED = re.compile(rf"####[ *]{{0,8}}({NUMBER})", re.I)                 # {0,8}: linear in time
 MARKS = str.maketrans({"−": "-", "%": " ", "$": "", "€": "", "£": "", "\\": ""})
 

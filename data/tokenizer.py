@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from functools import cache
 from itertools import groupby
@@ -168,6 +169,10 @@ class Tokenizer:
         hidden = self.hidden if skip_specials else ()
         known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
         return b"".join(known).decode("utf-8", "replace")
+
+    def spelled(self, ids, chars) -> int:
+        """How many of the ids spell the first `chars` characters of their text."""
+        return bisect_left(range(len(ids) + 1), chars, key=lambda i: len(self.decode(ids[:i])))
 
     def prompt(self, problem, chat=False) -> list[int]:
         """Ids that a completion continues, of a text or a task's {"prompt"[, "messages", "hint"]}.

@@ -9,6 +9,7 @@ import torch
 from conftest import close, merged, rand
 
 import grpo
+import model
 from data import tasks
 from data.run import UserError, configure, headings, needs, read_log
 from model import load
@@ -694,7 +695,7 @@ def asked(shared_bases):
     posed = [p for p in problems for _ in range(2)]
     full = [(tok.prompt(p), [*tok.encode(x), tok.eos]) for p, x in zip(posed, TEXTS)]
     tokens, mask = grpo.collate(full, tok.pad)
-    roll = grpo.Rollout(tokens, mask, 0 * mask, T([len(p) for p, _ in full]),
+    roll = model.Rollout(tokens, mask, 0 * mask, T([len(p) for p, _ in full]),
                         T([True, True, True, False]))
 
     def prob(prompt, text, answer):
@@ -793,7 +794,7 @@ def rounds(*scores):
     for i, score in enumerate(scores):
         score = D(score)
         n, width = score.numel(), 3 + i                          # a later round is wider
-        roll = grpo.Rollout(torch.full((n, width), i + 1), torch.ones(n, width),
+        roll = model.Rollout(torch.full((n, width), i + 1), torch.ones(n, width),
                             torch.zeros(n, width), torch.ones(n), torch.ones(n) > 0)
         drawn.append(dict(
             score=score, shaped=2 * score, roll=roll, ref=REFERENCE,
