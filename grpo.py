@@ -517,7 +517,7 @@ def check(c, f, task):
 def lacks(task, skill):
     """Words against a task that cannot do what a method needs."""
     able = all(hasattr(x, skill) for x in getattr(task, "parts", [task]))
-    return (f"this method needs a task with {skill!r}, see data/chains.py; {task.name} has "
+    return (f"this method needs a task with {skill!r}, see data/tasks.py; {task.name} has "
             "none") * (not able)
 
 

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
-from data import chains, prefs, tasks, text, tokenizer
+from data import prefs, tasks, text, tokenizer
 from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
                       batch_indices, changed, checkpoint, cli, code_of, configure, launch, lock,
                       needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
@@ -530,7 +530,7 @@ def new_tokenizer(c):
     data/cache/."""
     if c.tokenizer != "bpe":
         worlds = dict(toyif=prefs.tokenizer, ring=prefs.ring_tokenizer,
-                      chain=chains.chain_tokenizer)
+                      chain=tasks.chain_tokenizer)
         return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")

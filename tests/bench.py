@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import specdec
-from data.chains import chain_tokenizer
+from data.tasks import chain_tokenizer
 from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
 from model import collate, generate, init, pick, preset, save, token_logprobs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import close, rand
 
-from data.chains import chain_tokenizer
+from data.tasks import chain_tokenizer
 from data.prefs import tokenizer as toyif_tokenizer
 from data.run import UserError, hyper
 from data.stats import best_of_n

@@ -636,7 +636,7 @@ def pair(workdir):
                               num_hidden_layers=layers,
                               num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                               max_position_embeddings=64), seed), tok, workdir / name)
-    from data.chains import chain_tokenizer
+    from data.tasks import chain_tokenizer
     other = chain_tokenizer()
     save(init(ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, num_key_value_heads=1, head_dim=16,

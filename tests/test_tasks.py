@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from data import text
-from data.chains import held
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
 from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl,
-                        ParityJudge,
-                        answer, boxed, columns, extract_answer, judging, parity, part, pattern,
-                        same_answer, similarity, stated, strength, swapped, task, value, verbose)
+                        ParityJudge, answer, boxed, columns, extract_answer, held, judging, parity,
+                        part, pattern, same_answer, similarity, stated, strength, swapped, task,
+                        value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
