@@ -45,13 +45,6 @@ def one_of(word, known, what):
     if word not in known:
         raise UserError(f"{what} {word!r}{nearest(word, known)}")
 
-
-def within(x, low, high, what):
-    """UserError "<what> x: choose low to high" for a number outside of them."""
-    if not low <= x <= high:
-        raise UserError(f"{what} {x}: choose {low} to {high}")
-
-
 # --- 1 ToyIF's alphabet: 64 ids with <|pad|>, <|bos|>, <|eos|> ------------------------------------
 
 CONTENT = "abcdefghijkl"  # s0 .. s11, in the order that < and > mean
