@@ -262,9 +262,8 @@ def reported(logits, temperature, top_k, top_p):
 class Flight:
     """The rows in flight: what of them is committed, prompt and completion.
 
-    text, logp [B, W] and u [B, W', 3], of all rows; start, end [B]: where completions begin, and
-    the most they may reach; of the n rows that are not done: row, their places there; length,
-    committed tokens.
+    text, logp [B, W], u [B, W', 3] and start, end [B] (of completions), of all rows; of the n that
+    are not done: row, their places there; length, committed tokens.
     """
 
     def __init__(self, prompts, start, max_new, most, stop, u):
@@ -272,12 +271,12 @@ class Flight:
         self.logp = torch.zeros_like(self.text, dtype=torch.float32)
         self.row = torch.arange(len(start), device=start.device)                         # [n]
         self.length, self.start, self.end = start.clone(), start, start + max_new        # [n]
-        self.u, self.most = u, most
+        self.u, self.ahead = u, torch.arange(most + 1, device=start.device)
 
     def uniforms(self):
         """The numbers of each row's next tokens, one more than may be drafted.   [n, most+1, 3]"""
-        ahead = torch.arange(self.most + 1, device=self.row.device)
-        return self.u[self.row[:, None], (self.length - self.start)[:, None] + ahead]
+        row = self.row[:, None]
+        return self.u[row, self.length[:, None] - self.start[row] + self.ahead]
 
     def commit(self, block, logps, kept):
         """Write the kept tokens of block [n, G+1] and one more; the rest is overwritten later.
@@ -291,7 +290,7 @@ class Flight:
         ends = torch.isin(block, self.stop) & (at <= kept[:, None])                      # [n, G+1]
         fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1                # [n]
         self.length = self.length + fresh
-        self.done = ends.any(1) | (self.length == self.end)
+        self.done = ends.any(1) | (self.length == self.end[self.row])
         return fresh, ends.any(1) & (fresh <= kept)
 
     def leave(self, followers):
@@ -303,8 +302,7 @@ class Flight:
             order = order[:n]
             for x in followers:
                 x.keep(order)
-            self.row, self.length, self.start, self.end = (
-                x[order] for x in (self.row, self.length, self.start, self.end))
+            self.row, self.length = self.row[order], self.length[order]
         return n > 0
 
 
@@ -312,7 +310,7 @@ def one_round(target, drafter, flight, cache, want, tally, context, sampling, le
     """Draft, verify, commit, of every row in flight.   -> kept, count [n], as verify() has them"""
     # 1. draft: never past the end, nor past the context
     text, length = flight.text[flight.row], flight.length                                # [n, W]
-    room = torch.minimum(flight.end - length - 1, context - length.max())                # [n]
+    room = torch.minimum(flight.end[flight.row] - length - 1, context - length.max())    # [n]
     u, more = flight.uniforms(), partial(want, room)                                # [n, most+1, 3]
     drafted, q, count, sure = drafter.propose(text, length, u, more)
     # 2. verify
@@ -532,25 +530,11 @@ CHECKS["speculative"], READERS["speculative"] = check_draft, draft_readers
 # === race: plain decoding and each drafter in turns, and whether greedy outputs are equal =========
 
 
-class Lane:
-    """What a drafter comes to: counts, seconds, completions that are plain decoding's own, and of
-    the others the gaps between the target's two likeliest tokens where they part.
-    """
-
-    def __init__(self):
-        self.tally, self.seconds, self.same, self.gaps = Tally(), 0.0, 0, []
-
-    def compare(self, target, whole, roll, prompts):
-        """Greedy completions beside plain decoding's."""
-        for a, b, prompt in zip(whole.completions(), roll.completions(), prompts):
-            self.same += a == b
-            if a != b:
-                self.gaps.append(gap(target, a, b, prompt))
-
-
 @torch.no_grad()
 def gap(target, a, b, prompt):
-    """Between the target's two likeliest tokens, in nats, where two completions part."""
+    """Between the target's two likeliest tokens, in nats, where completions part; None: nowhere."""
+    if a == b:
+        return None
     i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
     text = torch.tensor([[*prompt, *a[:i]]], device=target.head.device)
     best = target.logits(target(text)[:, -1])[0].topk(2).values
@@ -570,7 +554,9 @@ def race(target, drafters, prompts, c, f, run, lenience):
     parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
     for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
         if i < 2:              # the first part warms everything up and is not counted
-            lanes, plain, tokens = {x: Lane() for x in drafters}, 0.0, 0
+            plain, tokens, lanes = 0.0, 0, {}
+            for x in drafters:
+                lanes[x] = SimpleNamespace(tally=Tally(), seconds=0.0, gaps=[])
         seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
         began = clock(device)
         whole = generate(target, part, c.max_new, generator=seed, **sampling)
@@ -581,21 +567,24 @@ def race(target, drafters, prompts, c, f, run, lenience):
                                 lenience=lenience, tally=lanes[x].tally, **facts[x], **sampling)
             lanes[x].seconds += clock(device) - began
             if not c.temperature:
-                lanes[x].compare(target, whole, roll, part)
+                pairs = zip(whole.completions(), roll.completions(), part)
+                lanes[x].gaps += [gap(target, a, b, prompt) for a, b, prompt in pairs]
     out = table(run, drafters, lanes, facts, len(prompts), tokens / plain)
-    return out if c.temperature else out | equality(run, lanes, len(prompts), target)
+    return out if c.temperature else out | equality(run, lanes, target)
 
 
-def equality(run, lanes, n, target):
+def equality(run, lanes, target):
     """Say how many greedy outputs are plain decoding's own.   -> numbers of the table"""
-    widest = max((x for lane in lanes.values() for x in lane.gaps), default=0.0)
-    close = widest < (1e-3 if target.head.dtype == torch.float32 else 0.1)
+    same = {x: lane.gaps.count(None) for x, lane in lanes.items()}
+    apart = [x for lane in lanes.values() for x in lane.gaps if x is not None]
+    close = max(apart, default=0.0) < (1e-3 if target.head.dtype == torch.float32 else 0.1)
     run.say("  greedy outputs equal to plain decoding's: "
-            + ", ".join(f"{x} {lane.same} of {n}" for x, lane in lanes.items()))
-    if any(lane.gaps for lane in lanes.values()):
-        run.say(f"  where they part the target's two likeliest tokens are at most {widest:.1e} "
+            + ", ".join(f"{x} {n} of {len(lanes[x].gaps)}" for x, n in same.items()))
+    if apart:
+        run.say(f"  where they part the target's two likeliest tokens are at most {max(apart):.1e} "
                 "nats apart: " + ("rounding" if close else "WRONG, the outputs differ"))
-    return dict(widest_gap=widest) | {f"{x}_same": lane.same / n for x, lane in lanes.items()}
+    return dict(widest_gap=max(apart, default=0.0)) | {
+        f"{x}_same": n / len(lanes[x].gaps) for x, n in same.items()}
 
 
 # === table: the numbers of a race =================================================================
@@ -882,15 +871,6 @@ class Student:
         self.opt.zero_grad()
         return dict(loss=loss, share=share, norm=norm)
 
-    def state(self):
-        """What a resumed run goes on from, beside the draft's weights."""
-        return dict(opt=self.opt.state_dict(), rng=self.generator.get_state(), pool=self.pool)
-
-    def resume(self, state):
-        self.opt.load_state_dict(state["opt"])
-        self.generator.set_state(state["rng"])
-        self.pool = state["pool"]
-
 
 PRESETS["distillspec"] = dict()    # the defaults
 
@@ -912,15 +892,6 @@ def opened(target, tok, c, run):
         run.say(f"warning: the draft has {mine:.2f} M parameters, the target {theirs:.2f} M: "
                 "drafting with it cannot pay")
     return draft, own
-
-
-def training_rows(c, tok):
-    """The rows that a draft learns on; with --rows so many, of a text windows at random."""
-    rows = tasks.rows(c, tok, "train")
-    if c.rows and c.rows < len(rows):
-        at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
-        rows = [rows[i] for i in at.tolist()]
-    return rows
 
 
 def prepared(target, tok, held, c, f, run):
@@ -948,13 +919,18 @@ def prepared(target, tok, held, c, f, run):
 
 def distil(draft, target, tok, held, c, f, run):
     """Train the draft in place, log it, measure agreement and save where it is time."""
-    rows, student = training_rows(c, tok), Student(draft, target, tok.vocab_size, c, f)
+    rows, student = tasks.rows(c, tok, "train"), Student(draft, target, tok.vocab_size, c, f)
+    if c.rows and c.rows < len(rows):                            # of a text, windows at random
+        at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
+        rows = [rows[i] for i in at.tolist()]
     known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
     for x in [x for x in needs(f.select) if x in BEFORE]:
         BEFORE[x](student, tok, rows, known, held, run)
     if run.last:
         draft.load_state_dict(load(run.last, c.device)[0].state_dict())
-        student.resume(run.state)
+        student.opt.load_state_dict(run.state["opt"])
+        student.generator.set_state(run.state["rng"])
+        student.pool = run.state["pool"]
     for step in run.steps(c.steps):
         metrics, last = student.step(step, rows, known, c.batch), step + 1 in (c.steps, c.stop)
         if (step + 1) % c.eval_every == 0 or last:
@@ -962,7 +938,8 @@ def distil(draft, target, tok, held, c, f, run):
             metrics |= agreement(target, draft, held, c, tok.vocab_size)
         run.log(step + 1, **metrics, show=last)
         if (step + 1) % c.save_every == 0 or last:
-            run.save(step + 1, lambda path: save(draft, tok, path), **student.state())
+            run.save(step + 1, lambda path: save(draft, tok, path), opt=student.opt.state_dict(),
+                     rng=student.generator.get_state(), pool=student.pool)
 
 
 PREPARE["draft"] = prepared
@@ -1120,14 +1097,14 @@ def reference_loss(student, tokens, mask, h, t):
     return student.loss(student.reference, states(student.reference, tokens, mask), t)
 
 
-def top(x, k):
+def largest(x, k):
     """The share k of largest values: those not below the (1-k) quantile; equal ones may be more."""
     return x >= torch.quantile(x, 1 - k) if x.numel() else x > 0
 
 
 def adaspec(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """AdaSPEC (2510.19779): the largest  Δ = loss - ref,  what such a draft can still learn."""
-    return top(loss - ref, k)
+    return largest(loss - ref, k)
 
 
 SELECT["adaspec"], ASKED["loss"], ASKED["ref"] = adaspec, own_loss, reference_loss
@@ -1143,26 +1120,26 @@ PRESETS["arena"] = dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature
 
 def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """The smallest Δ."""
-    return top(ref - loss, k)
+    return largest(ref - loss, k)
 
 
 def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """The tokens on which the reference is nearest to the target."""
-    return top(-ref, k)
+    return largest(-ref, k)
 
 
 def at_random(lot, *, k: Range("(0, 1]") = 0.4):
     """As many at random."""
-    return top(lot, k)
+    return largest(lot, k)
 
 
-def lots(student, tokens, mask, h, t):
+def uniform(student, tokens, mask, h, t):
     """A uniform number of each token.   [N]"""
     return torch.rand(len(h), generator=student.generator).to(h)
 
 
 SELECT["smallest"], SELECT["easiest"], SELECT["at_random"] = smallest, easiest, at_random
-ASKED["lot"] = lots
+ASKED["lot"] = uniform
 
 
 # === omnidraft: 2507.02659, a draft of another vocabulary, translated by a cache ==================
@@ -1528,7 +1505,7 @@ def rng(c, salt):
     return torch.Generator().manual_seed(1000 * c.seed + salt)
 
 
-def drawn(model, tok, world, problems, c, salt, samples=1, **kw):
+def responses(model, tok, world, problems, c, salt, samples=1, **kw):
     """Samples of every problem.
 
     -> rollout, texts [P][N], ids with the stop token [P N], score [P, N]
@@ -1923,7 +1900,8 @@ def write_arm(target, tok, world, c, run, pairs, beta_r, folder):
 def guided_row(target, tok, world, problems, c, alpha, other, cost):
     """Gold and KL to the base, of samples from π_base π_other^α."""
     T, a = guidance(alpha)
-    roll, *_, score = drawn(target, tok, world, problems, c, 1, temperature=T, contrast=(other, a))
+    roll, *_, score = responses(target, tok, world, problems, c, 1, temperature=T,
+                                contrast=(other, a))
     with torch.no_grad():
         base = token_logprobs(target, roll.tokens, roll.mask)                            # [B, T]
     kl = ((roll.logp - base) * roll.mask).sum(1).mean().item()
@@ -1954,7 +1932,7 @@ def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
     rows = {"base": row(0.0, arm, 1)}
     for x in numbers(alphas, "alphas"):
         rows |= {f"GenARM@{x}": row(float(x), arm, 2), f"cooled@{x}": row(float(x), target, 1)}
-    roll, *_, score = drawn(target, tok, world, problems, c, 2, c.samples)
+    roll, *_, score = responses(target, tok, world, problems, c, 2, c.samples)
     with torch.no_grad():
         proxy = token_logprobs(arm, roll.tokens, roll.mask).sum(1).cpu().view(score.shape)
     for n in (2, 4, 8, 16, 32):
@@ -2069,7 +2047,7 @@ class Lessons:
 
     def __init__(self, target, tok, world, c, train_prompts):
         problems = world.problems("train", train_prompts, c.seed)
-        *_, self.answers, score = drawn(target, tok, world, problems, c, 3, c.samples)
+        *_, self.answers, score = responses(target, tok, world, problems, c, 3, c.samples)
         self.rival, self.score = (x.flatten().to(c.device) for x in (rival_label(score), score))
         self.prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
         self.u, self.pad = torch.rand(2, c.steps, c.batch, generator=rng(c, 4)), tok.pad or 0
@@ -2130,7 +2108,7 @@ def tried(model, quiet, ids, tok, world, c, split, salt):
     -> problems, rows [(prompt, response)], stated [P][N];  score, length, logp, no, right [P, N]
     """
     problems = world.problems(split, c.prompts, c.seed + salt)
-    roll, texts, answers, score = drawn(quiet, tok, world, problems, c, salt, c.samples)
+    roll, texts, answers, score = responses(quiet, tok, world, problems, c, salt, c.samples)
     rows = [(tok.prompt(problems[i // c.samples]), y) for i, y in enumerate(answers)]
     no, right = asked(model, rows, ids, c, tok.pad or 0).view(2, *score.shape)
     stated = []
@@ -2381,14 +2359,14 @@ def self_eval(target, tok, c, run, *, train_prompts: Count = 1024, cut: Share = 
     known = model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
     tune = tried(*known, tok, world, c, "train", 5)
     tries = tried(*known, tok, world, c, c.split, 6)
-    fixed, place = Fixed(tries, c.samples), max(1, round(cut * tune.length.float().mean().item()))
+    steady, place = Fixed(tries, c.samples), max(1, round(cut * tune.length.float().mean().item()))
     half = asked(model, [(p, y[:place]) for p, y in tries.rows], ids, c, pad)[0]
     half = half.view(tries.score.shape)                                                  # [P, N]
-    before = drawn(target, tok, world, tries.problems, c, 7, c.samples)[-1].mean().item()
-    out = signals(run, fixed, half, place, before, c)
-    out |= stopped(run, fixed, tune, gain)
-    out |= dropped(run, fixed, half, place, share, c)
-    return out | cooled(run, known, tok, world, fixed, c)
+    before = responses(target, tok, world, tries.problems, c, 7, c.samples)[-1].mean().item()
+    out = signals(run, steady, half, place, before, c)
+    out |= stopped(run, steady, tune, gain)
+    out |= dropped(run, steady, half, place, share, c)
+    return out | cooled(run, known, tok, world, steady, c)
 
 
 DECODERS["self_eval"], CHECKS["self_eval"] = self_eval, check_samples
@@ -2400,21 +2378,21 @@ PRESETS["self_eval"] = dict(decode="self_eval", data="chain", init="base:chain",
 # === self_eval_tables: 2410.02725, its four tables ================================================
 
 
-def signals(run, fixed, half, place, before, c):
+def signals(run, steady, half, place, before, c):
     """The table of what tells good samples from bad ones."""
-    tries, N = fixed.tries, fixed.N
+    tries, N = steady.tries, steady.N
     good, going = tries.score > 0, tries.length > place
-    rows = {"one sample": dict(accuracy=fixed.best[0]), "before training": dict(accuracy=before)}
+    rows = {"one sample": dict(accuracy=steady.best[0]), "before training": dict(accuracy=before)}
     for name, x in {"P(NO)": tries.no, "P(correct)": tries.right,
                     "mean log-prob": tries.logp / tries.length, "P(NO) at the cut": half}.items():
         rows[name] = dict(accuracy=best_of_n(x, tries.score, N).mean().item(),
                           auroc=auroc(x.flatten(), good.flatten()))
     rows |= {"... if unfinished": dict(auroc=auroc(half[going], good[going])),
-             "vote": dict(accuracy=fixed.votes[-1]),
+             "vote": dict(accuracy=steady.votes[-1]),
              "weighted vote": dict(accuracy=voted(tries.stated, tries.score, N, tries.right)),
              "some right": dict(accuracy=good.any(1).float().mean().item())}
     return tabled(run, rows, f"{len(tries.problems)} {c.split} problems, {N} samples of "
-                  f"{fixed.mean:.1f} tokens; the cut is after {place}")
+                  f"{steady.mean:.1f} tokens; the cut is after {place}")
 
 
 def lowest(p, tune, gain):
@@ -2426,40 +2404,40 @@ def lowest(p, tune, gain):
                 grid[-1])
 
 
-def stopped(run, fixed, tune, gain):
+def stopped(run, steady, tune, gain):
     """The table of adaptive best of N, by P(NO) and by what sampling tells for nothing."""
-    tries = fixed.tries
+    tries = steady.tries
     chosen, rival = lowest(tune.no, tune, gain), lowest(tune.logp / tune.length, tune, gain)
-    rows = {f"adaptive@{t:g}": fixed.adaptive(tries.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)}
-    rows |= {"P(NO), chosen": fixed.adaptive(tries.no, chosen),
-             "log-prob, chosen": fixed.adaptive(tries.logp / tries.length, rival)}
-    note = (f"adaptive best of {fixed.N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
+    rows = {f"adaptive@{t:g}": steady.adaptive(tries.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    rows |= {"P(NO), chosen": steady.adaptive(tries.no, chosen),
+             "log-prob, chosen": steady.adaptive(tries.logp / tries.length, rival)}
+    note = (f"adaptive best of {steady.N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
             f"{rival:.2f} for mean log-prob")
     return tabled(run, rows, note) | dict(threshold=chosen)
 
 
-def dropped(run, fixed, half, place, share, c):
+def dropped(run, steady, half, place, share, c):
     """The table of pruning amid generation, by P(NO) and by lot."""
-    lots = [fixed.pruned(torch.rand(half.shape, generator=rng(c, 10 + i)), place, share)
+    lots = [steady.pruned(torch.rand(half.shape, generator=rng(c, 10 + i)), place, share)
             for i in range(20)]
     by_lot = dict(zip(lots[0], map(fmean, zip(*(x.values() for x in lots)))))
-    return tabled(run, {"pruned": fixed.pruned(half, place, share), "pruned by lot": by_lot},
-                  f"after {place} tokens {share:g} of {fixed.N} go on; tokens: 1 is all "
-                  f"{fixed.N} whole")
+    return tabled(run, {"pruned": steady.pruned(half, place, share), "pruned by lot": by_lot},
+                  f"after {place} tokens {share:g} of {steady.N} go on; tokens: 1 is all "
+                  f"{steady.N} whole")
 
 
-def cooled(run, known, tok, world, fixed, c):
+def cooled(run, known, tok, world, steady, c):
     """The table of annealing: the k-th of n samples is drawn at its own temperature."""
-    (model, quiet, ids), tries, nos, scores = known, fixed.tries, [], []
-    prompts = [p for p, _ in tries.rows[::fixed.N]]
-    for k in fixed.counts:
-        *_, answers, score = drawn(quiet, tok, world, tries.problems, c, 40 + k,
+    (model, quiet, ids), tries, nos, scores = known, steady.tries, [], []
+    prompts = [p for p, _ in tries.rows[::steady.N]]
+    for k in steady.counts:
+        *_, answers, score = responses(quiet, tok, world, tries.problems, c, 40 + k,
                                    temperature=annealed(k))
         nos.append(asked(model, list(zip(prompts, answers)), ids, c, tok.pad or 0)[0])
         scores.append(score)
     no, score = torch.stack(nos, 1), torch.cat(scores, 1)                                # [P, N]
     rows = {}
-    for n, fixed_best in zip(fixed.counts, fixed.best):
+    for n, fixed_best in zip(steady.counts, steady.best):
         pick = no[:, :n].argmax(1, keepdim=True)                                         # [P, 1]
         rows[f"annealed@{n}"] = dict(accuracy=score[:, :n].gather(1, pick).mean().item(),
                                      fixed=fixed_best)

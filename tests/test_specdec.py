@@ -477,7 +477,7 @@ def test_selections_in_their_limits():
     assert specdec.adaspec(loss, ref, k=1.0).all() and len(loss[specdec.every()]) == len(loss)
     assert specdec.adaspec(loss, loss).all()                  # no gap anywhere: ties, all are taken
     assert not (specdec.adaspec(loss, ref, k=.4) & specdec.smallest(loss, ref, k=.4)).any()
-    lots = specdec.lots(SimpleNamespace(generator=torch.Generator().manual_seed(0)), *[loss] * 4)
+    lots = specdec.uniform(SimpleNamespace(generator=torch.Generator().manual_seed(0)), *[loss] * 4)
     assert specdec.at_random(lots, k=.4).sum() == specdec.adaspec(loss, ref, k=.4).sum() == 20
     assert lots.unique().numel() == 50 and 0 <= lots.min() and lots.max() < 1
 
