@@ -213,44 +213,6 @@ PREPARE = {}     # what a drafter asks for, by name: (target, tok, held, c, f, r
 
 # --- the loop -------------------------------------------------------------------------------------
 
-BINS = 10    # of the draft's confidence, in a tally's tries and hits
-
-
-class Tally:
-    """What was counted: the numbers of a speculative run, and what draft lengths are chosen by.
-
-    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed:
-    drafted ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft;
-    tries, hits: by the draft's confidence.
-    """
-
-    def __init__(self):
-        self.rounds = self.tokens = self.proposed = 0
-        self.passes, self.tested, self.kept = Counter(), Counter(), Counter()
-        self.tries, self.hits = [0] * BINS, [0] * BINS
-
-    def note(self, kept, count, sure):
-        """One round: kept, count [B], sure [B, G]. Tokens behind the first refused do not count."""
-        self.passes[sure.size(1)] += 1
-        for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
-            self.rounds, self.proposed = self.rounds + 1, self.proposed + n
-            for j in range(min(k + 1, n)):
-                place = min(BINS - 1, int(row[j] * BINS))
-                self.tested[j] += 1
-                self.kept[j] += j < k
-                self.tries[place] += 1
-                self.hits[place] += j < k
-
-    @property
-    def acceptance(self):
-        """Kept of tested tokens."""
-        return self.kept.total() / max(1, self.tested.total())
-
-    @property
-    def efficiency(self):
-        """E, tokens a target pass and row."""
-        return self.tokens / max(1, self.rounds)
-
 
 def reported(logits, temperature, top_k, top_p):
     """log-probs as generate() reports them, and the law that is sampled from.   both [..., V]"""
@@ -272,11 +234,6 @@ class Flight:
         self.row = torch.arange(len(start), device=start.device)                         # [n]
         self.length, self.start, self.end = start.clone(), start, start + max_new        # [n]
         self.u, self.ahead = u, torch.arange(most + 1, device=start.device)
-
-    def uniforms(self):
-        """The numbers of each row's next tokens, one more than may be drafted.   [n, most+1, 3]"""
-        row = self.row[:, None]
-        return self.u[row, self.length[:, None] - self.start[row] + self.ahead]
 
     def commit(self, block, logps, kept):
         """Write the kept tokens of block [n, G+1] and one more; the rest is overwritten later.
@@ -311,8 +268,9 @@ def one_round(target, drafter, flight, cache, want, tally, context, sampling, le
     # 1. draft: never past the end, nor past the context
     text, length = flight.text[flight.row], flight.length                                # [n, W]
     room = torch.minimum(flight.end[flight.row] - length - 1, context - length.max())    # [n]
-    u, more = flight.uniforms(), partial(want, room)                                # [n, most+1, 3]
-    drafted, q, count, sure = drafter.propose(text, length, u, more)
+    row, begun = flight.row[:, None], length - flight.start[flight.row]                  # [n]
+    u = flight.u[row, begun[:, None] + flight.ahead]                                # [n, most+1, 3]
+    drafted, q, count, sure = drafter.propose(text, length, u, partial(want, room))
     # 2. verify
     last = text.gather(1, length[:, None] - 1)                                           # [n, 1]
     cache.length, cache.used = length - 1, int(length.max()) - 1
@@ -372,7 +330,7 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, temperature=0.0
                    tally.rounds - before), tally
 
 
-# --- what a draft learns: a loss a token, which tokens count, on whose completions ----------------
+# --- distillation: 2310.08461, a loss a token, which tokens count, on whose completions -----------
 
 
 def forward_kl(h, W, t, U):
@@ -394,13 +352,64 @@ def given(student, rows, known, step, batch):
 LOSSES = dict(forward_kl=forward_kl)
 SELECT = dict(every=every)
 SOURCES = dict(data=given)
+ASKED = {}     # what a selection asks for, by name: (student, tokens, mask, h, t) -> it
+BEFORE = {}    # … and makes before step 0: (student, tok, rows, known, held, run)
+
+
+def states(model, tokens, mask):
+    """The hidden states that predict the scored tokens [N, D]."""
+    return model(tokens)[:, :-1][mask[:, 1:] > 0]
+
+
+class Student:
+    """A draft that learns from a target, and what it keeps between steps.
+
+    words: the tokenizer's tokens, of which there may be fewer than rows of a head;  pool: samples
+    that are left;  reference: another draft, where --select compares with one.
+    """
+
+    def __init__(self, draft, target, words, c, f):
+        self.draft, self.target, self.words, self.c, self.f = draft, target, words, c, f
+        self.opt, self.pool, self.reference = optimiser(draft, lr=c.lr), [], None
+        self.generator = torch.Generator().manual_seed(c.seed)
+
+    def loss(self, draft, h, t):
+        """Of a draft's states h [N, D] at the target's t [N, D].   -> nats [N]"""
+        return self.f.loss(h, draft.head[:self.words], t, self.target.head[:self.words])
+
+    def learn(self, rows, known):
+        """Accumulate the gradient of a step's rows. -> loss of the tokens that count, their share
+
+        With a selection, head and backward see the selected tokens alone. ours: the mean over
+        these, the authors' code divides by all; a micro-batch weighs by its tokens, and a selection
+        compares those of one micro-batch, as theirs does.
+        """
+        micro, target, mean, share = self.c.micro, self.target, 0.0, 0.0
+        for i in range(0, len(rows), micro):
+            tokens, mask = collate(rows[i:i + micro], target.config.pad_token_id, self.c.device)
+            with torch.no_grad():                                                        # [N, D]
+                t = torch.cat(known[i:i + micro]) if known else states(target, tokens, mask)
+            h = states(self.draft, tokens, mask)
+            with torch.no_grad():
+                facts = {x: ASKED[x](self, tokens, mask, h, t) for x in needs(self.f.select)}
+                chosen = self.f.select(**facts)                                          # [N]
+            loss = self.loss(self.draft, h[chosen], t[chosen])
+            weight = len(h) / sum(len(y) for _, y in rows)
+            (loss.mean() * weight).backward()
+            mean += loss.mean().item() * weight
+            share += len(loss) / len(h) * weight
+        return mean, share
+
+    def step(self, step, rows, known, batch):
+        """One step on `batch` rows; known: of remember(), or None.   -> numbers of the log"""
+        loss, share = self.learn(*self.f.source(self, rows, known, step, batch))
+        norm = clip_grad_norm_(self.draft.parameters(), self.c.clip)
+        set_lr(self.opt, self.c.lr * max(0.1, linear(step, self.c.steps, self.c.warmup)))
+        self.opt.step()
+        self.opt.zero_grad()
+        return dict(loss=loss, share=share, norm=norm)
 
 # --- train ----------------------------------------------------------------------------------------
-
-
-def head(row, c, corpus):
-    """A row's prompt; of a window of text the first --prompt tokens."""
-    return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
 
 
 def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
@@ -420,19 +429,12 @@ def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
         known[x], metrics = PREPARE[x](target, tok, held[:c.eval_rows], c, f, run)
         name = "draft"
     drafters[name or c.drafter] = f.drafter(**{x: known[x] for x in asks})
-    if c.temperature and lenience < 1:
-        run.say("  lossy: these samples do not have the target's law")
     return metrics | race(target, drafters, prompts, c, f, run, lenience)
 
 
 DECODERS = dict(speculative=speculative)
 AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
             source=SOURCES, kernels=kernels.MODES)
-
-
-def parameters(model, dims=0):
-    """How many parameters a model has, or only its matrices (dims 2)."""
-    return sum(p.numel() for p in model.parameters() if p.dim() >= dims)
 
 
 def train(c, f):
@@ -547,6 +549,8 @@ def race(target, drafters, prompts, c, f, run, lenience):
     -> numbers of the table, drafter x's as "x_speedup", …; greedy outputs are compared token by
     token.
     """
+    if c.temperature and lenience < 1:
+        run.say("  lossy: these samples do not have the target's law")
     device, facts = target.head.device, {}
     for x, drafter in drafters.items():
         facts[x] = {k: fact(target, drafter, prompts, c, f) for k, fact in FACTS.items()}
@@ -587,7 +591,46 @@ def equality(run, lanes, target):
         f"{x}_same": n / len(lanes[x].gaps) for x, n in same.items()}
 
 
-# === table: the numbers of a race =================================================================
+# === table: the numbers of a race: what is counted, and what is told of it ========================
+
+BINS = 10    # of the draft's confidence, in a tally's tries and hits
+
+
+class Tally:
+    """What was counted: the numbers of a speculative run, and what draft lengths are chosen by.
+
+    rounds: target passes, summed over rows; tokens that they gave, stop tokens included; proposed:
+    drafted ones; passes {G: target passes of the whole batch}; tested, kept: by place in the draft;
+    tries, hits: by the draft's confidence.
+    """
+
+    def __init__(self):
+        self.rounds = self.tokens = self.proposed = 0
+        self.passes, self.tested, self.kept = Counter(), Counter(), Counter()
+        self.tries, self.hits = [0] * BINS, [0] * BINS
+
+    def note(self, kept, count, sure):
+        """One round: kept, count [B], sure [B, G]. Tokens behind the first refused do not count."""
+        self.passes[sure.size(1)] += 1
+        for k, n, row in zip(kept.tolist(), count.tolist(), sure.tolist()):
+            self.rounds, self.proposed = self.rounds + 1, self.proposed + n
+            for j in range(min(k + 1, n)):
+                place = min(BINS - 1, int(row[j] * BINS))
+                self.tested[j] += 1
+                self.kept[j] += j < k
+                self.tries[place] += 1
+                self.hits[place] += j < k
+
+    @property
+    def acceptance(self):
+        """Kept of tested tokens."""
+        return self.kept.total() / max(1, self.tested.total())
+
+    @property
+    def efficiency(self):
+        """E, tokens a target pass and row."""
+        return self.tokens / max(1, self.rounds)
+
 
 MORE = {}    # further numbers, by what they stand on: (tally, facts, drafter) -> {name: number}
 
@@ -811,71 +854,12 @@ def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
 LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confident, Reach
 
 
-# === distillspec: 2310.08461, the draft learns the target's distribution of every token ===========
+# === distillspec: 2310.08461, the draft of a run: opened or made, trained, saved, compared ========
 
 
-def states(model, tokens, mask):
-    """The hidden states that predict the scored tokens [N, D]."""
-    return model(tokens)[:, :-1][mask[:, 1:] > 0]
-
-
-ASKED = {}     # what a selection asks for, by name: (student, tokens, mask, h, t) -> it
-BEFORE = {}    # … and makes before step 0: (student, tok, rows, known, held, run)
-
-
-class Student:
-    """A draft that learns from a target, and what it keeps between steps.
-
-    words: the tokenizer's tokens, of which there may be fewer than rows of a head;  pool: samples
-    that are left;  reference: another draft, where --select compares with one.
-    """
-
-    def __init__(self, draft, target, words, c, f):
-        self.draft, self.target, self.words, self.c, self.f = draft, target, words, c, f
-        self.opt, self.pool, self.reference = optimiser(draft, lr=c.lr), [], None
-        self.generator = torch.Generator().manual_seed(c.seed)
-
-    def loss(self, draft, h, t):
-        """Of a draft's states h [N, D] at the target's t [N, D].   -> nats [N]"""
-        return self.f.loss(h, draft.head[:self.words], t, self.target.head[:self.words])
-
-    def learn(self, rows, known):
-        """Accumulate the gradient of a step's rows. -> loss of the tokens that count, their share
-
-        With a selection, head and backward see the selected tokens alone. ours: the mean over
-        these, the authors' code divides by all; a micro-batch weighs by its tokens, and a selection
-        compares those of one micro-batch, as theirs does.
-        """
-        micro, target, mean, share = self.c.micro, self.target, 0.0, 0.0
-        for i in range(0, len(rows), micro):
-            tokens, mask = collate(rows[i:i + micro], target.config.pad_token_id, self.c.device)
-            with torch.no_grad():                                                        # [N, D]
-                t = torch.cat(known[i:i + micro]) if known else states(target, tokens, mask)
-            h = states(self.draft, tokens, mask)
-            with torch.no_grad():
-                facts = {x: ASKED[x](self, tokens, mask, h, t) for x in needs(self.f.select)}
-                chosen = self.f.select(**facts)                                          # [N]
-            loss = self.loss(self.draft, h[chosen], t[chosen])
-            weight = len(h) / sum(len(y) for _, y in rows)
-            (loss.mean() * weight).backward()
-            mean += loss.mean().item() * weight
-            share += len(loss) / len(h) * weight
-        return mean, share
-
-    def step(self, step, rows, known, batch):
-        """One step on `batch` rows; known: of remember(), or None.   -> numbers of the log"""
-        loss, share = self.learn(*self.f.source(self, rows, known, step, batch))
-        norm = clip_grad_norm_(self.draft.parameters(), self.c.clip)
-        set_lr(self.opt, self.c.lr * max(0.1, linear(step, self.c.steps, self.c.warmup)))
-        self.opt.step()
-        self.opt.zero_grad()
-        return dict(loss=loss, share=share, norm=norm)
-
-
-PRESETS["distillspec"] = dict()    # the defaults
-
-
-# === draft: 2310.08461, the draft of a run: opened or made, trained, saved, compared ==============
+def parameters(model, dims=0):
+    """How many parameters a model has, or only its matrices (dims 2)."""
+    return sum(p.numel() for p in model.parameters() if p.dim() >= dims)
 
 
 def opened(target, tok, c, run):
@@ -943,6 +927,7 @@ def distil(draft, target, tok, held, c, f, run):
 
 
 PREPARE["draft"] = prepared
+PRESETS["distillspec"] = dict()    # the defaults
 
 
 # === agreement, remembered: how near the draft is, and the target's states made only once =========
@@ -977,6 +962,11 @@ def remember(target, rows, visits, c):
         tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
         out += states(target, tokens, mask).split(mask[:, 1:].sum(1).long().tolist())
     return out
+
+
+def head(row, c, corpus):
+    """A row's prompt; of a window of text the first --prompt tokens."""
+    return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
 
 
 def sampled(model, rows, c, g):
