@@ -208,7 +208,7 @@ def small(draft, tok, c, target):
 
 
 DRAFTERS = dict(small=small)
-BESIDE = {}      # drafters that need nothing: each races beside the chosen one
+BESIDE = {}      # drafters that need nothing: each races beside the chosen one, and draws before it
 PREPARE = {}     # what a drafter asks for, by name: (target, tok, held, c, f, run) -> it, numbers
 
 # --- the loop -------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def test_the_optimal_length_explores_now_and_then():
 
 def test_other_lengths_by_hand():
     assert [specdec.fixed(k, gamma=2) for k in range(4)] == [True, True, False, False]
-    assert specdec.heuristic(3, SimpleNamespace(value=torch.tensor([3, 5]))).tolist() == [False, True]
+    reach = SimpleNamespace(value=torch.tensor([3, 5]))
+    assert specdec.heuristic(3, reach).tolist() == [False, True]
     sure = torch.tensor([[.9, .39], [.1, .41]])
     assert specdec.confident(2, sure).tolist() == [False, True] and specdec.confident(0,
                                                                                       sure[:, :0])
