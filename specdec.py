@@ -8,11 +8,11 @@ specdec.py - speculative decoding: train a draft, verify, measure; and other way
 
 Letters  p the target's distribution, q the draft's; G drafted tokens a round; B rows, V vocabulary;
          c = a draft step / a target step, v = a target step over G + 1 tokens / over one
-Watch    E, tokens a target pass (block efficiency), and the measured speedup beside the predicted
-         one, E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding
-         replays graphs). acceptance: of the tokens tested, up to the first refused; kept/drafted:
-         of all; E, i.i.d.: if each were kept with the mean acceptance; drafts: mean G. Other
-         decoders stand beside their controls; a task gives their prompts and lengths.
+Watch    efficiency E, tokens a target pass, and the measured speedup beside the predicted one,
+         E / (G c + v): a gap between them is overhead (on CUDA also that only plain decoding
+         replays graphs). acceptance: of the tokens tested, up to the first refused;
+         kept_of_drafted: of all; independent: E if each were kept with the mean acceptance;
+         drafts: mean G. Other decoders stand beside their controls; a task gives their prompts.
 """
 import copy
 import math
@@ -39,7 +39,7 @@ from data.run import (Count, Positive, Range, Run, Share, Training, UserError, b
                       checkpoint, cli, clock, launch, needs)
 from data.stats import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from model import (Cache, Transformer, collate, collect, generate, init, load, prefill, preset,
+from model import (Cache, check_request, collate, collect, generate, init, load, prefill, preset,
                    save, tempered, token_logprobs)
 from optim import linear, optimiser, set_lr
 
@@ -136,8 +136,8 @@ def verify(p, q, drafted, count, u, *, lenience=1.0):
 
 
 # --- the length of a draft: is a (k+1)-th token worth drafting? -> bool or bool [B] ---------------
-# A rule sees the draft and what is committed, never the verdict on the draft at hand: it stays
-# lossless.
+# A rule names what it reads: k; sure [B, k], the draft's own probabilities; tally, what was counted
+# so far; rows of FACTS and MEMORIES. It never sees the verdict on the draft at hand: lossless.
 
 
 def fixed(k, *, gamma: Count = 4):
@@ -146,15 +146,13 @@ def fixed(k, *, gamma: Count = 4):
 
 
 LENGTHS = dict(fixed=fixed)
-FACTS = {}       # what a rule asks for beside k, sure and cost: functions of (tally, sure [B, k])
-MEMORIES = {}    # … and what it remembers of each row: a class with keep(order), note(kept, count)
+FACTS = {}       # of a drafter, measured beforehand: (target, drafter, prompts, c, f) -> fact
+MEMORIES = {}    # of each row: a class with keep(order), note(kept, count)
 
 
-def worth(rule, reads, known, tally, room, k, sure):
+def worth(rule, reads, known, room, k, sure):
     """Which rows want a (k+1)-th token: those with room for it, if the rule says so.   -> [B]"""
     known = known | dict(k=k, sure=sure)
-    known |= {x: FACTS[x](tally, sure) for x in reads if x in FACTS}
-    known |= {x: known[x].value for x in reads if x in MEMORIES}
     return (k < room) & rule(**{x: known[x] for x in reads})
 
 
@@ -210,8 +208,390 @@ def small(draft, tok, c, target):
 
 
 DRAFTERS = dict(small=small)
+BESIDE = {}      # drafters that need nothing: each races beside the chosen one, and draws before it
+PREPARE = {}     # what a drafter asks for, by name: (target, tok, held, c, f, run) -> it, numbers
 
 # --- the loop -------------------------------------------------------------------------------------
+
+
+def reported(logits, temperature, top_k, top_p):
+    """log-probs as generate() reports them, and the law that is sampled from.   both [..., V]"""
+    kept = tempered(logits, temperature, top_k, top_p) if temperature else logits
+    logp = torch.log_softmax(kept, -1)
+    return logp, logp.exp() if temperature else law(logits, 0)
+
+
+class Flight:
+    """The rows in flight: what of them is committed, prompt and completion.
+
+    text, logp [B, W], u [B, W', 3] and start, end [B] (of completions), of all rows; of the n that
+    are not done: row, their places there; length, committed tokens.
+    """
+
+    def __init__(self, prompts, start, max_new, most, stop, u):
+        self.text, self.stop = F.pad(prompts, (0, max_new + most + 1)), stop             # [B, W]
+        self.logp = torch.zeros_like(self.text, dtype=torch.float32)
+        self.row = torch.arange(len(start), device=start.device)                         # [n]
+        self.length, self.start, self.end = start.clone(), start, start + max_new        # [n]
+        self.u, self.ahead = u, torch.arange(most + 1, device=start.device)
+
+    def commit(self, block, logps, kept):
+        """Write the kept tokens of block [n, G+1] and one more; the rest is overwritten later.
+
+        -> fresh [n], committed tokens up to a stop, and whether it came before that one more [n]
+        """
+        at = torch.arange(block.size(1), device=block.device)
+        place = self.row[:, None], self.length[:, None] + at
+        self.text[place] = block
+        self.logp[place] = logps.gather(-1, block[..., None]).squeeze(-1)
+        ends = torch.isin(block, self.stop) & (at <= kept[:, None])                      # [n, G+1]
+        fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1                # [n]
+        self.length = self.length + fresh
+        self.done = ends.any(1) | (self.length == self.end[self.row])
+        return fresh, ends.any(1) & (fresh <= kept)
+
+    def leave(self, followers):
+        """Finished rows leave, the last rows alive fill the gaps.   -> whether any is left"""
+        n = int((~self.done).sum())
+        if n and n < len(self.row):
+            order, done = torch.arange(len(self.row), device=self.row.device), self.done
+            order[:n][done[:n]] = order[n:][~done[n:]]
+            order = order[:n]
+            for x in followers:
+                x.keep(order)
+            self.row, self.length = self.row[order], self.length[order]
+        return n > 0
+
+
+def one_round(target, drafter, flight, cache, want, tally, context, sampling, lenience):
+    """Draft, verify, commit, of every row in flight.   -> kept, count [n], as verify() has them"""
+    # 1. draft: never past the end, nor past the context
+    text, length = flight.text[flight.row], flight.length                                # [n, W]
+    room = torch.minimum(flight.end[flight.row] - length - 1, context - length.max())    # [n]
+    row, begun = flight.row[:, None], length - flight.start[flight.row]                  # [n]
+    u = flight.u[row, begun[:, None] + flight.ahead]                                # [n, most+1, 3]
+    drafted, q, count, sure = drafter.propose(text, length, u, partial(want, room))
+    # 2. verify
+    last = text.gather(1, length[:, None] - 1)                                           # [n, 1]
+    cache.length, cache.used = length - 1, int(length.max()) - 1
+    logits = target.logits(target(torch.cat([last, drafted], 1), cache))            # [n, G+1, V]
+    logps, p = reported(logits, *sampling)
+    kept, token = verify(p, q, drafted, count, u[:, :drafted.size(1) + 1, 1:], lenience=lenience)
+    # 3. commit; what is drafted behind a stop does not count
+    block = torch.cat([drafted, last], 1).scatter(1, kept[:, None], token[:, None])      # [n, G+1]
+    fresh, early = flight.commit(block, logps, kept)
+    tally.note(*(torch.where(early, fresh, x) for x in (kept, count)), sure)
+    tally.tokens += int(fresh.sum())
+    return kept, count
+
+
+@torch.no_grad()
+def speculate(target, drafter, prompts, max_new, length_rule, *, temperature=0.0, top_k=0,
+              top_p=1.0, stop=None, generator=None, lenience=1.0, tally=None, **facts):
+    """model.generate, one sample a prompt, by drafting and verifying -> (Rollout, Tally).
+
+    Rounds: draft after the committed tokens, one target pass over the last of them and the draft,
+    verify, commit. The target's cache holds all committed tokens but the last, the draft's all but
+    two; rolling back is setting their length. Rows commit different numbers; finished ones leave
+    the batch. Row b's i-th new token has three uniform numbers fixed beforehand (draft, test,
+    draw), so that the other rows change nothing (but through optimal's counts, which all share).
+    length_rule: a row of LENGTHS with its arguments bound; facts: what it reads of FACTS.
+    Raises UserError where they do not fit the context.
+    """
+    sampling, reads = (temperature, top_k, top_p), needs(length_rule)
+    device, most = target.head.device, length_rule.keywords["gamma"]
+    context = min(target.config.max_position_embeddings, drafter.context)
+    check_request(SimpleNamespace(max_position_embeddings=context), prompts, 1, max_new,
+                  temperature, top_k)
+    stop = target.config.eos_token_id if stop is None else stop
+    stop = torch.tensor(stop, device=device, dtype=torch.long)
+    tally, pad = tally or Tally(), max(target.config.pad_token_id, 0)
+    before, index = tally.rounds, {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([index[tuple(p)] for p in prompts], device=device)               # [B]
+    distinct, _ = collate([(p, ()) for p in index], pad, device)
+    size = torch.tensor([len(p) for p in index], device=device)                          # [U]
+    u = torch.rand(len(rows), max_new + most + 1, 3, generator=generator).to(device)
+    hidden, cache = prefill(target, distinct, size, rows, max_new + most)
+    drafter.start(distinct, size, rows, max_new + most)
+    start = size[rows]                                                                   # [B]
+    flight = Flight(distinct[rows], start, max_new, most, stop, u)
+    memories = {x: MEMORIES[x](start) for x in reads if x in MEMORIES}
+    want = partial(worth, length_rule, reads, dict(tally=tally, **facts, **memories))
+    logps, p = reported(target.logits(hidden), *sampling)                                # [B, V]
+    flight.commit(draw(p, u[:, 0, 2])[:, None], logps[:, None], torch.zeros_like(start))
+    while flight.leave([cache, drafter, *memories.values()]):
+        verdict = one_round(target, drafter, flight, cache, want, tally, context, sampling,
+                            lenience)
+        for memory in memories.values():
+            memory.note(*verdict)
+    place = start[:, None] + torch.arange(max_new, device=device)                        # [B, new]
+    logp = flight.logp.gather(1, place)
+    return collect(distinct[rows], start, flight.text.gather(1, place), logp, stop, pad,
+                   tally.rounds - before), tally
+
+
+# --- distillation: 2310.08461, a loss a token, which tokens count, on whose completions -----------
+
+
+def forward_kl(h, W, t, U):
+    """Σ p log(p / q), of the draft's h [N, D], W [V, D] and the target's t, U.   -> nats [N]"""
+    return kernels.linear_distill(h, W, t, U, "forward_kl")
+
+
+def every():
+    """All tokens of a micro-batch."""
+    return slice(None)
+
+
+def given(student, rows, known, step, batch):
+    """The data's own completions.   -> the rows of a step, and the target's states of them"""
+    at = batch_indices(len(rows), batch, step, student.c.seed).tolist()
+    return [rows[i] for i in at], known and [known[i] for i in at]
+
+
+LOSSES = dict(forward_kl=forward_kl)
+SELECT = dict(every=every)
+SOURCES = dict(data=given)
+ASKED = {}     # what a selection asks for, by name: (student, tokens, mask, h, t) -> it
+BEFORE = {}    # … and makes before step 0: (student, tok, rows, known, held, run)
+
+
+def states(model, tokens, mask):
+    """The hidden states that predict the scored tokens [N, D]."""
+    return model(tokens)[:, :-1][mask[:, 1:] > 0]
+
+
+class Student:
+    """A draft that learns from a target, and what it keeps between steps.
+
+    words: the tokenizer's tokens, of which there may be fewer than rows of a head;  pool: samples
+    that are left;  reference: another draft, where --select compares with one.
+    """
+
+    def __init__(self, draft, target, words, c, f):
+        self.draft, self.target, self.words, self.c, self.f = draft, target, words, c, f
+        self.opt, self.pool, self.reference = optimiser(draft, lr=c.lr), [], None
+        self.generator = torch.Generator().manual_seed(c.seed)
+
+    def loss(self, draft, h, t):
+        """Of a draft's states h [N, D] at the target's t [N, D].   -> nats [N]"""
+        return self.f.loss(h, draft.head[:self.words], t, self.target.head[:self.words])
+
+    def learn(self, rows, known):
+        """Accumulate the gradient of a step's rows. -> loss of the tokens that count, their share
+
+        With a selection, head and backward see the selected tokens alone. ours: the mean over
+        these, the authors' code divides by all; a micro-batch weighs by its tokens, and a selection
+        compares those of one micro-batch, as theirs does.
+        """
+        micro, target, mean, share = self.c.micro, self.target, 0.0, 0.0
+        for i in range(0, len(rows), micro):
+            tokens, mask = collate(rows[i:i + micro], target.config.pad_token_id, self.c.device)
+            with torch.no_grad():                                                        # [N, D]
+                t = torch.cat(known[i:i + micro]) if known else states(target, tokens, mask)
+            h = states(self.draft, tokens, mask)
+            with torch.no_grad():
+                facts = {x: ASKED[x](self, tokens, mask, h, t) for x in needs(self.f.select)}
+                chosen = self.f.select(**facts)                                          # [N]
+            loss = self.loss(self.draft, h[chosen], t[chosen])
+            weight = len(h) / sum(len(y) for _, y in rows)
+            (loss.mean() * weight).backward()
+            mean += loss.mean().item() * weight
+            share += len(loss) / len(h) * weight
+        return mean, share
+
+    def step(self, step, rows, known, batch):
+        """One step on `batch` rows; known: of remember(), or None.   -> numbers of the log"""
+        loss, share = self.learn(*self.f.source(self, rows, known, step, batch))
+        norm = clip_grad_norm_(self.draft.parameters(), self.c.clip)
+        set_lr(self.opt, self.c.lr * max(0.1, linear(step, self.c.steps, self.c.warmup)))
+        self.opt.step()
+        self.opt.zero_grad()
+        return dict(loss=loss, share=share, norm=norm)
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
+    """Train a draft, then decode held-out prompts with it, by what races beside it, and plainly."""
+    corpus, known, metrics, name = is_corpus(c.data), dict(target=target, tok=tok, c=c), {}, ""
+    held = tasks.rows(c, tok, c.split)
+    held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
+    prompts = [head(row, c, corpus) for row in held][:c.prompts]
+    if not prompts:
+        raise UserError(f"no row of the split {c.split} fits --context {c.context}, prompt and "
+                        "completion together: raise it")
+    if len(prompts) < c.prompts:
+        run.say(f"  {len(prompts)} held-out prompts, fewer than --prompts {c.prompts}")
+    drafters = {x: make() for x, make in BESIDE.items()}
+    asks = needs(f.drafter)
+    for x in [x for x in asks if x in PREPARE]:
+        known[x], metrics = PREPARE[x](target, tok, held[:c.eval_rows], c, f, run)
+        name = "draft"
+    drafters[name or c.drafter] = f.drafter(**{x: known[x] for x in asks})
+    return metrics | race(target, drafters, prompts, c, f, run, lenience)
+
+
+DECODERS = dict(speculative=speculative)
+AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
+            source=SOURCES, kernels=kernels.MODES)
+
+
+def train(c, f):
+    """One run: load the target, train what helps it, decode, measure. -> the table's numbers."""
+    check(c, f)
+    folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
+    kernels.use(c.kernels)
+    with Run(c, f, "specdec", CURVES) as run:
+        if "result" in run.info:
+            run.say(f"  finished already: {run.last or run.folder}")
+            return run.info["result"]
+        target, tok = load(folder, c.device, getattr(torch, c.dtype))
+        target.requires_grad_(False)
+        run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
+        known = dict(target=target, tok=tok, c=c, f=f, run=run)
+        metrics = f.decode(**{x: known[x] for x in needs(f.decode)})
+        if c.stop and c.stop < c.steps:
+            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
+                    "goes on")
+            return metrics
+        return run.finish(**metrics)
+
+
+def main(argv=None):
+    """python specdec.py …: see the docstring above, or --help."""
+    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
+
+
+# === check: what a run reads, and what does not combine, told before anything is made =============
+
+CHECKS, READERS = {}, {}     # of a decoder: check(c, f), and readers(c, f) of the fields below
+OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
+DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
+          "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
+          "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
+
+
+def readers(c, f):
+    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
+    fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
+    fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"))
+    return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
+
+
+def check(c, f):
+    """UserError for what does not combine, and for files and folders that are not there."""
+    tasks.check_data(c.data)
+    if c.split not in tasks.held_out(c.data):
+        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
+    sft.find(c.init, c.config, make=False)
+    CHECKS[c.decode](c, f)
+
+
+def draft_readers(c, f):
+    """readers() of speculative decoding."""
+    fields = dict.fromkeys((*DRAFTS, *OWN), (True, ""))
+    corpus, asks = is_corpus(c.data), needs(f.drafter)
+    trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
+              "rows", "eval_every", "save_every", "keep", "stop")
+    if not (c.steps and "draft" in asks):
+        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
+    else:
+        fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
+                       refresh=(c.source != "data", "--source that samples"))
+    sampling = c.temperature, "--temperature above 0"
+    return fields | dict(
+        top_k=sampling, top_p=sampling, samples=(False, "decoders that draw several samples"),
+        draft=(bool({"draft", "foreign"} & {*asks}), "drafters that are models"),
+        prompt=(corpus, "a text as --data"), chat=(not corpus, "demonstrations, not a text"))
+
+
+def check_draft(c, f):
+    """What speculative decoding does not combine."""
+    most, gamma = sft.find(c.init, c.config, make=False), f.length.keywords["gamma"]
+    if c.context > most:
+        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
+    if f.decode.keywords["lenience"] < 1 and not c.temperature:
+        raise UserError("--lenience below 1 is for sampling: give a --temperature")
+    if gamma >= most:
+        raise UserError(f"--gamma {gamma}: a draft longer than the target's context of {most}")
+    if is_corpus(c.data) and c.prompt + c.max_new > most:
+        raise UserError(f"--prompt {c.prompt} and --max_new {c.max_new} exceed the {most} tokens "
+                        f"of {c.init}")
+    for x in [x for x in needs(f.drafter) if x in PREPARE]:
+        if re.fullmatch(r"\d+x\d+", c.draft):
+            preset(c.draft, prefs.tokenizer())
+        else:
+            sft.find(c.draft, c.config, make=False, option="--draft")
+
+
+CHECKS["speculative"], READERS["speculative"] = check_draft, draft_readers
+
+
+# === race: plain decoding and each drafter in turns, and whether greedy outputs are equal =========
+
+
+@torch.no_grad()
+def gap(target, a, b, prompt):
+    """Between the target's two likeliest tokens, in nats, where completions part; None: nowhere."""
+    if a == b:
+        return None
+    i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
+    text = torch.tensor([[*prompt, *a[:i]]], device=target.head.device)
+    best = target.logits(target(text)[:, -1])[0].topk(2).values
+    return (best[0] - best[1]).item()
+
+
+def race(target, drafters, prompts, c, f, run, lenience):
+    """Decode the prompts plainly and with each drafter, in turns: a busy machine slows all alike.
+
+    -> numbers of the table, drafter x's as "x_speedup", …; greedy outputs are compared token by
+    token.
+    """
+    if c.temperature and lenience < 1:
+        run.say("  lossy: these samples do not have the target's law")
+    device, facts = target.head.device, {}
+    for x, drafter in drafters.items():
+        facts[x] = {k: fact(target, drafter, prompts, c, f) for k, fact in FACTS.items()}
+    sampling = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
+    parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
+    for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
+        if i < 2:              # the first part warms everything up and is not counted
+            plain, tokens, lanes = 0.0, 0, {}
+            for x in drafters:
+                lanes[x] = SimpleNamespace(tally=Tally(), seconds=0.0, gaps=[])
+        seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
+        began = clock(device)
+        whole = generate(target, part, c.max_new, generator=seed, **sampling)
+        plain, tokens = plain + clock(device) - began, tokens + whole.mask.sum().item()
+        for x, drafter in drafters.items():
+            began = clock(device)
+            roll, _ = speculate(target, drafter, part, c.max_new, f.length, generator=seed,
+                                lenience=lenience, tally=lanes[x].tally, **facts[x], **sampling)
+            lanes[x].seconds += clock(device) - began
+            if not c.temperature:
+                pairs = zip(whole.completions(), roll.completions(), part)
+                lanes[x].gaps += [gap(target, a, b, prompt) for a, b, prompt in pairs]
+    out = table(run, drafters, lanes, facts, len(prompts), tokens / plain)
+    return out if c.temperature else out | equality(run, lanes, target)
+
+
+def equality(run, lanes, target):
+    """Say how many greedy outputs are plain decoding's own.   -> numbers of the table"""
+    same = {x: lane.gaps.count(None) for x, lane in lanes.items()}
+    apart = [x for lane in lanes.values() for x in lane.gaps if x is not None]
+    close = max(apart, default=0.0) < (1e-3 if target.head.dtype == torch.float32 else 0.1)
+    run.say("  greedy outputs equal to plain decoding's: "
+            + ", ".join(f"{x} {n} of {len(lanes[x].gaps)}" for x, n in same.items()))
+    if apart:
+        run.say(f"  where they part the target's two likeliest tokens are at most {max(apart):.1e} "
+                "nats apart: " + ("rounding" if close else "WRONG, the outputs differ"))
+    return dict(widest_gap=max(apart, default=0.0)) | {
+        f"{x}_same": n / len(lanes[x].gaps) for x, n in same.items()}
+
+
+# === table: the numbers of a race: what is counted, and what is told of it ========================
 
 BINS = 10    # of the draft's confidence, in a tally's tries and hits
 
@@ -252,351 +632,37 @@ class Tally:
         return self.tokens / max(1, self.rounds)
 
 
-def reported(logits, temperature, top_k, top_p):
-    """log-probs as generate() reports them, and the law that is sampled from.   both [..., V]"""
-    kept = tempered(logits, temperature, top_k, top_p) if temperature else logits
-    logp = torch.log_softmax(kept, -1)
-    return logp, logp.exp() if temperature else law(logits, 0)
+MORE = {}    # further numbers, by what they stand on: (tally, facts, drafter) -> {name: number}
 
 
-class Flight:
-    """The rows in flight: what of them is committed, prompt and completion.
-
-    text, logp [B, W] and u [B, W', 3], of all rows; of the n that are not done: row, their places
-    there; length, committed tokens; end, the most there may be;  stop: the ids that end a row.
-    """
-
-    def __init__(self, prompts, start, max_new, most, stop, u):
-        self.text, self.stop = F.pad(prompts, (0, max_new + most + 1)), stop             # [B, W]
-        self.logp = torch.zeros_like(self.text, dtype=torch.float32)
-        self.row = torch.arange(len(start), device=start.device)                         # [n]
-        self.length, self.start, self.end = start.clone(), start, start + max_new        # [n]
-        self.u, self.most = u, most
-
-    def uniforms(self):
-        """The numbers of each row's next tokens, one more than may be drafted.   [n, most+1, 3]"""
-        ahead = torch.arange(self.most + 1, device=self.row.device)
-        return self.u[self.row[:, None], (self.length - self.start)[:, None] + ahead]
-
-    def commit(self, block, logps, kept):
-        """Write the kept tokens of block [n, G+1] and one more; the rest is overwritten later.
-
-        -> fresh [n], committed tokens up to a stop, and whether it came before that one more [n]
-        """
-        at = torch.arange(block.size(1), device=block.device)
-        place = self.row[:, None], self.length[:, None] + at
-        self.text[place] = block
-        self.logp[place] = logps.gather(-1, block[..., None]).squeeze(-1)
-        ends = torch.isin(block, self.stop) & (at <= kept[:, None])                      # [n, G+1]
-        fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1                # [n]
-        self.length = self.length + fresh
-        self.done = ends.any(1) | (self.length == self.end)
-        return fresh, ends.any(1) & (fresh <= kept)
-
-    def leave(self, followers):
-        """Finished rows leave, the last rows alive fill the gaps.   -> whether any is left"""
-        n = int((~self.done).sum())
-        if n and n < len(self.row):
-            order, done = torch.arange(len(self.row), device=self.row.device), self.done
-            order[:n][done[:n]] = order[n:][~done[n:]]
-            order = order[:n]
-            for x in followers:
-                x.keep(order)
-            self.row, self.length, self.start, self.end = (
-                x[order] for x in (self.row, self.length, self.start, self.end))
-        return n > 0
+def numbers_of(lane, rows, plain):
+    """A drafter's numbers for `rows` prompts; plain: tokens a second without drafts."""
+    tally = lane.tally
+    rate = (tally.tokens + rows) / lane.seconds   # the prefill gives each row its first token
+    return dict(tokens_per_second=rate, speedup=rate / plain, acceptance=tally.acceptance,
+                kept_of_drafted=tally.kept.total() / max(1, tally.proposed),
+                efficiency=tally.efficiency,
+                drafts=sum(G * n for G, n in tally.passes.items()) / max(1, tally.passes.total()))
 
 
-def one_round(target, drafter, flight, cache, want, tally, context, sampling, lenience):
-    """Draft, verify, commit, of every row in flight.   -> kept, count [n], as verify() has them"""
-    # 1. draft: never past the end, nor past the context
-    text, length = flight.text[flight.row], flight.length                                # [n, W]
-    room = torch.minimum(flight.end - length - 1, context - length.max())                # [n]
-    u, more = flight.uniforms(), partial(want, room)                                # [n, most+1, 3]
-    drafted, q, count, sure = drafter.propose(text, length, u, more)
-    # 2. verify
-    last = text.gather(1, length[:, None] - 1)                                           # [n, 1]
-    cache.length, cache.used = length - 1, int(length.max()) - 1
-    logits = target.logits(target(torch.cat([last, drafted], 1), cache))            # [n, G+1, V]
-    logps, p = reported(logits, *sampling)
-    kept, token = verify(p, q, drafted, count, u[:, :drafted.size(1) + 1, 1:], lenience=lenience)
-    # 3. commit; what is drafted behind a stop does not count
-    block = torch.cat([drafted, last], 1).scatter(1, kept[:, None], token[:, None])      # [n, G+1]
-    fresh, early = flight.commit(block, logps, kept)
-    tally.note(*(torch.where(early, fresh, x) for x in (kept, count)), sure)
-    tally.tokens += int(fresh.sum())
-    return kept, count
+def table(run, drafters, lanes, facts, rows, plain):
+    """Say what each drafter came to beside plain decoding's rate, and return it."""
+    found = dict(plain=dict(tokens_per_second=plain))
+    for x, lane in lanes.items():
+        found[x] = numbers_of(lane, rows, plain)
+        for more in MORE.values():
+            found[x] |= more(lane.tally, facts[x], drafters[x])
+    run.say(f"\n  {'':<18}" + "".join(f"{x:>10}" for x in found))
+    for k in dict.fromkeys(k for row in found.values() for k in row):
+        cells = (f"{row[k]:>10.3f}" if k in row else f"{'':>10}" for row in found.values())
+        run.say(f"  {k:<18}" + "".join(cells))
+    for x, lane in lanes.items():
+        kept = [f"{lane.tally.kept[j] / n:.2f}" for j, n in sorted(lane.tally.tested.items())]
+        run.say(f"  {x}: of the tokens tested at place 1, 2, … were kept: {' '.join(kept)}")
+    return {f"{x}_{k}": v for x, row in found.items() for k, v in row.items()}
 
 
-@torch.no_grad()
-def speculate(target, drafter, prompts, max_new, length_rule, *, cost=None, temperature=0.0,
-              top_k=0, top_p=1.0, stop=None, generator=None, lenience=1.0, tally=None):
-    """model.generate, one sample a prompt, by drafting and verifying -> (Rollout, Tally).
-
-    Rounds: draft after the committed tokens, one target pass over the last of them and the draft,
-    verify, commit. The target's cache holds all committed tokens but the last, the draft's all but
-    two; rolling back is setting their length. Rows commit different numbers; finished ones leave
-    the batch. Row b's i-th new token has three uniform numbers fixed beforehand (draft, test,
-    draw), so that the other rows change nothing (but through optimal's counts, which all share).
-    length_rule: a row of LENGTHS with its arguments bound; cost: of measure_costs, if it reads one.
-    Raises UserError where they do not fit the context.
-    """
-    sampling, reads = (temperature, top_k, top_p), needs(length_rule)
-    device, most = target.head.device, length_rule.keywords["gamma"]
-    context = fits(target, drafter, prompts, max_new, most)
-    stop = target.config.eos_token_id if stop is None else stop
-    stop = torch.tensor(stop, device=device, dtype=torch.long)
-    tally, pad = tally or Tally(), max(target.config.pad_token_id, 0)
-    before, index = tally.rounds, {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([index[tuple(p)] for p in prompts], device=device)               # [B]
-    distinct, _ = collate([(p, ()) for p in index], pad, device)
-    size = torch.tensor([len(p) for p in index], device=device)                          # [U]
-    u = torch.rand(len(rows), max_new + most + 1, 3, generator=generator).to(device)
-    hidden, cache = prefill(target, distinct, size, rows, max_new + most)
-    drafter.start(distinct, size, rows, max_new + most)
-    start = size[rows]                                                                   # [B]
-    flight = Flight(distinct[rows], start, max_new, most, stop, u)
-    memories = {x: MEMORIES[x](start) for x in reads if x in MEMORIES}
-    want = partial(worth, length_rule, reads, dict(cost=cost, **memories), tally)
-    logps, p = reported(target.logits(hidden), *sampling)                                # [B, V]
-    flight.commit(draw(p, u[:, 0, 2])[:, None], logps[:, None], torch.zeros_like(start))
-    while flight.leave([cache, drafter, *memories.values()]):
-        verdict = one_round(target, drafter, flight, cache, want, tally, context, sampling,
-                            lenience)
-        for memory in memories.values():
-            memory.note(*verdict)
-    place = start[:, None] + torch.arange(max_new, device=device)                        # [B, new]
-    logp = flight.logp.gather(1, place)
-    return collect(distinct[rows], start, flight.text.gather(1, place), logp, stop, pad,
-                   tally.rounds - before), tally
-
-
-# --- what a draft learns: a loss a token, which tokens count, on whose completions ----------------
-
-
-def forward_kl(h, W, t, U):
-    """Σ p log(p / q), of the draft's h [N, D], W [V, D] and the target's t, U.   -> nats [N]"""
-    return kernels.linear_distill(h, W, t, U, "forward_kl")
-
-
-def every(loss):
-    """All tokens.   losses of a micro-batch [N] -> bool [N]"""
-    return torch.ones_like(loss, dtype=torch.bool)
-
-
-def given(rows, draft, target, c, generator):
-    """The data's own completions."""
-    return rows
-
-
-LOSSES = dict(forward_kl=forward_kl)
-SELECT = dict(every=every)
-SOURCES = dict(data=given)
-
-# --- train ----------------------------------------------------------------------------------------
-
-
-def head(row, c, corpus):
-    """A row's prompt; of a window of text the first --prompt tokens."""
-    return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
-
-
-def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
-    """Train a draft, then decode held-out prompts with it, by prompt lookup, and plainly."""
-    corpus, metrics, drafters = is_corpus(c.data), {}, dict(lookup=Lookup())
-    held = tasks.rows(c, tok, c.split)
-    held = held[:-1] if corpus and len(held) > 1 else held       # a text's last window may be short
-    prompts = [head(row, c, corpus) for row in held][:c.prompts]
-    if not prompts:
-        raise UserError(f"no row of the split {c.split} fits --context {c.context}, prompt and "
-                        "completion together: raise it")
-    if len(prompts) < c.prompts:
-        run.say(f"  {len(prompts)} held-out prompts, fewer than --prompts {c.prompts}")
-    known = dict(target=target, tok=tok, c=c)
-    if "draft" in needs(f.drafter):
-        known["draft"], known["own"] = open_draft(target, tok, c, f, run)
-        if "own" not in needs(f.drafter):
-            metrics = train_draft(known["draft"], target, tok, held[:c.eval_rows], c, f, run)
-        known["draft"].to(target.head.dtype)
-    name = "draft" if "draft" in known else "lookup"
-    drafters[name] = f.drafter(**{x: known[x] for x in needs(f.drafter)})
-    if c.temperature and (lenience < 1 or getattr(drafters[name], "lossy", False)):
-        run.say("  lossy: these samples do not have the target's law")
-    return metrics | race(target, drafters, prompts, c, f, run, lenience)
-
-
-DECODERS = dict(speculative=speculative)
-AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
-            source=SOURCES, kernels=kernels.MODES)
-
-
-def parameters(model, dims=0):
-    """How many parameters a model has, or only its matrices (dims 2)."""
-    return sum(p.numel() for p in model.parameters() if p.dim() >= dims)
-
-
-def train(c, f):
-    """One run: load the target, train what helps it, decode, measure. -> the table's numbers."""
-    check(c, f)
-    folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
-    kernels.use(c.kernels)
-    with Run(c, f, "specdec", CURVES) as run:
-        if "result" in run.info:
-            run.say(f"  finished already: {run.last or run.folder}")
-            return run.info["result"]
-        target, tok = load(folder, c.device, getattr(torch, c.dtype))
-        if not isinstance(target, Transformer):
-            raise UserError(f"--init {c.init} is a reward model; specdec.py decodes with a "
-                            "language model")
-        target.requires_grad_(False)
-        run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
-        known = dict(target=target, tok=tok, c=c, f=f, run=run)
-        metrics = f.decode(**{x: known[x] for x in needs(f.decode)})
-        if c.stop and c.stop < c.steps:
-            run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
-                    "goes on")
-            return metrics
-        return run.finish(**metrics)
-
-
-def main(argv=None):
-    """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
-
-
-# === check: what a run reads, and what does not combine, told before anything is made =============
-
-CHECKS, READERS = {}, {}     # of a decoder: check(c, f), and readers(c, f) of the fields below
-OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
-DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
-          "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
-          "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
-
-
-def readers(c, f):
-    """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
-    fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
-    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"))
-    return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
-
-
-def check(c, f):
-    """UserError for what does not combine, and for files and folders that are not there."""
-    if is_corpus(c.data) and not readers(c, f)["prompt"][0]:
-        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take "
-                        f"--config {c.decode}, or a task as --data")
-    tasks.check_data(c.data)
-    if c.split not in tasks.held_out(c.data):
-        raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
-    sft.find(c.init, c.config, make=False)
-    if c.decode in CHECKS:
-        CHECKS[c.decode](c, f)
-
-
-def draft_readers(c, f):
-    """readers() of speculative decoding."""
-    fields = dict.fromkeys((*DRAFTS, *OWN), (True, ""))
-    corpus, asks = is_corpus(c.data), needs(f.drafter)
-    trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
-              "rows", "eval_every", "save_every", "keep", "stop")
-    if not (c.steps and "draft" in asks and "own" not in asks):
-        fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
-    else:
-        fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
-                       refresh=(c.source != "data", "--source that samples"))
-    sampling = c.temperature, "--temperature above 0"
-    return fields | dict(
-        top_k=sampling, top_p=sampling, samples=(False, "decoders that draw several samples"),
-        draft=("draft" in asks, "drafters that are models"), prompt=(corpus, "a text as --data"),
-        chat=(not corpus, "demonstrations, not a text"))
-
-
-def check_draft(c, f):
-    """What speculative decoding does not combine."""
-    most, gamma = sft.find(c.init, c.config, make=False), f.length.keywords["gamma"]
-    if c.context > most:
-        raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
-    if f.decode.keywords["lenience"] < 1 and not c.temperature:
-        raise UserError("--lenience below 1 is for sampling: give a --temperature")
-    if gamma >= most:
-        raise UserError(f"--gamma {gamma}: a draft longer than the target's context of {most}")
-    if is_corpus(c.data) and c.prompt + c.max_new > most:
-        raise UserError(f"--prompt {c.prompt} and --max_new {c.max_new} exceed the {most} tokens "
-                        f"of {c.init}")
-    if "draft" in needs(f.drafter):
-        if re.fullmatch(r"\d+x\d+", c.draft):
-            preset(c.draft, prefs.tokenizer())
-        else:
-            sft.find(c.draft, c.config, make=False, option="--draft")
-
-
-CHECKS["speculative"], READERS["speculative"] = check_draft, draft_readers
-
-
-# === race: plain decoding and each drafter in turns, and whether greedy outputs are equal =========
-
-
-def first_difference(target, a, b, prompt):
-    """The target's gap between its two likeliest tokens, in nats, where two completions part."""
-    i = next(i for i, (x, y) in enumerate(zip([*a, -1], [*b, -1])) if x != y)
-    with torch.no_grad():
-        logits = target.logits(target(torch.tensor([[*prompt, *a[:i]]],
-                                                   device=target.head.device))[:, -1])
-    best = logits[0].topk(2).values
-    return (best[0] - best[1]).item()
-
-
-def compared(target, whole, roll, prompts, greedy):
-    """How many completions are plain decoding's own, and the gaps where greedy ones part."""
-    pairs = list(zip(whole.completions(), roll.completions(), prompts))
-    gaps = [first_difference(target, *pair) for pair in pairs if greedy and pair[0] != pair[1]]
-    return sum(a == b for a, b, _ in pairs), gaps
-
-
-def race(target, drafters, prompts, c, f, run, lenience):
-    """Decode the prompts plainly and with each drafter, in turns: a busy machine slows all alike.
-
-    -> numbers of the table, drafter x's as "x_speedup", …; greedy outputs are compared token by
-    token.
-    """
-    device, costs = target.head.device, costs_of(target, drafters, prompts, c, f)
-    sampling = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p)
-    tallies, spent, plain = {x: Tally() for x in drafters}, dict.fromkeys(drafters, 0.0), [0.0, 0]
-    same, gaps = dict.fromkeys(drafters, 0), []
-    parts = [prompts[i:i + c.together] for i in range(0, len(prompts), c.together)]
-    for i, part in enumerate(tqdm([parts[0], *parts], desc="race", disable=None, leave=False)):
-        seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
-        began = clock(device)
-        whole = generate(target, part, c.max_new, generator=seed, **sampling)
-        took = clock(device) - began
-        for x, drafter in drafters.items():
-            began = clock(device)
-            roll, _ = speculate(target, drafter, part, c.max_new, f.length, cost=costs[x],
-                                generator=seed, lenience=lenience, tally=tallies[x], **sampling)
-            spent[x] += clock(device) - began
-            if i:
-                equal, parted = compared(target, whole, roll, part, c.temperature == 0)
-                same[x], gaps = same[x] + equal, gaps + parted
-            else:  # the first part warms everything up and is not counted
-                tallies[x], spent[x] = Tally(), 0.0
-        plain = [plain[0] + took, plain[1] + whole.mask.sum().item()] if i else plain
-    out = table(run, drafters, tallies, costs, spent, len(prompts), plain[1] / plain[0])
-    return out if c.temperature else out | equality(run, same, gaps, len(prompts), target)
-
-
-def equality(run, same, gaps, n, target):
-    """Say how many greedy outputs are plain decoding's own.   -> numbers of the table"""
-    widest = max(gaps, default=0.0)
-    close = widest < (1e-3 if target.head.dtype == torch.float32 else 0.1)
-    parted = (f"; where they part the target's two likeliest tokens are at most {widest:.1e} nats "
-              "apart: " + ("rounding" if close else "WRONG, the outputs differ")) if gaps else ""
-    run.say("  greedy outputs equal to plain decoding's: "
-            + ", ".join(f"{x} {equal} of {n}" for x, equal in same.items()) + parted)
-    return dict(widest_gap=widest) | {f"{x}_same": equal / n for x, equal in same.items()}
-
-
-# === costs: 2211.17192, what passes cost, the speedup that they predict, and a row of the table ===
+# === independent: 2211.17192, what a round would give if every place were kept as often ===========
 
 
 def block_efficiency(alpha, gamma):
@@ -604,108 +670,63 @@ def block_efficiency(alpha, gamma):
     return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
-def predicted(tally, cost):
-    """The speedup that E and the measured costs of single passes give."""
-    spent = sum(n * (G * cost.c + cost.v[G]) for G, n in tally.passes.items())
-    return tally.efficiency * tally.passes.total() / max(spent, 1e-9)
-
-
-def independent(tally):
+def independent(tally, facts, drafter):
     """E if every drafted token were kept with the mean probability, whatever came before it."""
     tokens = sum(n * block_efficiency(tally.acceptance, G) for G, n in tally.passes.items())
-    return tokens / max(1, tally.passes.total())
+    return dict(independent=tokens / max(1, tally.passes.total()))
+
+
+MORE["independent"] = independent
+
+
+# === costs: 2211.17192, what passes cost, and the speedup that they predict =======================
 
 
 @torch.no_grad()
-def measure_costs(target, draft, rows, held, most, repeats=30):
+def measure_costs(target, model, rows, held, most, repeats=30):
     """What passes cost beside a target pass over one token, the least of interleaved repetitions.
 
-    -> c, the draft's step (0 without a draft), and v[G] of a target pass over G + 1; rows sequences
-    of `held` tokens.
+    -> c, a step of the draft `model` (0 without one), and v[G] of a target pass over G + 1; rows
+    sequences of `held` tokens.
     """
-    device, best = target.head.device, {}
-    widths = sorted({1, 2, 3, 5, 9, most + 1} & {*range(1, most + 2)})
-    jobs = [(target, w) for w in widths] + ([(draft, 1)] if draft else [])
-    caches = {}
-    for model in dict.fromkeys(m for m, _ in jobs):
-        caches[model] = Cache(model.config, rows, held + most + 1, device, model.head.dtype)
-        model(torch.zeros(rows, held, dtype=torch.long, device=device), caches[model])
+    device, best, caches = target.head.device, {}, {}
+    widths = sorted({w for w in (1, 2, 3, 5, 9, most + 1) if w <= most + 1})
+    jobs = [(target, w) for w in widths] + ([(model, 1)] if model else [])
+    for m in dict.fromkeys(m for m, _ in jobs):
+        caches[m] = Cache(m.config, rows, held + most + 1, device, m.head.dtype)
+        m(torch.zeros(rows, held, dtype=torch.long, device=device), caches[m])
     for _ in range(repeats):
-        for model, w in jobs:
-            cache, tokens = caches[model], torch.zeros(rows, w, dtype=torch.long, device=device)
+        for m, w in jobs:
+            cache, tokens = caches[m], torch.zeros(rows, w, dtype=torch.long, device=device)
             began = clock(device)
-            model.logits(model(tokens, cache)).argmax(-1)
-            best[model, w] = min(best.get((model, w), math.inf), clock(device) - began)
+            m.logits(m(tokens, cache)).argmax(-1)
+            best[m, w] = min(best.get((m, w), math.inf), clock(device) - began)
             cache.length -= w
             cache.used -= w
     one = best[target, 1]
     v = np.interp(range(1, most + 2), widths, [best[target, w] / one for w in widths])
-    return SimpleNamespace(c=best[draft, 1] / one if draft else 0.0, v=v.tolist())
+    return SimpleNamespace(c=best[model, 1] / one if model else 0.0, v=v.tolist())
 
 
-def fits(target, drafter, prompts, max_new, most):
-    """The context that target and draft share; UserError where the whole does not fit it."""
-    whole = target.config.max_position_embeddings
-    shortest, longest = (by(map(len, prompts), default=0) for by in (min, max))
-    if shortest == 0 or max_new < 1 or most < 0:
-        raise UserError("speculative decoding needs at least one prompt and a token in each, "
-                        f"--max_new {max_new} of at least 1 and --gamma {most} of at least 0")
-    if most >= whole:
-        raise UserError(f"--gamma {most}: a draft longer than the target's context of {whole} "
-                        "tokens; lower it")
-    context = min(whole, drafter.context)
-    if longest + max_new > context:
-        raise UserError(f"a prompt of {longest} tokens and {max_new} new ones exceed the context "
-                        f"of {context} of target and draft: shorten the prompt or lower --max_new")
-    return context
-
-
-def costs_of(target, drafters, prompts, c, f):
-    """{drafter: its costs} half-way through a completion."""
+def costs_of(target, drafter, prompts, c, f):
+    """A drafter's costs half-way through a completion."""
     most = f.length.keywords["gamma"]
-    room = [fits(target, d, prompts, c.max_new, most) for d in drafters.values()]
-    room += [d.model.config.max_position_embeddings for d in drafters.values() if d.model]
-    held = max(1, min(max(map(len, prompts)) + c.max_new // 2, min(room) - most - 1))
-    return {x: measure_costs(target, d.model, c.together, held, most) for x, d in drafters.items()}
+    room = min(m.config.max_position_embeddings for m in (target, drafter.model) if m) - most - 1
+    held = max(1, min(max(map(len, prompts)) + c.max_new // 2, room))
+    return measure_costs(target, drafter.model, c.together, held, most)
 
 
-# === table: the numbers of a race =================================================================
-
-COLUMNS = dict(tokens_per_second=("tokens/s", 9, 1), speedup=("speedup", 9, 2),
-               predicted=("predicted", 10, 2), acceptance=("acceptance", 11, 3),
-               kept_of_drafted=("kept/drafted", 13, 3), efficiency=("E", 7, 2),
-               independent=("E, i.i.d.", 10, 2), drafts=("drafts", 8, 2), cost=("c", 7, 3),
-               verify_cost=("v", 6, 2))    # (title, width, digits)
-
-
-def numbers_of(tally, cost, seconds, rows, plain):
-    """A row of the table: `rows` prompts took `seconds`; plain: tokens a second without drafts."""
-    drafts = sum(G * n for G, n in tally.passes.items()) / max(1, tally.passes.total())
-    rate = (tally.tokens + rows) / seconds        # the prefill gives each row its first token
-    return dict(tokens_per_second=rate, speedup=rate / plain, predicted=predicted(tally, cost),
-                acceptance=tally.acceptance,
-                kept_of_drafted=tally.kept.total() / max(1, tally.proposed),
-                efficiency=tally.efficiency, independent=independent(tally), drafts=drafts,
-                cost=cost.c, verify_cost=float(np.interp(drafts, range(len(cost.v)), cost.v)))
+def predicted(tally, facts, drafter):
+    """The speedup that E and the measured costs of single passes give, and these."""
+    cost, total = facts["cost"], tally.passes.total()
+    step = cost.c * drafter.per_token
+    spent = sum(n * (G * step + cost.v[G]) for G, n in tally.passes.items())
+    drafts = sum(G * n for G, n in tally.passes.items()) / max(1, total)
+    return dict(predicted=tally.efficiency * total / max(spent, 1e-9), cost=step,
+                verify_cost=float(np.interp(drafts, range(len(cost.v)), cost.v)))
 
 
-def table(run, drafters, tallies, costs, spent, rows, rate):
-    """Say what each drafter came to beside plain decoding's rate, and return it."""
-    titles = "".join(f"{title:>{width}}" for title, width, _ in COLUMNS.values())
-    run.say(f"  {'':<12}{titles}\n  {'plain':<12}{rate:>9.1f}{1:>9.2f}")
-    out = dict(plain_tokens_per_second=rate)
-    for x, tally in tallies.items():
-        costs[x].c *= drafters[x].per_token   # a translated token is several draft steps
-        row = numbers_of(tally, costs[x], spent[x], rows, rate)
-        out |= {f"{x}_{k}": v for k, v in row.items()}
-        cells = (f"{row[k]:>{width}.{digits}f}" for k, (_, width, digits) in COLUMNS.items())
-        run.say(f"  {x:<12}" + "".join(cells))
-        if hasattr(drafters[x], "summary"):
-            out |= {f"{x}_per_token": drafters[x].per_token}
-            run.say(f"  {'':<12}{drafters[x].summary()}")
-        kept = [f"{tally.kept[j] / tally.tested[j]:.2f}" for j in range(len(tally.tested))]
-        run.say(f"  {'':<12}of the tokens tested at place 1, 2, … were kept: {' '.join(kept)}")
-    return out
+FACTS["cost"], MORE["cost"] = costs_of, predicted
 
 
 # === lookup: prompt lookup, no model: what followed the last words where they stood before ========
@@ -758,26 +779,33 @@ def lookup(*, n: Count = 3):
     return Lookup(n)
 
 
-DRAFTERS["lookup"] = lookup
+DRAFTERS["lookup"], BESIDE["lookup"] = lookup, Lookup
 PRESETS["lookup"] = dict(drafter="lookup", length="fixed", gamma=8, steps=0)
 
 
 # === optimal: a draft grows while one token more should pay, by measured costs and counts =========
 
 
-def optimal(k, chance, cost, turn, *, gamma: Count = 8, explore=16):
-    """While it raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j,  a: chances to be kept.
+def pays(chance, cost):
+    """Whether one token more raises  E_k / (k c + v_k),  E_k = 1 + Σ_{i≤k} Π_{j≤i} a_j.
 
-    chance [B, k+1]: of the k tokens, from how often tokens of that confidence were kept, and for
-    the next the mean. For constant a it stops at the best fixed length. ours: the calibration
-    (chance), and that every 16th round drafts one token at least, or a bad beginning would never
-    be corrected.
+    chance a [B, k+1]: to be kept, of the k tokens and of the next. For constant a it stops at the
+    best fixed length.
     """
-    if k == 0 and turn % explore == 0 or k >= gamma:
-        return k < gamma
-    stays = chance.cumprod(1)                                                            # [B, k+1]
+    stays, k = chance.cumprod(1), chance.size(1) - 1                                     # [B, k+1]
     now, more = 1 + stays[:, :k].sum(1), 1 + stays.sum(1)                                # [B]
     return more * (k * cost.c + cost.v[k]) > now * ((k + 1) * cost.c + cost.v[k + 1])
+
+
+def optimal(k, sure, tally, cost, *, gamma: Count = 8, explore=16):
+    """While one token more pays, by how often tokens of such confidence were kept.
+
+    ours: this calibration, and that every 16th round drafts one token at least, or a bad beginning
+    would never be corrected.
+    """
+    if k == 0 and tally.passes.total() % explore == 0 or k >= gamma:
+        return k < gamma
+    return pays(chance(tally, sure), cost)
 
 
 def chance(tally, sure):
@@ -794,12 +822,7 @@ def chance(tally, sure):
     return torch.tensor(rows, device=sure.device)
 
 
-def turn(tally, sure):
-    """Rounds so far, of the whole batch."""
-    return tally.passes.total()
-
-
-LENGTHS["optimal"], FACTS["chance"], FACTS["turn"] = optimal, chance, turn
+LENGTHS["optimal"] = optimal
 
 
 # === heuristic, confident: draft lengths by the last verdict, and by the draft's confidence =======
@@ -820,7 +843,7 @@ class Reach:
 
 def heuristic(k, reach, *, gamma: Count = 16):
     """Two more after a block kept whole, else one fewer (Hugging Face's assisted generation)."""
-    return (k < reach) & (k < gamma)
+    return (k < reach.value) & (k < gamma)
 
 
 def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
@@ -831,87 +854,16 @@ def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
 LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confident, Reach
 
 
-# === distillspec: 2310.08461, the draft learns the target's distribution of every token ===========
+# === distillspec: 2310.08461, the draft of a run: opened or made, trained, saved, compared ========
 
 
-def states(model, tokens, mask):
-    """The hidden states that predict the scored tokens [N, D]."""
-    return model(tokens)[:, :-1][mask[:, 1:] > 0]
+def parameters(model, dims=0):
+    """How many parameters a model has, or only its matrices (dims 2)."""
+    return sum(p.numel() for p in model.parameters() if p.dim() >= dims)
 
 
-def selected(h, t, tokens, mask, draft, target, reference, f, generator, words):
-    """Which of a micro-batch's tokens count, by their losses, made without a graph.   -> [N]"""
-    if needs(f.select) == ["loss"]:
-        return slice(None)
-    U = target.head[:words]
-    with torch.no_grad():
-        known = dict(loss=f.loss(h, draft.head[:words], t, U), generator=generator)
-        if "ref" in needs(f.select):
-            ref = states(reference, tokens, mask)
-            known["ref"] = f.loss(ref, reference.head[:words], t, U)
-        return f.select(**{x: known[x] for x in needs(f.select)})
-
-
-def learn(draft, target, reference, rows, known, c, f, generator, words):
-    """Accumulate the gradient of one step over its rows. -> loss of the selected tokens, share
-
-    With a selection, head and backward see the selected tokens alone. ours: the mean over these,
-    the authors' code divides by all; a micro-batch weighs by its tokens, and a selection compares
-    those of one micro-batch, as theirs does.
-    """
-    U, W, mean, share = target.head[:words], draft.head[:words], 0.0, 0.0
-    for i in range(0, len(rows), c.micro):
-        tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
-        with torch.no_grad():                                                            # [N, D]
-            t = torch.cat(known[i:i + c.micro]) if known else states(target, tokens, mask)
-        h = states(draft, tokens, mask)
-        chosen = selected(h, t, tokens, mask, draft, target, reference, f, generator, words)
-        loss = f.loss(h[chosen], W, t[chosen], U)
-        weight = len(h) / sum(len(y) for _, y in rows)
-        (loss.mean() * weight).backward()
-        mean += loss.mean().item() * weight
-        share += len(loss) / len(h) * weight
-    return [mean, share]
-
-
-def teach(draft, target, reference, rows, known, c, f, run, batch, ticks, words, save_at=None):
-    """Train the draft in place on `rows` for the steps that `ticks` yields, `batch` rows each.
-
-    known: of remember(), or None; save_at(step, optimiser, generator, pool, metrics): told of each
-    step.
-    """
-    opt, g, pool = optimiser(draft, lr=c.lr), torch.Generator().manual_seed(c.seed), []
-    if run.state and save_at:
-        opt.load_state_dict(run.state["opt"])
-        g.set_state(run.state["rng"])
-        pool = run.state["pool"]
-    for step in ticks:
-        if f.source.func is given:
-            at = batch_indices(len(rows), batch, step, c.seed).tolist()
-            picked, ready = [rows[i] for i in at], known and [known[i] for i in at]
-        else:
-            pool = refilled(pool, rows, step, batch, draft, target, c, f, g)
-            picked, pool, ready = pool[:batch], pool[batch:], None
-        loss, share = learn(draft, target, reference, picked, ready, c, f, g, words)
-        norm = clip_grad_norm_(draft.parameters(), c.clip)
-        set_lr(opt, c.lr * max(0.1, linear(step, c.steps, c.warmup)))
-        opt.step()
-        opt.zero_grad()
-        if save_at:
-            save_at(step + 1, opt, g, pool, dict(loss=loss, share=share, norm=norm))
-
-
-PRESETS["distillspec"] = dict()    # the defaults
-
-
-# === draft: 2310.08461, the draft of a run: opened or made, trained, saved, compared ==============
-
-
-def open_draft(target, tok, c, f, run):
-    """--draft, a new model of that size or a checkpoint, and its tokenizer.
-
-    UserError for another vocabulary unless the drafter translates.
-    """
+def opened(target, tok, c, run):
+    """--draft, a new model of that size or a checkpoint.   -> it, its tokenizer"""
     if re.fullmatch(r"\d+x\d+", c.draft):
         family = "qwen3" if target.config.moe else target.config.model_type
         shape = preset(c.draft, tok, target.config.max_position_embeddings, family)
@@ -919,15 +871,6 @@ def open_draft(target, tok, c, f, run):
     else:
         folder = checkpoint(sft.find(c.draft, c.config, device=c.device, seed=c.seed))
         draft, own = load(folder, c.device, torch.float32 if c.steps else getattr(torch, c.dtype))
-    if not isinstance(draft, Transformer):
-        raise UserError(f"--draft {c.draft} is a reward model; a draft is a language model")
-    if "own" not in needs(f.drafter) and own.tokens != tok.tokens:
-        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a "
-                        "draft with the target's tokenizer, a new one (--draft 1x64), or --drafter "
-                        "omnidraft")
-    if "own" in needs(f.drafter) and c.steps:
-        run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across "
-                "vocabularies")
     mine, theirs = (parameters(m) / 1e6 for m in (draft, target))
     if mine >= theirs:
         run.say(f"warning: the draft has {mine:.2f} M parameters, the target {theirs:.2f} M: "
@@ -935,49 +878,56 @@ def open_draft(target, tok, c, f, run):
     return draft, own
 
 
-def training_rows(c, tok):
-    """The rows that a draft learns on; with --rows so many, of a text windows at random."""
-    rows = tasks.rows(c, tok, "train") if c.steps else []
-    if c.rows and c.rows < len(rows):
-        at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
-        rows = [rows[i] for i in at.tolist()]
-    return rows
+def prepared(target, tok, held, c, f, run):
+    """--draft after --steps of learning.   -> it; agreement before (start_…) and after
 
-
-def after_step(draft, target, tok, held, c, run, step, opt, g, pool, metrics):
-    """Log a step of the draft's training; measure agreement and save where it is time."""
-    last = step in (c.steps, c.stop)
-    if step % c.eval_every == 0 or last:
-        run.check(step, draft)
-        metrics |= agreement(target, draft, held, c, tok.vocab_size)
-    run.log(step, **metrics, show=last)
-    if step % c.save_every == 0 or last:
-        run.save(step, lambda path: save(draft, tok, path), opt=opt.state_dict(),
-                 rng=g.get_state(), pool=pool)
-
-
-def train_draft(draft, target, tok, held, c, f, run):
-    """--steps of learning. held: rows whose prompts the target completes, to measure agreement.
-
-    -> agreement before (start_…) and after
+    held: rows whose prompts the target completes, to measure agreement.
     """
+    draft, own = opened(target, tok, c, run)
+    if own.tokens != tok.tokens:
+        raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a "
+                        "draft with the target's tokenizer, a new one (--draft 1x64), or --drafter "
+                        "omnidraft")
     held = sampled(target, held, c, torch.Generator().manual_seed(c.seed))
-    rows, words = training_rows(c, tok), tok.vocab_size
-    known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
-    before, reference = agreement(target, draft, held, c, words), None
-    if c.steps and "ref" in needs(f.select):
-        reference = reference_of(draft, target, tok, rows, known, held, c, f, run)
-    if run.last:
-        draft.load_state_dict(load(run.last, c.device)[0].state_dict())
+    before = agreement(target, draft, held, c, tok.vocab_size)
     if c.steps:
-        teach(draft, target, reference, rows, known, c, f, run, c.batch, run.steps(c.steps), words,
-              partial(after_step, draft, target, tok, held, c, run))
-    after = agreement(target, draft, held, c, words)
+        distil(draft, target, tok, held, c, f, run)
+    after = agreement(target, draft, held, c, tok.vocab_size)
     run.say("  agreement on the target's samples: overlap "
             f"{before['overlap']:.3f} -> {after['overlap']:.3f}, "
             f"kl {before['kl']:.3f} -> {after['kl']:.3f}, "
             f"same top token {before['same_top']:.1%} -> {after['same_top']:.1%}")
-    return after | {f"start_{k}": v for k, v in before.items()}
+    draft = draft.to(target.head.dtype)
+    return draft, after | {f"start_{k}": v for k, v in before.items()}
+
+
+def distil(draft, target, tok, held, c, f, run):
+    """Train the draft in place, log it, measure agreement and save where it is time."""
+    rows, student = tasks.rows(c, tok, "train"), Student(draft, target, tok.vocab_size, c, f)
+    if c.rows and c.rows < len(rows):                            # of a text, windows at random
+        at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
+        rows = [rows[i] for i in at.tolist()]
+    known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
+    for x in [x for x in needs(f.select) if x in BEFORE]:
+        BEFORE[x](student, tok, rows, known, held, run)
+    if run.last:
+        draft.load_state_dict(load(run.last, c.device)[0].state_dict())
+        student.opt.load_state_dict(run.state["opt"])
+        student.generator.set_state(run.state["rng"])
+        student.pool = run.state["pool"]
+    for step in run.steps(c.steps):
+        metrics, last = student.step(step, rows, known, c.batch), step + 1 in (c.steps, c.stop)
+        if (step + 1) % c.eval_every == 0 or last:
+            run.check(step + 1, draft)
+            metrics |= agreement(target, draft, held, c, tok.vocab_size)
+        run.log(step + 1, **metrics, show=last)
+        if (step + 1) % c.save_every == 0 or last:
+            run.save(step + 1, lambda path: save(draft, tok, path), opt=student.opt.state_dict(),
+                     rng=student.generator.get_state(), pool=student.pool)
+
+
+PREPARE["draft"] = prepared
+PRESETS["distillspec"] = dict()    # the defaults
 
 
 # === agreement, remembered: how near the draft is, and the target's states made only once =========
@@ -1014,6 +964,28 @@ def remember(target, rows, visits, c):
     return out
 
 
+def head(row, c, corpus):
+    """A row's prompt; of a window of text the first --prompt tokens."""
+    return [*row[0], *row[1][:c.prompt - len(row[0])]] if corpus else list(row[0])
+
+
+def sampled(model, rows, c, g):
+    """The rows with completions that the model samples, as long as --context allows.
+
+    ours: at temperature 1, not at that of the decoding.
+    """
+    out, prompts = [], [head(row, c, is_corpus(c.data)) for row in rows]
+    new = min(c.context, model.config.max_position_embeddings) - max(map(len, prompts))
+    if new < 1:
+        raise UserError(f"--context {c.context}: a prompt of {max(map(len, prompts))} tokens "
+                        "leaves no room for a completion; raise it")
+    for i in range(0, len(prompts), 64):
+        roll = generate(model, prompts[i:i + 64], new, generator=g)
+        out += [(p, t[m > 0].tolist())
+                for p, t, m in zip(prompts[i:i + 64], roll.tokens, roll.mask)]
+    return out
+
+
 # === reverse_kl, jsd, tvd: 2310.08461, other divergences of the draft from the target =============
 
 # h [N, D] and W [V, D] of the draft, t and U of the target -> nats a token [N]; target, draft: p, q
@@ -1040,52 +1012,42 @@ LOSSES["reverse_kl"], LOSSES["jsd"], LOSSES["tvd"] = reverse_kl, jsd, tvd
 
 # === on_policy, target, mixed: 2310.08461, the draft learns on samples: its own, the target's =====
 
-# a source: rows, [(prompt ids, completion ids)], -> such rows
 
+def pooled(student, rows, step, batch, sample):
+    """A step's rows of the pool; where a refresh is due it is filled up to the next one.
 
-def sampled(model, rows, c, generator):
-    """The rows with completions that the model samples, as long as --context allows.
-
-    ours: at temperature 1, not at that of the decoding.
+    sample: rows, [(prompt ids, completion ids)], -> such rows
     """
-    if not rows:
-        return []
-    out, prompts = [], [head(row, c, is_corpus(c.data)) for row in rows]
-    new = min(c.context, model.config.max_position_embeddings) - max(map(len, prompts))
-    if new < 1:
-        raise UserError(f"--context {c.context}: a prompt of {max(map(len, prompts))} tokens "
-                        "leaves no room for a completion; raise it")
-    for i in range(0, len(prompts), 64):
-        roll = generate(model, prompts[i:i + 64], new, generator=generator)
-        out += [(p, t[m > 0].tolist())
-                for p, t, m in zip(prompts[i:i + 64], roll.tokens, roll.mask)]
-    return out
+    c = student.c
+    if not student.pool or step % c.refresh == 0:
+        steps = range(step, min(step + c.refresh - step % c.refresh, c.steps))
+        ahead = [i for x in steps for i in batch_indices(len(rows), batch, x, c.seed).tolist()]
+        pairs = [(list(p), list(y)) for p, y in map(rows.__getitem__, ahead)]
+        student.pool = sample(pairs, c, student.generator)
+    picked, student.pool = student.pool[:batch], student.pool[batch:]
+    return picked, None
 
 
-def on_policy(rows, draft, target, c, generator):
+def on_policy(student, rows, known, step, batch):
     """The draft's samples as it is now: on-policy."""
-    return sampled(draft, rows, c, generator)
+    return pooled(student, rows, step, batch, partial(sampled, student.draft))
 
 
-def teacher(rows, draft, target, c, generator):
+def teacher(student, rows, known, step, batch):
     """The target's samples."""
-    return sampled(target, rows, c, generator)
+    return pooled(student, rows, step, batch, partial(sampled, student.target))
 
 
-def mixed(rows, draft, target, c, generator):
+def mixed(student, rows, known, step, batch):
     """Every other row the draft's sample."""
-    pairs = zip(rows[::2], sampled(draft, rows[1::2], c, generator))
+    return pooled(student, rows, step, batch, partial(alternate, student.draft))
+
+
+def alternate(draft, rows, c, g):
+    """Every other row with the draft's sample."""
+    own = sampled(draft, rows[1::2], c, g) if len(rows) > 1 else []
+    pairs = zip(rows[::2], own)
     return [x for pair in pairs for x in pair] + (rows[-1:] if len(rows) % 2 else [])
-
-
-def refilled(pool, rows, step, batch, draft, target, c, f, g):
-    """The samples that are left, or new ones for the steps up to the next refresh if it is due."""
-    if pool and step % c.refresh:
-        return pool
-    steps = range(step, min(step + c.refresh - step % c.refresh, c.steps))
-    ahead = [i for x in steps for i in batch_indices(len(rows), batch, x, c.seed).tolist()]
-    return f.source([(list(p), list(y)) for p, y in map(rows.__getitem__, ahead)], draft, target,
-                    c, g)
 
 
 SOURCES["on_policy"], SOURCES["target"], SOURCES["mixed"] = on_policy, teacher, mixed
@@ -1094,56 +1056,80 @@ SOURCES["on_policy"], SOURCES["target"], SOURCES["mixed"] = on_policy, teacher, 
 # === adaspec: 2510.19779, only tokens where a reference draft shows most left to learn ============
 
 
-def reference_of(draft, target, tok, rows, known, held, c, f, run):
-    """The reference: the draft as it is, trained on all tokens; made once a run.   -> frozen"""
-    write = partial(write_reference, draft, target, tok, rows, known, c, f, run)
+def reference_of(student, tok, rows, known, held, run):
+    """The reference: the draft as it is, trained on all tokens; made once a run, frozen."""
+    c, target = student.c, student.target
+    write = partial(write_reference, student, tok, rows, known)
     reference = load(run.stage("reference", write), c.device)[0].requires_grad_(False)
     run.at = run.start
     run.cut()  # what a resumed run had logged beyond its checkpoint
     near = agreement(target, reference, held, c, tok.vocab_size)
     run.say(f"  reference: overlap {near['overlap']:.3f}, kl {near['kl']:.3f}")
-    return reference
+    student.reference = reference
 
 
-def write_reference(draft, target, tok, rows, known, c, f, run, path):
+def write_reference(student, tok, rows, known, path):
     """Train the reference draft on every token and save it."""
-    ref, plain = copy.deepcopy(draft), SimpleNamespace(**vars(f) | dict(select=every))
-    ticks = tqdm(range(c.steps), desc="reference", disable=None, leave=False)
-    teach(ref, target, None, rows, known, c, plain, run, c.ref_batch, ticks, tok.vocab_size)
-    save(ref, tok, path)
+    c, plain = student.c, SimpleNamespace(**vars(student.f) | dict(select=every))
+    ref = Student(copy.deepcopy(student.draft), student.target, student.words, c, plain)
+    for step in tqdm(range(c.steps), desc="reference", disable=None, leave=False):
+        ref.step(step, rows, known, c.ref_batch)
+    save(ref.draft, tok, path)
 
 
-def top(x, k):
+def own_loss(student, tokens, mask, h, t):
+    """The draft's loss of every token of a micro-batch.   [N]"""
+    return student.loss(student.draft, h, t)
+
+
+def reference_loss(student, tokens, mask, h, t):
+    """The reference's.   [N]"""
+    return student.loss(student.reference, states(student.reference, tokens, mask), t)
+
+
+def largest(x, k):
     """The share k of largest values: those not below the (1-k) quantile; equal ones may be more."""
     return x >= torch.quantile(x, 1 - k) if x.numel() else x > 0
 
 
 def adaspec(loss, ref, *, k: Range("(0, 1]") = 0.4):
     """AdaSPEC (2510.19779): the largest  Δ = loss - ref,  what such a draft can still learn."""
-    return top(loss - ref, k)
+    return largest(loss - ref, k)
 
 
-def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
-    """A control: the smallest Δ."""
-    return top(ref - loss, k)
-
-
-def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
-    """A control: the tokens on which the reference is nearest to the target."""
-    return top(-ref, k)
-
-
-def at_random(loss, generator, *, k: Range("(0, 1]") = 0.4):
-    """A control: as many at random."""
-    return top(torch.rand(len(loss), generator=generator).to(loss), k)
-
-
-SELECT["adaspec"], SELECT["smallest"] = adaspec, smallest
-SELECT["easiest"], SELECT["at_random"] = easiest, at_random
+SELECT["adaspec"], ASKED["loss"], ASKED["ref"] = adaspec, own_loss, reference_loss
+BEFORE["ref"] = reference_of
 PRESETS["adaspec"] = dict(select="adaspec", batch=40, ref_batch=16)    # 2.5 times the data
 # every arm of the claim: one size of data, sampling at temperature 1, four tokens a draft
 PRESETS["arena"] = dict(rows=1000, batch=8, ref_batch=8, prompts=16, temperature=1.0,
                         length="fixed", gamma=4)
+
+
+# === smallest, easiest, at_random: 2510.19779, controls of the choice of tokens ===================
+
+
+def smallest(loss, ref, *, k: Range("(0, 1]") = 0.4):
+    """The smallest Δ."""
+    return largest(ref - loss, k)
+
+
+def easiest(loss, ref, *, k: Range("(0, 1]") = 0.4):
+    """The tokens on which the reference is nearest to the target."""
+    return largest(-ref, k)
+
+
+def at_random(lot, *, k: Range("(0, 1]") = 0.4):
+    """As many at random."""
+    return largest(lot, k)
+
+
+def uniform(student, tokens, mask, h, t):
+    """A uniform number of each token.   [N]"""
+    return torch.rand(len(h), generator=student.generator).to(h)
+
+
+SELECT["smallest"], SELECT["easiest"], SELECT["at_random"] = smallest, easiest, at_random
+ASKED["lot"] = uniform
 
 
 # === omnidraft: 2507.02659, a draft of another vocabulary, translated by a cache ==================
@@ -1173,19 +1159,39 @@ def spell(data, tok):
     return [tok.order[rank] for rank in ranks if tok.order[rank] >= 0]
 
 
-def omnidraft(draft, tok, own, c, target, *,
+def omnidraft(foreign, tok, c, target, *,
               mode: Literal["point", "ngram"] = "point", longest: Count = 32):
-    """OmniDraft (2507.02659): a model of another tokenizer, `own`, behind a cache.
+    """OmniDraft (2507.02659): a model of another tokenizer (foreign: both) behind a cache.
 
     point: its likeliest tokens, as point masses, exact;  ngram: samples and the paper's q',
     approximate where strings nest.
     """
+    draft, own = foreign
     sampling = (0, 0, 1.0) if mode == "point" else (c.temperature, c.top_k, c.top_p)
     return Translated(draft, NgramCache(tok, own), target.config.vocab_size, sampling, mode=mode,
                       longest=longest)
 
 
-DRAFTERS["omnidraft"] = omnidraft
+def foreign(target, tok, held, c, f, run):
+    """--draft as it is, and its tokenizer; no numbers."""
+    if c.steps:
+        run.say(f"  --drafter {c.drafter} uses the draft as it is: nothing here distils across "
+                "vocabularies")
+    if c.temperature and f.drafter.keywords["mode"] == "ngram":
+        run.say("  lossy: these samples do not have the target's law")
+    draft, own = opened(target, tok, c, run)
+    return (draft.to(target.head.dtype), own), {}
+
+
+def translation(tally, facts, drafter):
+    """What a translated draft costs and may hope for: hits / read bounds what can be kept."""
+    if not isinstance(drafter, Translated):
+        return {}
+    return dict(per_token=drafter.per_token,
+                cache_knew=drafter.cache.hits / max(1, drafter.cache.read))
+
+
+DRAFTERS["omnidraft"], PREPARE["foreign"], MORE["omnidraft"] = omnidraft, foreign, translation
 PRESETS["omnidraft"] = dict(drafter="omnidraft", init="base:pretrain", length="fixed", gamma=3,
                             steps=0)
 
@@ -1423,12 +1429,6 @@ class Translated:
         """The draft's passes for a drafted token."""
         return self.passes / max(1, self.places)
 
-    def summary(self):
-        """What the table adds. hits / read bounds what can be kept."""
-        known = self.cache.hits / max(1, self.cache.read)
-        return (f"{self.per_token:.2f} draft steps a token; the cache knew {known:.1%} of the "
-                "tokens read")
-
     def propose(self, text, length, u, more):
         """Draft, translate what is complete, ask `more` after every target token."""
         self.rows.follow(text, length)
@@ -1475,7 +1475,14 @@ class Translated:
         return q
 
 
-# === decoders: what the other decoders share: samples, a training loop, a table ===================
+# === decoders: what the other decoders share: checks, samples, a training loop ==================
+
+
+def check_task(c, f):
+    """Answers are scored."""
+    if is_corpus(c.data):
+        raise UserError(f"--decode {c.decode} needs answers to score, not the text {c.data}: take "
+                        f"--config {c.decode}, or a task as --data")
 
 
 def own_readers(c, f):
@@ -1488,7 +1495,7 @@ def rng(c, salt):
     return torch.Generator().manual_seed(1000 * c.seed + salt)
 
 
-def drawn(model, tok, world, problems, c, salt, samples=1, **kw):
+def responses(model, tok, world, problems, c, salt, samples=1, **kw):
     """Samples of every problem.
 
     -> rollout, texts [P][N], ids with the stop token [P N], score [P, N]
@@ -1529,6 +1536,9 @@ def scored(model, rows, c, pad, score):
 def logp_sum(model, tokens, mask):
     """log π of each row's completion.   -> [B]"""
     return token_logprobs(model, tokens, mask).sum(1)
+
+
+# === tables: ours, numbers of an option, and the table of a decoder's arms ========================
 
 
 def numbers(text, key):
@@ -1677,6 +1687,7 @@ def ead(target, tok, c, run, *, recipe="chain_right", small_model="2x64", middle
 
 def check_ead(c, f):
     """The thresholds are numbers, and what the two other models are made of is there."""
+    check_task(c, f)
     numbers(f.decode.keywords["thresholds"], "thresholds")
     for key in ("small_model", "middle_model"):
         preset(f.decode.keywords[key], prefs.tokenizer())
@@ -1827,7 +1838,7 @@ def deal(target, tok, c, run, *, weight=4.0, ahead: Count = 10, beams: Count = 3
                   f"{ahead}, prefix 0")
 
 
-DECODERS["deal"] = deal
+DECODERS["deal"], CHECKS["deal"] = deal, check_task
 PRESETS["deal"] = dict(decode="deal", data="toyif", init="base:toyif", prompts=256)
 
 
@@ -1879,7 +1890,8 @@ def write_arm(target, tok, world, c, run, pairs, beta_r, folder):
 def guided_row(target, tok, world, problems, c, alpha, other, cost):
     """Gold and KL to the base, of samples from π_base π_other^α."""
     T, a = guidance(alpha)
-    roll, *_, score = drawn(target, tok, world, problems, c, 1, temperature=T, contrast=(other, a))
+    roll, *_, score = responses(target, tok, world, problems, c, 1, temperature=T,
+                                contrast=(other, a))
     with torch.no_grad():
         base = token_logprobs(target, roll.tokens, roll.mask)                            # [B, T]
     kl = ((roll.logp - base) * roll.mask).sum(1).mean().item()
@@ -1910,7 +1922,7 @@ def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
     rows = {"base": row(0.0, arm, 1)}
     for x in numbers(alphas, "alphas"):
         rows |= {f"GenARM@{x}": row(float(x), arm, 2), f"cooled@{x}": row(float(x), target, 1)}
-    roll, *_, score = drawn(target, tok, world, problems, c, 2, c.samples)
+    roll, *_, score = responses(target, tok, world, problems, c, 2, c.samples)
     with torch.no_grad():
         proxy = token_logprobs(arm, roll.tokens, roll.mask).sum(1).cpu().view(score.shape)
     for n in (2, 4, 8, 16, 32):
@@ -1923,6 +1935,7 @@ def genarm(target, tok, c, run, *, beta_r: Positive = 0.05, pairs: Count = 4000,
 
 def check_genarm(c, f):
     """The weights are numbers."""
+    check_task(c, f)
     numbers(f.decode.keywords["alphas"], "alphas")
 
 
@@ -2024,7 +2037,7 @@ class Lessons:
 
     def __init__(self, target, tok, world, c, train_prompts):
         problems = world.problems("train", train_prompts, c.seed)
-        *_, self.answers, score = drawn(target, tok, world, problems, c, 3, c.samples)
+        *_, self.answers, score = responses(target, tok, world, problems, c, 3, c.samples)
         self.rival, self.score = (x.flatten().to(c.device) for x in (rival_label(score), score))
         self.prompts = [tok.prompt(p) for p in problems for _ in range(c.samples)]
         self.u, self.pad = torch.rand(2, c.steps, c.batch, generator=rng(c, 4)), tok.pad or 0
@@ -2071,6 +2084,7 @@ def taught(target, tok, world, c, run, train_prompts):
 
 def check_samples(c, f):
     """Samples of one prompt are compared."""
+    check_task(c, f)
     if c.samples < 2:
         raise UserError(f"--samples {c.samples}: --decode {c.decode} compares samples: at least 2")
 
@@ -2084,7 +2098,7 @@ def tried(model, quiet, ids, tok, world, c, split, salt):
     -> problems, rows [(prompt, response)], stated [P][N];  score, length, logp, no, right [P, N]
     """
     problems = world.problems(split, c.prompts, c.seed + salt)
-    roll, texts, answers, score = drawn(quiet, tok, world, problems, c, salt, c.samples)
+    roll, texts, answers, score = responses(quiet, tok, world, problems, c, salt, c.samples)
     rows = [(tok.prompt(problems[i // c.samples]), y) for i, y in enumerate(answers)]
     no, right = asked(model, rows, ids, c, tok.pad or 0).view(2, *score.shape)
     stated = []
@@ -2335,14 +2349,14 @@ def self_eval(target, tok, c, run, *, train_prompts: Count = 1024, cut: Share = 
     known = model, quiet, ids = taught(target, tok, world, c, run, train_prompts)
     tune = tried(*known, tok, world, c, "train", 5)
     tries = tried(*known, tok, world, c, c.split, 6)
-    fixed, place = Fixed(tries, c.samples), max(1, round(cut * tune.length.float().mean().item()))
+    steady, place = Fixed(tries, c.samples), max(1, round(cut * tune.length.float().mean().item()))
     half = asked(model, [(p, y[:place]) for p, y in tries.rows], ids, c, pad)[0]
     half = half.view(tries.score.shape)                                                  # [P, N]
-    before = drawn(target, tok, world, tries.problems, c, 7, c.samples)[-1].mean().item()
-    out = signals(run, fixed, half, place, before, c)
-    out |= stopped(run, fixed, tune, gain)
-    out |= dropped(run, fixed, half, place, share, c)
-    return out | cooled(run, known, tok, world, fixed, c)
+    before = responses(target, tok, world, tries.problems, c, 7, c.samples)[-1].mean().item()
+    out = signals(run, steady, half, place, before, c)
+    out |= stopped(run, steady, tune, gain)
+    out |= dropped(run, steady, half, place, share, c)
+    return out | cooled(run, known, tok, world, steady, c)
 
 
 DECODERS["self_eval"], CHECKS["self_eval"] = self_eval, check_samples
@@ -2354,21 +2368,21 @@ PRESETS["self_eval"] = dict(decode="self_eval", data="chain", init="base:chain",
 # === self_eval_tables: 2410.02725, its four tables ================================================
 
 
-def signals(run, fixed, half, place, before, c):
+def signals(run, steady, half, place, before, c):
     """The table of what tells good samples from bad ones."""
-    tries, N = fixed.tries, fixed.N
+    tries, N = steady.tries, steady.N
     good, going = tries.score > 0, tries.length > place
-    rows = {"one sample": dict(accuracy=fixed.best[0]), "before training": dict(accuracy=before)}
+    rows = {"one sample": dict(accuracy=steady.best[0]), "before training": dict(accuracy=before)}
     for name, x in {"P(NO)": tries.no, "P(correct)": tries.right,
                     "mean log-prob": tries.logp / tries.length, "P(NO) at the cut": half}.items():
         rows[name] = dict(accuracy=best_of_n(x, tries.score, N).mean().item(),
                           auroc=auroc(x.flatten(), good.flatten()))
     rows |= {"... if unfinished": dict(auroc=auroc(half[going], good[going])),
-             "vote": dict(accuracy=fixed.votes[-1]),
+             "vote": dict(accuracy=steady.votes[-1]),
              "weighted vote": dict(accuracy=voted(tries.stated, tries.score, N, tries.right)),
              "some right": dict(accuracy=good.any(1).float().mean().item())}
     return tabled(run, rows, f"{len(tries.problems)} {c.split} problems, {N} samples of "
-                  f"{fixed.mean:.1f} tokens; the cut is after {place}")
+                  f"{steady.mean:.1f} tokens; the cut is after {place}")
 
 
 def lowest(p, tune, gain):
@@ -2380,40 +2394,40 @@ def lowest(p, tune, gain):
                 grid[-1])
 
 
-def stopped(run, fixed, tune, gain):
+def stopped(run, steady, tune, gain):
     """The table of adaptive best of N, by P(NO) and by what sampling tells for nothing."""
-    tries = fixed.tries
+    tries = steady.tries
     chosen, rival = lowest(tune.no, tune, gain), lowest(tune.logp / tune.length, tune, gain)
-    rows = {f"adaptive@{t:g}": fixed.adaptive(tries.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)}
-    rows |= {"P(NO), chosen": fixed.adaptive(tries.no, chosen),
-             "log-prob, chosen": fixed.adaptive(tries.logp / tries.length, rival)}
-    note = (f"adaptive best of {fixed.N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
+    rows = {f"adaptive@{t:g}": steady.adaptive(tries.no, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    rows |= {"P(NO), chosen": steady.adaptive(tries.no, chosen),
+             "log-prob, chosen": steady.adaptive(tries.logp / tries.length, rival)}
+    note = (f"adaptive best of {steady.N}, threshold of P(NO) chosen on train: {chosen:.2f}, and "
             f"{rival:.2f} for mean log-prob")
     return tabled(run, rows, note) | dict(threshold=chosen)
 
 
-def dropped(run, fixed, half, place, share, c):
+def dropped(run, steady, half, place, share, c):
     """The table of pruning amid generation, by P(NO) and by lot."""
-    lots = [fixed.pruned(torch.rand(half.shape, generator=rng(c, 10 + i)), place, share)
+    lots = [steady.pruned(torch.rand(half.shape, generator=rng(c, 10 + i)), place, share)
             for i in range(20)]
     by_lot = dict(zip(lots[0], map(fmean, zip(*(x.values() for x in lots)))))
-    return tabled(run, {"pruned": fixed.pruned(half, place, share), "pruned by lot": by_lot},
-                  f"after {place} tokens {share:g} of {fixed.N} go on; tokens: 1 is all "
-                  f"{fixed.N} whole")
+    return tabled(run, {"pruned": steady.pruned(half, place, share), "pruned by lot": by_lot},
+                  f"after {place} tokens {share:g} of {steady.N} go on; tokens: 1 is all "
+                  f"{steady.N} whole")
 
 
-def cooled(run, known, tok, world, fixed, c):
+def cooled(run, known, tok, world, steady, c):
     """The table of annealing: the k-th of n samples is drawn at its own temperature."""
-    (model, quiet, ids), tries, nos, scores = known, fixed.tries, [], []
-    prompts = [p for p, _ in tries.rows[::fixed.N]]
-    for k in fixed.counts:
-        *_, answers, score = drawn(quiet, tok, world, tries.problems, c, 40 + k,
+    (model, quiet, ids), tries, nos, scores = known, steady.tries, [], []
+    prompts = [p for p, _ in tries.rows[::steady.N]]
+    for k in steady.counts:
+        *_, answers, score = responses(quiet, tok, world, tries.problems, c, 40 + k,
                                    temperature=annealed(k))
         nos.append(asked(model, list(zip(prompts, answers)), ids, c, tok.pad or 0)[0])
         scores.append(score)
     no, score = torch.stack(nos, 1), torch.cat(scores, 1)                                # [P, N]
     rows = {}
-    for n, fixed_best in zip(fixed.counts, fixed.best):
+    for n, fixed_best in zip(steady.counts, steady.best):
         pick = no[:, :n].argmax(1, keepdim=True)                                         # [P, 1]
         rows[f"annealed@{n}"] = dict(accuracy=score[:, :n].gather(1, pick).mean().item(),
                                      fixed=fixed_best)

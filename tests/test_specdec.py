@@ -135,8 +135,8 @@ BEST = {.5: (4, 3, 2, 1), .7: (8, 6, 4, 3), .8: (11, 8, 6, 4), .9: (19, 13, 10, 
 def test_the_optimal_length_is_the_best_fixed_one_where_the_chance_is_constant(alpha, i):
     c = (.02, .05, .1, .2)[i]
     cost = SimpleNamespace(c=c, v=[1.0] * 50)
-    k = next(k for k in range(50) if not specdec.optimal(
-        k, torch.full((1, k + 1), alpha, dtype=torch.float64), cost, 1, gamma=40))
+    k = next(k for k in range(49) if not specdec.pays(
+        torch.full((1, k + 1), alpha, dtype=torch.float64), cost))
     best = max(speedup(alpha, n, c) for n in range(40))
     assert close(speedup(alpha, BEST[alpha][i], c), best, 1e-12)
     assert k == BEST[alpha][i] or (alpha, c) == (.5, .2) and close(speedup(alpha, k, c), best,
@@ -146,19 +146,28 @@ def test_the_optimal_length_is_the_best_fixed_one_where_the_chance_is_constant(a
 def test_the_optimal_length_is_shorter_where_verification_costs():
     def length(v):
         cost = SimpleNamespace(c=.05, v=v)
-        return next(k for k in range(50) if not specdec.optimal(
-            k, torch.full((1, k + 1), .8, dtype=torch.float64), cost, 1, gamma=40))
+        return next(k for k in range(49) if not specdec.pays(
+            torch.full((1, k + 1), .8, dtype=torch.float64), cost))
     assert length([1 + .1 * k for k in range(50)]) < length([1.0] * 50)
 
 
 def test_the_optimal_length_explores_now_and_then():
-    hopeless, cost = torch.full((1, 1), .01), SimpleNamespace(c=1.0, v=[1.0] * 9)
-    assert specdec.optimal(0, hopeless, cost, 16) and not specdec.optimal(0, hopeless, cost, 17)
+    """and is never longer than gamma"""
+    tally, cost = specdec.Tally(), SimpleNamespace(c=1.0, v=[1.0] * 9)
+    tally.tries, tally.hits = [1000] * 10, [0] * 10
+    for rounds, wanted in ((16, True), (17, False)):
+        tally.passes = specdec.Counter({0: rounds})
+        assert specdec.optimal(0, torch.ones(1, 0), tally, cost) == wanted
+    tally.hits = tally.tries
+    for k, wanted in ((2, True), (3, False)):
+        assert specdec.optimal(k, torch.ones(1, k), tally, SimpleNamespace(c=0, v=[1.0] * 9),
+                               gamma=3) == wanted
 
 
 def test_other_lengths_by_hand():
     assert [specdec.fixed(k, gamma=2) for k in range(4)] == [True, True, False, False]
-    assert specdec.heuristic(3, torch.tensor([3, 5])).tolist() == [False, True]
+    reach = SimpleNamespace(value=torch.tensor([3, 5]))
+    assert specdec.heuristic(3, reach).tolist() == [False, True]
     sure = torch.tensor([[.9, .39], [.1, .41]])
     assert specdec.confident(2, sure).tolist() == [False, True] and specdec.confident(0,
                                                                                       sure[:, :0])
@@ -208,7 +217,8 @@ def test_a_draft_that_is_the_target_is_always_kept():
         drafter = drafters(target, target, temperature)["small"]
         roll, tally = specdec.speculate(target, drafter, PROMPTS, 26, rule("fixed", gamma=4),
                                         temperature=temperature)
-        assert tally.acceptance == 1 and tally.efficiency == 5 and specdec.independent(tally) == 5
+        assert tally.acceptance == 1 and tally.efficiency == 5
+        assert specdec.independent(tally, {}, None) == dict(independent=5)
 
 
 def test_what_a_row_draws_does_not_depend_on_the_other_rows():
@@ -465,15 +475,16 @@ def test_adaspec_s_selection_by_hand():
 
 def test_selections_in_their_limits():
     loss, ref = rand(50, seed=1), rand(50, seed=2)
-    assert specdec.adaspec(loss, ref, k=1.0).all() and specdec.every(loss).all()
+    assert specdec.adaspec(loss, ref, k=1.0).all() and len(loss[specdec.every()]) == len(loss)
     assert specdec.adaspec(loss, loss).all()                  # no gap anywhere: ties, all are taken
     assert not (specdec.adaspec(loss, ref, k=.4) & specdec.smallest(loss, ref, k=.4)).any()
-    g = torch.Generator().manual_seed(0)
-    assert specdec.at_random(loss, g, k=.4).sum() == specdec.adaspec(loss, ref, k=.4).sum() == 20
+    lots = specdec.uniform(SimpleNamespace(generator=torch.Generator().manual_seed(0)), *[loss] * 4)
+    assert specdec.at_random(lots, k=.4).sum() == specdec.adaspec(loss, ref, k=.4).sum() == 20
+    assert lots.unique().numel() == 50 and 0 <= lots.min() and lots.max() < 1
 
 
-def setting(select="every", **kw):
-    """(draft, target, reference, rows, c, f) of one step on random models."""
+def setting(select="every", micro=64, **kw):
+    """(student, rows) of one step on random models."""
     target, draft, ref = (tiny_model(vocab=16, seed=s, sharp=1.0, layers=n)
                           for s, n in ((0, 2), (1, 1), (2, 1)))
     g = torch.Generator().manual_seed(0)
@@ -482,25 +493,28 @@ def setting(select="every", **kw):
             for n in (5, 8, 2)]
     chosen = specdec.SELECT[select]
     f = SimpleNamespace(loss=specdec.forward_kl, select=partial(chosen, **{**hyper(chosen), **kw}))
-    return draft.requires_grad_(), target, ref, rows, SimpleNamespace(micro=64, device="cpu"), f
+    c = SimpleNamespace(micro=micro, device="cpu", lr=1e-3, seed=0)
+    student = specdec.Student(draft.requires_grad_(), target, 16, c, f)
+    student.reference = ref
+    return student, rows
 
 
-def gradient(draft, *rest):
-    draft.zero_grad()
-    told = specdec.learn(draft, *rest, torch.Generator().manual_seed(0), 16)
-    return torch.cat([p.grad.flatten() for p in draft.parameters()]), told
+def gradient(student, rows, known=None):
+    student.draft.zero_grad()
+    told = student.learn(rows, known)
+    return torch.cat([p.grad.flatten() for p in student.draft.parameters()]), told
 
 
 def test_adaspec_of_all_tokens_is_distillspec():
-    draft, target, ref, rows, c, f = setting("adaspec", k=1.0)
-    a, told = gradient(draft, target, ref, rows, None, c, f)
-    b, plain = gradient(draft, target, ref, rows, None, c, setting()[-1])
+    a, told = gradient(*setting("adaspec", k=1.0))
+    b, plain = gradient(*setting())
     assert close(a, b, 1e-12) and close(told, plain, 1e-12) and told[1] == 1
 
 
 def test_the_gradient_is_that_of_the_selected_tokens_alone():
-    draft, target, ref, rows, c, f = setting("adaspec")
-    a, told = gradient(draft, target, ref, rows, None, c, f)
+    student, rows = setting("adaspec")
+    draft, target, ref = student.draft, student.target, student.reference
+    a, told = gradient(student, rows)
     tokens, mask = specdec.collate(rows, 0)
     t, r, h = (specdec.states(m, tokens, mask) for m in (target, ref, draft))
     loss, other = (specdec.forward_kl(x, m.head, t, target.head) for x, m in ((h, draft), (r, ref)))
@@ -512,19 +526,18 @@ def test_the_gradient_is_that_of_the_selected_tokens_alone():
 
 
 def test_remembered_states_and_micro_batches_change_nothing():
-    draft, target, ref, rows, c, f = setting()
-    known = specdec.remember(target, rows, 6, c)
-    a, _ = gradient(draft, target, None, rows, known, c, f)
-    b, _ = gradient(draft, target, None, rows, None, c, f)
-    assert close(a, b, 1e-10) and specdec.remember(target, rows, 5, c) is None
-    small = SimpleNamespace(micro=2, device="cpu")
-    known = specdec.remember(target, rows, 6, small)
-    assert close(gradient(draft, target, None, rows, known, small, f)[0], a,
-                 1e-10)                                                         # of unequal lengths
+    student, rows = setting()
+    a, _ = gradient(student, rows, specdec.remember(student.target, rows, 6, student.c))
+    b, _ = gradient(student, rows)
+    assert close(a, b, 1e-10) and specdec.remember(student.target, rows, 5, student.c) is None
+    small, _ = setting(micro=2)
+    known = specdec.remember(small.target, rows, 6, small.c)
+    assert close(gradient(small, rows, known)[0], a, 1e-10)                     # of unequal lengths
 
 
 def test_agreement_by_hand_and_in_its_limit():
-    draft, target, ref, rows, c, f = setting()
+    student, rows = setting()
+    draft, target, c = student.draft, student.target, student.c
     told = specdec.agreement(target, target, rows, c, 16)
     assert close([told["overlap"], told["kl"], told["same_top"]], [1, 0, 1], 1e-9)
     told = specdec.agreement(target, draft, rows, c, 16)
@@ -690,8 +703,12 @@ def test_predictions_by_hand():
     assert (tally.rounds, tally.proposed, tally.efficiency) == (4, 7, 2.0)
     assert dict(tally.tested) == {0: 4, 1: 2} and dict(tally.kept) == {0: 3, 1: 1}
     assert close(tally.acceptance, 4 / 6) and tally.passes == {2: 2}
-    assert close(specdec.independent(tally), 1 + 2 / 3 + 4 / 9)
-    assert close(specdec.predicted(tally, SimpleNamespace(c=.1, v=[1, 1.1, 1.2])), 2 / 1.4)
+    assert close(specdec.independent(tally, {}, None)["independent"], 1 + 2 / 3 + 4 / 9)
+    facts = dict(cost=SimpleNamespace(c=.1, v=[1, 1.1, 1.2]))
+    for steps, spent in ((1.0, 1.4), (3.0, 1.8)):
+        told = specdec.predicted(tally, facts, SimpleNamespace(per_token=steps))
+        assert close(told["predicted"], 2 / spent) and close(told["cost"], steps * .1)
+        assert close(told["verify_cost"], 1.2)
     chance = specdec.chance(tally, torch.full((1, 1), .55))
     assert close(chance, [[(4 + 1.1) / (6 + 2), (4 + 1.4) / (6 + 2)]])
 
