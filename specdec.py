@@ -208,7 +208,7 @@ def small(draft, tok, c, target):
 
 
 DRAFTERS = dict(small=small)
-BESIDE = {}      # drafters that need nothing: each races beside the chosen one, and draws before it
+BESIDE = {}      # drafters that need nothing: each races beside the chosen one
 PREPARE = {}     # what a drafter asks for, by name: (target, tok, held, c, f, run) -> it, numbers
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -561,13 +561,13 @@ def race(target, drafters, prompts, c, f, run, lenience):
             plain, tokens, lanes = 0.0, 0, {}
             for x in drafters:
                 lanes[x] = SimpleNamespace(tally=Tally(), seconds=0.0, gaps=[])
-        seed = torch.Generator().manual_seed(c.seed * 100_003 + i)
+        draws = partial(torch.Generator().manual_seed, c.seed * 100_003 + i)     # alike for all
         began = clock(device)
-        whole = generate(target, part, c.max_new, generator=seed, **sampling)
+        whole = generate(target, part, c.max_new, generator=draws(), **sampling)
         plain, tokens = plain + clock(device) - began, tokens + whole.mask.sum().item()
         for x, drafter in drafters.items():
             began = clock(device)
-            roll, _ = speculate(target, drafter, part, c.max_new, f.length, generator=seed,
+            roll, _ = speculate(target, drafter, part, c.max_new, f.length, generator=draws(),
                                 lenience=lenience, tally=lanes[x].tally, **facts[x], **sampling)
             lanes[x].seconds += clock(device) - began
             if not c.temperature:

@@ -45,6 +45,7 @@ def one_of(word, known, what):
     if word not in known:
         raise UserError(f"{what} {word!r}{nearest(word, known)}")
 
+
 # --- 1 ToyIF's alphabet: 64 ids with <|pad|>, <|bos|>, <|eos|> ------------------------------------
 
 CONTENT = "abcdefghijkl"  # s0 .. s11, in the order that < and > mean
