@@ -372,8 +372,8 @@ def test_gradients_are_those_of_finite_differences(name):
     fn, B = dpo.LOSSES[name], 3
     shape = dict(logps=(B, 4), delta=(B, 4), mask=(B, 4), eos=(B, 4), kl=(B, 4), weight=(B, 4),
                  credit=(B, 4),
-                 list=(B, 4), labels=(B, 4), signs=(B, 2))
-    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "labels",
+                 list=(B, 4), rates=(B, 4), signs=(B, 2))
+    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "rates",
                 "signs", "gain", "hard", "kept", "beta_now", "shift")
     have, free = {}, []
     for i, k in enumerate(needs(fn)):
@@ -870,7 +870,8 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     assert dpo.usable(rows, c, 8, counts) == [dict(prompt=[1], sides=[[3], [4]])]
     assert counts == dict(identical=1, empty=1, long=1)
     c.source = "lists"                                 # a list is dropped only if all are alike
-    lists = [dict(prompt=[1], sides=sides) for sides in ([[3], [3], [3]], [[3], [3], [4]])]
+    lists = [dict(prompt=[1], sides=sides, rates=[.5] * 3)
+             for sides in ([[3], [3], [3]], [[3], [3], [4]])]
     assert len(dpo.usable(lists, c, 8, counts)) == 1 and counts["identical"] == 2
     with pytest.raises(UserError, match="no row is left"):
         dpo.usable(rows[:3], c, 8, counts)
@@ -891,7 +892,7 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--config=mpo,tiny", "--anchor=start"], "--anchor handover is of --loss mpo"),
     (["--config=tiny", "--anchor=previous"], "made once"),
     (["--config=tiny", "--loss=inpo"], "made once"),
-    (["--config=tiny", "--loss=lipo"], "reads labels.* but lists; try --config lipo"),
+    (["--config=tiny", "--loss=lipo"], "reads rates.* but lists; try --config lipo"),
     (["--config=tiny", "--loss=npo"], "reads good.* try --config npo"),
     (["--config=tiny", "--loss=hypo"], "take --source hybrid"),
     (["--config=nash_mp,tiny", "--source=mixture"], "take --source prox"),
@@ -938,9 +939,9 @@ def test_measure_reads_one_batched_forward_and_padding_changes_nothing(shared_ba
     long = dict(prompt=tok.encode(".abcd="),
                 sides=[tok.encode("abcabcabc"), tok.encode("cdecdecdecde")])
     calls, names = [], ["chosen_logp", "rejected_logp"]
-    x = dpo.inputs(names, dpo.measure(c, known, [short]), [short])
+    x = dpo.inputs(names, dpo.measure(c, known, [short]))
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    y = dpo.inputs(names, dpo.measure(c, known, [short, long]), [short, long])
+    y = dpo.inputs(names, dpo.measure(c, known, [short, long]))
     hook.remove()
     assert calls == [1] and all(len(y[k]) == 2 and close(x[k][0], y[k][0], 1e-5) for k in names)
     for k, side in zip(names, short["sides"]):
