@@ -12,12 +12,10 @@ Data     a world (ring, the default; toyif), or a JSONL of {"prompt", "chosen", 
          kto and bco of {"prompt", "completion", "label"}; one prompt in sixteen is held out.
 Letters  B rows, S sides of a row, N = B S, T tokens, K responses of a list, M objectives
 Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is
-         trained, and what both responses share is the cheapest thing to change. It frightens
-         without reason while the win rate rises; with a long run, a small beta or far-off data it
-         is the way to collapse: then kl runs away too (flex, --sft 0.1 and a larger beta hold it:
-         --claim overopt). val_win is against the start's samples, by gold, ties half; val_kl is
-         estimated from samples, so near 0 it can be negative; t_rows, t_update: a step's seconds
-         for making rows and for training on them.
+         trained. It frightens without reason while the win rate rises; with a long run, a small
+         beta or far-off data it is the way to collapse: then kl runs away too (flex, --sft 0.1 and
+         a larger beta hold it: --claim overopt). val_win is against the start's samples, by gold,
+         ties half; val_kl is estimated from samples, so near 0 it can be negative.
 """
 import contextlib
 import copy
@@ -109,11 +107,6 @@ def dpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     return -logs(beta * (chosen_ratio - rejected_ratio))
 
 
-def none():
-    """No statistic: the loss reads its own row only."""
-    return {}
-
-
 def at_start(start):
     """Log-ratios against the model that training starts from."""
     return start
@@ -145,12 +138,12 @@ READS = dict(                            # of each side, from a forward pass: [N
     len=lambda mask: mask.sum(-1),                                   # tokens, EOS included
     mean=lambda logps, mask: logps.sum(-1) / mask.sum(-1),           # mean log π of a token
     ratio=lambda logps, ref_logps: (logps - ref_logps).sum(-1))      # Σ log π - log π_ref
-FACTS = dict(ref_logps=ref_logps, score=gold_score)                  # what else functions ask for
+FACTS = dict(ref_logps=ref_logps, score=gold_score,                  # what else functions ask for
+             anchor=lambda f, known: ask(f.anchor, known))
 
 
 def part_of(name):
-    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"): of the only side; "good" -> (None,
-    "good"): no fact of a side."""
+    """"chosen_ratio" or, of the only side, "ratio" -> (0, "ratio"); "good" -> (None, "good")"""
     head, _, tail = name.partition("_")
     if head in SIDES and (tail in READS or tail in PASS):
         return SIDES[head], tail
@@ -180,7 +173,8 @@ def asked(f, *functions):
 
 def asked_by(c, f):
     """All that a run asks for."""
-    return asked(f, f.loss, f.statistic, f.source, *evaluations(c))
+    more = [EVALUATIONS[x] for x in (c.source, c.judge) if x in EVALUATIONS]
+    return asked(f, f.loss, f.statistic, f.source, *more)
 
 
 # --- judges and sources ---------------------------------------------------------------------------
@@ -228,31 +222,28 @@ def initial(c, f, make=True):
 # --- the tables: chapters add their rows ----------------------------------------------------------
 
 LOSSES = dict(dpo=dpo)
-STATISTICS = dict(none=none)
+STATISTICS = dict(none=lambda: {})
 SOURCES = dict(pairs=pairs, online=online)
 JUDGES = dict(gold=gold)
 ANCHORS = dict(start=at_start, previous=previous)
 
-# What else a chapter brings, by the name that a function asks for: a memory between steps, saved
-# with the run (a class with state() and load(state)), and a model, as the function that finds it;
-MEMORIES = {}
-MODELS = dict(start=initial)
-# and by the row that brings it: how the source's rows are made, --data opened, a statistic given to
-# the batch; gradients that are not a mean loss's; what is evaluated beside the win rate;
+# What else a chapter brings, by the name that a function asks for: a model, as the function that
+# finds it, and a memory between steps, saved with the run (a class with state() and load(state));
+MODELS, MEMORIES = dict(start=initial), {}
+# by its row: how a source's rows are made, --data opened, the statistic given to a batch, gradients
+# other than a mean loss's, what is evaluated beside the win rate; what must be so before a run, and
+# the names that a source or statistic gives to a loss.
 ROWS, OPEN, WHOLE, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
-# and what must be so before a run, and the names that it gives to a loss.
 CHECKS = {}
 GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"))
 
 
-# --- rows, and one step ---------------------------------------------------------------------------
+# --- rows, one step, evaluation -------------------------------------------------------------------
 
 
 def make_rows(c, f, known):
     """Rows of the source, with what is frozen about them, such as reference log-probs."""
     rows, logprobs = ROWS[c.source](c, f, known)
-    if "start" in known:
-        known["anchor"] = ask(f.anchor, known)
     here = known | dict(rows=rows, logprobs=logprobs)
     for name in sorted(asked_by(c, f) & FACTS.keys()):
         if "rows" in needs(FACTS[name]):
@@ -288,47 +279,32 @@ def inputs(names, here):
     return out
 
 
-def losses(c, f, known, rows, metrics):
-    """The loss of each micro-batch with its graph, to be taken backward before the next one; adds
-    what happened to metrics."""
-    for i in range(0, len(rows), c.micro):
+def backward(c, f, known, batch, metrics):
+    """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value;
+    adds what happened to metrics."""
+    value = 0.0
+    for i in range(0, len(batch), c.micro):
         with autocast(c.device, c.dtype):
-            here = measure(c, known, rows[i:i + c.micro])
+            here = measure(c, known, batch[i:i + c.micro])
             loss = f.loss(**inputs(needs(f.loss), here))                                 # [b]
         if c.sft:
             loss = loss - c.sft * inputs(["chosen_mean"], here)["chosen_mean"]
         metrics.update(sums(here))
-        yield loss
-
-
-def backward(batch, passes):
-    """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value."""
-    value = 0.0
-    for loss in passes:
         (loss.sum() / len(batch)).backward()
         value += loss.sum().item() / len(batch)
     return value
 
 
-# --- evaluate -------------------------------------------------------------------------------------
-
-
-def evaluations(c):
-    """What is evaluated beside the win rate."""
-    return [EVALUATIONS[name] for name in (c.source, c.judge) if name in EVALUATIONS]
-
-
-def evaluate(c, f, known, sets, held, before):
-    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float},
-    {split: gold rewards}, samples.
+@torch.no_grad()
+def evaluate(c, f, known, sets, before):
+    """Held-out prompts and pairs with the same draws -> {split_key: float}, {split: gold}, samples.
 
     win: how often the policy's sample has more gold than the start's (before), same prompt and
-    draws, ties half; kl: k1 to the start, nats per response.
-    """
+    draws, ties half; kl: k1 to the start, nats per response."""
     out, golds, samples, world = {}, {}, [], known["world"]
     for split, problems in sets.items():
-        generator = torch.Generator().manual_seed(c.seed + 1)
-        draw = partial(sample, *known["sampler"], generator, Counter())
+        draw = partial(known["sample"], generator=torch.Generator().manual_seed(c.seed + 1),
+                       counts=Counter())
         ys = [y for y, in draw(problems)]
         rows, n = [row(p, [y]) for p, y in zip(problems, ys)], len(ys)
         if "start" in known:
@@ -343,12 +319,18 @@ def evaluate(c, f, known, sets, held, before):
             out[f"{split}_win"] = sum((a > b) + 0.5 * (a == b) for a, b in duels) / n
         here = known | dict(split=split, problems=problems, responses=ys, sample=draw,
                             options=f.source.keywords)
-        for function in evaluations(c):
-            out |= {f"{split}_{k}": x for k, x in ask(function, here).items()}
+        for name in (c.source, c.judge):
+            if name in EVALUATIONS:
+                out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
         samples += [(p["prompt"], y["text"], world.demo(p) if world else "")
                     for p, y in zip(problems[:2], ys)]
-    if held:
-        out["val_accuracy"] = accuracy(held, known["logprobs"](held, known["policy"]))
+    totals, held = Counter(), known["held"]
+    for i in range(0, len(held), c.micro):
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, held[i:i + c.micro])
+        totals.update(sums(here))
+    if "accuracy" in totals:
+        out["val_accuracy"] = totals["accuracy"] / len(held)
     return out, golds, samples
 
 
@@ -356,26 +338,23 @@ def evaluate(c, f, known, sets, held, before):
 
 
 def train(c, f):
-    """One run: load, make rows, score, update, log. -> the last evaluation and the start's
-    (start_…)."""
+    """One run: load, make rows, score, update, log. -> the last evaluation and the start's."""
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     initial(c, f)                                      # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
         policy, tok, models = open_models(c, f, run.last)
-        context = c.context or policy.config.max_position_embeddings
-        context = min(context, policy.config.max_position_embeddings)
+        longest = policy.config.max_position_embeddings
+        context = min(c.context or longest, longest)
         data, held, prompts = OPEN.get(c.source, open_pairs)(c, tok, world, context)
-        problems, sets = open_problems(c, world, data, prompts)
-        room = encode(c, tok, world, context, [problems, *sets.values()])
+        problems, sets, room = open_problems(c, tok, world, context, data, prompts)
         generator, counts = torch.Generator().manual_seed(c.seed), Counter()
-        sampler = policy, tok, c, room
-        known = models | dict(c=c, f=f, world=world, policy=policy, tok=tok, data=data,
-                              problems=problems, context=context, room=room, sampler=sampler,
-                              generator=generator, counts=counts, step=0, stage=0,
-                              sample=partial(sample, *sampler, generator, counts),
-                              logprobs=partial(response_logprobs, tok, c))
-        known["known"] = known                         # for a fact that asks on: `compare`
+        known = models | dict(
+            c=c, f=f, world=world, policy=policy, tok=tok, data=data, held=held, problems=problems,
+            context=context, room=room, generator=generator, counts=counts, step=0, stage=0,
+            sample=partial(sample, policy, tok, c, room, generator=generator, counts=counts),
+            logprobs=partial(response_logprobs, tok, c))
+        known["known"] = known                         # for a fact that asks on, as `anchor`
         memories = {x: ask(MEMORIES[x], known) for x in sorted(MEMORIES.keys() & asked_by(c, f))}
         known |= memories
         opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
@@ -385,9 +364,8 @@ def train(c, f):
                 r["ref_logps"] = x
         rows, fresh = make_rows(c, f, known) if static(f) else None, 0
         size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.steps} "
-                f"steps of {c.batch}, {c.device} {c.dtype}, "
-                f"{'with' if 'start' in models else 'without'} a reference")
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
+                f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             generator.set_state(run.state["rng"])
@@ -398,11 +376,9 @@ def train(c, f):
             known["stage"], before = run.state["stage"], run.state["before"]
             first = scores = run.state["first"]
         else:
-            first, before, samples = evaluate(c, f, known, sets, held, {})
+            first, before, samples = evaluate(c, f, known, sets, {})
             run.log(0, **first, show=True)
             scores = first
-        if "start" in models:
-            known["anchor"] = ask(f.anchor, dict(known))
 
         for step in run.steps(c.steps):
             # 1. rows ------------------------------------------------------------------------------
@@ -417,9 +393,7 @@ def train(c, f):
             clock, metrics = time.perf_counter(), Counter()
             if c.statistic in WHOLE:
                 batch = WHOLE[c.statistic](c, f, known, batch)
-            here = dict(policy=policy, batch=batch, combine=f.combine,
-                        passes=losses(c, f, known, batch, metrics))
-            loss = ask(BACKWARD.get(c.loss, backward), here)
+            loss = BACKWARD.get(c.loss, backward)(c, f, known, batch, metrics)
             norm = clip_grad_norm_(policy.parameters(), c.clip)
             set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
             opt.step()
@@ -430,7 +404,7 @@ def train(c, f):
                     t_rows=t_rows, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy)
-                scores, _, samples = evaluate(c, f, known, sets, held, before)
+                scores, _, samples = evaluate(c, f, known, sets, before)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
@@ -442,7 +416,7 @@ def train(c, f):
                     "goes on")
             return scores
         if run.state and run.start >= c.steps:                         # resumed after its last step
-            scores, _, samples = evaluate(c, f, known, sets, held, before)
+            scores, _, samples = evaluate(c, f, known, sets, before)
         if counts:
             run.say("  samples: " + ", ".join(f"{n} {what}" for what, n in counts.items() if n))
         report(run, first, scores, samples)
@@ -562,34 +536,32 @@ def open_pairs(c, tok, world, context):
     return train, pairs(val), [r["text"]["prompt"] for r in val]
 
 
-def open_problems(c, world, data, prompts):
-    """(training problems, {split: held-out problems}) of a world, or of a file's pairs."""
+def open_problems(c, tok, world, context, data, prompts):
+    """(training problems, {split: held-out problems}, the longest sample that fits them) of a
+    world, or of a file's pairs."""
     if world:
+        problems = world.problems("train", 4096, 1000 + c.seed)
         sets = {x: world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
-        return world.problems("train", 4096, 1000 + c.seed), sets
-    known = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
-    held = [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]
-    return [dict(prompt=x) for x in known], {"val": held}
-
-
-def encode(c, tok, world, context, sets):
-    """Give the problems their prompts' ids -> the longest sample that fits them."""
-    problems = [problem for problems in sets for problem in problems]
-    for problem in problems:
+    else:
+        texts = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
+        problems = [dict(prompt=x) for x in texts]
+        sets = dict(val=[dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts])
+    every = [*problems, *(problem for held in sets.values() for problem in held)]
+    for problem in every:
         problem["ids"] = tok.prompt(problem["prompt"], c.chat)
-    width = max(len(problem["ids"]) for problem in problems)
+    width = max(len(problem["ids"]) for problem in every)
     room = c.max_new or min(world.max_new if world else 128, context - width)
     if room < 1:
         raise UserError(f"the longest prompt has {width} tokens: no room for a response in the "
                         f"context of {context}; shorten it, or raise --context")
-    return room
+    return problems, sets, room
 
 
-# === sample: responses of a model =================================================================
+# === models: what they sample, log-probs without gradient, and what the log says of them ==========
 
 
 @torch.no_grad()
-def sample(policy, tok, c, room, generator, counts, problems, k=1, model=None, **how):
+def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts, **how):
     """k responses a problem of the policy, or of another model -> [[response]]; counts them, and
     those that were cut off. At most 4,096 at a time."""
     prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
@@ -603,9 +575,6 @@ def sample(policy, tok, c, room, generator, counts, problems, k=1, model=None, *
     counts["sampled"] += len(out)
     counts["truncated"] += sum(not y["finished"] for y in out)
     return [out[i:i + k] for i in range(0, len(out), k)]
-
-
-# === logs: log-probs without gradient, and what the log says of both sides ========================
 
 
 @torch.no_grad()
@@ -653,18 +622,6 @@ def means(totals, B):
     return out
 
 
-def accuracy(rows, logps):
-    """Share of pairs whose chosen side has the larger log-ratio, without a reference the larger
-    mean log-prob; of binary labels the area under the ROC curve. logps: of all tokens of a row."""
-    score = []
-    for r, x in zip(rows, logps):
-        sides = (x - r["ref_logps"] if "ref_logps" in r else x).split([len(y) for y in r["sides"]])
-        score.append([(y.sum() if "ref_logps" in r else y.mean()).item() for y in sides])
-    if len(score[0]) == 1:
-        return auroc(torch.tensor([a for a, in score]), torch.tensor([r["good"] > 0 for r in rows]))
-    return sum((a > b) + 0.5 * (a == b) for a, b in score) / len(score)
-
-
 # === once: rows of the data, and their reference log-probs, which are kept on disk ================
 
 
@@ -698,9 +655,8 @@ ROWS["pairs"] = once
 # === samples: fresh rows of the policy's own responses, which a judge compares ====================
 
 
-def fresh_rows(c, f, known):
-    """Rows of fresh problems, those that can be trained on."""
-    many = PER_PROMPT[c.source](f.source.keywords) if c.source in PER_PROMPT else 1
+def fresh_rows(c, f, known, many=1):
+    """Rows of fresh problems, those that can be trained on; many come of a problem."""
     wanted = min(4000, math.ceil(c.batch * c.refresh / many))
     picked = batch_indices(len(known["problems"]), wanted, known["stage"], c.seed).tolist()
     problems = [known["problems"][i] for i in picked]
@@ -728,23 +684,17 @@ def usable(rows, c, context, counts):
     return kept
 
 
-def judge_of(f, known):
-    """A function that compares each problem's responses."""
-    return partial(compare, f, known)
-
-
 @torch.no_grad()
 def compare(f, known, problems, groups):
     """The judge's P for each problem's responses -> [[K, K]] in float64: P[i, j], the probability
     that i is preferred to j."""
-    here = known | dict(problems=problems, groups=groups)
-    scores = {name: ask(FACTS[name], here) for name in needs(f.judge) if name in FACTS}
-    out, at = [], 0
-    for problem, group in zip(problems, groups):
-        own = {name: torch.tensor(x[at:at + len(group)], dtype=torch.float64)
-               for name, x in scores.items()}
-        out.append(ask(f.judge, dict(world=known["world"], problem=problem, group=group) | own))
-        at += len(group)
+    here, sizes = known | dict(problems=problems, groups=groups), [len(ys) for ys in groups]
+    scores = {name: torch.tensor(ask(FACTS[name], here), dtype=torch.float64).split(sizes)
+              for name in needs(f.judge) if name in FACTS}
+    out = []
+    for i, (problem, ys) in enumerate(zip(problems, groups)):
+        own = {name: score[i] for name, score in scores.items()}
+        out.append(ask(f.judge, dict(world=known["world"], problem=problem, group=ys) | own))
     return out
 
 
@@ -767,8 +717,8 @@ def judged(problems, groups, compare, choose):
     return out
 
 
-PER_PROMPT = {}                                        # how many rows come of a prompt, if not one
-FACTS["compare"], ROWS["online"] = judge_of, fresh_rows
+FACTS["compare"] = lambda f, known: partial(compare, f, known)
+ROWS["online"] = fresh_rows
 
 
 # === statistics: of a whole batch, before its step ================================================
@@ -885,13 +835,13 @@ def rso(problems, sample, compare, start, generator, *, n: Range("[2, inf)") = 1
     return out
 
 
-def pairs_of_accepted(options):
+def rso_rows(c, f, known):
     """RSO makes one pair of every two accepted samples of a prompt."""
-    return max(1, options["k"] // 2)
+    return fresh_rows(c, f, known, max(1, f.source.keywords["k"] // 2))
 
 
-LOSSES["hinge"], SOURCES["rso"], ROWS["rso"] = hinge, rso, fresh_rows
-GIVES["rso"], PER_PROMPT["rso"] = ("chosen", "rejected"), pairs_of_accepted
+LOSSES["hinge"], SOURCES["rso"], ROWS["rso"] = hinge, rso, rso_rows
+GIVES["rso"] = "chosen", "rejected"
 PRESETS["rso"] = dict(loss="hinge", source="rso", refresh=200)
 
 
@@ -1299,6 +1249,14 @@ def binary_labels(data):
             for r in data for side in ("chosen", "rejected")]
 
 
+def ranking(split, held, policy, logprobs):
+    """Of held-out labels the area under the ROC curve of the log-ratios; of pairs: their own."""
+    if split != "val" or not held or "good" not in held[0]:
+        return {}
+    ratio = [(x - r["ref_logps"]).sum() for r, x in zip(held, logprobs(held, policy))]
+    return dict(accuracy=auroc(torch.stack(ratio), torch.tensor([r["good"] > 0 for r in held])))
+
+
 def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
     """KTO:  λ_D (1 - σ(β(d - z0))) if good, else λ_U (1 - σ(β(z0 - d))).   [B]
 
@@ -1338,7 +1296,7 @@ def check_mismatch(c, f):
 
 
 LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, binary_labels
-WHOLE["mismatch"], ROWS["labels"] = with_statistic, once
+WHOLE["mismatch"], ROWS["labels"], EVALUATIONS["labels"] = with_statistic, once, ranking
 OPEN["labels"], CHECKS["labels"], CHECKS["mismatch"] = open_labels, check_labels, check_mismatch
 FACTS["mismatched"], GIVES["mismatch"], GIVES["labels"] = mismatched, ("z0",), ("good",)
 PRESETS["kto"] = dict(loss="kto", statistic="mismatch", source="labels", batch=128, micro=128)
@@ -1549,20 +1507,23 @@ def flattened(grads):
     return torch.cat([g.reshape(-1) for g in grads])
 
 
-def backward_each(policy, batch, passes, combine):
+def backward_each(c, f, known, batch, metrics):
     """A gradient an objective, of the mean over the rows on which it has an opinion; then --combine
     -> the sum of the objectives' losses."""
-    params = [p for p in policy.parameters() if p.requires_grad]
+    params = [p for p in known["policy"].parameters() if p.requires_grad]
     count = torch.tensor([r["signs"] for r in batch]).abs().sum(0).clamp(min=1)          # [M]
     G, total, value = 0, 0.0, 0.0
-    for loss in passes:
+    for i in range(0, len(batch), c.micro):
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, batch[i:i + c.micro])
+            loss = f.loss(**inputs(needs(f.loss), here))                                 # [b, M]
+        metrics.update(sums(here))
         each = loss.sum(0) / count.to(loss.device)                                       # [M]
         grads = [torch.autograd.grad(one, params, retain_graph=True) for one in each]
         G = torch.stack([flattened(own) for own in grads]) + G                           # [M, D]
         total = total + each.detach()
         value += each.sum().item()
-    known = dict(G=G, losses=total)
-    flat = combine(**{k: known[k] for k in needs(combine)})
+    flat = ask(f.combine, dict(G=G, losses=total))                                       # [D]
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
     return value
@@ -1726,29 +1687,28 @@ PRESETS["nash_md"] = dict(loss="nash_md", source="mixture")
 # === nash_mp: 2505.19731, Nash by Mirror Prox: two half-steps, near the last iterate ==============
 
 
-class Opponents:
-    """Copies of the policy: the last iterate π_k, and the opponent, π_k or then π_(k+½)."""
+class Copies:
+    """Copies of the policy that nothing trains, by name."""
 
     def __init__(self, policy):
-        self.policy, self.iterate, self.opponent = policy, None, None
+        self.policy, self.models = policy, {}
+
+    def take(self, name):
+        """Copy the policy as it is now."""
+        self.models[name] = copy.deepcopy(self.policy).requires_grad_(False)
 
     def state(self):
-        return {k: getattr(self, k).state_dict() for k in ("iterate", "opponent") if self.iterate}
+        return {name: model.state_dict() for name, model in self.models.items()}
 
     def load(self, state):
-        for key, weights in state.items():
-            setattr(self, key, frozen(self.policy))
-            getattr(self, key).load_state_dict(weights)
-
-
-def frozen(model):
-    """A copy that nothing trains."""
-    return copy.deepcopy(model).requires_grad_(False)
+        for name, weights in state.items():
+            self.take(name)
+            self.models[name].load_state_dict(weights)
 
 
 def iterate_logps(rows, opponents, logprobs):
     """Log-probs of the rows' tokens under the last iterate.   -> [n] a row"""
-    return logprobs(rows, opponents.iterate)
+    return logprobs(rows, opponents.models["iterate"])
 
 
 def iterate_ratio(logps, iterate_logps):
@@ -1764,16 +1724,16 @@ def nash_mp(logp, ratio, iterate_ratio, win, *, tau: Positive = 0.1, eta: Positi
     return -(win - 0.5 - tau * (ratio + iterate_ratio / eta)).detach() * logp
 
 
-def prox(problems, sample, compare, opponents, policy, stage, *, inner: Count = 4):
+def prox(problems, sample, compare, opponents, stage, *, inner: Count = 4):
     """Nash-MP: `inner` policy-gradient steps against π_k, then as many against π_(k+½), both near
     π_k."""
     phase = stage % (2 * inner)
     if phase == 0:
-        opponents.iterate = frozen(policy)
+        opponents.take("iterate")
     if phase in (0, inner):
-        opponents.opponent = frozen(policy)
-    ours = sample(problems)
-    return beating(problems, ours, sample(problems, model=opponents.opponent), compare)
+        opponents.take("opponent")
+    ours, theirs = sample(problems), sample(problems, model=opponents.models["opponent"])
+    return beating(problems, ours, theirs, compare)
 
 
 def check_nash_mp(c, f):
@@ -1786,7 +1746,7 @@ def check_nash_mp(c, f):
 LOSSES["nash_mp"], SOURCES["prox"] = nash_mp, prox
 ROWS["prox"], GIVES["prox"] = fresh_rows, ("win",)
 FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
-MEMORIES["opponents"], CHECKS["nash_mp"] = Opponents, check_nash_mp
+MEMORIES["opponents"], CHECKS["nash_mp"] = Copies, check_nash_mp
 PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
 
 
@@ -1980,25 +1940,9 @@ PRESETS["hypo"] = dict(loss="hypo", source="hybrid")
 # === mpo: 2403.19443, easy pairs by DPO, then policy gradients on the hard prompts ================
 
 
-class Handover:
-    """The data's margins by the judge, and the model that DPO has made of the easy pairs."""
-
-    def __init__(self, policy):
-        self.start, self.margins, self.policy = policy, [], None
-
-    def state(self):
-        return dict(margins=self.margins, policy=self.policy and self.policy.state_dict())
-
-    def load(self, state):
-        self.margins = state["margins"]
-        if state["policy"]:
-            self.policy = frozen(self.start)
-            self.policy.load_state_dict(state["policy"])
-
-
 def at_handover(start, handover):
     """Log-ratios against the start, and on the hard prompts against the model that DPO has made."""
-    return handover.policy or start
+    return handover.models.get("policy", start)
 
 
 def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
@@ -2012,33 +1956,31 @@ def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
                        dpo(chosen_ratio, rejected_ratio, beta=beta))
 
 
-def pool(data, compare, handover, easy, done):
+def pool(data, compare, easy, late):
     """(whether it is the hard pairs' turn, these or the easy ones); easy 0: policy gradients alone,
-    1: DPO alone; done: the share of the run behind us."""
-    if not handover.margins:
-        handover.margins = [abs(torch.logit(P[0, 1], eps=1e-9).item())
-                            for P in compare(*zip(*map(texts_of, data)))]
-    order = sorted(range(len(data)), key=lambda i: -handover.margins[i])
-    cut = round(easy * len(order))
-    hard = cut == 0 or cut < len(order) and done
-    return hard, [data[i] for i in (order[cut:] if hard else order[:cut])]
+    1: DPO alone; late: whether half of the run is behind us."""
+    if "gap" not in data[0]:
+        for r, P in zip(data, compare(*zip(*map(texts_of, data)))):
+            r["gap"] = abs(torch.logit(P[0, 1], eps=1e-9).item())
+    order, cut = sorted(data, key=lambda r: -r["gap"]), round(easy * len(data))
+    hard = cut == 0 or cut < len(order) and late
+    return hard, order[cut:] if hard else order[:cut]
 
 
-def mpo_rows(problems, data, sample, compare, handover, policy, step, stage, c, *,
-             easy: Share = 0.5):
+def mpo_rows(problems, data, sample, compare, handover, step, stage, c, *, easy: Share = 0.5):
     """MPO: half of the run, the share `easy` of the pairs, those of the largest margin; then two
     samples each of the other pairs' prompts and the judge's log-odds, near the model that DPO has
     made."""
-    hard, rest = pool(data, compare, handover, easy, step >= c.steps // 2)
+    hard, rest = pool(data, compare, easy, step >= c.steps // 2)
     picked = [rest[i] for i in batch_indices(len(rest), len(problems), stage, c.seed).tolist()]
     where, groups = zip(*map(texts_of, picked))
     if hard:
-        handover.policy = handover.policy or frozen(policy)
+        if not handover.models:
+            handover.take("policy")
         groups = sample(where, 2)
 
     def choose(P):
-        gain = torch.logit(P[0, 1], eps=1e-9).item() if hard else 0.0
-        return (0, 1), dict(hard=float(hard), gain=gain)
+        return (0, 1), dict(hard=float(hard), gain=torch.logit(P[0, 1], eps=1e-9).item())
     return judged(where, groups, compare, choose)
 
 
@@ -2053,7 +1995,7 @@ def check_mpo(c, f):
 
 
 LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
-MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Handover, check_mpo, check_mpo
+MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Copies, check_mpo, check_mpo
 ROWS["mpo"], GIVES["mpo"] = fresh_rows, ("chosen", "rejected", "gain", "hard")
 PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
 
