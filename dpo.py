@@ -50,8 +50,7 @@ from optim import COMBINE, cosine, optimiser, set_lr, shares
 
 @dataclass(frozen=True)
 class Config(Training):
-    """What every run has; what belongs to a loss, a source or a judge is an argument of its
-    function."""
+    """What every run has; what belongs to a loss or a source is an argument of its function."""
     data: str = "ring"           # a world (ring, toyif), or a JSONL of pairs or labelled responses
     init: str = "base:ring"      # the SFT model: where the policy starts, and the reference
     rows: int = 0                # training pairs (0: 4000 of a world, or the whole file)
@@ -163,8 +162,7 @@ def ask(function, known):
 
 
 def asked(f, *functions):
-    """All that functions ask for, what these facts are made of, and so on -> {names}; f: the run's
-    rows, of which `compare` asks the judge, and `anchor` its own."""
+    """All that functions ask for, what these facts are made of, and so on -> {names}"""
     makers = READS | FACTS | dict(compare=f.judge, anchor=f.anchor)
     names = {part_of(name)[1] for function in functions for name in needs(function)}
     more = [makers[name] for name in sorted(names & makers.keys())]
@@ -177,7 +175,7 @@ def asked_by(c, f):
     return asked(f, f.loss, f.statistic, f.source, *more)
 
 
-# --- judges and sources ---------------------------------------------------------------------------
+# --- judges, sources, and the tables --------------------------------------------------------------
 # A problem is {"prompt": text, "ids"}, a response {"ids", "text", "finished"}; its ids end in EOS
 # where it ended by itself. A row is {"prompt": ids, "sides": [ids], …what a loss reads}.
 
@@ -219,14 +217,12 @@ def initial(c, f, make=True):
     return sft.find(c.init, c.config, make, seed=c.seed, device=c.device)
 
 
-# --- the tables: chapters add their rows ----------------------------------------------------------
-
+# the tables: chapters add their rows
 LOSSES = dict(dpo=dpo)
 STATISTICS = dict(none=lambda: {})
 SOURCES = dict(pairs=pairs, online=online)
 JUDGES = dict(gold=gold)
 ANCHORS = dict(start=at_start, previous=previous)
-
 # What else a chapter brings, by the name that a function asks for: a model, as the function that
 # finds it, and a memory between steps, saved with the run (a class with state() and load(state));
 MODELS, MEMORIES = dict(start=initial), {}
@@ -355,8 +351,8 @@ def train(c, f):
             sample=partial(sample, policy, tok, c, room, generator=generator, counts=counts),
             logprobs=partial(response_logprobs, tok, c))
         known["known"] = known                         # for a fact that asks on, as `anchor`
-        memories = {x: ask(MEMORIES[x], known) for x in sorted(MEMORIES.keys() & asked_by(c, f))}
-        known |= memories
+        memories = sorted(MEMORIES.keys() & asked_by(c, f))
+        known |= {x: ask(MEMORIES[x], known) for x in memories}
         opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
                else torch.optim.SGD(policy.parameters(), c.lr))
         if "start" in models:
@@ -370,8 +366,8 @@ def train(c, f):
             opt.load_state_dict(run.state["opt"])
             generator.set_state(run.state["rng"])
             counts.update(run.state["counts"])
-            for name, memory in memories.items():
-                memory.load(run.state["memories"][name])
+            for x in memories:
+                known[x].load(run.state["memories"][x])
             rows, fresh = rows or run.state["rows"], run.state["fresh"]
             known["stage"], before = run.state["stage"], run.state["before"]
             first = scores = run.state["first"]
@@ -409,7 +405,7 @@ def train(c, f):
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
                          rng=generator.get_state(), counts=dict(counts), stage=known["stage"],
-                         memories={x: memory.state() for x, memory in memories.items()},
+                         memories={x: known[x].state() for x in memories},
                          rows=None if static(f) else rows, fresh=fresh, first=first, before=before)
         if c.stop and c.stop < c.steps:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
@@ -579,8 +575,7 @@ def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts
 
 @torch.no_grad()
 def response_logprobs(tok, c, rows, model):
-    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] a row,
-    CPU."""
+    """A model's log-probs of a row's response tokens, side after side -> [n] a row, on the CPU"""
     out = []
     for i in range(0, len(rows), c.micro):
         part = rows[i:i + c.micro]
@@ -938,10 +933,15 @@ def madpo(chosen_ratio, rejected_ratio, margin, *, beta: Positive = 0.1, stronge
     return weight * dpo(chosen_ratio, rejected_ratio, beta=beta)
 
 
+def preference_odds(P):
+    """The judge's log-odds that the first response is the better one."""
+    return torch.logit(P[0, 1], eps=1e-9).item()
+
+
 def margins(data, compare, generator, *, shuffled=False):
     """The data's pairs with the judge's log-odds as `margin`; shuffled, a control: another
     pair's."""
-    margin = [torch.logit(P[0, 1], eps=1e-9).item() for P in compare(*zip(*map(texts_of, data)))]
+    margin = [preference_odds(P) for P in compare(*zip(*map(texts_of, data)))]
     if shuffled:                                       # is it the information that helps?
         margin = [margin[i] for i in torch.randperm(len(data), generator=generator).tolist()]
     return [r | dict(margin=m) for r, m in zip(pairs(data), margin)]
@@ -1956,32 +1956,24 @@ def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
                        dpo(chosen_ratio, rejected_ratio, beta=beta))
 
 
-def pool(data, compare, easy, late):
-    """(whether it is the hard pairs' turn, these or the easy ones); easy 0: policy gradients alone,
-    1: DPO alone; late: whether half of the run is behind us."""
+def mpo_rows(problems, data, sample, compare, handover, step, stage, c, *, easy: Share = 0.5):
+    """MPO: half of the run, the share `easy` of the pairs, those of the largest margin (0: policy
+    gradients alone, 1: DPO alone); then two samples each of the other pairs' prompts and the
+    judge's log-odds, near the model that DPO has made."""
     if "gap" not in data[0]:
         for r, P in zip(data, compare(*zip(*map(texts_of, data)))):
-            r["gap"] = abs(torch.logit(P[0, 1], eps=1e-9).item())
+            r["gap"] = abs(preference_odds(P))
     order, cut = sorted(data, key=lambda r: -r["gap"]), round(easy * len(data))
-    hard = cut == 0 or cut < len(order) and late
-    return hard, order[cut:] if hard else order[:cut]
-
-
-def mpo_rows(problems, data, sample, compare, handover, step, stage, c, *, easy: Share = 0.5):
-    """MPO: half of the run, the share `easy` of the pairs, those of the largest margin; then two
-    samples each of the other pairs' prompts and the judge's log-odds, near the model that DPO has
-    made."""
-    hard, rest = pool(data, compare, easy, step >= c.steps // 2)
+    hard = cut == 0 or cut < len(data) and step >= c.steps // 2
+    rest = order[cut:] if hard else order[:cut]
     picked = [rest[i] for i in batch_indices(len(rest), len(problems), stage, c.seed).tolist()]
     where, groups = zip(*map(texts_of, picked))
     if hard:
         if not handover.models:
             handover.take("policy")
         groups = sample(where, 2)
-
-    def choose(P):
-        return (0, 1), dict(hard=float(hard), gain=torch.logit(P[0, 1], eps=1e-9).item())
-    return judged(where, groups, compare, choose)
+    return judged(where, groups, compare,
+                  lambda P: ((0, 1), dict(hard=float(hard), gain=preference_odds(P))))
 
 
 def check_mpo(c, f):
