@@ -219,7 +219,7 @@ def initial(c, f, make=True):
 
 # the tables: chapters add their rows
 LOSSES = dict(dpo=dpo)
-STATISTICS = dict(none=lambda: {})
+STATISTICS = dict(none=lambda: {})        # a loss reads its own row only
 SOURCES = dict(pairs=pairs, online=online)
 JUDGES = dict(gold=gold)
 ANCHORS = dict(start=at_start, previous=previous)
@@ -579,11 +579,10 @@ def response_logprobs(tok, c, rows, model):
     out = []
     for i in range(0, len(rows), c.micro):
         part = rows[i:i + c.micro]
-        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
-        tokens, mask = collate(sides, tok.pad or 0, c.device)
         with autocast(c.device, c.dtype):
-            logps = token_logprobs(model, tokens, mask)[mask > 0].cpu()
-        out += logps.split([sum(map(len, r["sides"])) for r in part])
+            here = measure(c, dict(policy=model, tok=tok), part)
+        flat = here["logps"][here["mask"] > 0].cpu()
+        out += flat.split([sum(map(len, r["sides"])) for r in part])
     return [x.clone() for x in out]
 
 
@@ -628,10 +627,9 @@ def once(c, f, known):
 def cached_logprobs(tok, c, rows, model):
     """response_logprobs, kept under data/cache by a hash of all that they depend on: the same rows,
     weights and precision are scored once, ever."""
-    mark = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode())
+    mark = hashlib.sha256((repr([(r["prompt"], r["sides"]) for r in rows]) + c.dtype).encode())
     for name, p in model.state_dict().items():
-        mark.update(f"{c.dtype} {name}".encode())
-        mark.update(p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        mark.update(name.encode() + p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     path = CACHE / f"reference-{mark.hexdigest()[:16]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):                      # absent, or broken
         return list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
@@ -1250,11 +1248,13 @@ def binary_labels(data):
 
 
 def ranking(split, held, policy, logprobs):
-    """Of held-out labels the area under the ROC curve of the log-ratios; of pairs: their own."""
+    """Of held-out labels the area under the ROC curve of the log-ratios, without a reference of
+    the mean log-probs; pairs have an accuracy."""
     if split != "val" or not held or "good" not in held[0]:
         return {}
-    ratio = [(x - r["ref_logps"]).sum() for r, x in zip(held, logprobs(held, policy))]
-    return dict(accuracy=auroc(torch.stack(ratio), torch.tensor([r["good"] > 0 for r in held])))
+    score = [(x - r["ref_logps"]).sum() if "ref_logps" in r else x.mean()
+             for r, x in zip(held, logprobs(held, policy))]
+    return dict(accuracy=auroc(torch.stack(score), torch.tensor([r["good"] > 0 for r in held])))
 
 
 def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
@@ -2006,8 +2006,7 @@ class Node:
 
     @property
     def Q(self):
-        """r + V: what the step adds to its parent's worth, and its best continuations to its
-        own."""
+        """r + V: what the step adds to its parent's worth, and its continuations to its own."""
         return self.v - (self.parent.v if self.parent else 0.0) + self.V
 
     def path(self):
@@ -2034,14 +2033,12 @@ def back_up(node):
 
 
 def grow_trees(prompts, extend, value, room, *, iterations=8, children=3, chunk=4, depth=4):
-    """One tree a prompt -> their roots, after `iterations` leaves each; all grow by one leaf at a
-    time, so that a language model extends them in one batch.
+    """One tree a prompt -> their roots, after `iterations` leaves each, grown side by side.
 
     extend([ids], new, k) -> for every start k tuples (ids of at most `new` tokens, prior,
     finished); value(i, ids, finished) -> the worth of a whole response to prompt i. A leaf within
     `depth` steps gets `children` steps of `chunk` tokens; each is worth what one completion from it
-    is (2405.00451 adds the model's own confidence: ours is the verifier alone).
-    """
+    is (2405.00451 adds the model's own confidence: ours is the verifier alone)."""
     roots = [Node() for _ in prompts]
     for _ in range(iterations):
         leaves = [descend(root) for root in roots]
@@ -2060,15 +2057,15 @@ def grow_trees(prompts, extend, value, room, *, iterations=8, children=3, chunk=
 
 def worths(prompts, fresh, extend, value, room):
     """What one completion from each new step is worth; fresh: [(prompt's index, Node)]."""
-    rest, ends = {}, [(x.path(), x.finished) for _, x in fresh]
-    for k, (path, finished) in enumerate(ends):
+    rest, whole = {}, [(x.path(), x.finished) for _, x in fresh]
+    for k, (path, finished) in enumerate(whole):
         if not finished and len(path) < room:
             rest.setdefault(room - len(path), []).append(k)
     for left, same in rest.items():                    # one call a length: all end at room
-        starts = [prompts[fresh[k][0]] + ends[k][0] for k in same]
+        starts = [prompts[fresh[k][0]] + whole[k][0] for k in same]
         for k, ((ids, _, done),) in zip(same, extend(starts, left, 1)):
-            ends[k] = ends[k][0] + ids, done
-    return [value(i, *end) for (i, _), end in zip(fresh, ends)]
+            whole[k] = whole[k][0] + ids, done
+    return [value(i, *end) for (i, _), end in zip(fresh, whole)]
 
 
 # === mcts: 2405.00451, pairs of steps from a search tree ==========================================

@@ -742,6 +742,15 @@ def test_every_source_and_statistic_says_what_it_gives(table):
     assert set(getattr(dpo, table)) <= set(dpo.GIVES)
 
 
+def test_every_source_says_how_its_rows_are_made():
+    """once, and their log-probs kept on disk, exactly if it asks nothing of the policy"""
+    assert set(dpo.SOURCES) == set(dpo.ROWS)
+    for name, source in dpo.SOURCES.items():
+        fixed = dpo.static(SimpleNamespace(source=source))
+        assert (dpo.ROWS[name] is dpo.once) == fixed, name
+    assert set(dpo.STATISTICS) == {"none", *dpo.WHOLE}
+
+
 def test_what_a_function_asks_for_is_made_once_and_only_then():
     calls = []
 
@@ -840,6 +849,9 @@ def test_real_pairs_and_labels_from_files(shared_bases):
                         + "\n" for r in rows for x in ("chosen", "rejected") if r[x]))
     out = tiny("kto", "kto", "--data=labels.jsonl", "--init=base:ring", "--steps=1", "--rows=0")
     assert 0 <= out["val_accuracy"] <= 1
+    plain = tiny("ga", "ga", "--source=labels", "--data=labels.jsonl", "--init=base:ring",
+                 "--steps=1", "--rows=0")                          # ranked without a reference
+    assert 0 <= plain["val_accuracy"] <= 1 and "val_kl" not in plain
 
 
 def test_gsm8k_solutions_are_labels_and_split_by_problem(tmp_path):
