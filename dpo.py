@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
+import optim
 import sft
 from data import prefs, tasks
 from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
@@ -43,7 +44,7 @@ from data.stats import auroc
 from data.text import CACHE
 from model import (Transformer, autocast, collate, generate, load, peek, save, sequence_score,
                    token_logprobs)
-from optim import COMBINE, cosine, optimiser, set_lr, shares
+from optim import cosine, optimiser, set_lr, shares
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ class Config(Training):
     source: str = "pairs"        # which row of SOURCES: where the rows come from
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
     anchor: str = "start"        # which row of ANCHORS: the model that log-ratios are against
-    combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
+    combine: str = "weighted"    # which row of optim.COMBINE: the gradients of several objectives
     sft: float = 0.0             # weight of the chosen response's mean NLL, beside any loss
     refresh: Count = 1           # steps between fresh rows of a source that samples
     steps: int = 200             # optimizer steps
@@ -421,7 +422,7 @@ def train(c, f):
 
 
 AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, anchor=ANCHORS,
-            combine=COMBINE, kernels=kernels.MODES)
+            combine=optim.COMBINE, kernels=kernels.MODES)
 
 
 def main(argv=None):
