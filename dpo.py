@@ -12,12 +12,10 @@ Data     a world (ring, the default; toyif), or a JSONL of {"prompt", "chosen", 
          kto and bco of {"prompt", "completion", "label"}; one prompt in sixteen is held out.
 Letters  B rows, S sides of a row, N = B S, T tokens, K responses of a list, M objectives
 Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the difference is
-         trained, and what both responses share is the cheapest thing to change. It frightens
-         without reason while the win rate rises; with a long run, a small beta or far-off data it
-         is the way to collapse: then kl runs away too (flex, --sft 0.1 and a larger beta hold it:
-         --claim overopt). val_win is against the start's samples, by gold, ties half; val_kl is
-         estimated from samples, so near 0 it can be negative; t_rows, t_update: a step's seconds
-         for making rows and for training on them.
+         trained. It frightens without reason while the win rate rises; with a long run, a small
+         beta or far-off data it is the way to collapse: then kl runs away too (flex, --sft 0.1 and
+         a larger beta hold it: --claim overopt). val_win is against the start's samples, by gold,
+         ties half; val_kl is estimated from samples, so near 0 it can be negative.
 """
 import contextlib
 import copy
@@ -37,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
+import optim
 import sft
 from data import prefs, tasks
 from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
@@ -45,15 +44,14 @@ from data.stats import auroc
 from data.text import CACHE
 from model import (Transformer, autocast, collate, generate, load, peek, save, sequence_score,
                    token_logprobs)
-from optim import COMBINE, cosine, optimiser, set_lr, shares
+from optim import cosine, optimiser, set_lr, shares
 
 # --- config ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config(Training):
-    """What every run has; what belongs to a loss, a source or a judge is an argument of its
-    function."""
+    """What every run has; what belongs to a loss or a source is an argument of its function."""
     data: str = "ring"           # a world (ring, toyif), or a JSONL of pairs or labelled responses
     init: str = "base:ring"      # the SFT model: where the policy starts, and the reference
     rows: int = 0                # training pairs (0: 4000 of a world, or the whole file)
@@ -65,7 +63,7 @@ class Config(Training):
     source: str = "pairs"        # which row of SOURCES: where the rows come from
     judge: str = "gold"          # which row of JUDGES, or the folder of a reward model
     anchor: str = "start"        # which row of ANCHORS: the model that log-ratios are against
-    combine: str = "weighted"    # which row of COMBINE: the gradients of several objectives
+    combine: str = "weighted"    # which row of optim.COMBINE: the gradients of several objectives
     sft: float = 0.0             # weight of the chosen response's mean NLL, beside any loss
     refresh: Count = 1           # steps between fresh rows of a source that samples
     steps: int = 200             # optimizer steps
@@ -99,7 +97,7 @@ CURVES = {"loss": ["loss"],
 # --- the loss: one number a row, [B]; the loop takes the step's mean ------------------------------
 # What it reads are its positional arguments, by name: chosen_, rejected_, other_ (a side of a row)
 # or list_ (all of them, [B, S]), no prefix for the only side, and a row of READS or PASS; any other
-# name is a field of the row, or a statistic of the batch. EOS is a token of a response like others.
+# name is a field of the row. EOS is a token of a response like others.
 
 logs = F.logsigmoid
 
@@ -107,11 +105,6 @@ logs = F.logsigmoid
 def dpo(chosen_ratio, rejected_ratio, *, beta: Positive = 0.1):
     """DPO, 2305.18290 eq. 7:  -log σ(β h),  h = chosen_ratio - rejected_ratio.   [B], [B] -> [B]"""
     return -logs(beta * (chosen_ratio - rejected_ratio))
-
-
-def none():
-    """No statistic: the loss reads its own row only."""
-    return {}
 
 
 def at_start(start):
@@ -127,26 +120,6 @@ def previous(policy):
 # --- facts: what losses, sources and judges ask for by name, made of other facts ------------------
 
 
-def total(logps):
-    """Σ log π of a response.   [N, T] -> [N]"""
-    return logps.sum(-1)
-
-
-def length(mask):
-    """Tokens of a response, EOS included.   [N, T] -> [N]"""
-    return mask.sum(-1)
-
-
-def mean(logps, mask):
-    """Mean log π of a response's tokens.   [N]"""
-    return logps.sum(-1) / mask.sum(-1)
-
-
-def ratio(logps, ref_logps):
-    """Σ log π - log π_ref of a response.   [N]"""
-    return (logps - ref_logps).sum(-1)
-
-
 def ref_logps(rows, anchor, logprobs):
     """log π_ref of every token of the rows.   -> [n] a row"""
     return logprobs(rows, anchor)
@@ -158,9 +131,19 @@ def gold_score(problems, groups, world):
             for y in ys]
 
 
+SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
+PASS = ("logps", "mask")                 # of every token of a forward pass, [N, T]
+READS = dict(                            # of each side, from a forward pass: [N, T] -> [N]
+    logp=lambda logps: logps.sum(-1),                                # Σ log π
+    len=lambda mask: mask.sum(-1),                                   # tokens, EOS included
+    mean=lambda logps, mask: logps.sum(-1) / mask.sum(-1),           # mean log π of a token
+    ratio=lambda logps, ref_logps: (logps - ref_logps).sum(-1))      # Σ log π - log π_ref
+FACTS = dict(ref_logps=ref_logps, score=gold_score,                  # what else functions ask for
+             anchor=lambda f, known: ask(f.anchor, known))
+
+
 def part_of(name):
-    """"chosen_ratio" -> (0, "ratio"); "ratio" -> (0, "ratio"): of the only side; "good" -> (None,
-    "good"): no fact of a side."""
+    """"chosen_ratio" or, of the only side, "ratio" -> (0, "ratio"); "good" -> (None, "good")"""
     head, _, tail = name.partition("_")
     if head in SIDES and (tail in READS or tail in PASS):
         return SIDES[head], tail
@@ -179,17 +162,28 @@ def ask(function, known):
     return function(*(fact(name, known) for name in needs(function)))
 
 
-# --- samples and verdicts -------------------------------------------------------------------------
+def asked(f, *functions):
+    """All that functions ask for, what these facts are made of, and so on -> {names}"""
+    makers = READS | FACTS | dict(compare=f.judge, anchor=f.anchor)
+    names = {part_of(name)[1] for function in functions for name in needs(function)}
+    more = [makers[name] for name in sorted(names & makers.keys())]
+    return names | asked(f, *more) if more else names
+
+
+def asked_by(c, f):
+    """All that a run asks for."""
+    more = [EVALUATIONS[x] for x in (c.source, c.judge) if x in EVALUATIONS]
+    return asked(f, f.loss, f.statistic, f.source, *more)
+
+
+# --- judges, sources, and the tables --------------------------------------------------------------
 # A problem is {"prompt": text, "ids"}, a response {"ids", "text", "finished"}; its ids end in EOS
-# where it ended by itself.
+# where it ended by itself. A row is {"prompt": ids, "sides": [ids], …what a loss reads}.
 
 
 def gold(score, *, sharp: Positive = 1.0):
     """Bradley-Terry on a world's gold reward:  P = σ(sharp (s_i - s_j)).   [K] -> [K, K]"""
     return torch.sigmoid(sharp * (score[:, None] - score[None]))
-
-
-# --- sources: rows {"prompt": ids, "sides": [ids], …what a loss reads} ----------------------------
 
 
 def row(problem, sides, **fields):
@@ -214,146 +208,126 @@ def online(problems, sample, compare, generator):
     return judged(problems, sample(problems, 2), compare, lambda P: (coin(P, generator), {}))
 
 
+def static(f):
+    """Whether a source asks nothing of the policy: then its rows are made once."""
+    return not {"sample", "extend"} & set(needs(f.source))
+
+
 def initial(c, f, make=True):
     """The folder of --init, made if need be; without make the longest context that it has."""
     return sft.find(c.init, c.config, make, seed=c.seed, device=c.device)
 
 
-# --- the tables: chapters add their rows ----------------------------------------------------------
-
-SIDES = dict(chosen=0, rejected=1, other=2, list=slice(None))
-PASS = ("logps", "mask")                 # of every token of a forward pass, [N, T]
+# the tables: chapters add their rows
 LOSSES = dict(dpo=dpo)
-STATISTICS = dict(none=none)
+STATISTICS = dict(none=lambda: {})        # a loss reads its own row only
 SOURCES = dict(pairs=pairs, online=online)
 JUDGES = dict(gold=gold)
 ANCHORS = dict(start=at_start, previous=previous)
-READS = dict(logp=total, len=length, mean=mean, ratio=ratio)   # of each side, of a forward pass
-FACTS = dict(ref_logps=ref_logps, score=gold_score)            # what else functions ask for
-
-# What else a chapter brings, by the name that a function asks for: a memory between steps, saved
-# with the run (a class with state() and load(state)), and a model, as the function that finds it;
-MEMORIES = {}
-MODELS = dict(start=initial)
-# and by the row that brings it: the names that it gives to a loss; what must be so before a run;
-# how --data is opened; how many rows come of a prompt; gradients that are not a mean loss's; what
-# is evaluated beside the win rate.
+# What else a chapter brings, by the name that a function asks for: a model, as the function that
+# finds it, and a memory between steps, saved with the run (a class with state() and load(state));
+MODELS, MEMORIES = dict(start=initial), {}
+# by its row: how a source's rows are made, --data opened, the statistic given to a batch, gradients
+# other than a mean loss's, what is evaluated beside the win rate; what must be so before a run, and
+# the names that a source or statistic gives to a loss.
+ROWS, OPEN, WHOLE, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
+CHECKS = {}
 GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"))
-CHECKS, OPEN, PER_PROMPT, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
 
 
-# --- rows, and one step ---------------------------------------------------------------------------
+# --- rows, one step, evaluation -------------------------------------------------------------------
 
 
-def make_rows(c, f, known, problems):
-    """Fresh rows of the source, with what is frozen about them, such as reference log-probs."""
-    if not static(f):
-        many = PER_PROMPT[c.source](f.source.keywords) if c.source in PER_PROMPT else 1
-        wanted = min(4000, math.ceil(c.batch * c.refresh / many))
-        picked = batch_indices(len(problems), wanted, known["stage"], c.seed).tolist()
-        problems = [problems[i] for i in picked]
-    rows = ask(f.source, known | dict(problems=problems))
-    rows = usable(rows, c, known["context"], known["counts"])
-    if "start" in known:
-        known["anchor"] = ask(f.anchor, known)
-    here = known | dict(rows=rows)
-    if static(f):
-        here["logprobs"] = partial(cached_logprobs, known["tok"], c, known["say"])
-    for name in frozen_facts(f):
-        for r, x in zip(rows, ask(FACTS[name], here)):
-            r[name] = x
+def make_rows(c, f, known):
+    """Rows of the source, with what is frozen about them, such as reference log-probs."""
+    rows, logprobs = ROWS[c.source](c, f, known)
+    here = known | dict(rows=rows, logprobs=logprobs)
+    for name in sorted(asked_by(c, f) & FACTS.keys()):
+        if "rows" in needs(FACTS[name]):
+            for r, x in zip(rows, ask(FACTS[name], here)):
+                r[name] = x
     return rows
 
 
 def measure(c, known, rows):
-    """Every side of the rows in one batched forward pass -> known, tokens, mask and logps [N, T],
-    and what numbers of tokens the rows hold."""
-    tok, policy = known["tok"], known["policy"]
+    """Every side of the rows in one batched forward pass -> known; tokens, mask and logps [N, T];
+    the rows' fields: [N, T] of those with a number of each token, else [B] or [B, …]."""
     sides = [(r["prompt"], y) for r in rows for y in r["sides"]]
-    tokens, mask = collate(sides, tok.pad or 0, c.device)
-    out = known | dict(tokens=tokens, mask=mask, logps=token_logprobs(policy, tokens, mask))
-    for key in [key for key, x in rows[0].items() if isinstance(x, torch.Tensor)]:
-        flat = torch.cat([r[key] for r in rows]).to(mask)
-        out[key] = torch.zeros_like(mask).masked_scatter(mask > 0, flat)
+    tokens, mask = collate(sides, known["tok"].pad or 0, c.device)
+    out = known | dict(tokens=tokens, mask=mask, S=len(rows[0]["sides"]),
+                       logps=token_logprobs(known["policy"], tokens, mask))
+    for key in rows[0].keys() - {"prompt", "sides", "text"}:
+        values = [r[key] for r in rows]
+        if isinstance(values[0], torch.Tensor):
+            out[key] = torch.zeros_like(mask).masked_scatter(mask > 0, torch.cat(values).to(mask))
+        else:
+            out[key] = torch.tensor(values).to(mask)
     return out
 
 
-def inputs(names, here, rows, statistics=()):
-    """What a loss names, of these rows: facts of a side, a statistic of the batch, or a row's
-    field."""
-    out, S, like = {}, len(rows[0]["sides"]), here["logps"]
+def inputs(names, here):
+    """What a loss names of measured rows: facts of a side, or a row's field -> {name: [B, …]}"""
+    out = {}
     for name in names:
         side, what = part_of(name)
+        out[name] = value = fact(what, here)
         if side is not None:
-            value = fact(what, here)
-            out[name] = value.view(-1, S, *value.shape[1:])[:, side]
-        elif name in statistics:
-            out[name] = statistics[name]
-        else:
-            out[name] = torch.tensor([r[name] for r in rows], dtype=like.dtype, device=like.device)
+            out[name] = value.view(-1, here["S"], *value.shape[1:])[:, side]
     return out
 
 
-def losses(c, f, known, rows, metrics):
-    """The loss of each micro-batch with its graph, to be taken backward before the next one; adds
-    what happened to metrics."""
-    statistics = statistics_of(c, f, known, rows)
-    for i in range(0, len(rows), c.micro):
-        part = rows[i:i + c.micro]
-        now = {k: x[i:i + c.micro] for k, x in statistics.items()}
-        with autocast(c.device, c.dtype):
-            here = measure(c, known, part)
-            given = inputs(needs(f.loss), here, part, now)
-        loss = f.loss(**given)                                                           # [b]
-        if c.sft:
-            loss = loss - c.sft * inputs(["chosen_mean"], here, part)["chosen_mean"]
-        metrics.update(sums(here, part))
-        yield loss
-
-
-def backward(batch, passes):
-    """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value."""
+def backward(c, f, known, batch, metrics):
+    """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value;
+    adds what happened to metrics."""
     value = 0.0
-    for loss in passes:
+    for i in range(0, len(batch), c.micro):
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, batch[i:i + c.micro])
+            loss = f.loss(**inputs(needs(f.loss), here))                                 # [b]
+        if c.sft:
+            loss = loss - c.sft * inputs(["chosen_mean"], here)["chosen_mean"]
+        metrics.update(sums(here))
         (loss.sum() / len(batch)).backward()
         value += loss.sum().item() / len(batch)
     return value
 
 
-# --- evaluate -------------------------------------------------------------------------------------
-
-
-def evaluate(c, f, known, sets, held, before):
-    """Held-out prompts and pairs, always the same, with the same draws -> {split_key: float},
-    {split: gold rewards}, samples.
+@torch.no_grad()
+def evaluate(c, f, known, sets, before):
+    """Held-out prompts and pairs with the same draws -> {split_key: float}, {split: gold}, samples.
 
     win: how often the policy's sample has more gold than the start's (before), same prompt and
-    draws, ties half; kl: k1 to the start, nats per response.
-    """
+    draws, ties half; kl: k1 to the start, nats per response."""
     out, golds, samples, world = {}, {}, [], known["world"]
     for split, problems in sets.items():
-        sample = Sampler(known["policy"], known["tok"], c, known["room"],
-                         torch.Generator().manual_seed(c.seed + 1), Counter())
-        ys = [y for y, in sample(problems)]
-        rows = [row(p, [y]) for p, y in zip(problems, ys)]
+        draw = partial(known["sample"], generator=torch.Generator().manual_seed(c.seed + 1),
+                       counts=Counter())
+        ys = [y for y, in draw(problems)]
+        rows, n = [row(p, [y]) for p, y in zip(problems, ys)], len(ys)
         if "start" in known:
             mine, ref = (known["logprobs"](rows, known[x]) for x in ("policy", "start"))
-            out[f"{split}_kl"] = sum((a - b).sum().item() for a, b in zip(mine, ref)) / len(rows)
-        out |= {f"{split}_length": sum(len(y["ids"]) for y in ys) / len(ys),
-                f"{split}_truncated": 1 - sum(y["finished"] for y in ys) / len(ys)}
+            out[f"{split}_kl"] = sum((a - b).sum().item() for a, b in zip(mine, ref)) / n
+        out[f"{split}_length"] = sum(len(y["ids"]) for y in ys) / n
+        out[f"{split}_truncated"] = 1 - sum(y["finished"] for y in ys) / n
         if world:
-            golds[split] = gold_score(problems, [[y] for y in ys], world)
-            duels = list(zip(golds[split], before.get(split, golds[split])))
-            out |= {f"{split}_gold": sum(golds[split]) / len(ys),
-                    f"{split}_win": sum((a > b) + 0.5 * (a == b) for a, b in duels) / len(ys)}
-        here = known | dict(split=split, problems=problems, responses=ys, sample=sample,
+            golds[split] = now = gold_score(problems, [[y] for y in ys], world)
+            duels = zip(now, before.get(split, now))
+            out[f"{split}_gold"] = sum(now) / n
+            out[f"{split}_win"] = sum((a > b) + 0.5 * (a == b) for a, b in duels) / n
+        here = known | dict(split=split, problems=problems, responses=ys, sample=draw,
                             options=f.source.keywords)
-        for name in dict.fromkeys(x for x in rows_of(c) if x in EVALUATIONS):
-            out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
+        for name in (c.source, c.judge):
+            if name in EVALUATIONS:
+                out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
         samples += [(p["prompt"], y["text"], world.demo(p) if world else "")
                     for p, y in zip(problems[:2], ys)]
-    for name, rows in held.items():
-        out[f"{name}_accuracy"] = float(accuracy(rows, known["logprobs"](rows, known["policy"])))
+    totals, held = Counter(), known["held"]
+    for i in range(0, len(held), c.micro):
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, held[i:i + c.micro])
+        totals.update(sums(here))
+    if "accuracy" in totals:
+        out["val_accuracy"] = totals["accuracy"] / len(held)
     return out, golds, samples
 
 
@@ -361,8 +335,7 @@ def evaluate(c, f, known, sets, held, before):
 
 
 def train(c, f):
-    """One run: load, make rows, score, update, log. -> the last evaluation and the start's
-    (start_…)."""
+    """One run: load, make rows, score, update, log. -> the last evaluation and the start's."""
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     initial(c, f)                                      # made before this run's clock starts
     kernels.use(c.kernels)
@@ -370,60 +343,54 @@ def train(c, f):
         policy, tok, models = open_models(c, f, run.last)
         longest = policy.config.max_position_embeddings
         context = min(c.context or longest, longest)
-        opener = OPEN[c.source] if c.source in OPEN else open_pairs
-        data, held, prompts = opener(c, tok, world, context, run.say)
-        problems, sets = held_out(c, world, data, prompts)
-        room = encode(c, tok, context, [*problems, *(p for x in sets.values() for p in x)],
-                      world.max_new if world else 128)
+        data, held, prompts = OPEN.get(c.source, open_pairs)(c, tok, world, context)
+        problems, sets, room = open_problems(c, tok, world, context, data, prompts)
         generator, counts = torch.Generator().manual_seed(c.seed), Counter()
-        known = models | dict(c=c, world=world, policy=policy, tok=tok, data=data, context=context,
-                              room=room, generator=generator, counts=counts, say=run.say, step=0,
-                              stage=0, logprobs=partial(response_logprobs, tok, c),
-                              sample=Sampler(policy, tok, c, room, generator, counts))
-        known["compare"] = partial(compare, f, known)
-        memories = {x: ask(MEMORIES[x], known) for x in sorted(MEMORIES.keys() & asked_by(c, f))}
-        known |= memories
+        known = models | dict(
+            c=c, f=f, world=world, policy=policy, tok=tok, data=data, held=held, problems=problems,
+            context=context, room=room, generator=generator, counts=counts, step=0, stage=0,
+            sample=partial(sample, policy, tok, c, room, generator=generator, counts=counts),
+            logprobs=partial(response_logprobs, tok, c))
+        known["known"] = known                         # for a fact that asks on, as `anchor`
+        memories = sorted(MEMORIES.keys() & asked_by(c, f))
+        known |= {x: ask(MEMORIES[x], known) for x in memories}
         opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
                else torch.optim.SGD(policy.parameters(), c.lr))
         if "start" in models:
-            for rows in held.values():
-                for r, x in zip(rows, known["logprobs"](rows, models["start"])):
-                    r["ref_logps"] = x
-        rows, fresh = make_rows(c, f, known, problems) if static(f) else None, 0
-        size, what = sum(p.numel() for p in policy.parameters()) / 1e6, "labelled responses"
-        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} "
-                f"{'pairs' if 'chosen' in data[0] else what}, {c.steps} steps of {c.batch}, "
-                f"{c.device} {c.dtype}, {'with' if 'start' in models else 'without'} a reference")
+            for r, x in zip(held, known["logprobs"](held, models["start"])):
+                r["ref_logps"] = x
+        rows, fresh = make_rows(c, f, known) if static(f) else None, 0
+        size = sum(p.numel() for p in policy.parameters()) / 1e6
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
+                f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             generator.set_state(run.state["rng"])
             counts.update(run.state["counts"])
-            for name, memory in memories.items():
-                memory.load(run.state["memories"][name])
+            for x in memories:
+                known[x].load(run.state["memories"][x])
             rows, fresh = rows or run.state["rows"], run.state["fresh"]
             known["stage"], before = run.state["stage"], run.state["before"]
             first = scores = run.state["first"]
         else:
-            first, before, samples = evaluate(c, f, known, sets, held, {})
+            first, before, samples = evaluate(c, f, known, sets, {})
             run.log(0, **first, show=True)
             scores = first
-        if "start" in models:
-            known["anchor"] = ask(f.anchor, dict(known))
 
         for step in run.steps(c.steps):
             # 1. rows ------------------------------------------------------------------------------
             clock, known["step"] = time.perf_counter(), step
             if rows is None or not static(f) and step - fresh >= c.refresh:
-                rows, fresh = make_rows(c, f, known, problems), step
+                rows, fresh = make_rows(c, f, known), step
                 known["stage"] += 1
             order = batch_indices(len(rows), c.batch, step - fresh, c.seed + known["stage"])
             batch = [rows[i] for i in order.tolist()]
             t_rows = time.perf_counter() - clock
             # 2. score and update ------------------------------------------------------------------
             clock, metrics = time.perf_counter(), Counter()
-            here = dict(policy=policy, batch=batch, combine=f.combine,
-                        passes=losses(c, f, known, batch, metrics))
-            loss = ask(BACKWARD[c.loss] if c.loss in BACKWARD else backward, here)
+            if c.statistic in WHOLE:
+                batch = WHOLE[c.statistic](c, f, known, batch)
+            loss = BACKWARD.get(c.loss, backward)(c, f, known, batch, metrics)
             norm = clip_grad_norm_(policy.parameters(), c.clip)
             set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
             opt.step()
@@ -434,131 +401,33 @@ def train(c, f):
                     t_rows=t_rows, t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy)
-                scores, _, samples = evaluate(c, f, known, sets, held, before)
+                scores, _, samples = evaluate(c, f, known, sets, before)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
                          rng=generator.get_state(), counts=dict(counts), stage=known["stage"],
-                         memories={x: memory.state() for x, memory in memories.items()},
+                         memories={x: known[x].state() for x in memories},
                          rows=None if static(f) else rows, fresh=fresh, first=first, before=before)
         if c.stop and c.stop < c.steps:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
                     "goes on")
             return scores
         if run.state and run.start >= c.steps:                         # resumed after its last step
-            scores, _, samples = evaluate(c, f, known, sets, held, before)
-        run.say(f"  rows dropped: {dropped_in_words(counts)}")
+            scores, _, samples = evaluate(c, f, known, sets, before)
+        if counts:
+            run.say("  samples: " + ", ".join(f"{n} {what}" for what, n in counts.items() if n))
         report(run, first, scores, samples)
         peak = max((r["val_gold"] for r in read_log(run.folder) if "val_gold" in r), default=0.0)
         return run.finish(**scores, **{f"start_{k}": x for k, x in first.items()}, val_peak=peak)
 
 
 AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, anchor=ANCHORS,
-            combine=COMBINE, kernels=kernels.MODES)
+            combine=optim.COMBINE, kernels=kernels.MODES)
 
 
 def main(argv=None):
     """python dpo.py …: see the docstring above, or --help."""
     return launch("dpo", Config, PRESETS, AXES, __doc__, checked, argv, readers)
-
-
-# === sampling: problems, responses and verdicts ===================================================
-
-
-class Sampler:
-    """Samples responses; counts them, and those that were cut off."""
-
-    def __init__(self, policy, tok, c, room, generator, counts):
-        self.policy, self.tok, self.c, self.room = policy, tok, c, room
-        self.generator, self.counts = generator, counts
-
-    @torch.no_grad()
-    def __call__(self, problems, k=1, model=None, **how):
-        """k responses a problem of the policy, or of another model -> [[response]]. At most 4,096
-        at a time."""
-        prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
-        for i in range(0, len(prompts), size):
-            with autocast(self.c.device, self.c.dtype):
-                roll = generate(model or self.policy, prompts[i:i + size], self.room, samples=k,
-                                generator=self.generator, **how)
-            out += [dict(ids=t[m > 0].tolist(), text=self.tok.decode(text), finished=done)
-                    for t, m, text, done
-                    in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
-        self.counts["sampled"] += len(out)
-        self.counts["truncated"] += sum(not y["finished"] for y in out)
-        return [out[i:i + k] for i in range(0, len(out), k)]
-
-
-@torch.no_grad()
-def compare(f, known, problems, groups):
-    """The judge's P for each problem's responses -> [[K, K]] in float64: P[i, j], the probability
-    that i is preferred to j."""
-    here = known | dict(problems=problems, groups=groups)
-    scores = {name: ask(FACTS[name], here) for name in needs(f.judge) if name in FACTS}
-    out, at = [], 0
-    for problem, group in zip(problems, groups):
-        own = {name: torch.tensor(x[at:at + len(group)], dtype=torch.float64)
-               for name, x in scores.items()}
-        out.append(ask(f.judge, dict(world=known["world"], problem=problem, group=group) | own))
-        at += len(group)
-    return out
-
-
-def texts_of(pair):
-    """An encoded pair as a problem and its two responses."""
-    problem = dict(prompt=pair["text"]["prompt"], ids=pair["prompt"])
-    return problem, [dict(ids=pair[side], text=pair["text"][side],
-                          finished=pair["text"].get(f"{side}_finished", True))
-                     for side in ("chosen", "rejected")]
-
-
-def judged(problems, groups, compare, choose):
-    """Rows of what choose(P) picks from each problem's responses: (indices of the sides, fields),
-    or None."""
-    out = []
-    for problem, ys, pick in zip(problems, groups, map(choose, compare(problems, groups))):
-        if pick:
-            sides, fields = pick
-            out.append(row(problem, [ys[i] for i in sides], **fields))
-    return out
-
-
-# === asked: what a run asks for, by name ==========================================================
-
-
-def asked(f, *functions):
-    """All that functions ask for, what these facts are made of, and so on -> {names}; f: the run's
-    rows, of which `compare` asks the judge, and `anchor` its own."""
-    makers = READS | FACTS | dict(compare=f.judge, anchor=f.anchor)
-    out, todo = set(), list(functions)
-    while todo:
-        for _, name in map(part_of, needs(todo.pop())):
-            if name not in out:
-                out.add(name)
-                todo += [makers[name]] if name in makers else []
-    return out
-
-
-def asked_by(c, f):
-    """All that a run asks for."""
-    measures = [EVALUATIONS[row] for row in rows_of(c) if row in EVALUATIONS]
-    return asked(f, f.loss, f.statistic, f.source, *measures)
-
-
-def rows_of(c):
-    """The rows of axes that a run uses."""
-    return c.loss, c.statistic, c.source, c.judge, c.anchor
-
-
-def frozen_facts(f):
-    """The facts of a run's rows that are made once, with the rows: those that ask for them."""
-    found = asked(f, f.loss, f.statistic)
-    return sorted(x for x in found if x in FACTS and "rows" in needs(FACTS[x]))
-
-
-def static(f):
-    """Whether a source asks nothing of the policy: then its rows are made once."""
-    return not {"sample", "extend"} & set(needs(f.source))
 
 
 # === checks: what can be told before a run ========================================================
@@ -590,9 +459,11 @@ def check(c, f):
     before anything is made: files and folders."""
     world = c.data in prefs.WORLDS
     check_names(c, f)
-    for name in rows_of(c):
+    for name in (c.loss, c.statistic, c.source, c.judge, c.anchor):
         if name in CHECKS:
             CHECKS[name](c, f)
+    if not world and (c.noise or c.length_bias):
+        raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
     found = asked_by(c, f)
     if not world and "compare" in found and "world" in asked(f, f.judge):
         raise UserError(f"--judge {c.judge}: {c.data} has no gold reward; name a reward model's "
@@ -606,7 +477,8 @@ def check(c, f):
         MODELS[name](c, f, make=False)
     if c.max_new >= (most := initial(c, f, make=False)):
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
-    if static(f) and "policy" in asked(f, *(FACTS[x] for x in frozen_facts(f))):
+    frozen = [FACTS[x] for x in found & FACTS.keys() if "rows" in needs(FACTS[x])]
+    if static(f) and "policy" in asked(f, *frozen):
         raise UserError(f"--source {c.source}: its rows are made once, so there is no previous "
                         "policy; use --anchor start, and a loss without one")
     if c.sft and not any(name.startswith("chosen") for name in needs(f.loss)):
@@ -629,14 +501,12 @@ def check_names(c, f):
                             + "".join(f"; try --config {x}" for x in usual[:1]))
 
 
-# === opening: models and data =====================================================================
+# === opening: models, pairs and prompts ===========================================================
 
 
 def open_models(c, f, last):
     """(policy, tokenizer, {name: each other model that the run asks for})."""
     policy, tok = load(last or initial(c, f), c.device)
-    if not isinstance(policy, Transformer):
-        raise UserError(f"--init {c.init} is a reward model; dpo.py trains a language model")
     models, found = {}, asked_by(c, f)
     if c.kl or "anchor" in found:                      # then the KL is measured to the start, too
         found |= {"start"}
@@ -650,44 +520,142 @@ def open_models(c, f, last):
     return policy, tok, models
 
 
-def open_pairs(c, tok, world, context, say):
-    """(pairs as ids, {name: held-out rows}, a file's held-out prompts) of --data."""
+def open_pairs(c, tok, world, context):
+    """(pairs as ids, held-out rows, a file's held-out prompts) of --data."""
     if world:
         train = world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise, length_bias=c.length_bias)
         val = world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")
-    elif c.noise or c.length_bias:
-        raise UserError("--noise and --length_bias are of a world's labels: a file has its own")
     else:
         train, sets = prefs.pair_sets(c.data, c.rows)
         val = sets["val"]
     train = prefs.encode_pairs(train, tok, context, "training pairs", c.chat)
     val = prefs.encode_pairs(val, tok, context, "val pairs", c.chat)
-    return train, {"val": pairs(val)}, [r["text"]["prompt"] for r in val]
+    return train, pairs(val), [r["text"]["prompt"] for r in val]
 
 
-def held_out(c, world, data, prompts):
-    """(training problems, {split: held-out problems}) of a world, or of a file's pairs."""
+def open_problems(c, tok, world, context, data, prompts):
+    """(training problems, {split: held-out problems}, the longest sample that fits them) of a
+    world, or of a file's pairs."""
     if world:
+        problems = world.problems("train", 4096, 1000 + c.seed)
         sets = {x: world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
-        return world.problems("train", 4096, 1000 + c.seed), sets
-    known = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
-    held = [dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts]
-    return [dict(prompt=x) for x in known], {"val": held}
-
-
-def encode(c, tok, context, problems, most):
-    """Give the problems their prompts' ids -> the longest sample that fits them, at most `most`."""
-    for problem in problems:
+    else:
+        texts = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
+        problems = [dict(prompt=x) for x in texts]
+        sets = dict(val=[dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts])
+    every = [*problems, *(problem for held in sets.values() for problem in held)]
+    for problem in every:
         problem["ids"] = tok.prompt(problem["prompt"], c.chat)
-    width = max(len(problem["ids"]) for problem in problems)
-    room = c.max_new or min(most, context - width)
+    width = max(len(problem["ids"]) for problem in every)
+    room = c.max_new or min(world.max_new if world else 128, context - width)
     if room < 1:
         raise UserError(f"the longest prompt has {width} tokens: no room for a response in the "
                         f"context of {context}; shorten it, or raise --context")
-    return room
+    return problems, sets, room
 
 
-# === rows: which rows are trained on, and reference log-probs that are kept on disk ===============
+# === models: what they sample, log-probs without gradient, and what the log says of them ==========
+
+
+@torch.no_grad()
+def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts, **how):
+    """k responses a problem of the policy, or of another model -> [[response]]; counts them, and
+    those that were cut off. At most 4,096 at a time."""
+    prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
+    for i in range(0, len(prompts), size):
+        with autocast(c.device, c.dtype):
+            roll = generate(model or policy, prompts[i:i + size], room, samples=k,
+                            generator=generator, **how)
+        out += [dict(ids=t[m > 0].tolist(), text=tok.decode(text), finished=done)
+                for t, m, text, done
+                in zip(roll.tokens, roll.mask, roll.completions(), roll.finished.tolist())]
+    counts["sampled"] += len(out)
+    counts["truncated"] += sum(not y["finished"] for y in out)
+    return [out[i:i + k] for i in range(0, len(out), k)]
+
+
+@torch.no_grad()
+def response_logprobs(tok, c, rows, model):
+    """A model's log-probs of a row's response tokens, side after side -> [n] a row, on the CPU"""
+    out = []
+    for i in range(0, len(rows), c.micro):
+        part = rows[i:i + c.micro]
+        with autocast(c.device, c.dtype):
+            here = measure(c, dict(policy=model, tok=tok), part)
+        flat = here["logps"][here["mask"] > 0].cpu()
+        out += flat.split([sum(map(len, r["sides"])) for r in part])
+    return [x.clone() for x in out]
+
+
+@torch.no_grad()
+def sums(here):
+    """Sums over rows for the log: log-probs and log-ratios of both sides apart (of rows with one
+    side: of the good and of the others), pairs in the right order."""
+    S, names = here["S"], ["logp", "len", *["ratio"] * ("ref_logps" in here)]
+    score = {name: fact(name, here).view(-1, S) for name in names}                       # [B, S]
+    good = here["good"] if "good" in here else torch.ones_like(score["logp"][:, 0])      # [B]
+    out = {}
+    for side, i, weight in (("chosen", 0, good),
+                            ("rejected", min(S, 2) - 1, 1 - good if S == 1 else good)):
+        out |= {f"{side}_{k}": (x[:, i] * weight).sum().item() for k, x in score.items()}
+        out[f"{side}_n"] = weight.sum().item()
+    if S > 1:
+        by = score["ratio"] if "ratio" in score else score["logp"] / score["len"]
+        out["accuracy"] = ((by[:, 0] > by[:, 1]) + 0.5 * (by[:, 0] == by[:, 1])).sum().item()
+    return out
+
+
+def means(totals, B):
+    """A step's metrics, of the sums over its B rows; it may have no binary label of a kind."""
+    out = {}
+    for key, x in totals.items():
+        n = totals.get(f"{key.partition('_')[0]}_n", B)
+        if n and not key.endswith("_n"):
+            out[key] = x / n
+    if "accuracy" in out and "chosen_ratio" in out:
+        out["margin"] = out["chosen_ratio"] - out["rejected_ratio"]
+    return out
+
+
+# === once: rows of the data, and their reference log-probs, which are kept on disk ================
+
+
+def once(c, f, known):
+    """Rows that are made once, and log-probs of models that do not move, kept on disk."""
+    return ask(f.source, dict(known)), partial(cached_logprobs, known["tok"], c)
+
+
+def cached_logprobs(tok, c, rows, model):
+    """response_logprobs, kept under data/cache by a hash of all that they depend on: the same rows,
+    weights and precision are scored once, ever."""
+    mark = hashlib.sha256((repr([(r["prompt"], r["sides"]) for r in rows]) + c.dtype).encode())
+    for name, p in model.state_dict().items():
+        mark.update(name.encode() + p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    path = CACHE / f"reference-{mark.hexdigest()[:16]}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):                      # absent, or broken
+        return list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
+    out = response_logprobs(tok, c, rows, model)
+    with contextlib.suppress(OSError, SafetensorError):                      # it costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{time.monotonic_ns()}.tmp")
+        save_file(dict(logp=torch.cat(out)), part)
+        part.replace(path)
+    return out
+
+
+ROWS["pairs"] = once
+
+
+# === samples: fresh rows of the policy's own responses, which a judge compares ====================
+
+
+def fresh_rows(c, f, known, many=1):
+    """Rows of fresh problems, those that can be trained on; many come of a problem."""
+    wanted = min(4000, math.ceil(c.batch * c.refresh / many))
+    picked = batch_indices(len(known["problems"]), wanted, known["stage"], c.seed).tolist()
+    problems = [known["problems"][i] for i in picked]
+    rows = ask(f.source, known | dict(problems=problems))
+    return usable(rows, c, known["context"], known["counts"]), known["logprobs"]
 
 
 def usable(rows, c, context, counts):
@@ -696,7 +664,7 @@ def usable(rows, c, context, counts):
     kept = []
     for r in rows:
         sides = [tuple(y) for y in r["sides"]]
-        first = sides if "labels" in GIVES[c.source] else sides[:2]
+        first = sides if "rates" in r else sides[:2]
         why = ("empty" if not all(sides) else
                "identical" if len(sides) > 1 and len(set(first)) == 1 else
                "long" if len(r["prompt"]) + max(map(len, sides)) > context else "")
@@ -705,131 +673,65 @@ def usable(rows, c, context, counts):
         else:
             kept.append(r)
     if not kept:
-        raise UserError(f"--source {c.source}: no row is left to train on "
-                        f"({dropped_in_words(counts)}); if samples are identical the policy has "
-                        "collapsed: lower --lr")
+        raise UserError(f"--source {c.source}: no row is left to train on ({dict(counts)}); if "
+                        "samples are identical the policy has collapsed: lower --lr")
     return kept
 
 
 @torch.no_grad()
-def response_logprobs(tok, c, rows, model):
-    """Response tokens' log-probs under a model, a row's sides one after the other -> [n] a row,
-    CPU."""
+def compare(f, known, problems, groups):
+    """The judge's P for each problem's responses -> [[K, K]] in float64: P[i, j], the probability
+    that i is preferred to j."""
+    here, sizes = known | dict(problems=problems, groups=groups), [len(ys) for ys in groups]
+    scores = {name: torch.tensor(ask(FACTS[name], here), dtype=torch.float64).split(sizes)
+              for name in needs(f.judge) if name in FACTS}
     out = []
-    for i in range(0, len(rows), c.micro):
-        part = rows[i:i + c.micro]
-        sides = [(r["prompt"], y) for r in part for y in r["sides"]]
-        tokens, mask = collate(sides, tok.pad or 0, c.device)
-        with autocast(c.device, c.dtype):
-            flat = token_logprobs(model, tokens, mask)[mask > 0].cpu()
-        out += flat.split([sum(map(len, r["sides"])) for r in part])
-    return [x.clone() for x in out]
-
-
-def fingerprint(rows, model, dtype):
-    """A hash of the rows' ids, the model's weights and the precision: what reference log-probs
-    depend on."""
-    h = hashlib.sha256(repr([(r["prompt"], r["sides"]) for r in rows]).encode()
-                       + str(dtype).encode())
-    for name, p in model.state_dict().items():
-        h.update(name.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:16]
-
-
-def cached_logprobs(tok, c, say, rows, model):
-    """response_logprobs, kept on disk under data/cache: the same rows and weights are scored once,
-    ever."""
-    path = CACHE / f"reference-{fingerprint(rows, model, c.dtype)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):  # absent, or broken
-        out = list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
-        say(f"  reference log-probs: {path}")
-        return out
-    out = response_logprobs(tok, c, rows, model)
-    with contextlib.suppress(OSError, SafetensorError):                         # it costs only time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-        save_file(dict(logp=torch.cat(out)), tmp)
-        tmp.replace(path)
+    for i, (problem, ys) in enumerate(zip(problems, groups)):
+        own = {name: score[i] for name, score in scores.items()}
+        out.append(ask(f.judge, dict(world=known["world"], problem=problem, group=ys) | own))
     return out
 
 
-# === metrics: statistics of a whole batch before the step, and what the log says after it =========
+def texts_of(pair):
+    """An encoded pair as a problem and its two responses."""
+    problem = dict(prompt=pair["text"]["prompt"], ids=pair["prompt"])
+    return problem, [dict(ids=pair[side], text=pair["text"][side],
+                          finished=pair["text"].get(f"{side}_finished", True))
+                     for side in ("chosen", "rejected")]
+
+
+def judged(problems, groups, compare, choose):
+    """Rows of what choose(P) picks from each problem's responses: (indices of the sides, fields),
+    or None."""
+    out = []
+    for problem, ys, pick in zip(problems, groups, map(choose, compare(problems, groups))):
+        if pick:
+            sides, fields = pick
+            out.append(row(problem, [ys[i] for i in sides], **fields))
+    return out
+
+
+FACTS["compare"] = lambda f, known: partial(compare, f, known)
+ROWS["online"] = fresh_rows
+
+
+# === statistics: of a whole batch, before its step ================================================
 
 
 @torch.no_grad()
-def statistics_of(c, f, known, rows):
-    """The whole batch's statistics, without gradient -> {name: [B]}."""
-    here, parts = known | dict(batch=rows), []
-    own = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in rows[0]]
-    for i in range(0, len(rows) if own else 0, c.micro):
-        part = rows[i:i + c.micro]
+def with_statistic(c, f, known, batch):
+    """The batch's rows with what the statistic says of all of them, without gradient."""
+    names = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in batch[0]]
+    parts = []
+    for i in range(0, len(batch) if names else 0, c.micro):
         with autocast(c.device, c.dtype):
-            parts.append(inputs(own, measure(c, known, part), part))
-    for x in own:
-        here[x] = torch.cat([part[x] for part in parts])
-    return ask(f.statistic, here)
-
-
-@torch.no_grad()
-def sums(here, rows):
-    """Sums over rows for the log: log-probs and log-ratios of both sides apart, pairs in the right
-    order."""
-    names, S = ["logp", "len", *(["ratio"] if "ref_logps" in here else [])], len(rows[0]["sides"])
-    score = {name: fact(name, here).view(-1, S) for name in names}                       # [B, S]
-    out, one = {}, torch.ones(len(rows)).to(here["mask"])
-    if S == 1:
-        good = torch.tensor([r.get("good", 1.0) for r in rows]).to(one)
-        where = dict(chosen=(0, good), rejected=(0, 1 - good))
-    else:
-        where = dict(chosen=(0, one), rejected=(1, one))
-        by = score["ratio"] if "ratio" in score else score["logp"] / score["len"]
-        out["hits"] = ((by[:, 0] > by[:, 1]) + 0.5 * (by[:, 0] == by[:, 1])).sum().item()
-    for side, (i, weight) in where.items():
-        out[f"{side}_n"] = weight.sum().item()
-        out |= {f"{side}_{k}": (x[:, i] * weight).sum().item() for k, x in score.items()}
-    return out
-
-
-def means(metrics, B):
-    """A step's metrics, of the sums over its B rows."""
-    out = dict(metrics)
-    for side in ("chosen", "rejected"):
-        n = out.pop(f"{side}_n")
-        for key in [k for k in out if k.startswith(side)]:
-            out[key] /= max(1.0, n)
-            if n == 0:                       # a step may have no binary label of this kind
-                del out[key]
-    if "hits" in out:
-        out["accuracy"] = out.pop("hits") / B
-        if "chosen_ratio" in out:
-            out["margin"] = out["chosen_ratio"] - out["rejected_ratio"]
-    return out
-
-
-def dropped_in_words(counts):
-    """How many rows were dropped and why, and how many samples had no end, in words."""
-    dropped = {k: n for k, n in counts.items() if n and k not in ("sampled", "truncated")}
-    words = ", ".join(f"{n} {k}" for k, n in dropped.items()) or "none"
-    if not counts["sampled"]:
-        return words
-    return f"{words}; of {counts['sampled']} samples {counts['truncated']} were truncated (no EOS)"
-
-
-def scores_of(row, logps):
-    """A log-ratio of each side, without a reference a mean log-prob; logps: of all its tokens."""
-    sizes = [len(y) for y in row["sides"]]
-    if "ref_logps" in row:
-        return [x.sum().item() for x in (logps - row["ref_logps"]).split(sizes)]
-    return [x.mean().item() for x in logps.split(sizes)]
-
-
-def accuracy(rows, logps):
-    """Share of pairs with a larger score of the chosen side (see scores_of); of binary labels the
-    area under the ROC curve."""
-    score = [scores_of(r, x) for r, x in zip(rows, logps)]
-    if len(rows[0]["sides"]) == 1:
-        return auroc(torch.tensor([a for a, in score]), torch.tensor([r["good"] > 0 for r in rows]))
-    return sum((a > b) + 0.5 * (a == b) for a, b, *_ in score) / len(score)
+            parts.append(inputs(names, measure(c, known, batch[i:i + c.micro])))
+    here = known | dict(batch=batch)
+    for name in names:
+        here[name] = torch.cat([part[name] for part in parts])                           # [B]
+    fields = ask(f.statistic, here)                                                      # {: [B]}
+    values = zip(*(x.tolist() for x in fields.values()))
+    return [r | dict(zip(fields, own)) for r, own in zip(batch, values)]
 
 
 # === cdpo, rdpo: Mitchell's note, 2403.00409, labels that are wrong with probability e ============
@@ -927,13 +829,13 @@ def rso(problems, sample, compare, start, generator, *, n: Range("[2, inf)") = 1
     return out
 
 
-def pairs_of_accepted(options):
+def rso_rows(c, f, known):
     """RSO makes one pair of every two accepted samples of a prompt."""
-    return max(1, options["k"] // 2)
+    return fresh_rows(c, f, known, max(1, f.source.keywords["k"] // 2))
 
 
-LOSSES["hinge"], SOURCES["rso"] = hinge, rso
-GIVES["rso"], PER_PROMPT["rso"] = ("chosen", "rejected"), pairs_of_accepted
+LOSSES["hinge"], SOURCES["rso"], ROWS["rso"] = hinge, rso, rso_rows
+GIVES["rso"] = "chosen", "rejected"
 PRESETS["rso"] = dict(loss="hinge", source="rso", refresh=200)
 
 
@@ -1030,16 +932,21 @@ def madpo(chosen_ratio, rejected_ratio, margin, *, beta: Positive = 0.1, stronge
     return weight * dpo(chosen_ratio, rejected_ratio, beta=beta)
 
 
+def preference_odds(P):
+    """The judge's log-odds that the first response is the better one."""
+    return torch.logit(P[0, 1], eps=1e-9).item()
+
+
 def margins(data, compare, generator, *, shuffled=False):
     """The data's pairs with the judge's log-odds as `margin`; shuffled, a control: another
     pair's."""
-    margin = [torch.logit(P[0, 1], eps=1e-9).item() for P in compare(*zip(*map(texts_of, data)))]
+    margin = [preference_odds(P) for P in compare(*zip(*map(texts_of, data)))]
     if shuffled:                                       # is it the information that helps?
         margin = [margin[i] for i in torch.randperm(len(data), generator=generator).tolist()]
     return [r | dict(margin=m) for r, m in zip(pairs(data), margin)]
 
 
-LOSSES["madpo"], SOURCES["margins"] = madpo, margins
+LOSSES["madpo"], SOURCES["margins"], ROWS["margins"] = madpo, margins, once
 GIVES["margins"] = "chosen", "rejected", "margin"
 PRESETS["madpo"] = dict(loss="madpo", source="margins")
 
@@ -1090,7 +997,7 @@ def pace(chosen_ratio, rejected_ratio, gaps, generator, *, beta: Positive = 0.1,
 
 
 LOSSES["beta_dpo"], STATISTICS["pace"], MEMORIES["gaps"] = beta_dpo, pace, Gaps
-GIVES["pace"] = "beta_now", "kept"
+WHOLE["pace"], GIVES["pace"] = with_statistic, ("beta_now", "kept")
 PRESETS["beta_dpo"] = dict(loss="beta_dpo", statistic="pace")
 
 
@@ -1177,6 +1084,7 @@ def prompted(data, start, tok, c, *, better="A good answer.\n", worse="A bad ans
 
 LOSSES["treg"], READS["credit"] = treg, credit
 SOURCES["credited"], SOURCES["prompted"] = credited, prompted
+ROWS["credited"] = ROWS["prompted"] = once
 GIVES["credited"] = GIVES["prompted"] = "chosen", "rejected", "credits"
 PRESETS["treg"] = dict(loss="treg", source="credited")
 
@@ -1316,11 +1224,11 @@ LOSSES["slic_hf"] = slic_hf
 # === kto: 2402.01306, binary labels, value around a reference point ===============================
 
 
-def open_labels(c, tok, world, context, say):
+def open_labels(c, tok, world, context):
     """A file's labelled responses, where --data holds such; else as open_pairs."""
     found = [] if world else prefs.load_labels(c.data)
     if not found:
-        return open_pairs(c, tok, world, context, say)
+        return open_pairs(c, tok, world, context)
     train, val = (prefs.encode_labels(rows, tok, context, what, c.chat) for rows, what in (
         (found[:c.rows or None], "train labels"), (prefs.load_labels(c.data, "val"), "val labels")))
     mixed = len({r["good"] for r in val}) > 1
@@ -1328,8 +1236,8 @@ def open_labels(c, tok, world, context, say):
         raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad "
                         "ones")
     if not mixed:
-        say("  all held-out labels are alike: there is no val_accuracy")
-    return train, {"val": val} if mixed else {}, [r["text"]["prompt"] for r in val]
+        print("  all held-out labels are alike: there is no val_accuracy", flush=True)
+    return train, val if mixed else [], [r["text"]["prompt"] for r in val]
 
 
 def binary_labels(data):
@@ -1338,6 +1246,16 @@ def binary_labels(data):
         return data
     return [dict(prompt=r["prompt"], sides=[r[side]], good=float(side == "chosen"))
             for r in data for side in ("chosen", "rejected")]
+
+
+def ranking(split, held, policy, logprobs):
+    """Of held-out labels the area under the ROC curve of the log-ratios, without a reference of
+    the mean log-probs; pairs have an accuracy."""
+    if split != "val" or not held or "good" not in held[0]:
+        return {}
+    score = [(x - r["ref_logps"]).sum() if "ref_logps" in r else x.mean()
+             for r, x in zip(held, logprobs(held, policy))]
+    return dict(accuracy=auroc(torch.stack(score), torch.tensor([r["good"] > 0 for r in held])))
 
 
 def kto(ratio, good, z0, *, beta: Positive = 0.1, desirable=1.0, undesirable=1.0):
@@ -1379,6 +1297,7 @@ def check_mismatch(c, f):
 
 
 LOSSES["kto"], STATISTICS["mismatch"], SOURCES["labels"] = kto, mismatch, binary_labels
+WHOLE["mismatch"], ROWS["labels"], EVALUATIONS["labels"] = with_statistic, once, ranking
 OPEN["labels"], CHECKS["labels"], CHECKS["mismatch"] = open_labels, check_labels, check_mismatch
 FACTS["mismatched"], GIVES["mismatch"], GIVES["labels"] = mismatched, ("z0",), ("good",)
 PRESETS["kto"] = dict(loss="kto", statistic="mismatch", source="labels", batch=128, micro=128)
@@ -1424,7 +1343,7 @@ def shift(ratio, good, shifts, *, beta: Positive = 0.1, decay: Fraction = 0.99):
 
 
 LOSSES["bco"], LOSSES["bco_pair"], STATISTICS["shift"] = bco, bco_pair, shift
-MEMORIES["shifts"], GIVES["shift"] = Shift, ("reward_shift",)
+MEMORIES["shifts"], WHOLE["shift"], GIVES["shift"] = Shift, with_statistic, ("reward_shift",)
 PRESETS["bco"] = dict(loss="bco", statistic="shift", source="labels", batch=128, micro=128)
 
 
@@ -1474,7 +1393,7 @@ def forgotten(split, problems, demo, options, logprobs, policy):
 
 
 LOSSES["npo"], LOSSES["ga"], SOURCES["forget"], FACTS["demo"] = npo, ga, forget, demo
-GIVES["forget"], EVALUATIONS["forget"] = ("good",), forgotten
+ROWS["forget"], GIVES["forget"], EVALUATIONS["forget"] = once, ("good",), forgotten
 PRESETS["npo"], PRESETS["ga"] = dict(loss="npo", source="forget"), dict(loss="ga", source="forget")
 
 
@@ -1482,15 +1401,15 @@ PRESETS["npo"], PRESETS["ga"] = dict(loss="npo", source="forget"), dict(loss="ga
 
 
 def lists(problems, sample, compare, *, k: Range("[2, inf)") = 4):
-    """k samples a prompt, best first, with their mean win rates as labels: for the losses over
+    """k samples a prompt, best first, with their mean win rates: for the losses over
     lists."""
     def choose(P):
         order = P.mean(1).argsort(descending=True, stable=True)
-        return order.tolist(), dict(labels=P.mean(1)[order].tolist())
+        return order.tolist(), dict(rates=P.mean(1)[order].tolist())
     return judged(problems, sample(problems, k), compare, choose)
 
 
-def lipo(list_ratio, labels, *, beta: Positive = 0.1):
+def lipo(list_ratio, rates, *, beta: Positive = 0.1):
     """LiPO-λ:  Σ_{ψ_i > ψ_j} Δ_ij softplus(-(s_i - s_j)),  s = β d.   [B, K], [B, K] -> [B]
 
     Δ_ij = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|, τ the rank by s now, from 1; no gradient
@@ -1498,22 +1417,22 @@ def lipo(list_ratio, labels, *, beta: Positive = 0.1):
     """
     s = beta * list_ratio
     rank = s.detach().argsort(1, descending=True).argsort(1) + 1                         # [B, K]
-    gain, discount = 2 ** labels, 1 / torch.log1p(rank)                                  # [B, K]
+    gain, discount = 2 ** rates, 1 / torch.log1p(rank)                                  # [B, K]
     gains = (gain[:, :, None] - gain[:, None]).abs()                                     # [B, K, K]
     delta = gains * (discount[:, :, None] - discount[:, None]).abs()
-    wins = (labels[:, :, None] > labels[:, None]).float()                                # [B, K, K]
+    wins = (rates[:, :, None] > rates[:, None]).float()                                # [B, K, K]
     return (wins * delta * F.softplus(-(s[:, :, None] - s[:, None]))).sum((1, 2))
 
 
-def list_mle(list_ratio, labels, *, beta: Positive = 0.1):
-    """Plackett-Luce on the ranking by label:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] ->
+def list_mle(list_ratio, rates, *, beta: Positive = 0.1):
+    """Plackett-Luce on the ranking by win rate:  Σ_k [logsumexp(s_k:) - s_k],  s = β d.   [B, K] ->
     [B]"""
-    s = (beta * list_ratio).gather(1, labels.argsort(1, descending=True))       # [B, K], best first
+    s = (beta * list_ratio).gather(1, rates.argsort(1, descending=True))       # [B, K], best first
     return (s.flip(1).logcumsumexp(1).flip(1) - s).sum(1)
 
 
 LOSSES["lipo"], LOSSES["list_mle"], SOURCES["lists"] = lipo, list_mle, lists
-GIVES["lists"] = "chosen", "rejected", "labels"
+ROWS["lists"], GIVES["lists"] = fresh_rows, ("chosen", "rejected", "rates")
 PRESETS["lipo"] = dict(loss="lipo", source="lists", refresh=200, beta=0.05)   # §5: beta 0.05
 PRESETS["list_mle"] = dict(loss="list_mle", source="lists", refresh=200)
 
@@ -1521,13 +1440,13 @@ PRESETS["list_mle"] = dict(loss="list_mle", source="lists", refresh=200)
 # === pro: 2306.17492, one against the rest, down the ranking, and SFT on the best =================
 
 
-def pro(list_mean, list_logp, labels, *, weight=0.05):
+def pro(list_mean, list_logp, rates, *, weight=0.05):
     """PRO: down the ranking, the best left against the rest; + w (n-1)² NLL of the best.   [B]
 
     Σ_k logsumexp(a_k T_k, a_i (r_k - r_i)) - a_k T_k over the i behind k,  T_k = max_i (r_k - r_i).
     """
-    order = labels.argsort(1, descending=True)
-    a, r, logp = (x.gather(1, order) for x in (list_mean, labels, list_logp))           # best first
+    order = rates.argsort(1, descending=True)
+    a, r, logp = (x.gather(1, order) for x in (list_mean, rates, list_logp))           # best first
     n, out = a.size(1), 0.0
     for k in range(n - 1):
         gap = r[:, k:k + 1] - r[:, k + 1:]                                              # [B, n-k-1]
@@ -1589,20 +1508,23 @@ def flattened(grads):
     return torch.cat([g.reshape(-1) for g in grads])
 
 
-def backward_each(policy, batch, passes, combine):
+def backward_each(c, f, known, batch, metrics):
     """A gradient an objective, of the mean over the rows on which it has an opinion; then --combine
     -> the sum of the objectives' losses."""
-    params = [p for p in policy.parameters() if p.requires_grad]
+    params = [p for p in known["policy"].parameters() if p.requires_grad]
     count = torch.tensor([r["signs"] for r in batch]).abs().sum(0).clamp(min=1)          # [M]
     G, total, value = 0, 0.0, 0.0
-    for loss in passes:
+    for i in range(0, len(batch), c.micro):
+        with autocast(c.device, c.dtype):
+            here = measure(c, known, batch[i:i + c.micro])
+            loss = f.loss(**inputs(needs(f.loss), here))                                 # [b, M]
+        metrics.update(sums(here))
         each = loss.sum(0) / count.to(loss.device)                                       # [M]
         grads = [torch.autograd.grad(one, params, retain_graph=True) for one in each]
         G = torch.stack([flattened(own) for own in grads]) + G                           # [M, D]
         total = total + each.detach()
         value += each.sum().item()
-    known = dict(G=G, losses=total)
-    flat = combine(**{k: known[k] for k in needs(combine)})
+    flat = ask(f.combine, dict(G=G, losses=total))                                       # [D]
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
     return value
@@ -1622,7 +1544,7 @@ def check_objectives(c, f):
 
 
 LOSSES["objectives"], SOURCES["signs"] = objectives, signs_of_groups
-BACKWARD["objectives"] = backward_each
+ROWS["signs"], BACKWARD["objectives"] = once, backward_each
 CHECKS["objectives"], CHECKS["signs"] = check_objectives, check_signs
 GIVES["signs"], EVALUATIONS["signs"] = ("chosen", "rejected", "signs"), worth_to_groups
 PRESETS["raco"] = dict(loss="objectives", source="signs", combine="cagrad",
@@ -1639,7 +1561,7 @@ def spin(problems, sample, demo):
     return [row(p, [demo(p), y]) for p, (y,) in zip(problems, sample(problems))]
 
 
-SOURCES["spin"], GIVES["spin"] = spin, ("chosen", "rejected")
+SOURCES["spin"], ROWS["spin"], GIVES["spin"] = spin, fresh_rows, ("chosen", "rejected")
 PRESETS["spin"] = dict(source="spin", anchor="previous", refresh=50)
 
 
@@ -1674,7 +1596,7 @@ def ranked(problems, sample, compare, *, k: Range("[2, inf)") = 5):
 
 
 LOSSES["sppo"], LOSSES["sppo_hard"], SOURCES["ranked"] = sppo, sppo_hard, ranked
-GIVES["ranked"] = "chosen", "rejected", "chosen_win", "rejected_win"
+ROWS["ranked"], GIVES["ranked"] = fresh_rows, ("chosen", "rejected", "chosen_win", "rejected_win")
 PRESETS["sppo"] = dict(loss="sppo", source="ranked", anchor="previous", refresh=50)
 
 
@@ -1699,7 +1621,7 @@ def dno_pairs(problems, sample, compare, demo, counts, *, k: Range("[2, inf)") =
 
 
 LOSSES["dno"], SOURCES["dno"] = dno, dno_pairs
-GIVES["dno"] = "chosen", "rejected", "chosen_win", "rejected_win"
+ROWS["dno"], GIVES["dno"] = fresh_rows, ("chosen", "rejected", "chosen_win", "rejected_win")
 PRESETS["dno"] = dict(source="dno", anchor="previous", refresh=50)
 
 
@@ -1758,36 +1680,36 @@ def mixture(problems, sample, compare, start, *, kappa: Share = 0.5):
     return beating(problems, sample(problems), theirs, compare)
 
 
-LOSSES["nash_md"], SOURCES["mixture"], GIVES["mixture"] = nash_md, mixture, ("win",)
+LOSSES["nash_md"], SOURCES["mixture"] = nash_md, mixture
+ROWS["mixture"], GIVES["mixture"] = fresh_rows, ("win",)
 PRESETS["nash_md"] = dict(loss="nash_md", source="mixture")
 
 
 # === nash_mp: 2505.19731, Nash by Mirror Prox: two half-steps, near the last iterate ==============
 
 
-class Opponents:
-    """Copies of the policy: the last iterate π_k, and the opponent, π_k or then π_(k+½)."""
+class Copies:
+    """Copies of the policy that nothing trains, by name."""
 
     def __init__(self, policy):
-        self.policy, self.iterate, self.opponent = policy, None, None
+        self.policy, self.models = policy, {}
+
+    def take(self, name):
+        """Copy the policy as it is now."""
+        self.models[name] = copy.deepcopy(self.policy).requires_grad_(False)
 
     def state(self):
-        return {k: getattr(self, k).state_dict() for k in ("iterate", "opponent") if self.iterate}
+        return {name: model.state_dict() for name, model in self.models.items()}
 
     def load(self, state):
-        for key, weights in state.items():
-            setattr(self, key, frozen(self.policy))
-            getattr(self, key).load_state_dict(weights)
-
-
-def frozen(model):
-    """A copy that nothing trains."""
-    return copy.deepcopy(model).requires_grad_(False)
+        for name, weights in state.items():
+            self.take(name)
+            self.models[name].load_state_dict(weights)
 
 
 def iterate_logps(rows, opponents, logprobs):
     """Log-probs of the rows' tokens under the last iterate.   -> [n] a row"""
-    return logprobs(rows, opponents.iterate)
+    return logprobs(rows, opponents.models["iterate"])
 
 
 def iterate_ratio(logps, iterate_logps):
@@ -1803,16 +1725,16 @@ def nash_mp(logp, ratio, iterate_ratio, win, *, tau: Positive = 0.1, eta: Positi
     return -(win - 0.5 - tau * (ratio + iterate_ratio / eta)).detach() * logp
 
 
-def prox(problems, sample, compare, opponents, policy, stage, *, inner: Count = 4):
+def prox(problems, sample, compare, opponents, stage, *, inner: Count = 4):
     """Nash-MP: `inner` policy-gradient steps against π_k, then as many against π_(k+½), both near
     π_k."""
     phase = stage % (2 * inner)
     if phase == 0:
-        opponents.iterate = frozen(policy)
+        opponents.take("iterate")
     if phase in (0, inner):
-        opponents.opponent = frozen(policy)
-    ours = sample(problems)
-    return beating(problems, ours, sample(problems, model=opponents.opponent), compare)
+        opponents.take("opponent")
+    ours, theirs = sample(problems), sample(problems, model=opponents.models["opponent"])
+    return beating(problems, ours, theirs, compare)
 
 
 def check_nash_mp(c, f):
@@ -1822,9 +1744,10 @@ def check_nash_mp(c, f):
                         "not keep: take --source prox")
 
 
-LOSSES["nash_mp"], SOURCES["prox"], GIVES["prox"] = nash_mp, prox, ("win",)
+LOSSES["nash_mp"], SOURCES["prox"] = nash_mp, prox
+ROWS["prox"], GIVES["prox"] = fresh_rows, ("win",)
 FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
-MEMORIES["opponents"], CHECKS["nash_mp"] = Opponents, check_nash_mp
+MEMORIES["opponents"], CHECKS["nash_mp"] = Copies, check_nash_mp
 PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
 
 
@@ -1953,7 +1876,7 @@ def explore(problems, sample, compare, start, generator):
 
 
 LOSSES["xpo"], SOURCES["explore"] = xpo, explore
-GIVES["explore"] = "chosen", "rejected", "other"
+ROWS["explore"], GIVES["explore"] = fresh_rows, ("chosen", "rejected", "other")
 PRESETS["xpo"] = dict(loss="xpo", source="explore")
 
 
@@ -1980,7 +1903,7 @@ def selm_pairs(drawn, sample, compare):
 
 
 LOSSES["selm"], SOURCES["selm"], FACTS["drawn"] = selm, selm_pairs, next_pairs
-GIVES["selm"] = "chosen", "rejected", "other"
+ROWS["selm"], GIVES["selm"] = fresh_rows, ("chosen", "rejected", "other")
 PRESETS["selm"] = dict(loss="selm", source="selm", anchor="previous", refresh=50)
 
 
@@ -2011,32 +1934,16 @@ def check_hypo(c, f):
 
 
 LOSSES["hypo"], SOURCES["hybrid"], CHECKS["hypo"] = hypo, hybrid, check_hypo
-GIVES["hybrid"] = "chosen", "rejected"
+ROWS["hybrid"], GIVES["hybrid"] = fresh_rows, ("chosen", "rejected")
 PRESETS["hypo"] = dict(loss="hypo", source="hybrid")
 
 
 # === mpo: 2403.19443, easy pairs by DPO, then policy gradients on the hard prompts ================
 
 
-class Handover:
-    """The data's margins by the judge, and the model that DPO has made of the easy pairs."""
-
-    def __init__(self, policy):
-        self.start, self.margins, self.policy = policy, [], None
-
-    def state(self):
-        return dict(margins=self.margins, policy=self.policy and self.policy.state_dict())
-
-    def load(self, state):
-        self.margins = state["margins"]
-        if state["policy"]:
-            self.policy = frozen(self.start)
-            self.policy.load_state_dict(state["policy"])
-
-
 def at_handover(start, handover):
     """Log-ratios against the start, and on the hard prompts against the model that DPO has made."""
-    return handover.policy or start
+    return handover.models.get("policy", start)
 
 
 def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
@@ -2050,34 +1957,24 @@ def mpo(chosen_ratio, rejected_ratio, chosen_logp, rejected_logp, gain, hard, *,
                        dpo(chosen_ratio, rejected_ratio, beta=beta))
 
 
-def pool(data, compare, handover, easy, done):
-    """(whether it is the hard pairs' turn, these or the easy ones); easy 0: policy gradients alone,
-    1: DPO alone; done: the share of the run behind us."""
-    if not handover.margins:
-        handover.margins = [abs(torch.logit(P[0, 1], eps=1e-9).item())
-                            for P in compare(*zip(*map(texts_of, data)))]
-    order = sorted(range(len(data)), key=lambda i: -handover.margins[i])
-    cut = round(easy * len(order))
-    hard = cut == 0 or cut < len(order) and done
-    return hard, [data[i] for i in (order[cut:] if hard else order[:cut])]
-
-
-def mpo_rows(problems, data, sample, compare, handover, policy, step, stage, c, *,
-             easy: Share = 0.5):
-    """MPO: half of the run, the share `easy` of the pairs, those of the largest margin; then two
-    samples each of the other pairs' prompts and the judge's log-odds, near the model that DPO has
-    made."""
-    hard, rest = pool(data, compare, handover, easy, step >= c.steps // 2)
+def mpo_rows(problems, data, sample, compare, handover, step, stage, c, *, easy: Share = 0.5):
+    """MPO: half of the run, the share `easy` of the pairs, those of the largest margin (0: policy
+    gradients alone, 1: DPO alone); then two samples each of the other pairs' prompts and the
+    judge's log-odds, near the model that DPO has made."""
+    if "gap" not in data[0]:
+        for r, P in zip(data, compare(*zip(*map(texts_of, data)))):
+            r["gap"] = abs(preference_odds(P))
+    order, cut = sorted(data, key=lambda r: -r["gap"]), round(easy * len(data))
+    hard = cut == 0 or cut < len(data) and step >= c.steps // 2
+    rest = order[cut:] if hard else order[:cut]
     picked = [rest[i] for i in batch_indices(len(rest), len(problems), stage, c.seed).tolist()]
     where, groups = zip(*map(texts_of, picked))
     if hard:
-        handover.policy = handover.policy or frozen(policy)
+        if not handover.models:
+            handover.take("policy")
         groups = sample(where, 2)
-
-    def choose(P):
-        gain = torch.logit(P[0, 1], eps=1e-9).item() if hard else 0.0
-        return (0, 1), dict(hard=float(hard), gain=gain)
-    return judged(where, groups, compare, choose)
+    return judged(where, groups, compare,
+                  lambda P: ((0, 1), dict(hard=float(hard), gain=preference_odds(P))))
 
 
 def check_mpo(c, f):
@@ -2091,8 +1988,8 @@ def check_mpo(c, f):
 
 
 LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
-MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Handover, check_mpo, check_mpo
-GIVES["mpo"] = "chosen", "rejected", "gain", "hard"
+MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Copies, check_mpo, check_mpo
+ROWS["mpo"], GIVES["mpo"] = fresh_rows, ("chosen", "rejected", "gain", "hard")
 PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
 
 
@@ -2110,8 +2007,7 @@ class Node:
 
     @property
     def Q(self):
-        """r + V: what the step adds to its parent's worth, and its best continuations to its
-        own."""
+        """r + V: what the step adds to its parent's worth, and its continuations to its own."""
         return self.v - (self.parent.v if self.parent else 0.0) + self.V
 
     def path(self):
@@ -2138,14 +2034,12 @@ def back_up(node):
 
 
 def grow_trees(prompts, extend, value, room, *, iterations=8, children=3, chunk=4, depth=4):
-    """One tree a prompt -> their roots, after `iterations` leaves each; all grow by one leaf at a
-    time, so that a language model extends them in one batch.
+    """One tree a prompt -> their roots, after `iterations` leaves each, grown side by side.
 
     extend([ids], new, k) -> for every start k tuples (ids of at most `new` tokens, prior,
     finished); value(i, ids, finished) -> the worth of a whole response to prompt i. A leaf within
     `depth` steps gets `children` steps of `chunk` tokens; each is worth what one completion from it
-    is (2405.00451 adds the model's own confidence: ours is the verifier alone).
-    """
+    is (2405.00451 adds the model's own confidence: ours is the verifier alone)."""
     roots = [Node() for _ in prompts]
     for _ in range(iterations):
         leaves = [descend(root) for root in roots]
@@ -2164,15 +2058,15 @@ def grow_trees(prompts, extend, value, room, *, iterations=8, children=3, chunk=
 
 def worths(prompts, fresh, extend, value, room):
     """What one completion from each new step is worth; fresh: [(prompt's index, Node)]."""
-    rest, ends = {}, [(x.path(), x.finished) for _, x in fresh]
-    for k, (path, finished) in enumerate(ends):
+    rest, whole = {}, [(x.path(), x.finished) for _, x in fresh]
+    for k, (path, finished) in enumerate(whole):
         if not finished and len(path) < room:
             rest.setdefault(room - len(path), []).append(k)
     for left, same in rest.items():                    # one call a length: all end at room
-        starts = [prompts[fresh[k][0]] + ends[k][0] for k in same]
+        starts = [prompts[fresh[k][0]] + whole[k][0] for k in same]
         for k, ((ids, _, done),) in zip(same, extend(starts, left, 1)):
-            ends[k] = ends[k][0] + ids, done
-    return [value(i, *end) for (i, _), end in zip(fresh, ends)]
+            whole[k] = whole[k][0] + ids, done
+    return [value(i, *end) for (i, _), end in zip(fresh, whole)]
 
 
 # === mcts: 2405.00451, pairs of steps from a search tree ==========================================
@@ -2215,7 +2109,8 @@ def tree(problems, world, tok, extend, room, *, iterations: Count = 8,
             for prefix, a, b in step_pairs(root)]
 
 
-SOURCES["mcts"], FACTS["extend"], GIVES["mcts"] = tree, extend, ("chosen", "rejected")
+SOURCES["mcts"], FACTS["extend"] = tree, extend
+ROWS["mcts"], GIVES["mcts"] = fresh_rows, ("chosen", "rejected")
 
 
 if __name__ == "__main__":

@@ -372,8 +372,8 @@ def test_gradients_are_those_of_finite_differences(name):
     fn, B = dpo.LOSSES[name], 3
     shape = dict(logps=(B, 4), delta=(B, 4), mask=(B, 4), eos=(B, 4), kl=(B, 4), weight=(B, 4),
                  credit=(B, 4),
-                 list=(B, 4), labels=(B, 4), signs=(B, 2))
-    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "labels",
+                 list=(B, 4), rates=(B, 4), signs=(B, 2))
+    constant = ("mask", "eos", "len", "credit", "weight", "margin", "win", "good", "z0", "rates",
                 "signs", "gain", "hard", "kept", "beta_now", "shift")
     have, free = {}, []
     for i, k in enumerate(needs(fn)):
@@ -742,6 +742,15 @@ def test_every_source_and_statistic_says_what_it_gives(table):
     assert set(getattr(dpo, table)) <= set(dpo.GIVES)
 
 
+def test_every_source_says_how_its_rows_are_made():
+    """once, and their log-probs kept on disk, exactly if it asks nothing of the policy"""
+    assert set(dpo.SOURCES) == set(dpo.ROWS)
+    for name, source in dpo.SOURCES.items():
+        fixed = dpo.static(SimpleNamespace(source=source))
+        assert (dpo.ROWS[name] is dpo.once) == fixed, name
+    assert set(dpo.STATISTICS) == {"none", *dpo.WHOLE}
+
+
 def test_what_a_function_asks_for_is_made_once_and_only_then():
     calls = []
 
@@ -840,6 +849,9 @@ def test_real_pairs_and_labels_from_files(shared_bases):
                         + "\n" for r in rows for x in ("chosen", "rejected") if r[x]))
     out = tiny("kto", "kto", "--data=labels.jsonl", "--init=base:ring", "--steps=1", "--rows=0")
     assert 0 <= out["val_accuracy"] <= 1
+    plain = tiny("ga", "ga", "--source=labels", "--data=labels.jsonl", "--init=base:ring",
+                 "--steps=1", "--rows=0")                          # ranked without a reference
+    assert 0 <= plain["val_accuracy"] <= 1 and "val_kl" not in plain
 
 
 def test_gsm8k_solutions_are_labels_and_split_by_problem(tmp_path):
@@ -870,7 +882,8 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     assert dpo.usable(rows, c, 8, counts) == [dict(prompt=[1], sides=[[3], [4]])]
     assert counts == dict(identical=1, empty=1, long=1)
     c.source = "lists"                                 # a list is dropped only if all are alike
-    lists = [dict(prompt=[1], sides=sides) for sides in ([[3], [3], [3]], [[3], [3], [4]])]
+    lists = [dict(prompt=[1], sides=sides, rates=[.5] * 3)
+             for sides in ([[3], [3], [3]], [[3], [3], [4]])]
     assert len(dpo.usable(lists, c, 8, counts)) == 1 and counts["identical"] == 2
     with pytest.raises(UserError, match="no row is left"):
         dpo.usable(rows[:3], c, 8, counts)
@@ -891,7 +904,7 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
     (["--config=mpo,tiny", "--anchor=start"], "--anchor handover is of --loss mpo"),
     (["--config=tiny", "--anchor=previous"], "made once"),
     (["--config=tiny", "--loss=inpo"], "made once"),
-    (["--config=tiny", "--loss=lipo"], "reads labels.* but lists; try --config lipo"),
+    (["--config=tiny", "--loss=lipo"], "reads rates.* but lists; try --config lipo"),
     (["--config=tiny", "--loss=npo"], "reads good.* try --config npo"),
     (["--config=tiny", "--loss=hypo"], "take --source hybrid"),
     (["--config=nash_mp,tiny", "--source=mixture"], "take --source prox"),
@@ -938,9 +951,9 @@ def test_measure_reads_one_batched_forward_and_padding_changes_nothing(shared_ba
     long = dict(prompt=tok.encode(".abcd="),
                 sides=[tok.encode("abcabcabc"), tok.encode("cdecdecdecde")])
     calls, names = [], ["chosen_logp", "rejected_logp"]
-    x = dpo.inputs(names, dpo.measure(c, known, [short]), [short])
+    x = dpo.inputs(names, dpo.measure(c, known, [short]))
     hook = model.register_forward_hook(lambda *_: calls.append(1))
-    y = dpo.inputs(names, dpo.measure(c, known, [short, long]), [short, long])
+    y = dpo.inputs(names, dpo.measure(c, known, [short, long]))
     hook.remove()
     assert calls == [1] and all(len(y[k]) == 2 and close(x[k][0], y[k][0], 1e-5) for k in names)
     for k, side in zip(names, short["sides"]):
