@@ -1468,13 +1468,14 @@ def without_unread(text, kept, tables):
                     read.add(x.attr)
                     of_c |= {x.attr} if "c" in (getattr(x.value, "id", ""),
                                                 getattr(x.value, "attr", "")) else set()
-    fields, single = config_fields(text), set()
+    fields, single, defined = config_fields(text), set(), set()         # defined here, so cut to one row
     for unit in units_of(text):
+        defined |= unit.defines if isinstance(unit.node, ast.Assign) else set()
         if "AXES" in unit.defines:
             axes = [x for x in unit.node.value.keywords if x.arg in read | of_c
                     or x.arg not in fields]
-            single = {x.arg for x in axes if isinstance(x.value, ast.Name)
-                      and tables.get(x.value.id) != "PATH"}
+            single = {x.arg for x in axes if getattr(x.value, "id", "") in defined
+                      and tables[x.value.id] != "PATH"}
             whole = textwrap.fill(f"AXES = dict({', '.join(segment(x, lines) for x in axes)})", 100,
                                   subsequent_indent=" " * 12)
             lines[unit.node.lineno - 1:unit.node.end_lineno] = whole.splitlines()

@@ -152,7 +152,7 @@ def test_every_preset_can_be_ejected(script, name, shared_bases):
 
 def test_an_ejected_script_names_its_method_and_has_its_values(workdir):
     _, text = ejected("ppo", "raft", workdir)
-    assert "2304.06767" in text.split('"""')[1] and 'surrogate: str = "nll"' in text
+    assert "2304.06767" in text.split('"""')[1] and "SURROGATES[\"nll\"]" in text
     assert "ppo_clip" not in text and "likelihood(" not in text and "PRESETS = dict(" in text
     assert f"commit {run.commit()}" in text
 
