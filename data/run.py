@@ -1468,7 +1468,7 @@ def without_unread(text, kept, tables):
                     read.add(x.attr)
                     of_c |= {x.attr} if "c" in (getattr(x.value, "id", ""),
                                                 getattr(x.value, "attr", "")) else set()
-    fields, single, defined = config_fields(text), set(), set()         # defined here, so cut to one row
+    fields, single, defined = config_fields(text), set(), set()
     for unit in units_of(text):
         defined |= unit.defines if isinstance(unit.node, ast.Assign) else set()
         if "AXES" in unit.defines:
