@@ -255,49 +255,41 @@ CHAPTERS = """
 #=== no heading: 2501.00001, nothing
 PRESETS["hapo"] = dict(shaper="history")      # 2505.11225 section 4
 """
-MAP = """a script.
-
-preset      paper               idea                            reads
-dpo         2305.18290 eq. 7    logistic loss | margin (the default)   x
-            and more            of it
-smoothquant 2312.03788          inputs scaled                   outputs
-kmeans      -                   the control                     nothing
-half        control of srppo    at temperature 0.5
-rwr         a world             reward-weighted (2302.08582)
-tiny        size                seconds on any CPU
-Watch       accuracy            2305.18290
-"""
 
 
 def test_the_index_is_read_from_the_headings_of_chapters():
     assert claims.HEADING.pattern == test_house.HEADING.pattern
     assert claims.chapters(CHAPTERS) == [
         ("hapo", ["2505.11225"], "beat the shortest correct response yet"),
-        ("kd", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
-        ("kdrl", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
+        ("kd, kdrl", ["2506.02208", "2602.12125"], "a teacher, beside the reward or alone"),
         ("linear", [], "control, every response pays")]
-
-
-def test_the_index_is_read_from_a_docstring_s_map_too():
-    assert claims.mapped(MAP) == [
-        ("dpo", ["2305.18290"], "logistic loss | margin (the default)"),
-        ("smoothquant", ["2312.03788"], "inputs scaled"), ("kmeans", [], "the control"),
-        ("half", [], "at temperature 0.5"), ("rwr", ["2302.08582"], "reward-weighted")]
-    both = claims.methods(f'"""{MAP}"""\n# === dpo: 2305.18290, the heading wins\n')
-    assert both[0] == ("dpo", ["2305.18290"], "the heading wins") and len(both) == 5
+    names = [row[0] for row in claims.methods("grpo", CHAPTERS, {"linear"})]
+    assert names == ["grpo", "hapo", "kd, kdrl", "linear"]
+    assert len(claims.methods("grpo", CHAPTERS, {"other"})) == 3         # linear has no paper
 
 
 def test_a_method_s_verdicts_are_those_of_the_claims_that_it_is_an_arm_of():
     undecided = "[lengths: hapo: undecided](grpo.md#claim-lengths)"
-    assert claims.verdicts("hapo", "grpo", FOUND) == undecided
-    assert claims.verdicts("dr_grpo", "grpo", FOUND) == "-"
+    assert claims.verdicts(["hapo"], "grpo", FOUND) == undecided
+    assert claims.verdicts(["dr_grpo"], "grpo", FOUND) == "-"
     assert claims.short_verdict("rdpo", FOUND["noise"]["verdict"]) == "rDPO: holds"
     assert claims.short_verdict("dpo", FOUND["noise"]["verdict"]) == FOUND["noise"]["verdict"]
 
 
 def test_the_index_has_every_script_and_no_method_twice():
-    rows = re.findall(r"^\| `(\w+)` \|.*\[(\w+)\.py\]", PAGES[RESULTS / "README.md"], re.M)
-    assert len(set(rows)) == len(rows) > 150 and {x for _, x in rows} == {*claims.SCRIPTS, "optim"}
+    rows = re.findall(r"^\| ([^|]+) \|.*\[(\w+)\.py\]", PAGES[RESULTS / "README.md"], re.M)
+    names = [(name, script) for words, script in rows for name in re.findall(r"`(\w+)`", words)]
+    assert len(set(names)) == len(names) > 200
+    assert {script for _, script in names} == {*claims.SCRIPTS, "optim"}
+
+
+def test_every_preset_of_a_method_is_in_the_index():
+    page = PAGES[RESULTS / "README.md"]
+    for script in ("grpo", "dpo", "compress", "specdec"):
+        text = (ROOT / f"{script}.py").read_text()
+        for name in importlib.import_module(script).PRESETS:
+            heading = re.search(rf"^# === (?:\w+, )*{name}[,:]", text, re.M)
+            assert f"`{name}`" in page or not heading, name
 
 
 def test_claims_are_looked_for_in_tests_claims_first(monkeypatch):

@@ -72,14 +72,17 @@ def test_nothing_is_made_before_what_is_missing_is_told(script, argv, words, wor
 
 
 NUMBERS = ("lr", "clip", "temperature", "batch", "epochs", "noise", "keep")
+ROWS = dict(noise=["--noise=noisy", "--rate"])           # where a field names a row: its number
 
 
 @pytest.mark.parametrize("script, field", [(name, field) for name, module in SCRIPTS.items()
                                            for field in NUMBERS if hasattr(module.Config, field)])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_ranges_hold_in_every_script(script, field, value, workdir):
-    with pytest.raises(UserError, match=f"--{field} {value}: (must be|expected)"):
-        SCRIPTS[script].main([f"--{field}={value}"])
+    named = ROWS[field] if isinstance(getattr(SCRIPTS[script].Config, field), str) else []
+    *row, option = named or [f"--{field}"]
+    with pytest.raises(UserError, match=f"{option} {value}: (must be|expected)"):
+        SCRIPTS[script].main([*row, f"{option}={value}"])
     assert not any(workdir.iterdir())
 
 

@@ -192,40 +192,38 @@ def contrasts(script, found):
 # --- the index of methods -------------------------------------------------------------------------
 
 
+# what stands in a script's spine, which has no heading: names, paper, idea
+SPINES = dict(
+    sft=("pretrain, sft", ["2203.02155"], "cross-entropy of a text, or of completions only"),
+    reward=("bt", ["2203.02155"], "Bradley-Terry: the chosen response scores higher"),
+    ppo=("srppo", ["2510.21090"], "the reward is log π_sft(y|x) - log π_base(y|x): demonstrations "
+         "are all it needs"),
+    grpo=("grpo", ["2402.03300"], "the group's mean as baseline, its std as unit, PPO's clip"),
+    dpo=("dpo, online", ["2305.18290"], "the policy as its own reward model: a logistic loss of "
+         "pairs from a file, or of its own samples"),
+    compress=("nowag_p", ["2504.14569"], "the largest entries of the normalised weight stay, by "
+              "the energy of their inputs"),
+    specdec=("speculative", ["2211.17192", "2302.01318"], "a draft proposes, the target verifies: "
+             "the target's law, exactly"),
+    optim=("adamw", ["1711.05101"], "Adam with decoupled weight decay"))
+
+
 def chapters(text):
-    """[(name, papers, idea)]: every name in the headings of a script's chapters."""
+    """[(names, papers, idea)] of a script's chapters, from their headings."""
     rows = []
     for head in filter(None, map(HEADING.match, text.splitlines())):
         pieces = head[2].split(", ")
         while len(pieces) > 1 and PAPER.search(pieces[0]):
             pieces.pop(0)
-        rows += [(name.strip(), PAPER.findall(head[2]), ", ".join(pieces))
-                 for name in head[1].split(",")]
+        rows.append((head[1], PAPER.findall(head[2]), ", ".join(pieces)))
     return rows
 
 
-def mapped(doc):
-    """[(name, papers, idea)]: the rows 'preset  paper  idea' of a script's docstring that have a
-    paper or are a control."""
-    rows, at = [], None
-    for text in doc.splitlines():
-        name, *rest = re.split(r"\s+", text, maxsplit=1)
-        words = re.split(r"\s{2,}", rest[0].strip()) if rest else []
-        if name == "Watch":                                     # the map is over
-            break
-        if name in ("preset", "rule"):
-            at = next(i for i, word in enumerate(words) if word.startswith("idea"))
-        elif at and len(words) > at and re.fullmatch(r"\w+", name):
-            papers = PAPER.findall(text)
-            if papers or re.match(r"control|baseline|-$", words[0]):
-                rows.append((name, papers, re.sub(r" \(\d{4}\.\d{5}\)", "", words[at])))
-    return rows
-
-
-def methods(text):
-    """A script's methods in reading order: those of its docstring's map, then its chapters'."""
-    rows = mapped(ast.get_docstring(ast.parse(text)) or "") + chapters(text)
-    return list({name: (name, papers, idea) for name, papers, idea in rows}.values())
+def methods(script, text, known):
+    """A script's methods in reading order: its spine's, then the chapters that have a paper or the
+    name of a preset or a row, which `known` holds."""
+    return [SPINES[script]] + [row for row in chapters(text)
+                               if row[1] or known & {*row[0].split(", ")}]
 
 
 def short_verdict(name, verdict):
@@ -236,27 +234,30 @@ def short_verdict(name, verdict):
     return next((x for x in parts if plain(x.split(": ")[0]) == plain(name)), verdict)
 
 
-def verdicts(name, script, found):
-    """Links to the claims of a script in which the preset is part of an arm, or '-'."""
+def verdicts(names, script, found):
+    """Links to the claims of a script in which one of the names is part of an arm, or '-'."""
     links = []
     for claim, report in of_script(script, found).items():
         arms = claims_of(script)[claim].arms.values()
-        if any(name in entries(arm) for arm in arms):
-            verdict = cell(short_verdict(name, report["verdict"]))
-            links.append(f"[{claim}: {verdict}]({script}.md#claim-{claim})")
+        used = [name for name in names if any(name in entries(arm) for arm in arms)]
+        words = dict.fromkeys(cell(short_verdict(name, report["verdict"])) for name in used)
+        if words:
+            links.append(f"[{claim}: {'; '.join(words)}]({script}.md#claim-{claim})")
     return "; ".join(links) or "-"
 
 
 def index(found):
     """The table of all methods. optim.py's rules are presets of sft.py, whose claims race them."""
-    lines = ["| preset | idea | paper | script | verdict |", "|---|---|---|---|---|"]
+    lines = ["| --config | idea | paper | script | verdict |", "|---|---|---|---|---|"]
     for script in [*SCRIPTS, "optim"]:
         home = "sft" if script == "optim" else script
-        presets = importlib.import_module(home).PRESETS
-        for name, papers, idea in methods((ROOT / f"{script}.py").read_text()):
-            lines.append(line(f"`{name}`" if name in presets else name, cell(idea),
-                              cell(", ".join(papers)) or "-", f"[{script}.py]({home}.md)",
-                              verdicts(name, home, found)))
+        module = importlib.import_module(home)
+        known = {*module.PRESETS}.union(*module.AXES.values())
+        for words, papers, idea in methods(script, (ROOT / f"{script}.py").read_text(), known):
+            names = words.split(", ")
+            marked = ", ".join(f"`{name}`" if name in known else name for name in names)
+            lines.append(line(marked, cell(idea), cell(", ".join(papers)) or "-",
+                              f"[{script}.py]({home}.md)", verdicts(names, home, found)))
     return [f"{len(lines) - 2} methods, controls and baselines.", "", *lines]
 
 
