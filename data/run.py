@@ -1416,7 +1416,8 @@ def eject(path, file, c, f, axes, options, idle=()):
     for unit in units:
         if "AXES" in unit.defines:
             known = known.union(*(vars(f)[x.arg].keywords for x in unit.node.value.keywords))
-    idle = sorted(known & {*idle})
+    idle, given = sorted(known & {*idle}), arguments_elsewhere(units, rows_used(c, axes), f)
+    names |= {"partial"} if given else set()
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
         gap = "\n" * (not lines[units[i].first - 2].strip()) if imports(units[i].node) else ""
@@ -1428,7 +1429,8 @@ def eject(path, file, c, f, axes, options, idle=()):
                        len(lines) + 1)
             if any(k < first < end for first, _ in pieces):
                 pieces.append((k, line))
-    pieces.append((len(lines) + 1, 'if __name__ == "__main__":\n    cli(main)'))
+    pieces += [(len(lines) + 1, given)] if given else []
+    pieces.append((len(lines) + 2, 'if __name__ == "__main__":\n    cli(main)'))
     write_text(file, joined_pieces(sorted(pieces)))
     print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
           f"python {file} --config tiny shows that it turns")
@@ -1569,6 +1571,22 @@ def source_of(unit, rows, lines, names, fields, c, f):
             if mine and mine[0].keywords[arg.arg] != hyper(mine[0].func)[arg.arg]:
                 places.append((default, mine[0].keywords[arg.arg]))
     return replaced(unit, lines, places)
+
+
+def arguments_elsewhere(units, rows, f):
+    """A run's arguments of functions that stand in another module, as lines of an ejected script:
+    where a function stands in the script they are its defaults."""
+    here = {x.name for unit in units for x in ast.walk(unit.node) if isinstance(x, ast.FunctionDef)}
+    axes = [x.arg for unit in units if "AXES" in unit.defines for x in unit.node.value.keywords]
+    out = []
+    for axis in axes:
+        fn, usual = vars(f)[axis], hyper(vars(f)[axis].func)
+        given = {k: x for k, x in fn.keywords.items() if x != usual[k]}
+        if given and fn.func.__name__ not in here:
+            row = rows[axis]
+            words = ", ".join(f"{k}={literal(x)}" for k, x in given.items())
+            out.append(f'AXES["{axis}"] = dict({row}=partial(AXES["{axis}"]["{row}"], {words}))')
+    return "\n".join(out)
 
 
 def main_of(name, idle):
