@@ -202,13 +202,13 @@ STATISTICS = dict(h=partial(Mean, energy))
 
 
 @torch.no_grad()
-def watch(block, inputs, where, names):
+def watch(block, inputs, where, names=(), **more):
     """One pass of a block over its inputs, a list of [b, T, D].
-    -> its outputs, {layer: {name: value}} of the rows of STATISTICS that are named, and of h"""
-    asked, sums = [k for k in STATISTICS if k == "h" or k in names], {}
+    -> its outputs, {layer: {name: value}} of h, of the named rows of STATISTICS, and of more"""
+    asked, sums = {k: x for k, x in STATISTICS.items() if k == "h" or k in names} | more, {}
 
     def note(name):
-        sums[name] = {k: STATISTICS[k]() for k in asked}
+        sums[name] = {k: make() for k, make in asked.items()}
 
         def hook(layer, args):
             x = args[0].flatten(0, -2).float()                                           # [N, n]
@@ -1002,7 +1002,7 @@ def smoothquant(model, inputs, where, f, *, points: Count = 20):
     """
     whole, statistics, x = [], [], inputs
     for i, block in enumerate(model.layers):
-        x, found = watch(block, x, where(i), ("absmax",))
+        x, found = watch(block, x, where(i), absmax=Largest)
         whole.append(x[0])
         statistics.append(found)
     best = (math.inf, None)
@@ -1081,7 +1081,8 @@ def awq(model, inputs, where, f, *, points: Count = 20, clip=True):
     for i, block in enumerate(tqdm(model.layers, desc="awq", disable=None, leave=False)):
         at = where(i)
         for names, maker, part in sharing(block, model.config):
-            _, statistics = watch(block, inputs, at, ("H", "absmean"))
+            _, statistics = watch(block, inputs, at, H=partial(Mean, second_moment),
+                                  absmean=partial(Mean, absolute))
             run, seen = block.get_submodule(part), []
             hook = run.register_forward_pre_hook(lambda m, args: seen.append(args))
             block(inputs[0], *at)
@@ -1095,7 +1096,7 @@ def awq(model, inputs, where, f, *, points: Count = 20, clip=True):
         inputs = [block(x, *at) for x in inputs]
 
 
-STATISTICS["absmean"], SMOOTH["awq"], CHECKS["awq"] = partial(Mean, absolute), awq, check_rounds
+SMOOTH["awq"], CHECKS["awq"] = awq, check_rounds
 PRESETS["awq"] = dict(method="rtn", smooth="awq")
 
 

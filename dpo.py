@@ -2,7 +2,7 @@
 dpo.py - preference optimisation: from pairs, lists, binary labels, and the policy's own samples.
 
     python dpo.py                                  # DPO on the world Ring: a minute, base included
-    python dpo.py --config simpo,tiny              # any method in seconds: everything turns
+    python dpo.py --config simpo,tiny              # any method, small: everything turns
     python dpo.py --init Qwen2.5-0.5B --data pairs.jsonl --lr 1e-6 --micro 4
     python dpo.py --config online --judge out/reward/default  # own pairs, judged by a reward model
     python dpo.py --claim noise --seeds 5          # a paper's claim against its baselines
@@ -42,7 +42,7 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
                       batch_indices, cli, launch, needs, read_log, report)
 from data.stats import auroc
 from data.text import CACHE
-from model import (Transformer, autocast, collate, generate, load, peek, save, sequence_score,
+from model import (autocast, collate, generate, load, peek, save, sequence_score,
                    token_logprobs)
 from optim import cosine, optimiser, set_lr, shares
 
@@ -336,6 +336,7 @@ def evaluate(c, f, known, sets, before):
 
 def train(c, f):
     """One run: load, make rows, score, update, log. -> the last evaluation and the start's."""
+    check_files(c, f)
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     initial(c, f)                                      # made before this run's clock starts
     kernels.use(c.kernels)
@@ -449,14 +450,24 @@ def readers(c, f):
 
 
 def checked(c, f):
-    """train(), after check()."""
+    """train(), after check(): a script of one method has nothing that does not go together."""
     check(c, f)
     return train(c, f)
 
 
+def check_files(c, f):
+    """UserError for data, folders and sizes that are not as they must be, before anything is
+    made."""
+    if c.data not in prefs.WORLDS and c.source not in OPEN:
+        prefs.check_pairs(c.data)
+    for name in sorted(MODELS.keys() & asked_by(c, f)):
+        MODELS[name](c, f, make=False)
+    if c.max_new >= (most := initial(c, f, make=False)):
+        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+
+
 def check(c, f):
-    """UserError for rows of the config that do not go together, and for all else that can be known
-    before anything is made: files and folders."""
+    """UserError for rows of the config that do not go together."""
     world = c.data in prefs.WORLDS
     check_names(c, f)
     for name in (c.loss, c.statistic, c.source, c.judge, c.anchor):
@@ -471,12 +482,6 @@ def check(c, f):
     if not world and "world" in asked(f, f.source):
         raise UserError(f"--source {c.source} reads demonstrations or gold: take a world, --data "
                         "ring or toyif")
-    if not world and c.source not in OPEN:
-        prefs.check_pairs(c.data)
-    for name in sorted(MODELS.keys() & found):
-        MODELS[name](c, f, make=False)
-    if c.max_new >= (most := initial(c, f, make=False)):
-        raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     frozen = [FACTS[x] for x in found & FACTS.keys() if "rows" in needs(FACTS[x])]
     if static(f) and "policy" in asked(f, *frozen):
         raise UserError(f"--source {c.source}: its rows are made once, so there is no previous "
@@ -709,6 +714,15 @@ def judged(problems, groups, compare, choose):
             sides, fields = pick
             out.append(row(problem, [ys[i] for i in sides], **fields))
     return out
+
+
+def extremes(P, least=0.0):
+    """The best and the worst by mean win rate, against all with themselves at a half; None if the
+    rates differ by less than `least` (SPPO, DNO)."""
+    win = P.mean(1)
+    a, b = win.argmax().item(), win.argmin().item()
+    if win[a] - win[b] >= least:
+        return (a, b), dict(chosen_win=win[a].item(), rejected_win=win[b].item())
 
 
 FACTS["compare"] = lambda f, known: partial(compare, f, known)
@@ -1379,6 +1393,12 @@ def forget(problems, demo, *, key="a"):
     return rows
 
 
+def forget_rows(c, f, known):
+    """Rows that are made once, without those that do not fit the context."""
+    rows, logprobs = once(c, f, known)
+    return usable(rows, c, known["context"], known["counts"]), logprobs
+
+
 def forgotten(split, problems, demo, options, logprobs, policy):
     """Mean NLL of a token of held-out demonstrations: prompts to forget, and the rest; ood has
     keywords of its own."""
@@ -1393,7 +1413,7 @@ def forgotten(split, problems, demo, options, logprobs, policy):
 
 
 LOSSES["npo"], LOSSES["ga"], SOURCES["forget"], FACTS["demo"] = npo, ga, forget, demo
-ROWS["forget"], GIVES["forget"], EVALUATIONS["forget"] = once, ("good",), forgotten
+ROWS["forget"], GIVES["forget"], EVALUATIONS["forget"] = forget_rows, ("good",), forgotten
 PRESETS["npo"], PRESETS["ga"] = dict(loss="npo", source="forget"), dict(loss="ga", source="forget")
 
 
@@ -1568,15 +1588,6 @@ PRESETS["spin"] = dict(source="spin", anchor="previous", refresh=50)
 # === sppo, sppo_hard: 2405.00675, regress log-ratios on win rates: self-play, Nash ================
 
 
-def extremes(P, least=0.0):
-    """The best and the worst by mean win rate, against all with themselves at a half; None if the
-    rates differ by less than `least` (SPPO, DNO)."""
-    win = P.mean(1)
-    a, b = win.argmax().item(), win.argmin().item()
-    if win[a] - win[b] >= least:
-        return (a, b), dict(chosen_win=win[a].item(), rejected_win=win[b].item())
-
-
 def sppo(chosen_ratio, rejected_ratio, chosen_win, rejected_win, *, beta: Positive = 0.1):
     """SPPO:  ½ Σ_sides (d - (P(y > π_t) - ½)/β)²;  d is relative to π_t.   [B]
 
@@ -1598,6 +1609,7 @@ def ranked(problems, sample, compare, *, k: Range("[2, inf)") = 5):
 LOSSES["sppo"], LOSSES["sppo_hard"], SOURCES["ranked"] = sppo, sppo_hard, ranked
 ROWS["ranked"], GIVES["ranked"] = fresh_rows, ("chosen", "rejected", "chosen_win", "rejected_win")
 PRESETS["sppo"] = dict(loss="sppo", source="ranked", anchor="previous", refresh=50)
+PRESETS["sppo_hard"] = PRESETS["sppo"] | dict(loss="sppo_hard")
 
 
 # === dno: 2404.03715, direct Nash optimisation: large-margin pairs of iterate and demonstrations ==

@@ -3,7 +3,7 @@ grpo.py - group-relative policy optimisation with verifiable rewards: sample a g
 reinforce.
 
     python grpo.py                                 # a tiny model learns to reason: minutes
-    python grpo.py --config tiny                   # the same in seconds: it shows that all turns
+    python grpo.py --config tiny                   # the same, small: it shows that all turns
     python grpo.py --config dapo --seed 1          # a method of a chapter; --help lists them
     python grpo.py --config dapo --eject mine.py   # the script of one method alone
     python grpo.py --init Qwen2.5-0.5B --data gsm8k.jsonl --config dr_grpo
@@ -317,7 +317,7 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     mini["weight"] = call(f.weight, known)                                               # [n, T]
     metrics = dict(loss=0.0, clipped=0.0, entropy=0.0, worst=0.0, off=0.0)
     n, low = mini["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
-    high = f.surrogate.keywords.get("eps_high", 0.0) or low
+    high = f.surrogate.keywords.get("eps_high", 0.0) or low           # some clip apart, above
     order = torch.arange(len(groups), device=groups.device)
     for part in order.split(max(1, c.micro // c.samples)):
         b = of_groups(mini, part)
@@ -416,7 +416,7 @@ def train(c, f):
             # 3. update: minibatches of whole groups
             clock, updates = time.perf_counter(), []
             set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
-            order = torch.randperm(c.prompts, generator=g).to(mask.device)
+            order = torch.randperm(len(batch["score"]), generator=g).to(mask.device)
             for groups in order.split(c.prompts // c.minibatches):
                 updates.append(backward(trained, tensors, groups, c, f, g,
                                         step / max(1, c.steps - 1)))
@@ -1042,7 +1042,7 @@ def flat_logp(ref, ref_logp, correct, roll, mask, c):
 def flattened(logp, flat_logp, *, beta=0.01, most: Positive = 5.0):
     """RAPO (2510.03865): forward KL to π_ref^φ, w log w - w + 1, w = π_ref^φ/π.   [n, T]
 
-    beta is ours: the paper's is unknown to us.
+    flat_logp is log π_ref^φ. beta is ours: the paper's is unknown to us.
     """
     log_w = (flat_logp - logp).clamp(-20, most)
     return beta * (log_w.exp() * (log_w - 1) + 1)
@@ -1155,8 +1155,7 @@ def truth(problem, task, tok):
 def belief(policy, roll, cuts, probed, posed, task, tok, c):
     """What the policy believes if it is asked for the answer after each step.   2 x [N, K]
 
-    The mean probability of the true answer's tokens, and exp(-their mean entropy): for an answer
-    of one token what the paper's short samples estimate.
+    The true answer's mean probability, exp(-its entropy): what the paper's short samples estimate.
     """
     rows, value = [], torch.zeros(2, *probed.shape, device=c.device)
     for i, row in enumerate(cuts):
@@ -1173,8 +1172,7 @@ def potential(acc, conf):
     return 1.5 * acc * conf + 0.5 * acc - conf
 
 
-def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9,
-             white=True):
+def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9):
     """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch.
 
     f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over
@@ -1189,7 +1187,7 @@ def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Sha
     g = ((change - low) / (high - low).clamp(min=1e-8)).exp()
     g = (g - (g * probed).sum() / probed.sum().clamp(min=1)) * probed
     A = (centred(shaped, mask) * at_step(f, step, 1.0) + xi * at_step(g, step)) * mask
-    return whiten(A, mask) if white else A
+    return whiten(A, mask)
 
 
 BATCH["belief"], ADVANTAGES["stepwise"] = belief, stepwise
@@ -1319,7 +1317,11 @@ def base_prob(ref, problems, task, tok, c):
 
 
 def probable(truth_prob, base_prob, stated, *, share: Share = 0.9):
-    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [it has an answer].   [P, G]"""
+    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [it has an answer].   [P, G]
+
+    PR: the mean probability of the true answer's tokens, after the response's reasoning and without
+    any.
+    """
     return (share * (truth_prob - base_prob).clamp(min=0) + (1 - share) * stated).clamp(0, 1)
 
 

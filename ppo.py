@@ -2,7 +2,7 @@
 ppo.py - policy optimisation with a critic: PPO for language models, and Self-Rewarding PPO.
 
     python ppo.py                                  # Self-Rewarding PPO on real docstrings: minutes
-    python ppo.py --config tiny                    # the same in seconds: shows that all turns
+    python ppo.py --config tiny                    # the same, small: shows that all turns
     python ppo.py --config ppo                     # PPO against the task's own reward
     python ppo.py --config ppo --reward FOLDER     # ... against a reward model's checkpoint
     python ppo.py --init sft_checkpoint --base Qwen2.5-0.5B --data demos.jsonl
@@ -141,7 +141,8 @@ def no_regulariser(logp):
     return torch.zeros_like(logp)
 
 
-CONTROLLERS, REGULARISERS = dict(fixed=fixed), dict(none=no_regulariser)
+CONTROLLERS = dict(fixed=fixed)
+REGULARISERS = dict(none=no_regulariser)
 
 # --- advantages -----------------------------------------------------------------------------------
 
@@ -197,8 +198,7 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
 
 
 SURROGATES = dict(clip=ppo_clip)
-MAX_RATIO = 10.0         # a minibatch whose mean ratio is beyond this is skipped, as in TRL
-MAX_NORM = 1.0           # gradient norm
+MAX_RATIO, MAX_NORM = 10.0, 1.0  # beyond it a minibatch is skipped (TRL's); gradient norm
 
 # --- roll out and decode --------------------------------------------------------------------------
 

@@ -18,14 +18,16 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib
+import importlib.machinery
 import inspect
 import itertools
 import json
+import keyword
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def nearest(word, known):
     """'; did you mean …' for a mistyped word, else the whole list: the tail of an error."""
     hit = difflib.get_close_matches(word, known, 1)
     return (f"; did you mean {hit[0]!r}?" if hit else
-            f"; choose from {', '.join(sorted(known)) or 'nothing'}")
+            f"; choose from {', '.join(sorted({*known} - {'PATH'})) or 'nothing'}")
 
 
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
@@ -254,6 +256,8 @@ def read_toml(name):
         raise UserError(f"{name} is no TOML file ({e}): give a text file in UTF-8") from None
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{name} is not valid TOML: {e}") from None
+    for table in [key for key, value in row.items() if isinstance(value, dict)]:
+        row |= {f"{table}.{key}": value for key, value in row.pop(table).items()}      # kl.beta = 1
     for key, value in row.items():
         if not isinstance(value, (bool, int, float, str)):
             raise UserError(f"{name}: {key} is a {type(value).__name__}: expected a number, true, "
@@ -262,9 +266,9 @@ def read_toml(name):
 
 
 def entries(config):
-    """The entries of --config: a,b,weights=0.2,0.8 is a, b and weights=0.2,0.8, as no entry begins
-    with a number."""
-    return [x for x in re.split(r",(?![-.\d])", config) if x]
+    """The entries of --config: a,b,weights=0.2,0.8 is a, b and weights=0.2,0.8, as no entry is a
+    number."""
+    return [x for x in re.split(r",(?!\s*[-+]?[\d.]+(?:e[-+]?\d+)?\s*(?:,|$))", config) if x]
 
 
 def layer(name, presets, axes):
@@ -285,14 +289,15 @@ def layer(name, presets, axes):
     if owners:
         raise UserError(f"{name!r} is no preset, but a row of {' and '.join(owners)}: write "
                         f"--config {owners[0]}={name}")
-    rows = {row for table in axes.values() for row in table}
+    rows = {row for table in axes.values() for row in table} - {"PATH"}
     raise UserError(f"no preset {name!r}{nearest(name, [*presets, *rows])}")
 
 
 def bind(axis, rows, row, values):
     """The function of an axis's row, its keyword-only arguments bound to the values that are meant
     for it."""
-    if row not in rows and not ("PATH" in rows and (".py:" in row or Path(row).exists())):
+    path = "PATH" in rows and row and (".py:" in row or Path(row).exists())
+    if row == "PATH" or row not in rows and not path:
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
@@ -391,6 +396,10 @@ def refuse_unknown(values, typed, fields, bound, axes):
             hint = (f"; it belongs to {' or '.join(owners)}" if owners else
                     nearest(key, [*fields, *known]))
             raise UserError(f"unknown key --{key}{hint}")
+    for key in typed & values.keys():
+        readers = [axis for axis, fn in bound.items() if key in fn.keywords]
+        if readers and all(f"{axis}.{key}" in values for axis in readers):
+            raise UserError(f"--{key} does nothing beside --{readers[0]}.{key}: leave one out")
 
 
 def with_device(resolved):
@@ -424,8 +433,6 @@ def help_text(Config, presets, axes, doc):
     lines += ["", "options (--key value, or key=value inside --config):"]
     lines += [f"  --{x.name:<12} {str(x.default)!s:<12} {comments.get(x.name, '')}"
               for x in dataclasses.fields(Config)]
-    lines += ["", "  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds, not one run",
-              "  --eject FILE: write this configuration as a script of its own, and stop"]
     lines += ["", "presets (--config a,b,file.toml,key=value, left to right):"]
     for name, row in presets.items():
         lines.append(f"  {name:<14} " + ", ".join(f"{k}={v}" for k, v in row.items()))
@@ -839,7 +846,8 @@ class Run:
 
     def open_folder(self, script):
         """The folder of a new run, or with --resume the one that holds the run; locked."""
-        c, names = self.c, [Path(n).stem for n in entries(self.c.config)]
+        c, names = self.c, [Path(x).stem if x.endswith(".toml") else re.sub(r"[/\\]", "_", x)
+                            for x in entries(self.c.config)]
         base = Path(c.out or Path("out") / script / ("-".join(names) or "default"))
         others = () if c.out else (base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))
         numbered = [base, *others]
@@ -1187,7 +1195,7 @@ def draw(folder, curves):
 
 HEADING = re.compile(r"# === ([\w, ]+): (.*?)(?: =+)?$")
 SIZES = ("tiny",)                        # presets of size: they go with every method
-HERE = {"config", "out", "device", "dtype", "resume", "stop"}   # of this one run, not of a method
+HERE = {"config", "out", "device", "resume", "stop"}     # of this one run, not of a method
 APART_OF_SFT = {"base", "tokenizer", "summary"}          # chapters that an ejected script imports
 MAIN = {"launch", "cli", "Config", "PRESETS", "AXES", "train"}                # an ejected main's
 APART = {"Config", "PRESETS", "CURVES", "AXES", "main"}  # say how a run is asked for and shown
@@ -1321,7 +1329,7 @@ def tables_of(text, c, axes):
     for unit in units_of(text):
         if "AXES" in unit.defines:
             for x in unit.node.value.keywords:
-                if isinstance(x.value, (ast.Name, ast.Attribute)):
+                if isinstance(x.value, (ast.Name, ast.Attribute)) and x.arg in axes:
                     row = getattr(c, x.arg, next(iter(axes[x.arg])))
                     out[last_name(x.value)] = row if row in axes[x.arg] else "PATH"
     return out
@@ -1339,23 +1347,32 @@ def code_in(unit):
 
 
 def code_of(script, c, axes, root="train", home=Path(__file__).parent.parent):
-    """A hash of the code that a run of `script` goes through, in it and in the modules below it.
+    """A hash of the code that a run of `script` goes through, in it and in the modules below it,
+    and of the defaults of the fields that this code reads.
 
     home: the folder of the project's files."""
-    tables = tables_of((home / f"{script}.py").read_text(), c, axes)
-    values = {x for x in dataclasses.asdict(c).values() if isinstance(x, str)}
-    return code_reached(home, script, root, tuple(sorted(tables.items())), frozenset(values))
+    text = (home / f"{script}.py").read_text()
+    read = {x.attr for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Attribute)}
+    tables = tables_of(text, c, {k: rows for k, rows in axes.items() if k in read})
+    values = {x for k, x in dataclasses.asdict(c).items() if isinstance(x, str) and k in read}
+    code, fields = code_reached(home, script, root, tuple(sorted(tables.items())),
+                                frozenset(values))
+    usual = [f"{x.name}={x.default!r}" for x in dataclasses.fields(c)
+             if x.name in fields - (FREE - {"steps"})]
+    return hashlib.sha256((code + " ".join(sorted(usual))).encode()).hexdigest()
 
 
 @functools.lru_cache
 def code_reached(home, script, root, tables, values):
-    """code_of, of the rows of tables that are used and the values that name rows of others."""
-    tables, done, mark = dict(tables), {}, hashlib.sha256()
+    """A hash of the code that is reached, with the rows of tables that are used and the values that
+    name rows of others -> it, {field that the code reads of a Config}"""
+    tables, done, mark, fields = dict(tables), {}, hashlib.sha256(), set()
     todo = [(script, {root, *tables})]
     while todo:
         module, roots = todo.pop()
         path = home / f"{module.replace('.', '/')}.py"
-        if not path.exists() or module == "data.run" or roots <= done.get(module, set()):
+        roots = roots & {"batch_indices"} if module == "data.run" else roots  # the order of data
+        if not path.exists() or roots <= done.get(module, set()):
             continue
         done[module] = done.get(module, set()) | roots
         kept, names = reach(path.read_text(), done[module] - APART, tables, values)
@@ -1368,9 +1385,11 @@ def code_reached(home, script, root, tables, values):
         for i in sorted(kept):
             if not units[i].defines & APART and not imports(units[i].node):
                 rows = kept[i]
+                fields |= {x.attr for x in ast.walk(units[i].node) if isinstance(x, ast.Attribute)
+                           and getattr(x.value, "id", "") == "c"}
                 mark.update(code_in(units[i]).encode() if rows is None else
                             "".join(f"{t} {k} {ast.dump(v)}" for t, k, v in rows).encode())
-    return mark.hexdigest()
+    return mark.hexdigest(), frozenset(fields)
 
 
 def imports_of(node, names):
@@ -1396,12 +1415,7 @@ def eject(path, file, c, f, axes, options, idle=()):
     idle: fields that this configuration does not read. The file stands beside model.py, kernels.py,
     optim.py, sft.py and data/. Raises UserError if it exists, or has no name for a script.
     """
-    file = Path(file)
-    if file.suffix != ".py" or not file.stem.isidentifier():
-        raise UserError(f"--eject {file}: give the name of a script, for example "
-                        f"{c.config or 'mine'}.py")
-    if file.exists():
-        raise UserError(f"--eject {file}: it is there already; choose another name")
+    file = check_ejected_name(Path(file), c)
     text, before = bases_apart(path.read_text()), None
     while text != before:                            # a field less may leave another one unread
         units, tables, before = units_of(text), tables_of(text, c, axes), text
@@ -1413,16 +1427,19 @@ def eject(path, file, c, f, axes, options, idle=()):
         kept, names = reach(text, {"train", "main", "cli", *tables}, tables, values)
         text = without_unread(text, [units[i] for i in kept], tables)
     lines, known = text.splitlines(), fields_of(text, c)
+    asked = {*options, *(x.partition("=")[0] for x in entries(c.config))}
+    known -= {"dtype"} - asked                       # auto is another on every machine
     for unit in units:
         if "AXES" in unit.defines:
             known = known.union(*(vars(f)[x.arg].keywords for x in unit.node.value.keywords))
     idle, given = sorted(known & {*idle}), arguments_elsewhere(units, rows_used(c, axes), f)
     names |= {"partial"} if given else set()
+    names |= set() if "ranks=True" in text else {"refuse_ranks"}
     pieces = [(0, docstring_of(path, file, text, units, kept, c, options))]
     for i in sorted(kept):
         gap = "\n" * (not lines[units[i].first - 2].strip()) if imports(units[i].node) else ""
         pieces.append((units[i].first, gap + source_of(
-            units[i], kept[i], lines, names, (known, idle), c, f)))
+            units[i], kept[i], lines, names, (known, file.stem, idle), c, f)))
     for k, line in enumerate(lines, 1):                        # headings of what is left
         if re.match(r"# (===|---)", line):
             end = next((j for j, x in enumerate(lines[k:], k + 1) if re.match(r"# (===|---)", x)),
@@ -1431,9 +1448,32 @@ def eject(path, file, c, f, axes, options, idle=()):
                 pieces.append((k, line))
     pieces += [(len(lines) + 1, given)] if given else []
     pieces.append((len(lines) + 2, 'if __name__ == "__main__":\n    cli(main)'))
-    write_text(file, joined_pieces(sorted(pieces)))
-    print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s {len(lines)}; "
-          f"python {file} --config tiny shows that it turns")
+    out = joined_pieces(sorted(pieces))
+    ast.parse(out)
+    write_text(file, out)
+    print(f"{file}: {len(file.read_text().splitlines())} lines of {path.name}'s "
+          f"{len(path.read_text().splitlines())}; "
+          + (f"python {file} --config tiny shows that it turns"
+             if file.resolve().parent == path.resolve().parent
+             else f"it runs in {path.resolve().parent}, beside model.py"))
+    return file
+
+
+def check_ejected_name(file, c):
+    """The path of a script to write; UserError for a name that is taken, or no module's."""
+    word = next((x for x in entries(c.config) if x.isidentifier()), "mine")
+    if file.suffix != ".py" or not file.stem.isidentifier() or keyword.iskeyword(file.stem):
+        raise UserError(f"--eject {file}: give the name of a script, for example my_{word}.py")
+    if file.exists():
+        raise UserError(f"--eject {file}: it is there already; choose another name")
+    if not file.parent.is_dir():
+        raise UserError(f"--eject {file}: there is no folder {file.parent}")
+    if file.stem in sys.stdlib_module_names or importlib.machinery.PathFinder.find_spec(file.stem):
+        raise UserError(f"--eject {file}: a module is called {file.stem}; choose another name, for "
+                        f"example my_{file.stem}.py")
+    if set(SIZES) & {*entries(c.config)}:
+        raise UserError(f"--eject with {' '.join(SIZES)}: an ejected script has it as a preset of "
+                        "its own; leave it out here")
     return file
 
 
@@ -1523,8 +1563,10 @@ def docstring_of(path, file, text, units, kept, c, options):
         named += [m] if used and asked & set(re.split(r", *", m[1])) else []
     doc = inspect.cleandoc(ast.get_docstring(ast.parse(text)) or "")
     about = "; ".join(f"{m[1]} ({m[2]})" for m in named) or doc.splitlines()[0].partition(" - ")[2]
-    words = textwrap.wrap(f"{file.name} - {about}", 98)
-    given = " ".join(f"--{k} {v}" for k, v in options.items())
+    words = textwrap.wrap(f"{file.name} - {about}", 98, break_long_words=False)
+    given = shlex.join(word for k, v in options.items() for word in (f"--{k}", str(v)))
+    given = given.encode("utf-8", "backslashreplace").decode()
+    given = given.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     come = textwrap.wrap(f"Written by `python {path.name} {given} --eject {file.name}`, commit "
                          f"{commit() or 'unknown'}: the spine and the chapters that it uses. It "
                          "stands beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
@@ -1539,8 +1581,10 @@ def source_of(unit, rows, lines, names, fields, c, f):
     node, text = unit.node, "\n".join(lines[unit.first - 1:unit.last])
     if imports(node):
         used = [x for x in node.names if (x.asname or x.name).partition(".")[0] in names]
-        words = ", ".join(f"{x.name} as {x.asname}" if x.asname else x.name for x in used)
-        words = words.replace("launch", "configure")           # the one name that main has changed
+        words = {f"{x.name} as {x.asname}" if x.asname else x.name for x in used}
+        if "launch" in words:                                  # main calls others in its place
+            words = words - {"launch"} | {"configure"} | names & {"refuse_ranks"}
+        words = ", ".join(sorted(words))
         whole = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
         if len(whole + words) <= 100:
             return whole + words
@@ -1550,8 +1594,9 @@ def source_of(unit, rows, lines, names, fields, c, f):
         return "PRESETS = dict(\n    " + ",\n    ".join(
             size_preset(x, lines, fields[0]) for x in rows) + ")"
     if unit.defines == {"main"}:
-        name = re.search(r'launch\(\s*"(\w+)"', text)[1]
-        return main_of(name, fields[1])
+        return main_of(fields[1], fields[2], "refuse_ranks" in names)
+    if unit.defines == {"train"}:                              # its runs' folder has its name
+        lines = [re.sub(r'(Run\(c, f, )"\w+"', rf'\1"{fields[1]}"', line) for line in lines]
     if rows is not None and not unit.rows:
         table = next(iter(unit.defines))
         row = ", ".join(f"{k}={segment(v, lines)}" for _, k, v in rows)
@@ -1566,7 +1611,8 @@ def source_of(unit, rows, lines, names, fields, c, f):
         return config_with(unit, lines, fields[0], c)
     places = []
     if isinstance(node, ast.FunctionDef):
-        mine = [fn for fn in vars(f).values() if fn.func.__name__ == node.name]
+        mine = [fn for fn in vars(f).values() if fn.func.__name__ == node.name
+                and fn.func.__module__ == type(c).__module__]
         for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults):
             if mine and mine[0].keywords[arg.arg] != hyper(mine[0].func)[arg.arg]:
                 places.append((default, mine[0].keywords[arg.arg]))
@@ -1576,7 +1622,7 @@ def source_of(unit, rows, lines, names, fields, c, f):
 def arguments_elsewhere(units, rows, f):
     """A run's arguments of functions that stand in another module, as lines of an ejected script:
     where a function stands in the script they are its defaults."""
-    here = {x.name for unit in units for x in ast.walk(unit.node) if isinstance(x, ast.FunctionDef)}
+    here = {unit.node.name for unit in units if isinstance(unit.node, ast.FunctionDef)}
     axes = [x.arg for unit in units if "AXES" in unit.defines for x in unit.node.value.keywords]
     out = []
     for axis in axes:
@@ -1585,14 +1631,15 @@ def arguments_elsewhere(units, rows, f):
         if given and fn.func.__name__ not in here:
             row = rows[axis]
             words = ", ".join(f"{k}={literal(x)}" for k, x in given.items())
-            out.append(f'AXES["{axis}"] = dict({row}=partial(AXES["{axis}"]["{row}"], {words}))')
+            out.append(f'AXES["{axis}"] = {{"{row}": partial(AXES["{axis}"]["{row}"], {words})}}')
     return "\n".join(out)
 
 
-def main_of(name, idle):
-    """The main of an ejected script: it trains, and refuses the fields that it does not read."""
+def main_of(name, idle, alone):
+    """The main of an ejected script: it trains, and refuses the fields that it does not read, and
+    (alone) to be started on several ranks."""
     out = (f'def main(argv=None):\n    """python {name}.py …: see the docstring above, or '
-           '--help."""\n')
+           f'--help."""\n' + f'    refuse_ranks("{name}.py")\n' * alone)
     if not idle:
         return out + "    return train(*configure(Config, PRESETS, AXES, __doc__, argv))"
     words = ", ".join(f'"{k}"' for k in idle) + "," * (len(idle) == 1)
@@ -1634,19 +1681,27 @@ def replaced(unit, lines, places):
 
 
 def narrow(line):
-    """A line of at most 100 columns: its comment comes nearer, or stands above."""
+    """A line of at most 100 columns: its comment comes nearer, or stands above; arguments go on in
+    the next line."""
     code, mark, comment = line.partition("  #")
-    if len(line) <= 100 or not mark:
+    if len(line) <= 100:
         return line
-    code = code.rstrip()
-    if len(f"{code}  #{comment}") <= 100:
-        return f"{code}  #{comment}"
-    return f"{' ' * (len(code) - len(code.lstrip()))}#{comment}\n{code}"
+    if mark and len(code.rstrip()) <= 100:
+        code = code.rstrip()
+        near, indent = f"{code}  #{comment}", len(code) - len(code.lstrip())
+        return near if len(near) <= 100 else f"{' ' * indent}#{comment}\n{code}"
+    cut, opened = line.rfind(", ", 0, 100), line.find("(") + 1
+    if cut < 0:
+        return line
+    indent = opened if 0 < opened < cut else len(line) - len(line.lstrip())
+    return f"{line[:cut + 1]}\n{narrow(' ' * indent + line[cut + 2:])}"
 
 
 def literal(value):
     """A default as it stands in a script."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=not value.isprintable())
+    return repr(value)
 
 
 def segment(node, lines):
@@ -1692,8 +1747,13 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
     if not ranks or "claim" in options:
         refuse_ranks(f"{script}.py" + " --claim" * ("claim" in options))
     if "help" in options:
+        with contextlib.suppress(UserError, SystemExit):
+            setup(argv)
+        print("\n  --eject FILE: write this configuration as a script of its own, and stop")
         with contextlib.suppress(UserError):
-            print(f"claims (--claim NAME): {', '.join(claims_of(script).CLAIMS)}\n")
+            print("  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds; "
+                  f"claims: {', '.join(claims_of(script).CLAIMS)}")
+        raise SystemExit(0)
     elif "claim" in options:
         claims = claims_of(script).CLAIMS
         run_claim = sys.modules["claims"].run_from_options

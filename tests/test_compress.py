@@ -444,7 +444,8 @@ def test_what_is_noted_of_a_layer_s_inputs():
     """Σ over batches, per token; the rows that are asked for, and h."""
     model, tokens, where = block_of_a_model()
     block, inputs = model.layers[0], [model.embed_tokens(x) for x in tokens.split(3)]
-    outputs, found = compress.watch(block, inputs, where(0), ("H", "absmax", "absmean", "W"))
+    outputs, found = compress.watch(block, inputs, where(0), ("H", "absmax", "W"),
+                                    absmean=functools.partial(compress.Mean, compress.absolute))
     x = torch.cat([block.input_layernorm(y).flatten(0, 1) for y in inputs])
     got = found["self_attn.k_proj"]
     assert close(got["h"], 2 * (x ** 2).mean(0), 1e-4)

@@ -96,7 +96,7 @@ def test_headings_are_the_map():
                                     ("worse", "2505.11226, the worst yet")]
 
 
-CLOCK = re.compile(r"time|seconds|t_|share|per_s|speed|predicted|cost|bytes|gain")  # or costs by it
+CLOCK = re.compile(r"^t_|time|seconds|share|per_s|per_token|speed|predicted|cost|bytes|gain")
 
 
 def without_clock(numbers):
@@ -160,12 +160,49 @@ def test_an_ejected_script_names_its_method_and_has_its_values(workdir):
     assert f"commit {run.commit()}" in text
 
 
+def test_an_ejected_script_is_nobody_else_s(workdir, monkeypatch):
+    """its runs go to a folder of its name, its help does not offer what it cannot, it runs on one
+    rank as its script does, and any text that a command line holds is a default"""
+    words = 'C:\\new\\x "quoted" \u2028'
+    path = workdir / "mine_dapo.py"
+    importlib.import_module("grpo").main(["--config", "dapo", "--watch", "", "--data", words,
+                                          "--eject", str(path)])
+    text = path.read_text()
+    assert 'Run(c, f, "mine_dapo", CURVES)' in text and 'refuse_ranks("mine_dapo.py")' in text
+    spec = importlib.util.spec_from_file_location("mine_dapo", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mine_dapo"] = module
+    spec.loader.exec_module(module)
+    assert module.Config().data == words and "{1}" not in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="mine_dapo.py runs on one rank"):
+        module.main([])
+
+
+def test_arguments_of_functions_elsewhere_are_kept(workdir):
+    """optim.py's rules are not in an ejected sft.py, the values that a preset gives them are"""
+    module, text = ejected("sft", "classp", workdir)
+    assert "threshold=0.0" in text and "aux_lr=0.003" in text
+    _, f = run.configure(module.Config, module.PRESETS, module.AXES, argv=[])
+    assert f.optimiser.keywords["threshold"] == 0.0 and f.update.keywords["aux_lr"] == 0.003
+
+
+def test_dtype_is_kept_where_it_was_asked_for(workdir):
+    main = importlib.import_module("grpo").main
+    main(["--config", "dapo", "--eject", "one.py"])
+    main(["--config", "dapo", "--dtype", "bfloat16", "--eject", "two.py"])
+    assert "dtype:" not in (workdir / "one.py").read_text()
+    assert 'dtype: str = "bfloat16"' in (workdir / "two.py").read_text()
+
+
 @pytest.mark.parametrize("name, words", [
     ("there.py", "is there already"), ("method", "give the name of a script"),
-    ("my-method.py", "give the name of a script")])
+    ("my-method.py", "give the name of a script"), ("class.py", "give the name of a script"),
+    ("json.py", "a module is called json"), ("model.py", "a module is called model"),
+    ("none/x.py", "there is no folder none"), ("x.py --config dapo,tiny", "leave it out here")])
 def test_eject_refuses_what_it_should(name, words, workdir):
     (workdir / "there.py").write_text("precious")
     with pytest.raises(UserError, match=words):
-        importlib.import_module("grpo").main(["--eject", name])
+        importlib.import_module("grpo").main(["--eject", *name.split()])
     assert [p.name for p in workdir.iterdir()] == ["there.py"]
     assert (workdir / "there.py").read_text() == "precious"

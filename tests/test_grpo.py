@@ -820,6 +820,13 @@ def test_a_filter_asks_for_rounds_until_enough_groups_are_mixed():
     assert len(list(fresh)) == 1                                 # and for no more
 
 
+def test_a_step_of_fewer_groups_than_prompts(shared_bases):
+    """a filter that gives up hands on what it has: all of it trains, and nothing else"""
+    tiny("dapo", "few", "--rounds", "1", "--prompts", "8", "--minibatches", "4")
+    groups = [row["groups"] for row in read_log("few") if "groups" in row]
+    assert len(groups) == 2 and 0 < min(groups) < 8
+
+
 def test_a_filter_gives_up_after_so_many_rounds():
     fresh = rounds([FLAT, MIXED], [FLAT, FLAT], [MIXED, MIXED])
     batch, seen = grpo.mixed(fresh, 2, rounds=2)

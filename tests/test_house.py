@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from data import run
 from data.run import HEADING
 
 TOP = sorted(ROOT.glob("*.py"))
@@ -199,12 +200,16 @@ def test_who_may_import_whom(path):
         assert set(re.findall(r"\bsft\.(\w+)\(", text)) <= {"base", "find"}
 
 
+# what else lies beside them is somebody's own
+FILES = {"model.py", "kernels.py", "optim.py", "sft.py", "reward.py", "ppo.py", "grpo.py",
+         "dpo.py", "compress.py", "specdec.py"}
+
+
 def test_the_top_level_is_fixed():
     git = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
     names = {line.split("/")[0] for line in git.stdout.split()}
     assert {x for x in names if not x.startswith(".")} <= {
-        "README.md", "requirements.txt", "LICENSE", "model.py", "kernels.py", "optim.py", "sft.py",
-        "reward.py", "ppo.py", "grpo.py", "dpo.py", "compress.py", "specdec.py", "data", "tests"}
+        "README.md", "requirements.txt", "LICENSE", "data", "tests", *FILES}
 
 
 # --- limits ---------------------------------------------------------------------------------------
@@ -251,6 +256,16 @@ def test_every_preset_sets_two_keys_and_is_in_the_map(path):
         begins = [i for i, line in enumerate(lines) if re.match(rf' *{name}=|.*"{name}"', line)]
         noted = any("#" in line for i in begins for line in lines[max(0, i - 1):i + 3])
         assert name in re.split(", *", names) or noted or name in (script.__doc__ or ""), name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_an_axis_s_table_is_a_statement_of_its_own(path):
+    """TABLE = dict(row=function, …): that --eject can cut to a row"""
+    script, units = importlib.import_module(path.stem), run.units_of(path.read_text())
+    tables = run.tables_of(path.read_text(), script.Config(), script.AXES)
+    for unit in units:
+        if isinstance(unit.node, ast.Assign) and unit.defines & tables.keys():
+            assert run.table_rows(unit, tables) is not None, unit.defines
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)

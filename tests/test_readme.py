@@ -23,7 +23,7 @@ RESULTS = ROOT / "data" / "results"
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(RESULTS.glob("*.md")))}
 README, TEXT = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 FOUND = claims.reports()
-SCRIPTS = [p.name for p in ROOT.glob("*.py")]
+SCRIPTS = sorted(test_house.FILES)
 
 
 @cache

@@ -131,7 +131,7 @@ def test_what_a_value_may_be(value, like, kind, words):
 
 @pytest.mark.parametrize("text, words", [
     ("lr = [1]", "lr is a list"), ("lr = 2020-01-01", "lr is a date"),
-    ("[lr]\na = 1", "lr is a dict"),
+    ("[lr]\na = 1", "did you mean .lr"), ("[a.b]\nc = 1", "a.b is a dict"),
     ("lr = true", "--lr True: expected float"), ("lr = nan", "--lr nan: must be at least 0"),
                                          ("config = 'fast'", "config belongs"),
     ("resume = true", "resume belongs"), ("steps = 1.5", "--steps 1.5: expected int"),
@@ -149,6 +149,33 @@ def test_a_toml_that_is_none(workdir):
     for name in "xy":
         with pytest.raises(UserError, match=f"{name}.toml is no TOML file"):
             conf("--config", f"{name}.toml")
+
+
+def test_entries_of_config_are_parted_at_commas_but_not_within_numbers():
+    got = run.entries("a,weights=0.2,0.8,./t.toml,4bit.toml,../x.toml,x=-1,2e-3,b")
+    assert got == ["a", "weights=0.2,0.8", "./t.toml", "4bit.toml", "../x.toml", "x=-1,2e-3", "b"]
+    assert run.entries("") == run.entries(",,") == []
+
+
+def test_a_toml_file_s_tables_are_axes(workdir):
+    (workdir / "x.toml").write_text("kl.beta = 2\n[loss]\nbeta = 3\n")
+    _, f = conf("--config", "x.toml")
+    assert f.kl.keywords["beta"] == 2 and f.loss.keywords["beta"] == 3
+
+
+def test_a_key_that_its_dotted_twins_overrule_is_refused():
+    assert conf("--beta=1", "--kl.beta=2")[1].loss(1) == 1               # loss reads it
+    for argv in (["--beta=1", "--kl.beta=2", "--loss.beta=3"],
+                 ["--loss=b", "--gamma=1", "--loss.gamma=2"]):
+        with pytest.raises(UserError, match="does nothing beside"):
+            conf(*argv)
+
+
+def test_the_row_for_paths_is_no_word_of_the_command_line():
+    for argv in (["--loss", "PATH"], ["--loss="], ["--config", "PATH"]):
+        with pytest.raises(UserError, match="no (loss|preset) '(PATH)?'") as e:
+            conf(*argv)
+        assert "or PATH" not in str(e.value) and "PATH," not in str(e.value)
 
 
 def test_a_key_is_given_once():

@@ -373,11 +373,25 @@ def test_a_base_knows_the_code_that_trains_it(tmp_path):
                        ("sft.py", "beta=10.0):", "beta=11.0):"),
                        ("sft.py", field, f"    unread: int = 0\n{field}"))
     assert codes(same_code) == before
+    order = edited(tmp_path / "e", ("data/run.py", "1_000_003", "1_000_033"))
+    assert not {*codes(order).values()} & {*before.values()}                # the order of the data
     for name, edit in dict(b=("sft.py", loss, "    return -1.0 * logp\n"),
                            c=("optim.py", "set_lr(optimiser, lr):", "set_lr(optimiser, lr, x=0):")
                            ).items():
         after = codes(edited(tmp_path / name, edit))
         assert all(after[base] != before[base] for base in BASES), edit
+
+
+def test_a_base_knows_the_defaults_that_train_it(monkeypatch):
+    def tag():
+        return sft.fingerprint(*sft.configured("toyif_judge", "tiny")[2])
+    before = tag()
+    for field, value, other in (("clip", 0.1, True), ("save_every", 3, False)):
+        kind = dataclasses.make_dataclass("Wider", [(field, float, value)], bases=(sft.Config,),
+                                          frozen=True)
+        with monkeypatch.context() as m:
+            m.setattr(sft, "Config", kind)
+            assert (tag() != before) == other, field
 
 
 def test_a_new_field_renames_no_base_and_forbids_no_resume(workdir, monkeypatch):
