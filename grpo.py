@@ -1317,11 +1317,7 @@ def base_prob(ref, problems, task, tok, c):
 
 
 def probable(truth_prob, base_prob, stated, *, share: Share = 0.9):
-    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [it has an answer].   [P, G]
-
-    PR: the mean probability of the true answer's tokens, after the response's reasoning and without
-    any.
-    """
+    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [answered], PR the truth's. [P, G]"""
     return (share * (truth_prob - base_prob).clamp(min=0) + (1 - share) * stated).clamp(0, 1)
 
 
