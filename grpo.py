@@ -1317,7 +1317,7 @@ def base_prob(ref, problems, task, tok, c):
 
 
 def probable(truth_prob, base_prob, stated, *, share: Share = 0.9):
-    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [answered], PR the truth's. [P, G]"""
+    """RLPR (2506.18254):  share max(0, PR - PR_base) + (1 - share) [answered].   [P, G]"""
     return (share * (truth_prob - base_prob).clamp(min=0) + (1 - share) * stated).clamp(0, 1)
 
 
