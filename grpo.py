@@ -1172,7 +1172,8 @@ def potential(acc, conf):
     return 1.5 * acc * conf + 0.5 * acc - conf
 
 
-def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9):
+def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Share = 0.9,
+             white=True):
     """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch.
 
     f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over
@@ -1182,12 +1183,11 @@ def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Sha
     sure = ((phi > full) & probed).to(phi)
     f = 1 - alpha * (1 - torch.exp(sure - sure.cumsum(1)))
     change = F.pad(phi[:, 1:] - phi[:, :-1], (1, 0))
-    asked = change[probed] if probed.any() else phi
-    low, high = asked.min(), asked.max()
+    low, high = (change[probed] if probed.any() else phi).aminmax()
     g = ((change - low) / (high - low).clamp(min=1e-8)).exp()
     g = (g - (g * probed).sum() / probed.sum().clamp(min=1)) * probed
     A = (centred(shaped, mask) * at_step(f, step, 1.0) + xi * at_step(g, step)) * mask
-    return whiten(A, mask)
+    return whiten(A, mask) if white else A
 
 
 BATCH["belief"], ADVANTAGES["stepwise"] = belief, stepwise

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.machinery
 import inspect
@@ -62,9 +63,10 @@ class UserError(ValueError):
 
 def nearest(word, known):
     """'; did you mean …' for a mistyped word, else the whole list: the tail of an error."""
+    known = sorted({*known} - {"PATH"})                # a table's row for paths has no name
     hit = difflib.get_close_matches(word, known, 1)
     return (f"; did you mean {hit[0]!r}?" if hit else
-            f"; choose from {', '.join(sorted({*known} - {'PATH'})) or 'nothing'}")
+            f"; choose from {', '.join(known) or 'nothing'}")
 
 
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
@@ -81,6 +83,7 @@ def cli(main):
     try:
         main()
         sys.stdout.flush()
+        leave_ranks()
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint, if there is one",
               file=sys.stderr)
@@ -299,6 +302,7 @@ def bind(axis, rows, row, values):
     path = "PATH" in rows and row and (".py:" in row or Path(row).exists())
     if row == "PATH" or row not in rows and not path:
         missing = "; there is no such folder or file" * ("PATH" in rows and "/" in row)
+        missing = "; write the path itself" if row == "PATH" else missing
         raise UserError(f"no {axis} {row!r}{missing or nearest(row, rows)}")
     fn, numbers = rows.get(row) or rows["PATH"], {}
     for key, default in hyper(fn).items():
@@ -478,6 +482,16 @@ def start_ranks(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leave_ranks():
+    """Leave torchrun's process group together, with nothing left that uses it: gloo's threads abort
+    a process that ends before them."""
+    if dist.is_initialized():
+        gc.collect()                                           # meshes of models that are gone
+        dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
 
 
 def rank():
@@ -1578,7 +1592,7 @@ def docstring_of(path, file, text, units, kept, c, options):
 
 def source_of(unit, rows, lines, names, fields, c, f):
     """A statement's text in an ejected script: rows, imports and defaults cut to what is used."""
-    node, text = unit.node, "\n".join(lines[unit.first - 1:unit.last])
+    node = unit.node
     if imports(node):
         used = [x for x in node.names if (x.asname or x.name).partition(".")[0] in names]
         words = {f"{x.name} as {x.asname}" if x.asname else x.name for x in used}

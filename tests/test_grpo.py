@@ -12,6 +12,7 @@ import grpo
 import model
 from data import tasks
 from data.run import UserError, configure, headings, needs, read_log
+from data.stats import pass_at_k
 from model import load
 
 T = torch.tensor
@@ -861,7 +862,7 @@ def test_nothing_changes_its_input(table):
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-TOPICS = {"refused", "pass_at_k", "maj_at_k"}
+TOPICS = {"refused", "measured"}
 CHAPTERS = [x for names, _ in headings(inspect.getsource(grpo)) for x in re.split(", *", names)]
 METHODS = ["grpo", *(x for x in CHAPTERS if x not in TOPICS)]
 CONTROLS = {"tiny", "wide", "tokens", "reverse", "replay", "on_sort"}       # of the claims
@@ -986,7 +987,8 @@ def test_a_reward_of_ones_own(shared_bases):
     tiny("grpo", "mine", "--reward", "mine.py:short")
     assert any(row.get("reward", 0) > 0 for row in read_log("mine"))
     for spec, words in (("mine.py:shrot", "has no function 'shrot'"), ("mine", "give task, swe_rl"),
-                        ("PATH", "PATH.py:FUNCTION"), ("ours.py:short", "of a file that exists")):
+                        ("PATH", "write the path itself"),
+                        ("ours.py:short", "of a file that exists")):
         with pytest.raises(UserError, match=words):
             tiny("grpo", f"bad{spec}", "--reward", spec)
 
@@ -1030,6 +1032,6 @@ def test_what_would_do_nothing_is_an_error(config, argv, words, shared_bases):
 
 
 def test_pass_at_k_by_hand():
-    got = [grpo.pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
+    got = [pass_at_k(8, 2, k) for k in (1, 2, 4, 8)]
     assert got == pytest.approx([.25, .464286, .785714, 1], abs=1e-6)
-    assert grpo.pass_at_k(4, 0, 2) == 0 and grpo.pass_at_k(4, 4, 1) == 1
+    assert pass_at_k(4, 0, 2) == 0 and pass_at_k(4, 4, 1) == 1
