@@ -742,6 +742,14 @@ def test_every_source_and_statistic_says_what_it_gives(table):
     assert set(getattr(dpo, table)) <= set(dpo.GIVES)
 
 
+def test_demonstrations_to_forget_fit_the_context(shared_bases):
+    """those that are longer do not train, and are counted"""
+    dpo.main(["--config", "npo,tiny", "--steps", "1", "--context", "18", "--out", "short"])
+    dpo.main(["--config", "npo,tiny", "--steps", "1", "--out", "whole"])
+    short, whole = (next(x for x in read_log(o) if "loss" in x) for o in ("short", "whole"))
+    assert short["long"] > 0 and "long" not in whole
+
+
 def test_every_source_says_how_its_rows_are_made():
     """once, and their log-probs kept on disk, exactly if it asks nothing of the policy"""
     assert set(dpo.SOURCES) == set(dpo.ROWS)
