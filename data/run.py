@@ -1585,7 +1585,7 @@ def docstring_of(path, file, text, units, kept, c, options):
                          f"{commit() or 'unknown'}: the spine and the chapters that it uses. It "
                          "stands beside model.py, kernels.py, optim.py, sft.py and data/.", 98)
     rest = re.search(r"^(Letters|Watch)\b.*", doc, re.M | re.S)
-    runs = [f"    python {file.name}        # --config tiny: seconds, shows that all turns"]
+    runs = [f"    python {file.name}        # --config tiny: small, shows that all turns"]
     return "\n".join(['"""', *words, "", *runs, "", *come, *([rest[0].rstrip()] if rest else []),
                       '"""'])
 

@@ -1,7 +1,6 @@
 """compress.py: masks, codes and ARMOR by hand, their limits and invariances, and whole runs."""
 import dataclasses
 import functools
-import json
 import math
 import pickle
 import shutil

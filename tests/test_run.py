@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -176,6 +177,19 @@ def test_the_row_for_paths_is_no_word_of_the_command_line():
         with pytest.raises(UserError, match="no (loss|preset) '(PATH)?'") as e:
             conf(*argv)
         assert "or PATH" not in str(e.value) and "PATH," not in str(e.value)
+
+
+def test_a_command_leaves_its_ranks_together(monkeypatch):
+    """main, then all wait for each other, then the group ends; one process alone does neither"""
+    calls = []
+    group = SimpleNamespace(is_initialized=lambda: True, barrier=lambda: calls.append("wait"),
+                            destroy_process_group=lambda: calls.append("leave"))
+    monkeypatch.setattr(run, "dist", group)
+    run.cli(lambda: calls.append("main"))
+    assert calls == ["main", "wait", "leave"]
+    group.is_initialized = lambda: False
+    run.cli(lambda: calls.append("main"))
+    assert calls == ["main", "wait", "leave", "main"]
 
 
 def test_a_key_is_given_once():

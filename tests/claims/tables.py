@@ -12,7 +12,6 @@ reads.
 Map      1 what a table says of a claim   2 tables of claims   3 the index of methods   4 pages
          5 figures   6 main
 """
-import ast
 import difflib
 import importlib
 import json
