@@ -127,7 +127,10 @@ def few_curves(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def bases_folder(tmp_path_factory):
-    """Where shared_bases keeps the base models of the session."""
+    """Where shared_bases keeps the base models of the session, or of many: $BASES."""
+    if "BASES" in os.environ:
+        Path(os.environ["BASES"]).mkdir(exist_ok=True)
+        return Path(os.environ["BASES"])
     return tmp_path_factory.mktemp("bases")
 
 
