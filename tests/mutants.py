@@ -222,7 +222,7 @@ def main(argv=None):
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ |= dict(OMP_NUM_THREADS="1")
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "numpy", "pytest", "triton", "tqdm"])
+        ["torch", "torch._dynamo", "numpy", "pytest", "triton", "tqdm", "safetensors.torch"])
     began, found = time.time(), run_all(mutants, asked.jobs)
     print(f"\n{summary(found)}\n{len(found)} mutants in {(time.time() - began) / 60:.0f} minutes")
     return int(any(t not in ("failed", "late") and not m.argued for m, t in found.items()))
