@@ -580,22 +580,24 @@ def read_json(path, what="copy it again"):
     return found
 
 
-class Mean(float):
+class MeanOf(float):
     """A mean that keeps what it is of: values [P], one a prompt or row, or [P, S] with S samples
     each. A run that finishes with it leaves them in values.json, where --claim --power reads what
     the prompts and the samples add to a result's spread."""
 
     def __new__(cls, values):
-        self = super().__new__(cls, values.float().mean())
+        values = torch.as_tensor(values)
+        values = values if values.is_floating_point() else values.float()
+        self = super().__new__(cls, values.mean())
         self.values = values.tolist()
         return self
 
 
 def plain(x):
-    """A state without Means, which torch.load(weights_only=True) would refuse."""
+    """A state without MeanOfs, which torch.load(weights_only=True) would refuse."""
     if isinstance(x, dict):
         return {k: plain(v) for k, v in x.items()}
-    return float(x) if isinstance(x, Mean) else x
+    return float(x) if isinstance(x, MeanOf) else x
 
 
 def is_number(x):
@@ -1162,7 +1164,7 @@ class Run:
     def finish(self, **metrics):
         """Record the run's result in run.json (which marks it finished), and return it."""
         self.begin()
-        kept = {k: x.values for k, x in metrics.items() if isinstance(x, Mean)}
+        kept = {k: x.values for k, x in metrics.items() if isinstance(x, MeanOf)}
         if kept:
             write_text(self.folder / "values.json", json.dumps(kept))
         self.info["result"] = {k: float(v) for k, v in metrics.items()}

@@ -1,5 +1,6 @@
 """How many seeds a claim needs: Student's t against tables, Holm by hand, planted spreads, planted
 nulls and effects."""
+import importlib
 import json
 import math
 from functools import partial
@@ -7,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+import claims
 import data.run as run
 from claims import (Claim, critical_t, judge, judge_together, run_claim, run_from_options,
                     run_pilot, verdict)
 from claims import power as P
-from data.run import Mean, Run, UserError, claims_of, configure, read_json
+from data.run import MeanOf, Run, UserError, claims_of, configure, read_json
 from test_run import AXES, PRESETS, Config
 
 
@@ -140,7 +142,7 @@ def test_the_parts_of_a_planted_spread():
 def test_a_mean_leaves_its_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c, f = configure(Config, PRESETS, AXES, "", ["--out", "r"])
-    score = Mean(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    score = MeanOf(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
     assert score == 3 and json.dumps(dict(x=score)) == '{"x": 3.0}'
     with Run(c, f, "t") as r:
         r.log(1, score=score)
@@ -167,7 +169,7 @@ def noisy_train(c, f):
     values = (EFFECT * (c.lr == 0.2) + 0.06 * torch.randn(1, generator=g)
               + 0.1 * torch.randn(20, generator=g))
     with Run(c, f, "t") as r:
-        return r.finish(score=Mean(values))
+        return r.finish(score=MeanOf(values))
 
 
 def claim_of(ours):
@@ -232,10 +234,24 @@ def test_a_null_is_rarely_found_and_an_effect_of_the_stated_size_mostly():
     assert outcomes(0.2, seeds, 200, g).count("holds") >= 170
 
 
+class InOne:
+    """A pool of this process alone."""
+
+    def __init__(self, *args, **kw):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
 @pytest.mark.slow
-def test_planted_claims_from_the_pilot_to_the_verdict(workdir):
+def test_planted_claims_from_the_pilot_to_the_verdict(workdir, monkeypatch):
     """20 sets of runs: a baseline under another name never holds, and is negligible; one with other
     noise holds by chance at 2.5 %; an arm that has the stated effect holds in 18"""
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", InOne)
     rates, words = dict(same=0.3, noise=0.4, effect=0.2), dict(same=[], noise=[], effect=[])
     for number in range(20):
         setup = partial(shifted, 10_000 * (number + 1))
@@ -253,3 +269,16 @@ def shifted(by, argv):
     at = argv.index("--seed") + 1
     return configure(Config, PRESETS, AXES, "", [*argv[:at], str(int(argv[at]) + by),
                                                  *argv[at + 1:]])
+
+
+@pytest.mark.parametrize("script, argv, metrics", [
+    ("ppo", ["--config", "toyif,srppo,tiny", "--max_new", "0", "--steps", "0", "--eval_prompts",
+             "16"], ["val_gold", "ood_reward"]),
+    ("grpo", ["--config", "grpo,tiny", "--steps", "0"], ["val_accuracy", "val_greedy"]),
+    ("dpo", ["--config", "dpo,tiny", "--steps", "0"], ["val_gold", "ood_length"])])
+def test_a_script_keeps_what_its_means_are_of(script, argv, metrics, shared_bases):
+    """one number a prompt, or a row of them with several samples each, whose mean is the result"""
+    out = importlib.import_module(script).main([*argv, "--out", "kept"])
+    for metric in metrics:
+        values = torch.tensor(P.values_kept("kept", "", metric))
+        assert values.mean().item() == pytest.approx(out[metric], abs=1e-6) and len(values) > 3

@@ -20,6 +20,9 @@ import torch
 from data.run import UserError, commit, read_json, write_text
 
 PILOT_SEED, POWER, LEVEL, MOST = 2000, 0.9, 0.05, 1000
+# that an interval is above 0, for the verdict to be `holds`: the interval of an effect that is just
+# the smallest lies below it, and is negligible, one time in forty
+ABOVE = POWER + LEVEL / 2
 
 # --- Student's t ----------------------------------------------------------------------------------
 
@@ -177,8 +180,8 @@ def plan(claim, diffs, kept):
                             f"{label!r}: add its metric to `smallest`")
         careful = cautious(sd, len(x))
         rows.append(dict(test=label, smallest=effect, sd=sd, parts=parts_of(x, kept[label]),
-                         seeds=seeds_for(effect, careful),
-                         seeds_holm=seeds_for(effect, careful, level)))
+                         seeds=seeds_for(effect, careful, LEVEL, ABOVE),
+                         seeds_holm=seeds_for(effect, careful, level, ABOVE)))
     needed = [row["seeds_holm"] for row in rows]
     return dict(seeds=None if None in needed else max(needed), power=POWER, why=claim.why,
                 pilot=len(next(iter(diffs.values()))), contrasts=rows)

@@ -211,7 +211,7 @@ def needed(report, claim, test):
     sd, smallest = spread(report, test), power.smallest_of(claim, claim.tests[test["test"]])
     careful = power.cautious(sd, report["seeds"])
     levels = power.LEVEL, power.LEVEL / len(report["tests"])
-    return smallest, sd, *(power.seeds_for(smallest, careful, level) for level in levels)
+    return smallest, sd, *(power.seeds_for(smallest, careful, x, power.ABOVE) for x in levels)
 
 
 def undecided(found):
