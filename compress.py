@@ -38,8 +38,8 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import text
-from data.run import (Common, Count, Positive, Range, Run, Share, UserError, checkpoint, cli, hyper,
-                      launch, needs, peak_bytes)
+from data.run import (Common, Count, MeanOf, Positive, Range, Run, Share, UserError, checkpoint,
+                      cli, hyper, launch, needs, peak_bytes)
 from kernels import (PackedLinear, bitmap_state, column_scale, columns_state, linear_distill,
                      linear_logprob, mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor,
                      pack_int, pack_nm24, pack_vq, packed, quantize, wide)
@@ -239,8 +239,8 @@ def full():
 @torch.no_grad()
 def evaluate(model, windows, batch=16):
     """Mean nats per token of windows [N, T], the first token of each unscored."""
-    total = sum(-token_logprobs(model, part).sum().item() for part in windows.split(batch))
-    return total / (windows.numel() - len(windows))
+    nats = [-token_logprobs(model, part).sum(1).double().cpu() for part in windows.split(batch)]
+    return MeanOf(torch.cat(nats) / (windows.size(1) - 1))
 
 
 @torch.no_grad()
@@ -409,7 +409,8 @@ def train(c, f):
                 f"  {about}; {size / 1e6:.2f} MB on disk in all\n"
                 f"  {seconds:.1f} s to compress, {rate:.3g} tokens/s (dense {fast:.3g}), peak "
                 f"memory {peak / 1e9:.2f} GB\n  {run.last}")
-        return run.finish(loss=after, loss_increase=after - before, dense_loss=before, kl=kl,
+        increase = MeanOf(torch.tensor(after.values) - torch.tensor(before.values))
+        return run.finish(loss=after, loss_increase=increase, dense_loss=before, kl=kl,
                           same_top=same, perplexity=math.exp(after), disk_bytes=size,
                           seconds=seconds, peak_bytes=peak, tokens_per_second=rate,
                           dense_tokens_per_second=fast, **metrics)

@@ -38,7 +38,7 @@ import kernels
 import optim
 import sft
 from data import prefs, tasks
-from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
+from data.run import (Count, Fraction, MeanOf, Positive, Range, Run, Share, Training, UserError,
                       batch_indices, cli, launch, needs, read_log, report)
 from data.stats import auroc
 from data.text import CACHE
@@ -306,14 +306,14 @@ def evaluate(c, f, known, sets, before):
         rows, n = [row(p, [y]) for p, y in zip(problems, ys)], len(ys)
         if "start" in known:
             mine, ref = (known["logprobs"](rows, known[x]) for x in ("policy", "start"))
-            out[f"{split}_kl"] = sum((a - b).sum().item() for a, b in zip(mine, ref)) / n
-        out[f"{split}_length"] = sum(len(y["ids"]) for y in ys) / n
+            out[f"{split}_kl"] = MeanOf([(a - b).sum().item() for a, b in zip(mine, ref)])
+        out[f"{split}_length"] = MeanOf([len(y["ids"]) for y in ys])
         out[f"{split}_truncated"] = 1 - sum(y["finished"] for y in ys) / n
         if world:
             golds[split] = now = gold_score(problems, [[y] for y in ys], world)
             duels = zip(now, before.get(split, now))
-            out[f"{split}_gold"] = sum(now) / n
-            out[f"{split}_win"] = sum((a > b) + 0.5 * (a == b) for a, b in duels) / n
+            out[f"{split}_gold"] = MeanOf(now)
+            out[f"{split}_win"] = MeanOf([(a > b) + 0.5 * (a == b) for a, b in duels])
         here = known | dict(split=split, problems=problems, responses=ys, sample=draw,
                             options=f.source.keywords)
         for name in (c.source, c.judge):

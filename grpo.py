@@ -37,7 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
-from data.run import (Count, Positive, Run, Share, Training, UserError, batch_indices,
+from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, read_log, report, rows_used)
 from data.stats import of_samples
 from data.tasks import MARK
@@ -285,8 +285,8 @@ def evaluate(policy, sets, tok, c):
             finished.append(roll.finished)
         posed = [p for p in problems for _ in range(G)]
         means = measured(task, posed, texts, torch.cat(scores), torch.cat(lengths),
-                         torch.cat(finished)) | dict(greedy=torch.cat(greedy).mean())
-        out |= {f"{split}_{k}": float(x) for k, x in means.items()}
+                         torch.cat(finished)) | dict(greedy=MeanOf(torch.cat(greedy)))
+        out |= {f"{split}_{k}": x for k, x in means.items()}
         samples += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::G])]
     return out, samples
 
@@ -530,15 +530,15 @@ def unanswered(task):
 
 def measured(task, posed, texts, score, length, finished):
     """What a split's samples come to, by name.   score, length [P, G]; posed, texts of N"""
-    out = {"length": length.mean(), "truncated": 1 - finished.float().mean(),
-           task.metric: score.mean()}
+    out = {"length": MeanOf(length), "truncated": 1 - finished.float().mean().item(),
+           task.metric: MeanOf(score)}
     homes = [tasks.part(task, p) for p in posed]
     if task.metric == "accuracy":
         answers = [tasks.stated(x, text) if done else ""
                    for x, text, done in zip(homes, texts, finished.tolist())]
         out |= of_samples(score > 0.5, answers)
         for kind, rows in dict(right=score > 0.5, wrong=score < 0.5).items():
-            out[f"length_{kind}"] = length[rows].mean() if rows.any() else 0.0
+            out[f"length_{kind}"] = length[rows].mean().item() if rows.any() else 0.0
     habits = [x.habits(text) for x, text in zip(homes, texts) if hasattr(x, "habits")]
     for key in habits[0] if habits else ():
         out[key] = statistics.fmean(x[key] for x in habits)

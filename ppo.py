@@ -31,7 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 import kernels
 import sft
 from data import tasks
-from data.run import (Count, Positive, Run, Share, Training, UserError, batch_indices,
+from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
                       check_first_ratio, cli, launch, needs, report)
 from data.stats import explained_variance, rank_correlation
 from model import (ScalarModel, Transformer, autocast, critic_values, generate, load, logprobs,
@@ -298,14 +298,14 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
         roll = f.decode(**{name: known[name] for name in needs(f.decode)})
         logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
                      for m in (policy, models["ref"]))                                   # [B, T]
-        out |= {f"{split}_reward": score(roll).mean(),
-                f"{split}_{task.metric}": quality(task, problems, roll, tok).mean(),
-                f"{split}_kl": (logp - ref).sum(1).mean(),
-                f"{split}_length": roll.mask.sum(1).mean(),
-                f"{split}_truncated": 1 - roll.finished.float().mean()}
+        out |= {f"{split}_reward": score(roll),
+                f"{split}_{task.metric}": quality(task, problems, roll, tok),
+                f"{split}_kl": (logp - ref).sum(1),
+                f"{split}_length": roll.mask.sum(1),
+                f"{split}_truncated": ~roll.finished}                                    # [B] each
         texts = [tok.decode(ids) for ids in roll.completions()[:2]]
         shown += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems, texts)]
-    return {k: float(v) for k, v in out.items()}, shown
+    return {k: MeanOf(v) for k, v in out.items()}, shown
 
 
 # --- train ----------------------------------------------------------------------------------------

@@ -580,6 +580,26 @@ def read_json(path, what="copy it again"):
     return found
 
 
+class MeanOf(float):
+    """A mean that keeps what it is of: values [P], one a prompt or row, or [P, S] with S samples
+    each. A run that finishes with it leaves them in values.json, where --claim --power reads what
+    the prompts and the samples add to a result's spread."""
+
+    def __new__(cls, values):
+        values = torch.as_tensor(values)
+        values = values if values.is_floating_point() else values.float()
+        self = super().__new__(cls, values.mean())
+        self.values = values.tolist()
+        return self
+
+
+def plain(x):
+    """A state without MeanOfs, which torch.load(weights_only=True) would refuse."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    return float(x) if isinstance(x, MeanOf) else x
+
+
 def is_number(x):
     """Whether a JSON value is a finite number; true is none."""
     return type(x) in (int, float) and math.isfinite(x)
@@ -1054,7 +1074,7 @@ class Run:
         name = f"step-{step:06d}"
         if self.quiet or self.last == self.folder / name:
             return
-        self.put(name, write, step, {"state.pt": dict(state, step=step)})
+        self.put(name, write, step, {"state.pt": plain(dict(state, step=step))})
         self.last = self.folder / name
         mine = sorted((int(m[1]), k) for k in self.info["made"] if (m := STEP.fullmatch(k)))
         for _, old in mine[:-self.c.keep]:
@@ -1144,6 +1164,9 @@ class Run:
     def finish(self, **metrics):
         """Record the run's result in run.json (which marks it finished), and return it."""
         self.begin()
+        kept = {k: x.values for k, x in metrics.items() if isinstance(x, MeanOf)}
+        if kept:
+            write_text(self.folder / "values.json", json.dumps(kept))
         self.info["result"] = {k: float(v) for k, v in metrics.items()}
         self.write_info()
         return self.info["result"]
@@ -1757,7 +1780,10 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
-    options = dict(parse(argv, {x.name: x.default for x in dataclasses.fields(Config)}))
+    flags = {x.name: x.default for x in dataclasses.fields(Config)} | dict(power=False)
+    options = dict(parse(argv, flags))
+    if "power" in options and "claim" not in options:
+        raise UserError("--power: say which claim it is to prepare: --claim NAME --power")
     if not ranks or "claim" in options:
         refuse_ranks(f"{script}.py" + " --claim" * ("claim" in options))
     if "help" in options:
@@ -1765,7 +1791,8 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
             setup(argv)
         print("\n  --eject FILE: write this configuration as a script of its own, and stop")
         with contextlib.suppress(UserError):
-            print("  --claim NAME, --seeds 5, --jobs 0: run a claim's arms over seeds; "
+            print("  --claim NAME, --power, --seeds 5, --jobs 0: run a claim's arms over seeds, or "
+                  "with\n    --power a pilot that says how many seeds it takes; "
                   f"claims: {', '.join(claims_of(script).CLAIMS)}")
         raise SystemExit(0)
     elif "claim" in options:

@@ -2,7 +2,8 @@
 claims - a paper's claim as an experiment: arms over seeds, paired differences, a verdict from the
 intervals alone.
 
-    python grpo.py --claim lengths --seeds 5       # data/results/lengths.json and .png
+    python grpo.py --claim lengths --power         # a pilot: how many seeds are needed
+    python grpo.py --claim lengths                 # data/results/lengths.json and .png
 
 claims/<script>.py holds the claims of a script, as CLAIMS, and what the tables say of them, as
 HEADLINES.
@@ -23,11 +24,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from claims import power
 from data.run import (UserError, cast, commit, entries, layer, nearest, pyplot, read_json,
                       read_log, set_aside, settings, source, write_text)
 
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def critical_t(n):
+    """Student's t that the mean of n values is within, in standard errors, 95 times of 100."""
+    return T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
 
 
 def interval(values):
@@ -36,15 +43,16 @@ def interval(values):
     n = len(values)
     if n < 2:
         return values[0], math.inf
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), critical_t(n) * statistics.stdev(values) / math.sqrt(n)
 
 
-def verdict(diffs, better="higher"):
-    """'holds', 'does not hold' or 'undecided', from the 95 % interval of the paired differences
-    alone."""
+def verdict(diffs, better="higher", smallest=0.0):
+    """From the 95 % interval of the paired differences alone: 'negligible' if it lies within ±
+    smallest, the least effect that would matter, else 'holds', 'does not hold' or 'undecided'."""
     mean, half = interval(diffs)
     mean = mean if better == "higher" else -mean
+    if abs(mean) + half < smallest:
+        return "negligible"
     return "holds" if mean - half > 0 else "does not hold" if mean + half < 0 else "undecided"
 
 
@@ -57,7 +65,8 @@ class Claim:
     says that ours is better; the arm "" is the constant 1, "ours|accuracy" another metric than the
     claim's. conclude({label: verdict}) may give the claim's own word; by default every test must
     hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
-    "theirs|gold": …}.
+    "theirs|gold": …}. smallest: for each metric of a test the least difference that would matter,
+    and `why`: the published one translated, or what a user would notice.
     """
     text: str
     paper: str
@@ -65,6 +74,8 @@ class Claim:
     metric: str
     tests: dict
     better: str = "higher"
+    smallest: dict = dataclasses.field(default_factory=dict)
+    why: str = ""
     also: tuple = ()                 # further metrics to tabulate
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
@@ -73,11 +84,13 @@ class Claim:
 
 
 def conclude_all(verdicts):
-    """'holds' if every test does, 'does not hold' if any fails, else 'undecided'."""
+    """'holds' if every test does, 'does not hold' if any fails, else 'undecided' if any is, else
+    'negligible'."""
     words = set(verdicts.values())
     if words == {"holds"}:
         return "holds"
-    return "does not hold" if "does not hold" in words else "undecided"
+    return next((x for x in ("does not hold", "undecided", "negligible") if x in words),
+                "undecided")
 
 
 def in_parts(*parts):
@@ -161,26 +174,26 @@ def tune_arms(claim, configure_arm, job, pool, widest=6):
             for arm, grid in grids.items()}
 
 
-def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
-              results="data/results"):
-    """Train every arm on every seed (`jobs` at once, finished ones reused), compare, write.
+def measure(name, claim, configure_arm, train, seeds, *, jobs=0, extra=(), config="", tag=""):
+    """Train every arm on every seed, `jobs` at once, finished ones reused.
 
     configure_arm(argv) -> (c, f); `extra` goes to each arm's command line, `config` to its presets.
+    -> {(arm, seed): result}, {(arm, seed): the run's folder}, what tuning found.
     """
     Path("out/claims", name).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
 
-    def job(arm, seed, changes, tag=""):
+    def job(arm, seed, changes, tag=tag):
         presets = ",".join(filter(None, (claim.arms[arm], config)))
         return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
                 f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
                 1 if jobs > 1 else torch.get_num_threads())
 
     runs = who_runs(claim)
-    todo = [(arm, seed) for seed in range(seeds) for arm in claim.arms if runs[arm] == arm]
-    print(claim.text, claim.paper, f"{len(claim.arms)} arms x {seeds} seeds, {jobs} at a time",
+    todo = [(arm, seed) for seed in seeds for arm in claim.arms if runs[arm] == arm]
+    print(claim.text, claim.paper, f"{len(claim.arms)} arms x {len(seeds)} seeds, {jobs} at a time",
           sep="\n", flush=True)
-    t0, got, tuned = time.time(), [], {}
+    got, tuned = [], {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         if claim.tune:
             tuned = tune_arms(claim, configure_arm, job, pool)
@@ -192,25 +205,61 @@ def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, ext
                                     f"{of(out, arm, claim.metric):.4g}")
                 bar.update()
                 got.append(out)
-    got = dict(zip(todo, got))
-    got = {(arm, seed): got[runs[arm], seed] for arm in claim.arms for seed in range(seeds)}
+    got, folders = dict(zip(todo, got)), {key: path for key, (*_, path, _) in zip(todo, work)}
+    every = [(arm, seed) for arm in claim.arms for seed in seeds]
+    return ({(arm, seed): got[runs[arm], seed] for arm, seed in every},
+            {(arm, seed): folders[runs[arm], seed] for arm, seed in every}, tuned)
+
+
+def command_of(script, name, seeds, extra, config, power=False):
+    """The line that makes the report again."""
+    words = [f"python {script}.py --claim {name}", *["--power"] * power, f"--seeds {seeds}",
+             *[f"--config {config}"] * bool(config), *extra]
+    return " ".join(words)
+
+
+def run_claim(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
+              results="data/results"):
+    """Measure every arm over the seeds, compare, write data/results/<name>.json and .png.
+
+    -> the report, in which `plan` is what a pilot had found before.
+    """
+    t0, plan = time.time(), power.planned(name, results)
+    got, folders, tuned = measure(name, claim, configure_arm, train, range(seeds), jobs=jobs,
+                                  extra=extra, config=config)
     report = judge(name, claim, seeds, got)
     report |= dict(tuned=tuned) if tuned else {}
+    report |= {"plan": {k: plan[k] for k in ("seeds", "pilot", "power", "commit")}} if plan else {}
     Path(results).mkdir(parents=True, exist_ok=True)
     if claim.curve:
-        logs = {key: read_log(path) for key, (*_, path, _) in zip(todo, work)}
+        logs = {key: read_log(path) for key, path in folders.items()}
         with_curves(report, claim, logs, seeds, Path(results) / f"{name}_curves.png")
     if claim.sweep:
         report["sweep"] = sweep(claim, seeds, got)
         draw_sweep(report, claim.sweep[0], Path(results) / f"{name}_sweep.png")
-    report |= dict(command=f"python {script}.py --claim {name} --seeds {seeds}"
-                           + f" --config {config}" * bool(config) + "".join(f" {x}" for x in extra),
-                   commit=commit(), torch=torch.__version__,
-                   minutes=round((time.time() - t0) / 60, 1))
+    report |= dict(command=command_of(script, name, seeds, extra, config), commit=commit(),
+                   torch=torch.__version__, minutes=round((time.time() - t0) / 60, 1))
     write_text(Path(results) / f"{name}.json", json.dumps(report, indent=1))
     draw_claim(report, Path(results) / f"{name}.png")
     print(table(report), f"\n\n{report['verdict']}", flush=True)
     return report
+
+
+def run_pilot(name, claim, script, configure_arm, train, *, seeds=5, jobs=0, extra=(), config="",
+              results="data/results"):
+    """Measure every arm on development seeds; the plan that says how many seeds the claim takes."""
+    if seeds < 2:
+        raise UserError(f"--power --seeds {seeds}: a spread takes at least 2")
+    which = range(power.PILOT_SEED, power.PILOT_SEED + seeds)
+    got, folders, _ = measure(name, claim, configure_arm, train, which, jobs=jobs, extra=extra,
+                              config=config, tag="-pilot")
+    homes = [{arm: folders[arm, seed] for arm in claim.arms} for seed in which]
+    diffs = {label: [contrast(claim, weights, got, seed) for seed in which]
+             for label, weights in claim.tests.items()}
+    kept = {label: [power.kept_of(claim, weights, home) for home in homes]
+            for label, weights in claim.tests.items()}
+    command = command_of(script, name, seeds, extra, config, power=True)
+    return power.write_plan(name, power.plan(claim, diffs, kept), command, results)
 
 
 def who_runs(claim):
@@ -228,17 +277,18 @@ def with_curves(report, claim, logs, seeds, path):
 
 
 def run_from_options(script, claims, setup, known, train, options):
-    """What `--claim NAME [--seeds 5] [--jobs 0]` asks for: the claim's report.
+    """What `--claim NAME [--power] [--seeds N] [--jobs 0]` asks for: the claim's report or plan.
 
-    jobs: arms trained at once, each on one thread (0: one per core, four at most). Other options go
-    to every arm; those that an arm or the seeds set are refused. setup(argv) -> (c, f); known: the
-    script's presets and axes.
+    seeds: those of the plan, or 5. jobs: arms trained at once, each on one thread (0: one per core,
+    four at most). Other options go to every arm; those that an arm or the seeds set are refused.
+    setup(argv) -> (c, f); known: the script's presets and axes.
     """
     name = options.pop("claim")
     if name not in claims:
         raise UserError(f"no claim {name!r}{nearest(name, claims)}")
-    claim = claims[name]
-    seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", 5), ("jobs", 0)))
+    claim, pilot = claims[name], cast("power", options.pop("power", "false"), False)
+    usual = 5 if pilot else power.planned(name).get("seeds") or 5
+    seeds, jobs = (cast(k, options.pop(k, d), d) for k, d in (("seeds", usual), ("jobs", 0)))
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1, and 2 for an interval")
     asked = entries(options.get("config", ""))
@@ -254,8 +304,8 @@ def run_from_options(script, claims, setup, known, train, options):
     extra = [f"--{k}={v}" for k, v in options.items()]
     for arm in claim.arms.values():                              # all options, before any arm runs
         setup(["--config", ",".join(filter(None, (arm, more))), *extra])
-    return run_claim(name, claim, script, setup, train, seeds=seeds, jobs=jobs, extra=extra,
-                     config=more)
+    job = run_pilot if pilot else run_claim
+    return job(name, claim, script, setup, train, seeds=seeds, jobs=jobs, extra=extra, config=more)
 
 
 def of(result, arm, metric):
@@ -267,29 +317,49 @@ def of(result, arm, metric):
     return result[key]
 
 
+def contrast(claim, weights, got, seed):
+    """One seed's contrast: the weighted sum of the arms' metrics, the arm "" being 1."""
+    total = 0.0
+    for key, weight in weights.items():
+        arm, _, metric = key.partition("|")
+        total += weight * (of(got[arm, seed], arm, metric or claim.metric) if arm else 1.0)
+    return total
+
+
 def judge(name, claim, seeds, got):
     """A claim's report from got[(arm, seed)] -> result: means, intervals, paired differences,
-    verdict."""
+    verdict. Each contrast has its own verdict, `alone`, and one with all judged together (Holm),
+    from which the claim's is made."""
     metrics = (claim.metric, *claim.also)
     values = {arm: {m: [of(got[arm, s], arm, m) for s in range(seeds)] for m in metrics}
               for arm in claim.arms}
-
-    def value(key, s):
-        arm, _, metric = key.partition("|")
-        return of(got[arm, s], arm, metric or claim.metric) if arm else 1.0
-
-    tests, verdicts = [], {}
+    tests = []
     for label, weights in claim.tests.items():
-        diffs = [sum(w * value(key, s) for key, w in weights.items()) for s in range(seeds)]
+        diffs = [contrast(claim, weights, got, s) for s in range(seeds)]
         mean, half = interval(diffs)
-        verdicts[label] = verdict(diffs, claim.better)
-        tests.append(dict(test=label, difference=mean, interval=half, verdict=verdicts[label]))
+        sd = statistics.stdev(diffs) if seeds > 1 else 0.0
+        # a contrast with a constant asks for a margin or a threshold already
+        smallest = 0.0 if "" in weights else power.smallest_of(claim, weights)
+        tests.append(dict(test=label, difference=mean, interval=half, smallest=smallest,
+                          p=power.p_value(mean, sd, seeds),
+                          alone=verdict(diffs, claim.better, smallest)))
+    judge_together(tests)
+    verdicts = {t["test"]: t["verdict"] for t in tests}
     arms = {arm: {m: dict(zip(("mean", "interval"), interval(v)), values=v) for m, v in ms.items()}
             for arm, ms in values.items()}
     return dict(claim=name, text=claim.text, paper=claim.paper, metric=claim.metric,
                 better=claim.better,
                 seeds=seeds, verdict=(claim.conclude or conclude_all)(verdicts), arms=arms,
                 tests=tests)
+
+
+def judge_together(tests):
+    """Give each contrast Holm's p-value and the verdict with it: what the others' number makes
+    uncertain is undecided."""
+    adjusted = power.holm({t["test"]: t["p"] for t in tests})
+    for t in tests:
+        lost = t["alone"] in ("holds", "does not hold") and adjusted[t["test"]] > power.LEVEL
+        t |= dict(p_holm=adjusted[t["test"]], verdict="undecided" if lost else t["alone"])
 
 
 def table(report):
@@ -303,9 +373,10 @@ def table(report):
     side = "above" if report["better"] == "higher" else "below"
     lines.append(f"\npaired contrasts over {report['seeds']} seeds, 95 %, of {report['metric']} or "
                  f"of what the label names; a label holds where its contrast is {side} 0")
-    lines += [f"{t['test']:<36}"
-              + f"{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  {t['verdict']}"
-              for t in report["tests"]]
+    for t in report["tests"]:
+        alone = t.get("alone", t["verdict"])
+        lines.append(f"{t['test']:<36}{t['difference']:>+8.3f} ± {t['interval']:<6.3f}  "
+                     + t["verdict"] + f" (alone: {alone})" * (alone != t["verdict"]))
     return "\n".join(lines)
 
 

@@ -41,7 +41,10 @@ CLAIMS = dict(
                     ("half, SparseGPT", "half, NoWag-P")])
         | {"proxy: ARMOR 4 < NoWag-P": {"ARMOR 4|proxy": 1, "NoWag-P|proxy": -1}},
         better="lower", also=ALSO,
-        conclude=in_parts("order", "controls", "rival", "half", "proxy")),
+        conclude=in_parts("order", "controls", "rival", "half", "proxy"),
+        smallest={"loss_increase": 0.01, "proxy": 0.01},
+        why="1 % of the perplexity: half of the published ln(11.35 / 11.14) between NoWag-P and "
+            "Wanda"),
     codes=Claim(
         "NoWag-VQ loses less than other ways to round at about as many bits",
         "2504.14569: below one-shot QuIP#, AQLM and GPTVQ-like methods at 2 bits (second-hand)",
@@ -55,7 +58,9 @@ CLAIMS = dict(
                          ("GPTQ, act order, 2", "GPTQ, 2")],
               parts=[("NoWag-VQ, 2", "k-means, 2"), ("k-means, norms, 2", "k-means, 2"),
                      ("k-means, weights, 2", "k-means, 2")]),
-        better="lower", also=ALSO, conclude=in_parts("3 bits", "2 bits", "corrected", "parts")),
+        better="lower", also=ALSO, conclude=in_parts("3 bits", "2 bits", "corrected", "parts"),
+        smallest={"loss_increase": 0.01},
+        why="1 % of the perplexity"),
     widths=Claim(
         "Bits given where columns lose most (BAQ) beat the same bits everywhere; groups that need "
         "4 bits are found by sensitivity",
@@ -66,7 +71,9 @@ CLAIMS = dict(
         | {"mixed": "mixed", "mixed, range": "mixed,by=range", "mixed, random": "mixed,by=random"},
         "kl", below(BAQ=[(f"BAQ, {b}", f"uniform, {b}") for b in (4, 3, 2)],
                     mixed=[("mixed", "mixed, random"), ("mixed", "mixed, range")]),
-        better="lower", also=("loss_increase", "bits"), conclude=in_parts("BAQ", "mixed")),
+        better="lower", also=("loss_increase", "bits"), conclude=in_parts("BAQ", "mixed"),
+        smallest={"kl": 0.002},
+        why="a third of what 4 bits cost"),
     arena=Claim(
         "Methods that handle outliers win where outliers are: AWQ and SmoothQuant+ over rounding, "
         "Wanda over magnitude, rotation and permutation over plain 4-bit activations",
@@ -83,7 +90,9 @@ CLAIMS = dict(
             ("COMET", "8-bit blocks"), ("8-bit blocks", "W4A4 blocks"), ("W4A4 blocks", "W4A4"),
             ("HALO", "W4A4"))]
             for kind, mark in (("plain", ""), ("spiky", ", spiky"))}),
-        better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky")),
+        better="lower", also=("loss_increase", "bits"), conclude=in_parts("plain", "spiky"),
+        smallest={"kl": 0.002},
+        why="a third of what rounding to 4 bits costs"),
     kv=Claim(
         "A 2-bit cache wants keys by channel and values by token; trained heads know which tokens "
         "may go",
@@ -103,7 +112,9 @@ CLAIMS = dict(
                       ("KIVI, no window", "values by channel, no window")],
               heads=[(f"locret, {kept}", f"{other}, {kept}") for kept in (32, 16)
                      for other in ("recency", "random", "attention")]),
-        better="lower", also=("cache_bytes",), conclude=in_parts("keys", "values", "heads")),
+        better="lower", also=("cache_bytes",), conclude=in_parts("keys", "values", "heads"),
+        smallest={"cache_increase": 0.005},
+        why="half a percent of the perplexity"),
     slim=Claim(
         "Slimming experts in stages beats one cut at equal tokens, and slimming beats dropping "
         "experts, random neurons, new weights and a dense model of its active size",
@@ -127,7 +138,9 @@ CLAIMS = dict(
            for x in ("drop experts", "random neurons", "new weights")}
         | {"KL: two < one": {"two stages|kl": 1, "one stage|kl": -1}},
         better="lower", also=("cut_loss", "kl", "parameters"),
-        conclude=in_parts("stages", "KL", "after", "cut")),
+        conclude=in_parts("stages", "KL", "after", "cut"),
+        smallest={"loss_increase": 0.01, "cut_loss": 0.1, "kl": 0.002},
+        why="1 % of the perplexity after training, 10 % of it right after the cut"),
     widths_of_layers=Claim(
         "The exact choice of a width for every layer beats one width for all, and that a random "
         "choice; neurons chosen by activations beat a policy that reads weights, and that chance",
@@ -140,7 +153,9 @@ CLAIMS = dict(
         "kl", below(choice=[("exact", "uniform"), ("uniform", "random")],
                     neurons=[("Minitron", "PruneNet"), ("PruneNet", "random neurons")]),
         better="lower", also=("loss_increase", "parameters"),
-        conclude=in_parts("choice", "neurons")))
+        conclude=in_parts("choice", "neurons"),
+        smallest={"kl": 0.02},
+        why="a tenth of what one width for all costs"))
 
 # claim: (the test that judges the headline, method, baseline, statement, what is measured, as
 # published). Method and baseline are arms, "arm|metric" for another metric than the claim's,

@@ -25,7 +25,10 @@ CLAIMS = dict(
             "gate: u(ood) > u(id)": {"uncertainty|u_shift": 1}},
         also=("id_accuracy", "ood_accuracy", "u_auroc", "margin_auroc"),
         conclude=gated("uninformative model", "over random", "over margin"),
-        sweep=("share of pairs that the judge answers", ("accuracy",))),
+        sweep=("share of pairs that the judge answers", ("accuracy",)),
+        smallest={"area": 0.017, "accuracy@0.1": 0.017, "accuracy@0.25": 0.017,
+                  "accuracy@0.4": 0.017, "id_accuracy": 0.017, "u_shift": 0.1},
+        why="published: 89.2 for 87.5 with 9 % of the calls; uncertainty: a tenth of its spread"),
     rubrics=Claim(
         "Rubric-RM beats the direct judge of its size; contrast and consistency filtering help it",
         "2510.07743: 70.1 for Rubric-RM-8B, 61.7 for the best judge of its size, over ten "
@@ -44,7 +47,9 @@ CLAIMS = dict(
             "gate: direct > 0.6 on id": {"direct|id": 1, "": -0.6}},
         also=("id", "k3", "verbose"),
         conclude=gated("weak judges", "judges", "no contrast", "contrast alone", "consistency",
-                       "votes")),
+                       "votes"),
+        smallest={"accuracy": 0.02, "verbose": 0.02, "accuracy_vote": 0.02, "id": 0.02},
+        why="two points of accuracy: a quarter of the published 8.4"),
     thinkrm=Claim(
         "A judge that reasons at length beats Bradley-Terry and short reasoning, on the hardest "
         "pairs too",
@@ -60,7 +65,10 @@ CLAIMS = dict(
         | {f"RL: {x} at most 2 % longer": {f"{x}|accuracy_length": 1.02,
                                            f"{x}+RL|accuracy_length": -1}
            for x in ("long", "short")},
-        also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL")),
+        also=("id",), conclude=in_parts("hard", "votes", "in domain", "RL"),
+        smallest={"hard": 0.03, "hard_vote": 0.03, "id": 0.03, "id_vote": 0.03,
+                  "accuracy_graded": 0.03, "accuracy_length": 0.5},
+        why="accuracy: half of the published 6.8 points; length: half a token"),
     advrm=Claim(
         "Adv-RM's retrained reward model resists: RLHF on it runs longer before gold falls",
         "2504.06141: RLHF without hacking 2-3 times longer; strict attacks 93-100 %, "
@@ -76,7 +84,12 @@ CLAIMS = dict(
         also=("gold@1", "gold@4", "peak", "final", "strict_0", "strict_last", "pairs_0",
               "confirmed_0"),
         conclude=in_parts("steps", "nats", "attack", "later", "clean", "gate"),
-        sweep=("KL to the SFT model, nats", ("gold",))),
+        sweep=("KL to the SFT model, nats", ("gold",)),
+        smallest={"collapse": 7, "gold@4": 0.1, "strict_0": 0.1, "strict_overopt": 0.1,
+                  "strict_last": 0.1, "adv_accuracy": 0.02, "plain_accuracy": 0.02,
+                  "confirmed_0": 0.1},
+        why="steps: half again the plain model's 15, where two to three times is published; "
+            "gold, attacks: a tenth of their range; accuracy: the loss that the claim allows"),
     ensembles=Claim(
         "Ensembles of reward models mitigate over-optimisation, with and without label noise",
         "2310.02743: WCO and UWO remove it under best-of-n, mean with clean labels; under PPO they "
@@ -89,7 +102,9 @@ CLAIMS = dict(
          for tail in ("", NOISY) for x in ENSEMBLES},
         also=("RL gold@4", "RL peak", "RL final", "RL kl_end", "clean_accuracy"),
         conclude=in_parts(*(f"{how}: {x}" for how in ("best-of-n", "RL") for x in ENSEMBLES)),
-        sweep=("n", ("best-of-n gold",))))
+        sweep=("n", ("best-of-n gold",)),
+        smallest={"best-of-n gold@256": 0.1, "RL gold@4": 0.1},
+        why="a tenth of the range of gold between the arms"))
 
 # claim: (the test that judges the headline, method, baseline, statement, what is measured, as
 # published). Method and baseline are arms, "arm|metric" for another metric than the claim's,

@@ -33,7 +33,9 @@ CLAIMS = dict(
         | over("selection", ["docstrings 64"], "AdaSPEC, 2.5x", "random, 2.5x")
         | over("order", ["docstrings 64"], "AdaSPEC, 2.5x", "smallest, 2.5x"),
         also=ALSO, conclude=in_parts("paper's budgets", "equal data", "same batch", "selection",
-                                     "order")),
+                                     "order"),
+        smallest={"overlap": 0.011},
+        why="the least published gain: acceptance 73.1 to 74.2 %"),
 )
 
 # claim: (the test that judges the headline, method, baseline, statement, what is measured, as

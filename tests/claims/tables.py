@@ -9,18 +9,19 @@ as `python tests/claims.py`.
 
 Nothing is trained here: `python <script>.py --claim NAME` measures, and writes the JSON that this
 reads.
-Map      1 what a table says of a claim   2 tables of claims   3 the index of methods   4 pages
-         5 figures   6 main
+Map      1 what a table says of a claim   2 tables of claims   3 what undecided contrasts would
+         need   4 the index of methods   5 pages   6 figures   7 main
 """
 import difflib
 import importlib
 import json
+import math
 import re
 import sys
 import textwrap
 from pathlib import Path
 
-from claims import interval, table
+from claims import critical_t, interval, power, table
 from data.run import HEADING, UserError, entries, nearest, pyplot, write_text
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,12 +181,58 @@ def contrasts(script, found):
         lines += ["", f"### Claim `{name}`", "",
                   f"{report['seeds']} seeds{took}; `{report['metric']}`, or what a label names; "
                   f"holds {side} 0 ([picture]({name}.png)). Verdict: **{report['verdict']}**.", "",
-                  "| contrast | difference ± 95 % | verdict |", "|---|---|---|"]
-        for t in report["tests"]:
-            d = digits(t["interval"])
+                  "| contrast | difference ± 95 % | p, Holm | verdict |", "|---|---|---|---|"]
+        for t, p in zip(report["tests"], together(report)):
+            d, alone = digits(t["interval"]), t.get("alone", t["verdict"])
             lines.append(line(cell(t["test"]), f"{t['difference']:+.{d}f} ± {t['interval']:.{d}f}",
-                              t["verdict"]))
+                              f"{p:.2g}", t["verdict"] + f" (alone: {alone})"
+                              * (alone != t["verdict"])))
     return lines[1:]
+
+
+def spread(report, test):
+    """The standard deviation of a contrast over the seeds, from its interval."""
+    return test["interval"] * math.sqrt(report["seeds"]) / critical_t(report["seeds"])
+
+
+def together(report):
+    """Holm's p-value of each contrast of a report, those measured before plans included."""
+    p = {t["test"]: power.p_value(t["difference"], spread(report, t), report["seeds"])
+         for t in report["tests"]}
+    return power.holm(p).values()
+
+
+# --- what undecided contrasts would need ----------------------------------------------------------
+
+
+def needed(report, claim, test):
+    """What matters in a contrast, its spread, and the seeds that show it: alone, and with all of
+    its claim's (Holm).   -> four numbers, None for more than power.MOST seeds"""
+    sd, smallest = spread(report, test), power.smallest_of(claim, claim.tests[test["test"]])
+    careful = power.cautious(sd, report["seeds"])
+    levels = power.LEVEL, power.LEVEL / len(report["tests"])
+    return smallest, sd, *(power.seeds_for(smallest, careful, x, power.ABOVE) for x in levels)
+
+
+def undecided(found):
+    """Every contrast that its seeds left open, and how many would close it."""
+    lines, rows = [], []
+    for script in SCRIPTS:
+        for name, report in of_script(script, found).items():
+            claim = claims_of(script).get(name)
+            open_ones = [t for t in report["tests"] if t["verdict"] == "undecided"
+                         and claim and t["test"] in claim.tests]
+            rows += [(script, name, report, t, needed(report, claim, t)) for t in open_ones]
+    lines += [f"{len(rows)} contrasts are undecided.", "",
+              "| claim | contrast | difference ± 95 % | seeds | matters | sd of a seed | seeds "
+              "needed | with all its contrasts |", "|---|---|---|---|---|---|---|---|"]
+    for script, name, report, t, (smallest, sd, *seeds) in rows:
+        d = digits(t["interval"])
+        lines.append(line(f"[{name}]({script}.md#claim-{name})", cell(t["test"]),
+                          f"{t['difference']:+.{d}f} ± {t['interval']:.{d}f}",
+                          str(report["seeds"]), f"{smallest:g}", f"{sd:.3g}",
+                          *(str(x or f"> {power.MOST}") for x in seeds)))
+    return lines
 
 
 # --- the index of methods -------------------------------------------------------------------------
@@ -266,7 +313,8 @@ def index(found):
 def pages(found):
     """{path: {marker: lines}}: every generated part of every page."""
     out = {README: {"claims": first_claims(found)},
-           RESULTS / "README.md": {"methods": index(found)}}
+           RESULTS / "README.md": {"methods": index(found)},
+           RESULTS / "power.md": {"undecided": undecided(found)}}
     for script in SCRIPTS:
         if of_script(script, found):
             out[RESULTS / f"{script}.md"] = {"claims": claims_table(script, found),
