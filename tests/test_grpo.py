@@ -939,9 +939,13 @@ def test_a_filter_that_nothing_passes(shared_bases):
     """a reward that is the same for all: every group is flat, and the weights stay as they are"""
     (shared_bases / "flat.py").write_text("def same(problem, text, finished):\n    return 0.7\n")
     tiny("dapo", "flat", "--reward", "flat.py:same", "--shaper", "plain", "--save_every", "1")
-    log = [row for row in read_log("flat") if "correct" in row]
-    assert len(log) == 2 and all(row["groups"] == 0 and row["flat"] == 1 and row["norm"] == 0
-                                 for row in log)
+    # an advantage that the rewards do not decide: nothing passed, so that nothing trains
+    tiny("opd", "taught", "--reward", "flat.py:same", "--filter", "mixed", "--samples", "2",
+         "--prompts", "4", "--rounds", "1")
+    for name in ("flat", "taught"):
+        log = [row for row in read_log(name) if "correct" in row]
+        assert len(log) == 2 and all(row["groups"] == 0 and row["flat"] == 1 and row["norm"] == 0
+                                     for row in log)
 
 
 def test_a_split_of_one_problem(shared_bases):

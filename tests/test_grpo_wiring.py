@@ -7,6 +7,7 @@ import re
 import statistics
 import zlib
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property, partial
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from wiring import catch
 import grpo
 from data import tasks
 from data.run import configure, headings, needs, read_log, read_state, steps_of
-from model import load
+from model import Rollout, load
 
 TOPICS = {"refused", "measured"}
 CHAPTERS = [x for names, _ in headings(inspect.getsource(grpo)) for x in re.split(", *", names)]
@@ -39,8 +40,9 @@ OPTIONS = dict(
     da_dler=["--beta", "0.5", "--target", "12", "--easy", "8"],
     clip_cov=["--low", "0.01", "--ratio", "0.1"], kl_cov=["--ratio", "0.1"],
     dot=["--samples", "4", "--prompts", "4", "--spread", "0.5", "--ratio", "0.1"],
-    arlcp=["--kl_reward", "0.5"], clip_delta=["--kl_reward", "0.5"], rlvr=["--kl_reward", "2"],
-    reinforce_pp=["--advantage.beta", "0.5"], easy=["--share", "0.5"])
+    rlpr=["--kl_reward", "0.5"], arlcp=["--kl_reward", "0.5"], rlvr=["--kl_reward", "2"],
+    clip_delta=["--kl_reward", "0.5"], reinforce_pp=["--advantage.beta", "0.5"],
+    easy=["--share", "0.5"])
 # rows that no preset has, in runs of their own
 MORE = dict(
     harsher=["--config", "grpo", "--credit", "harsher", "--surrogate", "clip_stale", "--actor",
@@ -692,6 +694,9 @@ def test_every_method_is_given_what_its_arguments_say(config, shared_bases, monk
         real = grpo.reweighted
         monkeypatch.setitem(grpo.BATCH, "priority",
                             lambda losses, reweigh: real(losses, reweigh, window=1))
+    noted, follow = [], grpo.Slow.note
+    monkeypatch.setattr(grpo.Slow, "note", lambda self, done, policy: follow(
+        self, done, policy) or noted.append((done, policy)))
     small = OPTIONS.get(config, []) + ["--rounds", "3"] * ("filter" in grpo.PRESETS.get(config, {}))
     run = Run(monkeypatch, merged(
         "--config", f"{config},tiny", "--steps", "2", "--lr", "3e-3", "--pool", "8",
@@ -700,6 +705,8 @@ def test_every_method_is_given_what_its_arguments_say(config, shared_bases, monk
     assert len(run.log) == run.c.steps and max(run.first, default=0) < 1e-4
     assert len(run.first) == (run.c.steps if run.c.actor == "current" else 0)
     assert all(math.isfinite(x) for row in [*run.log, run.out] for x in row.values())
+    if config == "care":
+        assert noted == [(1, run.policy), (2, run.policy)]
     run.pool_used = run.of(run.row("draw"))[0].pool
     run.pool = prepared(run)
     check_draws(run)
@@ -800,3 +807,212 @@ def fewest(hints, prompt, share, margin):
     def accuracy(kept):
         return share[prompt + "".join(hints[i] for i in sorted(kept))][0]
     return "".join(hints[i] for i in sorted(grpo.sufficient(len(hints), accuracy, margin)))
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(shared_bases):
+    """A tiny base, its tokenizer, and a Config for it."""
+    model, tok = load(grpo.sft.base("chain", like="tiny"))
+    return model, tok, grpo.Config(device="cpu", dtype="float32", max_new=16, prompts=3, samples=2,
+                                   eval_samples=2, temperature=1.3, seed=3)
+
+
+def test_what_is_evaluated(small, monkeypatch):
+    """samples at the run's temperature, as many as eval_samples says, and one greedy response"""
+    policy, tok, c = small
+    monkeypatch.setattr(tasks.Chain, "reward", lambda self, problem, completion, finished=True:
+                        coin(problem, completion, finished))
+    calls = catch(monkeypatch, grpo, "generate")["generate"]
+    sets = {split: (tasks.task("chain"), tasks.task("chain").problems(split, 5, 2))
+            for split in ("val", "ood")}
+    out, samples = grpo.evaluate(policy, sets, tok, c)
+    assert [(x.samples, x.temperature, len(x.prompts)) for x in calls] == 2 * [
+        (2, 1.3, 3), (1, 0.0, 3), (2, 1.3, 2), (1, 0.0, 2)]
+    assert {x.generator.initial_seed() for x in calls} == {4}
+    alone = grpo.evaluate(policy, dict(ood=sets["ood"]), tok, c)[0]      # draws of its own
+    assert alone == {k: v for k, v in out.items() if k.startswith("ood")}
+    for k, (split, (task, problems)) in enumerate(sets.items()):
+        hot, cold = ([row for x in calls[4 * k + i:4 * k + 4:2] for row in zip(
+            x.out.completions(), x.out.finished.tolist(), x.out.mask.sum(1).tolist())]
+            for i in (0, 1))
+        right = [coin(problems[i // 2], tok.decode(ids), done)
+                 for i, (ids, done, _) in enumerate(hot)]
+        greedy = [coin(p, tok.decode(ids), done) for p, (ids, done, _) in zip(problems, cold)]
+        lengths = [n for *_, n in hot]
+        want = dict(accuracy=statistics.fmean(right), greedy=statistics.fmean(greedy),
+                    length=statistics.fmean(lengths),
+                    truncated=statistics.fmean(1.0 - done for _, done, _ in hot),
+                    length_right=sum(n * r for n, r in zip(lengths, right)) / max(1, sum(right)),
+                    length_wrong=sum(n * (1 - r) for n, r in zip(lengths, right))
+                    / max(1, 10 - sum(right)),
+                    fillers=statistics.fmean(tok.decode(ids).count(";") for ids, *_ in hot))
+        want["pass@2"] = statistics.fmean(max(pair) for pair in zip(right[::2], right[1::2]))
+        for key, x in want.items():
+            assert out[f"{split}_{key}"] == pytest.approx(x, abs=1e-6), key
+        assert 0 < want["accuracy"] < 1
+        assert samples[2 * k:2 * k + 2] == [(p["prompt"], tok.decode(hot[2 * i][0]), task.demo(p))
+                                            for i, p in enumerate(problems[:2])]
+
+
+def test_what_samples_come_to_by_hand():
+    """of four responses to two problems, half of them right"""
+    task, score = tasks.task("chain"), torch.tensor([[1., 0], [0, 1]])
+    posed = [dict(prompt=p, answer=a, seed=0) for p, a in (("1+1?", "2"), ("2+1?", "3"))
+             for _ in range(2)]
+    texts = ["+1=2####2", "####3;", "w####3", "####3"]
+    done = torch.tensor([True, True, False, True])
+    out = grpo.measured(task, posed, texts, score, torch.tensor([[9., 6], [6, 5]]), done)
+    want = {"length": 6.5, "truncated": .25, "accuracy": .5, "pass@2": 1, "length_right": 7,
+            "length_wrong": 6, "cells": .25, "waits": .25, "fillers": .25, "guess": .75}
+    assert {k: float(out[k]) for k in want} == pytest.approx(want)
+    # the first pair's votes are 2 and 3, a tie that the first wins: right; an unfinished has none
+    assert out["maj@2"] == 1
+    none = grpo.measured(task, posed, texts, 0 * score, torch.ones(2, 2), done)
+    assert none["length_right"] == 0 and none["length_wrong"] == 1
+
+
+def test_what_is_held_out():
+    """the task's own splits under their names, and those of --watch under theirs"""
+    c = grpo.Config(data="sort", watch="chain,sort", eval_prompts=3, seed=5)
+    sets = grpo.held_out(c, tasks.task("sort"))
+    assert [*sets] == ["val", "ood", "chain_val", "chain_ood", "sort_val", "sort_ood"]
+    for name, (task, problems) in sets.items():
+        home, split = "chain" if "chain" in name else "sort", name[-3:]
+        assert task.name == home and problems == tasks.task(home).problems(split, 3, 5)
+    assert [*grpo.held_out(replace(c, watch=""), tasks.task("sort"))] == ["val", "ood"]
+
+
+def test_samples_are_made_as_many_rows_at_once_as_a_step_has(monkeypatch):
+    calls = []
+    monkeypatch.setattr(grpo, "generate", lambda *a, **k: calls.append((a, k)) or len(calls))
+    tok = SimpleNamespace(prompt=lambda p, chat: (p, chat))
+    c = grpo.Config(device="cpu", prompts=2, samples=6, max_new=9, temperature=.7, chat=True)
+    got = list(grpo.rollouts("model", list("abcde"), tok, c, 4, "g"))
+    assert got == [(["a", "b", "c"], 1), (["d", "e"], 2)]
+    assert calls[1] == (("model", [("d", True), ("e", True)], 9),
+                        dict(samples=4, temperature=.7, generator="g"))
+
+
+def test_rewards_are_of_their_own_problem_and_of_finished_responses(small):
+    _, tok, _ = small
+    ids = [tok.encode(x) for x in ("1", "22", "3", "44")]
+    roll = SimpleNamespace(completions=lambda: ids, tokens=torch.zeros(4),
+                           finished=torch.tensor([True, False, True, True]))
+    score, texts = grpo.graded(lambda p, text, done: (p == "b") + 2 * done + len(text) / 10,
+                               ["a", "b"], roll, tok, 2)
+    assert close(score, [[2.1, .2], [3.1, 3.2]]) and texts == ["1", "22", "3", "44"]
+
+
+# --- memories over more than a few steps ----------------------------------------------------------
+
+
+def test_the_slow_copy_follows_half_a_per_cent_every_ten_steps():
+    ref, policy = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        ref.weight.fill_(1), policy.weight.fill_(3)
+    slow = grpo.Slow(ref)
+    for done in range(1, 21):
+        slow.note(done, policy)
+        want = 1.0 if done < 10 else 1.01 if done < 20 else 1.01995
+        assert slow.tell().weight.item() == pytest.approx(want, abs=1e-6)
+    other = grpo.Slow(policy)
+    other.load(slow.state())
+    assert close(other.tell().weight, slow.tell().weight) and ref.weight.item() == 1
+
+
+def test_steady_groups_are_those_of_the_usual_spread():
+    """the filter's rule reads shaped rewards, the usual spread and its share of it"""
+    score = torch.tensor([[0., 2], [0, 1], [0, .1]])
+    roll = Rollout(*(torch.zeros(6, 2) for _ in range(3)),
+                   torch.ones(6), torch.ones(6) > 0)
+    groups = dict(score=0 * score, shaped=score, problems=[*"abc"], posed=[*"aabbcc"],
+                  texts=[""] * 6, roll=roll, ref=SimpleNamespace(
+                      config=SimpleNamespace(pad_token_id=0)))
+    batch, seen = grpo.steady(iter([groups]), 3, 1.0, ratio=.6)
+    assert batch["problems"] == ["a", "b"] and seen["problems"] == [*"abc"]
+    assert grpo.mixed_shaped(iter([groups]), 3)[0]["problems"] == [*"abc"]
+    assert grpo.mixed(iter([groups]), 3, rounds=1)[0]["passed"] == 0
+
+
+# --- LatentSeek -----------------------------------------------------------------------------------
+
+
+def test_a_response_goes_on_greedily(small):
+    model, tok, c = small
+    prompt = tok.prompt("1+1?")
+    ids, text, done = grpo.go_on(model, prompt, [], tok, c)
+    whole = grpo.generate(model, [prompt], 16, temperature=0.0)
+    assert ids == whole.completions()[0] and done == bool(whole.finished)
+    assert text == tok.decode(ids)
+    start = tok.encode("+1=2")
+    ids, text, done = grpo.go_on(model, prompt, start, tok, c)
+    rest = grpo.generate(model, [prompt + start], 12, temperature=0.0)
+    assert ids == start + rest.completions()[0] and text == tok.decode(ids)
+    assert grpo.go_on(model, prompt, [*start, tok.eos, 7], tok, c) == (start, "+1=2", True)
+
+
+def test_the_reward_of_a_search_by_hand():
+    task, p = tasks.task("chain"), dict(prompt="1+1?", answer="2", seed=0)
+    assert grpo.reward_of("oracle", p, "####2", True, task) == 0
+    assert grpo.reward_of("oracle", p, "####3", True, task) == -1
+    for text, done, held in (("+1=2####2", True, 5), ("+1=2####2", False, 4), ("####2", True, 4),
+                             ("+1=3####2", True, 3)):
+        assert grpo.reward_of("self", p, text, done, task) == pytest.approx(held / 5 - 1), text
+
+
+def test_a_search_pushes_its_first_tokens_down(small, monkeypatch):
+    """by Adam's first step, lr in every coordinate, up the loss R Σ log p of what they are now"""
+    model, tok, c = small
+    p, task = dict(prompt="1+1?", answer="2", seed=0), tasks.task("chain")
+    states, starts = torch.randn(2, model.config.hidden_size, generator=torch.Generator()
+                                 .manual_seed(0)), []
+    monkeypatch.setattr(grpo, "go_on", lambda model, prompt, start, tok, c:
+                        starts.append((prompt, start)) or (start, "####3", False))
+    known = dict(c=c, tok=tok, task=task)
+    got = {how: grpo.sought(model, p, states, ("####3", True), how, known, rounds=1, lr=3.0)
+           for how in ("oracle", "self", "random")}
+    assert set(got.values()) == {("####3", False)}
+    z = states.clone().requires_grad_()
+    logp = model.logits(z).log_softmax(-1)
+    slope, = torch.autograd.grad(logp.max(-1).values.sum(), z)
+    down = states - 3 * slope.sign()                             # R < 0: away from its own tokens
+    wild = states - 3 * torch.randn(2, len(states[0]), generator=torch.Generator()
+                                    .manual_seed(c.seed)).sign()
+    want = [model.logits(x).argmax(-1).tolist() for x in (down, down, wild)]
+    assert [start for _, start in starts] == want and want[0] != want[2]
+    assert {tuple(prompt) for prompt, _ in starts} == {tuple(tok.prompt(p))}
+    for text, how in (("+1=2####2", "self"), ("####2", "oracle")):
+        assert grpo.sought(model, p, states, (text, True), how, known) == (text, True)
+    assert len(starts) == 3                                      # enough: no round was made
+    grpo.sought(model, p, states, ("####2", True), "self", known, rounds=1)     # -.2 is not enough
+    grpo.sought(model, p, states, ("####3", True), "oracle", known, rounds=4)
+    assert len(starts) == 8
+
+
+def test_latentseek_starts_from_the_greedy_response(shared_bases, monkeypatch):
+    """and trains nothing: --config latentseek tells the accuracy before and after the search"""
+    calls = catch(monkeypatch, grpo, "sought", "go_on")
+    out = grpo.main(merged("--config", "latentseek,tiny", "--steps", "0", "--seek", "3",
+                           "--eval_prompts", "2", "--out", "run"))
+    task = tasks.task("chain")
+    problems = task.problems("val", 3, 0)
+    greedy = [x for x in calls["go_on"] if x.start == []]
+    assert [x.problem for x in calls["sought"]] == [p for p in problems for _ in range(3)]
+    for p, first, *found in zip(problems, greedy, *(calls["sought"][i::3] for i in range(3))):
+        ids, text, done = first.out
+        m = max(1, len(ids) // 5)
+        for how, call in zip(("self", "oracle", "random"), found, strict=True):
+            assert (call.how, call.first, len(call.states)) == (how, (text, done), m)
+            assert call.model.logits(call.states).argmax(-1).tolist() == ids[:m]
+    for how in ("self", "oracle", "random"):
+        ends = [(x.problem, *x.out) for x in calls["sought"] if x.how == how]
+        assert out[f"seek_{how}"] == pytest.approx(statistics.fmean(
+            task.reward(*end) for end in ends))
+    start = [task.reward(p, *x.out[1:]) for p, x in zip(problems, greedy)]
+    assert out["seek_start"] == pytest.approx(statistics.fmean(start))
+    assert out["seek_oracle"] >= out["seek_start"]
+    assert not [row for row in read_log("run") if "correct" in row]
+    assert {out[k] - out[f"sft_{k}"] for k in ("val_greedy", "val_accuracy")} == {0}
