@@ -197,6 +197,8 @@ def test_agreed_by_hand():
     assert grpo.agreed(answers, cross=False).tolist() == [[1, 1, 0, 1], [0, 1, 1, 1]]
     assert grpo.agreed(T([[7, 7, 3, 7], [7, 7, 5, 7]])).tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
     assert torch.equal(grpo.agreed(answers.flip(0)), grpo.agreed(answers).flip(0))
+    four = T([[7, 7], [1, 1], [7, 7], [2, 2]])                   # 0 and 2 are twins, 1 and 3
+    assert grpo.agreed(four).tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
     assert grpo.agreed(T([[-1, -1, -1], [2, 1, -1]])).tolist() == [[0, 0, 0], [0, 0, 0]]
     assert grpo.agreed(T([[2, 1, -1], [1, 2, -1]])).tolist() == [[0, 1, 0],
                                                                     [0, 1, 0]]         # ties: first
@@ -295,6 +297,14 @@ def test_overconfident_by_hand():
     assert torch.equal(same, grpo.group_norm(C1, mask))
     level = rows(grpo.overconfident(grpo.group_norm(C1, mask), 0 * shift, 0 * shift, mask), mask)
     assert close(level[1] / -.866024, 1 + math.log(2), 1e-5)
+
+
+def test_controls_by_hand():
+    assert close(grpo.harsher(ADV), D([[1., 1, 1], [-1.693147, -1.693147, 0]]))
+    loss = grpo.clip_stale(LOGP, OLD, ADV)
+    assert close(loss * MASK, [[-1.2, -1, -.606531], [.904837, .8, 0]], 1e-6)
+    assert close(grpo.linear_length(C1, L1, CAP, price=.16), [[.96, -.1, -.06, .92]])
+    assert close(grpo.linear_length(C1, L1, CAP, price=.16, correct_only=True), [[.96, 0, 0, .92]])
 
 
 def test_too_long_by_hand():
@@ -542,6 +552,18 @@ def test_step_returns_by_hand():
     assert close(grpo.step_returns(D([[.7]]), D([[1.]]), "delta"), [[0]])     # alone: the outcome's
 
 
+def test_process_returns_by_hand():
+    """the outcome and the return of the token's step, whitened: 2.5 1.6 1.6 .8 of mean 1.625"""
+    two, p = torch.ones(2, 2).double(), D([[.9, .6], [.8, .8]])
+    step, probed = T([[0, 1], [0, 1]]), T([[True, True]] * 2)
+    got = grpo.process_returns(D([[1., 0]]), two, step, p, probed, rule="sum")
+    assert close(got, [[1.259678, -.035991], [-.035991, -1.187696]], 1e-6)
+    bugged = grpo.process_returns(D([[1., 0]]), two, step, p - .1, probed, rule="sum", bug=.1)
+    assert close(bugged, got)
+    plain = grpo.process_returns(D([[1., 0]]), two, step, p, probed, scale=0.0)
+    assert close(plain, grpo.whiten(D([[1., 1], [0, 0]]), two))
+
+
 def test_groups_of_the_usual_spread_train():
     shaped = D([[0., 1, 0, 1], [.5, .6, .5, .6], [.5, .5, .5, .5]])
     assert grpo.spread_enough(shaped, 0.0, .5).tolist() == [True] * 3
@@ -607,6 +629,9 @@ def test_a_group_s_weight_is_its_task_s_by_the_task_s_share():
     got = grpo.weight_of_group([1.2, .8], each, MASK)
     assert close(got, [[.8], [1.6], [.8], [.8]])
     assert close(grpo.converging(MASK, D([[2.]])), 2 * grpo.sequence_mean(MASK))
+    four = torch.cat([MASK, MASK])                               # two groups of two responses
+    assert close(grpo.converging(four, D([[1.], [3]])), grpo.sequence_mean(four) * D(
+        [[1.], [1], [3], [3]]))
 
 
 def test_losses_of_tasks_by_hand():

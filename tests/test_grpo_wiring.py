@@ -29,18 +29,19 @@ CONTROLS = {"tiny", "wide", "tokens", "reverse", "replay", "on_sort"}       # of
 TEACHER = ["--teacher", "base:chain_right"]
 # strong terms, so that a sign of theirs is seen beside the rest; prompts that come back
 OPTIONS = dict(
-    hapo=["--pool", "4"], rlad=TEACHER, kdrl=[*TEACHER, "--beta", "0.5"],
+    hapo=["--pool", "4"], rlad=[*TEACHER, "--alpha", "0.3"], kdrl=[*TEACHER, "--beta", "0.5"],
     opd=[*TEACHER, "--prompts", "8", "--samples", "1"],
     exopd=[*TEACHER, "--prompts", "8", "--samples", "1"],
     acereason=["--at_entropy", "1.0"], knowrl=["--pool", "4"], rif=["--screen", "2"],
-    recap=["--steps", "3", "--prompts", "6", "--minibatches", "2"],
+    recap=["--steps", "3", "--prompts", "3", "--minibatches", "1"],
     aipo=["--steps", "3", "--lag", "1"], rapo=["--beta", "0.5", "--entropy", "0.1"],
     dler=["--beta", "0.5"], co_reward=["--beta", "0.5"], apo=["--beta", "0.5"],
     drpo=["--delta", "1e-9", "--beta", "1e3"],
     da_dler=["--beta", "0.5", "--target", "12", "--easy", "8"],
     clip_cov=["--low", "0.01", "--ratio", "0.1"], kl_cov=["--ratio", "0.1"],
     dot=["--samples", "4", "--prompts", "4", "--spread", "0.5", "--ratio", "0.1"],
-    rlpr=["--kl_reward", "0.5"], arlcp=["--kl_reward", "0.5"], rlvr=["--kl_reward", "2"],
+    rlpr=["--kl_reward", "0.5", "--data", "sort", "--init", "base:chain_sort"],   # long answers
+    arlcp=["--kl_reward", "0.5"], rlvr=["--kl_reward", "2"],
     clip_delta=["--kl_reward", "0.5"], reinforce_pp=["--advantage.beta", "0.5"],
     easy=["--share", "0.5"])
 # rows that no preset has, in runs of their own
@@ -90,7 +91,7 @@ class Run:
         self.monkeypatch = monkeypatch
         init = configure(grpo.Config, grpo.PRESETS, grpo.AXES, argv=argv)[0].init
         base = grpo.sft.base(init.removeprefix("base:"), like="tiny", seed=0)
-        argv = [*argv, "--init", str(base), "--seed", "1"]
+        argv = merged(*argv, "--init", str(base), "--seed", "1")
         self.c, self.f = configure(grpo.Config, grpo.PRESETS, grpo.AXES, argv=argv,
                                    readers=grpo.readers)
         self.events, self.step, self.round, self.update = [], -1, -1, -1
@@ -636,7 +637,9 @@ def check_told(run, losses):
     """What the log says of every step, and the result of them all."""
     for key in ("correct", "entropy", "length", "flat", "kl", "generated"):
         assert run.out[f"train_{key}"] == pytest.approx(statistics.fmean(x[key] for x in run.log))
-    before, *_, after = [row for row in read_log("run") if "val_greedy" in row]
+    before, *_, after = told = [row for row in read_log("run") if "val_greedy" in row]
+    assert [row["step"] for row in told] == [0, *(k for k in range(1, run.c.steps + 1)
+                                                  if k % run.c.eval_every == 0 or k == run.c.steps)]
     for key in {"val_greedy", "ood_length", "val_pass@2"}:
         assert run.out[key] == after[key] and run.out[f"sft_{key}"] == before[key]
     for step, row in enumerate(run.log):
@@ -663,8 +666,15 @@ def check_told(run, losses):
                     clipped=sum(clipped) / len(clipped))
         for key, x in want.items():
             assert row[key] == pytest.approx(float(x), rel=1e-3, abs=2e-4), key
+        for k in updates:                                        # what an update says of itself
+            mini, found = run.mini(k), run.of("backward", "", update=k)[0].out
+            off = ((mini.logp - mini.old_logp).exp() - 1).abs() * mini.mask
+            assert found["worst"] == pytest.approx(float(off.max()), rel=1e-3, abs=2e-4)
+            assert found["off"] == pytest.approx(
+                float(off.sum() / mini.mask.sum().clamp(min=1)), rel=1e-3, abs=2e-4)
         order = [g for k in updates for g in run.of("backward", "", update=k)[0].groups.tolist()]
         assert sorted(order) == list(range(batch.P))
+        assert len(updates) == -(-batch.P // (run.c.prompts // run.c.minibatches))
 
 
 def check_memories(run):
@@ -796,7 +806,8 @@ def prepared(run):
         roll, heat = made[-1].out, run.temperature(0)
         rows = [(a[:n], a[n:n + k]) for a, n, k in zip(
             roll.tokens.tolist(), roll.prompt_len.tolist(), roll.mask.sum(1).long().tolist())]
-        H = (plain_forward(run.ref, rows, heat)[1] * roll.mask).sum() / roll.mask.sum()
+        with torch.no_grad():
+            H = (plain_forward(run.ref, rows, heat)[1] * roll.mask).sum() / roll.mask.sum()
         assert float(H) == pytest.approx(1.0, abs=1e-3) and heat != 1
         assert [call.temperature for call in made][1:] != [1.0, 1.0] and len(made) == 3
     return pool
@@ -862,7 +873,7 @@ def test_what_samples_come_to_by_hand():
     task, score = tasks.task("chain"), torch.tensor([[1., 0], [0, 1]])
     posed = [dict(prompt=p, answer=a, seed=0) for p, a in (("1+1?", "2"), ("2+1?", "3"))
              for _ in range(2)]
-    texts = ["+1=2####2", "####3;", "w####3", "####3"]
+    texts = ["+1=2####2", "####3;", "w####4", "####3"]
     done = torch.tensor([True, True, False, True])
     out = grpo.measured(task, posed, texts, score, torch.tensor([[9., 6], [6, 5]]), done)
     want = {"length": 6.5, "truncated": .25, "accuracy": .5, "pass@2": 1, "length_right": 7,
@@ -923,9 +934,33 @@ def test_the_slow_copy_follows_half_a_per_cent_every_ten_steps():
     assert close(other.tell().weight, slow.tell().weight) and ref.weight.item() == 1
 
 
+def test_memories_of_eleven_steps(shared_bases, monkeypatch):
+    """the slow copy has followed once, the usual spread is an average, the result of the last ten
+    steps; --kernels reaches the kernels"""
+    used = []
+    monkeypatch.setattr(grpo.kernels, "use", used.append)
+    run = Run(monkeypatch, merged(
+        "--config", "care,tiny", "--steps", "11", "--prompts", "2", "--samples", "2", "--filter",
+        "steady", "--minibatches", "1", "--max_new", "6", "--eval_prompts", "1", "--eval_samples",
+        "2", "--eval_every", "11", "--save_every", "11", "--kernels", "torch", "--lr", "1e-2"))
+    assert used == ["torch"]
+    for key in ("correct", "entropy", "length", "kl", "generated"):
+        assert run.out[f"train_{key}"] == pytest.approx(
+            statistics.fmean(row[key] for row in run.log[1:]))
+    start, moved = run.ref.state_dict(), run.weights[10].state_dict()
+    for key, slow in run.state["memories"]["slow"].items():
+        assert close(slow, start[key] + 0.005 * (moved[key] - start[key]), 1e-6)
+    usual = []
+    for step in range(11):
+        spread = float(run.seen(step).of_round("consistent").std(1).mean())
+        usual.append(spread if step < 6 else 0.99 * usual[-1] + 0.01 * spread)
+    assert close(run.state["memories"]["usual"], usual, 1e-5)
+    assert [call.usual for call in run.of("steady")] == pytest.approx([0] * 10 + usual[9:10])
+
+
 def test_steady_groups_are_those_of_the_usual_spread():
     """the filter's rule reads shaped rewards, the usual spread and its share of it"""
-    score = torch.tensor([[0., 2], [0, 1], [0, .1]])
+    score = torch.tensor([[0., 2], [0, 1], [.7, .7]])
     roll = Rollout(*(torch.zeros(6, 2) for _ in range(3)),
                    torch.ones(6), torch.ones(6) > 0)
     groups = dict(score=0 * score, shaped=score, problems=[*"abc"], posed=[*"aabbcc"],
@@ -933,7 +968,8 @@ def test_steady_groups_are_those_of_the_usual_spread():
                       config=SimpleNamespace(pad_token_id=0)))
     batch, seen = grpo.steady(iter([groups]), 3, 1.0, ratio=.6)
     assert batch["problems"] == ["a", "b"] and seen["problems"] == [*"abc"]
-    assert grpo.mixed_shaped(iter([groups]), 3)[0]["problems"] == [*"abc"]
+    batch, _ = grpo.mixed_shaped(iter([groups]), 3)
+    assert batch["problems"] == ["a", "b"] and batch["passed"] == 2
     assert grpo.mixed(iter([groups]), 3, rounds=1)[0]["passed"] == 0
 
 
@@ -995,6 +1031,8 @@ def test_a_search_pushes_its_first_tokens_down(small, monkeypatch):
 def test_latentseek_starts_from_the_greedy_response(shared_bases, monkeypatch):
     """and trains nothing: --config latentseek tells the accuracy before and after the search"""
     calls = catch(monkeypatch, grpo, "sought", "go_on")
+    monkeypatch.setattr(tasks.Chain, "reward", lambda self, problem, completion, finished=True:
+                        coin(problem, completion, finished))
     out = grpo.main(merged("--config", "latentseek,tiny", "--steps", "0", "--seek", "3",
                            "--eval_prompts", "2", "--out", "run"))
     task = tasks.task("chain")
@@ -1006,6 +1044,9 @@ def test_latentseek_starts_from_the_greedy_response(shared_bases, monkeypatch):
         m = max(1, len(ids) // 5)
         for how, call in zip(("self", "oracle", "random"), found, strict=True):
             assert (call.how, call.first, len(call.states)) == (how, (text, done), m)
+            prompt = load(grpo.sft.base("chain", like="tiny"))[1].prompt(p)
+            hidden = call.model(torch.tensor([[*prompt, *ids]]))[0]
+            assert close(call.states, hidden[len(prompt) - 1:len(prompt) - 1 + m], 1e-5)
             assert call.model.logits(call.states).argmax(-1).tolist() == ids[:m]
     for how in ("self", "oracle", "random"):
         ends = [(x.problem, *x.out) for x in calls["sought"] if x.how == how]
