@@ -152,6 +152,7 @@ def test_targets_of_easy_and_hard_prompts():
     assert close(grpo.to_target(C2, L2, target=7, easy=4), [[4, 7, 6, 7], [4, 4, 4, 4]])
     assert close(grpo.to_target(D([[1., 0, 0, 0]]), L1, target=7, easy=4), [[4, 7, 6, 7]])
     assert close(grpo.to_target(C2, L2, target=7), L2.clamp(max=7))
+    assert grpo.targets(C1, D([[5., 9, 9, 6]]), 7, 4).item() == 4        # just half
 
 
 def test_outliers_by_hand():
@@ -599,6 +600,9 @@ def test_sufficient_hints_by_hand():
     hurts = {(): .1, (0, 1): .9, (0,): .2, (1,): .3}
     assert grpo.sufficient(2, lambda kept: hurts[tuple(sorted(kept))]) == {0, 1}
     assert grpo.sufficient(2, lambda kept: 1.0 - .1 * len(kept)) == set()
+    pair = {(): .1, (0, 1, 2): .5, (1, 2): .8, (0, 2): .7, (0, 1): .7, (0,): .95, (1,): .3,
+            (2,): .3}                # what is best removed is, and so {0} is never tried
+    assert grpo.sufficient(3, lambda kept: pair[tuple(sorted(kept))]) == {1, 2}
     near = {(): .1, (0, 1): .8, (0,): .7, (1,): .3}  # within a standard error: the fewest
     assert grpo.sufficient(2, lambda kept: near[tuple(sorted(kept))], margin=.15) == {0}
 
@@ -897,8 +901,8 @@ def tiny(config, out, *extra):
     small = dict(opd=["--prompts", "8", "--samples", "1"],
                  exopd=["--prompts", "8", "--samples", "1"],
                  acereason=["--at_entropy", "1.0"], rif=["--screen", "64", "--pool", "8"])
-    return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", *small.get(config, []),
-                            *teacher, "--out", out, *extra))
+    return grpo.main(merged("--config", f"{config},tiny", "--steps", "2", "--eval_prompts", "2",
+                            *small.get(config, []), *teacher, "--out", out, *extra))
 
 
 def weights(folder):
