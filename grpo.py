@@ -82,8 +82,10 @@ class Config(Training):
     save_every: Count = 20       # iterations between checkpoints
 
 
+# a method's settings are its paper's, or say "ours"; how many prompts, samples, updates and tokens,
+# and the lr, are this file's own everywhere, for small models
 PRESETS = dict(
-    grpo=dict(),                                               # the spine's own
+    grpo=dict(),                               # the spine's own: no KL, --penalty k3 is the paper's
     tiny=dict(steps=4, prompts=4, samples=4, minibatches=2, eval_every=2,
               eval_prompts=16, save_every=2, max_new=24, pool=32),       # goes with every method
 )
@@ -587,6 +589,7 @@ def sequence_sum(mask):
 ADVANTAGES["rloo"], SURROGATES["reinforce"] = leave_one_out, reinforce
 WEIGHTS["sequence_sum"] = sequence_sum
 CHECKS["rloo"] = compares
+# kl_reward is ours: the paper's best is unknown to us
 PRESETS["rloo"] = dict(advantage="rloo", surrogate="reinforce", weight="sequence_sum",
                        minibatches=1, kl_reward=0.05)
 
@@ -594,7 +597,10 @@ PRESETS["rloo"] = dict(advantage="rloo", surrogate="reinforce", weight="sequence
 
 
 def overlong(score, length, cap, *, buffer=16):
-    """DAPO (2503.14476 eq. 13): ±1, and minus up to 1 in the last `buffer` tokens to the cap."""
+    """DAPO (2503.14476 eq. 13): ±1, and minus up to 1 in the last `buffer` tokens to the cap.
+
+    buffer is ours, about a fifth of a short cap, as the paper's 4096 of 20480.   [P, G]
+    """
     return 2 * score - 1 + ((cap - buffer - length) / buffer).clamp(-1, 0)
 
 
@@ -671,7 +677,10 @@ def whiten(x, mask, eps=1e-8):
 
 
 def returns(shaped, mask, old_logp, ref_logp, *, beta=0.0):
-    """REINFORCE++ (2501.03262): R at the last token less β k1 of each from t on, whitened."""
+    """REINFORCE++ (2501.03262): R at the last token less β k1 of each from t on, whitened.
+
+    β 0 is ours: without KL, as the spine.   [N, T]
+    """
     k1 = (old_logp - ref_logp) * mask                                                    # [N, T]
     ahead = k1.flip(1).cumsum(1).flip(1)
     return whiten(tokens_of(shaped, mask) - beta * ahead * mask, mask)
@@ -681,7 +690,7 @@ def whitened(shaped, mask):
     """REINFORCE++-baseline (2501.03262): less the group's mean, whitened over the batch.
 
     Over tokens, so that long responses count for more, and a group without a signal is not quite
-    at 0.
+    at 0. Without KL in the preset: ours, --penalty k2 adds it.
     """
     return whiten(centred(shaped, mask), mask)
 
@@ -701,7 +710,10 @@ def targets(correct, length, target, easy):
 
 
 def to_target(correct, length, *, target: Count = 22, easy=0):
-    """DLER (2510.15110): as if generation had stopped at the target.   [P, G]"""
+    """DLER (2510.15110): as if generation had stopped at the target.   [P, G]
+
+    target is ours (the paper's 4000): a chain without a wasted token has 18.
+    """
     return torch.minimum(length, targets(correct, length, target, easy))
 
 
@@ -720,7 +732,7 @@ CHECKS["mixed_shaped"] = compares
 PRESETS["dler"] = dict(trim="to_target", shaper="truncate", filter="mixed_shaped",
                        advantage="whitened", surrogate="clip_higher", dual=10.0,
                        weight="token_mean", penalty="k3", beta=5e-4)
-# DA-DLER: prompts that are mostly solved get a shorter target
+# DA-DLER: prompts that are mostly solved get a shorter target; both ours (the paper's 4000, 2000)
 PRESETS["da_dler"] = PRESETS["dler"] | dict(target=26, easy=18)
 
 # === dot: 2601.03969, in groups all correct the longest outliers are cut off, and so fail =========
@@ -729,7 +741,8 @@ PRESETS["da_dler"] = PRESETS["dler"] | dict(target=26, easy=18)
 def outliers(correct, length, *, spread: Positive = 1.5, least=2):
     """DOT (2601.03969): in a group all correct, ⌊mean + α std⌋ of what is `least` tokens longer.
 
-    The paper's α = 3 can never be reached in a group of ten or fewer: z <= (G - 1) / √G.   [P, G]
+    The paper's α = 3 can never be reached in a group of ten or fewer: z <= (G - 1) / √G. spread and
+    least (the paper's 32 of 8192 tokens) are ours.   [P, G]
     """
     limit = length.mean(1, keepdim=True) + spread * length.std(1, keepdim=True)          # [P, 1]
     limit = limit.floor()
@@ -745,6 +758,7 @@ def regraded(score, length, trained):
 TRIMS["outliers"], SHAPERS["regraded"] = outliers, regraded
 CHECKS["regraded"] = lambda c: ("--shaper regraded does nothing with --trim whole, which cuts "
                                 "nothing: try --trim outliers") * (c.trim == "whole")
+# ours: rounds until enough groups differ, where the paper predicts how many prompts it needs
 PRESETS["dot"] = dict(trim="outliers", shaper="regraded", filter="mixed_shaped",
                       surrogate="kl_cov", samples=16, prompts=8)
 
@@ -773,7 +787,8 @@ def among_correct(x, correct, unbiased=False):
 def easiest(correct, length, *, share: Share = 0.2, alpha=0.6):
     """GRPO-λ (2505.18086): in the ⌈λP⌉ groups with most correct ones, c (1 - α σ((L - μ) / s)).
 
-    μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt.
+    μ, s: mean and population std of the correct responses' lengths. Ties: the earlier prompt. α is
+    ours: the paper's is unknown to us, 0.6 is that of others who rebuilt it.
     """
     mean, std = among_correct(length, correct)
     z = (length - mean) / std.clamp(min=1e-4)                                            # [P, G]
@@ -859,6 +874,7 @@ def reflective(correct, length, reflections, *, low=1, high=3):
 
 
 FACTS["reflections"], SHAPERS["reflective"] = reflections, reflective
+# the weight is ours: the paper's is unknown to us
 PRESETS["arlcp"] = dict(shaper="reflective", advantage="rloo", weight="token_mean", kl_reward=1e-3)
 
 # === rlvr: 2411.15124, Tülu 3, 10 if verified, -10 without EOS, KL in the reward ==================
@@ -870,6 +886,7 @@ def verified(correct, truncated, *, scale=10.0):
 
 
 SHAPERS["verified"] = verified
+# ours: the others' mean as baseline, where the paper has PPO's critic
 PRESETS["rlvr"] = dict(shaper="verified", advantage="rloo", weight="token_mean", kl_reward=0.05)
 
 # === drpo: 2510.04474, correct ones by length, wrong ones by a soft maximum, no shared baseline ===
@@ -903,7 +920,8 @@ def hinge(now, old_logp, mask, groups, beta, delta):
     """DRPO's trust region: max(β (KL - δ), 0) KL, KL the tokens' mean of log π_old/π.   [n, T]
 
     The factor, without gradient, spread so that the sum over tokens of it and of log π_old/π,
-    divided by the groups, is the penalty.
+    divided by the groups, is the penalty. β 10 is ours: the paper's 1e3 belongs to its lr 2e-6,
+    which is fifty times smaller than ours.
     """
     n = mask.sum()
     kl = ((old_logp - now) * mask).sum() / n
@@ -930,7 +948,11 @@ def covariance(now, adv, mask):
 
 
 def band(now, old_logp, adv, mask, generator, ratio, low, high, eps):
-    """max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not clip."""
+    """max(1, ratio n) random tokens with a covariance in (low, high) that PPO does not clip.
+
+    ratio and low are ours (the paper's 2e-4 and 1): of a minibatch of a thousand tokens 2e-4 is
+    none, and a small model's covariances are smaller.   [n, T], 1 or 0
+    """
     rho, cov = ratio_of(now, old_logp), covariance(now, adv, mask)
     clipped = -adv * rho.clamp(1 - eps, 1 + eps) > -adv * rho
     inside = (cov > low) & (cov < high) & ~clipped & (mask > 0)
@@ -941,7 +963,10 @@ def band(now, old_logp, adv, mask, generator, ratio, low, high, eps):
 
 
 def steepest(now, adv, mask, ratio):
-    """The max(1, ratio n) tokens of the highest covariance.   [n, T], 1 or 0"""
+    """The max(1, ratio n) tokens of the highest covariance.   [n, T], 1 or 0
+
+    ratio is ours, and DOT's (2601.03969); the paper's 2e-4 is none of a thousand tokens.
+    """
     cov = covariance(now, adv, mask).masked_fill(mask < 1, -torch.inf).flatten()
     picked = cov.topk(max(1, int(ratio * mask.sum()))).indices
     return torch.zeros_like(mask).flatten().index_fill(0, picked, 1.0).view_as(mask)
@@ -994,7 +1019,10 @@ PRESETS["ace"] = dict(credit="overconfident", weight="token_mean")
 
 
 def too_long(adv, correct, length, *, base: Positive = 1.1):
-    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) of wrong ones longer than the correct mean μ."""
+    """APO's STCR (2506.21655): A (2 - b^-(L - μ)) of wrong ones longer than the correct mean μ.
+
+    b is ours: the paper's 1.00001 is for thousands of tokens and does nothing to tens.   [N, T]
+    """
     mean, _ = among_correct(length, correct)                                             # [P, 1]
     over = (length - mean).clamp(min=0) * (1 - correct) * (correct.sum(1, keepdim=True) > 0)
     return adv * (2 - base ** -over).reshape(-1, 1)
@@ -1049,6 +1077,7 @@ def flattened(logp, flat_logp, *, beta=0.01, most: Positive = 5.0):
 
 
 BATCH["flat_logp"], PENALTIES["flattened"] = flat_logp, flattened
+# entropy is ours, too
 PRESETS["rapo"] = dict(penalty="flattened", entropy=1e-3)
 # RAPO's control: the reverse KL, at the same strength
 PRESETS["reverse"] = dict(penalty="k2", beta=0.01, entropy=1e-3)
@@ -1117,7 +1146,7 @@ def process_returns(shaped, mask, step, process, probed, *,
     """Process rewards (2410.15115): the outcome and the return of the token's step, whitened.
 
     process [N, K]: a score of each step; bug: what a faulty scorer adds to each, which a plain sum
-    invites to farm.
+    invites to farm. eta and scale are ours: the paper's are unknown to us, its KL too.
     """
     ahead = scale * step_returns(process + bug, probed.to(process), rule, eta)           # [N, K]
     return whiten(tokens_of(shaped, mask) + at_step(ahead, step) * mask, mask)
@@ -1177,7 +1206,8 @@ def stepwise(shaped, mask, step, belief, probed, *, alpha=0.5, xi=0.5, full: Sha
     """SPAE (2601.03823):  A = (R - mean) f + ξ g of a token's step k, whitened over the batch.
 
     f = 1 - α (1 - exp(-S)), S the earlier steps with Φ > full; g = exp(Φ_k - Φ_k-1, to [0, 1] over
-    the batch) less its mean. belief, 2 x [N, K]: probability of the truth, confidence.
+    the batch: ours, the paper does not say over what) less its mean. belief, 2 x [N, K]:
+    probability of the truth, confidence.
     """
     phi = potential(*belief)                                                             # [N, K]
     sure = ((phi > full) & probed).to(phi)
@@ -1499,7 +1529,10 @@ def share_solved(ref, task, tok, c, generator, samples, problem):
 
 
 def hinted(ref, pool, task, tok, c, generator, *, hints: Count = 8):
-    """The prompts with their sufficient hints; so many samples measure a set of them."""
+    """The prompts with their sufficient hints; so many samples measure a set of them.
+
+    8 of them, and a margin of a standard error at most, are ours; the paper has 256.
+    """
     out, share = [], partial(share_solved, ref, task, tok, c, generator, hints)
     for p in pool:
         facts = tasks.part(task, p).hints(p)[:-1]              # the last step is the answer itself
@@ -1511,6 +1544,7 @@ def hinted(ref, pool, task, tok, c, generator, *, hints: Count = 8):
 
 PREPARATIONS["hinted"] = hinted
 CHECKS["hinted"] = lambda task: lacks(task, "hints")
+# pool is ours: every prompt costs dozens of rollouts
 PRESETS["knowrl"] = dict(prepare="hinted", pool=60, surrogate="clip_higher", weight="token_mean")
 
 # === rif: 2507.05386, without the prompts that the first model never solves =======================
@@ -1519,7 +1553,8 @@ PRESETS["knowrl"] = dict(prepare="hinted", pool=60, surrogate="clip_higher", wei
 def solvable(ref, pool, task, tok, c, generator, *, screen: Count = 8):
     """RIF (2507.05386): the prompts with a correct response among so many samples.
 
-    Those with nothing else stay, too. UserError if there is none.
+    Those with nothing else stay, too: ours, of the paper we know the abstract. UserError if there
+    is none.
     """
     kept = []
     for some, roll in rollouts(ref, pool, tok, c, screen, generator):
@@ -1566,7 +1601,7 @@ def reweighted(losses, reweigh, *, window=10):
     """RECAP (2510.21978): the weights of K objectives, K softmax((c + i) / T), T = reweigh.
 
     c = mean(last W) / mean(the W before): stalled is near 1, improving below; i = std(last W) / the
-    sum of the two means: unstable. 1 each until all have 2 W values. The weights sum to K.
+    sum of the two means: unstable. 1 each until all have 2 W values. They sum to K. W is ours.
     """
     if min(map(len, losses)) < 2 * window:
         return [1.0] * len(losses)
@@ -1642,7 +1677,7 @@ class Past:
 
 
 def lagged(past, *, lag: Count = 4):
-    """The policy of so many iterations ago, as an asynchronous system has it."""
+    """The policy of so many iterations ago, as an asynchronous system has it; 4 is ours."""
     del past.weights[:-lag - 1]                                # no older one is asked for again
     past.actor.load_state_dict(past.weights[0])
     return past.actor
@@ -1654,7 +1689,10 @@ def behaviour_logp(roll):
 
 
 def stale(logp, behaviour_logp, adv, *, most: Positive = 4.0):
-    """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old."""
+    """AIPO (2505.24034): -sg(min(π/μ, ρ̄)) A log π, for tokens of a policy μ some updates old.
+
+    ρ̄ is `most`, 2 to 10 in the paper.   [n, T]
+    """
     return -ratio_of(logp, behaviour_logp).detach().clamp(max=most) * adv * logp
 
 
@@ -1722,8 +1760,7 @@ def anchored(logp, anchor, adv, *, alpha: Share = 0.5, eps: Positive = 0.2):
 def to_teacher(logp, teach_logp, correct, progress, *, beta=2e-3, beta_start=0.0, wrong_only=False):
     """KDRL (2506.02208): β k2 to the teacher beside the reward, or only on wrong responses.
 
-    beta_start: anneal from it to beta, linearly over the run (progress, from 0 to 1); 0: β is
-    constant.   [n, T]
+    beta_start: anneal from it to beta, linearly (ours) over progress 0 to 1; 0: constant.   [n, T]
     """
     rows = (1 - correct).reshape(-1, 1) if wrong_only else 1.0
     beta = beta_start + (beta - beta_start) * progress if beta_start else beta
@@ -1733,9 +1770,10 @@ def to_teacher(logp, teach_logp, correct, progress, *, beta=2e-3, beta_start=0.0
 def distilled(old_logp, teach_logp, ref_logp, mask, *, lam=1.0, most: Positive = 10.0):
     """G-OPD (2602.12125): a token's reward λ log π_T/π_ref with a KL of weight 1.   [N, T]
 
-    λ 1 is on-policy distillation, log π_T/π_old; above it the teacher is extrapolated (ExOPD).
+    λ 1 is on-policy distillation, log π_T/π_old; above it the teacher is extrapolated (ExOPD), a
+    token by (λ - 1) `most` nats, which is ours.
     """
-    return (lam * (teach_logp - ref_logp).clamp(-most, most) - (old_logp - ref_logp)) * mask
+    return (teach_logp - old_logp + (lam - 1) * (teach_logp - ref_logp).clamp(-most, most)) * mask
 
 
 MEMORIES["teacher"], BATCH["teach_logp"], MINIBATCH["anchor"] = Teacher, teach_logp, anchor
@@ -1805,7 +1843,7 @@ def seek(ref, pool, task, tok, c, *, seek: Count = 64):
         prompt = tok.prompt(p, c.chat)
         ids, text, done = go_on(ref, prompt, [], tok, c)
         out["seek_start"] += task.reward(p, text, done) / len(problems)
-        m = max(1, int(0.2 * len(ids)))                        # the first share of its tokens
+        m = max(1, int(0.2 * len(ids)))                  # the first share: the authors' example's
         with torch.no_grad():
             states = ref(torch.tensor([[*prompt, *ids]], device=c.device))[0, len(prompt) - 1:][:m]
         for how in ("self", "oracle", "random"):
