@@ -300,25 +300,6 @@ def test_every_family_takes_two_steps(family, workdir):
     assert row["loss"] < 7 and ("aux" in row) == ("mix" in family or "moe" in family)
 
 
-ROWS = [row for axis in ("loss", "linear", "prune") for row in sft.AXES[axis]
-        if sum(row in rows for rows in sft.AXES.values()) == 1]
-TAUGHT = {row for row in sft.AXES["loss"] if "teacher" in needs(sft.LOSSES[row])}
-PAIRED = {"unlikelihood", "rwr"}                         # need a feedback: presets have it
-
-
-@pytest.mark.parametrize("name", sorted({*sft.PRESETS, *ROWS} - {*PARTS, *TAUGHT, *PAIRED}))
-def test_every_preset_takes_two_steps(name, shared_bases):
-    """with the size preset tiny, on the real data it names; signatures in bytes need a longer
-    context"""
-    names, out = name if name == "tiny" else f"{name},tiny", f"preset-{name}"
-    more = ["--context", "320"] if name == "target_docs" else []
-    is_text = sft.PRESETS.get(name, {}).get("data") == "stdlib"                 # it has no rows
-    some = [] if is_text else ["--rows", "64"]
-    sft.main(merged("--config", names, "--steps", "2", *some, "--out", out, "--eval_every", "2",
-                    *more))
-    assert read_log(out)[-1]["step"] == 2 and checkpoint(out)
-
-
 def test_the_map_names_every_preset():
     chapters = headings(Path(sft.__file__).read_text())
     named = {name for names, _ in chapters for name in re.split(r", *", names)}
@@ -618,20 +599,6 @@ WORLD = ["--data", "toyif_base", "--init", "base:toyif_base", "--rows", "64", "-
          "--eval_every", "4", "--context", "32"]
 
 
-@pytest.mark.parametrize("config",
-                         ["mle", "filtered", "conditional", "unlikely", "rwr", "glow", "reweighted",
-                          "implicit"])
-def test_objectives_run_and_do_not_depend_on_micro_batches(config, shared_bases):
-    out = []
-    for micro in (8, 3):
-        out.append(sft.main(merged("--config", f"{config},tiny", *WORLD, "--micro", str(micro),
-                                   "--out",
-                             f"run{micro}")))
-    a, b = (weights(f"run{m}/step-000004") for m in (8, 3))
-    assert all((a[k] - b[k]).abs().max() < 2e-4 for k in a)
-    assert math.isfinite(out[0]["val_loss"]) and "val_gold" in out[0]
-
-
 def test_glow_resumes_with_what_it_saw(shared_bases):
     args = ["--config", "glow,tiny", *WORLD, "--rows", "16", "--save_every", "2"]       # two passes
     sft.main(merged(*args, "--out", "whole"))
@@ -678,20 +645,6 @@ def test_hindsight_scores_both_answers_and_no_tag(shared_bases):
     with pytest.raises(UserError, match="--mix"):
         sft.hindsight(c, tok, None, None, mix="p,x")
     out = sft.main(merged(*argv, "--steps", "2", "--out", "run"))
-    assert math.isfinite(out["val_loss"])
-
-
-@pytest.mark.parametrize("config", ["dckd", "adpa", "aligndistil"])
-def test_distilling_objectives_run_from_a_teacher(config, shared_bases):
-    base = str(sft.base("ring", "tiny"))
-    sft.main(["--data", "ring", "--init", base, "--config", "tiny", "--rows", "32", "--steps", "2",
-              "--context", "64", "--out", "teacher"])
-    args = ["--config", f"{config},tiny", "--data", "ring", "--init", base, "--rows", "16",
-            "--steps", "2", "--context", "64"]
-    with pytest.raises(UserError, match="--teacher"):
-        sft.main(merged(*args, "--out", "none"))
-    args += ["--teacher", "teacher"] + (["--other", base] if config != "dckd" else [])
-    out = sft.main(merged(*args, "--out", "run"))
     assert math.isfinite(out["val_loss"])
 
 
