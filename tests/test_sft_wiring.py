@@ -51,7 +51,7 @@ def small_world(workdir, monkeypatch):
     monkeypatch.setattr(text, "documents", documents)
 
 
-# --- the rows that a feedback makes of the data: (prompt, completion, which of it counts, numbers) -
+# --- a feedback's rows: (prompt, completion, which of it counts, numbers) -------------------------
 
 
 def row(prompt, completion, counts=None, **numbers):
@@ -291,7 +291,7 @@ class Watch:
         assert all(p.grad is None for p in net.parameters() if not p.requires_grad)
         norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
         self.steps.append(SimpleNamespace(
-            loss=loss.item(), aux=float(aux), tokens=count.item(), norm=norm, grads=grads,
+            loss=loss.item(), aux=aux.item(), tokens=count.item(), norm=norm, grads=grads,
             weights=self.weights, flags=self.flags, picked=picked, xs=xs))
 
     def expected(self, part):
@@ -371,8 +371,9 @@ AXES_HERE = "loss", "linear", "prune", "schedule", "peft", "store"
 LONE = {name for axis in AXES_HERE for name in sft.AXES[axis]
         if sum(name in rows for rows in sft.AXES.values()) == 1}
 WITH_FEEDBACK = {"unlikelihood", "rwr"}                  # presets have them
-MORE = {"target_docs": ["--context", "420"], "bone": ["--peft.rank", "32"], "bat": ["--peft.rank", "32"],
-        "loram": ["--peft.rank", "4"], "journey": ["--begin", "0", "--end", "0.5"]}
+MORE = {"target_docs": ["--context", "420"], "bone": ["--peft.rank", "32"],
+        "bat": ["--peft.rank", "32"], "loram": ["--peft.rank", "4"],
+        "journey": ["--begin", "0", "--end", "0.5"]}
 
 
 def argv_of(name):
@@ -529,7 +530,7 @@ def check_samples(w):
 
 
 def check_saved(w):
-    """The last checkpoint is the model that was trained, whole and plain; the memories are there."""
+    """The last checkpoint is the model that was trained, whole and plain; memories are there."""
     c, state = w.c, torch.load("run/step-000002/state.pt", weights_only=True)
     if c.linear not in ("lost", "qat") and c.peft != "loram":
         saved, tokens = llm.load("run")[0], w.steps[0].xs[0].tokens
