@@ -55,6 +55,18 @@ def test_halo_without_rounding_is_a_linear_layer(level, N, n, m):
         assert close(a, b, 1e-10)
 
 
+def test_a_layer_s_rows_and_bias_are_those_of_a_linear_layer():
+    x, W, b = rand(2, 5, 8), rand(4, 8, seed=1), rand(4, seed=2)
+    assert close(sft.flat_product(exact, x, W, b), nn.functional.linear(x, W, b))
+    assert close(sft.flat_product(exact, x, W, None), x @ W.T)
+    half = sft.flat_product(exact, x.bfloat16(), W.float(), b.float())
+    assert half.dtype == torch.bfloat16
+    layer, x = nn.Linear(32, 32), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for other in (sft.HaloLinear(layer, 0, "float32"), QuartetLinear(layer)):
+        assert other.merged().bias is layer.bias and torch.equal(other.merged()(x), layer(x))
+        assert (other(x) - layer(x)).abs().mean() < 0.1
+
+
 def test_halo_rounds_what_its_table_says():
     X, W, E = rand(40, 64), rand(32, 64, seed=1), rand(40, 32, seed=2)
     q = ROUNDINGS["fp6"]
@@ -270,6 +282,8 @@ def test_pruning_is_placed_in_compute(begin, end):
         first = next(k for k, x in enumerate(s) if x)
         assert abs(sum(cost[:first]) / sum(cost) - .3) < .01 and set(s) == {0, .8}
     assert {journey(k, 50, sparsity=0.0) for k in range(51)} == {0}
+    assert all(len(set(s[k:k + 10])) == 1 for k in range(0, steps - 10, 10))     # 1 % of the steps
+    assert s[990] <= s[1000] == .8
 
 
 def test_masks_are_monotone_and_exact():

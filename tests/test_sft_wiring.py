@@ -459,6 +459,11 @@ def check_told(w, out):
             "2 steps of 12, cpu float32") in out
     first = [w.tok.decode(ids, False) for ids in (w.rows[0].prompt, w.rows[0].completion)]
     assert f"not scored {first[0][-160:]!r}\n  scored     {first[1][:160]!r}" in out
+    for group in w.calls["update"][0].out.param_groups:
+        decay = group["peak"] * group["weight_decay"]
+        assert (f"{len(group['params'])} tensors, lr {group['peak']:.3g}, "
+                + (f"decay time {1 / decay:.0f} steps" if decay else "no decay")) in out
+    assert "adamw 8.00 bytes a parameter" in out
     clipped = sum(step.norm > w.c.clip for step in w.steps) / 2
     assert f"clipped steps: {clipped:.0%}" in out
     if not text.is_corpus(w.c.data):
