@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import sft
 from conftest import ROOT, close, merged, rand
 from data import prefs, tasks
-from data.run import (UserError, checkpoint, claims_of, code_of, configure, headings, needs,
-                      read_log)
+from data.run import (UserError, checkpoint, claims_of, code_of, configure, headings, read_log,
+                      result)
 from data.tokenizer import bytes_tokenizer, train_bpe
 from model import PEFT, collate, generate, init, load, preset, save
 from optim import RULES
@@ -119,7 +119,7 @@ def test_resume_is_exact(extra, workdir):
     args = merged("--steps", "6", *extra.split(), "--save_every", "3")
     run(*args, "--out", "a")
     run(*args, "--out", "b", "--stop", "3")
-    assert checkpoint("b").name == "step-000003"
+    assert checkpoint("b").name == "step-000003" and result("b") is None              # it pauses
     run(*args, "--out", "b", "--resume")
     a, b = (load_file(checkpoint(x) / "model.safetensors") for x in "ab")
     assert same(a, b)
@@ -382,6 +382,10 @@ def test_rounding_lasts_as_long_as_the_cooldown():
     (["--peft", "lora", "--store", "int8"], 1, "trains the layers that --peft lora freezes"),
     (["--init", "base:toyif_base", "--context", "65"], 1, "exceeds the 64 tokens of base:toyif"),
     (["--loss", "adpa", "--feedback", "sampled", "--data", "toyif"], 1, "needs --teacher CHECKP"),
+    (["--loss", "aligndistil", "--feedback", "chosen", "--data", "toyif", "--teacher", "net"], 1,
+     "needs --other CHECKPOINT"),
+    (["--loss", "dckd", "--feedback", "both", "--data", "toyif", "--teacher", "nowhere"], 1,
+     "nowhere does not exist"),
     (["--feedback", "both", "--data", "arithmetic"], 1, "no preference data 'arithmetic'"),
     (["--watch", "arithmetik"], 1, "did you mean 'arithmetic'"),
     (["--prune", "journey", "--linear", "halo", "--peft", "lora"], 1, "--linear halo and --peft"),
@@ -389,6 +393,7 @@ def test_rounding_lasts_as_long_as_the_cooldown():
 def test_what_does_not_combine_is_told_before_anything_is_made(extra, ranks, words, workdir):
     argv = merged(*(FAST if "--init" not in extra else FAST[4:]), *extra)
     c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
+    save(init(preset("1x64", bytes_tokenizer())), bytes_tokenizer(), "net")
     with pytest.raises(UserError, match=words):
         sft.check(c, f, ranks)
 
@@ -805,6 +810,11 @@ def test_a_file_s_pairs_are_trained_on_and_its_held_out_chosen_sides_evaluated(w
     argv = ["--data", "pairs.jsonl", "--feedback", "both", "--init", "", "--tokenizer", "bytes"]
     c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
     tok, (train, val) = bytes_tokenizer(), prefs.pair_sets("pairs.jsonl")
+    ten = dataclasses.replace(c, context=10, rows=9)     # "<bos>1" and "yes 1<eos>" are eight
+    assert len(sft.pair_ids(ten, tok)) == 9 and len(sft.pair_ids(c, tok)) == len(train)
+    short = [r for r in train if len(r["prompt"]) == 1]
+    eight = dataclasses.replace(c, context=8)
+    assert [r["text"] for r in sft.pair_ids(eight, tok)] == short
     assert len(train) + len(val["val"]) == 40 and val["val"]
     assert sft.held(c, f, tok) == dict(val=[
         (tok.prompt(r["prompt"]), [*tok.encode(r["chosen"]), tok.eos]) for r in val["val"]])

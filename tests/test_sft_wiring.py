@@ -369,11 +369,13 @@ def test_every_row_has_a_formula_here_and_every_argument_an_oracle():
 
 AXES_HERE = "loss", "linear", "prune", "schedule", "peft", "store"
 LONE = {name for axis in AXES_HERE for name in sft.AXES[axis]
-        if sum(name in rows for rows in sft.AXES.values()) == 1}
-WITH_FEEDBACK = {"unlikelihood", "rwr"}                  # presets have them
+        if sum(name in rows for rows in sft.AXES.values()) == 1}   # unlikelihood: preset unlikely
 MORE = {"target_docs": ["--context", "420"], "bone": ["--peft.rank", "32"],
         "bat": ["--peft.rank", "32"], "loram": ["--peft.rank", "4"],
-        "journey": ["--begin", "0", "--end", "0.5"]}
+        "journey": ["--begin", "0", "--end", "0.5"], "qat": ["--bits", "3"],
+        "halo": ["--level", "1", "--format", "fp8"],
+        "quartet": ["--exponent", "quest_floor", "--backward", "nearest"],
+        "lost": ["--gamma", "0.6", "--phi", "identity", "--linear.start", "random"]}
 
 
 def argv_of(name):
@@ -398,7 +400,7 @@ def argv_of(name):
     return merged(*argv, *MORE.get(name, []))
 
 
-@pytest.mark.parametrize("name", sorted({*sft.PRESETS, *LONE} - {*sft.RULES, *WITH_FEEDBACK}))
+@pytest.mark.parametrize("name", sorted({*sft.PRESETS, *LONE} - {*sft.RULES, "unlikelihood"}))
 def test_every_preset_reads_and_trains_what_it_says(name, small_world, monkeypatch, capsys):
     """with the size preset tiny, on the data that it names"""
     w = Watch(monkeypatch, argv_of(name))
@@ -431,6 +433,16 @@ def check_start(w):
     if c.peft in ("full", "hft") and c.linear != "lost" and c.store == "float32":
         first = w.steps[0].weights
         assert all(torch.equal(first[n], p) for n, p in start.named_parameters())
+    given = w.f.linear.keywords
+    for m in w.net.modules():
+        if isinstance(m, sft.HaloLinear):
+            assert m.product.keywords == given
+        elif isinstance(m, sft.QuartetLinear):
+            assert m.how == given
+        elif isinstance(m, sft.LostLinear):
+            assert m.how == dict(gamma=0.6, phi="identity")
+        elif isinstance(m, sft.QATLinear):
+            assert m.bits == given["bits"] == 3
     assert opt.model is w.net and opt.rule.func is sft.RULES[c.optimiser]
     assert (opt.lr, opt.weight_decay, opt.seed) == (c.lr, c.weight_decay, c.seed)
 

@@ -191,6 +191,18 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_other_sources_are_parsed_anew(tmp_path, monkeypatch):
+    def sentences(said):
+        write(tmp_path / "a.py", [f'def f():\n    """{said}"""\n'])
+        return [r["completion"] for r in text.signatures("val")]
+    monkeypatch.setattr(text, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(text, "sources",
+                        lambda: dict(train=[], val=[("a.py", tmp_path / "a.py")], ood=[]))
+    assert sentences("Says one thing.") == ["Says one thing."]
+    assert sentences("Says another thing.") == ["Says another thing."]
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2
+
+
 # --- ROUGE-L --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("reference, candidate, f", [
