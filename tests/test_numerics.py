@@ -307,11 +307,11 @@ def test_masks_reach_moments_and_gradients():
     stacks = [SimpleNamespace(units=[SimpleNamespace(name=name) for name in weights],
                               state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
               SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4)))]
-    schedule = partial(journey, sparsity=.5, begin=0.0, end=0.0)
+    schedule = partial(journey, sparsity=.25, begin=0.0, end=0.0)
     keeper = Masks(None, SimpleNamespace(prune=schedule), model, SimpleNamespace(stacks=stacks),
                    dict(steps=4))
-    assert keeper.end(0) == dict(sparsity=.5)
-    assert all(torch.equal(keeper.masks[k], v) for k, v in prune(weights, {}, .5).items())
+    assert keeper.end(0) == dict(sparsity=.25)
+    assert all(torch.equal(keeper.masks[k], v) for k, v in prune(weights, {}, .25).items())
     sum((w ** 2 + w).sum() for w in weights.values()).backward()
     keeper.backward()
     for i, name in enumerate(weights):
@@ -320,4 +320,4 @@ def test_masks_reach_moments_and_gradients():
         assert torch.equal(stacks[0].state["m"][i], keeper.masks[name].float())
         assert weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()
-    assert keeper.report() == dict(sparsity=.5, mean_density=.5)
+    assert keeper.report() == dict(sparsity=.25, mean_density=.75)

@@ -384,7 +384,7 @@ def argv_of(name):
     names = ["--config", name if name == "tiny" else f"{name},tiny"]
     changes = dict(sft.PRESETS.get(name, {}))
     argv = [*names, "--steps", "2", "--batch", "12", "--micro", "8", "--save_every", "1", "--keep",
-            "3", "--eval_every", "2", "--warmup", "2", "--out", "run", "--device", "cpu"]
+            "3", "--eval_every", "2", "--warmup", "3", "--out", "run", "--device", "cpu"]
     if "data" not in changes:
         argv += ["--data", "toyif"]
     c, f = configure(sft.Config, sft.PRESETS, sft.AXES, "", [*names, *argv[2:]])
@@ -430,9 +430,14 @@ def check_start(w):
                if c.tokenizer == "bpe" else ALPHABETS[c.tokenizer]())
         assert w.tok.tokens == tok.tokens
         start = llm.init(llm.preset(c.model, tok, 2 * c.context, c.family), c.seed)
+        assert w.net.config == start.config
     if c.peft in ("full", "hft") and c.linear != "lost" and c.store == "float32":
         first = w.steps[0].weights
         assert all(torch.equal(first[n], p) for n, p in start.named_parameters())
+    trained = {n.split(".")[-1] for n, p in w.net.named_parameters() if p.requires_grad}
+    parts = dict(lora={"A", "B"}, loram={"A", "B"}, bone={"M"}, bat={"M"})
+    assert trained == parts.get(c.peft, trained) and (
+        c.peft != "full" or all(p.requires_grad for p in w.net.parameters()))
     given = w.f.linear.keywords
     for m in w.net.modules():
         if isinstance(m, sft.HaloLinear):
@@ -544,6 +549,28 @@ def check_samples(w):
     rewards = [task.reward(p, tok.decode(ids), done) for p, ids, done in
                zip(problems, call.out.completions(), call.out.finished.tolist())]
     assert w.result[f"val_{task.metric}"] == pytest.approx(sum(rewards) / 64)
+
+
+def test_the_metric_is_that_of_each_prompt_s_own_answer(monkeypatch, capsys):
+    """of answers that are right, in part, and some of them unfinished"""
+    task, tok, asked = tasks.task("toyif"), prefs.tokenizer(), []
+    problems = task.problems("val", 6, 0)
+    done = torch.tensor([True, True, False, True, True, False])
+    answers = [tok.encode(task.demo(p)) for p in problems]
+
+    def generate(net, prompts, new, generator):
+        asked.append((prompts, new))
+        return SimpleNamespace(completions=lambda: answers, finished=done)
+    monkeypatch.setattr(sft, "generate", generate)
+    c = SimpleNamespace(data="toyif", seed=0, chat=False)
+    net = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=20))
+    got = sft.show(net, tok, problems, c, SimpleNamespace(say=print), [7])
+    rewards = [task.reward(p, task.demo(p), ok) for p, ok in zip(problems, done.tolist())]
+    assert got == {task.metric: pytest.approx(sum(rewards) / 6)} and len(set(rewards)) > 2
+    (prompts, new), = asked
+    assert prompts == [[*tok.prompt(p), 7] for p in problems]
+    assert new == min(task.max_new, 20 - max(map(len, prompts)))
+    assert capsys.readouterr().out.count("prompt ") == 3
 
 
 def check_saved(w):
