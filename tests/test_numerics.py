@@ -62,6 +62,7 @@ def test_a_layer_s_rows_and_bias_are_those_of_a_linear_layer():
     half = sft.flat_product(exact, x.bfloat16(), W.float(), b.float())
     assert half.dtype == torch.bfloat16
     layer, x = nn.Linear(32, 32), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    layer.bias.data.fill_(3.0)
     for other in (sft.HaloLinear(layer, 0, "float32"), QuartetLinear(layer)):
         assert other.merged().bias is layer.bias and torch.equal(other.merged()(x), layer(x))
         assert (other(x) - layer(x)).abs().mean() < 0.1
@@ -79,6 +80,9 @@ def test_halo_rounds_what_its_table_says():
     for level, (Y, gX, gW) in made.items():
         assert close(Y, q(X) @ q(W).T if level == 0 else turned, 1e-10)
         assert close(gX, dX if level < 2 else left, 1e-10) and close(gW, dW, 1e-10)
+    H = hadamard(32, torch.float64)                      # 32 tokens: a whole block, no zeros
+    turned = gradients(lambda X, W: halo_product(X, W, format="fp6"), X[:32], W, E[:32])[1]
+    assert close(turned, H @ (q(H @ E[:32]) @ q(W)), 1e-10)
 
 
 def test_rotation_helps_where_a_channel_or_a_token_is_large():
@@ -306,7 +310,9 @@ def test_masks_reach_moments_and_gradients():
     model = SimpleNamespace(named_parameters=lambda: weights.items())
     stacks = [SimpleNamespace(units=[SimpleNamespace(name=name) for name in weights],
                               state=dict(m=torch.ones(2, 3, 4), t=3, low=torch.ones(2, 1, 4))),
-              SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4)))]
+              SimpleNamespace(units=[SimpleNamespace(name="norm")], state=dict(m=torch.ones(1, 4))),
+              SimpleNamespace(units=[SimpleNamespace(name=x) for x in ("a_proj.weight", "embed")],
+                              state=dict(m=torch.ones(2, 3, 4)))]
     schedule = partial(journey, sparsity=.25, begin=0.0, end=0.0)
     keeper = Masks(None, SimpleNamespace(prune=schedule), model, SimpleNamespace(stacks=stacks),
                    dict(steps=4))
@@ -320,4 +326,5 @@ def test_masks_reach_moments_and_gradients():
         assert torch.equal(stacks[0].state["m"][i], keeper.masks[name].float())
         assert weights[name].grad.any()
     assert stacks[0].state["low"].all() and stacks[1].state["m"].all()
+    assert stacks[2].state["m"][1].all()                 # an embedding of the same shape
     assert keeper.report() == dict(sparsity=.25, mean_density=.75)
