@@ -1,5 +1,6 @@
 """Corpora and files: splits that never meet, ROUGE-L by hand, checked downloads, errors that name a
 line."""
+import hashlib
 import json
 import random
 import re
@@ -8,9 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import text
 from data.run import UserError
+from data.tokenizer import bytes_tokenizer
 
 
 def write(path, lines):
@@ -98,6 +101,27 @@ def test_pairs_of_a_file_by_hand():
     assert text.file_pairs("bad.py", "# bad.py\ndef f(:\n") == []
 
 
+@pytest.mark.parametrize("said, head, kept", [
+    ("One two three.", "def f():", True), ("One two.", "def f():", False),
+    ("One -- two.", "def f():", False),                  # three pieces, two of them words
+    (" ".join(["word"] * 30), "def f():", True), (" ".join(["word"] * 31), "def f():", False),
+    ("See this: >>> f()", "def f():", False), ("One two three.", f"def {'f' * 278}():", True),
+    ("One two three.", f"def {'f' * 279}():", False)])
+def test_what_is_a_pair(said, head, kept):
+    """3 words at least, 30 at most, no doctest, a prompt of 300 characters at most"""
+    rows = text.file_pairs("a.py", f'# a.py\n{head}\n    """{said}"""\n')
+    assert [r["completion"] for r in rows] == [said] * kept
+    assert all(r["head"] == head for r in rows)
+
+
+@pytest.mark.parametrize("doc, first", [
+    ("One. two. Three.", "One. two."), ("Is it? Yes.", "Is it?"), ("e.g. 'this'. More", "e.g."),
+    ("no end\n\nnext", "no end"), ("over\n  two lines. (Then more.)", "over two lines."),
+    ("Version 3.5 is old", "Version 3.5 is old")])
+def test_first_sentences(doc, first):
+    assert text.first_sentence(doc) == first
+
+
 def test_curation_by_hand():
     def row(i, head="def f():", said="Do it now.", **other):
         return dict(prompt=f"p{i}", completion=said, source=f"s{i}", head=head) | other
@@ -108,6 +132,23 @@ def test_curation_by_hand():
     out = text.curate(splits)
     assert {s: [r["source"] for r in rows] for s, rows in out.items()} == dict(
         train=["s0", "s1", "s2", "s3"], val=["s11"], ood=[])
+    often = dict(train=[row(i, said="Said five times.") for i in range(5)], val=[], ood=[])
+    assert len(text.curate(often)["train"]) == 5
+    assert len(text.curate(often, often=4, keep=2)["train"]) == 2
+    assert text.curate(often)["train"][1] == dict(prompt="p1", completion="Said five times.",
+                                                  source="s1")
+
+
+def test_a_file_s_split_is_its_path_s():
+    """whole packages are out of the domain; of the others one in twenty, by hash"""
+    for rel in ("asyncio/a.py", "xml/dom/x.py", "mailbox.py", "statistics.py"):
+        assert text.split_of(rel) == "ood"
+    assert text.split_of("lib/asyncio.py") != "ood" != text.split_of("xmlrpc/client.py")
+    names = [f"m{i}.py" for i in range(400)]
+    val = [x for x in names if int(hashlib.sha256(x.encode()).hexdigest()[:8], 16) % 20 == 0]
+    assert [x for x in names if text.split_of(x) == "val"] == val and len(val) > 10
+    topics = {d for split in ("train", "ood") for d in text.stdlib(split)}
+    assert not [x for x in text.stdlib("val") if x in topics and not x.startswith("# ")]
 
 
 def test_real_pairs_are_clean_and_do_not_leak(pairs):
@@ -148,6 +189,18 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch,
     monkeypatch.setattr(text, "file_pairs", lambda rel, source: [])
     assert text.signatures("val") == [] and text.signatures("val") == []
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_sources_are_parsed_anew(tmp_path, monkeypatch):
+    def sentences(said):
+        write(tmp_path / "a.py", [f'def f():\n    """{said}"""\n'])
+        return [r["completion"] for r in text.signatures("val")]
+    monkeypatch.setattr(text, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(text, "sources",
+                        lambda: dict(train=[], val=[("a.py", tmp_path / "a.py")], ood=[]))
+    assert sentences("Says one thing.") == ["Says one thing."]
+    assert sentences("Says another thing.") == ["Says another thing."]
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2
 
 
 # --- ROUGE-L --------------------------------------------------------------------------------------
@@ -258,6 +311,38 @@ def test_val_is_the_last_twentieth(tmp_path, name, content):
         assert len(train) == 38 and len(val) == 2 and val[-1].endswith("39")
 
 
+def test_documents_are_what_stands_between_marks(tmp_path):
+    """blank ones are none; a text of one line is cut by characters"""
+    path = write(tmp_path / "a.txt", ["one<|endoftext|>  \n<|endoftext|>two<|endoftext|>three"])
+    assert text.documents(str(path)) == ["one", "two"]
+    assert text.documents(str(path), "val") == ["three"]
+    path = write(tmp_path / "b.txt", ["ab" * 20])
+    assert [len(text.documents(str(path), x)[0]) for x in ("train", "val")] == [38, 2]
+    with pytest.raises(UserError, match="there is no text in it"):
+        text.documents(str(write(tmp_path / "c.txt", ["x"])))
+
+
+def test_a_stream_has_the_ids_that_are_wanted_and_ends_with_a_document(monkeypatch):
+    tok, docs = bytes_tokenizer(), ["ab", "c", "def"]
+    one, two = [tok.bos, 97, 98, tok.eos], [tok.bos, 99, tok.eos]
+    assert text.stream(docs, tok, 3).tolist() == one
+    assert text.stream(docs, tok, 4).tolist() == one + two
+    assert text.stream(docs, tok, 99).tolist() == one + two + [tok.bos, 100, 101, 102, tok.eos]
+    asked = []
+    monkeypatch.setattr(text, "documents", lambda *args: asked.append(args) or docs * 3)
+    g = torch.Generator().manual_seed(5)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(5)).tolist()
+    assert list(text.shuffled("it", g)) == [(docs * 3)[i] for i in order]
+    assert asked == [("it", "train")]
+
+
+def test_a_corpus_is_running_text(tmp_path):
+    for row, corpus in ((dict(text="a"), True), (PC, False)):
+        assert text.is_corpus(str(write(tmp_path / "f.jsonl", [row, PC]))) == corpus
+    assert all(map(text.is_corpus, ("stdlib", "shakespeare", "wikitext2", "my.txt")))
+    assert not any(map(text.is_corpus, ("gsm8k", "gsm8k_test", "arithmetic")))
+
+
 @pytest.mark.parametrize("name, message", [
     ("shakespear", "did you mean 'shakespeare'"),
     ("nope.txt", "no file and no named data 'nope.txt'")])
@@ -301,6 +386,21 @@ PC = dict(prompt="p", completion="c")
     (dict(messages=[USER, BOT, USER, BOT]), dict(messages=[USER, BOT, USER], completion="hello"))])
 def test_schemas_are_normalised(row, want):
     assert text.examples([row]) == [want]
+
+
+def test_rows_without_any_completion_are_refused():
+    assert len(text.examples([PC, PC | dict(completion=" ")])) == 2
+    with pytest.raises(UserError, match="every completion is empty"):
+        text.examples([PC | dict(completion=" ")])
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"a": "\\ud83d"}', "is half of a character"), ('{"a": 1, "a": 2}', "not a JSON object")])
+def test_halves_of_characters_and_keys_that_come_twice_are_refused(line, words, tmp_path):
+    whole = '{"a": "\\ud83d\\ude00"}'
+    assert text.read_jsonl(write(tmp_path / "f.jsonl", [whole])) == [{"a": "\U0001f600"}]
+    with pytest.raises(UserError, match=rf"f\.jsonl:2: .*{words}"):
+        text.read_jsonl(write(tmp_path / "f.jsonl", [whole, line]))
 
 
 @pytest.mark.parametrize("row", [
