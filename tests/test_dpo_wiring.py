@@ -2,8 +2,11 @@
 plain forward passes of the models as they were, from ids, texts and the world's gold. The policy is
 moved away from its reference before the first step, so that no two models are equal."""
 import copy
+import json
 import math
-from functools import cache, cached_property, partial
+from collections import Counter
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +17,8 @@ from wiring import catch
 import dpo
 import optim
 from data import prefs
-from data.run import hyper, needs, read_log
-from model import ScalarModel, load, save
+from data.run import UserError, hyper, needs, read_log
+from model import Rollout, ScalarModel, init, load, preset, save
 
 D = partial(torch.tensor, dtype=torch.float64)
 RING = prefs.Ring()
@@ -561,7 +564,43 @@ EXTRA = dict(online=[SHARP], inpo=[SHARP], xpo=[SHARP], mpo=["--steps=4"],
              plain_sgd=["--steps=3"], simpo=["--kl=true"], npo=["--key=k"], ga=["--key=k"])
 EXTRA |= {"treg,source=prompted": ["--better=ab", "--worse=xw"],
           "raco,combine=maxmin": ["--groups=BA"]}
+ALONE = {"simpo", "orpo", "slic_hf", "ga", "pro", "logo"}      # losses without a reference
 RUN = ["--out=run", "--steps=2", "--micro=5", "--eval_prompts=4", "--lr=3e-3", "--dtype=float32"]
+
+
+# of every preset what makes it that method, beside the defaults
+PARTS = dict(
+    toyif=dict(data="toyif", init="base:toyif"), rso=dict(loss="hinge", source="rso", refresh=200),
+    rpo=dict(loss="dpo", sft=0.005), madpo=dict(loss="madpo", source="margins"),
+    beta_dpo=dict(loss="beta_dpo", statistic="pace"), treg=dict(loss="treg", source="credited"),
+    kto=dict(loss="kto", statistic="mismatch", source="labels", batch=128, micro=128),
+    bco=dict(loss="bco", statistic="shift", source="labels", batch=128, micro=128),
+    npo=dict(loss="npo", source="forget"), ga=dict(loss="ga", source="forget"),
+    lipo=dict(loss="lipo", source="lists", refresh=200, beta=0.05),
+    list_mle=dict(loss="list_mle", source="lists", refresh=200),
+    pro=dict(loss="pro", source="lists", refresh=200),
+    logo=dict(loss="logo", source="lists", refresh=200),
+    raco=dict(loss="objectives", source="signs", combine="cagrad", beta=0.2),
+    spin=dict(source="spin", anchor="previous", refresh=50),
+    sppo=dict(loss="sppo", source="ranked", anchor="previous", refresh=50),
+    sppo_hard=dict(loss="sppo_hard", source="ranked", anchor="previous", refresh=50),
+    dno=dict(source="dno", anchor="previous", refresh=50),
+    inpo=dict(loss="inpo", source="online", refresh=50),
+    nash_md=dict(loss="nash_md", source="mixture"), nash_mp=dict(loss="nash_mp", source="prox"),
+    xpo=dict(loss="xpo", source="explore"), hypo=dict(loss="hypo", source="hybrid"),
+    selm=dict(loss="selm", source="selm", anchor="previous", refresh=50),
+    mpo=dict(loss="mpo", source="mpo", anchor="handover"))
+
+
+def test_every_preset_is_the_method_that_it_is_called():
+    assert {k: v for k, v in dpo.PRESETS.items() if k not in ARMS} == PARTS
+    assert dpo.PRESETS["flips20"] == dict(noise=0.2, flip=0.2)
+    assert dpo.PRESETS["flips40"] == dict(noise=0.4, flip=0.4)
+    assert dpo.PRESETS["no_eos"] == dict(alpha=0.0, with_eos=False)
+    for table in (dpo.LOSSES, dpo.STATISTICS, dpo.SOURCES, dpo.JUDGES):
+        functions = [fn for key, fn in table.items() if key != "none"]
+        assert len({fn.__name__ for fn in functions}) == len(functions)
+    assert all(fn.__name__ == name for name, fn in dpo.LOSSES.items())
 
 
 def test_every_argument_of_every_loss_is_computed_apart():
@@ -715,7 +754,7 @@ def check_rhythm(x):
     """When rows are made and numbers taken; every row of an epoch is read once; what is counted."""
     static, steps, every = dpo.static(x.f), x.c.steps, [s.step for s in x.steps]
     assert every == [*range(steps)]
-    assert [m.step for m in x.makings] == [0] if static else [*range(0, steps, x.c.refresh)]
+    assert [m.step for m in x.makings] == ([0] if static else [*range(0, steps, x.c.refresh)])
     assert [m.stage for m in x.makings] == [*range(len(x.makings))]
     assert [r["step"] for r in x.rows if "val_win" in r] == sorted({*range(0, steps, 2), steps})
     for made in x.makings:
@@ -729,7 +768,11 @@ def check_rhythm(x):
     assert last.get("sampled", 0) == len(ys)
     assert last.get("truncated", 0) == sum(y["ids"][-1] != x.tok.eos for y in ys)
     assert all(call.max_norm == x.c.clip for s in x.steps for call in s.clip_grad_norm_)
-    assert ("start" in x.models) == (x.c.kl or "anchor" in dpo.asked_by(x.c, x.f))
+    kept = sorted({*range(2, steps, 2), steps})[-2:]
+    assert sorted(p.name for p in Path("run").glob("step-*")) == [f"step-{i:06d}" for i in kept]
+    saved, _ = load(f"run/step-{steps:06d}")
+    assert torch.equal(vector(saved.parameters()), vector(x.policy.parameters()))
+    assert [*x.models] == ["start"] * (x.c.kl or x.c.loss not in ALONE)
     assert not any(p.requires_grad for m in x.models.values() for p in m.parameters())
     first, final = (x.evaluations[i].out[0] for i in (0, -1))
     golds = [r["val_gold"] for r in x.rows if "val_gold" in r]
@@ -888,3 +931,332 @@ def exploitability(x, seen, split, held, calls):
                  for a, whole in (*texts[0], *texts[1])]
         best.append(max(rates) / 16)
     return sum(best) / len(best) - 0.5
+
+
+# --- what a run of two steps does not show --------------------------------------------------------
+
+
+def options(**own):
+    """A config of the fields that the functions here read."""
+    return SimpleNamespace(**dict(rows=40, seed=0, noise=0.0, length_bias=0.0, eval_prompts=4,
+                                  chat=False, data="ring", max_new=0, micro=2, device="cpu",
+                                  dtype="float32", source="kto", loss="kto", batch=4, refresh=1)
+                           | own)
+
+
+@pytest.fixture(scope="session")
+def two_models(bases_folder):
+    """Two unequal models with Ring's letters, and its tokenizer."""
+    tok = prefs.ring_tokenizer()
+    config = preset("2x32", tok, 64)
+    return init(config, 0), init(config, 1), tok
+
+
+def test_a_coin_falls_by_the_judge_s_probability():
+    g, P = torch.Generator().manual_seed(0), D([[.5, .8], [.2, .5]])
+    tossed = [dpo.coin(P, g) for _ in range(2000)]
+    assert {*tossed} == {(0, 1), (1, 0)} and abs(tossed.count((0, 1)) / 2000 - .8) < .03
+
+
+def test_rso_pairs_what_it_accepts_at_random():
+    """of the start's samples; the better one is chosen"""
+    asked, g = [], torch.Generator().manual_seed(0)
+
+    def sample(problems, k, model=None):
+        asked.append((k, model))
+        return [[dict(ids=[i]) for i in range(k)] for _ in problems]
+
+    def compare(problems, groups):
+        return [dpo.gold(D([0., 1, 2, 3])) for _ in groups]
+    rows = dpo.rso([dict(ids=[9])] * 60, sample, compare, "start", g, n=4, k=4, beta_rso=1e-9)
+    assert asked == [(4, "start")] and len(rows) == 120
+    assert all(a[0] > b[0] for a, b in (r["sides"] for r in rows))
+    pairs = {tuple(y[0] for y in r["sides"]) for r in rows}
+    assert pairs == {(a, b) for a in range(4) for b in range(a)}
+
+
+def test_margins_shuffled_are_another_pair_s():
+    data = [dict(prompt=[i], chosen=[1], rejected=[2], text=dict(prompt="", chosen="", rejected=""))
+            for i in range(20)]
+
+    def compare(problems, groups):
+        return [dpo.gold(D([p["ids"][0] / 4, 0.])) for p in problems]
+    for shuffled in (False, True):
+        rows = dpo.margins(data, compare, torch.Generator().manual_seed(0), shuffled=shuffled)
+        found = [r["margin"] for r in rows]
+        assert close(sorted(found), [i / 4 for i in range(20)], 1e-5)
+        assert close(found, sorted(found), 1e-5) != shuffled
+        assert [r["prompt"] for r in rows] == [[i] for i in range(20)]
+
+
+def test_pace_drops_the_unlikely_gaps():
+    g, zero, kept = torch.Generator().manual_seed(0), torch.zeros(10), 0
+    for _ in range(50):
+        gap = torch.tensor([0.] * 9 + [100.])
+        kept += dpo.pace(gap, zero, dpo.Gaps(), g)["kept"][9] > 0
+    assert kept < 25
+
+
+def test_pace_draws_by_the_running_mean_and_spread(monkeypatch):
+    """weights exp(-½ ((gap - M0)/s0)²), M0 and s0 a tenth of the way to each batch's own"""
+    weights, gaps, g = [], dpo.Gaps(), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(torch, "multinomial", lambda weight, n, generator: weights.append(
+        (weight, n)) or torch.arange(n))
+    for gap in ([1., 2, 3, 4, 5], [5., 5, 7, 7, 11]):
+        out = dpo.pace(D(gap), D([0.] * 5), gaps, g, drop=.4)
+    assert close(gaps.now, [.9 * 3 + .1 * 7, .9 * 1.581139 + .1 * 2.449490])
+    z = [(x - 3.4) / 1.667974 for x in gap]
+    assert close(weights[1][0], [math.exp(-.5 * v * v) for v in z], 1e-5) and weights[1][1] == 3
+    assert close(out["beta_now"], [.1 * (1 + .6 * (17 / 3 - 3.4))] * 5)
+
+
+def test_mpo_has_a_share_of_easy_pairs():
+    """0: the policy gradient alone; 1: DPO alone; half: both, one after the other"""
+    data = [dict(prompt=[i], chosen=[1, i], rejected=[2, i], gap=float(i),
+                 text=dict(prompt=str(i), chosen="", rejected="")) for i in range(8)]
+    taken, c = [], options(steps=10)
+    handover = SimpleNamespace(models={}, take=taken.append)
+
+    def rows(easy, step):
+        return dpo.mpo_rows(
+            [0] * 4, data, lambda where, k: [[dict(ids=[3]), dict(ids=[4])] for _ in where],
+            lambda problems, groups: [D([[.5, .7], [.3, .5]])] * len(groups), handover, step, 0, c,
+            easy=easy)
+    for easy, step, hard, prompts in ((.5, 4, 0, range(4, 8)), (.5, 5, 1, range(4)),
+                                      (0., 0, 1, range(8)), (1., 9, 0, range(8))):
+        found, before = rows(easy, step), len(taken)
+        assert [r["hard"] for r in found] == [hard] * 4
+        assert {r["prompt"][0] for r in found} <= {*prompts}
+        assert found[0]["gain"] == pytest.approx(math.log(7 / 3), abs=1e-6)
+        assert found[0]["sides"] == ([[3], [4]] if hard else [[1, *found[0]["prompt"]],
+                                                              [2, *found[0]["prompt"]]])
+    assert taken == ["policy"] * 2 and before == 2
+
+
+def test_a_search_goes_no_deeper_than_asked_nor_beyond_the_room():
+    def extend(starts, new, k):
+        return [[([i] * new, 1 / k, False) for i in range(k)] for _ in starts]
+
+    def deepest(node):
+        return max([len(node.path()), *map(deepest, node.children)])
+    for room, depth, want in ((9, 2, 4), (5, 9, 4), (6, 9, 6), (9, 1, 2)):
+        ends = []
+        root, = dpo.grow_trees([[7]], extend, lambda i, ids, done: ends.append(ids) or sum(ids),
+                               room, iterations=9, children=2, chunk=2, depth=depth)
+        assert deepest(root) == want and {len(ids) for ids in ends} == {room}
+
+
+def test_a_base_is_made_of_the_run_s_own_seed_and_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dpo.sft, "find", lambda *a, **kw: asked.append((*a, kw)))
+    c = options(init="base:ring", config="tiny", seed=3, judge="cdr")
+    f = SimpleNamespace(judge=SimpleNamespace(keywords=dict(strong="here", weak="")))
+    dpo.initial(c, f, make=False)
+    dpo.strong(c, f, make=False)
+    dpo.weak(c, f, make=False)
+    assert asked == [("base:ring", "tiny", False, dict(seed=3, device="cpu")),
+                     ("here", "tiny", False, "--strong", dict(device="cpu")),
+                     ("base:ring", "tiny", False, "--weak", dict(device="cpu"))]
+
+
+def test_models_with_different_tokenizers_are_refused(shared_bases):
+    tok = prefs.tokenizer()
+    save(init(preset("1x32", tok, 64)), tok, "toy")
+    with pytest.raises(UserError, match="different tokenizers"):
+        dpo.main(["--config=madpo,tiny", "--judge=cdr", "--strong=toy"])
+
+
+def test_the_pairs_of_a_world_are_labelled_with_its_faults(two_models):
+    """noise and a taste for length in the training labels alone; seeds give other pairs"""
+    *_, tok = two_models
+    def opened(**own):
+        return dpo.open_pairs(options(**own), tok, RING, 64)
+    (clean, held, prompts), (noisy, same, _), (long, also, _) = (
+        opened(), opened(noise=.5), opened(length_bias=9.))
+    assert len(clean) == 40 and len(held) == len(prompts) == 8 and held == same == also
+    assert [sorted((r["chosen"], r["rejected"])) for r in noisy] == [
+        sorted((r["chosen"], r["rejected"])) for r in clean]
+    flipped = sum(a["chosen"] != b["chosen"] for a, b in zip(clean, noisy))
+    assert 10 < flipped < 30 and all(len(r["chosen"]) >= len(r["rejected"]) for r in long)
+    gaps = [RING.judge(r["text"]["prompt"], r["text"]["chosen"])["gold"]
+            - RING.judge(r["text"]["prompt"], r["text"]["rejected"])["gold"] for r in clean]
+    assert min(gaps) > 0
+    assert {len(r["sides"]) for r in held} == {2}
+    assert [r["sides"][0] for r in held] == [
+        [*tok.encode(r["chosen"]), tok.eos] for r in RING.pairs(8, 0, "val")]
+    other = opened(seed=1)[0]
+    assert [r["prompt"] for r in other] == [tok.prompt(r["prompt"]) for r in RING.pairs(40, 1001)]
+    assert len(opened(eval_prompts=999)[1]) == 600
+
+
+def test_the_problems_of_a_world_and_of_a_file_leave_room_for_a_response(two_models):
+    """training, held-out splits with their prompts' ids; samples end before the context does"""
+    *_, tok = two_models
+    problems, sets, room = dpo.open_problems(options(seed=2), tok, RING, 64, [], [])
+    assert problems == [p | dict(ids=tok.prompt(p["prompt"]))
+                        for p in RING.problems("train", 4096, 1002)]
+    assert {k: [p["prompt"] for p in x] for k, x in sets.items()} == {
+        k: [p["prompt"] for p in RING.problems(k, 4, 2)] for k in ("val", "ood")}
+    assert room == 24                                  # Ring's own
+    width = len(problems[0]["ids"])
+    for context, max_new, want in ((20, 0, 20 - width), (64, 9, 9)):
+        assert dpo.open_problems(options(max_new=max_new), tok, RING, context, [], [])[2] == want
+    with pytest.raises(UserError, match="no room"):
+        dpo.open_problems(options(), tok, RING, width, [], [])
+    texts = [".abcd=", ".abce=", ".abcd="]
+    data = [dict(text=dict(prompt=t), chosen=[5]) for t in texts] + [
+        dict(text=dict(prompt="!abcf="), sides=[[5]])]                 # a label has no pair
+    problems, sets, room = dpo.open_problems(options(), tok, None, 500, data,
+                                             [f".{x}bcd=" for x in "eefghi"])
+    assert [p["prompt"] for p in problems] == [".abcd=", ".abce="] and room == 128
+    assert [p["prompt"] for p in sets["val"]] == [f".{x}bcd=" for x in "efgh"] and len(sets) == 1
+
+
+def test_samples_are_drawn_a_few_thousand_at_a_time(monkeypatch):
+    """all problems, in order; those that were cut off are counted"""
+    asked, counts = [], Counter()
+
+    def generate(model, prompts, room, *, samples, generator, temperature=1.0):
+        asked.append((model, len(prompts) * samples, room, temperature))
+        rows = [[*p, 7, 2] for p in prompts for _ in range(samples)]
+        done = torch.tensor([p[0] > 1 for p in prompts for _ in range(samples)])
+        return Rollout(torch.tensor(rows), torch.tensor([[0, 1, 1]] * len(rows)), None,
+                       torch.ones(len(rows), dtype=torch.long), done)
+    monkeypatch.setattr(dpo, "generate", generate)
+    tok = SimpleNamespace(decode=lambda ids: str(ids))
+    ys = dpo.sample("policy", tok, options(), 5, [dict(ids=[i]) for i in range(3)], 2000,
+                    generator=None, counts=counts)
+    assert asked == [("policy", 4000, 5, 1.0), ("policy", 2000, 5, 1.0)]
+    assert [len(own) for own in ys] == [2000] * 3 and counts == dict(sampled=6000, truncated=4000)
+    assert [own[0] for own in ys] == [dict(ids=[7, 2], text="[7, 2]", finished=False)] * 2 + [
+        dict(ids=[7, 2], text="[7]", finished=True)]
+    dpo.sample("policy", tok, options(), 5, [dict(ids=[1])], model="start", generator=None,
+               counts=counts, temperature=0.0)
+    assert asked[-1] == ("start", 1, 5, 0.0)
+
+
+def test_log_probs_on_disk_are_of_one_model_of_its_rows_and_of_one_precision(two_models):
+    one, two, tok = two_models
+    rows = [dict(prompt=[1, 5], sides=[[6, 7], [8]]), dict(prompt=[1, 9, 4], sides=[[5], [6, 2]])]
+    seen = []
+    for model in (one, two, one):
+        for own in (rows, rows[::-1], [dict(rows[0], sides=rows[0]["sides"][::-1])]):
+            found = dpo.cached_logprobs(tok, options(), own, model)
+            want = [torch.cat(logs(model, [(r["prompt"], y) for y in r["sides"]])) for r in own]
+            assert all(close(a, b.detach(), 1e-5) for a, b in zip(found, want, strict=True))
+        seen.append(len(list(dpo.CACHE.iterdir())))
+    assert seen[1] == seen[2]
+    dpo.cached_logprobs(tok, options(dtype="bfloat16"), rows, one)
+    assert len(list(dpo.CACHE.iterdir())) == seen[2] + 1
+
+
+def test_the_ranking_of_labels_is_by_log_ratio_or_by_mean():
+    """1 if every good response is above every other one"""
+    held = [dict(good=g, ref_logps=torch.tensor(r)) for g, r in
+            ((1.0, [-3., -3]), (0.0, [-1.]), (1.0, [-2., -9]))]
+    found = [torch.tensor([-2., -3]), torch.tensor([-1.5]), torch.tensor([-1., -9])]
+    asked = []
+
+    def logprobs(rows, model):
+        asked.append(model)
+        return found
+    assert dpo.ranking("val", held, "policy", logprobs) == dict(accuracy=1.0)
+    for r in held:
+        del r["ref_logps"]                             # means -2.5, -1.5, -5: the other order
+    assert dpo.ranking("val", held, "policy", logprobs) == dict(accuracy=0.0)
+    assert asked == ["policy"] * 2
+    assert dpo.ranking("ood", held, "policy", logprobs) == {}
+    assert dpo.ranking("val", [dict(sides=[])], "policy", logprobs) == {}
+
+
+def test_labels_of_a_file_are_trained_on_and_held_out(two_models, tmp_path, capsys):
+    *_, tok = two_models
+    rows = [dict(prompt=f".{x}bcd=", completion=y, label=y == "ab")
+            for x in "efghijklmnopqrstuvwx" for y in ("ab", "cd")]
+
+    def opened(lines, rows=0):
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+        c = options(data=str(tmp_path / "x.jsonl"), rows=rows)
+        return dpo.open_labels(c, tok, None, 64)
+    train, val, prompts = opened(rows)
+    assert [r["text"] for r in opened(rows, 10)[0]] == [r["text"] for r in train[:10]]
+    assert len(train) == 38 and len(val) == 2 and prompts == [r["text"]["prompt"] for r in val]
+    assert all((r["good"], r["sides"]) == (float(r["text"]["label"]), [
+        [*tok.encode(r["text"]["completion"]), tok.eos]]) for r in train + val)
+    with pytest.raises(UserError, match="are alike"):
+        opened([r for r in rows if r["label"]])
+    held = val[0]["text"]["prompt"]
+    mixed = [r for r in rows if r["prompt"] != held or r["label"]]
+    assert opened(mixed)[1] == [] and "no val_accuracy" in capsys.readouterr().out
+    assert len(opened(mixed)[2]) == 1
+
+
+def test_kto_s_mismatched_prompts_fit_the_context():
+    """each prompt with the response of the row before, both models' log-probs of it"""
+    batch = [dict(prompt=[1] * n, sides=[[i] * m]) for i, (n, m) in
+             enumerate(((2, 3), (4, 1), (1, 6)))]
+    asked = []
+
+    def logprobs(rows, model):
+        asked.append((model, [(len(r["prompt"]), r["sides"][0]) for r in rows]))
+        return [torch.full((len(r["sides"][0]),), dict(policy=-1., start=-3.)[model])
+                for r in rows]
+    found = dpo.mismatched(batch, 7, "policy", "start", logprobs, options())
+    pairs = [(4, [0] * 3), (1, [1])]                   # 2 + 6 is too long
+    assert asked == [("policy", pairs), ("start", pairs)] and close(found, [4.] * 3)
+    assert close(dpo.mismatched(batch, 1, "policy", "start", logprobs, options()), [0.] * 3)
+
+
+def test_rows_of_the_full_context_are_kept():
+    rows = [dict(prompt=[1] * 5, sides=[[2] * 3, [3]]), dict(prompt=[1] * 5, sides=[[2], [3] * 4])]
+    counts = Counter()
+    assert dpo.usable(rows, options(), 8, counts) == rows[:1] and counts == dict(long=1)
+
+
+def test_a_pair_s_texts_know_which_response_was_cut_off():
+    text = dict(prompt="p", chosen="c", rejected="r", rejected_finished=False)
+    problem, (a, b) = dpo.texts_of(dict(prompt=[1], chosen=[2], rejected=[3], text=text))
+    assert problem == dict(prompt="p", ids=[1]) and a == dict(ids=[2], text="c", finished=True)
+    assert b == dict(ids=[3], text="r", finished=False)
+
+
+def test_the_search_s_next_leaf_weighs_worth_and_prior():
+    """Q + w p √N / (1 + n), worked"""
+    root = dpo.Node()
+    root.N, root.v = 9, .5
+    a, b = (dpo.Node([i], p, parent=root) for i, p in ((1, .2), (2, .6)))
+    a.v, a.N, b.v, b.N, root.children = 1.0, 1, .4, 3, [a, b]
+    assert (a.Q, b.Q) == (.5, pytest.approx(-.1))      # .5 + .3 w against -.1 + .45 w
+    assert dpo.descend(root, w=3.9) is a and dpo.descend(root, w=4.1) is b
+    a.children = [dpo.Node([3], parent=a)]
+    assert dpo.descend(root) is a.children[0] and a.children[0].path() == [1, 3]
+
+
+def test_fresh_rows_are_of_other_problems_every_time():
+    """as many as the steps until the next ones take, each problem once"""
+    seen, counts = [], Counter()
+
+    def source(problems):
+        seen.append([p["ids"][0] for p in problems])
+        return [dict(prompt=p["ids"], sides=[[3], [4]]) for p in problems]
+    known = dict(problems=[dict(ids=[i]) for i in range(40)], context=9, counts=counts,
+                 logprobs="logprobs")
+    for stage in range(3):
+        rows, logprobs = dpo.fresh_rows(options(refresh=5), SimpleNamespace(source=source),
+                                        known | dict(stage=stage), 2)
+        assert [r["prompt"][0] for r in rows] == seen[-1] and logprobs == "logprobs"
+    assert [len({*x}) for x in seen] == [10] * 3 and len(set(map(str, seen))) == 3
+    c, problems = options(), [0] * 10
+    drawn = [dpo.next_pairs([*range(40)], problems, stage, c) for stage in range(3)]
+    assert [len({*x}) for x in drawn] == [10] * 3 and len(set(map(str, drawn))) == 3
+    assert not {*map(str, drawn)} & {*map(str, seen)}
+
+
+@pytest.mark.parametrize("config, option", [
+    ("dpo", "--combine=cagrad"), ("dpo", "--refresh=3"), ("dpo", "--statistic=pace"),
+    ("simpo", "--anchor=previous"), ("spin", "--judge=gold"), ("dpo", "--compile=true"),
+    ("dpo,data=pairs.jsonl", "--noise=0.1"), ("dpo,data=pairs.jsonl", "--length_bias=0.1")])
+def test_an_option_that_nobody_reads_is_refused(config, option, monkeypatch):
+    monkeypatch.setattr(dpo, "train", lambda c, f: None)
+    with pytest.raises(UserError, match="does not read it|are of a world's labels"):
+        dpo.main([f"--config={config}", option])
