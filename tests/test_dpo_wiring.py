@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import close, merged
+from torch.nn.functional import logsigmoid
 from wiring import catch
 
 import dpo
@@ -172,8 +173,8 @@ def encoded(x, text):
 
 
 @cache
-def world_pairs(world, n=64, seed=1000, split="train"):
-    return WORLDS[world].pairs(n, seed, split)
+def world_pairs(world, noise, n=64, seed=1000, split="train"):
+    return WORLDS[world].pairs(n, seed, split, noise=noise)
 
 
 @cache
@@ -184,7 +185,7 @@ def train_problems():
 def data_pairs(x, *which):
     """The world's pairs as ids.   -> [(prompt, chosen, rejected)]"""
     return [(x.tok.prompt(r["prompt"]), encoded(x, r["chosen"]), encoded(x, r["rejected"]))
-            for r in world_pairs(x.c.data, *which)]
+            for r in world_pairs(x.c.data, 0.0 if which else x.c.noise, *which)]
 
 
 # --- what a loss reads, by the names of its arguments ---------------------------------------------
@@ -400,9 +401,9 @@ def spin(x, made):
     return [(p, [demo, y]) for demo, (p, (y,)) in zip(demos_of(x, made), groups_of(x, made))]
 
 
-def best_and_worst(x, made, least=0.0):
-    """Of each prompt's responses."""
-    out = []
+def best_and_worst(x, made):
+    """Of each prompt's responses, if their win rates are so far apart as is asked."""
+    out, least = [], x.f.source.keywords.get("least", 0.0)
     for p, ys in groups_of(x, made):
         rate = wins([gold_of(x, p, y) for y in ys])
         a, b = rate.index(max(rate)), rate.index(min(rate))
@@ -470,11 +471,11 @@ def mpo(x, made):
     """First the half of the pairs with the largest gaps, then samples on the others' prompts."""
     pairs = sorted(data_pairs(x), key=lambda r: -abs(gold_of(x, *r[:2]) - gold_of(x, r[0], r[2])))
     prompts = [[p for p, *_ in half] for half in (pairs[:32], pairs[32:])]
-    assert len(made.out) <= 16
+    assert len(made.out) <= 8
     if made.step >= x.c.steps // 2:
         assert all(p in prompts[1] for p in made.generate[0].prompts)
         return groups_of(x, made)
-    assert not made.generate and len({*map(str, made.out)}) == 16
+    assert not made.generate and len({*map(str, made.out)}) == 8
     easy = {str(p + a + b): (p, [a, b]) for p, a, b in pairs[:32]}
     return [easy[str(r["prompt"] + r["sides"][0] + r["sides"][1])] for r in made.out]
 
@@ -538,7 +539,7 @@ def demonstrations(x, made):
 
 EXPECTED = dict.fromkeys(("pairs", "margins", "credited", "prompted", "signs"), from_data) | dict(
     labels=one_by_one, forget=demonstrations, online=by_gold, lists=ranked_lists, rso=rso,
-    ranked=best_and_worst, dno=partial(best_and_worst, least=0.2), explore=explored, selm=selm,
+    ranked=best_and_worst, dno=best_and_worst, explore=explored, selm=selm,
     mixture=lambda x, m: [(p, [b]) for p, a, b in paired(x, m)],
     prox=lambda x, m: [(p, [a]) for p, a, b in paired(x, m)],
     hybrid=lambda x, m: [(p, [*pair, *ys]) for p, pair, ys in with_data(x, m)],
@@ -559,9 +560,11 @@ METHODS = [*SINGLE, "online", "mcts", *(k for k in dpo.PRESETS if k not in ARMS)
            "treg,source=prompted", "online,judge=duel", "raco,combine=maxmin",
            "raco,combine=weighted", "plain_sgd"]
 SHARP = "--sharp=1e9"                                  # a judge that throws no coin
-EXTRA = dict(online=[SHARP], inpo=[SHARP], xpo=[SHARP], mpo=["--steps=4"],
+EXTRA = dict(online=[SHARP], inpo=[SHARP], xpo=[SHARP],
+             mpo=["--steps=4", "--refresh=1", "--noise=0.5"],
              nash_mp=["--steps=5", "--refresh=1", "--inner=2"],
-             plain_sgd=["--steps=3"], simpo=["--kl=true"], npo=["--key=k"], ga=["--key=k"])
+             plain_sgd=["--steps=3"], simpo=["--kl=true"], npo=["--key=k"], ga=["--key=k"],
+             dno=["--least=0.5"])
 EXTRA |= {"treg,source=prompted": ["--better=ab", "--worse=xw"],
           "raco,combine=maxmin": ["--groups=BA"]}
 ALONE = {"simpo", "orpo", "slic_hf", "ga", "pro", "logo"}      # losses without a reference
@@ -629,6 +632,9 @@ def check_run(x):
     check_updates(x)
     check_effect(x)
     check_rhythm(x)
+    if x.c.source == "dno":
+        far = sum(len(best_and_worst(x, made)) for made in x.makings)
+        assert [r for r in x.rows if "loss" in r][-1]["close"] == 16 * len(x.makings) - far > 0
     for made in x.makings:
         check_samples(x, made)
         check_judge(x, made)
@@ -701,8 +707,9 @@ def check_log(x, step, facts):
             assert row[f"{side}_{key}"] == pytest.approx(mean, rel=1e-3, abs=2e-3), key
     if S > 1:
         by = SUMS["ratio" if "chosen_ratio" in row else "mean"]
-        right = [(by(a) > by(b)) + 0.5 * (by(a) == by(b)) for a, b in zip(first, second)]
-        assert row["accuracy"] == pytest.approx(sum(map(float, right)) / len(right))
+        gaps = [(by(a) - by(b)).item() for a, b in zip(first, second)]
+        right, alike = (sum(map(test, gaps)) for test in (lambda x: x > 0, lambda x: abs(x) < 1e-4))
+        assert abs(row["accuracy"] - right / 8) <= alike / 8 + 1e-6
     if "chosen_ratio" in row and S > 1:
         assert row["margin"] == pytest.approx(row["chosen_ratio"] - row["rejected_ratio"])
 
@@ -956,6 +963,36 @@ def test_a_coin_falls_by_the_judge_s_probability():
     g, P = torch.Generator().manual_seed(0), D([[.5, .8], [.2, .5]])
     tossed = [dpo.coin(P, g) for _ in range(2000)]
     assert {*tossed} == {(0, 1), (1, 0)} and abs(tossed.count((0, 1)) / 2000 - .8) < .03
+
+
+def test_an_objective_s_gradient_is_a_mean_over_the_rows_on_which_it_has_an_opinion(two_models):
+    """of all micro-batches; the step's gradient is what --combine makes of them"""
+    model, ref, tok = two_models
+    rows = [dict(prompt=[1, 5 + i], sides=[[6 + i, 7], [8, 9 + i, 2]], signs=own)
+            for i, own in enumerate(([1., 0.], [-1., 1.], [1., 0.]))]
+    h = []
+    for r in rows:
+        flat = [(r["prompt"], y) for y in r["sides"]]
+        r["ref_logps"] = torch.cat(logs(ref, flat)).detach()
+        a, b = (own.sum() for own in logs(model, flat))
+        h.append(a - b - r["ref_logps"][:2].sum() + r["ref_logps"][2:].sum())
+    want = [-(logsigmoid(.1 * h[0]) + logsigmoid(-.1 * h[1]) + logsigmoid(.1 * h[2])) / 3,
+            -logsigmoid(.1 * h[1])]
+    caught = {}
+
+    def combine(G, losses):
+        caught.update(G=G, losses=losses)
+        return 2 * G[0] - G[1]
+    f = SimpleNamespace(loss=dpo.objectives, combine=combine)
+    value = dpo.backward_each(options(), f, dict(policy=model, tok=tok), rows, Counter())
+    exact = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(
+        one, list(model.parameters()), retain_graph=True)]) for one in want])
+    assert close(caught["G"], exact, 1e-6) and exact.norm() > 0.01
+    assert close(caught["losses"], torch.stack(want).detach(), 1e-5)
+    assert value == pytest.approx(sum(want).item(), rel=1e-5)
+    assert close(torch.cat([p.grad.flatten() for p in model.parameters()]),
+                 2 * exact[0] - exact[1], 1e-6)
+    model.zero_grad()
 
 
 def test_rso_pairs_what_it_accepts_at_random():
