@@ -1177,7 +1177,8 @@ def test_log_probs_on_disk_are_of_one_model_of_its_rows_and_of_one_precision(two
     rows = [dict(prompt=[1, 5], sides=[[6, 7], [8]]), dict(prompt=[1, 9, 4], sides=[[5], [6, 2]])]
     seen = []
     for model in (one, two, one):
-        for own in (rows, rows[::-1], [dict(rows[0], sides=rows[0]["sides"][::-1])]):
+        turned = dict(rows[0], sides=rows[0]["sides"][::-1])
+        for own in (rows, rows[::-1], rows[:1], [turned]):
             found = dpo.cached_logprobs(tok, options(), own, model)
             want = [torch.cat(logs(model, [(r["prompt"], y) for y in r["sides"]])) for r in own]
             assert all(close(a, b.detach(), 1e-5) for a, b in zip(found, want, strict=True))
