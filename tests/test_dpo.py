@@ -518,9 +518,6 @@ def test_tree_search_finds_the_better_step():
     same = dpo.grow_trees([[7]],
                              lambda s, n, k: [[([3] * n, 1., False)] * k for _ in s], value, 4)[0]
     assert dpo.step_pairs(same) == []                           # identical children: no pair
-    flat, = dpo.grow_trees([[7]], extend, lambda i, ids, done: 1., 6, iterations=3, children=2,
-                           chunk=2, depth=3)
-    assert flat.children and dpo.step_pairs(flat) == []         # of equal worth: none either
 
 
 def test_back_up_weighs_children_by_visits():
