@@ -45,7 +45,8 @@ GOLDEN = [
     ("dpo", {}, .620957), ("dpo", dict(beta=5.), .000553), ("cdpo", {}, .635957),
     ("cdpo", dict(flip=.2), .650957), ("rdpo", {}, .602207), ("ipo", {}, 12.25),
     ("ipo_norm", {}, 22.246944),
-    ("dpo_norm", dict(beta=.1), .679081), ("hinge", dict(gamma=.1), .85), ("exo", {}, 2.505517),
+    ("dpo_norm", dict(beta=.1), .679081), ("hinge", dict(gamma=.1), .85), ("hinge", {}, .925),
+    ("exo", {}, 2.505517),
     ("bco_pair", {}, 1.312856), ("nca", {}, 1.350825), ("apo_zero", {}, .962523),
     ("apo_down", {}, .987549),
     ("flex", {}, .639659), ("sppo_hard", {}, 18.125), ("sppo_hard", dict(beta=.001), 249250.625),
@@ -709,25 +710,12 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 ARMS = {"tiny", "few", "short", "plain_sgd", "flips20", "flips40", "no_eos"}
-PLAIN = [f"{side}_{x}" for side in ("chosen", "rejected") for x in (*dpo.READS, *dpo.PASS)]
-SINGLE = [k for k, fn in dpo.LOSSES.items() if k not in dpo.PRESETS and {*needs(fn)} <= {*PLAIN}]
-METHODS = [*SINGLE, "online", "mcts", *(k for k in dpo.PRESETS if k not in ARMS)]
 
 
 def tiny(config, out, *extra):
     """One run in seconds -> its result."""
     return dpo.main(merged("--config", f"{config},tiny" if config else "tiny", "--out", str(out),
                            *extra))
-
-
-@pytest.mark.parametrize("config", METHODS)
-def test_every_preset_runs(config, shared_bases):
-    scores = tiny(config, "run", "--steps=2")
-    assert all(math.isfinite(x) for x in scores.values())
-    rows = [r for r in read_log("run") if "loss" in r]
-    assert [r["step"] for r in rows] == [1, 2] and all(math.isfinite(r["loss"]) for r in rows)
-    model, _ = load("run/step-000002")
-    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_the_headings_name_every_method():
@@ -785,24 +773,13 @@ def test_the_first_step_of_dpo_is_log_2_and_the_log_has_both_sides(shared_bases)
     assert first["val_win"] == .5 and abs(first["val_kl"]) < 1e-4
 
 
-@pytest.mark.parametrize("config", ["dpo", "kto", "beta_dpo", "raco", "lipo", "ld_dpo", "sparsepo"])
+@pytest.mark.parametrize("config", ["beta_dpo", "raco"])
 def test_micro_batches_change_nothing(config, shared_bases):
     a, b = (tiny(config, f"run{m}", f"--micro={m}", "--dtype=float32") for m in (16, 3))
     one, two = (load(f"run{m}/step-000004")[0] for m in (16, 3))
     for p, q in zip(one.parameters(), two.parameters()):
         assert (p - q).abs().max() < 2e-4
     assert abs(a["val_accuracy"] - b["val_accuracy"]) < .1
-
-
-@pytest.mark.parametrize("config", ["simpo", "orpo", "slic_hf", "ga", "pro", "logo"])
-def test_reference_free_methods_load_one_model(config, shared_bases, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(dpo, "load", lambda *a: loaded.append(a) or load(*a))
-    tiny(config, "run", "--steps=1")
-    assert len(loaded) == 1
-    loaded.clear()
-    tiny("dpo", "other", "--steps=1")
-    assert len(loaded) == 2
 
 
 @pytest.mark.parametrize("config", ["dpo", "nash_mp", "mpo", "beta_dpo", "selm", "sppo"])
@@ -814,6 +791,9 @@ def test_resume_gives_the_same_weights(config, shared_bases):
     one, two = (load(f"{x}/step-000004")[0] for x in ("whole", "part"))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
     assert part == whole
+    logs = [[{k: v for k, v in row.items() if not k.startswith("t")} for row in read_log(out)]
+            for out in ("whole", "part")]
+    assert logs[0] == logs[1]
 
 
 def test_reference_log_probs_are_kept_on_disk(shared_bases, monkeypatch, tmp_path):
@@ -934,6 +914,9 @@ def test_bad_pairs_are_counted_and_told(shared_bases, capsys):
      "the same model"),
     (["--config=tiny", "--noise=0.1", "--data=nowhere.jsonl"], "--noise"),
     (["--config=raco,tiny", "--weights=1,2,3"], "--weights"),
+    (["--config=tiny", "--max_new=5000"], "does not fit"),
+    (["--config=plain_sgd,tiny", "--steps=1", "--lr=1e30", "--clip=1e30", "--beta=1e12"],
+     "is not finite"),
     (["--config=tiny", "--gamma=2"], "unknown key --gamma")])
 def test_clear_errors(argv, words, shared_bases):
     with pytest.raises(UserError, match=words):
@@ -980,22 +963,8 @@ def test_a_real_checkpoint_without_a_pad_token(stories, workdir):
 
 
 def test_a_reward_model_judges(shared_bases):
-    """reward.py's checkpoint as --judge: pairs of samples, MADPO's margins"""
-    reward.main(["--config", "bt,tiny", "--out", "rm"])
-    for config in ("online", "madpo"):
-        out = tiny(config, config, "--judge=rm", "--steps=2")
-        assert math.isfinite(out["val_gold"])
+    """reward.py's checkpoint as --judge: pairs of samples"""
+    reward.main(["--config", "bt,tiny", "--out", "rm", "--steps", "2"])
+    assert math.isfinite(tiny("online", "run", "--judge=rm", "--steps=1")["val_gold"])
     with pytest.raises(UserError, match="need a reward model"):
         tiny("online", "wrong", f"--judge={dpo.sft.base('ring', 'tiny')}")
-    model, tok = load("rm")
-    rows = [dict(prompt=".abcd="), dict(prompt=".bcde=")]
-    ys = [[dict(ids=[*tok.encode(t), tok.eos], text=t, finished=True) for t in pair]
-          for pair in (("ab", "cdefgh"), ("a", "bb"))]
-    for r in rows:
-        r["ids"] = tok.prompt(r["prompt"])
-    c = SimpleNamespace(micro=3, device="cpu", dtype="float32")
-    f = SimpleNamespace(judge=partial(dpo.learned, sharp=1.))
-    known = dict(c=c, tok=tok, world=None, scorer=model)
-    for P, p, pair in zip(dpo.compare(f, known, rows, ys), rows, ys):
-        alone = [model(torch.tensor([p["ids"] + y["ids"]]))[0, -1].item() for y in pair]
-        assert close(P[0, 1], torch.sigmoid(D(alone[0] - alone[1])), 1e-5)
