@@ -14,7 +14,7 @@ import sft
 from data.run import UserError, check_first_ratio, checkpoint, claims_of, configure, read_log
 from model import ScalarModel, load, masked_mean, masked_whiten, save
 from ppo import (adaptive, best_of_group, coherent, eos_ignore, eos_replace, eos_subtract,
-                 explained_variance, fixed, gae, k1, k2_loss, k3, k3_loss, likelihood,
+                 explained_variance, fixed, gae, k1, k2_loss, k3, k3_loss, learned, likelihood,
                  no_regulariser, ppo_clip, token_rewards, value_loss, weighted_nll, whitened_gae)
 
 T = torch.tensor
@@ -36,6 +36,7 @@ def test_coherent_reward_by_hand():
     assert close(coherent(SFT, BASE, ONES), [1.856298]) and close([math.log(.16 / .025)],
                                                                   [1.856298])
     assert close(coherent(SFT, BASE, ONES, per_token=True), [1.856298 / 3])
+    assert close(coherent(SFT, BASE, T([[1., 1, 0]]), per_token=True), [.470004 / 2])
     assert close(likelihood(SFT, ONES), [math.log(.16)])
 
 
@@ -129,6 +130,23 @@ def test_ppo_rewards_and_advantages_by_hand():
     assert close(masked_whiten(r, M, shift=False),
                  [[-.094528, -.072071, 2.229749, 0], [-.060843, -.049615, -.128213, -1.419478]],
                  1e-5)
+
+
+def test_rewards_are_rescaled_before_the_advantages_if_asked():
+    """and discount and lambda each go where they belong"""
+    r = masked_whiten(rollout(), M, shift=False)
+    adv, returns = whitened_gae(rollout(), V2, M, gamma=0.9, lam=0.7, whiten_rewards=True)
+    want = gae(r, V2, M, 0.9, 0.7)
+    assert close(adv, masked_whiten(want[0], M)) and close(returns, want[1])
+
+
+def test_a_reward_model_s_score_is_bounded_if_asked():
+    assert learned(T([-3., .5, 2.])).tolist() == [-3, .5, 2]
+    assert learned(T([-3., .5, 2.]), clamp=1.0).tolist() == [-1, .5, 1]
+
+
+def test_a_wild_ratio_is_capped():
+    assert close(ppo_clip(T([[90.]]), T([[0.]]), T([[-1.]]), cap=2.0), [[math.exp(2)]], 1e-5)
 
 
 def test_ppo_losses_by_hand():
@@ -366,12 +384,18 @@ def test_a_minibatch_that_runs_away_is_skipped(shared_bases, monkeypatch):
     assert [r["skipped"] for r in read_log("away") if "loss" in r] == [4, 4]
 
 
-def test_a_sampler_that_is_not_the_policy_stops_the_run(shared_bases, monkeypatch):
+def test_a_sampler_that_is_not_the_policy_stops_the_run(shared_bases, monkeypatch, capsys):
+    """and one that never ends is told before"""
     plain = ppo.generate
-    monkeypatch.setattr(ppo, "generate", lambda *args, **kw: (
-        lambda roll: roll._replace(logp=roll.logp * 1.1))(plain(*args, **kw)))
+
+    def other(*args, **kw):
+        roll = plain(*args, **kw)
+        return roll._replace(logp=roll.logp * 1.1, finished=torch.zeros_like(roll.finished))
+
+    monkeypatch.setattr(ppo, "generate", other)
     with pytest.raises(UserError, match="the sampler is not the policy"):
         toy("srppo", "other")
+    assert "every SFT sample is cut off at 12 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -435,6 +459,10 @@ def test_the_plain_kernels_give_the_same_losses(shared_bases):
     (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
     (["--horizon", "9"], "unknown key --horizon; it belongs to controller 'adaptive'"),
     (["--warmup", "9"], "--warmup: this run does not read it"),
+    (["--reward", "gold", "--base", "x"], "--base: this run does not read it"),
+    (["--advantage", "best", "--critic_lr", "1"], "--critic_lr: this run does not read it"),
+    (["--advantage", "best", "--samples", "1"], "takes the best of at least two"),
+    (["--steps", "0", "--lr", "1"], "--lr: this run does not read it"),
     (["--claim", "srpo"], "no claim 'srpo'; did you mean 'srppo'"),
     (["--claim", "srppo", "--seeds", "many"], "--seeds many: expected int"),
     (["--temperature", "0"], "--temperature 0: must be above 0"),

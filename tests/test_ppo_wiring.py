@@ -15,9 +15,11 @@ import model as models
 import ppo
 import sft
 from data import tasks
+from data.prefs import tokenizer as toyif_tokenizer
 from data.run import batch_indices, checkpoint, configure, needs, read_log
 from data.stats import rank_correlation
-from model import ScalarModel, load, save
+from data.tokenizer import Tokenizer
+from model import ScalarModel, load, preset, save
 
 METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny"}]
 SEED = 3
@@ -104,7 +106,7 @@ class Rolled:
         self.mask = torch.zeros(self.tokens.shape)
         self.truth, self.finished = torch.zeros(len(self.tokens)), []
         for b, problem in enumerate(self.problems):
-            prompt = world.tok.prompt(problem["prompt"])
+            prompt = world.tok.prompt(problem["prompt"], world.c.chat)
             row, n = self.tokens[b].tolist(), len(prompt)
             assert row[:n] == prompt
             ids = row[n:n + world.max_new]
@@ -318,7 +320,7 @@ def check_evaluation(w, scene, problems, split, net, out, shown):
     assert near(scene.decode.out.logp, decoded(w, net, s))
     for i in range(0, len(drawn.mask), gen.samples):                   # bon; else the one sample
         group = range(i, i + gen.samples)
-        best = max(group, key=lambda j: (bool(drawn.finished[j]), drawn.raw[j].item()))
+        best = max(group, key=lambda j: drawn.raw[j].item() if drawn.finished[j] else -1e9)
         assert torch.equal(drawn.tokens[best], s.tokens[i // gen.samples])
     for key, x in {"reward": s.raw, w.task.metric: s.truth, "kl": (s.logp - s.sft).sum(1),
                    "length": s.length, "truncated": 1 - s.finished.float()}.items():
@@ -382,6 +384,7 @@ def check_step(w, scene, row):
     assert (i == 0) == near(s.values, 0 * s.values) or s.adv[1] is None
     compare_rewards(scene, [s])
     order = [call.rows for name, call in scene.rows if name == "update"]
+    assert {len(rows) for rows in order} == {w.c.batch}
     half = len(order) // w.c.epochs                        # each epoch has every row once, anew
     passes = [torch.cat(order[k:k + half]) for k in range(0, len(order), half)]
     assert len(passes) == w.c.epochs and not torch.equal(*passes)
@@ -454,23 +457,47 @@ MORE = {          # rows that no preset has, and what else changes what a row ge
     "srppo,eval_temperature=0": FAST,
     "contrast,alpha=2": [],
     "docs,entropy=0.1": [*FAST, "--regulariser", "k2", "--controller", "adaptive", "--target", "1",
-                          "--horizon", "100", "--eos", "subtract", "--temperature", "0.7"],
+                          "--horizon", "100", "--eos", "subtract", "--temperature", "0.7",
+                          "--chat"],
     "ppo,beta=0.2": [*FAST, "--reward", "judge", "--regulariser", "k3", "--eos", "ignore"]}
 
 
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory):
+    """A random model of the toy world that ends its texts now and then, and one not far from it."""
+    tok = toyif_tokenizer()
+    net, g = models.init(preset("1x64", tok, 64)), torch.Generator().manual_seed(0)
+    folders = [str(tmp_path_factory.mktemp(x)) for x in ("base", "init")]
+    with torch.no_grad():
+        for folder, scale in zip(folders, (0.1, 0.03)):
+            for p in net.parameters():
+                p.add_(scale * torch.randn(p.shape, generator=g))
+            if scale == 0.1:
+                usual = net(torch.arange(64)[None]).mean((0, 1))                         # [D]
+                net.embed_tokens.weight[tok.eos] = usual / usual.norm()
+            save(net, tok, folder)
+    return folders
+
+
 @pytest.mark.parametrize("config", [*METHODS, *MORE])
-def test_every_row_of_every_preset_gets_what_it_names(config, shared_bases, monkeypatch):
+def test_every_row_of_every_preset_gets_what_it_names(config, two_models, workdir, monkeypatch,
+                                                      capsys):
     method = config.split(",")[0]
-    base, init = (str(sft.base(x, like="tiny")) for x in ("toyif_base", "toyif"))
+    base, init = two_models
     steps = ppo.PRESETS[method].get("steps", 2)
     extra = MORE.get(config, FAST[:2 if method == "raft" else 4] if steps else [])
     argv = merged("--config", f"toyif,{config},tiny", *TINY, *extra, "--steps", str(steps), "--out",
                   "run")
     judge = "judge" if "judge" in argv else ""
     if judge:
-        torch.manual_seed(0)                                            # of the head
-        save(ScalarModel.from_lm(load(base)[0], std=0.3), load(base)[1], judge)
+        net, tok = load(base)
+        torch.manual_seed(0)                                                # of the head
+        save(ScalarModel.from_lm(net, std=0.3), tok, judge)
+    plain = Tokenizer.prompt                    # a template, which the world's tokenizer has not
+    monkeypatch.setattr(Tokenizer, "prompt", lambda self, problem, chat=False:
+                        plain(self, problem) + self.encode("=") * chat)
     w = world_of(argv, init, base, judge)
+    capsys.readouterr()
     out, events = followed(monkeypatch, argv, init, base)
     evaluations = [call for name, call in events if name == "evaluate"]
     told = [call.out[0] for call in evaluations]
@@ -488,6 +515,10 @@ def test_every_row_of_every_preset_gets_what_it_names(config, shared_bases, monk
                 check_evaluation(w, found.pop(0), problems, split, one.policy, one.out[0],
                                  one.out[1][2 * k:2 * k + 2])
     assert len(w.steps) == steps
+    said = capsys.readouterr().out
+    assert f"std {w.std:.2f}; Spearman with gold" in said
+    assert f"mean {w.mean:.2f}," in said or abs(w.mean) < 1e-3
+    assert all(f"  {k:<18} {told[0][k]:>11.3f} {told[-1][k]:>10.3f}" in said for k in told[0])
     assert out == {**told[-1], **{f"sft_{k}": x for k, x in told[0].items()},
                    "agreement": out["agreement"]}
     told_log = [r for r in log if "val_kl" in r]

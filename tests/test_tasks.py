@@ -6,16 +6,18 @@ import random
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl,
-                        ParityJudge, answer, boxed, columns, extract_answer, held, judging, parity,
-                        part, pattern, same_answer, similarity, stated, strength, swapped, task,
-                        value, verbose)
+from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic,
+                        Jsonl, ParityJudge, answer, boxed, chain_tokenizer, columns, demonstrations,
+                        extract_answer, held, held_out, judging, packed, parity, part, pattern,
+                        room, rows, same_answer, scorer, second_looks, similarity, stated,
+                        step_ends, strength, swapped, task, value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -283,6 +285,28 @@ def test_a_reward_for_patterns():
     assert pattern({}, "-1=8" * 12, True, t) == 0
 
 
+def test_a_reward_by_its_name(tmp_path):
+    """the task's own, the likeness, the phrases, or a file's function of (problem, text,
+    finished)"""
+    t, p, text = task("sort"), dict(prompt="s345?", answer="345", seed=0), ">3>5>4####354"
+    for done in (True, False):
+        assert scorer("task", t)(p, ">3>4>5####345", done) == done
+        assert scorer("swe_rl", t)(p, text, done) == similarity(p, text, done, t)
+        assert scorer("rpr", t)(p, text, done) == pattern(p, text, done, t)
+    (tmp_path / "mine.py").write_text("def f(p, text, done):\n"
+                                      "    return len(p['prompt']) + 10 * len(text) + 1000 * done")
+    assert scorer(f"{tmp_path}/mine.py:f", t)(p, text, True) == 5 + 130 + 1000
+    assert scorer(f"{tmp_path}/mine.py:f", t)(p, text, False) == 5 + 130
+
+
+def test_steps_and_second_looks_of_a_text():
+    """a chain's cells and waits; lines and words of reflection elsewhere"""
+    assert step_ends(task("chain"), "-1=8;+2=0####0") == [4, 9]
+    assert step_ends(task("arithmetic"), "one\ntwo\n\nend") == [4, 9]
+    assert second_looks(task("chain"), "-1=8w-1=8w-1=8####8") == 2
+    assert second_looks(task("arithmetic"), "Wait, so. Hmm: waiting, but not butter.") == 3
+
+
 def test_answers_in_one_spelling():
     assert stated(task("chain"), "-1=8####8") == "8"
     assert stated(task("countdown"), "x####4*7-3") == "4*7-3"
@@ -545,6 +569,55 @@ def test_conversations_become_text(tasks):
 def test_wrong_names_get_the_nearest(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_a_text_in_windows():
+    """BOS doc EOS BOS doc EOS, cut every four tokens, the last token never alone"""
+    tok = chain_tokenizer()
+    one, two = tok.encode("12"), tok.encode("3")
+    whole = [tok.bos, *one, tok.eos, tok.bos, *two, tok.eos]
+    assert len(whole) == 7
+    got = [[*first, *rest] for first, rest in packed(["12", "3"], tok, 4)]
+    assert got == [whole[:4], whole[4:]] and all(len(x) == 1 for x, _ in packed(["12"], tok, 4))
+    assert [[*x, *y] for x, y in packed(["12", "3"], tok, 3)] == [whole[:3], whole[3:6]]
+
+
+def test_demonstrations_as_ids(capsys):
+    """prompt, completion and EOS; a row that just fits stays"""
+    t, tok = task("chain_good"), chain_tokenizer()
+    short, long = dict(prompt="1-3?", seed=0), dict(prompt="9-1+2+3?", seed=0)
+    want = (tok.prompt("1-3?"), [*tok.encode("-3=8####8"), tok.eos])
+    size = sum(map(len, want))
+    assert demonstrations(t, [short, long], tok, size) == [want]
+    assert "chain: 1 of 2 rows are longer than --context" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"row 1: a prompt of {len(want[0])} tokens does not fit"):
+        demonstrations(t, [short], tok, len(want[0]))
+    assert demonstrations(t, [short], tok, size - 1) == []
+
+
+def test_the_rows_of_a_split():
+    """--rows of train, 256 of what is held out, in the order of the seed"""
+    c = SimpleNamespace(data="chain_good", rows=5, seed=4, context=96, chat=False)
+    t, tok = task("chain_good"), chain_tokenizer()
+    for split, n in (("train", 5), ("val", 256)):
+        want = [(tok.prompt(p), [*tok.encode(t.demo(p)), tok.eos]) for p in t.problems(split, n, 4)]
+        assert rows(c, tok, split) == want and len(want) == n
+    assert held_out("chain") == held_out("stdlib") == ["val", "ood"]
+    assert held_out("parity_long") == held_out("wikitext2") == ["val"]
+
+
+def test_room_for_a_response():
+    """what the task wishes, cut to what the longest prompt leaves; --max_new as it is"""
+    t, tok = task("chain_good"), chain_tokenizer()
+    problems = [dict(prompt="1-3?"), dict(prompt="9-1+2+3?")]               # 9 tokens with BOS
+    c = SimpleNamespace(max_new=0, chat=False)
+    assert [room(c, tok, problems, t, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
+    with pytest.raises(UserError, match="the longest prompt has 9 tokens"):
+        room(c, tok, problems, t, 9)
+    c.max_new = 20
+    assert room(c, tok, problems, t, 29) == 20
+    with pytest.raises(UserError, match="with 20 new ones it exceeds the context of 28"):
+        room(c, tok, problems, t, 28)
 
 
 def test_malformed_files_name_the_line(tmp_path):
