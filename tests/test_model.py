@@ -582,6 +582,11 @@ def test_scalar_models_save_and_load(tmp_path):
     (dict(intermediate_size=64),
      r"mlp.gate_proj.weight has shape \[192, 64\], config.json asks for \[64, 64\]"),
     (dict(vocab_size=128), r"embed_tokens.weight has shape"),
+    (dict(mlp_bias=True), "mlp_bias"), (dict(mlp_only_layers=[0]), "mlp_only_layers"),
+    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(quantization_config=dict(quant_method="gptq")), "quantization_config"),
+    (dict(use_sliding_window=True, max_window_layers=1, sliding_window=95), "sliding_window = 95"),
+    (dict(architectures=["LlamaForSequenceClassification"], num_labels=2), "2 labels"),
 ])
 def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
@@ -590,6 +595,33 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
     with pytest.raises(UserError, match=words):
         net, _ = load(tmp_path)
         net(ids(1, 3))
+
+
+def test_a_window_that_never_slides_is_none():
+    """too wide, switched off, or of layers that the model has not; a Mixtral's slides"""
+    d, off = to_hf(small("llama").config), dict(use_sliding_window=False)
+    slides = dict(use_sliding_window=True, max_window_layers=1, sliding_window=95)
+    for change in (dict(sliding_window=96), off, dict(max_window_layers=2)):
+        assert from_hf(d | slides | change) == small("llama").config
+    with pytest.raises(UserError, match="sliding_window = 95"):
+        from_hf(to_hf(small("mixtral").config) | dict(sliding_window=95))
+
+
+def test_what_config_json_leaves_out():
+    """as many key heads as heads, a head's share of the width, an untied head, Llama's theta; the
+    newer key of the rotary options first"""
+    d = to_hf(small("llama").config)
+    absent = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings",
+              "rope_parameters")
+    short = {k: v for k, v in d.items() if k not in absent}
+    c = from_hf(short)
+    assert (c.num_key_value_heads, c.head_dim, c.rope_theta) == (4, 16, 1e4)
+    assert not c.tie_word_embeddings
+    both = from_hf(short | dict(rope_theta=3.0, rope_parameters=dict(rope_theta=5.0)))
+    assert both.rope_theta == 5 and from_hf(short | dict(rope_theta=3.0)).rope_theta == 3
+    for eos, written in (((), None), ((5,), 5), ((5, 6), [5, 6])):
+        d = to_hf(replace(c, eos_token_id=eos))
+        assert d["eos_token_id"] == written and from_hf(d).eos_token_id == eos
 
 
 @pytest.mark.parametrize("key, value, words", [

@@ -109,6 +109,9 @@ def test_a_short_and_a_verbose_thought_by_hand():
     lines = ["Step 1: 9+8", "column 1: 9+8+0=17, write 7, carry 1", "so 9+8=17",
              "The answer is 17.", ""]
     assert verbose([(9, "+", 8)]).split("\n") == lines
+    lines = ["Step 1: 52-27", "column 1: 12-7-0=5, write 5, borrow 1",
+             "column 2: 05-2-1=2, write 2, borrow 0", "so 52-27=25", "The answer is 25.", ""]
+    assert verbose([(52, "-", 27)]).split("\n") == lines
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -192,11 +195,18 @@ def test_the_arena_by_hand(kind, prompt, good, answer):
     assert t.checks(p, "") == dict(format=False, cells=True, complete=False, agrees=False)
 
 
-@pytest.mark.parametrize("kind", ["chain", "sort", "graph", "add", "countdown"])
+DEPTHS = dict(chain=("234", "56"), sort=("456", "78"), graph=("234", "56"), add=("234", "56"),
+              countdown=("3", "4"))                                       # of train and val, of ood
+
+
+@pytest.mark.parametrize("kind", DEPTHS)
 def test_every_kind(kind):
     t, quiet = task(kind), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     for split in ("train", "val", "ood"):
         problems, changed = t.problems(split, 200), 0
+        depths = {str(p["prompt"].count(",") + 1 if kind == "countdown" else len(t.hints(p)))
+                  for p in problems}
+        assert depths == set(DEPTHS[kind][split == "ood"])
         assert problems[:20] == t.problems(split, 20)
         for p in problems:
             assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
@@ -256,6 +266,8 @@ def test_several_tasks_as_one():
     assert {k: v for k, v in problems[1].items()
             if k != "task"} == task("sort").problems("train", 1)[0]
     assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
+    assert task("chain+arithmetic").max_new == 75 > task("chain").max_new
+    assert task("chain+parity_long").splits == ["train", "val"]
     with pytest.raises(UserError, match="scored alike"):
         task("chain+signatures")
     with pytest.raises(UserError, match="no task"):
@@ -541,6 +553,8 @@ def test_last_number_and_annotations_are_options(tmp_path):
     t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
     assert t.reward(t.problems("train")[0],
                     "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
+    rows[0] = dict(question="q0", answer="two, in words")         # no answer to compare
+    assert Jsonl(write(tmp_path / "b.jsonl", rows)).metric == "rouge_l"
 
 
 def test_conversations_become_text(tasks):
