@@ -164,6 +164,20 @@ def test_clean_chains_by_hand():
     assert t.habits("####3")["guess"] == 1
 
 
+def test_a_wait_repairs_a_slip():
+    """a slipped cell, looked at in 80 of 100: right in 96, and looked at again in 30"""
+    t = task("chain", direct=0.0, skip=0.0, slip=1.0, wait=0.8, fill=0)
+    first, again, right = [], 0, 0
+    for p in t.problems("train", 1000):
+        cells = t.cells(t.demo(p))
+        n = next((i for i, (_, said) in enumerate(cells[1:]) if not said), len(cells) - 1)
+        first.append(cells[0][0] == t.hints(p)[0])
+        again, right = again + n, right + sum(x == t.hints(p)[0] for x, _ in cells[1:n + 1])
+    assert sum(first) / 1000 == pytest.approx(0.1, abs=0.03)
+    assert again / 1000 == pytest.approx(0.8 / 0.7, abs=0.1)
+    assert right / again == pytest.approx(0.96, abs=0.03)
+
+
 def test_flawed_chains_are_right_about_half_the_time():
     t, knobs = task("chain", direct=.25), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     problems = t.problems("train", 3000)
@@ -254,6 +268,7 @@ def test_countdown_reaches_its_target():
                         ("####4*7", 0),
                         ("####4*7-3-0", 0), ("####-3+4*7", 0), ("", 0), (f"####{'4*7-3' * 9}", 0)):
         assert t.reward(p, text) == right
+    assert t.reward(dict(p, prompt="c4,7,3>28?"), "####4*7") == 0                # 3 is not used
     assert t.demo(dict(p, prompt="c1,1,1>99?"), "good").startswith("1")      # out of reach: it ends
 
 
@@ -266,6 +281,8 @@ def test_several_tasks_as_one():
     assert {k: v for k, v in problems[1].items()
             if k != "task"} == task("sort").problems("train", 1)[0]
     assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
+    either = task("chain+countdown")                   # any search that works
+    assert either.reward(dict(prompt="c4,7,3>25?", answer="", task=1), "####4*7-3") == 1
     assert task("chain+arithmetic").max_new == 75 > task("chain").max_new
     assert task("chain+parity_long").splits == ["train", "val"]
     with pytest.raises(UserError, match="scored alike"):
