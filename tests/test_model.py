@@ -288,7 +288,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_is_the_policy(family):
-    net, stop = small(family), list(range(0, 250, 9))
+    net, stop = small(family), list(range(5, 250, 9))
     roll = generate(net, PROMPTS, 14, samples=5, temperature=0.8, stop=stop,
                     generator=torch.Generator().manual_seed(0))
     logp = token_logprobs(net, roll.tokens, roll.mask, temperature=0.8)
@@ -333,6 +333,7 @@ def test_pick_samples_the_distribution():
     token, logp = pick(logits, u)
     assert torch.bincount(token, minlength=4).tolist() == [500, 300, 150, 50]
     assert torch.allclose(logp, p.log()[token])
+    assert pick(logits[:5], torch.tensor([0, .499, .501, .799, .96]))[0].tolist() == [0, 0, 1, 1, 3]
     token, logp = pick(logits, u, top_k=2)
     assert (torch.bincount(token, minlength=4).tolist() == [625, 375, 0, 0]
             and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625])))
