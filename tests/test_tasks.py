@@ -3,6 +3,7 @@ reward."""
 import json
 import os
 import random
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -243,6 +244,28 @@ def test_every_kind(kind):
         assert .1 < right < .6 and max(len(t.demo(p)) for p in problems) < 150
     train, val = ({p["prompt"] for p in t.problems(split, 1000)} for split in ("train", "val"))
     assert not train & val
+
+
+@pytest.mark.parametrize("kind, prompt, left, form", [
+    ("chain", "9-1+2+3?", "9", "\\d"), ("sort", "s52918?", "", "[52918]{5}"),
+    ("graph", "g2>1,1>3,3>2:1,2?", "1", "[123]"), ("add", "a78,21,45?", "0", "[1-9]{3}"),
+    ("countdown", "c4,7,3>25?", "", "[473]([-+*][473]){2}")])
+def test_what_is_left_out_does_not_happen_a_guess_has_the_form(kind, prompt, left, form):
+    """no cell: the answer is where one begins; a slip spoils a search"""
+    off, guesses = dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0), set()
+    skipped, slips = task(kind, **off | dict(skip=1.0)), task(kind, **off | dict(slip=1.0))
+    if kind == "countdown":
+        assert not any(slips.reward(p, slips.demo(p)) for p in slips.problems("train", 50))
+    else:
+        assert skipped.demo(dict(prompt=prompt, seed=0)) == f"####{left}"
+    for seed in range(30):
+        text = task(kind, direct=1.0).demo(dict(prompt=prompt, seed=seed))
+        assert re.fullmatch(f"####{form}", text)
+        if kind in ("sort", "countdown"):
+            numbers = prompt[1:].partition(">")[0]
+            assert sorted(re.findall("\\d", text)) == sorted(re.findall("\\d", numbers))
+        guesses.add(text)
+    assert len(guesses) > 2
 
 
 def test_what_can_be_checked_of_a_chain_without_its_answer():
