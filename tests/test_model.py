@@ -245,6 +245,7 @@ def test_collate_masks_by_length_not_by_token():
     tokens, mask = collate([([5, 0], [0, 9]), ([1], [2])], pad=0)
     assert tokens.tolist() == [[5, 0, 0, 9], [1, 2, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert collate([([5], [6]), ([1], [])], pad=9)[0].tolist() == [[5, 6], [1, 9]]
 
 
 def test_masked_statistics_by_hand():
@@ -390,6 +391,7 @@ def test_stream_gives_what_generate_gives(options):
 
 def test_rows_and_parts_of_rollouts():
     """some rows, several rollouts as one, and what a model says of them a few rows at a time"""
+    torch.manual_seed(0)                                                # of the critic's head
     net, critic = small(), ScalarModel.from_lm(small(), std=1.0)
     a, b = unequal(net), generate(net, PROMPTS[:1], 20, stop=[], temperature=0.5)
     both, n = M.joined([a, b], 7), a.tokens.size(1)
@@ -408,12 +410,13 @@ def test_rows_and_parts_of_rollouts():
     assert torch.allclose(M.logprobs(net, *a[:2], c, 2.0),
                           token_logprobs(net, *a[:2], temperature=2.0), atol=1e-5)
     want = F.pad(critic(a.tokens)[:, :-1], (1, 0)) * a.mask
-    assert torch.allclose(values, want, atol=1e-5) and values.abs().sum() > 0
+    assert torch.allclose(values, want, atol=1e-4) and values.abs().sum() > 0
 
 
 def test_a_critic_starts_as_a_copy():
     """it scores 0 at first, and what it learns leaves the policy as it is"""
     net = small("llama")
+    torch.manual_seed(0)                                                  # of a head
     critic = ScalarModel.from_lm(net)
     before = net.head.clone()
     with torch.no_grad():
@@ -715,6 +718,8 @@ def test_what_is_stored_twice_or_computed_is_no_mistake(tmp_path):
     save_file({k: v.bfloat16() for k, v in stored.items()}, tmp_path / "model.safetensors",
               metadata={"format": "pt"})
     assert torch.equal(load(tmp_path)[0].head, model.head.bfloat16().float())
+    for dtype in (torch.float32, torch.bfloat16):                  # as it is asked for
+        assert {p.dtype for p in load(tmp_path, dtype=dtype)[0].parameters()} == {dtype}
 
 
 INDEX = {
@@ -813,6 +818,9 @@ def test_broken_and_missing_weights_are_named(tmp_path):
 def test_the_ends_of_a_text_are_those_of_generation_config(tmp_path):
     """where a chat model names all of them; else config.json's"""
     save(small("llama"), bytes_tokenizer(), tmp_path)
+    tok, path = bytes_tokenizer(), tmp_path / "generation_config.json"
+    assert json.loads(path.read_text()) == dict(bos_token_id=tok.bos, eos_token_id=tok.eos,
+                                                pad_token_id=tok.pad)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert load(tmp_path)[0].config.eos_token_id == (5, 6)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')

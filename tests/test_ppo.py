@@ -455,7 +455,7 @@ def test_the_plain_kernels_give_the_same_losses(shared_bases):
 @pytest.mark.parametrize("argv, words", [
     (["--reward", "cohrent"], "no reward 'cohrent'; did you mean 'coherent'"),
     (["--init", "nowhere"], "nowhere does not exist"),
-    (["--max_new", "64"], "does not fit the 64 tokens"),
+    (["--max_new", "384"], "does not fit the 384 tokens"),
     (["--alpha", "2"], "unknown key --alpha; it belongs to decode 'contrast'"),
     (["--horizon", "9"], "unknown key --horizon; it belongs to controller 'adaptive'"),
     (["--warmup", "9"], "--warmup: this run does not read it"),

@@ -15,6 +15,7 @@ import model as models
 import ppo
 import sft
 from data import tasks
+from data.prefs import ToyIF
 from data.prefs import tokenizer as toyif_tokenizer
 from data.run import batch_indices, checkpoint, configure, needs, read_log
 from data.stats import rank_correlation
@@ -287,7 +288,8 @@ def check_calibration(w, scene, out):
     w.bias = s.judged.mean() if w.judge else 0.0
     compare_rewards(scene, [s])
     w.mean, w.std = s.ended.mean(), s.ended.std()
-    assert near(out["agreement"], rank_correlation(s.raw.view(64, 8), s.truth.view(64, 8)))
+    agreement = rank_correlation(s.raw.view(64, 8), s.truth.view(64, 8))
+    assert abs(out["agreement"] - agreement) < 5e-3                 # near ties may change places
     for key, x in dict(mean=w.mean, std=w.std, bias=w.bias,
                        cut=1 - s.finished.float().mean()).items():
         assert near(out[key], x), key
@@ -479,6 +481,16 @@ def two_models(tmp_path_factory):
     return folders
 
 
+def pretend(monkeypatch):
+    """A chat template, and a reward that tells whose text it is, which, and whether it ended:
+    random texts earn nothing by the world's own."""
+    plain = Tokenizer.prompt
+    monkeypatch.setattr(Tokenizer, "prompt", lambda self, problem, chat=False:
+                        plain(self, problem) + self.encode("=") * chat)
+    monkeypatch.setattr(ToyIF, "reward", lambda self, problem, text, finished=True:
+                        (sum(map(ord, problem["prompt"])) % 11 + len(text) + 5 * finished) / 7)
+
+
 @pytest.mark.parametrize("config", [*METHODS, *MORE])
 def test_every_row_of_every_preset_gets_what_it_names(config, two_models, workdir, monkeypatch,
                                                       capsys):
@@ -493,9 +505,7 @@ def test_every_row_of_every_preset_gets_what_it_names(config, two_models, workdi
         net, tok = load(base)
         torch.manual_seed(0)                                                # of the head
         save(ScalarModel.from_lm(net, std=0.3), tok, judge)
-    plain = Tokenizer.prompt                    # a template, which the world's tokenizer has not
-    monkeypatch.setattr(Tokenizer, "prompt", lambda self, problem, chat=False:
-                        plain(self, problem) + self.encode("=") * chat)
+    pretend(monkeypatch)
     w = world_of(argv, init, base, judge)
     capsys.readouterr()
     out, events = followed(monkeypatch, argv, init, base)
