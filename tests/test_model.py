@@ -2,6 +2,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,95 @@ def ids(n, length, seed=0):
 
 
 # --- the transformer ------------------------------------------------------------------------------
+
+
+def normed(x, weight):
+    """x / rms(x) * weight, of each row."""
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def turned(x):
+    """A head's queries or keys [T, hd]: pairs (i, i + hd/2) turned by t 10000^(-2i/hd)."""
+    half = x.size(1) // 2
+    angle = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    a, b = x[:, :half], x[:, half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], 1)
+
+
+def attended(h, w, c):
+    """Attention of one row, head by head.   h [T, D] -> [T, D]"""
+    q, k, v = (h @ w[f"{x}_proj.weight"].T + w.get(f"{x}_proj.bias", 0) for x in "qkv")
+    heads, d = [], c.head_dim
+    for n in range(c.num_attention_heads):
+        g = n * c.num_key_value_heads // c.num_attention_heads          # neighbours share keys
+        a, b, y = q[:, n * d:n * d + d], k[:, g * d:g * d + d], v[:, g * d:g * d + d]
+        if "q_norm.weight" in w:
+            a, b = normed(a, w["q_norm.weight"]), normed(b, w["k_norm.weight"])
+        score = turned(a) @ turned(b).T / d ** 0.5
+        future = torch.ones(len(h), len(h)).triu(1) > 0
+        heads.append(score.masked_fill(future, -math.inf).softmax(-1) @ y)
+    return torch.cat(heads, 1) @ w["o_proj.weight"].T
+
+
+def gated(h, w, at=""):
+    """down(silu(gate h) * up h)"""
+    gate, up, down = (w[f"{at}{x}_proj.weight"] for x in ("gate", "up", "down"))
+    return (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+
+
+def mixed(h, w):
+    """The two likeliest experts of each token, by their shares."""
+    out = torch.zeros_like(h)
+    for t, p in enumerate((h @ w["gate.weight"].T).softmax(-1)):
+        best = p.argsort(descending=True)[:2].tolist()
+        for e in best:
+            out[t] += p[e] / p[best].sum() * gated(h[t], w, f"experts.{e}.")
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_the_equations_of_its_family(family):
+    net = small(family).double()
+    w, x = net.state_dict(), net.embed_tokens.weight[ids(1, 9)[0]]
+
+    def inside(prefix):
+        return {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
+
+    for i in range(2):
+        layer = inside(f"layers.{i}.")
+        h = normed(x, layer["input_layernorm.weight"])
+        x = x + attended(h, inside(f"layers.{i}.self_attn."), net.config)
+        h, mlp = normed(x, layer["post_attention_layernorm.weight"]), inside(f"layers.{i}.mlp.")
+        x = x + (mixed(h, mlp) if "gate.weight" in mlp else gated(h, mlp))
+    want = normed(x, w["norm.weight"]) @ w["embed_tokens.weight"].T
+    assert torch.allclose(net(ids(1, 9))[0] @ net.head.T, want, atol=1e-5)
+    assert torch.allclose(net.logits(net(ids(1, 9)))[0], want.float(), atol=1e-4)
+
+
+def test_a_new_model_by_hand():
+    """GPT-2's: std 0.02, what writes to the residual stream 1/sqrt(2L) of it; norms 1, biases 0"""
+    tok = bytes_tokenizer()
+    config = preset("2x96", tok, 77, "qwen2")
+    want = M.ModelConfig("qwen2", 320, 96, 256, 2, 3, 3, 32, 77, eos_token_id=(tok.eos,),
+                         bos_token_id=tok.bos, pad_token_id=tok.pad)
+    assert config == want and preset("1x64", tok).num_key_value_heads == 1
+    assert preset("1x64", tok, 9, "mixtral").num_experts == 8
+    net = init(config, seed=3)
+    for name, p in net.named_parameters():
+        if p.dim() > 1:
+            out = "o_proj" in name or "down_proj" in name
+            assert p.std().item() == pytest.approx(0.01 if out else 0.02, rel=0.05), name
+        else:
+            assert (p == (0 if "bias" in name else 1)).all()
+    again, other = init(config, seed=3), init(config, seed=4)
+    assert torch.equal(net.head, again.head) and not torch.equal(net.head, other.head)
+
+
+def test_positions_pushed_together():
+    """linear, factor 4: position 8 is turned as position 2 was"""
+    c = replace(small().config, rope_scaling=(("factor", 4.0), ("rope_type", "linear")))
+    near, far = (M.rope_table(x, torch.device("cpu")) for x in (c, small().config))
+    assert all(torch.allclose(a[8], b[2], atol=1e-6) for a, b in zip(near, far))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,6 +245,7 @@ def test_collate_masks_by_length_not_by_token():
     tokens, mask = collate([([5, 0], [0, 9]), ([1], [2])], pad=0)
     assert tokens.tolist() == [[5, 0, 0, 9], [1, 2, 0, 0]]
     assert mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert collate([([5], [6]), ([1], [])], pad=9)[0].tolist() == [[5, 6], [1, 9]]
 
 
 def test_masked_statistics_by_hand():
@@ -198,7 +289,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sampler_is_the_policy(family):
-    net, stop = small(family), list(range(0, 250, 9))
+    net, stop = small(family), list(range(5, 250, 9))
     roll = generate(net, PROMPTS, 14, samples=5, temperature=0.8, stop=stop,
                     generator=torch.Generator().manual_seed(0))
     logp = token_logprobs(net, roll.tokens, roll.mask, temperature=0.8)
@@ -243,6 +334,7 @@ def test_pick_samples_the_distribution():
     token, logp = pick(logits, u)
     assert torch.bincount(token, minlength=4).tolist() == [500, 300, 150, 50]
     assert torch.allclose(logp, p.log()[token])
+    assert pick(logits[:5], torch.tensor([0, .499, .501, .799, .96]))[0].tolist() == [0, 0, 1, 1, 3]
     token, logp = pick(logits, u, top_k=2)
     assert (torch.bincount(token, minlength=4).tolist() == [625, 375, 0, 0]
             and torch.allclose(logp.exp().unique(), torch.tensor([.375, .625])))
@@ -272,17 +364,69 @@ def test_contrast_samples_the_product_of_powers():
 
 @pytest.mark.parametrize("prompts, n, words", [
     ([], 4, "at least one prompt"), ([[1], []], 4, "at least one token"),
-    ([[1] * 95], 4, "exceed the context of 96")])
+    ([[1] * 95], 4, "exceed the context of 96"), ([[1]], -1, "-1 new tokens")])
 def test_generate_refuses(prompts, n, words):
     with pytest.raises(UserError, match=words):
         generate(small(), prompts, n)
+    for kw in (dict(samples=0), dict(temperature=-0.1), dict(top_k=-1)):
+        with pytest.raises(UserError, match="generate cannot make"):
+            generate(small(), [[1]], 4, **kw)
 
 
-def test_stream_gives_what_generate_gives():
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.5, top_k=9),
+                                     dict(temperature=0.9, top_p=0.5)])
+def test_stream_gives_what_generate_gives(options):
+    """with the same draws, up to the model's own end"""
     net = small()
-    streamed = list(M.stream(net, PROMPTS[1], 10, temperature=0))
-    whole = generate(net, [PROMPTS[1]], 10, temperature=0).tokens[0, 9:].tolist()
-    assert streamed == whole[:len(streamed)]
+    whole = generate(net, [PROMPTS[1]], 10, stop=[], generator=torch.Generator().manual_seed(1),
+                     **options).tokens[0, 9:].tolist()
+    for end, want in (((), whole), ((whole[4],), whole[:whole.index(whole[4]) + 1])):
+        net.config = replace(net.config, eos_token_id=end)
+        assert list(M.stream(net, PROMPTS[1], 10, generator=torch.Generator().manual_seed(1),
+                             **options)) == want
+        roll = generate(net, [PROMPTS[1]], 10, generator=torch.Generator().manual_seed(1),
+                        **options)
+        assert roll.tokens[0, 9:].tolist() == want
+
+
+def test_rows_and_parts_of_rollouts():
+    """some rows, several rollouts as one, and what a model says of them a few rows at a time"""
+    torch.manual_seed(0)                                                # of the critic's head
+    net, critic = small(), ScalarModel.from_lm(small(), std=1.0)
+    a, b = unequal(net), generate(net, PROMPTS[:1], 20, stop=[], temperature=0.5)
+    both, n = M.joined([a, b], 7), a.tokens.size(1)
+    assert torch.equal(both.tokens[:20, :n], a.tokens) and (both.tokens[:20, n:] == 7).all()
+    assert both.mask[:20, n:].sum() == 0 == both.logp[:20, n:].abs().sum()
+    for x, y, z in zip(a[1:3], b[1:3], both[1:3]):
+        assert torch.equal(z[:20, :n], x) and torch.equal(z[20], y[0])
+    assert torch.equal(both.tokens[20], b.tokens[0]) and both.prompt_len[20] == 4
+    assert both.finished.tolist() == a.finished.tolist() + [False]
+    assert both.row_steps == a.row_steps + 19
+    some = M.rows_of(a, torch.tensor([3, 0]))
+    assert all(torch.equal(x, y[[3, 0]]) for x, y in zip(some[:5], a[:5]))
+    c = SimpleNamespace(device="cpu", dtype="float32", micro=3, temperature=0.7)
+    logp, values = M.logprobs(net, *a[:2], c), M.critic_values(critic, *a[:2], c)
+    assert torch.allclose(logp, token_logprobs(net, *a[:2], temperature=0.7), atol=1e-5)
+    assert torch.allclose(M.logprobs(net, *a[:2], c, 2.0),
+                          token_logprobs(net, *a[:2], temperature=2.0), atol=1e-5)
+    want = F.pad(critic(a.tokens)[:, :-1], (1, 0)) * a.mask
+    assert torch.allclose(values, want, atol=1e-4) and values.abs().sum() > 0
+
+
+def test_a_critic_starts_as_a_copy():
+    """it scores 0 at first, and what it learns leaves the policy as it is"""
+    net = small("llama")
+    torch.manual_seed(0)                                                  # of a head
+    critic = ScalarModel.from_lm(net)
+    before = net.head.clone()
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.add_(1.0)
+    assert torch.equal(net.head, before) and all(p.requires_grad for p in critic.parameters())
+    one = ScalarModel.from_lm(net, std=0.5)
+    assert one.score.weight.std().item() == pytest.approx(0.5, rel=0.3)
+    hidden = net(ids(1, 5))
+    assert torch.allclose(one(ids(1, 5)), (hidden * one.score.weight).sum(-1), atol=1e-4)
 
 
 def unequal(net, **kw):
@@ -442,6 +586,11 @@ def test_scalar_models_save_and_load(tmp_path):
     (dict(intermediate_size=64),
      r"mlp.gate_proj.weight has shape \[192, 64\], config.json asks for \[64, 64\]"),
     (dict(vocab_size=128), r"embed_tokens.weight has shape"),
+    (dict(mlp_bias=True), "mlp_bias"), (dict(mlp_only_layers=[0]), "mlp_only_layers"),
+    (dict(decoder_sparse_step=2), "decoder_sparse_step"),
+    (dict(quantization_config=dict(quant_method="gptq")), "quantization_config"),
+    (dict(use_sliding_window=True, max_window_layers=1, sliding_window=95), "sliding_window = 95"),
+    (dict(architectures=["LlamaForSequenceClassification"], num_labels=2), "2 labels"),
 ])
 def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
     save(small("llama"), bytes_tokenizer(), tmp_path)
@@ -450,6 +599,33 @@ def test_what_cannot_be_loaded_is_named(change, words, tmp_path):
     with pytest.raises(UserError, match=words):
         net, _ = load(tmp_path)
         net(ids(1, 3))
+
+
+def test_a_window_that_never_slides_is_none():
+    """too wide, switched off, or of layers that the model has not; a Mixtral's slides"""
+    d, off = to_hf(small("llama").config), dict(use_sliding_window=False)
+    slides = dict(use_sliding_window=True, max_window_layers=1, sliding_window=95)
+    for change in (dict(sliding_window=96), off, dict(max_window_layers=2)):
+        assert from_hf(d | slides | change) == small("llama").config
+    with pytest.raises(UserError, match="sliding_window = 95"):
+        from_hf(to_hf(small("mixtral").config) | dict(sliding_window=95))
+
+
+def test_what_config_json_leaves_out():
+    """as many key heads as heads, a head's share of the width, an untied head, Llama's theta; the
+    newer key of the rotary options first"""
+    d = to_hf(small("llama").config)
+    absent = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings",
+              "rope_parameters")
+    short = {k: v for k, v in d.items() if k not in absent}
+    c = from_hf(short)
+    assert (c.num_key_value_heads, c.head_dim, c.rope_theta) == (4, 16, 1e4)
+    assert not c.tie_word_embeddings
+    both = from_hf(short | dict(rope_theta=3.0, rope_parameters=dict(rope_theta=5.0)))
+    assert both.rope_theta == 5 and from_hf(short | dict(rope_theta=3.0)).rope_theta == 3
+    for eos, written in (((), None), ((5,), 5), ((5, 6), [5, 6])):
+        d = to_hf(replace(c, eos_token_id=eos))
+        assert d["eos_token_id"] == written and from_hf(d).eos_token_id == eos
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -542,6 +718,8 @@ def test_what_is_stored_twice_or_computed_is_no_mistake(tmp_path):
     save_file({k: v.bfloat16() for k, v in stored.items()}, tmp_path / "model.safetensors",
               metadata={"format": "pt"})
     assert torch.equal(load(tmp_path)[0].head, model.head.bfloat16().float())
+    for dtype in (torch.float32, torch.bfloat16):                  # as it is asked for
+        assert {p.dtype for p in load(tmp_path, dtype=dtype)[0].parameters()} == {dtype}
 
 
 INDEX = {
@@ -564,8 +742,11 @@ def test_an_index_says_what_its_files_hold(name, tmp_path):
     change, words = INDEX[name]
     save(small("llama"), bytes_tokenizer(), tmp_path, shard_bytes=20_000)
     path = tmp_path / "model.safetensors.index.json"
-    where = json.loads(path.read_text())["weight_map"]
+    where, index = (json.loads(path.read_text())[x] for x in ("weight_map", "metadata"))
     assert len(set(where.values())) > 1
+    assert index["total_size"] == sum(p.nbytes for p in small("llama").state_dict().values())
+    for held in (load_file(tmp_path / x).values() for x in set(where.values())):
+        assert len(held) == 1 or sum(x.nbytes for x in held) <= 20_000
     short = {k: f"model-{v.split('-')[1].lstrip('0')}.safetensors" for k, v in where.items()}
     for k in set(where):
         if (tmp_path / where[k]).exists():
@@ -632,6 +813,18 @@ def test_broken_and_missing_weights_are_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model.safetensors is missing"):
         load(tmp_path)
+
+
+def test_the_ends_of_a_text_are_those_of_generation_config(tmp_path):
+    """where a chat model names all of them; else config.json's"""
+    save(small("llama"), bytes_tokenizer(), tmp_path)
+    tok, path = bytes_tokenizer(), tmp_path / "generation_config.json"
+    assert json.loads(path.read_text()) == dict(bos_token_id=tok.bos, eos_token_id=tok.eos,
+                                                pad_token_id=tok.pad)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load(tmp_path)[0].config.eos_token_id == (5, 6)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert load(tmp_path)[0].config.eos_token_id == (bytes_tokenizer().eos,)
 
 
 def test_config_json_round_trip():

@@ -3,19 +3,22 @@ reward."""
 import json
 import os
 import random
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic, Jsonl,
-                        ParityJudge, answer, boxed, columns, extract_answer, held, judging, parity,
-                        part, pattern, same_answer, similarity, stated, strength, swapped, task,
-                        value, verbose)
+from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic,
+                        Jsonl, ParityJudge, answer, boxed, chain_tokenizer, columns, demonstrations,
+                        extract_answer, held, held_out, judging, packed, parity, part, pattern,
+                        room, rows, same_answer, scorer, second_looks, similarity, stated,
+                        step_ends, strength, swapped, task, value, verbose)
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -107,6 +110,9 @@ def test_a_short_and_a_verbose_thought_by_hand():
     lines = ["Step 1: 9+8", "column 1: 9+8+0=17, write 7, carry 1", "so 9+8=17",
              "The answer is 17.", ""]
     assert verbose([(9, "+", 8)]).split("\n") == lines
+    lines = ["Step 1: 52-27", "column 1: 12-7-0=5, write 5, borrow 1",
+             "column 2: 05-2-1=2, write 2, borrow 0", "so 52-27=25", "The answer is 25.", ""]
+    assert verbose([(52, "-", 27)]).split("\n") == lines
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -159,6 +165,20 @@ def test_clean_chains_by_hand():
     assert t.habits("####3")["guess"] == 1
 
 
+def test_a_wait_repairs_a_slip():
+    """a slipped cell, looked at in 80 of 100: right in 96, and looked at again in 30"""
+    t = task("chain", direct=0.0, skip=0.0, slip=1.0, wait=0.8, fill=0)
+    first, again, right = [], 0, 0
+    for p in t.problems("train", 1000):
+        cells = t.cells(t.demo(p))
+        n = next((i for i, (_, said) in enumerate(cells[1:]) if not said), len(cells) - 1)
+        first.append(cells[0][0] == t.hints(p)[0])
+        again, right = again + n, right + sum(x == t.hints(p)[0] for x, _ in cells[1:n + 1])
+    assert sum(first) / 1000 == pytest.approx(0.1, abs=0.03)
+    assert again / 1000 == pytest.approx(0.8 / 0.7, abs=0.1)
+    assert right / again == pytest.approx(0.96, abs=0.03)
+
+
 def test_flawed_chains_are_right_about_half_the_time():
     t, knobs = task("chain", direct=.25), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     problems = t.problems("train", 3000)
@@ -190,11 +210,18 @@ def test_the_arena_by_hand(kind, prompt, good, answer):
     assert t.checks(p, "") == dict(format=False, cells=True, complete=False, agrees=False)
 
 
-@pytest.mark.parametrize("kind", ["chain", "sort", "graph", "add", "countdown"])
+DEPTHS = dict(chain=("234", "56"), sort=("456", "78"), graph=("234", "56"), add=("234", "56"),
+              countdown=("3", "4"))                                       # of train and val, of ood
+
+
+@pytest.mark.parametrize("kind", DEPTHS)
 def test_every_kind(kind):
     t, quiet = task(kind), dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0)
     for split in ("train", "val", "ood"):
         problems, changed = t.problems(split, 200), 0
+        depths = {str(p["prompt"].count(",") + 1 if kind == "countdown" else len(t.hints(p)))
+                  for p in problems}
+        assert depths == set(DEPTHS[kind][split == "ood"])
         assert problems[:20] == t.problems(split, 20)
         for p in problems:
             assert t.reward(p, t.demo(p, "good")) == 1 == t.reward(p, t.demo(p, "wordy"))
@@ -217,6 +244,28 @@ def test_every_kind(kind):
         assert .1 < right < .6 and max(len(t.demo(p)) for p in problems) < 150
     train, val = ({p["prompt"] for p in t.problems(split, 1000)} for split in ("train", "val"))
     assert not train & val
+
+
+@pytest.mark.parametrize("kind, prompt, left, form", [
+    ("chain", "9-1+2+3?", "9", "\\d"), ("sort", "s52918?", "", "[52918]{5}"),
+    ("graph", "g2>1,1>3,3>2:1,2?", "1", "[123]"), ("add", "a78,21,45?", "0", "[1-9]{3}"),
+    ("countdown", "c4,7,3>25?", "", "[473]([-+*][473]){2}")])
+def test_what_is_left_out_does_not_happen_a_guess_has_the_form(kind, prompt, left, form):
+    """no cell: the answer is where one begins; a slip spoils a search"""
+    off, guesses = dict(direct=0.0, skip=0.0, slip=0.0, wait=0.0, fill=0), set()
+    skipped, slips = task(kind, **off | dict(skip=1.0)), task(kind, **off | dict(slip=1.0))
+    if kind == "countdown":
+        assert not any(slips.reward(p, slips.demo(p)) for p in slips.problems("train", 50))
+    else:
+        assert skipped.demo(dict(prompt=prompt, seed=0)) == f"####{left}"
+    for seed in range(30):
+        text = task(kind, direct=1.0).demo(dict(prompt=prompt, seed=seed))
+        assert re.fullmatch(f"####{form}", text)
+        if kind in ("sort", "countdown"):
+            numbers = prompt[1:].partition(">")[0]
+            assert sorted(re.findall("\\d", text)) == sorted(re.findall("\\d", numbers))
+        guesses.add(text)
+    assert len(guesses) > 2
 
 
 def test_what_can_be_checked_of_a_chain_without_its_answer():
@@ -242,6 +291,7 @@ def test_countdown_reaches_its_target():
                         ("####4*7", 0),
                         ("####4*7-3-0", 0), ("####-3+4*7", 0), ("", 0), (f"####{'4*7-3' * 9}", 0)):
         assert t.reward(p, text) == right
+    assert t.reward(dict(p, prompt="c4,7,3>28?"), "####4*7") == 0                # 3 is not used
     assert t.demo(dict(p, prompt="c1,1,1>99?"), "good").startswith("1")      # out of reach: it ends
 
 
@@ -254,6 +304,10 @@ def test_several_tasks_as_one():
     assert {k: v for k, v in problems[1].items()
             if k != "task"} == task("sort").problems("train", 1)[0]
     assert part(both, problems[1]).name == "sort" and part(task("sort"), problems[1]).name == "sort"
+    either = task("chain+countdown")                   # any search that works
+    assert either.reward(dict(prompt="c4,7,3>25?", answer="", task=1), "####4*7-3") == 1
+    assert task("chain+arithmetic").max_new == 75 > task("chain").max_new
+    assert task("chain+parity_long").splits == ["train", "val"]
     with pytest.raises(UserError, match="scored alike"):
         task("chain+signatures")
     with pytest.raises(UserError, match="no task"):
@@ -281,6 +335,28 @@ def test_a_reward_for_patterns():
     assert pattern({}, "-1=8;;+2=0;####0", True, t) == pattern({}, "-1=8+2=0####0", True, t) == .8
     assert pattern({}, ">1>3####13", True, task("sort")) == pytest.approx(2 / 3)
     assert pattern({}, "-1=8" * 12, True, t) == 0
+
+
+def test_a_reward_by_its_name(tmp_path):
+    """the task's own, the likeness, the phrases, or a file's function of (problem, text,
+    finished)"""
+    t, p, text = task("sort"), dict(prompt="s345?", answer="345", seed=0), ">3>5>4####354"
+    for done in (True, False):
+        assert scorer("task", t)(p, ">3>4>5####345", done) == done
+        assert scorer("swe_rl", t)(p, text, done) == similarity(p, text, done, t)
+        assert scorer("rpr", t)(p, text, done) == pattern(p, text, done, t)
+    (tmp_path / "mine.py").write_text("def f(p, text, done):\n"
+                                      "    return len(p['prompt']) + 10 * len(text) + 1000 * done")
+    assert scorer(f"{tmp_path}/mine.py:f", t)(p, text, True) == 5 + 130 + 1000
+    assert scorer(f"{tmp_path}/mine.py:f", t)(p, text, False) == 5 + 130
+
+
+def test_steps_and_second_looks_of_a_text():
+    """a chain's cells and waits; lines and words of reflection elsewhere"""
+    assert step_ends(task("chain"), "-1=8;+2=0####0") == [4, 9]
+    assert step_ends(task("arithmetic"), "one\ntwo\n\nend") == [4, 9]
+    assert second_looks(task("chain"), "-1=8w-1=8w-1=8####8") == 2
+    assert second_looks(task("arithmetic"), "Wait, so. Hmm: waiting, but not butter.") == 3
 
 
 def test_answers_in_one_spelling():
@@ -517,6 +593,8 @@ def test_last_number_and_annotations_are_options(tmp_path):
     t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
     assert t.reward(t.problems("train")[0],
                     "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
+    rows[0] = dict(question="q0", answer="two, in words")         # no answer to compare
+    assert Jsonl(write(tmp_path / "b.jsonl", rows)).metric == "rouge_l"
 
 
 def test_conversations_become_text(tasks):
@@ -545,6 +623,55 @@ def test_conversations_become_text(tasks):
 def test_wrong_names_get_the_nearest(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_a_text_in_windows():
+    """BOS doc EOS BOS doc EOS, cut every four tokens, the last token never alone"""
+    tok = chain_tokenizer()
+    one, two = tok.encode("12"), tok.encode("3")
+    whole = [tok.bos, *one, tok.eos, tok.bos, *two, tok.eos]
+    assert len(whole) == 7
+    got = [[*first, *rest] for first, rest in packed(["12", "3"], tok, 4)]
+    assert got == [whole[:4], whole[4:]] and all(len(x) == 1 for x, _ in packed(["12"], tok, 4))
+    assert [[*x, *y] for x, y in packed(["12", "3"], tok, 3)] == [whole[:3], whole[3:6]]
+
+
+def test_demonstrations_as_ids(capsys):
+    """prompt, completion and EOS; a row that just fits stays"""
+    t, tok = task("chain_good"), chain_tokenizer()
+    short, long = dict(prompt="1-3?", seed=0), dict(prompt="9-1+2+3?", seed=0)
+    want = (tok.prompt("1-3?"), [*tok.encode("-3=8####8"), tok.eos])
+    size = sum(map(len, want))
+    assert demonstrations(t, [short, long], tok, size) == [want]
+    assert "chain: 1 of 2 rows are longer than --context" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"row 1: a prompt of {len(want[0])} tokens does not fit"):
+        demonstrations(t, [short], tok, len(want[0]))
+    assert demonstrations(t, [short], tok, size - 1) == []
+
+
+def test_the_rows_of_a_split():
+    """--rows of train, 256 of what is held out, in the order of the seed"""
+    c = SimpleNamespace(data="chain_good", rows=5, seed=4, context=96, chat=False)
+    t, tok = task("chain_good"), chain_tokenizer()
+    for split, n in (("train", 5), ("val", 256)):
+        want = [(tok.prompt(p), [*tok.encode(t.demo(p)), tok.eos]) for p in t.problems(split, n, 4)]
+        assert rows(c, tok, split) == want and len(want) == n
+    assert held_out("chain") == held_out("stdlib") == ["val", "ood"]
+    assert held_out("parity_long") == held_out("wikitext2") == ["val"]
+
+
+def test_room_for_a_response():
+    """what the task wishes, cut to what the longest prompt leaves; --max_new as it is"""
+    t, tok = task("chain_good"), chain_tokenizer()
+    problems = [dict(prompt="1-3?"), dict(prompt="9-1+2+3?")]               # 9 tokens with BOS
+    c = SimpleNamespace(max_new=0, chat=False)
+    assert [room(c, tok, problems, t, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
+    with pytest.raises(UserError, match="the longest prompt has 9 tokens"):
+        room(c, tok, problems, t, 9)
+    c.max_new = 20
+    assert room(c, tok, problems, t, 29) == 20
+    with pytest.raises(UserError, match="with 20 new ones it exceeds the context of 28"):
+        room(c, tok, problems, t, 28)
 
 
 def test_malformed_files_name_the_line(tmp_path):
