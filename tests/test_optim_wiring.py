@@ -286,6 +286,7 @@ CASES = [("adamw", {}), ("adamw", dict(b1=0.5, b2=0.7, eps=0.1)), ("signsgd", {}
          ("normuon", dict(nesterov=False, scale="original")),
          ("normuon", dict(scale="spectral", axis="short")), ("lion", {}),
          *(("lionk", dict(kappa=k)) for k in optim.KAPPAS), ("lionk", dict(rms_match=False)),
+         ("lionk", dict(kappa="l1.5", rms_match=False)),
          ("shampoo", dict(every=2)), ("shampoo", dict(every=3, graft=False)),
          ("soap", dict(every=2)), ("soap", dict(every=1)), ("adam_mini", {}),
          ("dion", dict(rank=2)), ("dion", dict(rank=3, scale="rms")), ("galore", SHORT),
@@ -326,6 +327,23 @@ def test_a_rule_s_steps_are_its_paper_s(name, kw, shape):
         for k, p in enumerate(ps):
             error = (p - want[k]).norm() / lr
             assert error < 1e-5 * (1 + (want[k]).norm()), (t, k, error)
+
+
+def test_lion_s_sign_is_of_the_momentum_before_it_moves():
+    """m 1 after a gradient of 100, then -8.5: .9 - .85 > 0, but .9 · .905 - .85 < 0"""
+    for rule in (optim.lion, partial(optim.lionk, kappa="l1")):
+        s = dict(t=1)
+        signs = [rule(torch.full((1, 1, 1), g), s).item() for g in (100.0, -8.5, -9.5)]
+        assert signs == [1, 1, -1] and s["m"].item() == pytest.approx(0.905 * 0.99 - 0.095)
+
+
+def test_the_fused_kernel_s_state_is_the_rule_s():
+    """so that a run whose weights are rounded, or whose rule is another of Adam's, can read it"""
+    opt, _ = walk(optim.adamw, gradients(2, 2), count=2)
+    for k, (g1, g2) in enumerate(zip(*gradients(2, 2))):
+        m, v = momentum(0.1 * g1, g2, 0.9), momentum(0.05 * g1 ** 2, g2 ** 2, 0.95)
+        assert torch.allclose(opt.stacks[0].state["m"][k], m)
+        assert torch.allclose(opt.stacks[0].state["v"][k], v)
 
 
 def test_every_rule_is_compared_with_its_paper():
@@ -600,3 +618,29 @@ def test_a_part_of_a_stack_keeps_its_own_state():
     assert torch.equal(resting.state["m"], before[1:2]) and moving.state["t"] == 2
     want = [before[k] * 0.95 + 0.05 * grads[1][k] for k in (0, 2)]
     assert torch.allclose(moving.state["m"], torch.stack(want))
+
+
+def test_a_head_of_q_and_k_has_one_second_moment_other_matrices_one_a_row():
+    """three of one shape in one group: the walker keeps the heads' apart"""
+    ps = [nn.Parameter(torch.zeros(4, 3).double()) for _ in range(3)]
+    opt = Optimiser([dict(params=ps, names=["q", "v", "k"], rule=optim.adam_mini, lr=1.0,
+                          block=dict(q=2, v=1, k=2))])
+    rules = [adam_mini(0, (4, 3), block) for block in (2, 1, 2)]
+    want = [torch.zeros(4, 3).double() for _ in ps]
+    for t, gs in enumerate(gradients(3, 3, (4, 3)), 1):
+        for k, (p, g) in enumerate(zip(ps, gs)):
+            p.grad = g
+            if t == 1:
+                next(rules[k])
+            want[k] -= rules[k].send((t, g, 0, 0))
+        opt.step()
+    assert [[u.name for u in x.units] for x in opt.stacks] == [["q", "k"], ["v"]]
+    assert all(torch.allclose(p, w) for p, w in zip(ps, want))
+
+
+def test_no_rank_is_a_quarter_of_the_shorter_side():
+    assert [optim.rank_of(r, s) for r, s in ((0, (12, 8)), (0, (9, 40)), (0, (2, 3)), (3, (4, 9)))
+            ] == [2, 2, 1, 3]
+    for rank, shape in ((5, (4, 9)), (5, (9, 4)), (-1, (4, 4))):
+        with pytest.raises(optim.UserError, match="choose 1 to 4"):
+            optim.rank_of(rank, shape)
