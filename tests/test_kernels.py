@@ -267,6 +267,14 @@ def test_linear_distill(path, shape, divergence, options, dtype):
              lambda h, W, t, U: kernels.linear_distill_ref(h, W, t, U, **how), (h, W, t, U), dtype)
 
 
+@pytest.mark.parametrize("fn", [kernels.linear_distill, kernels.linear_distill_ref])
+def test_the_teacher_gets_no_gradient(fn):
+    h, W, t, U = (rand(n, 4, seed=i) for i, n in enumerate((3, 5, 3, 5)))
+    for divergence in kernels.DIVERGENCES:
+        fn(h, W, t, U, divergence).sum().backward()
+    assert h.grad.any() and W.grad.any() and t.grad is None and U.grad is None
+
+
 @pytest.mark.parametrize("divergence", kernels.DIVERGENCES)
 def test_distill_with_logits_of_ten_thousand(path, divergence):
     (h, W), (t, U) = (extreme(9, 16, 70, torch.float32, where(path), seed) for seed in (1, 2))
