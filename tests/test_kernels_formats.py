@@ -60,7 +60,7 @@ def test_fp6_has_its_63_values():
 
 def test_int8_by_hand():
     assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)), [0., 0, 0])
+    assert close(int8(torch.tensor([-127., 3.4])), [-127., 3]) and close(int8(torch.zeros(1)), [0.])
     assert int8(torch.tensor([math.nan, 1.])).isnan().any()
 
 
@@ -157,10 +157,10 @@ def test_ragged_codes_follow_each_other():
 def test_columns_of_unlike_widths_by_hand():
     """(code - round(-lo/scale)) scale,  scale = (hi - lo)/(2ᵇ - 1);  no bits: 0"""
     codes, width = torch.tensor([[3, 0, 1, 9], [0, 0, 0, 15]]), torch.tensor([2, 0, 1, 4])
-    options, state = columns_state(codes, width, torch.tensor([-1., 0]), torch.tensor([2., 3]))
+    options, state = columns_state(codes, width, torch.tensor([-3., 0]), torch.tensor([1., 3]))
     layer = packed((2, 4), None, options, state)
     assert options == dict(kind="columns", total=7) and layer.nbytes() == 2 + 4 + 8
-    want = [[2, 0, 3, (9 - 5) * 3 / 15], [0, 0, 0, 3]]              # zeros 1, round(1/3) = 0, 5
+    want = [[4 / 3, 0, 0, -8 / 15], [0, 0, 0, 3]]             # zeros 2.25 -> 2; 0.75 -> 1; 11.25
     assert close(layer.dequantize(), want, 1e-6)
 
 
