@@ -61,7 +61,14 @@ def test_fp6_has_its_63_values():
 def test_int8_by_hand():
     assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
     assert close(int8(torch.tensor([-127., 3.4])), [-127., 3]) and close(int8(torch.zeros(1)), [0.])
+    assert close(int8(torch.tensor([2.54, -.034, .052])), [2.54, -.04, .06])       # s = .02
     assert int8(torch.tensor([math.nan, 1.])).isnan().any()
+
+
+@pytest.mark.parametrize("rounding", [int8, fp8, fp6])
+def test_a_scale_a_tensor_makes_roundings_blind_to_size(rounding):
+    x = rand(50)
+    assert close(rounding(1024 * x), 1024 * rounding(x), 1e-9) and not close(rounding(x), x, 1e-3)
 
 
 def test_activations_are_rounded_a_token_and_block():
