@@ -189,9 +189,10 @@ def test_files_are_marked_by_name_size_and_ends(workdir):
             file.seek(at)
             file.write(b"y")
         assert (run.mark_of(workdir / "m") != first) == differs
-    for name in ("a", "b"):
-        (workdir / name).write_text(name)
+    for name, text in (("a", "a"), ("b", "b"), ("twin", "a")):
+        (workdir / name).write_text(text)
     assert run.mark_of(workdir, ["a"]) != run.mark_of(workdir, ["b"])
+    assert run.mark_of(workdir, ["a"]) != run.mark_of(workdir, ["twin"])
     assert run.mark_of(workdir, ["a", "b"]) != run.mark_of(workdir, ["b", "a"])
 
 
