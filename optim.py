@@ -528,16 +528,16 @@ def norm(x, dims=(-2, -1)):
 
 def normuon(g, s, ranks, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, nesterov=True,
             ns_steps=5, scale: Literal[*SCALES] = "rms",
-            axis: Literal["row", "short"] = "row", local_norm=False):
+            axis: Literal["row", "short"] = "row", local_norm=False, row_floor=0.0):
     """NorMuon, 2510.05491.   O = NS(M),  v_i <- b2 v_i + (1 - b2) mean_j O_ij²,  N = O / (√v +
     eps), direction 0.2 √(mn) N / |N|_F:  RMS 0.2 as AdamW's (scale original, spectral: |N|_F =
     |O|_F, times it).
 
-    v needs no bias correction, the rescaling cancels it. Rows of 0 would be blown up: v is at least
-    1e-4 of its mean (ours). nesterov as in the authors' code (the paper's algorithm has none). axis
-    "short" (not the paper's): columns of wide matrices. Over several ranks M and v stay with the
-    rows, one sum of scalars makes |N|_F exact; local_norm leaves it out (each shard its own norm,
-    as in Dion's code). State mn + m.
+    v needs no bias correction, the rescaling cancels it. A row that is nearly dead steps as far as
+    the others; row_floor 1e-4 (ours) keeps v at that part of its mean or above. nesterov as in the
+    authors' code (the paper's algorithm has none). axis "short" (not the paper's): columns of wide
+    matrices. Over several ranks M and v stay with the rows, one sum of scalars makes |N|_F exact;
+    local_norm leaves it out (each shard its own norm, as in Dion's code). State mn + m.
     """
     if axis not in ("row", "short"):
         raise UserError(f"--axis {axis}: choose row or short")
@@ -550,8 +550,10 @@ def normuon(g, s, ranks, *, b1: Fraction = 0.95, b2: Fraction = 0.95, eps=1e-8, 
     U = g.lerp(M, b1) if nesterov else M
     O = orthogonalise(U, ranks, ns_steps)                                                # [K, m, n]
     v = ema(s, "v", O.square().mean(-2 if short else -1, keepdim=True), b2)              # [K, m, 1]
-    floor = 1e-4 * ranks.sum(v.sum((-2, -1), keepdim=True)) / (n if short else m)        # [K, 1, 1]
-    N = O / (torch.maximum(v, floor).sqrt() + eps)
+    if row_floor:
+        mean = ranks.sum(v.sum((-2, -1), keepdim=True)) / (n if short else m)            # [K, 1, 1]
+        v = torch.maximum(v, row_floor * mean)                          # the state keeps what it is
+    N = O / (v.sqrt() + eps)
     size = total(norm(N).square()).sqrt().clamp(min=1e-12)                               # |N|_F
     if scale == "rms":
         rows = ranks.mine if local_norm else m

@@ -12,7 +12,7 @@ TOL = {torch.float32: dict(atol=2e-6, rtol=2e-5), torch.bfloat16: dict(atol=2e-2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton", "torch"])
 def path(request, monkeypatch):
     """Each path in turn, on whatever device the tensors are."""
     monkeypatch.setattr(kernels, "route", lambda x: request.param)

@@ -6,8 +6,10 @@ import torch
 from conftest import close, rand
 
 from data.run import UserError
-from kernels import (E2M1, EXPONENTS, e2m1, floor_log2, fp6, fp8, hadamard, int8, minifloat, mx4,
-                     mx4_dense, mxfp4, power_of_two, quantize_activations, rotate)
+from kernels import (E2M1, EXPONENTS, PackedLinear, bitmap_state, columns_state, e2m1, floor_log2,
+                     fp6, fp8, hadamard, int8, minifloat, mixed_state, mx4, mx4_dense, mxfp4,
+                     mxfp4_state, nm24_state, pack_int, pack_ragged, packed, power_of_two, quantize,
+                     quantize_activations, rotate, second_order, unpack_ragged)
 
 # --- rotations and roundings ----------------------------------------------------------------------
 
@@ -58,8 +60,15 @@ def test_fp6_has_its_63_values():
 
 def test_int8_by_hand():
     assert close(int8(torch.tensor([127., -3.4, 2.6])), [127., -3, 3])
-    assert close(int8(torch.zeros(3)), [0., 0, 0])
+    assert close(int8(torch.tensor([-127., 3.4])), [-127., 3]) and close(int8(torch.zeros(1)), [0.])
+    assert close(int8(torch.tensor([2.54, -.034, .052])), [2.54, -.04, .06])       # s = .02
     assert int8(torch.tensor([math.nan, 1.])).isnan().any()
+
+
+@pytest.mark.parametrize("rounding", [int8, fp8, fp6])
+def test_a_scale_a_tensor_makes_roundings_blind_to_size(rounding):
+    x = rand(50)
+    assert close(rounding(1024 * x), 1024 * rounding(x), 1e-9) and not close(rounding(x), x, 1e-3)
 
 
 def test_activations_are_rounded_a_token_and_block():
@@ -124,3 +133,117 @@ def test_the_error_of_quest_on_gaussians():
         each = [(mxfp4(y, rule) - y).pow(2).mean() / y.pow(2).mean() for y in scaled]
         errors.append(sum(each).item() / 8)
     assert close(errors, [.0134, .0134, .0223], 1.5e-4)
+
+
+# --- packed formats without a kernel --------------------------------------------------------------
+
+
+def bits_of(row):
+    """A row of bytes as one whole number, its first bit the lowest."""
+    return int.from_bytes(bytes(row.tolist()), "little")
+
+
+def read_codes(row, widths):
+    """Codes of such widths, one after the other in a row of bytes."""
+    number, out = bits_of(row), []
+    for width in widths:
+        out.append(number % 2 ** width)
+        number >>= width
+    return out
+
+
+def test_ragged_codes_follow_each_other():
+    widths = torch.tensor([3, 0, 1, 8, 2, 5])
+    codes = torch.tensor([[5, 0, 1, 200, 2, 17], [0, 0, 0, 129, 3, 30]])
+    stream = pack_ragged(codes, widths)
+    assert stream.shape == (2, 3) and stream.dtype == torch.uint8
+    assert [read_codes(row, widths.tolist()) for row in stream] == codes.tolist()
+    assert torch.equal(unpack_ragged(stream, widths), codes.int())
+
+
+def test_columns_of_unlike_widths_by_hand():
+    """(code - round(-lo/scale)) scale,  scale = (hi - lo)/(2ᵇ - 1);  no bits: 0"""
+    codes, width = torch.tensor([[3, 0, 1, 9], [0, 0, 0, 15]]), torch.tensor([2, 0, 1, 4])
+    options, state = columns_state(codes, width, torch.tensor([-3., 0]), torch.tensor([1., 3]))
+    layer = packed((2, 4), None, options, state)
+    assert options == dict(kind="columns", total=7) and layer.nbytes() == 2 + 4 + 8
+    want = [[4 / 3, 0, 0, -8 / 15], [0, 0, 0, 3]]             # zeros 2.25 -> 2; 0.75 -> 1; 11.25
+    assert close(layer.dequantize(), want, 1e-6)
+
+
+def test_mixed_groups_are_read_as_their_buffers_say_and_near_the_weight():
+    W, wide = rand(3, 20 * 4).float(), torch.arange(20) % 3 == 0
+    W[1, :4] = 0
+    W[2, 8:12] = W[2, 8:12].abs() + 0.3                           # a group on one side of 0
+    options, state = mixed_state(W, wide, 4)
+    layer = packed(W.shape, None, options, state)
+    width = [4 if w else 2 for w in wide.tolist()]
+    assert options == dict(kind="mixed", group=4, wide=7) and layer.width.tolist() == width
+    back = layer.dequantize()
+    for row in range(3):
+        codes = read_codes(layer.codes[row], [w for w in width for _ in range(4)])
+        zeros, scales = (read_codes(x[row], w) for x, w in ((layer.zero, width),
+                                                            (layer.scale, [4] * 20)))
+        for j, code in enumerate(codes):
+            low, step = layer.second[row, j // 4 // 16].tolist()
+            scale = low + scales[j // 4] * step
+            assert back[row, j].item() == pytest.approx((code - zeros[j // 4]) * scale, abs=1e-6)
+    step = torch.tensor([2 ** w - 1 for w in width]).repeat_interleave(4)
+    span = W.unflatten(1, (-1, 4))
+    span = (span.amax(-1).clamp(min=0) - span.amin(-1).clamp(max=0)).repeat_interleave(4, 1)
+    off = (back - W).abs() / (span / step).clamp(min=0.05)
+    assert off.median() < 0.5 and (off < 2).float().mean() > 0.9 and not back[1, :4].any()
+
+
+def test_scales_of_scales_by_hand():
+    """17 scales: 16 share a minimum 1 and a step 3/15; the last, alone, has itself"""
+    scale = torch.tensor([[1 + 0.2 * i for i in range(16)] + [7.0]])
+    codes, second = second_order(scale)
+    assert codes.tolist() == [[*range(16), 0]]
+    assert close(second[0].float(), [[1, 0.2], [7, 2 ** -24]], 1e-4)
+
+
+def test_mxfp4_layers_and_bitmaps_and_corrections_stand_for_their_weights():
+    W = rand(6, 40).float() * torch.logspace(-3, 3, 6)[:, None]
+    assert torch.equal(packed(W.shape, None, *mxfp4_state(W)).dequantize(), mxfp4(W))
+    W = torch.where(rand(6, 40, seed=1) > 0.3, W, 0.0).float().bfloat16().float()
+    layer = packed(W.shape, None, *bitmap_state(W))
+    assert torch.equal(layer.dequantize(), W)
+    assert layer.nbytes() == 6 * 5 + 2 * (W != 0).sum()
+    core = torch.tensor([[0., 5, 0, 7, 1, 0, 9, 0]]).repeat(3, 1)
+    left, right = rand(3, 2).bfloat16(), rand(2, 8, seed=1).bfloat16()
+    layer = packed(core.shape, None, dict(kind="nm24_lowrank", rank=2),
+                   nm24_state(core) | dict(left=left, right=right))
+    assert close(layer.dequantize(), core + left.float() @ right.float(), 1e-6)
+
+
+def test_inputs_are_ordered_then_rotated_then_rounded():
+    """the product of the options, each worked apart; act: 3 bits a block of 16, the second of 8"""
+    W, x = rand(8, 32).float(), rand(5, 32, seed=1).float()
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    codes, scale, zero = quantize(W, 8, 32)
+    state = {k: v for k, v in pack_int(codes, scale, zero, bits=8, group=32).state_dict().items()}
+    spec = dict(kind="int", bits=8, group=32, symmetric=False, order=True, rotate=8)
+    H = torch.block_diag(*[hadamard(8)] * 4)
+    stored = (codes - zero) * scale.float()
+    layer = packed(W.shape, None, spec, state | dict(order=order.to(torch.int16)))
+    turned = x[:, order] @ H
+    assert close(layer.stored(), stored, 1e-6) and close(layer(x), turned @ stored.T, 1e-5)
+    assert close(x @ layer.dequantize().T, layer(x), 1e-5)
+    layer = packed(W.shape, None, spec | dict(act=[3, 16, 0b10]),
+                   state | dict(order=order.to(torch.int16)))
+    parts = [torch.cat([(y / y.abs().max() * top).round() * y.abs().max() / top
+                        for y, top in ((row[:16], 3), (row[16:], 127))]) for row in turned]
+    assert close(layer.before(x), torch.stack(parts), 1e-5)
+    x.requires_grad_()
+    layer(x).backward(up := rand(5, 8, seed=3).float())
+    assert close(x.grad, up @ layer.dequantize(), 1e-5)          # the rounding has no gradient
+    assert isinstance(layer, PackedLinear) and layer.spec()["act"] == [3, 16, 2]
+
+
+@pytest.mark.parametrize("options", [
+    dict(rotate=12), dict(rotate=64), dict(act=[1, 0, 0]), dict(act=[4, 5, 0]), dict(act=[4, 0])])
+def test_what_cannot_be_done_to_inputs_is_named(options):
+    with pytest.raises(ValueError, match="of two that divides 32 inputs, and act .* three numbers"):
+        PackedLinear(32, 8, kind="nm24", **options)
+    PackedLinear(32, 8, kind="nm24", rotate=16, act=[2, 8, 3])

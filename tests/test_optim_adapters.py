@@ -292,6 +292,12 @@ def test_8_bits_hold_six_decades(key):
     assert torch.equal(back[:, 0].float(), torch.ones(4))                   # the largest is exact
 
 
+def test_8_bit_states_are_scaled_by_the_largest_of_either_sign():
+    s, x = {}, torch.tensor([[-4.0, 0.04, 1.0]])
+    put8(s, "m", x)
+    assert torch.allclose(get8(s, "m", x), x, rtol=0, atol=4 * 0.0071) and s["m_scale"] == 4
+
+
 def test_8_bit_states_of_odd_shapes_zeros_and_several_blocks():
     s, like = {}, torch.ones(2, 19, 30)                                  # 570 entries: 2 1/4 blocks
     assert (get8(s, "v", like) == 0).all()                                  # nothing stored yet
