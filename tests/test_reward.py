@@ -591,7 +591,7 @@ def test_scores_are_those_of_each_sequence_alone():
 def test_scores_stay_float32_where_matmuls_are_bfloat16(loss, name):
     """the default on CUDA: a gap of .01 between scores near 5 would be rounded away"""
     model = new_rater(small_lm(), 0)
-    rows = rated(pairs(6), WORLD) if loss is regression else pairs(6)
+    rows = rated(pairs(6), WORLD.ratings) if loss is regression else pairs(6)
     torch.nn.init.normal_(model.ratings.weight, generator=torch.Generator().manual_seed(0))
     if loss is preference:
         model = pair_model(sigma=.5)
@@ -623,7 +623,7 @@ def test_likelihoods_are_those_of_each_sequence_alone():
 
 
 def test_ratings_come_from_the_raters_heads():
-    model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD)
+    model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD.ratings)
     assert given(model, rows, regression)["predicted"].abs().max() == 0        # zero heads at first
     torch.nn.init.normal_(model.ratings.weight)
     have = given(model, rows, regression)
@@ -697,7 +697,7 @@ def test_micro_does_not_change_the_result(loss):
         model = small_lm()
         rows = [r | dict(answer=r["chosen"], ranks=[2., 1], identifier_ids=[5, 6]) for r in rows]
     if loss == "regression":
-        model, rows = new_rater(small_lm(), 0), rated(rows, WORLD)
+        model, rows = new_rater(small_lm(), 0), rated(rows, WORLD.ratings)
         rows = [r | dict(ratings=r["ratings"][:i % 5] + [NAN] * (5 - i % 5))
                 for i, r in enumerate(rows)]
     if loss == "preference":
@@ -759,8 +759,14 @@ SIZES = dict(
     ensemble="--members 2", armo="--gate_steps 5")
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Where ran() keeps its runs: bases may outlast the session, runs may not."""
+    RAN[""] = tmp_path_factory.mktemp("ran")
+
+
 @pytest.fixture
-def quick(shared_bases, monkeypatch):
+def quick(shared_bases, runs, monkeypatch):
     """Bases that last for the session, and an evaluation of a few samples, without pictures."""
     for module, name, small in (
             (reward, "study", dict(prompts=4, n=32)), (reward, "attacks", dict(search=4, test=8)),
@@ -801,10 +807,8 @@ RAN = {}
 
 
 def ran(config, *extra):
-    """The result of a tiny run, made once, and its folder: beside the bases, where every test finds
-    it."""
-    folder = os.path.join(os.path.realpath("out/sft"),
-                          re.sub(r"\W+", "-", " ".join(["ran", config, *extra])))
+    """The result of a tiny run, made once, and its folder, where every test finds it."""
+    folder = os.path.join(RAN[""], re.sub(r"\W+", "-", " ".join([config, *extra])))
     RAN[folder] = RAN.get(folder) or tiny(config, folder, *extra)
     return RAN[folder], folder
 
@@ -820,7 +824,7 @@ LEFT = dict(  # a checkpoint of those that leave none in step folders of their o
     maxmin="round-0-group-1",
     overopt="member-1", router="pm", rubrics="judge", thinkrm="rl", rmr1="rl", judge_lora="judge",
     first="judge", advrm="more_gold-1")
-LANGUAGE = {"arm", "cdr", "router", "rubrics", "thinkrm", "rmr1", "judge_lora", "first"}
+LANGUAGE = {"arm", "cdr", "rubrics", "thinkrm", "rmr1", "judge_lora", "first"}
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -1067,13 +1071,71 @@ def test_transformers_opens_a_trained_reward_model(quick):
             assert close(theirs(ids).logits[0], sequence_score(ours, ids, T([ids.size(1)])), 1e-4)
 
 
-@pytest.mark.parametrize("world", ["ring", "toyif"])
-def test_ppo_takes_steps_against_it(world, quick):
-    folder = ran("bt" if world == "ring" else "toyif")[1]
+@pytest.mark.parametrize("world, model", [("ring", ""), ("toyif", ""), ("ring", "armo/body"),
+                                          ("toyif", "router/pm")])
+def test_ppo_takes_steps_against_it(world, model, quick):
+    config, _, part = (model or dict(ring="bt", toyif="toyif")[world]).partition("/")
+    folder = os.path.join(ran(config)[1], part)
     out = ppo.main(["--config", f"{world},ppo,tiny", "--reward", folder, "--steps", "2",
-                    "--eval_every", "2", "--max_new", "0", "--out", f"ppo-{world}"])
+                    "--eval_every", "2", "--max_new", "0", "--out", f"ppo-{world}-{config}"])
     assert {"val_gold", "ood_reward"} <= out.keys() and all(math.isfinite(v) for v in out.values())
-    assert len([r for r in read_log(f"ppo-{world}") if "kl" in r]) == 2
+    assert len([r for r in read_log(f"ppo-{world}-{config}") if "kl" in r]) == 2
+
+
+@pytest.mark.parametrize("config, part, world", [("armo", "body", "ring"),
+                                                 ("router", "pm", "toyif")])
+def test_what_lies_beside_the_weights_is_read_back(config, part, world, quick):
+    """--eval of the folder gives the numbers that training ended with, those of rivals apart"""
+    out, folder = ran(config)
+    again = reward.main(["--config", f"{world},tiny", "--eval", f"{folder}/{part}", "--out",
+                         f"eval-{config}"])
+    assert again == {k: x for k, x in out.items() if not k.startswith("ensemble")}
+    with pytest.raises(UserError, match="is a reward model already"):
+        reward.main(["--config", f"{world},tiny", "--init", f"{folder}/{part}", "--out", "no"])
+    if config == "router":
+        with pytest.raises(UserError, match="a model of toyif's pairs: give --config toyif"):
+            reward.main(["--config", "tiny", "--eval", f"{folder}/{part}", "--out", "no"])
+
+
+def ppo_reads(folder, model, problems, samples=2):
+    """What ppo.py's reward says of a rollout, and that rollout and the SFT model."""
+    sft_model, tok = load(sft.base("ring" if model == "armo" else "toyif", like="tiny"))
+    g = torch.Generator().manual_seed(0)
+    roll = generate(sft_model, [tok.prompt(p) for p in problems], 12, samples=samples, generator=g)
+    models = dict(ref=sft_model, reward=load(folder)[0], bias=.25)
+    c = context(reward=folder, max_new=0, data="ring" if model == "armo" else "toyif", micro=3)
+    with torch.no_grad():
+        return ppo.judged(models, roll, None, c), roll, sft_model, tok
+
+
+def test_ppo_reads_the_gate_that_armo_has_left(quick):
+    folder = os.path.join(ran("armo")[1], "body")
+    got, roll, _, _ = ppo_reads(folder, "armo", WORLD.problems("val", 5))
+    own, body = load_file(f"{folder}/armo.safetensors"), load(folder)[0].model
+    for i, n in enumerate(roll.prompt_len.tolist()):
+        ids = roll.tokens[i, :n + int(roll.mask[i].sum())]
+        with torch.no_grad():
+            h, x = body(ids[None])[0, -1], body(ids[None, :n])[0, -1]
+        for k in (0, 2, 4, 6):
+            x = own[f"gate.mlp.{k}.weight"] @ x + own[f"gate.mlp.{k}.bias"]
+            x = x.relu() if k < 6 else x
+        want = (torch.softmax(x / 10, 0) * own["gate.scale"] * (own["ratings"] @ h)).sum()
+        assert close(got[i], want - .25, 1e-4)
+    assert got.std() > 1e-4
+
+
+def test_ppo_asks_a_model_of_pairs_about_the_sft_model_s_response(quick, monkeypatch):
+    """as reward.py scores the pair of texts, in both orders"""
+    monkeypatch.setattr(reward, "routed", lambda pm, *a, **k: pms.append(pm) or dict(x=0.0))
+    pms, folder = [], os.path.join(ran("router")[1], "pm")
+    reward.main(["--config", "toyif,tiny", "--eval", folder, "--out", "eval-pm"])
+    problems = ToyIF().problems("val", 6)
+    got, roll, ref, tok = ppo_reads(folder, "router", problems)
+    greedy = generate(ref, [tok.prompt(p) for p in problems], ToyIF.max_new, temperature=0.0)
+    texts, theirs = ([tok.decode(x) for x in r.completions()] for r in (roll, greedy))
+    triples = [(problems[i // 2]["prompt"], y, theirs[i // 2]) for i, y in enumerate(texts)]
+    want, _ = both_orders(pms[0], tok, triples, context(micro=5), ridge=30.0, lam=10.0)
+    assert close(got, want - .25, 1e-4) and got.std() > 1e-4
 
 
 # --- what is wrong is named -----------------------------------------------------------------------
