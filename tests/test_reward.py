@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DATA_DIR, close, merged, rand
+from reward_runs import METHODS, quick, ran, runs, tiny
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
@@ -747,70 +748,12 @@ def test_adversarial_pairs_prefer_sft_samples_and_repeat_nothing():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-ARMS = {"bt_rubrics", "big_router", "filler_style", "direct_style", "bt_style"}    # of claims
-METHODS = sorted({"bt", *RECIPES, *LOSSES, *(p for p in PRESETS if p not in ARMS)}
-                 - {"ring", "toyif", "tiny"})                    # worlds, and the size
-SIZES = dict(
-    advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32",
-    polar="--pretrain 64 --labels 32",
-    overopt="--members 2 --rl_steps 2 --samples 512 --prompts 2", router="--features 64 --rivals 2",
-    maxmin="--rounds 1", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2",
-    rubrics="--votes 2",
-    ensemble="--members 2", armo="--gate_steps 5")
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """Where ran() keeps its runs: bases may outlast the session, runs may not."""
-    RAN[""] = tmp_path_factory.mktemp("ran")
-
-
-@pytest.fixture
-def quick(shared_bases, runs, monkeypatch):
-    """Bases that last for the session, and an evaluation of a few samples, without pictures."""
-    for module, name, small in (
-            (reward, "study", dict(prompts=4, n=32)), (reward, "attacks", dict(search=4, test=8)),
-            (reward, "null_attack", dict(iterations=5)), (prefs, "rubric_tests", dict(n=40))):
-        monkeypatch.setattr(module, name, partial(getattr(module, name), **small))
-    for module, name in ((reward, "draw_evaluation"), (data.run, "draw")):
-        monkeypatch.setattr(module, name, lambda *a: None)
-
-    def few(cls, name, most=64):
-        real = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda self, *a, **k: real(
-            self, *(min(x, most) if type(x) is int else x for x in a), **k))
-    for cls in (Ring, ToyIF, prefs.Checks, tasks.ParityJudge):
-        few(cls, "problems")
-    few(Ring, "pairs")
-    few(ToyIF, "pairs")
-    base = sft.base  # polar's early checkpoints: 5 and 15 steps
-    monkeypatch.setattr(sft, "base", lambda *a, steps=0, **k: base(*a, **k | (
-        dict(steps=steps // 10) if steps else {})))
-
-
-def tiny(config, out, *extra):
-    sizes = "" if "bt_rubrics" in config else SIZES.get(config.split(",")[0], "")
-    rows = [] if config == "polar" else ["--rows", "64"]         # it has two numbers of its own
-    return reward.main(merged("--config", f"{config},tiny", *rows, "--out", out, *sizes.split(),
-                              *extra))
-
-
 def weights(folder):
     return load(folder)[0].state_dict()
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-RAN = {}
-
-
-def ran(config, *extra):
-    """The result of a tiny run, made once, and its folder, where every test finds it."""
-    folder = os.path.join(RAN[""], re.sub(r"\W+", "-", " ".join([config, *extra])))
-    RAN[folder] = RAN.get(folder) or tiny(config, folder, *extra)
-    return RAN[folder], folder
 
 
 SAID = dict(                     # one number of each recipe's result
