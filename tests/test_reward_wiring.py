@@ -614,8 +614,9 @@ def test_a_pushed_policy_s_reward_is_the_reward_less_what_never_ends(quick):
         got, told = call.reward(roll, call.problems[:8])
         proxy = reward.score_roll(lambda *x: push.reward(roll, call.problems[:8]), roll)
         assert close(got, proxy - push.no_eos * (~roll.finished).float(), 1e-4)
-        gold = [RING.reward(call.problems[i // 2], RTOK.decode(y), d) for i, (y, d) in enumerate(
-            zip(roll.completions(), roll.finished.tolist()))]
+        ended = zip(roll.completions(), roll.finished.tolist())
+        gold = [RING.reward(call.problems[i // 2], RTOK.decode(y), d)
+                for i, (y, d) in enumerate(ended)]
         assert told["gold"] == pytest.approx(statistics.fmean(gold), abs=1e-4)
         assert call.policy is not call.ref and call.ref is push.base.policy
         assert call.max_new == RING.max_new and push.no_eos == 1.0
