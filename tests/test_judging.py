@@ -10,7 +10,7 @@ from conftest import close, rand
 
 import reward
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
-from data.stats import accuracy, auroc, best_of_n, bon_kl, ranks, spearman
+from data.stats import accuracy, auroc, best_of_n, bon_kl, rank_correlation, ranks, spearman
 from reward import (PENALTIES, ROUTERS, assign, attacks, draw_evaluation, ece, examine,
                     expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
                     null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
@@ -336,6 +336,15 @@ def test_ranks_and_spearman_by_hand():
     x = rand(30)
     assert spearman(x, x ** 3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
     assert spearman(x, torch.ones(30)) == 0
+
+
+def test_rank_correlation_within_rows():
+    """1, -1 and a row that does not vary: the mean of the first two, not of all three"""
+    a, b = T([[1., 2, 3], [1, 2, 3], [5, 5, 5], [1, 2, 3]]), T([[1., 5, 9], [9, 5, 1], [1, 2, 3],
+                                                              [1, 3, 2]])
+    assert rank_correlation(a, b) == pytest.approx((1 - 1 + .5) / 3)
+    assert rank_correlation(b, a) == rank_correlation(a, b)
+    assert rank_correlation(a[2:3], b[2:3]) == 0
 
 
 # --- best of n and over-optimisation (2210.10760, 2310.02743) -------------------------------------

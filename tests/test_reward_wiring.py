@@ -606,7 +606,7 @@ def test_the_policy_gradient_by_hand(monkeypatch, quick):
 
 
 def test_a_pushed_policy_s_reward_is_the_reward_less_what_never_ends(quick):
-    """gold is told beside it; KL is to the policy it began as, and no_eos is its own in an attack"""
+    """gold is told beside it; KL is to the policy that it began as"""
     calls = calls_of("overopt")
     assert [x.name for x in calls.rl] == ["single", "mean", "wco", "uwo"]
     for push, call in zip(calls.steer, calls.rl):
