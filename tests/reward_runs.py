@@ -98,7 +98,7 @@ WATCHED = ("fit", "provide", "regression", "nll", "listwise", "preference", "aut
            "bt_scaled", "goal_states", "evaluate", "best_ridge", "train_gate", "standardised",
            "combined", "samples_of", "generate", "ROUTERS", "assign", "rl", "sampled_pairs",
            "both_orders", "pairs_against", "steer", "referred", "struck", "adversarial",
-           "findings", "scored_samples")
+           "findings", "scored_samples", "rubric_votes", "write_rubrics")
 STEPS = []
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ SIZES = dict(
     advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32",
     polar="--pretrain 64 --labels 32",
     overopt="--members 2 --rl_steps 2 --samples 512 --prompts 2", router="--features 64 --rivals 2",
-    maxmin="--rounds 1", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2",
+    maxmin="--rounds 2", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2",
     rubrics="--votes 2",
     ensemble="--members 2", armo="--gate_steps 5")
 

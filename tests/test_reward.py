@@ -17,6 +17,7 @@ from conftest import DATA_DIR, close, merged, rand
 from reward_runs import METHODS, quick, ran, runs, tiny
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
+from wiring import catch
 
 import claims
 import data.run
@@ -867,11 +868,13 @@ def test_every_run_has_its_curve(config, quick, tmp_path):
     assert (tmp_path / "curve.png").exists()
 
 
-def test_an_ensemble_of_one_is_its_member(quick):
+def test_an_ensemble_of_one_is_its_member(quick, monkeypatch):
     """uwo and mean of one standardised member order all pairs alike"""
+    calls = catch(monkeypatch, reward, "combined")
     one, same = (tiny("ensemble", f"one-{how}", "--members", "1", "--aggregate", how)
                  for how in ("uwo", "mean"))
     assert one == same
+    assert [getattr(x.aggregate, "func", x.aggregate) for x in calls["combined"]] == [uwo, mean]
 
 
 PAIRS = Ring.pairs               # as they are: quick makes fewer
@@ -1122,7 +1125,9 @@ def test_ppo_asks_a_model_of_pairs_about_the_sft_model_s_response(quick, monkeyp
     ("--config thinkrm --data toyif", "--data: this run does not read it"),
     ("--config router --chat", "--chat: this run does not read it"),
     ("--config router --rivals 1", "a spread needs two"),
-    ("--config polar --rows 99", "--rows: this run does not read it")])
+    ("--config polar --rows 99", "--rows: this run does not read it"),
+    ("--config cdr --strong nowhere", "nowhere does not exist"),
+    ("--config cdr --weak nowhere", "nowhere does not exist")])
 def test_bad_input_is_named(argv, words, quick):
     out, argv = "never" + re.sub(r"\W+", "-", argv), argv.split()
     if "--config" in argv:
@@ -1142,6 +1147,18 @@ def test_the_wrong_kind_of_model_is_named(quick):
                                 ("--eval", "kind-lm", "need a reward model")):
         with pytest.raises(UserError, match=words):
             reward.main(["--config", "tiny", option, path, "--out", f"kind{option}"])
+
+
+def test_an_evaluation_refuses_what_it_does_not_read(quick):
+    """options of training; rows of a world; --init of a file or of a model of pairs"""
+    rm, pm = ran("bt")[1], f"{ran('router')[1]}/pm"
+    for folder, config, argv in ((rm, "tiny", "--steps 3"), (rm, "tiny", "--lr 1e-3"),
+                                 (rm, "tiny", "--rows 5"), (rm, "tiny,data=x.jsonl", "--init y"),
+                                 (pm, "toyif,tiny", "--init y"), (pm, "toyif,tiny", "--context 9")):
+        option = argv.split()[0]
+        with pytest.raises(UserError, match=f"{option}: this run does not read it"):
+            reward.main(["--config", config, "--eval", folder, *argv.split(), "--out", "never-e"])
+    assert not os.path.exists("never-e")
 
 
 @pytest.mark.parametrize("config, key",

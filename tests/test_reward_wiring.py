@@ -78,7 +78,7 @@ def test_the_step_s_loss_is_the_sum_over_its_units(config, quick):
 
 def test_the_loop_is_plain_adamw_on_the_mean_loss():
     """by hand: order of rows, gradient and its clip, warmup and fall of the rate, metrics"""
-    c = reward.Config(device="cpu", dtype="float32", micro=3, batch=4, lr=1e-2, warmup=2, clip=.05,
+    c = reward.Config(device="cpu", dtype="float32", micro=3, batch=5, lr=1e-2, warmup=2, clip=.05,
                       weight_decay=.1)
     rows = prefs.encode_pairs(Ring.pairs(RING, 10), RTOK, 96)
     body = reward.init(reward.preset("1x32", RTOK, 96))
@@ -88,7 +88,7 @@ def test_the_loop_is_plain_adamw_on_the_mean_loss():
     assert reward.fit(one, rows, reward.bt, c, run, RTOK, seed=7, steps=4, name="x")
     opt = optimiser(two, reward.RULES["adamw"], c.lr, .1, 7, aux_lr=c.aux_lr)
     for step, rate in enumerate((.5, 1, 1, .5)):         # of lr: up in two, down to 0
-        picked = [rows[i] for i in reward.batch_indices(10, 4, step, 7).tolist()]
+        picked = [rows[i] for i in reward.batch_indices(10, 5, step, 7).tolist()]
         win, lose = (torch.stack([score(two, r, side) for r in picked])
                      for side in ("chosen", "rejected"))
         loss = -torch.nn.functional.logsigmoid(win - lose).mean()
@@ -98,9 +98,11 @@ def test_the_loop_is_plain_adamw_on_the_mean_loss():
         assert log[step][0] == 6 + step
         assert said["x loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert said["x norm"] == pytest.approx(norm.item(), rel=1e-3) and norm > .05
-        last = slice(3, 4)                               # the micro-batch at hand: the fourth row
+        last = slice(3, 5)                               # the micro-batch at hand: two rows
         assert said["x gap"].item() == pytest.approx((win - lose)[last].mean().item(), abs=1e-4)
         assert said["x accuracy"] == (win > lose)[last].float().mean()
+        spread = (win[3] - win[4]).abs() / 2
+        assert said["x score_std"].item() == pytest.approx(spread.item(), abs=1e-4)
         reward.set_lr(opt, c.lr * reward.linear(step, 4, 2))
         assert reward.linear(step, 4, 2) == pytest.approx(rate)
         opt.step()
@@ -108,6 +110,28 @@ def test_the_loop_is_plain_adamw_on_the_mean_loss():
     assert all(close(a, b, 2e-4) for a, b in zip(one.state_dict().values(),
                                                  two.state_dict().values()))
     assert run.at == 9
+
+
+def test_a_new_head_is_small_and_random():
+    body = reward.init(reward.preset("1x32", RTOK, 96))
+    one, two, same = (reward.new_scalar(body, seed).score.weight for seed in (1, 2, 1))
+    assert torch.equal(one, same) and not torch.equal(one, two)
+    assert torch.stack([one, two]).std().item() == pytest.approx(33 ** -.5, rel=.3)
+
+
+@torch.no_grad()
+def test_goal_draws_from_the_states_of_both_responses(quick):
+    calls = calls_of("goal")
+    x = calls.steps[0]
+    for call, drawn in zip(x.passes[:2], calls.goal_states):     # before the first step
+        rows = [(r, side) for side in ("chosen", "rejected") for r in call.rows]
+        for i, (r, side) in enumerate(rows):
+            n, m = len(r["prompt"]), len(r[side])
+            assert (drawn.start[i], drawn.n[i]) == (n, m)
+            assert drawn.hidden[i, n + m:].shape[0] == drawn.hidden.shape[1] - n - m
+        assert len(drawn.hidden) == len(rows) and drawn.draws == 16
+        for k in ("early", "late", "wrong"):
+            assert torch.equal(call.out[k], drawn.out[k])
 
 
 # --- the rows -------------------------------------------------------------------------------------
@@ -280,6 +304,7 @@ def test_the_reward_that_is_evaluated_is_that_of_the_checkpoint(config, quick):
         assert close(got[side][:12], want, 2e-3) and want.std() > 1e-4
     assert out["val_accuracy"] == pytest.approx(
         (got["chosen"] > got["rejected"]).float().mean().item(), abs=1e-6)
+    assert out["accuracy"] == pytest.approx((out["val_accuracy"] + out["ood_accuracy"]) / 2)
     base = base_of(config).state_dict()
     assert all(torch.equal(x, base[k]) for k, x in call.policy.state_dict().items())
 
@@ -324,7 +349,16 @@ def test_a_gate_learns_which_rating_matters_where():
     kind = (x[:, 0] > 0).float()
     gap = torch.stack([2 * kind - 1, 1 - 2 * kind], 1)
     gate = reward.Gate(4, 2, 32)
-    c = SimpleNamespace(seed=0)
+    hand, c = copy.deepcopy(gate), SimpleNamespace(seed=0)
+    few = copy.deepcopy(gate)
+    reward.train_gate(few, x, gap, c, 3, 1e-2)
+    opt = torch.optim.AdamW(hand.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        opt.param_groups[0]["lr"] = 1e-2 * (.05 + .95 * (1 + math.cos(math.pi * step / 3)) / 2)
+        opt.zero_grad()
+        torch.nn.functional.softplus(-(hand(x) * gap).sum(1)).mean().backward()
+        opt.step()
+    assert all(close(a, b, 1e-5) for a, b in zip(few.parameters(), hand.parameters()))
     reward.train_gate(gate, x, gap, c, 60, 1e-2)
     assert ((gate(x) * gap).sum(1) > 0).float().mean() > .9
     assert gate.scale > 1
@@ -351,6 +385,22 @@ def test_genarm_guides_the_sft_model_by_what_it_learned(quick):
         done = ids[-1] == RTOK.eos
         gold.append(RING.reward(p, RTOK.decode(ids[n:n + m - done]), done))
     assert out["guided_gold"] == pytest.approx(statistics.fmean(gold), abs=1e-4)
+
+
+def test_the_samples_that_are_scored_are_of_the_sft_model(quick):
+    """held-out prompts of both splits, then one sample a prompt for the attacks"""
+    drawn = calls_of("bt").samples_of
+    assert [(x.samples, x.seed) for x in drawn] == [(32, 1), (32, 1), (1, 8)]
+    for x, split in zip(drawn, ("val", "ood")):
+        assert x.problems == RING.problems(split, 4)
+        roll, base = x.out, base_of("ring")
+        for i in (0, 40, 127):
+            n, m = int(roll.prompt_len[i]), int(roll.mask[i].sum())
+            ids = roll.tokens[i].tolist()
+            assert ids[:n] == RTOK.prompt(x.problems[i // 32]["prompt"]) and m <= 24
+            with torch.no_grad():
+                want = logps(base, dict(prompt=ids[:n], y=ids[n:n + m]), "y")
+            assert close(roll.logp[i, n:n + m], want, 1e-3)
 
 
 # --- the router -----------------------------------------------------------------------------------
@@ -436,20 +486,24 @@ def test_the_kernel_s_width_is_the_median_distance_of_the_base(quick):
 @torch.no_grad()
 def test_maxmin_puts_annotators_where_their_pairs_are_liked(quick):
     (out, folder), calls = ran("maxmin"), calls_of("maxmin")
-    pooled, *models = (load(f"{folder}/{x}")[0] for x in ("pooled", "round-0-group-0",
-                                                          "round-0-group-1"))
+    names = ["pooled", "round-0-group-0", "round-0-group-1", "round-1-group-0", "round-1-group-1"]
+    pooled, models = load(f"{folder}/pooled")[0], [load(f"{folder}/{x}")[0] for x in names[3:]]
     rows = calls.steps[0].fit.rows
     kinds = {r["text"]["annotator"]: r["text"]["group"] == "B" for r in rows}
-    assert [x.fit.name for x in calls.steps] == ["pooled", "round-0-group-0", "round-0-group-1"]
+    assert [x.fit.name for x in calls.steps] == names
     own = [{r["annotator"] for r in x.fit.rows} for x in calls.steps[1:]]
     assert not own[0] & own[1] and own[0] | own[1] == kinds.keys()       # a partition by annotator
+    before = calls.assign[0].out
+    for u in (0, 1):                                     # and the next by whom the first suit
+        theirs = {a for a in kinds if before[a] == u}
+        assert own[2 + u] == (theirs or {*kinds})
     total = {a: [0.0, 0.0] for a in kinds}
     for r in rows:
         for u, m in enumerate(models):
             gap = score(m, r, "chosen") - score(m, r, "rejected")
             total[r["annotator"]][u] += torch.nn.functional.logsigmoid(gap).item()
     group = {a: int(x[1] > x[0]) for a, x in total.items()}
-    found = calls.assign[0].out
+    found = calls.assign[1].out
     assert all(found[a] == g for a, g in group.items())
     agree = statistics.fmean((group[a] == 1) == b for a, b in kinds.items())
     assert out["assignment"] == pytest.approx(max(agree, 1 - agree))
@@ -646,6 +700,12 @@ def test_overoptimisation_is_told_from_the_same_samples(quick):
             want = (best_of_n(proxy, truth, n) if proxy is not None else torch.stack(
                 [best_of_n(x, truth, n) for x in scored])).mean()
             assert out[f"{name}|best-of-n gold@{n}"] == pytest.approx(want.item(), abs=1e-4)
+    assert [x.aggregate for x in calls.combined[:3]] == [reward.mean, reward.mean, reward.wco]
+    assert calls.combined[3].aggregate.keywords == dict(lam=.1)
+    assert [len(x.rewards) for x in calls.combined] == [1, 2, 2, 2]
+    test = prefs.encode_pairs(calls.sampled_pairs[1].out, RTOK, 96)
+    right = [float(score(m, r, "chosen") > score(m, r, "rejected")) for m in models for r in test]
+    assert out["clean_accuracy"] == pytest.approx(statistics.fmean(right), abs=.02)
     for name, rows in ((x.name, x.out) for x in calls.rl):
         final = statistics.fmean(r["gold"] for r in rows)
         assert out[f"{name}|RL final"] == pytest.approx((final - mu.item()) / sd.item(), abs=1e-4)
@@ -678,6 +738,7 @@ def test_polar_tells_policies_apart(quick):
         assert r["prompt"] == [*x, *best, RTOK.eos]
         assert r["chosen"] == [*x, *RTOK.encode(text["chosen"]), RTOK.eos]
         assert r["rejected"] == [*x, *RTOK.encode(text["rejected"]), RTOK.eos]
+    assert [r["text"] for r in few] == RING.pairs(32, 1000, "train", 0.0)
     plain = calls.steps[2].fit.rows
     assert [r["text"] for r in plain] == [r["text"] for r in few]
     check_pairs_of_texts(plain, RTOK, RING)
@@ -839,6 +900,56 @@ def test_a_strike_is_liked_by_the_model_and_far_below_the_sft_samples_in_gold(mo
     roll, a, b, rate = reward.struck(None, (z1, -z1), field, base, SimpleNamespace(seed=0))
     assert roll == "roll" and torch.equal(a, z1) and torch.equal(b, -z1)
     assert rate == pytest.approx(3 / 16)                 # -1.98, then two of -2.0
+
+
+def test_each_attack_is_told_by_its_own_strikes(quick):
+    """on prompts that it has not seen, against the models that it attacked"""
+    (out, _), calls = ran("advrm"), calls_of("advrm")
+    weak, first, last = (x.policy for x in calls.rl[:3])
+    seen, unseen = calls.findings[0].field, calls.struck[0].field
+    assert {p["prompt"] for p in seen.problems}.isdisjoint(p["prompt"] for p in unseen.problems)
+    assert [(x.net, x.field) for x in calls.struck] == [
+        (weak, unseen), (first, seen), (first, unseen), (last, unseen), (weak, seen)]
+    before, after = calls.struck[0].rewards, calls.struck[3].rewards
+    assert [x.rewards == before for x in calls.struck] == [True, True, True, False, True]
+    assert not set(before) & set(after) and [x.rewards == after for x in calls.struck][3]
+    for key, i in (("strict_overopt", 0), ("strict_0", 2), ("strict_last", 3)):
+        assert out[key] == calls.struck[i].out[-1]
+    assert calls.pairs_against[1].roll is calls.struck[4].out[0]
+
+
+def test_rubrics_are_the_writer_s_or_the_true_ones(quick):
+    """and what is told are the votes on each set, single and together"""
+    (out, _), calls = ran("rubrics"), calls_of("rubrics")
+    votes = calls.rubric_votes
+    assert [x.name for x in votes] == ["id", "k3", "verbose"] * 2
+    for i, call in enumerate(votes):
+        assert {*call.rubric} == {r["prompt"] for r in call.rows}
+        true = {x: prefs.true_rubric(x) for x in call.rubric}
+        assert call.rubric == (true if i > 2 else calls.write_rubrics[i].out[0])
+        key = "oracle|" * (i > 2) + call.name
+        one, all_ = ([reward.majority(v[:n]) for v in call.out] for n in (1, 2))
+        assert out[key] == pytest.approx(statistics.fmean(one))
+        assert out[f"{key}_vote"] == pytest.approx(statistics.fmean(all_))
+    for source in ("", "oracle|"):
+        assert out[f"{source}accuracy"] == pytest.approx(
+            statistics.fmean(out[f"{source}{x}"] for x in ("id", "k3", "verbose")))
+    asked, wrote = (x.fit.rows for x in calls.steps)
+    assert out["kept"] == len(asked) / 64 and len(wrote) == len(asked) and 32 < len(asked) < 64
+    for r in wrote:
+        text = TTOK.decode(r["prompt"])
+        assert text.endswith("=") and any(
+            TTOK.decode(x["prompt"]).startswith(text + TTOK.decode(r["answer"])) for x in asked)
+
+
+def test_what_a_writer_writes_is_graded_by_the_true_rubric(monkeypatch):
+    monkeypatch.setattr(reward, "written", lambda *a, **k: [["Fc#4Pm/"], ["LaPm/"]])
+    rubric, grades = reward.write_rubrics(None, ["<Fc#4=", ">Lb="], TTOK, None)
+    assert rubric == {"<Fc#4=": "Fc#4Pm/", ">Lb=": "LaPm/"}
+    assert grades == dict(recall=.5, precision=.5, principle=.5)
+    monkeypatch.setattr(reward, "written", lambda *a, **k: [["FcLaPn/"]])
+    assert reward.write_rubrics(None, ["<Fc#4Lb="], TTOK, None)[1] == dict(
+        recall=pytest.approx(1 / 3), precision=.5, principle=False)
 
 
 def test_whom_rlhf_pushes_against(quick):
