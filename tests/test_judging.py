@@ -10,7 +10,8 @@ from conftest import close, rand
 
 import reward
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
-from data.stats import accuracy, auroc, best_of_n, bon_kl, rank_correlation, ranks, spearman
+from data.stats import (accuracy, auroc, best_of_n, bon_kl, explained_variance, rank_correlation,
+                        ranks, spearman)
 from reward import (PENALTIES, ROUTERS, assign, attacks, best_ridge, draw_evaluation, ece, examine,
                     expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
                     null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
@@ -347,6 +348,12 @@ def test_ranks_and_spearman_by_hand():
     x = rand(30)
     assert spearman(x, x ** 3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
     assert spearman(x, torch.ones(30)) == 0
+
+
+def test_a_critic_is_measured_on_the_mask():
+    """returns 1 3 (variance 1), values off by 0 1 (variance 1/4); what is masked does not count"""
+    returns, values = T([[1., 3, 50]]), T([[1., 2, -70]])
+    assert explained_variance(values, returns, T([[1., 1, 0]])) == pytest.approx(.75)
 
 
 def test_rank_correlation_within_rows():

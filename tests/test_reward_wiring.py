@@ -199,13 +199,16 @@ def test_the_router_learns_both_orders_with_their_labels(quick):
     assert 54 < right < 64                                       # a twentieth is flipped
 
 
-def test_judges_learn_their_verdicts(quick):
-    """a level by gold, lowest letter first; a ranking by gold; a rubric's or a trace's winner"""
+def test_a_pointwise_judge_learns_levels_of_gold(quick):
+    """the lowest letter is the lowest level"""
     letters = list(prefs.SCORES.values())
     for r in calls_of("judge_lora").steps[0].fit.rows:
         x, _, y = TTOK.decode(r["prompt"]).partition("=")
         level = round(TOYIF.judge(f"{x}=", y[:-1])["gold"] / 1.5 * 6)
         assert y[-1] == "!" and TTOK.decode(r["answer"]) == letters[level]
+
+
+def test_a_listwise_judge_learns_the_ranking_by_gold(quick):
     for r in calls_of("first").steps[0].fit.rows:
         x, _, rest = TTOK.decode(r["prompt"]).partition("=")
         ys = reward.re.split("[1234]", rest[:-1])[1:]
@@ -216,6 +219,9 @@ def test_judges_learn_their_verdicts(quick):
         assert all(gold[a] >= gold[b] - 1e-9 for a, b in zip(order, order[1:]))
         assert r["ranks"] == [order.index(k) + 1 for k in range(4)]
         assert r["identifier_ids"] == [TTOK.encode(d)[0] for d in "1234"]
+
+
+def test_a_rubric_s_judge_learns_the_better_response(quick):
     agree = []
     for r in calls_of("rubrics").steps[0].fit.rows:
         x, _, rest = TTOK.decode(r["prompt"]).partition("=")
@@ -223,15 +229,18 @@ def test_judges_learn_their_verdicts(quick):
         gold = [TOYIF.judge(f"{x}=", y)["gold"] for y in (a, b)]
         agree.append((prefs.parse_winner(TTOK.decode(r["answer"])) == "A") == (gold[0] > gold[1]))
     assert statistics.fmean(agree) > .7                          # some prefer what is longer
-    for config in ("thinkrm", "rmr1"):
-        rows = calls_of(config).steps[0].fit.rows
-        for r in rows:
-            text = TTOK.decode(r["prompt"])
-            label = tasks.judging(*(text[i:-1:3] for i in range(3)))["label"]
-            said = TTOK.decode(r["answer"])
-            assert reward.tasks.ParityJudge.parse(said) == label and r["answer"][-1] == TTOK.eos
-            assert said.startswith("?")                          # it thinks first
-        assert len({len(r["answer"]) for r in rows}) > 1
+
+
+@pytest.mark.parametrize("config", ["thinkrm", "rmr1"])
+def test_a_judge_that_thinks_learns_the_label_of_its_pair(config, quick):
+    rows = calls_of(config).steps[0].fit.rows
+    for r in rows:
+        text = TTOK.decode(r["prompt"])
+        label = tasks.judging(*(text[i:-1:3] for i in range(3)))["label"]
+        said = TTOK.decode(r["answer"])
+        assert tasks.ParityJudge.parse(said) == label and r["answer"][-1] == TTOK.eos
+        assert said.startswith("?")                              # it thinks first
+    assert len({len(r["answer"]) for r in rows}) > 1
 
 
 # --- what the runs come to ------------------------------------------------------------------------
@@ -674,7 +683,6 @@ def test_a_pushed_policy_s_reward_is_the_reward_less_what_never_ends(quick):
         assert told["gold"] == pytest.approx(statistics.fmean(gold), abs=1e-4)
         assert call.policy is not call.ref and call.ref is push.base.policy
         assert call.max_new == RING.max_new and push.no_eos == 1.0
-    assert {x.no_eos for x in calls_of("advrm").steer} == {1.0, 3.0}
 
 
 @torch.no_grad()
