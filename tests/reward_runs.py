@@ -18,7 +18,7 @@ import sft
 from data import prefs, tasks
 from data.prefs import Ring, ToyIF
 from model import ScalarModel
-from reward import LOSSES, PRESETS, RECIPES, PairModel
+from reward import LOSSES, PRESETS, RECIPES
 
 T = torch.tensor
 
@@ -85,7 +85,8 @@ FEW = 3                                                  # passes of a fit that 
 def apart(name, call):
     """A pass of the model, and what its loss should be given: {argument: [one of each row]}."""
     if name == "fit":
-        STEPS.append(SimpleNamespace(fit=call, passes=[], losses=[]))
+        begins = {k: x.detach().clone() for k, x in call.model.state_dict().items()}
+        STEPS.append(SimpleNamespace(fit=call, begins=begins, passes=[], losses=[]))
     elif name == "provide" and len(STEPS[-1].passes) < FEW:
         call.want = {k: [ORACLE[k](call.model, r) for r in call.rows]
                      for k in call.names if k in ORACLE}
@@ -98,7 +99,8 @@ WATCHED = ("fit", "provide", "regression", "nll", "listwise", "preference", "aut
            "bt_scaled", "goal_states", "evaluate", "best_ridge", "train_gate", "standardised",
            "combined", "samples_of", "generate", "ROUTERS", "assign", "rl", "sampled_pairs",
            "both_orders", "pairs_against", "steer", "referred", "struck", "adversarial",
-           "findings", "scored_samples", "rubric_votes", "write_rubrics")
+           "findings", "scored_samples", "rubric_votes", "write_rubrics",
+           "pair_accuracy")
 STEPS = []
 
 # --- the runs -------------------------------------------------------------------------------------

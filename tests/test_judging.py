@@ -351,9 +351,10 @@ def test_ranks_and_spearman_by_hand():
 
 
 def test_a_critic_is_measured_on_the_mask():
-    """returns 1 3 (variance 1), values off by 0 1 (variance 1/4); what is masked does not count"""
-    returns, values = T([[1., 3, 50]]), T([[1., 2, -70]])
-    assert explained_variance(values, returns, T([[1., 1, 0]])) == pytest.approx(.75)
+    """returns 1 3 (variance 1), values off by -.5 1 (variance .5625); what is masked does not
+    count"""
+    returns, values = T([[1., 3, 50]]), T([[1.5, 2, -70]])
+    assert explained_variance(values, returns, T([[1., 1, 0]])) == pytest.approx(.4375)
 
 
 def test_rank_correlation_within_rows():

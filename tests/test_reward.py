@@ -24,7 +24,6 @@ import data.run
 import ppo
 import reward
 import sft
-from data import prefs, tasks
 from data.prefs import Ring, ToyIF, encode_pairs, load_pairs, ring_tokenizer
 from data.run import UserError, checkpoint, claims_of, headings, needs, read_log
 from data.tokenizer import Tokenizer

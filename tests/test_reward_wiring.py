@@ -134,6 +134,22 @@ def test_goal_draws_from_the_states_of_both_responses(quick):
             assert torch.equal(call.out[k], drawn.out[k])
 
 
+FROM = dict(hs2pref=["", "regression"], polar=["", "pretrained", ""], overopt=[], thinkrm=[],
+            rmr1=[], judge_lora=[])                      # the stage before; no list: another test
+
+
+@pytest.mark.parametrize("config", [x for x in METHODS if FROM.get(x, [""])])
+def test_a_model_starts_from_the_base_or_from_the_stage_before(config, quick):
+    """body and, of a stage before, head; the base is the one of --init"""
+    (_, folder), steps = ran(config), calls_of(config).steps
+    for x, stage in zip(steps, FROM.get(config, [""] * len(steps)), strict=True):
+        init = steps[0].fit.run.c.init if not stage else ""
+        model = load(f"{folder}/{stage}" if stage else sft.find(init, "tiny"))[0]
+        for k, w in model.state_dict().items():
+            same = [v for name, v in x.begins.items() if name == k or name.endswith(f".{k}")]
+            assert same and torch.equal(same[0], w) or k == "lm_head.weight" and not same, k
+
+
 # --- the rows -------------------------------------------------------------------------------------
 
 
@@ -516,7 +532,7 @@ def test_maxmin_puts_annotators_where_their_pairs_are_liked(quick):
     assert all(found[a] == g for a, g in group.items())
     agree = statistics.fmean((group[a] == 1) == b for a, b in kinds.items())
     assert out["assignment"] == pytest.approx(max(agree, 1 - agree))
-    mine, single = [], []
+    mine, single, told = [], [], iter(calls.pair_accuracy)
     for b in (False, True):
         own = models[statistics.mode(group[a] for a, x in kinds.items() if x == b)]
         judge = Ring("B" if b else "A")
@@ -524,6 +540,10 @@ def test_maxmin_puts_annotators_where_their_pairs_are_liked(quick):
         assert all(judge.reward(r["text"], r["text"]["chosen"])
                    > judge.reward(r["text"], r["text"]["rejected"]) for r in test)
         for model, to in ((own, mine), (pooled, single)):
+            x = next(told)
+            got = reward.score_rows(x.reward, test[:4], "chosen", x.c, 0)
+            assert close(got, torch.stack([score(model, r, "chosen") for r in test[:4]]), 1e-4)
+            assert [r["text"] for r in x.rows] == [r["text"] for r in test]
             gaps = (score(model, r, "chosen") - score(model, r, "rejected") for r in test)
             to.append(statistics.fmean(float(gap > 0) for gap in gaps))
     assert out["min_accuracy"] == pytest.approx(min(mine))
@@ -729,7 +749,7 @@ def test_polar_tells_policies_apart(quick):
         mine, rival = drawn[2 * i:2 * i + 2]
         assert (mine.samples, rival.samples) == (2, 1) and mine.problems == rival.problems
         assert (mine.policy is not rival.policy) or mine.temperature != rival.temperature
-        assert mine.seed != rival.seed
+        assert mine.seed != rival.seed and mine.problems == RING.problems("train", 64)[i::8]
         same, other = mine.out.completions(), rival.out.completions()
         for k, p in enumerate(mine.problems):
             x = RTOK.prompt(p["prompt"])
@@ -967,6 +987,8 @@ def test_whom_rlhf_pushes_against(quick):
         plain=([1], reward.mean), mean=([1, 2], reward.mean), lcb=([1, 2], reward.lcb),
         adv=([3], reward.mean), more=([5], reward.mean))
     assert [len(x.rewards) for x in calls.combined] == [1, 2, 2, 1, 1, 1]
+    (a, b), (adv, _) = calls.struck[0].rewards, calls.struck[3].rewards
+    assert [x.reward for x in calls.standardised[:6]] == [a, a, b, a, b, adv]
     assert [x.name for x in calls.rl[3:]] == ["plain", "mean", "lcb", "adv", "more_random",
                                               "more_gold"]
 
