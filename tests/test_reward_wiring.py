@@ -243,6 +243,7 @@ def test_a_rubric_s_judge_learns_the_better_response(quick):
         x, _, rest = TTOK.decode(r["prompt"]).partition("=")
         a, _, b = rest.partition("/A")[2].rstrip("?").partition("B")
         gold = [TOYIF.judge(f"{x}=", y)["gold"] for y in (a, b)]
+        assert r["answer"][-1] == TTOK.eos
         agree.append((prefs.parse_winner(TTOK.decode(r["answer"])) == "A") == (gold[0] > gold[1]))
     assert statistics.fmean(agree) > .7                          # some prefer what is longer
 
@@ -550,6 +551,22 @@ def test_maxmin_puts_annotators_where_their_pairs_are_liked(quick):
     assert out["pooled_min_accuracy"] == pytest.approx(min(single))
 
 
+def test_the_worse_served_group_is_told(monkeypatch):
+    """of the groups' own models, and of the single one"""
+    body = reward.init(reward.preset("1x32", RTOK, 96))
+    accuracies = iter((.6, .7, .8, .5))                  # A's own, the single on A; B's own, on B
+    monkeypatch.setattr(reward, "trained", lambda run, name, model, *a, **k: model)
+    monkeypatch.setattr(reward, "pair_accuracy", lambda *a: next(accuracies))
+    base = SimpleNamespace(world=RING, policy=body, tok=RTOK, pad=0)
+    c = SimpleNamespace(seed=0, device="cpu", dtype="float32", micro=64)
+    run = SimpleNamespace(say=lambda line: None)
+    every = Ring.pairs
+    monkeypatch.setattr(Ring, "pairs", lambda self, n, **k: every(self, min(n, 60), **k))
+    out = reward.maxmin(c, run, base, lambda rows: prefs.encode_pairs(rows, RTOK, 96), None, 60,
+                        0.0, rounds=1)
+    assert (out["min_accuracy"], out["pooled_min_accuracy"]) == (.6, .5)
+
+
 @torch.no_grad()
 def test_a_pointwise_judge_is_read_by_its_expected_level(quick):
     (out, folder), calls = ran("judge_lora"), calls_of("judge_lora")
@@ -693,7 +710,9 @@ def test_a_pushed_policy_s_reward_is_the_reward_less_what_never_ends(quick):
     calls = calls_of("overopt")
     assert [x.name for x in calls.rl] == ["single", "mean", "wco", "uwo"]
     for push, call in zip(calls.steer, calls.rl):
-        roll = reward.samples_of(call.ref, RTOK, RING, call.problems[:8], push.c, 3)
+        roll = generate(call.ref, [RTOK.prompt(p) for p in call.problems[:8]], 9, samples=2,
+                        generator=torch.Generator().manual_seed(3))
+        assert 0 < roll.finished.float().mean() < 1
         got, told = call.reward(roll, call.problems[:8])
         proxy = reward.score_roll(lambda *x: push.reward(roll, call.problems[:8]), roll)
         assert close(got, proxy - push.no_eos * (~roll.finished).float(), 1e-4)
@@ -844,11 +863,13 @@ def test_verdicts_are_those_of_the_judge_s_texts(monkeypatch):
 
 
 def test_the_scalar_judge_prefers_what_the_label_does(quick):
-    x = calls_of("thinkrm", "--style", "bt", "--rl_steps", "0").steps[0]
+    x = calls_of("thinkrm,bt_style", "--rl_steps", "2", "--votes", "2").steps[0]  # a claim's arm
     for r in x.fit.rows:
         text = r["text"]
         p = tasks.judging(text["prompt"].rstrip("="), text["chosen"], text["rejected"])
         assert p["label"] < 0                            # negative: the first is better
+    pairs = {(r["text"]["prompt"], r["text"]["chosen"], r["text"]["rejected"]) for r in x.fit.rows}
+    assert len(pairs) > 60 and len(x.fit.rows) == 64     # each in one order
 
 
 # --- Adv-RM ---------------------------------------------------------------------------------------
@@ -892,7 +913,9 @@ def test_the_attack_pleases_the_model_and_displeases_its_twin(quick):
                     for x in (roll, field.roll))
         own = own.view(len(field.problems), -1)
         return (raw.view(len(own), -1) - own.mean(1, keepdim=True)).flatten() / own.std()
-    roll = reward.samples_of(first.ref, TTOK, TOYIF, field.problems, c, 9, 2)
+    roll = generate(first.ref, [TTOK.prompt(p) for p in field.problems], 4, samples=2,
+                    generator=torch.Generator().manual_seed(3))
+    assert 0 < roll.finished.float().mean() < 1
     z1, z2, unfinished = z(one, roll), z(two, roll), 3.0 * (~roll.finished).float()
     assert close(weak.reward(roll, field.problems)[0], z1 - unfinished, 1e-3)
     want = torch.where(z1 > 0, z1 - 1.5 * z2, z1 - 3.0) - unfinished
@@ -966,7 +989,7 @@ def test_rubrics_are_the_writer_s_or_the_true_ones(quick):
     assert out["kept"] == len(asked) / 64 and len(wrote) == len(asked) and 32 < len(asked) < 64
     for r in wrote:
         text = TTOK.decode(r["prompt"])
-        assert text.endswith("=") and any(
+        assert r["answer"][-1] == TTOK.eos and text.endswith("=") and any(
             TTOK.decode(x["prompt"]).startswith(text + TTOK.decode(r["answer"])) for x in asked)
 
 
