@@ -36,6 +36,14 @@ def score(model, r, side):
     return (states(model, [*r["prompt"], *r[side]])[-1] * model.score.weight[0]).sum()
 
 
+def scores_of(model, rows, side):
+    """score() of many, in one pass.   [N]"""
+    ids = [T([*r["prompt"], *r[side]]) for r in rows]
+    h = model.model(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)).float()
+    last = torch.stack([x[len(y) - 1] for x, y in zip(h, ids)])
+    return (last * model.score.weight[0]).sum(1)
+
+
 def logps(model, r, side):
     """The log-probabilities of one response's tokens."""
     n, ids = len(r["prompt"]), [*r["prompt"], *r[side]]
@@ -78,7 +86,7 @@ ORACLE = dict(
     label=given("label"))
 APART = {"early", "late", "wrong"}                       # of a draw: see the test of goal's states
 NAMED = {*LOSSES, "regression", "nll", "listwise", "preference", "autoregressive", "bt_scaled"}
-FEW = 3                                                  # passes of a fit that are computed apart
+FEW, SKIP = 3, 3             # passes of a fit, and every how many rows, that are computed apart
 
 
 @torch.no_grad()
@@ -88,7 +96,7 @@ def apart(name, call):
         begins = {k: x.detach().clone() for k, x in call.model.state_dict().items()}
         STEPS.append(SimpleNamespace(fit=call, begins=begins, passes=[], losses=[]))
     elif name == "provide" and len(STEPS[-1].passes) < FEW:
-        call.want = {k: [ORACLE[k](call.model, r) for r in call.rows]
+        call.want = {k: [ORACLE[k](call.model, r) for r in call.rows[::SKIP]]
                      for k in call.names if k in ORACLE}
         STEPS[-1].passes.append(call)
     elif name in NAMED and STEPS and len(STEPS[-1].losses) < len(STEPS[-1].passes):

@@ -782,7 +782,6 @@ def test_every_preset_runs(config, quick):
 
 
 @pytest.mark.parametrize("config, extra, key", [
-    ("thinkrm", "--style filler --rl_steps 0", "accuracy_greedy"),
     ("cdr,toyif", "", "ood_spearman"), ("router", "--sn false --rivals 0", "u_auroc")])
 def test_other_ways_to_run_them(config, extra, key, quick):
     out, _ = ran(config, *extra.split())
@@ -879,7 +878,7 @@ def test_an_ensemble_of_one_is_its_member(quick, monkeypatch):
 PAIRS = Ring.pairs               # as they are: quick makes fewer
 
 
-@pytest.mark.parametrize("seed, noise", [(0, 0.0), (1, 0.0), (2, 1.0)])
+@pytest.mark.parametrize("seed, noise", [(0, 0.0), (2, 1.0)])
 def test_a_reward_model_learns_its_labels(seed, noise, shared_bases):
     """60 steps on Ring: above .6 on pairs it has not seen; with every label flipped, below .4"""
     body, tok = load(sft.base("ring", like="tiny"))
