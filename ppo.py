@@ -26,13 +26,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import sft
 from data import tasks
 from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, cli, launch, needs, report)
+                      check_first_ratio, checkpoint, cli, launch, needs, report)
 from data.stats import explained_variance, rank_correlation
 from model import (ScalarModel, Transformer, autocast, critic_values, generate, load, logprobs,
                    masked_whiten, peek, rows_of, save, sequence_score, token_logprobs, token_values)
@@ -43,8 +44,7 @@ from optim import linear, optimiser, set_lr
 
 @dataclass(frozen=True)
 class Config(Training):
-    """What every run has; what belongs to a reward, an advantage or a loss is an argument of its
-    function."""
+    """What every run has; what belongs to a reward or a loss is an argument of its function."""
     data: str = "signatures"     # a task, or a JSONL of prompts and completions (for the quality)
     init: str = "base:sft"       # the SFT model, where policy, critic and reference start
     base: str = "base:pretrain"  # the model before SFT: the coherent reward's divisor
@@ -546,10 +546,72 @@ def learned(judged, *, clamp=0.0):
 
 def judged(models, roll, truth, c):
     """What the reward model says of a rollout's responses.   -> [B]"""
+    for file, says in BESIDE.items():
+        if (path := checkpoint(c.reward) / file).exists():
+            return says(models, load_file(path, str(c.device)), roll, c) - models["bias"]
     length = roll.prompt_len + roll.mask.sum(1).long()                                   # [B]
     return sequence_score(models["reward"], roll.tokens, length) - models["bias"]
 
 
+def last_hidden(model, tokens, end):
+    """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
+    return model.model(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
+
+
+def gated(models, own, roll, c):
+    """ArmoRM (2406.12845): ratings of the response, weighed by a gate that reads the prompt. [B]"""
+    x, h = (last_hidden(models["reward"], roll.tokens, end) for end in (
+        roll.prompt_len, roll.prompt_len + roll.mask.sum(1).long()))                     # [B, D]
+    layers = sorted(k for k in own if k.endswith("weight"))
+    for k in layers:
+        x = x @ own[k].T + own[k.replace("weight", "bias")]
+        x = x if k == layers[-1] else x.relu()
+    return (torch.softmax(x / 10, -1) * own["gate.scale"] * (h @ own["ratings"].T)).sum(1)
+
+
+def against_sft(models, own, roll, c):
+    """A model of pairs (2510.20369) as a reward:  s(y, y') = (g(y, y') - g(y', y)) / 2,  y' the SFT
+    model's greedy response to the prompt. [B]
+
+    ours: the paper's reward of y is its mean s against the other samples of a group, an advantage
+    that sums to 0. A fixed y' differs by a constant of the prompt where s is a difference of
+    rewards; it needs no group, and its 0 is the SFT model."""
+    *marks, eos = own["marks"].tolist()
+    ids = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())]
+    most = c.max_new or tasks.task(c.data).max_new
+    theirs = generate(models["ref"], ids, most, temperature=0.0).completions()
+    rows = []
+    for x, y, other in zip(ids, roll.completions(), theirs):
+        room = (models["reward"].config.max_position_embeddings - len(x) - 3) // 2
+        for a, b in ((y, other), (other, y)):
+            rows.append([*x, marks[0], *a[:room], marks[1], *b[:room], eos])
+    g = []
+    for i in range(0, len(rows), c.micro):
+        part = [torch.tensor(row, device=c.device) for row in rows[i:i + c.micro]]
+        end = torch.tensor([len(row) for row in part], device=c.device)
+        tokens = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)                 # [b, T]
+        g.append(pair_logit(models["reward"], own, tokens, end))
+    g = torch.cat(g).view(-1, 2)                 # the response first, then second       # [B, 2]
+    return (g[:, 0] - g[:, 1]) / 2
+
+
+def pair_logit(model, own, tokens, end):
+    """The logit that a pair's first response is better, over its uncertainty u (SNGP).   -> [B]"""
+    h = last_hidden(model, tokens, end)                                                  # [B, D]
+    if "pool.weight" in own:                     # no larger than its spectral bound, 1
+        W, u = own["pool.weight"], own["u"]
+        norm = (W.T @ u).norm()                  # u is the left singular vector, of length 1
+        h = h @ (W / norm.clamp(min=1.0)).T + own["pool.bias"]
+    if not len(own["W"]):
+        return h @ own["w"]
+    phi = (2 / len(own["W"])) ** 0.5 * torch.cos(h @ own["W"].T + own["b"])              # [B, R]
+    ridge, lam, _ = own["settings"].tolist()
+    P = own["P"].double() + ridge * torch.eye(len(own["P"]), device=h.device)
+    var = ridge * (phi.double() * torch.linalg.solve(P, phi.double().T).T).sum(1)        # [B]
+    return phi @ own["w"] / (1 + lam * var).sqrt().float()
+
+
+BESIDE = {"armo.safetensors": gated, "pair.safetensors": against_sft}    # what reward.py leaves
 REWARDS["PATH"], PROVIDE["judged"], MODELS["judged"] = learned, judged, ("reward", ScalarModel)
 
 

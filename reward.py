@@ -26,12 +26,13 @@ import statistics
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
@@ -39,10 +40,10 @@ from tqdm import trange
 import kernels
 import sft
 from data import prefs, tasks
-from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices, cli,
-                      launch, needs, pyplot)
+from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
+                      checkpoint, cli, launch, needs, pyplot)
 from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
-from model import (ScalarModel, Transformer, autocast, collate, generate, init, load, lora, merge,
+from model import (ScalarModel, autocast, collate, generate, init, load, lora, merge,
                    peek, preset, save, sequence_score, token_logprobs)
 from optim import RULES, cosine, linear, optimiser, set_lr
 
@@ -342,13 +343,8 @@ def evaluate(reward, policy, sets, tok, c, run):
 
 def start(c):
     """The base that a recipe starts from: policy (frozen), tok, pad, context, world (None for a
-    file).
-
-    Raises UserError where --init is no language model."""
+    file)."""
     policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device)
-    if not isinstance(policy, Transformer):
-        raise UserError(f"--init {c.init} is a reward model already: give a language model, or use "
-                        "--eval")
     return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
                            context=c.context or policy.config.max_position_embeddings,
                            world=tasks.task(c.data) if c.data in WORLDS else None)
@@ -403,6 +399,8 @@ AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, optimiser=RULES,
 WORLDS_OF = {}                   # recipe: the worlds whose gold reward it reads (else any data)
 CHECKS = {}                      # recipe: (c, f) -> None, UserError before anything is made
 INSTEAD = {}                     # an option: (c, run) -> numbers, in the place of a recipe
+EXAMINE = {}                     # a file beside weights: (model, tensors, tok, c, run) -> numbers
+OF_PAIRS = {}                    # … of a model that scores pairs: the world that they are of
 
 
 def arguments(c, f, run):
@@ -425,7 +423,7 @@ def train(c, f):
     """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
     kernels.use(c.kernels)
     check(c, f)
-    if c.data in WORLDS if c.eval else "base" in needs(f.recipe):
+    if starts_from_base(c, f):
         sft.find(c.init, c.config, device=c.device)            # made before this run's clock starts
     with Run(c, f, "reward", CURVES) as run:
         out = INSTEAD["eval"](c, run) if c.eval else f.recipe(**arguments(c, f, run))
@@ -443,6 +441,19 @@ def main(argv=None):
 
 
 # === checks: what a run does not read, and what does not combine, told before anything is made ====
+
+def beside(folder):
+    """The file that a checkpoint has beside its weights and EXAMINE reads; without one no name."""
+    paths = (checkpoint(folder) / name for name in EXAMINE)
+    return next((path for path in paths if path.exists()), Path())
+
+
+def starts_from_base(c, f):
+    """Whether a run reads --init: it trains from there, or scores samples of it."""
+    if c.eval:
+        return c.data in WORLDS and beside(c.eval).name not in OF_PAIRS
+    return "base" in needs(f.recipe)
+
 
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
@@ -465,8 +476,10 @@ def readers(c, f):
         trains = ("recipe", "loss", "aggregate", "noise", "steps", "epochs", "batch", "optimiser",
                   "lr", "aux_lr", "warmup", "weight_decay", "clip", "save_every", "keep", "stop")
         fields |= dict.fromkeys(trains, (False, "training, without --eval"))
-        fields |= dict.fromkeys(("data", "context", "chat"), (True, ""))
-        fields |= dict(init=(world, "worlds, where it gives the samples"),
+        alone = beside(c.eval).name not in OF_PAIRS
+        fields |= dict(data=(True, "")) | dict.fromkeys(("context", "chat"), (
+            alone, "models of single responses"))
+        fields |= dict(init=(starts_from_base(c, f), "worlds, where it gives the samples"),
                        rows=(not world, "files"))
     return fields
 
@@ -475,17 +488,22 @@ def check(c, f):
     """UserError for all that can be known before anything is made."""
     if c.eval and not INSTEAD:
         raise UserError("--eval: this script trains only; reward.py evaluates checkpoints")
-    if not c.eval and "base" not in needs(f.recipe):
+    if not c.eval and not starts_from_base(c, f):
         return
     prefs.check_pairs(c.data, whole=bool(c.eval))
     if c.eval:
         peek(c.eval, scalar=True, option="--eval")
+        world = OF_PAIRS.get(beside(c.eval).name, c.data)
+        if c.data != world:
+            raise UserError(f"--eval {c.eval} is a model of {world}'s pairs: give --config {world}")
     worlds = WORLDS_OF.get(c.recipe)
     if worlds and not c.eval and c.data not in worlds:
         raise UserError(f"--recipe {c.recipe} needs --data {' or '.join(worlds)}, whose gold "
                         f"reward it uses; not {c.data}")
-    if c.eval and c.data not in WORLDS:
+    if not starts_from_base(c, f):
         return
+    if not c.init.startswith("base:") and beside(c.init).name:
+        raise UserError(f"--init {c.init} is a reward model already: --eval {c.init} evaluates it")
     most = sft.find(c.init, c.config, make=False)
     if c.context > most:
         raise UserError(f"--context {c.context} exceeds the {most} tokens of {c.init}: lower it")
@@ -495,13 +513,21 @@ def check(c, f):
 
 # === eval: the table of any reward model's checkpoint, nothing trained ============================
 
-def judge_checkpoint(c, run):
-    """--eval: the table of a reward model, in a world with samples of --init."""
-    run.begin()                                  # pictures are made before there is a result
-    model, tok = load(c.eval, c.device)
+
+def judge_pairs(reward, model, tok, c, run):
+    """A reward's table: held-out pairs, and in a world samples of --init."""
     sets = pair_sets(c, tok, c.context or model.config.max_position_embeddings)[1]
     policy = start(c).policy if c.data in WORLDS else None
-    return evaluate(scalar_reward(model, c), policy, sets, tok, c, run)
+    return evaluate(reward, policy, sets, tok, c, run)
+
+
+def judge_checkpoint(c, run):
+    """--eval: the table of a reward model, of all that its folder holds."""
+    run.begin()                                  # pictures are made before there is a result
+    model, tok = load(c.eval, c.device)
+    if (path := beside(c.eval)).name:
+        return EXAMINE[path.name](model, load_file(path, str(c.device)), tok, c, run)
+    return judge_pairs(scalar_reward(model, c), model, tok, c, run)
 
 
 INSTEAD["eval"] = judge_checkpoint
@@ -715,7 +741,7 @@ def listed(run, out):
 
 # === regression: 2406.08673, HelpSteer2: five attributes, combined with fixed weights =============
 
-RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55, -0.4)   # the paper's (unverified); the last is verbosity
+RATING_WEIGHTS = (0.65, 0.8, 0.45, 0.55, -0.4)   # the paper's appendix H; the last is verbosity
 
 
 def regression(predicted, ratings):
@@ -738,27 +764,28 @@ def known_labels(rows):
     return sum(math.isfinite(x) for r in rows for x in r["ratings"])
 
 
-def rated(rows, world):
-    """Pairs -> single responses with the ratings of their attributes (0 to 4), for `regression`."""
+def rated(rows, ratings):
+    """Pairs -> single responses, all chosen ones first, with ratings(prompt, response), 0 to 4
+    each, for `regression`."""
     return [dict(prompt=r["prompt"], answer=r[side],
-                 ratings=world.ratings(r["text"]["prompt"], r["text"][side]))
+                 ratings=ratings(r["text"]["prompt"], r["text"][side]))
             for side in ("chosen", "rejected") for r in rows]
 
 
-def new_rater(body, seed):
+def new_rater(body, seed, attributes=len(RATING_WEIGHTS)):
     """A reward model with a head for each attribute besides its score."""
     model = new_scalar(body, seed)
-    model.ratings = nn.Linear(body.config.hidden_size, len(RATING_WEIGHTS), bias=False)
+    model.ratings = nn.Linear(body.config.hidden_size, attributes, bias=False)
     model.ratings.to(body.head.device)
     nn.init.zeros_(model.ratings.weight)
     return model
 
 
-def folded(model):
+def folded(model, weights=RATING_WEIGHTS):
     """A rater as a plain reward model: its score is the fixed combination of the ratings."""
     plain = copy.deepcopy(model)
     heads = model.ratings.weight.detach()                                                # [K, D]
-    plain.score.weight.data = torch.tensor([RATING_WEIGHTS]).to(heads) @ heads
+    plain.score.weight.data = torch.tensor([weights]).to(heads) @ heads
     del plain.ratings
     return plain
 
@@ -769,7 +796,7 @@ def rater(c, run, base, pairs, last):
     model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
     model.ratings = new_rater(base.policy, c.seed).ratings
     introduce(c, run, base.tok, model, rows)
-    if not fit(model, rated(rows, base.world), regression, c, run, base.tok, seed=c.seed,
+    if not fit(model, rated(rows, base.world.ratings), regression, c, run, base.tok, seed=c.seed,
                write=lambda folder: save(folded(model), base.tok, folder), apart=("ratings",)):
         return {}
     return evaluate(scalar_reward(folded(model), c), base.policy, sets, base.tok, c, run)
@@ -787,10 +814,13 @@ def bt_scaled(chosen, rejected, strength):
 
 
 def hs2pref(c, run, base, pairs, *, expo=1.52):
-    """HelpSteer2-Preference (2410.01257): regression, scaled BT, then ExPO: θ1 + a (θ2 - θ1)."""
+    """HelpSteer2-Preference (2410.01257): regression on helpfulness alone, scaled BT from there,
+    body and head, then ExPO: θ1 + a (θ2 - θ1). Helpfulness, a response's overall quality, is here
+    the fifth of the gold reward (ours)."""
     rows, sets = pairs
-    one = trained(run, "regression", new_rater(base.policy, c.seed), rated(rows, base.world),
-                  regression, c, base.tok, folded)
+    one = trained(run, "regression", new_rater(base.policy, c.seed, 1),
+                  rated(rows, base.world.helpfulness), regression, c, base.tok,
+                  partial(folded, weights=(1.0,)))
     two = trained(run, "scaled", copy.deepcopy(one), rows, bt_scaled, c, base.tok)
     far = copy.deepcopy(two)
     for p, a, b in zip(far.parameters(), one.parameters(), two.parameters()):
@@ -872,7 +902,7 @@ def armo(c, run, base, pairs, *, gate_steps=500, gate_lr: Positive = 1e-3, hidde
 
     train_raw: the gate trains on ratings with verbosity in them, as in the released script."""
     rows, sets = pairs
-    both = rated(rows, base.world)
+    both = rated(rows, base.world.ratings)
     body = trained(run, "body", new_rater(base.policy, c.seed), both, regression, c, base.tok,
                    folded)
 
@@ -892,14 +922,28 @@ def armo(c, run, base, pairs, *, gate_steps=500, gate_lr: Positive = 1e-3, hidde
     train_gate(gate, states([r["prompt"] for r in rows]), gap, c, gate_steps, gate_lr)
     save_file({f"gate.{k}": x for k, x in gate.state_dict().items()}
               | dict(ratings=clean.contiguous()), run.folder / "body" / "armo.safetensors")
+    return evaluate(gated(body, gate, clean, c), base.policy, sets, base.tok, c, run)
 
+
+def gated(body, gate, ratings, c):
+    """ArmoRM's reward: ratings of the last token, weighed by what the gate reads of the prompt."""
     def reward(tokens, start, end):
         h, at_start = (last_hidden(body, tokens, t).cpu() for t in (end, start))
-        return (gate(at_start) * (h @ clean.T)).sum(1)
-    return evaluate(chunked(reward, c), base.policy, sets, base.tok, c, run)
+        return (gate(at_start) * (h @ ratings.T)).sum(1)
+    return chunked(reward, c)
+
+
+def examine_armo(body, own, tok, c, run):
+    """--eval of what armo() has left: the gate and the ratings beside the body."""
+    own = {k.removeprefix("gate."): x.cpu() for k, x in own.items()}
+    ratings = own.pop("ratings")                                                         # [K, D]
+    gate = Gate(ratings.size(1), len(ratings), len(own["mlp.0.bias"]))
+    gate.load_state_dict(own)
+    return judge_pairs(gated(body, gate, ratings, c), body, tok, c, run)
 
 
 RECIPES["armo"], WORLDS_OF["armo"] = armo, ("ring",)
+EXAMINE["armo.safetensors"] = examine_armo
 
 
 # === cdr: 2411.02481, the log-ratio of a strong and a weak model as a reward, nothing trained =====
@@ -1480,6 +1524,19 @@ def routing_table(curves):
     return "\n  ".join(lines)
 
 
+def curves_of(priorities, right, judged, ood, g):
+    """routing_curve of each priority, over all pairs and those of another kind; at random, too."""
+    out = {}
+    for name, x in priorities.items():
+        other = routing_curve(x[ood], right[ood], judged[ood])
+        out[name] = routing_curve(x, right, judged) | {f"ood_{k}": v for k, v in other.items()}
+    draws = [routing_curve(torch.rand(len(right), generator=g), right, judged) for _ in range(20)]
+    out["random"] = {}
+    for k in draws[0]:
+        out["random"][k] = statistics.fmean(d[k] for d in draws)
+    return out
+
+
 # === route, router, big_router: 2510.20369, ask a dear judge where the cheap one is uncertain =====
 
 def route(S, U, judge, threshold=0.0, budget=None, logit=2.0):
@@ -1536,59 +1593,36 @@ def classifier(width, seed, name, *, sigma, sn, base, rows, c, run):
     return pm
 
 
-def save_classifier(folder, pm, tok):
-    """The body as a language model, and beside it what the classifier adds."""
-    save(pm.body, tok, folder)
+def save_classifier(folder, pm, tok, settings):
+    """The body as a reward model with a head of zeros, since it scores no response alone; beside
+    it what the classifier adds, its settings, and the ids that part a pair."""
+    save(ScalarModel.from_lm(pm.body), tok, folder)
     own = {k: x.contiguous() for k, x in pm.state_dict().items() if not k.startswith("body.")}
-    save_file(own, folder / "pair.safetensors")
+    marks = torch.tensor([*tok.encode("AB"), tok.eos])
+    save_file(own | dict(settings=torch.tensor(settings, dtype=torch.float64), marks=marks),
+              folder / "pair.safetensors")
 
 
-def curves_of(priorities, right, judged, ood, g):
-    """routing_curve of each priority, over all pairs and those of another kind; at random, too."""
-    out = {}
-    for name, x in priorities.items():
-        other = routing_curve(x[ood], right[ood], judged[ood])
-        out[name] = routing_curve(x, right, judged) | {f"ood_{k}": v for k, v in other.items()}
-    draws = [routing_curve(torch.rand(len(right), generator=g), right, judged) for _ in range(20)]
-    out["random"] = {}
-    for k in draws[0]:
-        out["random"][k] = statistics.fmean(d[k] for d in draws)
-    return out
+def routed(pm, tok, c, run, settings, rivals=()):
+    """What asking a strong judge is worth on pairs of rules seen (id), unseen (ood), both (mix).
 
-
-def router(c, run, base, rows, *, features: Count = 1024, ridge: Positive = 30.0,
-           lam: Positive = 10.0, sn=True, judge_error: Share = 0.1, rivals=3):
-    """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen
-    in kind.
-
-    Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five
-    (mix). rivals: plain classifiers whose spread is another uncertainty. ridge, the kernel's width:
-    ours, for this size."""
-    pairs = partial(base.world.pairs, mixture=prefs.ROUTING, min_gap=0.05)
+    settings: ridge, lam, the judge's error; rivals: classifiers whose spread is an uncertainty."""
+    world, (ridge, lam, error) = prefs.ToyIF(), settings
+    pairs = partial(world.pairs, mixture=prefs.ROUTING, min_gap=0.05)
     tests = dict(id=pairs(600, seed=c.seed, split="val", heads="FLH"),
                  ood=pairs(600, seed=c.seed, split="base", heads="N#", rules=(1,)),
                  mix=pairs(600, seed=c.seed, split="val", rules=(2,)))
-    train = []
-    for r in pairs(rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH"):
-        for a, b in (("chosen", "rejected"), ("rejected", "chosen")):
-            train.append(dict(pair=pair_ids(base.tok, r["prompt"], r[a], r[b]),
-                              label=float(a == "chosen"), strength=float(r["strength"])))
-    make = partial(classifier, sigma=kernel_width(base.policy, train, base.pad, c), sn=sn,
-                   base=base, rows=train, c=c, run=run)
-    pm = make(features, c.seed, "pm")
-    run.put("pm", partial(save_classifier, pm=pm, tok=base.tok))
     triples = [(r["prompt"], r["chosen"], r["rejected"]) for some in tests.values() for r in some]
     where = torch.tensor([i for i, some in enumerate(tests.values()) for _ in some])
-    score, u = both_orders(pm, base.tok, triples, c, ridge=ridge, lam=lam)
-    right, judge = (score > 0).float(), prefs.StrongJudge(base.world, judge_error)
+    score, u = both_orders(pm, tok, triples, c, ridge=ridge, lam=lam)
+    right, judge = (score > 0).float(), prefs.StrongJudge(world, error)
     judged = torch.tensor([{1: 1.0, 2: 0.0, 0: 0.5}[judge.judge(*t)] for t in triples])
     g = torch.Generator().manual_seed(c.seed)
     priorities = {name: fn(score, u, right < 1) for name, fn in ROUTERS.items()}
     priorities["shuffled"] = u[torch.randperm(len(u), generator=g)]
     if rivals:
-        others = [make(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
-        priorities["ensemble"] = torch.stack([both_orders(m, base.tok, triples, c)[0]
-                                         for m in others]).std(0)
+        spread = [both_orders(m, tok, triples, c)[0] for m in rivals]
+        priorities["ensemble"] = torch.stack(spread).std(0)
     curves = curves_of(priorities, right, judged, where == 1, g)
     run.say(routing_table(curves))
     out = {f"{name}|{k}": x for name, row in curves.items() for k, x in row.items()}
@@ -1599,6 +1633,36 @@ def router(c, run, base, rows, *, features: Count = 1024, ridge: Positive = 30.0
         judge_calls=judge.calls))
 
 
+def examine_pairs(model, own, tok, c, run):
+    """--eval of what router() has left: its numbers, but for those of the rivals."""
+    settings, _ = own.pop("settings").tolist(), own.pop("marks")
+    pm = PairModel(model.model, len(own["W"]), sn="pool.weight" in own)
+    pm.load_state_dict(own | {f"body.{k}": x for k, x in model.model.state_dict().items()})
+    return routed(pm.to(c.device).requires_grad_(False), tok, c, run, settings)
+
+
+def router(c, run, base, rows, *, features: Count = 1024, ridge: Positive = 30.0,
+           lam: Positive = 10.0, sn=True, judge_error: Share = 0.1, rivals=3):
+    """Ask a strong judge where the reward model is uncertain (2510.20369), on pairs seen and unseen
+    in kind.
+
+    Trained on rules F, L, H; tested on those (id), on N and # alone (ood), on two of all five
+    (mix). rivals: plain classifiers whose spread is another uncertainty. ridge, the kernel's width:
+    ours, for this size."""
+    train = []
+    for r in base.world.pairs(rows or 8000, seed=1000 + c.seed, noise=0.05, heads="FLH",
+                              mixture=prefs.ROUTING, min_gap=0.05):
+        for a, b in (("chosen", "rejected"), ("rejected", "chosen")):
+            train.append(dict(pair=pair_ids(base.tok, r["prompt"], r[a], r[b]),
+                              label=float(a == "chosen"), strength=float(r["strength"])))
+    make = partial(classifier, sigma=kernel_width(base.policy, train, base.pad, c), sn=sn,
+                   base=base, rows=train, c=c, run=run)
+    pm, settings = make(features, c.seed, "pm"), (ridge, lam, judge_error)
+    run.put("pm", partial(save_classifier, pm=pm, tok=base.tok, settings=settings))
+    others = [make(0, 10 * c.seed + i + 1, f"rival {i}") for i in range(rivals)]
+    return routed(pm, base.tok, c, run, settings, others)
+
+
 def check_router(c, f):
     """One rival has no spread."""
     if f.recipe.keywords["rivals"] == 1:
@@ -1606,6 +1670,7 @@ def check_router(c, f):
 
 
 RECIPES["router"], WORLDS_OF["router"], CHECKS["router"] = router, ("toyif",), check_router
+EXAMINE["pair.safetensors"], OF_PAIRS["pair.safetensors"] = examine_pairs, "toyif"
 PRESETS["router"] = dict(recipe="router", **TOYIF, epochs=4.0)
 PRESETS["big_router"] = dict(rows=16000, epochs=3.0, warmup=100, rivals=0)       # the claim's
 

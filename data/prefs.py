@@ -422,16 +422,22 @@ class Ring:
         columns = zip(*(self.attributes(p, y) for p, *pair in reference(self) for y in pair))
         return [sorted(column) for column in columns]
 
+    @cached_property
+    def golds(self):
+        """The sorted gold rewards of the same responses."""
+        return sorted(self.judge(p, y)["gold"] for p, *pair in reference(self) for y in pair)
+
     def ratings(self, prompt, response):
         """Five ints 0 .. 4, one for each of ATTRIBUTES: the fifth of the demonstrator's responses
         it is in.
 
         Equal values, of which coverage has many, stand where their middle one does.
         """
-        rated = zip(self.columns, self.attributes(prompt, response))
-        ranks = ((bisect_left(column, x) + bisect_right(column, x)) / 2 / len(column)
-                 for column, x in rated)
-        return [min(4, int(5 * rank)) for rank in ranks]
+        return [fifth(*x) for x in zip(self.columns, self.attributes(prompt, response))]
+
+    def helpfulness(self, prompt, response):
+        """One int 0 .. 4: the fifth of the demonstrator's responses that its gold reward is in."""
+        return [fifth(self.golds, self.judge(prompt, response)["gold"])]
 
     def duel(self, prompt, a, b, cycle=0.0, a_finished=True, b_finished=True):
         """P(a is preferred) = sigma(gold a - gold b + cycle rps): Bradley-Terry at 0, else
@@ -475,6 +481,12 @@ def reference(world):
     rng = random.Random(f"{world.name}/reference")
     prompts = (world.sample(rng)["prompt"] for _ in range(1000))
     return [(p, world.draw(p, rng), world.draw(p, rng)) for p in prompts]
+
+
+def fifth(column, x):
+    """The fifth of a sorted column that x is in, 0 .. 4; equal values where their middle one is."""
+    rank = (bisect_left(column, x) + bisect_right(column, x)) / 2 / len(column)
+    return min(4, int(5 * rank))
 
 
 def terciles(world):

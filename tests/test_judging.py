@@ -10,8 +10,9 @@ from conftest import close, rand
 
 import reward
 from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
-from data.stats import accuracy, auroc, best_of_n, bon_kl, ranks, spearman
-from reward import (PENALTIES, ROUTERS, assign, attacks, draw_evaluation, ece, examine,
+from data.stats import (accuracy, auroc, best_of_n, bon_kl, explained_variance, rank_correlation,
+                        ranks, spearman)
+from reward import (PENALTIES, ROUTERS, assign, attacks, best_ridge, draw_evaluation, ece, examine,
                     expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
                     null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
                     ridge_weights, right_sign, rloo, route, routing_curve, routing_table, study,
@@ -241,6 +242,17 @@ def test_the_rubric_as_json():
     assert json_rubric(["short"], [1.0]) == rubric
 
 
+def test_the_ridge_that_a_fifth_of_the_rows_likes_best():
+    X, noise = rand(60, 8), rand(60, 2, seed=1)
+    Y = X @ rand(8, 2, seed=2) + 3 * noise
+    W, alpha = best_ridge(X, Y)
+    held = torch.arange(60) % 5 == 0
+    errors = {a: (X[held] @ ridge_weights(X[~held], Y[~held], a).T - Y[held]).square().mean().item()
+              for a in (10.0 ** e for e in range(-4, 5))}
+    assert alpha == min(errors, key=errors.get) and 1e-4 < alpha < 1e4
+    assert close(W, ridge_weights(X, Y, alpha), 1e-5)
+
+
 # --- ratings and annotators -----------------------------------------------------------------------
 
 
@@ -336,6 +348,22 @@ def test_ranks_and_spearman_by_hand():
     x = rand(30)
     assert spearman(x, x ** 3) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
     assert spearman(x, torch.ones(30)) == 0
+
+
+def test_a_critic_is_measured_on_the_mask():
+    """returns 1 3 (variance 1), values off by -.5 1 (variance .5625); what is masked does not
+    count"""
+    returns, values = T([[1., 3, 50]]), T([[1.5, 2, -70]])
+    assert explained_variance(values, returns, T([[1., 1, 0]])) == pytest.approx(.4375)
+
+
+def test_rank_correlation_within_rows():
+    """1, -1 and a row that does not vary: the mean of the first two, not of all three"""
+    a, b = T([[1., 2, 3], [1, 2, 3], [5, 5, 5], [1, 2, 3]]), T([[1., 5, 9], [9, 5, 1], [1, 2, 3],
+                                                              [1, 3, 2]])
+    assert rank_correlation(a, b) == pytest.approx((1 - 1 + .5) / 3)
+    assert rank_correlation(b, a) == rank_correlation(a, b)
+    assert rank_correlation(a[2:3], b[2:3]) == 0
 
 
 # --- best of n and over-optimisation (2210.10760, 2310.02743) -------------------------------------
@@ -519,6 +547,86 @@ def test_a_reward_for_length_is_seen_through(split):
     assert down[0]["proxy"] < down[-1]["proxy"]                  # the proxy rises while gold falls
 
 
+def odd_score(x, y):
+    """A reward of ids without sense, so that whatever is exchanged shows."""
+    return math.sin(sum((i + 1) * t for i, t in enumerate([*x, 99, *y])))
+
+
+def test_a_study_by_hand():
+    """EOS where a sample ended; gold of its text and of whether it did; both within a prompt"""
+    asked, drawn = [], []
+
+    def score(rows):
+        asked.extend(rows)
+        return T([odd_score(*row) for row in rows])
+
+    def sample(problems, n, seed):
+        drawn.append((problems, n, seed, *demonstrators(problems, n, seed)))
+        return drawn[0][3:]
+    numbers, curve = study(score, sample, WORLD, TOK, "ood", 5, prompts=3, n=32)
+    problems, n, seed, ys, done = drawn[0]
+    assert problems == WORLD.problems("ood", 3, 5) and (n, seed) == (32, 6)
+    proxy, gold, length = [], [], []
+    for i, (y, d) in enumerate(zip(ys, done)):
+        x = TOK.prompt(problems[i // 32]["prompt"])
+        row = (x, [*y, TOK.eos] if d else y)
+        assert asked[i] == row
+        proxy.append(odd_score(*row))
+        gold.append(WORLD.judge(problems[i // 32]["prompt"], TOK.decode(y), d)["gold"])
+        length.append(float(len(row[1])))
+    proxy, gold = T(proxy), T(gold)
+    within = [spearman(p, g) for p, g in zip(proxy.view(3, 32), gold.view(3, 32))]
+    assert numbers["spearman"] == pytest.approx(sum(within) / 3)
+    assert numbers["length_spearman"] == pytest.approx(spearman(proxy, T(length)))
+    assert numbers["sft_gold"] == pytest.approx(gold.mean().item())
+    z = ((proxy - proxy.mean()) / proxy.std()).view(3, 32)
+    for p in curve:
+        assert p["proxy"] == pytest.approx(best_of_n(z, z, p["n"]).mean().item(), abs=1e-5)
+        assert p["gold"] == pytest.approx(best_of_n(z, gold.view(3, 32), p["n"]).mean().item(),
+                                          abs=1e-5)
+
+
+def test_the_attacks_by_hand(monkeypatch):
+    """the null response, sought on some prompts, against samples of others; the last token said
+    four times more, where there is one and the sample ended"""
+    found, drawn = [], []
+
+    def search(of, ids, seed):
+        assert set(ids) == set(range(TOK.vocab_size)) - set(TOK.hidden) and seed == 3
+        found.append(of([A, A]))
+        return [A, A, A]
+    monkeypatch.setattr(reward, "null_attack", search)
+
+    def sample(problems, n, seed):
+        drawn.append((problems, n, seed, *demonstrators(problems, n, seed)))
+        drawn[0][3][0] = []                                      # an empty one
+        return drawn[0][3:]
+
+    def score(rows):
+        return T([odd_score(*row) for row in rows])
+    out, text = attacks(score, sample, WORLD, TOK, 3, search=5, test=40)
+    problems = WORLD.problems("val", 45, 10)
+    held, n, seed, ys, done = drawn[0]
+    assert text == "aaa" and held == problems[5:] and (n, seed) == (1, 11)
+    sought = [odd_score(TOK.prompt(p["prompt"]), [A, A, TOK.eos]) for p in problems[:5]]
+    assert found == [pytest.approx(sum(sought) / 5, abs=1e-5)]
+    wins = dict(null_wins=[], null_wins_gold=[], padding_wins=[], padding_wins_gold=[])
+
+    def gold(p, y, d):
+        return WORLD.judge(p["prompt"], TOK.decode(y), d)["gold"]
+    for p, y, d in zip(held, ys, done):
+        x, end = TOK.prompt(p["prompt"]), [*y, TOK.eos] if d else y
+        wins["null_wins"].append((odd_score(x, [A, A, A, TOK.eos]), odd_score(x, end)))
+        wins["null_wins_gold"].append((gold(p, [A, A, A], True), gold(p, y, d)))
+        if y and d:
+            long = [*y, *[y[-1]] * 4]
+            wins["padding_wins"].append((odd_score(x, [*long, TOK.eos]), odd_score(x, end)))
+            wins["padding_wins_gold"].append((gold(p, long, d), gold(p, y, d)))
+    for key, rows in wins.items():
+        a, b = T(rows).T
+        assert out[key] == pytest.approx(accuracy(a, b), abs=1e-6) and 0 < out[key] < 1
+
+
 def test_a_constant_reward_tells_nothing():
     numbers, _ = study(lambda rows: 0 * length_reward(rows), demonstrators, WORLD, TOK, "val", 0,
                        prompts=2, n=32)
@@ -560,11 +668,31 @@ def test_the_evaluation_says_and_draws(tmp_path, monkeypatch):
     assert out["ood_spearman"] == pytest.approx(1) and (tmp_path / "eval.png").exists()
     assert {"null_wins", "padding_wins", "val_bon8_gold", "ood_bon32_gold", "val_ece"} <= out.keys()
     assert "chance: accuracy 0.5" in said[0] and any("best of n" in line for line in said)
+    text = " ".join("\n".join(said).split())
+    for words in (f"within a prompt {out['val_spearman']:.2f} (ood {out['ood_spearman']:.2f}), "
+                  f"with length {out['val_length_spearman']:.2f}",
+                  f"beats {out['null_wins']:.0%} of SFT samples by this reward, "
+                  f"{out['null_wins_gold']:.0%} by gold",
+                  f"this reward in {out['padding_wins']:.0%} of samples, gold in "
+                  f"{out['padding_wins_gold']:.0%}"):
+        assert words in text
 
 
-def test_pairs_of_a_file_are_evaluated_without_a_world(tmp_path):
+def test_pairs_of_a_file_are_evaluated_without_a_world(tmp_path, monkeypatch):
     rows = [dict(prompt=CIRCLE[i], chosen="aaa", rejected="b" * (i + 1)) for i in range(8)]
     sets, path = dict(val=encode_pairs(rows, TOK, 64)), tmp_path / "eval.png"
+    drawn = []
+    monkeypatch.setattr(reward, "draw_evaluation",
+                        lambda *a: drawn.append(a) or draw_evaluation(*a))
+    two = sets | dict(ood=sets["val"][:3])
+    both = examine(length_reward, None, None, TOK, two, 0, lambda line: None, path)
+    assert both["accuracy"] == pytest.approx((2.5 / 8 + 2.5 / 3) / 2)
+    _, conf, right, table, _ = drawn.pop()
+    p = torch.sigmoid(T([float(3 - i) for i in [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]]))
+    assert close(conf, torch.maximum(p, 1 - p)) and right.tolist() == [1, 1] + [0] * 6 + [1, 1, 0]
+    shares = dict(table)
+    assert [shares["val"], shares["ood"]] == pytest.approx([2.5 / 8, 2.5 / 3])
+    assert both["ood_ece"] == pytest.approx(ece(conf[8:], right[8:]))
     out = examine(length_reward, None, None, TOK, sets, 0, lambda line: None, path)
     assert out["val_accuracy"] == pytest.approx(2.5 / 8)
     assert out["val_longer_is_worse_accuracy"] == 0

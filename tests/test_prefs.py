@@ -3,17 +3,20 @@ pairs."""
 import json
 import os
 import random
+import statistics
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data import prefs
 from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE,
-                        REF,
-                        ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited, good,
-                        judge_text,
-                        keep_consistent, label_pairs, load_pairs, parse, parse_ring, parse_winner,
-                        rand, ring_tokenizer, rubric_recall, teacher_rubric, tokenizer, true_rubric)
+                        REF, ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited,
+                        encode_labels, encode_pairs, fifth, good, judge_examples, judge_text,
+                        keep_consistent, label_pairs, load_labels, load_pairs, pair_sets, parse,
+                        parse_ring, parse_winner, question, rand, reference, ring_tokenizer,
+                        rubric_pairs, rubric_recall, rubric_tests, subsets, teacher_rubric,
+                        tokenizer, true_rubric)
 from data.run import UserError
 
 WORLD, RING = ToyIF(), Ring()
@@ -300,6 +303,19 @@ def test_ratings_are_fifths_of_the_demonstrator():
     assert RING.ratings(".abef=", "abef") == Ring().ratings(".abef=", "abef") == [4, 4, 4, 4, 0]
 
 
+def test_helpfulness_is_the_fifth_of_gold():
+    """by a reference of its own: the share of 2,000 demonstrator responses with less gold"""
+    golds = [RING.judge(p, y)["gold"] for p, *two in reference(RING) for y in two]
+    assert len(golds) == 2000
+    for p in RING.problems("val", 40):
+        y = RING.demo(p)
+        gold = RING.reward(p, y)
+        share = statistics.fmean((x < gold) + .5 * (x == gold) for x in golds)
+        assert RING.helpfulness(p["prompt"], y) == [min(4, int(5 * share))]
+    assert [fifth([1, 2, 3, 4, 5], x) for x in (0, 1, 3, 5, 9)] == [0, 0, 2, 4, 4]
+    assert fifth([0, 0, 0, 0, 1], 0) == 2                        # where their middle one is
+
+
 def test_duels_are_antisymmetric_and_may_cycle():
     a, b, c, d = "aei", "bfj", "cgk", "dhl"                     # of classes 0, 1, 2, 3 alone
     sides = [a, b, c, d, "", "ab", "-", "abefcgk"]
@@ -540,6 +556,73 @@ def test_the_filter_reads_the_label_and_not_its_place():
     assert kept[0] == kept[1] and 0 < len(kept[0]) < 300
 
 
+# --- rubrics as training data ---------------------------------------------------------------------
+
+def longer(row, side):
+    other = dict(chosen="rejected", rejected="chosen")[side]
+    return len(row[side]) > len(row[other])
+
+
+def test_some_labels_prefer_what_is_longer():
+    """a fifth of the pairs whose worse response is longer is turned, with its margin"""
+    clean, biased = (rubric_pairs(1200, 3, verbose) for verbose in (0.0, 0.2))
+    turned = 0
+    for r, other in zip(clean, biased):
+        assert r["margin"] > 0.05
+        if r != other:
+            assert (other["chosen"], other["rejected"]) == (r["rejected"], r["chosen"])
+            assert longer(other, "chosen") and other["margin"] == -r["margin"]
+            turned += 1
+    worse = sum(longer(r, "rejected") for r in clean)
+    assert worse > 200 and turned / worse == pytest.approx(0.2, abs=0.06)
+    assert all(longer(r, "chosen") for r, x in zip(rubric_pairs(300, 3, 1.0), clean)
+               if longer(x, "rejected"))
+
+
+def test_tests_of_rubrics_are_labelled_by_gold():
+    tests = rubric_tests(1, 60)
+    assert {k: len(v) for k, v in tests.items()} == dict(id=60, k3=60, verbose=60)
+    for name, rows in tests.items():
+        for r in rows:
+            assert WORLD.reward(r, r["chosen"]) - WORLD.reward(r, r["rejected"]) > 0.05
+            rules = parse(r["prompt"])[1]
+            assert (len(rules) == 3) == (name == "k3")
+            if name == "verbose":
+                assert longer(r, "rejected") and WORLD.judge(r["prompt"], r["rejected"])["hard"] < 1
+    train = {canonical(r["prompt"]) for r in rubric_pairs(400, 1)}
+    assert not train & {canonical(r["prompt"]) for r in tests["id"] + tests["verbose"]}
+
+
+def test_what_a_judge_reads_and_says():
+    """A and B by a coin; the label's winner, or what the rubric comes to, kept if they agree"""
+    pair = dict(prompt="<Fc=", chosen="cd", rejected="ab")
+    assert question(pair, "FcPm/") == "<Fc=FcPm/AcdBab?"
+    assert question(pair, "", "B") == "<Fc=AabBcd?"
+    rows = rubric_pairs(150, 2)
+    texts, none = judge_examples(rows, 2, rubrics=False)
+    assert none == [] and len(texts) == 150
+    for r, (asked, said) in zip(rows, texts):
+        assert asked == question(r, "", "A" if said == "(" else "B")
+    assert 50 < sum(said == "(" for _, said in texts) < 100
+    every, wrote = judge_examples(rows, 2, consistent=False)
+    kept, fewer = judge_examples(rows, 2)
+    assert len(every) == len(wrote) == 150 > len(kept) == len(fewer) > 75
+    right = []
+    for r, (asked, said), (prompt, rubric) in zip(rows, every, wrote):
+        first = "A" if asked == question(r, rubric, "A") else "B"
+        assert prompt == r["prompt"] and asked == question(r, rubric, first)
+        a, b = (r["chosen"], r["rejected"]) if first == "A" else (r["rejected"], r["chosen"])
+        verdicts = judge_text(prompt, rubric, a, b, random.Random(0), error=0.0)[0][:-1]
+        differ = sum(x != y for x, y in zip(verdicts, said[:-1]))
+        assert len(verdicts) == len(said) - 1 and differ <= 3
+        if parse_winner(said) == first:
+            right.append((asked, said))
+    assert right == kept and all(x in wrote for x in fewer)
+    blind = judge_examples(rows, 2, contrast=False, consistent=False)[1]
+    good = [statistics.fmean(rubric_recall(*x)[2] for x in some) for some in (wrote, blind)]
+    assert good[0] > good[1] + .1                                # contrast finds the principle
+
+
 # --- files of pairs -------------------------------------------------------------------------------
 
 def write(path, rows):
@@ -603,3 +686,80 @@ def test_real_solutions():
     val, _ = load_pairs(path, "val")
     assert len(train) > 1500 and len(val) > 50 and sum(dropped.values()) < 20
     assert not {p["prompt"] for p in train} & {p["prompt"] for p in val}
+
+
+def test_pairs_as_ids():
+    """EOS where a response has ended; what is too long by its longer side, equal, empty or not
+    finite is left out; the row's own numbers stay"""
+    tok = tokenizer()
+    row = dict(prompt="<Fc=", chosen="cde", rejected="ab", chosen_finished=True,
+               rejected_finished=False, margin=0.5, strength=3, tie=True)
+    (got,) = encode_pairs([row], tok, 9)
+    assert got["prompt"] == tok.prompt("<Fc=") and got["text"] == row
+    assert got["chosen"] == [*tok.encode("cde"), tok.eos] and got["rejected"] == tok.encode("ab")
+    assert (got["strength"], got["tie"], got["margin"]) == (3, True, 0.5)
+    plain = dict(prompt="<Fc=", chosen="cde", rejected="ab")
+    (got,) = encode_pairs([plain], tok, 9)
+    assert got["rejected"][-1] == tok.eos and (got["strength"], got["tie"]) == (1.0, 0.0)
+    assert len(got["prompt"]) + len(got["chosen"]) == 9          # it just fits
+    other = dict(plain, chosen="ab", rejected="cde")
+    bad = [plain, other, dict(plain, chosen="ab"), dict(plain, rejected=" "),
+           dict(plain, margin=float("nan")), dict(plain, strength=float("inf"))]
+    with pytest.raises(UserError, match="no pair is left"):
+        encode_pairs(bad, tok, 8)
+    assert len(encode_pairs(bad, tok, 9)) == 2
+
+
+def test_subsets_by_what_is_hard():
+    rows = [dict(chosen="a", rejected="aa", margin=0.1),
+            dict(chosen="aa", rejected="a", margin=-0.2),
+            dict(chosen="aa", rejected="aa", margin=0.3),
+            dict(chosen="a", rejected="aaa", margin=1)]
+    got = {k: [rows.index(r) for r in v] for k, v in subsets("val", rows).items()}
+    assert got == {"val": [0, 1, 2, 3], "val small gap": [0, 1], "val large gap": [2, 3],
+                   "val longer is worse": [0, 3], "val shorter is worse": [1]}
+    assert [*subsets("x", [dict(chosen="a", rejected="bb")])] == ["x", "x longer is worse"]
+
+
+def test_pair_sets_of_a_world(tmp_path, monkeypatch):
+    """training labels have noise and ties, held-out ones are gold's; seeds apart"""
+    def drawn(self, n, seed=0, split="train", noise=0.0, keep_ties=False):
+        return [(self.name, n, seed, split, noise, keep_ties)]
+    for cls in (ToyIF, Ring):
+        monkeypatch.setattr(cls, "pairs", drawn)
+    for name in ("toyif", "ring"):
+        held = {x: [(name, 600, 5, x, 0.0, False)] for x in ("val", "ood")}
+        assert pair_sets(name, 20, 0.3, 5, ties=True) == (
+            [(name, 20, 1005, "train", 0.3, True)], held)
+        assert pair_sets(name)[0] == [(name, 4000, 1000, "train", 0.0, False)]
+    monkeypatch.setattr(prefs, "rubric_pairs", lambda n, seed: (n, seed))
+    monkeypatch.setattr(prefs, "rubric_tests", lambda seed: seed)
+    assert pair_sets("rubrics", seed=5) == ((5600, 1005), 5)
+    rows = [dict(prompt=f"p{i}", chosen="good", rejected="bad") for i in range(64)]
+    path = str(write(tmp_path / "pairs.jsonl", rows))
+    train, held = pair_sets(path, 9)
+    val = load_pairs(path, "val")[0]
+    assert len(train) == 9 and held == dict(val=val) and val
+    whole = pair_sets(path, whole=True)[1]
+    assert sorted(map(str, whole["all"])) == sorted(map(str, rows)) and whole["val"] == val
+
+
+def test_labelled_responses_as_ids(tmp_path):
+    """true and false keep their side; model solutions are right or wrong; pairs are none"""
+    tok = tokenizer()
+    rows = [dict(prompt="<Fc=", completion=y, label=label)
+            for y, label in (("c", True), ("ab", 0), ("ab", False), (" ", 1))]
+    got = load_labels(write(tmp_path / "l.jsonl", rows)) + load_labels(tmp_path / "l.jsonl", "val")
+    assert got == [dict(prompt="<Fc=", completion="c", label=True),
+                   dict(prompt="<Fc=", completion="ab", label=False)]
+    ids = encode_labels(got, tok, 8)
+    assert [x["good"] for x in ids] == [1.0, 0.0] and ids[0]["text"] == got[0]
+    assert ids[1]["sides"] == [[*tok.encode("ab"), tok.eos]]
+    assert ids[1]["prompt"] == tok.prompt("<Fc=") and len(encode_labels(got, tok, 7)) == 1
+    models = dict(question="q", ground_truth="g", a=dict(is_correct=True, solution="1"),
+                  b=dict(is_correct=False, solution="2"))
+    path = write(tmp_path / "s.jsonl", [models])
+    found = load_labels(path) + load_labels(path, "val")
+    assert [(x["completion"], x["label"]) for x in found] == [("1", True), ("2", False)]
+    pairs = write(tmp_path / "p.jsonl", [dict(prompt="p", chosen="a", rejected="b")])
+    assert load_labels(pairs) == []

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DATA_DIR, close, merged, rand
+from reward_runs import METHODS, quick, ran, runs, tiny
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
+from wiring import catch
 
 import claims
 import data.run
 import ppo
 import reward
 import sft
-from data import prefs, tasks
 from data.prefs import Ring, ToyIF, encode_pairs, load_pairs, ring_tokenizer
 from data.run import UserError, checkpoint, claims_of, headings, needs, read_log
 from data.tokenizer import Tokenizer
@@ -591,7 +592,7 @@ def test_scores_are_those_of_each_sequence_alone():
 def test_scores_stay_float32_where_matmuls_are_bfloat16(loss, name):
     """the default on CUDA: a gap of .01 between scores near 5 would be rounded away"""
     model = new_rater(small_lm(), 0)
-    rows = rated(pairs(6), WORLD) if loss is regression else pairs(6)
+    rows = rated(pairs(6), WORLD.ratings) if loss is regression else pairs(6)
     torch.nn.init.normal_(model.ratings.weight, generator=torch.Generator().manual_seed(0))
     if loss is preference:
         model = pair_model(sigma=.5)
@@ -623,7 +624,7 @@ def test_likelihoods_are_those_of_each_sequence_alone():
 
 
 def test_ratings_come_from_the_raters_heads():
-    model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD)
+    model, rows = new_rater(small_lm(), 0), rated(pairs(6), WORLD.ratings)
     assert given(model, rows, regression)["predicted"].abs().max() == 0        # zero heads at first
     torch.nn.init.normal_(model.ratings.weight)
     have = given(model, rows, regression)
@@ -697,7 +698,7 @@ def test_micro_does_not_change_the_result(loss):
         model = small_lm()
         rows = [r | dict(answer=r["chosen"], ranks=[2., 1], identifier_ids=[5, 6]) for r in rows]
     if loss == "regression":
-        model, rows = new_rater(small_lm(), 0), rated(rows, WORLD)
+        model, rows = new_rater(small_lm(), 0), rated(rows, WORLD.ratings)
         rows = [r | dict(ratings=r["ratings"][:i % 5] + [NAN] * (5 - i % 5))
                 for i, r in enumerate(rows)]
     if loss == "preference":
@@ -747,66 +748,12 @@ def test_adversarial_pairs_prefer_sft_samples_and_repeat_nothing():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-ARMS = {"bt_rubrics", "big_router", "filler_style", "direct_style", "bt_style"}    # of claims
-METHODS = sorted({"bt", *RECIPES, *LOSSES, *(p for p in PRESETS if p not in ARMS)}
-                 - {"ring", "toyif", "tiny"})                    # worlds, and the size
-SIZES = dict(
-    advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32",
-    polar="--pretrain 64 --labels 32",
-    overopt="--members 2 --rl_steps 2 --samples 512 --prompts 2", router="--features 64 --rivals 2",
-    maxmin="--rounds 1", thinkrm="--votes 2 --rl_steps 2", rmr1="--votes 2 --rl_steps 2",
-    rubrics="--votes 2",
-    ensemble="--members 2", armo="--gate_steps 5")
-
-
-@pytest.fixture
-def quick(shared_bases, monkeypatch):
-    """Bases that last for the session, and an evaluation of a few samples, without pictures."""
-    for module, name, small in (
-            (reward, "study", dict(prompts=4, n=32)), (reward, "attacks", dict(search=4, test=8)),
-            (reward, "null_attack", dict(iterations=5)), (prefs, "rubric_tests", dict(n=40))):
-        monkeypatch.setattr(module, name, partial(getattr(module, name), **small))
-    for module, name in ((reward, "draw_evaluation"), (data.run, "draw")):
-        monkeypatch.setattr(module, name, lambda *a: None)
-
-    def few(cls, name, most=64):
-        real = getattr(cls, name)
-        monkeypatch.setattr(cls, name, lambda self, *a, **k: real(
-            self, *(min(x, most) if type(x) is int else x for x in a), **k))
-    for cls in (Ring, ToyIF, prefs.Checks, tasks.ParityJudge):
-        few(cls, "problems")
-    few(Ring, "pairs")
-    few(ToyIF, "pairs")
-    base = sft.base  # polar's early checkpoints: 5 and 15 steps
-    monkeypatch.setattr(sft, "base", lambda *a, steps=0, **k: base(*a, **k | (
-        dict(steps=steps // 10) if steps else {})))
-
-
-def tiny(config, out, *extra):
-    sizes = "" if "bt_rubrics" in config else SIZES.get(config.split(",")[0], "")
-    rows = [] if config == "polar" else ["--rows", "64"]         # it has two numbers of its own
-    return reward.main(merged("--config", f"{config},tiny", *rows, "--out", out, *sizes.split(),
-                              *extra))
-
-
 def weights(folder):
     return load(folder)[0].state_dict()
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-RAN = {}
-
-
-def ran(config, *extra):
-    """The result of a tiny run, made once, and its folder: beside the bases, where every test finds
-    it."""
-    folder = os.path.join(os.path.realpath("out/sft"),
-                          re.sub(r"\W+", "-", " ".join(["ran", config, *extra])))
-    RAN[folder] = RAN.get(folder) or tiny(config, folder, *extra)
-    return RAN[folder], folder
 
 
 SAID = dict(                     # one number of each recipe's result
@@ -820,7 +767,7 @@ LEFT = dict(  # a checkpoint of those that leave none in step folders of their o
     maxmin="round-0-group-1",
     overopt="member-1", router="pm", rubrics="judge", thinkrm="rl", rmr1="rl", judge_lora="judge",
     first="judge", advrm="more_gold-1")
-LANGUAGE = {"arm", "cdr", "router", "rubrics", "thinkrm", "rmr1", "judge_lora", "first"}
+LANGUAGE = {"arm", "cdr", "rubrics", "thinkrm", "rmr1", "judge_lora", "first"}
 
 
 @pytest.mark.parametrize("config", METHODS)
@@ -835,7 +782,6 @@ def test_every_preset_runs(config, quick):
 
 
 @pytest.mark.parametrize("config, extra, key", [
-    ("thinkrm", "--style filler --rl_steps 0", "accuracy_greedy"),
     ("cdr,toyif", "", "ood_spearman"), ("router", "--sn false --rivals 0", "u_auroc")])
 def test_other_ways_to_run_them(config, extra, key, quick):
     out, _ = ran(config, *extra.split())
@@ -920,17 +866,19 @@ def test_every_run_has_its_curve(config, quick, tmp_path):
     assert (tmp_path / "curve.png").exists()
 
 
-def test_an_ensemble_of_one_is_its_member(quick):
+def test_an_ensemble_of_one_is_its_member(quick, monkeypatch):
     """uwo and mean of one standardised member order all pairs alike"""
+    calls = catch(monkeypatch, reward, "combined")
     one, same = (tiny("ensemble", f"one-{how}", "--members", "1", "--aggregate", how)
                  for how in ("uwo", "mean"))
     assert one == same
+    assert [getattr(x.aggregate, "func", x.aggregate) for x in calls["combined"]] == [uwo, mean]
 
 
 PAIRS = Ring.pairs               # as they are: quick makes fewer
 
 
-@pytest.mark.parametrize("seed, noise", [(0, 0.0), (1, 0.0), (2, 1.0)])
+@pytest.mark.parametrize("seed, noise", [(0, 0.0), (2, 1.0)])
 def test_a_reward_model_learns_its_labels(seed, noise, shared_bases):
     """60 steps on Ring: above .6 on pairs it has not seen; with every label flipped, below .4"""
     body, tok = load(sft.base("ring", like="tiny"))
@@ -1067,13 +1015,71 @@ def test_transformers_opens_a_trained_reward_model(quick):
             assert close(theirs(ids).logits[0], sequence_score(ours, ids, T([ids.size(1)])), 1e-4)
 
 
-@pytest.mark.parametrize("world", ["ring", "toyif"])
-def test_ppo_takes_steps_against_it(world, quick):
-    folder = ran("bt" if world == "ring" else "toyif")[1]
+@pytest.mark.parametrize("world, model", [("ring", ""), ("toyif", ""), ("ring", "armo/body"),
+                                          ("toyif", "router/pm")])
+def test_ppo_takes_steps_against_it(world, model, quick):
+    config, _, part = (model or dict(ring="bt", toyif="toyif")[world]).partition("/")
+    folder = os.path.join(ran(config)[1], part)
     out = ppo.main(["--config", f"{world},ppo,tiny", "--reward", folder, "--steps", "2",
-                    "--eval_every", "2", "--max_new", "0", "--out", f"ppo-{world}"])
+                    "--eval_every", "2", "--max_new", "0", "--out", f"ppo-{world}-{config}"])
     assert {"val_gold", "ood_reward"} <= out.keys() and all(math.isfinite(v) for v in out.values())
-    assert len([r for r in read_log(f"ppo-{world}") if "kl" in r]) == 2
+    assert len([r for r in read_log(f"ppo-{world}-{config}") if "kl" in r]) == 2
+
+
+@pytest.mark.parametrize("config, part, world", [("armo", "body", "ring"),
+                                                 ("router", "pm", "toyif")])
+def test_what_lies_beside_the_weights_is_read_back(config, part, world, quick):
+    """--eval of the folder gives the numbers that training ended with, those of rivals apart"""
+    out, folder = ran(config)
+    again = reward.main(["--config", f"{world},tiny", "--eval", f"{folder}/{part}", "--out",
+                         f"eval-{config}"])
+    assert again == {k: x for k, x in out.items() if not k.startswith("ensemble")}
+    with pytest.raises(UserError, match="is a reward model already"):
+        reward.main(["--config", f"{world},tiny", "--init", f"{folder}/{part}", "--out", "no"])
+    if config == "router":
+        with pytest.raises(UserError, match="a model of toyif's pairs: give --config toyif"):
+            reward.main(["--config", "tiny", "--eval", f"{folder}/{part}", "--out", "no"])
+
+
+def ppo_reads(folder, model, problems, samples=2):
+    """What ppo.py's reward says of a rollout, and that rollout and the SFT model."""
+    sft_model, tok = load(sft.base("ring" if model == "armo" else "toyif", like="tiny"))
+    g = torch.Generator().manual_seed(0)
+    roll = generate(sft_model, [tok.prompt(p) for p in problems], 12, samples=samples, generator=g)
+    models = dict(ref=sft_model, reward=load(folder)[0], bias=.25)
+    c = context(reward=folder, max_new=0, data="ring" if model == "armo" else "toyif", micro=3)
+    with torch.no_grad():
+        return ppo.judged(models, roll, None, c), roll, sft_model, tok
+
+
+def test_ppo_reads_the_gate_that_armo_has_left(quick):
+    folder = os.path.join(ran("armo")[1], "body")
+    got, roll, _, _ = ppo_reads(folder, "armo", WORLD.problems("val", 5))
+    own, body = load_file(f"{folder}/armo.safetensors"), load(folder)[0].model
+    for i, n in enumerate(roll.prompt_len.tolist()):
+        ids = roll.tokens[i, :n + int(roll.mask[i].sum())]
+        with torch.no_grad():
+            h, x = body(ids[None])[0, -1], body(ids[None, :n])[0, -1]
+        for k in (0, 2, 4, 6):
+            x = own[f"gate.mlp.{k}.weight"] @ x + own[f"gate.mlp.{k}.bias"]
+            x = x.relu() if k < 6 else x
+        want = (torch.softmax(x / 10, 0) * own["gate.scale"] * (own["ratings"] @ h)).sum()
+        assert close(got[i], want - .25, 1e-4)
+    assert got.std() > 1e-4
+
+
+def test_ppo_asks_a_model_of_pairs_about_the_sft_model_s_response(quick, monkeypatch):
+    """as reward.py scores the pair of texts, in both orders"""
+    monkeypatch.setattr(reward, "routed", lambda pm, *a, **k: pms.append(pm) or dict(x=0.0))
+    pms, folder = [], os.path.join(ran("router")[1], "pm")
+    reward.main(["--config", "toyif,tiny", "--eval", folder, "--out", "eval-pm"])
+    problems = ToyIF().problems("val", 6)
+    got, roll, ref, tok = ppo_reads(folder, "router", problems)
+    greedy = generate(ref, [tok.prompt(p) for p in problems], ToyIF.max_new, temperature=0.0)
+    texts, theirs = ([tok.decode(x) for x in r.completions()] for r in (roll, greedy))
+    triples = [(problems[i // 2]["prompt"], y, theirs[i // 2]) for i, y in enumerate(texts)]
+    want, _ = both_orders(pms[0], tok, triples, context(micro=5), ridge=30.0, lam=10.0)
+    assert close(got, want - .25, 1e-4) and got.std() > 1e-4
 
 
 # --- what is wrong is named -----------------------------------------------------------------------
@@ -1117,7 +1123,9 @@ def test_ppo_takes_steps_against_it(world, quick):
     ("--config thinkrm --data toyif", "--data: this run does not read it"),
     ("--config router --chat", "--chat: this run does not read it"),
     ("--config router --rivals 1", "a spread needs two"),
-    ("--config polar --rows 99", "--rows: this run does not read it")])
+    ("--config polar --rows 99", "--rows: this run does not read it"),
+    ("--config cdr --strong nowhere", "nowhere does not exist"),
+    ("--config cdr --weak nowhere", "nowhere does not exist")])
 def test_bad_input_is_named(argv, words, quick):
     out, argv = "never" + re.sub(r"\W+", "-", argv), argv.split()
     if "--config" in argv:
@@ -1137,6 +1145,18 @@ def test_the_wrong_kind_of_model_is_named(quick):
                                 ("--eval", "kind-lm", "need a reward model")):
         with pytest.raises(UserError, match=words):
             reward.main(["--config", "tiny", option, path, "--out", f"kind{option}"])
+
+
+def test_an_evaluation_refuses_what_it_does_not_read(quick):
+    """options of training; rows of a world; --init of a file or of a model of pairs"""
+    rm, pm = ran("bt")[1], f"{ran('router')[1]}/pm"
+    for folder, config, argv in ((rm, "tiny", "--steps 3"), (rm, "tiny", "--lr 1e-3"),
+                                 (rm, "tiny", "--rows 5"), (rm, "tiny,data=x.jsonl", "--init y"),
+                                 (pm, "toyif,tiny", "--init y"), (pm, "toyif,tiny", "--context 9")):
+        option = argv.split()[0]
+        with pytest.raises(UserError, match=f"{option}: this run does not read it"):
+            reward.main(["--config", config, "--eval", folder, *argv.split(), "--out", "never-e"])
+    assert not os.path.exists("never-e")
 
 
 @pytest.mark.parametrize("config, key",
