@@ -104,6 +104,18 @@ def test_padding_behind_a_row_s_own_drafts_is_never_kept():
     assert kept.tolist() == [1, 0] and token.tolist() == [0, 0]
 
 
+def test_no_token_of_no_mass_is_kept_or_drawn_at_the_ends_of_the_uniform_numbers():
+    p, one = torch.tensor([[0, .5, .5, 0]], dtype=torch.float64), torch.tensor([1])
+    ends = torch.tensor([0.0, 0.499, 0.5, 1 - 1e-9], dtype=torch.float64)
+    assert specdec.draw(p.expand(4, 4), ends).tolist() == [1, 1, 2, 2]
+    u = torch.zeros(1, 2, 2, dtype=torch.float64)
+    kept, token = specdec.verify(p.expand(1, 2, 4), None, torch.tensor([[3]]), one, u)
+    assert (kept.item(), token.item()) == (0, 1)
+    u[..., 0] = 1.0                              # rejected by rounding, where p = q: one of p
+    kept, token = specdec.verify(p.expand(1, 2, 4), p[None], torch.tensor([[2]]), one, u)
+    assert (kept.item(), token.item()) == (0, 1)
+
+
 def test_lenience_keeps_more_and_bounds_a_token_s_probability_by_p_over_l():
     p, q = (torch.tensor(x, dtype=torch.float64) for x in ((.5, .3, .2, 0), (.25, .25, .4, .1)))
     law, kept = law_of(p, q, partial(specdec.verify, lenience=0.6))
@@ -363,10 +375,10 @@ def test_a_draft_says_only_words_and_how_sure_it_is():
     drafter = specdec.Small(draft, 10, 8, (0.5, 0, 1.0))
     drafter.start(text[:2], length[:2], torch.arange(2).repeat(20), 9)
     u = torch.rand(40, 9, 3, generator=torch.Generator().manual_seed(0))
-    drafted, q, count, sure = drafter.propose(text, length, u, lambda k, sure: k < torch.tensor(
-        [1, 2]).repeat(20))
-    assert drafted.max() == 7 and q.shape == (40, 2, 10) and (q[..., 8:] == 0).all()
-    assert count.tolist() == [1, 2] * 20
+    wants = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 0]]).bool()    # who stopped does not go on
+    drafted, q, count, sure = drafter.propose(text, length, u, lambda k, sure: wants[k].repeat(20))
+    assert drafted.max() == 7 and q.shape == (40, 3, 10) and (q[..., 8:] == 0).all()
+    assert count.tolist() == [1, 3] * 20
     for b in range(40):
         whole = torch.cat([text[b, :length[b]], drafted[b]])[None]
         z = draft.logits(draft(whole))[0, length[b] - 1:-1, :8]
@@ -824,6 +836,31 @@ def test_costs_are_measured_and_interpolated():
     assert specdec.measure_costs(target, None, 1, 20, 0, repeats=2).v == [1.0]
 
 
+def test_costs_are_those_of_single_passes_the_least_of_many(monkeypatch):
+    """a target pass of 1 + w / 10 seconds, a draft's of 0.33; now and then the machine is busy"""
+    now, (target, draft) = [0.0, 0], (tiny_model(), tiny_model(layers=1))
+
+    def takes(model, args, seconds):
+        now[1] += 1
+        now[0] += seconds(args[0].size(1)) + 5 * (now[1] % 4 == 0)
+    target.register_forward_pre_hook(partial(takes, seconds=lambda w: 1 + w / 10))
+    draft.register_forward_pre_hook(partial(takes, seconds=lambda w: 0.33))
+    monkeypatch.setattr(specdec, "clock", lambda device: now[0])
+    cost = specdec.measure_costs(target, draft, 2, 20, 6, repeats=4)
+    assert close(cost.c, 0.33 / 1.1) and close(cost.v, [(1.1 + i / 10) / 1.1 for i in range(7)])
+
+
+def test_costs_are_measured_where_a_completion_is_half_done_and_fits(monkeypatch):
+    asked, target, draft = [], tiny_model(context=40), tiny_model(context=20)
+    monkeypatch.setattr(specdec, "measure_costs", lambda *rest: asked.append(rest))
+    f = SimpleNamespace(length=rule(gamma=6))
+    for model, most, new in ((draft, 3, 8), (draft, 9, 8), (None, 9, 8), (None, 9, 99)):
+        specdec.costs_of(target, SimpleNamespace(model=model), [[1], [1] * most],
+                         SimpleNamespace(together=2, max_new=new), f)
+    assert [x[1:] for x in asked] == [(draft, 2, 7, 6), (draft, 2, 13, 6), (None, 2, 13, 6),
+                                      (None, 2, 33, 6)]
+
+
 def test_predictions_by_hand():
     tally = specdec.Tally()
     for kept, count in (([2, 0], [2, 2]), ([1, 1], [2, 1])):
@@ -833,6 +870,9 @@ def test_predictions_by_hand():
     assert dict(tally.tested) == {0: 4, 1: 2} and dict(tally.kept) == {0: 3, 1: 1}
     assert close(tally.acceptance, 4 / 6) and tally.passes == {2: 2}
     assert close(specdec.independent(tally, {}, None)["independent"], 1 + 2 / 3 + 4 / 9)
+    other = specdec.Tally()
+    other.note(torch.tensor([1]), torch.tensor([2]), torch.tensor([[.05, 1.0]]))
+    assert other.tries == [1, *[0] * 8, 1] and other.hits == [1, *[0] * 9]
     facts = dict(cost=SimpleNamespace(c=.1, v=[1, 1.1, 1.2]))
     for steps, spent in ((1.0, 1.4), (3.0, 1.8)):
         told = specdec.predicted(tally, facts, SimpleNamespace(per_token=steps))
@@ -868,6 +908,8 @@ def test_no_option_hides_behind_a_field_of_the_same_name():
     (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"],
      "needs answers to score"),
     (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5: must be above 0"),
+    (["--config", "self_eval,tiny", "--samples", "1"], "compares samples: at least 2"),
+    (["--config", "genarm,tiny", "--alphas", "1,x"], "--alphas 1,x: numbers"),
     (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
 def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
     if "draft" in argv:

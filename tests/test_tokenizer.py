@@ -95,6 +95,22 @@ def test_bos_eos_and_pad_differ(tok):
     assert bytes_tokenizer().vocab_size == 261
 
 
+def test_a_prompt_is_bos_the_text_and_the_hint_or_the_chat():
+    tok, hinted = bytes_tokenizer(), dict(prompt="ab", hint="c")
+    assert tok.prompt("ab") == [tok.bos, *b"ab"] and tok.prompt(hinted) == [tok.bos, *b"abc"]
+    assert tok.prompt(hinted, chat=True) == tok.render([dict(role="user", content="abc")])
+    own = [dict(role="system", content="x"), dict(role="user", content="y")]
+    assert tok.prompt(hinted | dict(messages=own), chat=True) == tok.render(own)
+    assert lame().prompt("a") == [*b"a"]                                           # it has no BOS
+
+
+def test_how_many_ids_spell_so_many_characters():
+    tok = train_bpe(["aaab ab ab"], 256 + 4 + len(SPECIALS))
+    ids = tok.encode("aaab ab aab")                             # aaab| ab| |a|ab
+    assert [tok.spelled(ids, n) for n in (0, 1, 4, 5, 7, 8, 9, 10, 11)] == [0, 1, 1, 2, 2, 3, 4, 5,
+                                                                           5]
+
+
 # --- training -------------------------------------------------------------------------------------
 
 def test_merges_worked_by_hand():
