@@ -501,6 +501,7 @@ def test_votes_over_places_by_hand():
     assert voted(answers, score, 1) == 0.5                         # one vote is one sample
     assert voted(answers, score, 3) == 0.5 and voted(answers, score, 4) == 1.0
     assert voted(answers, score, 4, D([[.1, .3, .1, .3]])) == 0.0
+    assert voted([["1", "5", "5", "7", "7"]], D([[0., 1., 1., 0., 0.]]), 5) == 1.0  # in their order
 
 
 def test_a_value_between_two_costs():

@@ -320,6 +320,22 @@ def test_drafts_behind_a_stop_do_not_count():
         assert tally.acceptance == 1 or tally.proposed == 0
 
 
+def test_a_round_is_committed_up_to_its_first_stop_by_hand():
+    """9 stops. Whole; a stop in the draft; as the token after it; behind it; the last token to
+    go"""
+    start = torch.full((5,), 2)
+    flight = specdec.Flight(torch.zeros(5, 2, dtype=torch.long), start, 4, 2, torch.tensor([9]),
+                            None)
+    flight.end = torch.tensor([6, 6, 6, 6, 5])
+    block = torch.tensor([[1, 2, 3], [1, 9, 3], [1, 2, 9], [1, 2, 9], [1, 2, 3]])
+    logps = torch.arange(10.).expand(5, 3, 10) / 10
+    fresh, early = flight.commit(block, logps, torch.tensor([2, 2, 2, 1, 2]))
+    assert fresh.tolist() == [3, 2, 3, 2, 3] and flight.length.tolist() == [5, 4, 5, 4, 5]
+    assert early.tolist() == [False, True, False, False, False]
+    assert flight.done.tolist() == [False, True, True, False, True]
+    assert torch.equal(flight.text[:, 2:5], block) and close(flight.logp[:, 2:5], block / 10)
+
+
 def test_no_new_token_is_no_token():
     target = tiny_model()
     roll, tally = specdec.speculate(target, specdec.Lookup(), [[1, 2], [3]], 0, rule())

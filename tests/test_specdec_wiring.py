@@ -238,7 +238,7 @@ def test_a_draft_learns_what_plain_code_teaches(name, pair, monkeypatch, capsys)
     held = continued(target, held, c, torch.Generator().manual_seed(c.seed), is_text)
     for prefix, model in (("start_", begin), ("", draft)):
         for k, x in near(target, model, held, tok.vocab_size).items():
-            assert abs(numbers[prefix + k] - x) < 5e-3
+            assert abs(numbers[prefix + k] - x) < 2e-4
     assert (f"overlap {numbers['start_overlap']:.3f} -> {numbers['overlap']:.3f}, kl "
             f"{numbers['start_kl']:.3f} -> {numbers['kl']:.3f}") in capsys.readouterr().out
 
@@ -401,15 +401,20 @@ def decoder(name, *argv):
 
 def graded(problem, answer, done=True):
     """A reward that depends on the problem, on what is stated, and on whether the text ended."""
-    return done * ((len(answer) + len(problem["prompt"])) % 3) / 2
+    return done * ((int(stated(answer)) + len(problem["prompt"])) % 5) / 4
+
+
+def stated(answer):
+    """What a text states: by its letters, for random models."""
+    return str(sum(map(ord, answer)) % 5)
 
 
 @pytest.fixture
 def chains(workdir, monkeypatch):
     """The chain task, short and with other rewards, for which random models are good enough."""
-    monkeypatch.setattr(tasks.Chain, "max_new", 20)
+    monkeypatch.setattr(tasks.Chain, "max_new", 30)
     monkeypatch.setattr(tasks.Chain, "reward", lambda self, *rest: graded(*rest))
-    monkeypatch.setattr(tasks.Chain, "stated", lambda self, answer: str(len(answer) % 3))
+    monkeypatch.setattr(tasks.Chain, "stated", lambda self, answer: stated(answer))
     for name, shape, seed in (("policy", (1, 48), 0), ("low", (1, 16), 1), ("middle", (2, 16), 2)):
         lively(shape, 40, tasks.chain_tokenizer(), workdir / name, seed)
     return workdir
@@ -454,7 +459,7 @@ def test_ead_asks_the_larger_model_where_the_smaller_is_uncertain(name, chains, 
             work=sum(x.read[0] * a + x.read[1] for x in outs))
         if arm in ("large", "small", "middle"):
             alone = large if arm == "large" else lesser
-            plain = generate(alone, [tok.prompt(p) for p in problems], 20, temperature=0)
+            plain = generate(alone, [tok.prompt(p) for p in problems], 30, temperature=0)
             assert [[t for t in x.ids if t != tok.eos] for x in outs] == plain.completions()
     for arm, row in rows.items():
         row["work"] /= rows["large"]["work"] if arm != "large" else 1
@@ -647,7 +652,7 @@ def rivals(score):
     return out
 
 
-IDS = SimpleNamespace(right=28, wrong=29, check=30, ask=31, no=32, yes=33)
+P, IDS = 9, SimpleNamespace(right=28, wrong=29, check=30, ask=31, no=32, yes=33)
 
 
 def check_policy(c, target, begin, tok, call):
@@ -703,12 +708,12 @@ def check_tries(x, learned, tok, c, split, salt):
         assert close(x.logp[a, b], z.log_softmax(-1)[range(len(y)), y].sum(), 1e-3)
         done = y[-1] == tok.eos
         assert x.score[a, b] == graded(problem, tok.decode(y), done)
-        assert x.stated[a][b] == (str(len(tok.decode(y)) % 3) if done else "")
+        assert x.stated[a][b] == (stated(tok.decode(y)) if done else "")
 
 
 def learning(name, chains, monkeypatch, *names):
     """A run of a decoder that learns to judge itself; its calls, settings, models and numbers."""
-    argv, c, f = decoder(name, "--init", "policy", "--prompts", "5", "--seed", "1", "--samples",
+    argv, c, f = decoder(name, "--init", "policy", "--prompts", str(P), "--seed", "1", "--samples",
                          "4", "--train_prompts", "6", "--steps", "4", "--batch", "4", "--lr",
                          "0.01", "--warmup", "2", "--clip", "0.5", "--split", "ood")
     calls = catch(monkeypatch, specdec, "lesson_loss", "tried", "generate", *names)
@@ -738,10 +743,10 @@ def stopping(p, score, threshold):
     return sum(values) / len(values), sum(used) / len(used)
 
 
-def elected(stated, score, weights):
+def elected(answers, score, weights):
     """Mean score of the answers of largest total weight, where one is stated."""
     out = []
-    for names, r, w in zip(stated, score.tolist(), weights.tolist()):
+    for names, r, w in zip(answers, score.tolist(), weights.tolist()):
         best = max(dict.fromkeys(names), key=lambda a: (a != "", sum(
             x for x, b in zip(w, names) if a == b)))
         out.append(r[names.index(best)])
@@ -760,13 +765,13 @@ def ballots(tries, n):
     N, score = 4, tries.score
     turns = [[(k + i) % N for i in range(n)] for k in range(N if n < N else 1)]
     return sum(elected([[s[j] for j in at] for s in tries.stated], score[:, at],
-                       torch.ones(5, n)) for at in turns) / len(turns)
+                       torch.ones(P, n)) for at in turns) / len(turns)
 
 
 def signals(tries, half, place):
     """What each signal is worth, and how it ranks good samples before bad ones."""
     score, good, going = tries.score, tries.score > 0, tries.length > place
-    out = {"vote|accuracy": elected(tries.stated, score, torch.ones(5, 4)),
+    out = {"vote|accuracy": elected(tries.stated, score, torch.ones(P, 4)),
            "weighted vote|accuracy": elected(tries.stated, score, tries.right),
            "some right|accuracy": good.any(1).float().mean(),
            "one sample|accuracy": score.mean(),
@@ -803,11 +808,11 @@ def stopped(tries, tune, prices, chosen):
 def pruned(p, tries, place, prices):
     """A row where half of the samples go on after some tokens."""
     right, tokens, length = 0.0, 0, tries.length.tolist()
-    for a in range(5):
+    for a in range(P):
         alive = sorted(range(4), key=lambda j: -p[a, j])[:2]
-        right += tries.score[a, max(alive, key=lambda j: tries.no[a, j])].item() / 5
+        right += tries.score[a, max(alive, key=lambda j: tries.no[a, j])].item() / P
         tokens += sum(min(n, place) + max(n - place, 0) * (j in alive)
-                      for j, n in enumerate(length[a])) / 5
+                      for j, n in enumerate(length[a])) / P
     tokens /= tries.length.double().mean().item()
     one, top = (brute_best(tries.no, tries.score, n) for n in (1, 4))
     return dict(accuracy=right, tokens=tokens / 4, **prices(tokens),
@@ -820,12 +825,12 @@ def annealed(rolls, learned, tries, tok):
         x.prompts, x.out.tokens, x.out.mask)] for x in rolls]
     said = torch.tensor(said).T                                                          # [P, N]
     worth = torch.tensor([worth_of(x.out, tries.problems, tok) for x in rolls]).T
-    return {f"annealed|accuracy@{n}": worth[range(5), said[:, :n].argmax(1)].mean()
+    return {f"annealed|accuracy@{n}": worth[range(P), said[:, :n].argmax(1)].mean()
             for n in (1, 2, 3, 4)}
 
 
 def test_self_evaluation_learns_from_its_rivals_and_is_judged_by_what_it_says(chains, monkeypatch):
-    calls, numbers, c, target, learned, tok = learning("self_eval", chains, monkeypatch)
+    calls, numbers, c, target, learned, tok = learning("self_eval", chains, monkeypatch, "asked")
     tune, tries = (x.out for x in calls["tried"])
     check_tries(tune, learned, tok, c, "train", 5)
     check_tries(tries, learned, tok, c, "ood", 6)
@@ -836,15 +841,18 @@ def test_self_evaluation_learns_from_its_rivals_and_is_judged_by_what_it_says(ch
         return {k: np.interp(cost, [1, 2, 3, 4], x) for k, x in (("fixed", best), ("vote", votes))}
     place = round(0.5 * tune.length.double().mean().item())
     half = torch.tensor([verdicts(learned, IDS, p, y[:place])[0][0].exp()
-                         for p, y in tries.rows]).view(5, 4)
+                         for p, y in tries.rows]).view(P, 4)
     drawn = {x.generator.initial_seed(): x for x in calls["generate"]}
     assert same_weights(drawn[1007].model, target) and drawn[1007].samples == 4
     before = worth_of(drawn[1007].out, tries.problems, tok)
     assert abs(numbers["threshold"] - lowest(tune.no, tune.score)) < 1e-5
     warm = [drawn[1041 + k] for k in range(4)]
     assert [x.temperature for x in warm] == [0, 0.5, 0.75, 0.875]
+    for x, asked in zip(warm, calls["asked"][-4:], strict=True):
+        assert asked.rows == [(p, row[m > 0].tolist())
+                              for p, row, m in zip(x.prompts, x.out.tokens, x.out.mask)]
     assert all((x.model.logits(rand(1, 48).float())[:, 28:34] == -math.inf).all() for x in warm)
-    lots = [pruned(torch.rand(5, 4, generator=torch.Generator().manual_seed(1010 + i)), tries,
+    lots = [pruned(torch.rand(P, 4, generator=torch.Generator().manual_seed(1010 + i)), tries,
                    place, prices) for i in range(20)]
     expected = signals(tries, half, place) | annealed(warm, learned, tries, tok) | {
         "before training|accuracy": sum(before) / len(before)}
@@ -857,21 +865,28 @@ def test_self_evaluation_learns_from_its_rivals_and_is_judged_by_what_it_says(ch
     assert not wrong and {*numbers} - {*expected} == {"threshold"}
 
 
+def by_lot(generator, discriminator, *, rounds=5000, eta=0.1, lam=0.1):
+    """Another game, so that its four outcomes rank answers differently."""
+    g = torch.Generator().manual_seed(rounds + 2)
+    return tuple(torch.rand(generator.shape, generator=g) for _ in range(2))
+
+
 def test_the_game_is_played_with_what_generator_and_discriminator_say(chains, monkeypatch):
+    monkeypatch.setattr(specdec, "consensus", by_lot)
     calls, numbers, c, _, learned, tok = learning("equilibrium", chains, monkeypatch, "consensus")
     tries, = (x.out for x in calls["tried"])
     check_tries(tries, learned, tok, c, "ood", 6)
     first, last = calls["consensus"]
     assert first.rounds == 0 and (last.rounds, last.eta, last.lam) == (50, 0.1, 0.1)
     names = []
-    for i, (stated, logp, right) in enumerate(zip(tries.stated, tries.logp, tries.right)):
-        here = [a for a in dict.fromkeys(stated) if a] or [""]
+    for i, (said, logp, right) in enumerate(zip(tries.stated, tries.logp, tries.right)):
+        here = [a for a in dict.fromkeys(said) if a] or [""]
         names.append(here)
         for v, verdict in enumerate((IDS.right, IDS.wrong)):
             ratio = [(log_prob(learned, [*p, verdict], y) - x).exp().item()
                      for (p, y), x in zip(tries.rows[4 * i:4 * i + 4], logp)]
-            gen = [sum(r for r, b in zip(ratio, stated) if a == b) / 4 for a in here]
-            dis = [max(r for r, b in zip(right.tolist(), stated) if a == b) for a in here]
+            gen = [sum(r for r, b in zip(ratio, said) if a == b) / 4 for a in here]
+            dis = [max(r for r, b in zip(right.tolist(), said) if a == b) for a in here]
             dis = [1 - x if v else x for x in dis]
             rest = 4 - len(here)
             assert close(first.generator[i, v], gen + [0] * rest, 2e-3 * max(1, *gen))
@@ -885,7 +900,7 @@ def test_the_game_is_played_with_what_generator_and_discriminator_say(chains, mo
             best = max(range(len(here)), key=lambda j: by[i, 0, j])
             out.append(tries.score[i, tries.stated[i].index(here[best])].item())
         return sum(out) / len(out)
-    score, ones = tries.score, torch.ones(5, 4)
+    score, ones = tries.score, torch.ones(P, 4)
     expected = {
         "one sample": score.mean(), "vote": elected(tries.stated, score, ones),
         "weighted vote": elected(tries.stated, score, tries.right),
@@ -896,6 +911,7 @@ def test_the_game_is_played_with_what_generator_and_discriminator_say(chains, mo
         "discriminator, first": mean(first.out[1]), "equilibrium": mean(last.out[1]),
         "equilibrium, generator": mean(last.out[0]),
         "some right": (score > 0).any(1).float().mean()}
+    assert len({mean(x) for x in (*first.out, *last.out)}) == 4
     wrong = {k: (numbers[f"{k}|accuracy"], float(x)) for k, x in expected.items()
              if abs(numbers[f"{k}|accuracy"] - float(x)) > 1e-4}
     assert not wrong and len(expected) == sum("|" in k for k in numbers)

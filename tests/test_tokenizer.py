@@ -124,6 +124,14 @@ def test_merges_worked_by_hand():
         train_bpe(["aaab ab ab"], 256 + 5 + len(SPECIALS))
 
 
+def test_a_special_s_text_is_never_one_merged_token():
+    """its seven letters give five merges, and the sixth would be the whole"""
+    tok = train_bpe(["<|pad|> <|pad|>"], 256 + 5 + len(SPECIALS), pattern="[^ ]+| ")
+    assert max(map(len, tok.tokens[256:-len(SPECIALS)])) < 7
+    with pytest.raises(UserError, match="1 more than the texts give"):
+        train_bpe(["<|pad|> <|pad|>"], 256 + 6 + len(SPECIALS), pattern="[^ ]+| ")
+
+
 def test_counts_stay_right_while_merging(bpe):
     """The slow definition: recount every pair before each merge."""
     text = CODE[0][:3000]
@@ -239,6 +247,15 @@ def write(folder, **change):
     spec = dict(added_tokens=[], normalizer=None, pre_tokenizer=level, model=model) | change
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder
+
+
+def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_path):
+    composed = Tokenizer.load(write(tmp_path, normalizer=dict(type="NFC")))
+    assert composed.encode("e\u0301") == [*"\u00e9".encode()]
+    level = dict(type="ByteLevel", add_prefix_space=True, use_regex=True)
+    spaced = Tokenizer.load(write(tmp_path, pre_tokenizer=level))
+    assert [spaced.encode(x) for x in ("a", " a", "")] == [[*b" a"], [*b" a"], []]
+    assert spaced.encode("e\u0301") == [*" e\u0301".encode()]
 
 
 @pytest.mark.parametrize("change, error", [
