@@ -247,7 +247,7 @@ class Flight:
         ends = torch.isin(block, self.stop) & (at <= kept[:, None])                      # [n, G+1]
         fresh = torch.where(ends.any(1), ends.long().argmax(1), kept) + 1                # [n]
         self.length = self.length + fresh
-        self.done = ends.any(1) | (self.length == self.end[self.row])
+        self.done = ends.any(1) | (self.length >= self.end[self.row])
         return fresh, ends.any(1) & (fresh <= kept)
 
     def leave(self, followers):
@@ -856,6 +856,7 @@ LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confi
 
 # === distillspec: 2310.08461, the draft of a run: opened or made, trained, saved, compared ========
 
+# no preset: a run without --config does it, on the data's text; --source on_policy: on samples
 
 def parameters(model, dims=0):
     """How many parameters a model has, or only its matrices (dims 2)."""
@@ -927,7 +928,6 @@ def distil(draft, target, tok, held, c, f, run):
 
 
 PREPARE["draft"] = prepared
-PRESETS["distillspec"] = dict()    # the defaults
 
 
 # === agreement, remembered: how near the draft is, and the target's states made only once =========

@@ -187,7 +187,7 @@ def test_q_is_a_sub_distribution_that_holds_what_was_proposed():
     specdec.speculate(target, d, [[1, 4], [7]], 24, rule(gamma=3), temperature=1.0,
                       generator=torch.Generator().manual_seed(0))
     merged = 0
-    for *_, drafted, q, count, _ in d.log:
+    for *_, drafted, q, count, sure in d.log:
         if q is None:
             assert not count.any()
             continue
@@ -195,6 +195,8 @@ def test_q_is_a_sub_distribution_that_holds_what_was_proposed():
         for b, n in enumerate(count.tolist()):
             assert (q[b, :n].gather(1, drafted[b, :n, None]) > 0).all() and (q[b, n:] == 0).all()
             merged += (drafted[b, :n] >= 4).sum().item()
+            for j, t in enumerate(drafted[b, :n].tolist()):                 # a letter is itself
+                assert t >= 4 or close(sure[b, j], q[b, j, t])
     assert len(d.log) > 10 and merged
 
 
@@ -376,6 +378,15 @@ def test_samples_of_point_masses_have_the_target_s_law(sampling):
     counts, tally = draws(target, d, [1, 5, 4], 20_000)
     assert chi_square(counts, law_of_three(target, [1, 5, 4]))[1] > 1e-3
     assert 0.02 < tally.acceptance < 0.9 and tally.proposed > 2000
+
+
+def test_what_the_draft_draws_by_hangs_on_the_first_number_of_a_row_alone():
+    _, d = arena((1.0, 0, 1.0))
+    u = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0))
+    other = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(1))
+    other[:2, 0, 0] = u[:2, 0, 0]
+    a, b = d.uniforms(u, 5), d.uniforms(other, 5)
+    assert torch.equal(a[:2], b[:2]) and (a[2] != b[2]).all() and (a[0] != a[1]).all()
 
 
 def test_drafting_with_the_numbers_of_the_test_fails_the_same_test():

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from data.stats import best_of_n
 from model import Cache, ModelConfig, collate, generate, init, pick
 from specdec import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, at_cost,
                      autoregressive, coin, consensus, controls, cut_points, entropy_bits, guidance,
-                     muted, pruned_tokens, rival_label, search, self_eval_loss, survivors,
+                     muted, pruned_tokens, rival_label, scored, search, self_eval_loss, survivors,
                      switching, uncertain, vote, voted)
 
 D = partial(torch.tensor, dtype=torch.float64)
@@ -458,6 +459,17 @@ def test_control_tokens_are_ids_that_no_text_has():
     assert sorted(vars(ids).values()) == list(range(28, 34))
     with pytest.raises(UserError, match="unused rows"):
         controls(lively(0), toyif_tokenizer())
+    just, few = (SimpleNamespace(config=SimpleNamespace(vocab_size=n)) for n in (34, 33))
+    assert controls(just, chain_tokenizer()) == ids
+    with pytest.raises(UserError, match="this model has 5"):
+        controls(few, chain_tokenizer())
+
+
+def test_many_rows_are_scored_some_at_a_time():
+    rows = [([i % 50], [1] * (1 + i % 3)) for i in range(300)]
+    got = scored(None, rows, SimpleNamespace(device="cpu"), 0, lambda model, tokens, mask:
+                 torch.stack([tokens[:, 0].float(), mask.sum(1)]))
+    assert got.tolist() == [[i % 50 for i in range(300)], [1 + i % 3 for i in range(300)]]
 
 
 def test_answers_are_read_after_the_last_two_tokens_whatever_follows():
@@ -489,6 +501,7 @@ def test_votes_over_places_by_hand():
     assert voted(answers, score, 1) == 0.5                         # one vote is one sample
     assert voted(answers, score, 3) == 0.5 and voted(answers, score, 4) == 1.0
     assert voted(answers, score, 4, D([[.1, .3, .1, .3]])) == 0.0
+    assert voted([["1", "5", "5", "7", "7"]], D([[0., 1., 1., 0., 0.]]), 5) == 1.0  # in their order
 
 
 def test_a_value_between_two_costs():

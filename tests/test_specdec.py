@@ -1,7 +1,6 @@
 """specdec.py: the rule is exact, the loop is lossless, drafts learn what AdaSPEC says, runs run."""
 import itertools
 import json
-import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from data.run import UserError, claims_of, configure, hyper
 from data.tokenizer import bytes_tokenizer
 from model import ModelConfig, generate, init, save
 from specdec import block_efficiency
+from wiring import catch
 
 TINY = ["--config", "tiny"]
 
@@ -102,6 +102,18 @@ def test_padding_behind_a_row_s_own_drafts_is_never_kept():
     kept, token = specdec.verify(p, None, torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 0]),
                                  torch.full((2, 4, 2), .5, dtype=torch.float64))
     assert kept.tolist() == [1, 0] and token.tolist() == [0, 0]
+
+
+def test_no_token_of_no_mass_is_kept_or_drawn_at_the_ends_of_the_uniform_numbers():
+    p, one = torch.tensor([[0, .5, .5, 0]], dtype=torch.float64), torch.tensor([1])
+    ends = torch.tensor([0.0, 0.499, 0.5, 1 - 1e-9], dtype=torch.float64)
+    assert specdec.draw(p.expand(4, 4), ends).tolist() == [1, 1, 2, 2]
+    u = torch.zeros(1, 2, 2, dtype=torch.float64)
+    kept, token = specdec.verify(p.expand(1, 2, 4), None, torch.tensor([[3]]), one, u)
+    assert (kept.item(), token.item()) == (0, 1)
+    u[..., 0] = 1.0                              # rejected by rounding, where p = q: one of p
+    kept, token = specdec.verify(p.expand(1, 2, 4), p[None], torch.tensor([[2]]), one, u)
+    assert (kept.item(), token.item()) == (0, 1)
 
 
 def test_lenience_keeps_more_and_bounds_a_token_s_probability_by_p_over_l():
@@ -306,6 +318,132 @@ def test_drafts_behind_a_stop_do_not_count():
         made = int(whole.mask.sum())
         assert tally.tokens == made - 1 and tally.kept.total() <= made - 1
         assert tally.acceptance == 1 or tally.proposed == 0
+
+
+def test_a_round_is_committed_up_to_its_first_stop_by_hand():
+    """9 stops. Whole; a stop in the draft; as the token after it; behind it; the last token to
+    go"""
+    start = torch.full((5,), 2)
+    flight = specdec.Flight(torch.zeros(5, 2, dtype=torch.long), start, 4, 2, torch.tensor([9]),
+                            None)
+    flight.end = torch.tensor([6, 6, 6, 6, 5])
+    block = torch.tensor([[1, 2, 3], [1, 9, 3], [1, 2, 9], [1, 2, 9], [1, 2, 3]])
+    logps = torch.arange(10.).expand(5, 3, 10) / 10
+    fresh, early = flight.commit(block, logps, torch.tensor([2, 2, 2, 1, 2]))
+    assert fresh.tolist() == [3, 2, 3, 2, 3] and flight.length.tolist() == [5, 4, 5, 4, 5]
+    assert early.tolist() == [False, True, False, False, False]
+    assert flight.done.tolist() == [False, True, True, False, True]
+    assert torch.equal(flight.text[:, 2:5], block) and close(flight.logp[:, 2:5], block / 10)
+
+
+def test_no_new_token_is_no_token():
+    target = tiny_model()
+    roll, tally = specdec.speculate(target, specdec.Lookup(), [[1, 2], [3]], 0, rule())
+    for mine, plain in zip(roll, generate(target, [[1, 2], [3]], 0, temperature=0)):
+        assert torch.equal(mine, plain) if isinstance(mine, torch.Tensor) else mine == plain
+    assert tally.rounds == tally.tokens == 0
+
+
+def test_log_probs_are_those_of_the_law_that_is_sampled_from():
+    """and a tally that goes on does not count twice"""
+    target, draft, tally = tiny_model(sharp=1.0), tiny_model(layers=1, seed=5), specdec.Tally()
+    sampling = dict(temperature=0.7, top_k=5, top_p=0.9)
+    for _ in range(2):
+        before = tally.rounds
+        roll, _ = specdec.speculate(target, drafters(target, draft, **sampling)["small"],
+                                    [[1, 2, 3]] * 20, 6, rule(), tally=tally, **sampling)
+        assert roll.row_steps == tally.rounds - before > 0
+    p = specdec.law(target.logits(target(roll.tokens)), 0.7, 5, 0.9)[:, 2:-1]
+    assert close(p.gather(2, roll.tokens[:, 3:, None]).squeeze(2).log(), roll.logp[:, 3:], 1e-5)
+
+
+def test_nothing_is_drafted_beyond_the_context():
+    """a row with far to go beside one that is nearly full, which is always kept"""
+    target, widths = tiny_model(context=20), []
+    prompts = [[1, 2, 3, 1, 5, 6, 7, 1, 1, 2, 3, 4], [4, 2]]
+    whole = generate(target, prompts, 8, temperature=0)
+
+    class Knowing(specdec.Lookup):
+        def propose(self, text, length, u, more):
+            k, sure, count = 0, torch.ones(len(text), 9), torch.zeros_like(length)
+            while (want := more(k, sure[:, :k])).any():
+                k, count = k + 1, count + want
+            drafted = [whole.tokens[r].roll(-n.item())[:k] + r for r, n in zip(self.rows, length)]
+            return torch.stack(drafted) % 8, None, count, sure[:, :k]
+
+        def start(self, prompts, length, rows, new):
+            self.rows = [0, 1]
+
+        def keep(self, order):
+            self.rows = [self.rows[i] for i in order.tolist()]
+    target.register_forward_pre_hook(
+        lambda model, args: widths.append(args[0].size(1) + args[1].used) if len(args) > 1 else 0)
+    roll, tally = specdec.speculate(target, Knowing(), prompts, 8, rule(gamma=4))
+    assert roll.completions() == whole.completions() and max(widths) == 20
+    assert tally.kept[3] and tally.passes.keys() & {1, 2, 3}           # kept whole, then held back
+
+
+def test_a_draft_says_only_words_and_how_sure_it_is():
+    """no padding row of its head; of each drafted token its own probability, untempered"""
+    draft = tiny_model(vocab=12, layers=1, seed=5, sharp=1.0)
+    text = torch.tensor([[1, 2, 3, 0, 0, 0], [4, 5, 6, 7, 1, 0]]).repeat(20, 1)
+    length = torch.tensor([3, 5]).repeat(20)
+    drafter = specdec.Small(draft, 10, 8, (0.5, 0, 1.0))
+    drafter.start(text[:2], length[:2], torch.arange(2).repeat(20), 9)
+    u = torch.rand(40, 9, 3, generator=torch.Generator().manual_seed(0))
+    wants = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 0]]).bool()    # who stopped does not go on
+    drafted, q, count, sure = drafter.propose(text, length, u, lambda k, sure: wants[k].repeat(20))
+    assert drafted.max() == 7 and q.shape == (40, 3, 10) and (q[..., 8:] == 0).all()
+    assert count.tolist() == [1, 3] * 20
+    for b in range(40):
+        whole = torch.cat([text[b, :length[b]], drafted[b]])[None]
+        z = draft.logits(draft(whole))[0, length[b] - 1:-1, :8]
+        assert close(q[b, :, :8], (2 * z).softmax(-1), 1e-5)
+        assert close(sure[b], z.softmax(-1).gather(1, drafted[b, :, None])[:, 0], 1e-5)
+
+
+def test_lookup_drafts_what_followed_the_longest_match_where_it_stood_last():
+    text = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 0], [7, 8, 5, 7, 8, 6, 7, 8],
+                         [1, 2, 3, 4, 5, 6, 7, 8], [5, 1, 2, 6, 2, 9, 1, 2]])
+    u, drafter = torch.zeros(4, 9, 3), specdec.Lookup()
+    drafter.start(None, None, torch.arange(4), 9)
+
+    def drafts(length, most, rows=slice(None)):
+        drafted, q, count, sure = drafter.propose(text[rows], torch.tensor(length), u[rows],
+                                                  lambda k, sure: torch.tensor(k < most))
+        assert q is None and (sure == 1).all() and sure.shape == drafted.shape
+        return [x[:n] for x, n in zip(drafted.tolist(), count.tolist())]
+    assert drafts([7, 8, 8, 8], 3) == [[9, 1, 2], [6, 7, 8], [], [6, 2, 9]]
+    assert drafts([7, 8, 8, 8], 9) == [[9, 1, 2, 3], [6, 7, 8], [], [6, 2, 9, 1, 2]]
+    drafter.keep(torch.tensor([3, 1]))
+    text[3, 7], text[1, 7] = 2, 8
+    assert drafts([8, 8], 2, [3, 1]) == [[6, 2], [6, 7]]
+    one = specdec.lookup(n=1)
+    one.start(None, None, torch.arange(4), 9)
+    drafter = one
+    assert drafts([7, 8, 8, 8], 2) == [[9, 1], [6, 7], [], [9, 1]]
+
+
+def test_the_reach_follows_each_row_s_last_verdict(monkeypatch):
+    """it starts at 5, two more after a block kept whole, else one fewer, and at least 1"""
+    reach = specdec.Reach(torch.zeros(4, dtype=torch.long))
+    for kept, count, value in (([5, 4, 0, 5], [5, 5, 5, 5], [7, 4, 4, 7]),
+                               ([7, 0, 0, 1], [7, 4, 4, 7], [9, 3, 3, 6])):
+        reach.note(torch.tensor(kept), torch.tensor(count))
+        assert reach.value.tolist() == value
+    reach.keep(torch.tensor([3, 1]))
+    assert reach.value.tolist() == [6, 3]
+    for _ in range(9):
+        reach.note(torch.tensor([0, 0]), torch.tensor([1, 1]))
+    assert reach.value.tolist() == [1, 1]
+    target, draft, reaches = tiny_model(), tiny_model(layers=1, seed=5), 5
+    rounds = catch(monkeypatch, specdec, "one_round")["one_round"]
+    specdec.speculate(target, drafters(target, draft)["small"], [[1, 2, 3]], 40, rule("heuristic"))
+    left = 39
+    for kept, count in (x.out for x in rounds):
+        assert count == min(reaches, 16, left - 1)
+        reaches, left = reaches + 2 if kept == count else max(1, reaches - 1), left - kept - 1
+    assert left == 0 and len(rounds) > 8
 
 
 # --- sampling is exact ----------------------------------------------------------------------------
@@ -592,23 +730,11 @@ def test_a_draft_learns_and_speeds_are_told(shared_bases, capsys):
     assert "greedy outputs equal to plain decoding's: lookup 4 of 4, draft 4 of 4" in out
 
 
-@pytest.mark.parametrize("name", [x for x in specdec.PRESETS if x != "tiny"])
-def test_every_preset_runs(name, shared_bases):
-    """docs from another base: signatures in bytes do not fit the context in which tiny ones are
-    trained"""
-    told = run("--config", f"{name},tiny",
-               *["--init", "base:target", "--context", "320"] * (name == "docs"))
-    assert told and all(math.isfinite(x) for x in told.values())
-
-
-@pytest.mark.parametrize("more",
-                         [["--source", "on_policy"], ["--source", "target"], ["--source", "mixed"],
-                                  ["--loss", "tvd"], ["--data", "signatures", "--context", "320"],
-                                  ["--temperature", "1.0", "--together", "3"], ["--draft", "1x32"],
-                                  ["--select", "at_random", "--length", "heuristic"]])
-def test_options_run(more, shared_bases):
-    told = run(*TINY, *more)
-    assert told["draft_efficiency"] >= 1 and told["kl"] != told["start_kl"]  # something was learned
+@pytest.mark.parametrize("name", specdec.PRESETS)
+def test_every_preset_fits_the_base_that_it_names(name):
+    """what it learns, runs in test_specdec_wiring.py"""
+    specdec.check(*configure(specdec.Config, specdec.PRESETS, specdec.AXES, "",
+                             ["--config", name], specdec.readers))
 
 
 def test_resume_ends_at_the_same_weights(shared_bases):
@@ -675,11 +801,42 @@ GIVEN = [*TINY, "--init", "target", "--steps", "0"]
     (["--draft", "draft", "--prompt", "0"], "--prompt 0: must be at least 1"),
     (["--draft", "draft", "--refresh", "0"], "--refresh 0: must be at least 1"),
     (["--draft", "draft", "--lenience", "2"], "--lenience 2: must be above 0"),
+    (["--draft", "draft", "--lenience", "0.5"], "--lenience below 1 is for sampling"),
     (["--draft", "draft", "--split", "nonsense"], "nonsense"),
     (["--drafter", "lookup", "--n", "0"], "--n 0: must be at least 1")])
 def test_what_cannot_be_is_told(argv, message, pair):
     with pytest.raises(UserError, match=message):
         run(*GIVEN, *argv)
+
+
+READ = dict(draft=True, drafter=True, length=True, loss=True, select=True, source=True, lr=True,
+            eval_rows=True, stop=True, prompt=True, ref_batch=False, refresh=False, top_k=False,
+            top_p=False, chat=False, samples=False, compile=False)
+
+
+@pytest.mark.parametrize("argv, change", [
+    ([], {}), (["--select", "smallest"], dict(ref_batch=True)),
+    (["--source", "mixed"], dict(refresh=True)),
+    (["--temperature", "1"], dict(top_k=True, top_p=True)),
+    (["--data", "signatures"], dict(chat=True, prompt=False)),
+    (["--steps", "0"], dict(loss=False, select=False, source=False, lr=False, stop=False)),
+    (["--config", "lookup"], dict(loss=False, select=False, source=False, lr=False, stop=False,
+                                  draft=False)),
+    (["--config", "omnidraft", "--steps", "9"], dict(loss=False, select=False, source=False,
+                                                     lr=False, stop=False)),
+    (["--config", "ead"], {k: False for k in READ}),
+    (["--config", "genarm"], {k: k in ("samples", "lr") for k in READ})])
+def test_a_run_says_which_options_it_reads(argv, change):
+    setup = configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", argv, specdec.readers)
+    found = specdec.readers(*setup)
+    assert {k: bool(found[k][0]) for k in READ} == READ | change
+
+
+def test_what_just_fits_is_not_refused(pair):
+    for more in (["--prompt", "52"], ["--context", "64"], ["--gamma", "63"]):
+        argv = merged(*GIVEN, "--draft", "draft", *more)
+        specdec.check(*configure(specdec.Config, specdec.PRESETS, specdec.AXES, "", argv,
+                                 specdec.readers))
 
 
 def test_a_draft_bigger_than_the_target_is_told(pair, capsys):
@@ -695,6 +852,31 @@ def test_costs_are_measured_and_interpolated():
     assert specdec.measure_costs(target, None, 1, 20, 0, repeats=2).v == [1.0]
 
 
+def test_costs_are_those_of_single_passes_the_least_of_many(monkeypatch):
+    """a target pass of 1 + w / 10 seconds, a draft's of 0.33; now and then the machine is busy"""
+    now, (target, draft) = [0.0, 0], (tiny_model(), tiny_model(layers=1))
+
+    def takes(model, args, seconds):
+        now[1] += 1
+        now[0] += seconds(args[0].size(1)) + 5 * (now[1] % 4 == 0)
+    target.register_forward_pre_hook(partial(takes, seconds=lambda w: 1 + w / 10))
+    draft.register_forward_pre_hook(partial(takes, seconds=lambda w: 0.33))
+    monkeypatch.setattr(specdec, "clock", lambda device: now[0])
+    cost = specdec.measure_costs(target, draft, 2, 20, 6, repeats=4)
+    assert close(cost.c, 0.33 / 1.1) and close(cost.v, [(1.1 + i / 10) / 1.1 for i in range(7)])
+
+
+def test_costs_are_measured_where_a_completion_is_half_done_and_fits(monkeypatch):
+    asked, target, draft = [], tiny_model(context=40), tiny_model(context=20)
+    monkeypatch.setattr(specdec, "measure_costs", lambda *rest: asked.append(rest))
+    f = SimpleNamespace(length=rule(gamma=6))
+    for model, most, new in ((draft, 3, 8), (draft, 9, 8), (None, 9, 8), (None, 9, 99)):
+        specdec.costs_of(target, SimpleNamespace(model=model), [[1], [1] * most],
+                         SimpleNamespace(together=2, max_new=new), f)
+    assert [x[1:] for x in asked] == [(draft, 2, 7, 6), (draft, 2, 13, 6), (None, 2, 13, 6),
+                                      (None, 2, 33, 6)]
+
+
 def test_predictions_by_hand():
     tally = specdec.Tally()
     for kept, count in (([2, 0], [2, 2]), ([1, 1], [2, 1])):
@@ -704,6 +886,9 @@ def test_predictions_by_hand():
     assert dict(tally.tested) == {0: 4, 1: 2} and dict(tally.kept) == {0: 3, 1: 1}
     assert close(tally.acceptance, 4 / 6) and tally.passes == {2: 2}
     assert close(specdec.independent(tally, {}, None)["independent"], 1 + 2 / 3 + 4 / 9)
+    other = specdec.Tally()
+    other.note(torch.tensor([1]), torch.tensor([2]), torch.tensor([[.05, 1.0]]))
+    assert other.tries == [1, *[0] * 8, 1] and other.hits == [1, *[0] * 9]
     facts = dict(cost=SimpleNamespace(c=.1, v=[1, 1.1, 1.2]))
     for steps, spent in ((1.0, 1.4), (3.0, 1.8)):
         told = specdec.predicted(tally, facts, SimpleNamespace(per_token=steps))
@@ -711,6 +896,8 @@ def test_predictions_by_hand():
         assert close(told["verify_cost"], 1.2)
     chance = specdec.chance(tally, torch.full((1, 1), .55))
     assert close(chance, [[(4 + 1.1) / (6 + 2), (4 + 1.4) / (6 + 2)]])
+    chance = specdec.chance(tally, torch.tensor([[1.0, .55], [.05, .99]]))
+    assert close(chance, [[1.9 / 2, 5.1 / 8, 5.4 / 8], [.1 / 2, 1.9 / 2, 5.4 / 8]])
 
 
 def test_claims_name_arms_that_exist():
@@ -737,6 +924,8 @@ def test_no_option_hides_behind_a_field_of_the_same_name():
     (["--config", "tiny", "--init", "draft", "--decode", "genarm", "--data", "stdlib"],
      "needs answers to score"),
     (["--config", "tiny", "--init", "draft", "--top_p", "5"], "--top_p 5: must be above 0"),
+    (["--config", "self_eval,tiny", "--samples", "1"], "compares samples: at least 2"),
+    (["--config", "genarm,tiny", "--alphas", "1,x"], "--alphas 1,x: numbers"),
     (["--config", "ead,tiny", "--thresholds", "a,b"], "--thresholds a,b: numbers")])
 def test_what_other_decoders_cannot_do_is_told(argv, message, shared_bases):
     if "draft" in argv:

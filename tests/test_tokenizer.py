@@ -95,6 +95,22 @@ def test_bos_eos_and_pad_differ(tok):
     assert bytes_tokenizer().vocab_size == 261
 
 
+def test_a_prompt_is_bos_the_text_and_the_hint_or_the_chat():
+    tok, hinted = bytes_tokenizer(), dict(prompt="ab", hint="c")
+    assert tok.prompt("ab") == [tok.bos, *b"ab"] and tok.prompt(hinted) == [tok.bos, *b"abc"]
+    assert tok.prompt(hinted, chat=True) == tok.render([dict(role="user", content="abc")])
+    own = [dict(role="system", content="x"), dict(role="user", content="y")]
+    assert tok.prompt(hinted | dict(messages=own), chat=True) == tok.render(own)
+    assert lame().prompt("a") == [*b"a"]                                           # it has no BOS
+
+
+def test_how_many_ids_spell_so_many_characters():
+    tok = train_bpe(["aaab ab ab"], 256 + 4 + len(SPECIALS))
+    ids = tok.encode("aaab ab aab")                             # aaab| ab| |a|ab
+    assert [tok.spelled(ids, n) for n in (0, 1, 4, 5, 7, 8, 9, 10, 11)] == [0, 1, 1, 2, 2, 3, 4, 5,
+                                                                           5]
+
+
 # --- training -------------------------------------------------------------------------------------
 
 def test_merges_worked_by_hand():
@@ -106,6 +122,14 @@ def test_merges_worked_by_hand():
     assert tok.encode("aaab ab aab") == [259, 257, 32, 97, 256]
     with pytest.raises(UserError, match="1 more than the texts give"):
         train_bpe(["aaab ab ab"], 256 + 5 + len(SPECIALS))
+
+
+def test_a_special_s_text_is_never_one_merged_token():
+    """its seven letters give five merges, and the sixth would be the whole"""
+    tok = train_bpe(["<|pad|> <|pad|>"], 256 + 5 + len(SPECIALS), pattern="[^ ]+| ")
+    assert max(map(len, tok.tokens[256:-len(SPECIALS)])) < 7
+    with pytest.raises(UserError, match="1 more than the texts give"):
+        train_bpe(["<|pad|> <|pad|>"], 256 + 6 + len(SPECIALS), pattern="[^ ]+| ")
 
 
 def test_counts_stay_right_while_merging(bpe):
@@ -223,6 +247,15 @@ def write(folder, **change):
     spec = dict(added_tokens=[], normalizer=None, pre_tokenizer=level, model=model) | change
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder
+
+
+def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_path):
+    composed = Tokenizer.load(write(tmp_path, normalizer=dict(type="NFC")))
+    assert composed.encode("e\u0301") == [*"\u00e9".encode()]
+    level = dict(type="ByteLevel", add_prefix_space=True, use_regex=True)
+    spaced = Tokenizer.load(write(tmp_path, pre_tokenizer=level))
+    assert [spaced.encode(x) for x in ("a", " a", "")] == [[*b" a"], [*b" a"], []]
+    assert spaced.encode("e\u0301") == [*" e\u0301".encode()]
 
 
 @pytest.mark.parametrize("change, error", [

@@ -4,8 +4,8 @@ from claims import Claim, in_parts
 
 CELLS = {f"{name} {size}": f"{preset}draft=base:draft{size}"
          for name, preset in (("text", ""), ("docstrings", "docs,")) for size in (64, 32)}
-DRAFTS = {"KD": "distillspec,arena", "AdaSPEC": "adaspec,arena",
-          "KD, 2.5x": "distillspec,arena,batch=20", "AdaSPEC, 2.5x": "adaspec,arena,batch=20"}
+DRAFTS = {"KD": "arena", "AdaSPEC": "adaspec,arena",
+          "KD, 2.5x": "arena,batch=20", "AdaSPEC, 2.5x": "adaspec,arena,batch=20"}
 CONTROLS = {"random, 2.5x": "adaspec,arena,batch=20,at_random",
             "smallest, 2.5x": "adaspec,arena,batch=20,smallest"}
 ALSO = ("draft_acceptance", "draft_efficiency", "draft_independent", "draft_speedup",
