@@ -253,13 +253,57 @@ def test_act_order_starts_at_the_most_active_and_follows_a_permutation():
     w, H = rand(8, 32).float(), moment(32).float() * 100
     scale = torch.linspace(.2, 2, 32)
     H = H * scale * scale[:, None]
-    layer = compress.gptq(w, H, bits=3, group=16, act_order=True)
+    gptq = functools.partial(compress.gptq, bits=3, group=16, act_order=True)
+    layer = gptq(w, H, scales="block")
     assert layer.order.long().tolist() == H.diagonal().argsort(descending=True).tolist()
     p = torch.randperm(32, generator=torch.Generator().manual_seed(1))
-    other = compress.gptq(w[:, p], H[p][:, p], bits=3, group=16, act_order=True)
+    other = gptq(w[:, p], H[p][:, p], scales="block")
     assert close(other.dequantize(), layer.dequantize()[:, p], 1e-4)
     x = rand(5, 32, seed=3).float()
     assert close(layer(x), x @ layer.dequantize().T, 1e-4)
+    assert "order" not in dict(gptq(w, H, scales="static").named_buffers())   # groups as given
+
+
+def grid(w, bits):
+    """The scale and zero [m] of weights w [m, g]: their range, 0 in it, in 2^bits steps."""
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    scale = ((high - low) / (2 ** bits - 1)).half().double()
+    return scale, (-low / scale).round()
+
+
+def plain_gptq(w, H, bits, group, scales, act_order, damp=.01):
+    """GPTQ as its paper tells it: a column at a time the rest moves by the OBS rule and H loses the
+    column, every weight always up to date; `scales` as the released code finds them."""
+    n, w, H = w.size(1), w.clone(), H + damp * H.diagonal().mean() * torch.eye(w.size(1)).double()
+    order = H.diagonal().argsort(descending=True) if act_order else torch.arange(n)
+    given, w, inverse = w.clone(), w[:, order], torch.linalg.inv(H[order][:, order])
+    out, first = torch.zeros_like(w), w.clone()
+    for j in range(n):
+        if j % 128 == 0:
+            first = w.clone()              # the released code works on a copy of 128 columns
+        if scales == "static":
+            start = order[j] // group * group
+            scale, zero = grid(given[:, start:start + group], bits)
+        elif j % group == 0:
+            scale, zero = grid((w if scales == "current" else first)[:, j:j + group], bits)
+        q = (((w[:, j] / scale).round() + zero).clamp(0, 2 ** bits - 1) - zero) * scale
+        out[:, order[j]] = q
+        w = w - ((w[:, j] - q) / inverse[j, j])[:, None] * inverse[j]
+        inverse = inverse - inverse[:, [j]] * inverse[[j]] / inverse[j, j]
+        inverse[j, j] = 1.                                       # gone: nothing moves it any more
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("n, group", [(144, 16), (164, 48)])
+def test_the_three_rules_for_scales_are_gptq_s(n, group, act_order):
+    """Across the end of a block of 128; the groups of 48 do not end with it."""
+    w, H = rand(3, n), moment(n, tokens=600)
+    made = {rule: weight(compress.gptq(w, H, bits=3, group=group, scales=rule, act_order=act_order))
+            for rule in ("current", "block", "static")}
+    for rule, got in made.items():
+        assert close(got, plain_gptq(w, H, 3, group, rule, act_order), 1e-6), rule
+    assert not close(made["current"], made["block"]) and not close(made["block"], made["static"])
 
 
 def test_columns_loss_is_the_output_error():
@@ -470,6 +514,35 @@ def test_dead_inputs_cost_nothing_and_count_nothing():
     H[0, 0] = math.nan
     with pytest.raises(UserError, match="not finite"):
         compress.gptq(w, H)
+
+
+def test_an_input_that_never_fires_is_worth_nothing():
+    """By hand: of h [0, 4, inf, 2] the dead one stays 0, what is not finite gets the mean, 3."""
+    assert close(compress.mend(D([0., 4, math.inf, 2])), [0, 4, 3, 2])
+    assert close(compress.mend(D([0., 0])), [0, 0]) and close(compress.mend(D([math.nan])), [1])
+    w, x = rand(8, 24).float(), rand(500, 24, seed=1).float()
+    x[:, ::3] = 0
+    h, g = 2 * (x ** 2).mean(0), torch.Generator().manual_seed(0)
+    dead, H = h == 0, 2 * x.T @ x / 500
+    assert compress.proxy(w, w * ~dead, h) == 0 and compress.proxy(w, w, 0 * h) == 0
+    assert compress.proxy(w, w * dead, h) == pytest.approx(1)
+    for pattern in ("2:4", "50%"):
+        new = weight(compress.nowag_p(w, h, pattern=pattern))
+        assert (new[:, dead] == 0).all() and (new != 0).sum() == 96
+    assert error(w, new, H) < 1.2 * error(w, compress.wanda(w, h, pattern="50%"), H)
+    low = compress.lowrank24(w, h, block=8)
+    assert (weight(low)[:, dead] == 0).all() and error(w, low, H) < error(
+        w, compress.nowag_p(w, h), H)
+    trace = []
+    made = weight(compress.armor(w, h, g, trace, iterations=30))
+    assert made.isfinite().all() and trace[-1] < trace[0]
+    assert (compress.kept(w ** 2 * h, "2:4")[:, dead] == 0).all()
+    h[8:16] = 0                                          # a group of 8 that never fires: 2 bits
+    assert compress.mixed(100 * w * (h == 0) + w, h, g, share=.34, group=8).width.tolist() in (
+        [4, 2, 2], [2, 2, 4])
+    for h in (h, 0 * h):
+        made = compress.nowag_vq(w, h, g, bits=3, dim=1).dequantize()
+        assert made.isfinite().all() and compress.proxy(w, made, h) < .05
 
 
 def test_a_group_of_zeros_spoils_no_other_scale():
