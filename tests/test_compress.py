@@ -14,9 +14,8 @@ from conftest import DATA_DIR, close, merged, rand
 import compress
 from data.run import UserError, claims_of, configure, hyper
 from data.run import settings as settings_of
-from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear
-from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table, save
+from model import ModelConfig, init, load, rope_table
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 W = D([[3., 1, 4, 2], [4, 1, 3, -2]])
@@ -579,43 +578,8 @@ def test_nowag_vq_stores_what_it_says():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-# every row of an axis that decides what is made, and every preset that names a method
-ROWS = [row for axis in ("method", "smooth", "cache") for row in compress.AXES[axis]]
-PRESETS = list(dict.fromkeys([*(x for x in ROWS if x not in ("none", "full")), *(
-    name for name, row in compress.PRESETS.items() if "method" in row)]))
-
-
 def tiny(config, out, *extra):
     return compress.main(merged("--config", f"{config},tiny", "--out", out, *extra))
-
-
-@pytest.mark.parametrize("config", PRESETS)
-def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
-    if config == "moh":  # two shared heads, two routed: more than the base has
-        c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                        head_dim=8,
-                        num_attention_heads=4, num_key_value_heads=2,
-                        eos_token_id=(bytes_tokenizer().eos,))
-        save(init(c), bytes_tokenizer(), "four_heads")
-    out = tiny(config, "run", *(["--init=four_heads"] if config == "moh" else []))
-    model, tok = load("run/step-000002")
-    tokens = torch.tensor([[tok.bos, *tok.encode("def main(x):\n    return x")]])
-
-    def unpacked(name, m):
-        return plain_linear(m, m.dequantize()) if isinstance(m, PackedLinear) else m
-    whole = replace_linears(load("run/step-000002")[0], unpacked)
-    rounded = [m for m in model.modules() if isinstance(m, PackedLinear) and m.act]
-    first = model(tokens)
-    for m in rounded:  # the unpacked reference has whole activations
-        m.act = ()
-    assert close(model(tokens), whole(tokens), 1e-3)
-    assert bool(rounded) == (config in ("w4a4", "comet",
-                                        "halo")) == (not close(first, model(tokens), 1e-3))
-    stored = sum(x.nbytes for x in model.state_dict().values())
-    with open("run/step-000002/model.safetensors", "rb") as file:   # 8 bytes, a header, the tensors
-        assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
-    assert out.get("rise", 0) <= 1e-6 and math.isfinite(out["loss_increase"]) and out["kl"] > -1e-6
-    assert (out["loss_increase"] == 0) == (config in ("dense", "kivi", "evicting"))
 
 
 def test_a_changed_or_cut_file_is_told(shared_bases):
