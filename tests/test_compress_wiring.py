@@ -2,6 +2,7 @@
 return, compared with the same quantities computed apart from the checkpoints and the text."""
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ PRESETS = list(dict.fromkeys([*(x for x in ROWS if x not in ("none", "full")), *
 # a preset's run has more where the tiny one could not tell right from wrong
 MORE = dict(dprune=["--domain=domain.txt", "--samples=12"], evicting=["--chunk=12"],
             moh=["--init=four_heads", "--seed=3"], kmeans=["--init=four_heads", "--seed=3"],
-            fresh=["--kd_loss=ce"])
+            fresh=["--kd_loss=ce", "--kd_lr=0.002"])
 
 
 def tiny(config, out, *extra):
@@ -130,7 +131,7 @@ class Watch:
 
     def __call__(self, name, call):
         row = {"open_model": self.opened, "W": self.walk, "batches": self.walk,
-               "distil": self.distil, "token_losses": self.both}
+               "distil": self.distil, "token_losses": self.both, "speed": self.speed}
         if name in compress.LOSSES:
             self.steps.append(self.now.tokens)
             self.agree(name, call, needs(compress.LOSSES[name]))
@@ -159,8 +160,8 @@ class Watch:
             self.held = ids[:c.windows * c.context].view(c.windows, c.context)
 
     def walk(self, call):
-        c, self.tokens, self.generator = call.c, call.tokens, torch.Generator()
-        g = self.generator.manual_seed(c.seed)
+        self.c, self.tokens, self.generator = call.c, call.tokens, torch.Generator()
+        c, g = self.c, self.generator.manual_seed(call.c.seed)
         assert torch.equal(call.held, self.held) and alike(call.model, self.base)
         if "batches" in needs(call.f.method):
             ids = text.stream(text.shuffled(c.data, g), call.tok, c.kd_steps * c.kd_batch
@@ -170,6 +171,11 @@ class Watch:
 
     def distil(self, call):
         self.cuts.append(nats(call.student, self.held))
+        assert call.lr == self.c.kd_lr
+
+    def speed(self, call):
+        assert torch.equal(call.prompt, self.held[0])
+        assert self.steps or hasattr(self, "tokens") or alike(call.model, self.base)
 
     def both(self, call):
         self.now = call
@@ -231,6 +237,7 @@ def check_layers(out, calls, config, watch, small):
         start.append(relative(call.W, call.W * mask, h))
         if name == "mlp.down_proj" and compress.PRESETS.get(config, {}).get("sequential"):
             seen.layers[i] = small.layers[i]
+    assert max(proxies) < .6                    # what is stored stands for the weight that was given
     assert out["proxy"] == pytest.approx(sum(proxies) / len(proxies), rel=2e-3)
     count = sum(m.weight.numel() for *_, m in layers(whole))
     assert out["bits"] == pytest.approx(8 * size / count)
@@ -291,17 +298,22 @@ def test_every_preset_is_given_what_it_names_and_its_checkpoint_opens(config, sh
     c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     head_dim=8, num_attention_heads=4, num_key_value_heads=2,
                     eos_token_id=(bytes_tokenizer().eos,))
-    save(init(c), bytes_tokenizer(), "four_heads")
+    model, g = init(replace(c, model_type="qwen2")), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data += .1 * torch.randn(p.shape, generator=g) if p.dim() == 1 else 0     # biases, norms
+    save(model, bytes_tokenizer(), "four_heads")
     Path("domain.txt").write_text("".join(f"{i} + {i * i % 7} = {i + i * i % 7}\n"
                                           for i in range(3000)))
     watch = Watch()
     calls = catch(monkeypatch, compress, "METHODS", "SMOOTH", "CACHES", "LOSSES", "PENALTIES",
-                  "WALKS", "open_model", "calibration", "distil", "token_losses", see=watch)
+                  "WALKS", "open_model", "calibration", "distil", "token_losses", "speed", see=watch)
     out = tiny(config, "run", *MORE.get(config, []))
     small, base = load("run/step-000002")[0], watch.base
     check_numbers(out, base, small, held := watch.held)
     assert torch.equal(watch.tokens if calls["W"] or calls["batches"] else
                        calls["calibration"][0].out, calls["calibration"][0].out)
+    assert [out["dense_tokens_per_second"], out["tokens_per_second"]] == [
+        x.out for x in calls["speed"]]
     made = []
     if calls["W"]:
         made = check_layers(out, calls, config, watch, small)

@@ -360,6 +360,9 @@ def test_fresh_is_slimmoe_s_size_and_nothing_of_its_weights(pair):
     b = first(S.fresh, model, teacher, batches, **kw)
     assert a.config == b.config
     assert 0.015 < b.embed_tokens.weight.std() < 0.025 and (b.norm.weight == 1).all()
+    for name, want in (("q_proj", .02), ("o_proj", .01)):                # outputs: over √(2L) = 2
+        std = getattr(b.layers[0].self_attn, name).weight.std()
+        assert .8 * want < std < 1.2 * want
     assert not torch.equal(a.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
     again = first(S.fresh, model, teacher, batches, **kw)
     assert torch.equal(again.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
@@ -439,6 +442,17 @@ def test_a_penalty_is_trained_on_and_not_in_the_losses():
     assert abs(history[0] - first_loss) < 1e-6 and weight.norm() < before
 
 
+def test_matrices_alone_decay(monkeypatch):
+    model, seen = small("qwen2").float(), []
+    monkeypatch.setattr(S, "fit", lambda groups, *args, **kw: seen.append((groups, kw)))
+    S.distil(model, None, None, 3, lr=.5, clip=.7)
+    (matrices, rest), kw = seen[0][0], seen[0][1]
+    assert (matrices["weight_decay"], rest["weight_decay"]) == (.1, 0)
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+    assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert (kw["lr"], kw["clip"]) == (.5, .7)
+
+
 def test_fit_is_adamw_at_its_rate_with_its_clips(monkeypatch):
     """Two steps on slopes of 3 and 4: each moves by its rate; what the optimiser saw is clipped."""
     grads, step = [], torch.optim.AdamW.step
@@ -498,6 +512,9 @@ def test_prunenet_cuts_what_it_says():
         assert gone == 2 * 3 * 64 * 8
         same = first(S.prunenet, model, None, [], share=1.0, episodes=1, sampled=sampled)
         assert torch.equal(same(tokens), model(tokens))
+    alpha, e = D([.3, .5, .8]), torch.rand(3, generator=gen(4)).double()
+    want = 1 / (1 + (1 - e) / e * (1 - alpha) / alpha)                     # σ(logit e + logit α)
+    assert close(S.relaxed(alpha, gen(4)), want, 1e-9)
     fixed = [first(S.prunenet, model, None, [], share=.5, episodes=2, seed=3) for _ in range(2)]
     assert torch.equal(fixed[0](tokens), fixed[1](tokens))
     W = model.layers[0].mlp.gate_proj.weight.detach()
@@ -508,6 +525,28 @@ def test_prunenet_cuts_what_it_says():
     cut = first(S.prunenet, small("qwen3", size="1x64").float(), None, [], share=.5, episodes=3,
                 sampled=False)
     assert len(top) == 8 and cut.config.intermediate_size == 8
+
+
+def test_the_policy_steps_on_discounted_rewards_of_the_rows_that_it_drew(monkeypatch):
+    """One AdamW step of two layers, by the definition: -Σ_i γ^i r_i Σ_kept log relaxed(α_i); the
+    policy that is handed out is that of the larger Σ γ^i r_i."""
+    weights, kept, rewards = [rand(6, 4, seed=s).float() for s in (1, 2)], [], iter([3., 5, 4, 7])
+    monkeypatch.setattr(S, "spectrum_reward",
+                        lambda W, rows: kept.append(rows) or next(rewards))
+    policy = S.learn_policy(weights, 3, gen(), episodes=2, lr=.1, discount=.5)   # 5.5, then 7.5
+    g = gen()
+    draw = lambda *shape: torch.rand(shape, generator=g)
+    x = [p.requires_grad_() for p in ((2 * draw(6, 4) - 1) / 2, (2 * draw(6) - 1) / 2, draw(6))]
+    alpha = lambda W: ((W @ x[0].T + x[1]) @ x[2]).sigmoid()
+    loss = 0.0
+    for i, (W, r) in enumerate(zip(weights, (3., 5.))):
+        rows = torch.multinomial(S.relaxed(alpha(W).detach(), g), 3, generator=g)
+        assert torch.equal(rows, kept[i])
+        loss = loss - .5 ** i * r * S.relaxed(alpha(W), g)[rows].log().sum()
+    opt = torch.optim.AdamW(x, .1)
+    loss.backward()
+    opt.step()
+    assert close(policy(weights[0]), alpha(weights[0]), 1e-5)
 
 
 def test_the_policy_learns_to_prefer_rows_that_are_rewarded(monkeypatch):
@@ -593,6 +632,17 @@ def test_puzzle_finds_its_budget(puzzle_parts):
     teacher, kw = twin(model).requires_grad_(False), dict(shares="100,50,0", local_steps=5)
     whole = first(S.puzzle, model, teacher, batches, share=1.0, **kw)
     assert torch.equal(whole(batches[0]), model(batches[0])) and whole.config == model.config
+    found = []
+    choose, S.CHOICES["dp"] = S.CHOICES["dp"], lambda *args: found.append(args) or choose(*args)
+    try:
+        first(S.puzzle, model, teacher, batches, share=.5, choice="dp", **kw)
+    finally:
+        S.CHOICES["dp"] = choose
+    (scores, widths, budget, _), = found
+    assert (widths, budget) == ([16, 8, 0], 24) and (scores[:, 0] == 0).all()
+    gone = copy.deepcopy(teacher)
+    gone.layers[1].mlp = None
+    assert abs(S.divergence(gone, teacher, batches) - scores[1, 2].item()) < 1e-6
     made = {choice: first(S.puzzle, model, teacher, batches, share=.5, choice=choice, **kw)
             for choice in S.CHOICES}
     assert made["uniform"].config == replace(model.config, intermediate_size=8)
