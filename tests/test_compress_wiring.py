@@ -237,7 +237,7 @@ def check_layers(out, calls, config, watch, small):
         start.append(relative(call.W, call.W * mask, h))
         if name == "mlp.down_proj" and compress.PRESETS.get(config, {}).get("sequential"):
             seen.layers[i] = small.layers[i]
-    assert max(proxies) < .6                    # what is stored stands for the weight that was given
+    assert max(proxies) < .6                   # what is stored stands for the weight that was given
     assert out["proxy"] == pytest.approx(sum(proxies) / len(proxies), rel=2e-3)
     count = sum(m.weight.numel() for *_, m in layers(whole))
     assert out["bits"] == pytest.approx(8 * size / count)
@@ -306,7 +306,8 @@ def test_every_preset_is_given_what_it_names_and_its_checkpoint_opens(config, sh
                                           for i in range(3000)))
     watch = Watch()
     calls = catch(monkeypatch, compress, "METHODS", "SMOOTH", "CACHES", "LOSSES", "PENALTIES",
-                  "WALKS", "open_model", "calibration", "distil", "token_losses", "speed", see=watch)
+                  "WALKS", "open_model", "calibration", "distil", "token_losses", "speed",
+                  "train_heads", see=watch)
     out = tiny(config, "run", *MORE.get(config, []))
     small, base = load("run/step-000002")[0], watch.base
     check_numbers(out, base, small, held := watch.held)
@@ -326,7 +327,10 @@ def test_every_preset_is_given_what_it_names_and_its_checkpoint_opens(config, sh
         assert alike(model, small)
         check_cache(out, config, made[-1], model, held)
     if config == "evicting":
-        assert torch.equal(made[-1].tokens, calls["calibration"][0].out)
+        heads, = calls["train_heads"]
+        assert alike(heads.model, small) and heads.steps == 5
+        assert torch.equal(heads.windows, calls["calibration"][0].out)
+        assert torch.equal(made[-1].tokens, heads.windows)
     asked = compress.PRESETS.get(config, {}) | compress.PRESETS["tiny"] | {
         k: v for k, v in (x[2:].split("=") for x in MORE.get(config, []))}
     for call in made:                                            # the preset's own numbers
@@ -351,6 +355,31 @@ def check_file(out, config, small):
     with open("run/step-000002/model.safetensors", "rb") as file:   # 8 bytes, a header, the tensors
         assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
     assert (out["loss_increase"] == 0) == (config in ("dense", "kivi", "evicting"))
+
+
+def test_heads_are_trained_at_a_rate_that_warms_up_with_gradients_clipped_by_value(monkeypatch):
+    model, seen = init(ModelConfig(vocab_size=8, hidden_size=16, intermediate_size=16, head_dim=8,
+                                   num_hidden_layers=2, num_attention_heads=2,
+                                   num_key_value_heads=1)), []
+    monkeypatch.setattr(compress, "fit", lambda groups, loss_of, steps, name, **kw: seen.append(
+        (groups, loss_of, steps, kw)))
+    windows = torch.randint(8, (5, 20))
+    heads = compress.train_heads(model, windows, steps=10, lr=.25, width=4, answer=6, batch=3,
+                                 warmup=.5)
+    (groups, loss_of, steps, kw), = seen
+    assert (steps, kw["lr"], kw["clip_value"]) == (10, .25, .5)
+    assert [kw["rate"](i) for i in (0, 1, 4, 9)] == [.2, .4, 1, 1]
+    g = torch.Generator().manual_seed(0)
+    for _ in heads:
+        compress.RetainingHead(model.config, 4, g)                       # draws what theirs drew
+    rows = torch.randint(5, (3,), generator=g)
+    data = compress.retaining_data(model, windows[rows], 6)
+    want = [F.smooth_l1_loss(y := head.w2(F.silu(head.w1(c))).mT, label)
+            + .0025 * (y[..., 1:] - y[..., :-1]).square().mean() for head, (c, label) in zip(
+                heads, data)]
+    assert close(loss_of(0), sum(want) / 2, 1e-6)
+    std = torch.cat([head.w1.weight.flatten() for head in heads]).std().item()
+    assert std == pytest.approx(heads[0].w1.in_features ** -.5, rel=.2)
 
 
 def test_every_argument_that_a_row_reads_is_compared_with_one_computed_apart():

@@ -527,6 +527,24 @@ def test_prunenet_cuts_what_it_says():
     assert len(top) == 8 and cut.config.intermediate_size == 8
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_prunenet_keeps_the_rows_that_its_policy_prefers(sampled, monkeypatch):
+    """A policy that is sure of eight rows, by what a row of gate holds; never by chance another."""
+    model, seen = small("qwen3").float(), []
+
+    def sure(weights, width, generator, episodes):
+        seen.append((weights, width, episodes))
+        return lambda W: (W.sum(1) >= W.sum(1).sort().values[8]).float()
+    monkeypatch.setattr(S, "learn_policy", sure)
+    cut = first(S.prunenet, model, None, [], share=.5, episodes=3, sampled=sampled)
+    assert seen[0][1:] == (8, 3)
+    for given, a, b in zip(seen[0][0], model.layers, cut.layers):
+        W = a.mlp.gate_proj.weight
+        assert torch.equal(given, W)
+        kept = W.sum(1).topk(8).indices.sort().values
+        assert torch.equal(b.mlp.up_proj.weight, a.mlp.up_proj.weight[kept])
+
+
 def test_the_policy_steps_on_discounted_rewards_of_the_rows_that_it_drew(monkeypatch):
     """One AdamW step of two layers, by the definition: -Σ_i γ^i r_i Σ_kept log relaxed(α_i); the
     policy that is handed out is that of the larger Σ γ^i r_i."""
@@ -603,6 +621,9 @@ def test_block_distillation_lowers_its_own_loss_and_leaves_the_rest(puzzle_parts
     model, batches, _ = puzzle_parts
     library = S.block_library(model, batches, [1, .5, 0], 8)
     assert list(library) == [16, 8, 0] and library[0] is None
+    kept = S.activity(model, batches)["layers.1.mlp"].topk(8).indices.sort().values
+    assert torch.equal(library[8].layers[1].mlp.up_proj.weight,
+                       model.layers[1].mlp.up_proj.weight[kept])
     assert torch.equal(library[16](batches[0]), model(batches[0]))
     before, scores = copy.deepcopy(library[8].state_dict()), S.replace_one(model, library, batches)
     early = S.distil_blocks(model, library, batches, 1, 0.0)
