@@ -628,6 +628,7 @@ def test_what_awq_searches_and_clips_by_is_what_its_layers_read(heads, monkeypat
             out = call.run(*call.inputs)
             assert out.shape[0] == 3                              # the first calibration batch
             found["searched"].append([names[layer] for layer in call.layers])
+            found["parts"].append(names[call.run])
         else:
             layer, = (m for m in reads if torch.equal(m.weight, call.W))
             x = reads[layer]
@@ -638,6 +639,8 @@ def test_what_awq_searches_and_clips_by_is_what_its_layers_read(heads, monkeypat
     mlp = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
     parts = [[f"self_attn.{x}_proj" for x in "qkv"], *([["self_attn.o_proj"]] * (heads == 2)), *mlp]
     assert found["searched"] == [[f"{i}.{x}" for x in part] for i in (0, 1) for part in parts]
+    names = ["self_attn", *(["self_attn.o_proj"] * (heads == 2)), "mlp", "mlp.down_proj"]
+    assert found["parts"] == [f"{i}.{name}" for i in (0, 1) for name in names]
     assert found["clipped"] == [f"{i}.{x}" for i in (0, 1) for part in parts for x in part
                                 if x[-6:] not in ("q_proj", "k_proj")]
 
@@ -750,6 +753,14 @@ def test_kmeans_by_hand():
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
     assert close(C[code], points, 1e-6)                              # more codes than points: exact
+
+
+def test_an_empty_cluster_restarts_at_the_point_that_is_served_worst(monkeypatch):
+    """Both centres at 0: one gets all of 0, 1, 10 of weights 1, 5, .005 and moves to .841; weighted
+    squared distances are then .707, .127, .420, so the other starts at 0."""
+    monkeypatch.setattr(compress, "seeds", lambda X, w, K, generator: torch.zeros(2, 1).double())
+    C, code = compress.kmeans(D([[0.], [1], [10]]), D([[1.], [5], [.005]]), 2, None, rounds=1)
+    assert close(C, [[5.05 / 6.005], [0]], 1e-6) and code.tolist() == [1, 0, 0]
 
 
 def test_a_group_of_0_is_the_whole_row():
@@ -946,7 +957,8 @@ def test_a_finished_run_is_not_made_again_and_packed_weights_not_packed_twice(sh
 def test_more_bits_and_no_pruning_cost_less(shared_bases):
     loss = {bits: tiny("rtn", f"b{bits}", f"--bits={bits}")["loss_increase"] for bits in (2, 8)}
     assert abs(loss[8]) < .01 < loss[2]
-    assert abs(tiny("magnitude", "all", "--pattern=100%")["loss_increase"]) < 1e-6
+    out = tiny("magnitude", "all", "--pattern=100%")
+    assert abs(out["loss_increase"]) < 1e-6 and out["bits"] == 16              # stored as it was
 
 
 def test_outliers_change_nothing_but_the_statistics(shared_bases):

@@ -254,6 +254,9 @@ def test_sensitivity_sums_absolute_values_over_batches_and_fisher_squares(pair):
         assert close(whole[name], sum(p[0][name] for p in parts), 1e-10)
         assert close(fisher[name], sum(p[0][name] ** 2 for p in parts), 1e-10)
     assert close(heads[1], sum(p[1][1] for p in parts), 1e-10) and heads[0].shape == (2,)
+    for kind, want in (("ce", whole), ("fisher", fisher)):
+        got, _ = S.importance_of(kind, model, teacher, batches, gen())
+        assert all(close(got[name], want[name], 1e-10) for name in want if want[name].any())
 
 
 def test_the_degenerate_start_is_refused(pair):
@@ -364,6 +367,8 @@ def test_fresh_is_slimmoe_s_size_and_nothing_of_its_weights(pair):
         std = getattr(b.layers[0].self_attn, name).weight.std()
         assert .8 * want < std < 1.2 * want
     assert not torch.equal(a.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
+    biased = S.renewed(small("qwen2"), gen()).layers[0].self_attn.q_proj
+    assert not biased.bias.any() and biased.weight.std() > .01
     again = first(S.fresh, model, teacher, batches, **kw)
     assert torch.equal(again.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
 
@@ -626,8 +631,11 @@ def test_block_distillation_lowers_its_own_loss_and_leaves_the_rest(puzzle_parts
                        model.layers[1].mlp.up_proj.weight[kept])
     assert torch.equal(library[16](batches[0]), model(batches[0]))
     before, scores = copy.deepcopy(library[8].state_dict()), S.replace_one(model, library, batches)
-    early = S.distil_blocks(model, library, batches, 1, 0.0)
+    early, read = S.distil_blocks(model, library, batches, 1, 0.0), []
+    hook = model.register_forward_pre_hook(lambda m, args: read.append(args[0]))
     late = S.distil_blocks(model, library, batches, 60, 3e-3)
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(read, batches)) and len(read) == 60
     assert len(late) == 3 and all(b < .9 * a for a, b in zip(early, late))
     changed = {k for k, v in library[8].state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if ".mlp." in k}
