@@ -353,6 +353,11 @@ def test_d_pruner_s_score_by_hand():
     finally:
         compress.kept = kept
     assert close(seen[0], [[14.625, 144]], 1e-6) and weight(made).tolist() == [[0, 2]]
+    w, H, g, F = rand(4, 16), moment(16), rand(4, 16, seed=5), rand(4, 16, seed=6) ** 2
+    inverse = torch.linalg.inv(H + .01 * H.diagonal().mean() * torch.eye(16)).diagonal()
+    x = (g + 2 * .7 * .25 * w ** 2 / inverse * g * F) * w
+    want = compress.kept((x + x ** 2 / 2).abs(), "50%")
+    assert close(weight(compress.dprune(w, H, (g, F), lam=.7, lr=.5)) != 0, want)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -560,19 +565,21 @@ def test_awq_s_scale_by_hand_and_it_helps_where_outliers_are():
     assert loss("awq") < .5 * loss("none") and loss("smoothquant") < .5 * loss("none")
 
 
-def test_smoothquant_s_scale_by_hand():
-    """|x| up to [10, 1.2], |W| up to [.1, .9], α .5: s = [10, 1.1547], then both are [1, 1.039]"""
+def test_smoothquant_s_scale_by_hand(monkeypatch):
+    """|x| up to [10, 1.2], |W| up to [.1, .9], α .5: s = [10, 1.1547], then both are [1, 1.039]; at
+    α .25 of [2, 1] and [.5, .25]: s = [2^.25 / .5^.75, 1 / .25^.75] = [2, 2.828427]"""
     stats = {"a": dict(absmax=torch.tensor([10., 1.2]))}
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[.1, .9]])
     norm = torch.nn.RMSNorm(2)
     block = torch.nn.ModuleDict(dict(a=layer, norm=norm)).requires_grad_(False)
-    compress.sharing, old = lambda b, c: [(["a"], norm, "a")], compress.sharing
-    try:
-        compress.smooth_block(block, None, stats, 10, 20)
-    finally:
-        compress.sharing = old
+    monkeypatch.setattr(compress, "sharing", lambda block, config: [(["a"], norm, "a")])
+    compress.smooth_block(block, None, stats, 10, 20)
     assert close(1 / norm.weight, [10, 1.1547], 1e-3) and close(layer.weight, [[1, 1.0392]], 1e-3)
+    stats["a"]["absmax"], layer.weight.data = torch.tensor([2., 1]), torch.tensor([[.5, .25]])
+    norm.weight.fill_(1)
+    compress.smooth_block(block, None, stats, 5, 20)
+    assert close(1 / norm.weight, [2, 2.828427]) and close(layer.weight, [[1, .7071068]])
 
 
 def test_awq_takes_the_scale_whose_rounded_part_errs_least():
