@@ -497,6 +497,9 @@ def test_mixed_widths_between_two_and_four_bits():
     assert compress.mixed(w, h, g, share=.25, by="range").width.tolist() == [2, 2, 2, 4]
     drawn = [compress.mixed(w, h, g, share=.25, by="random").width.tolist() for _ in range(20)]
     assert len({tuple(x) for x in drawn}) == 4 and all(sum(x) == 10 for x in drawn)
+    two = torch.zeros(2, 32)                   # ranges 2, 2 and 3.4, .2: squared 4 and 5.8 in mean
+    two[:, 0], two[:, 16] = 2, torch.tensor([3.4, .2])
+    assert compress.mixed(two, h[:32], g, share=.5, by="range").width.tolist() == [2, 4]
     with pytest.raises(UserError, match="--group 24"):
         compress.mixed(w, h, g, group=24)
 
