@@ -137,16 +137,19 @@ def normalise(W, eps=1e-5):
 
 
 def mend(h):
-    """h with what is not finite or not positive replaced by the mean of the rest (dead inputs)."""
+    """h with what is not finite replaced by the mean of the finite ones that are positive. 0 stays
+    0: an input that never fires is worth nothing."""
     sound = h.isfinite() & (h > 0)
-    return torch.where(sound, h, h[sound].mean() if sound.any() else torch.ones_like(h))
+    return torch.where(h.isfinite(), h, h[sound].mean() if sound.any() else torch.ones_like(h))
 
 
 def proxy(W, new, h):
-    """NoWag's relative error  Σ h (Wb - Wb')² / Σ h Wb²,  both normalised as W is; 1 for zeros."""
+    """NoWag's relative error  Σ h (Wb - Wb')² / Σ h Wb²,  both normalised as W is; 1 for zeros, 0
+    where no input fires."""
     Wb, r1, r2 = normalise(W)
     h = mend(h)
-    return (((Wb - new / r1 / r2[:, None]) ** 2 * h).sum() / (Wb ** 2 * h).sum()).item()
+    total = (Wb ** 2 * h).sum().clamp(min=1e-30)
+    return (((Wb - new / r1 / r2[:, None]) ** 2 * h).sum() / total).item()
 
 
 def nowag_p(W, h, *, pattern="2:4"):
@@ -630,8 +633,8 @@ def lowrank24(W, h, *, block: Count = 8):
     root, (m, n) = mend(h).sqrt(), W.shape
     U, values, V = torch.linalg.svd((W - core) * root, full_matrices=False)
     rank = min(len(values), max(1, (m * block_of(m, block) + n * block_of(n, block)) // (m + n)))
-    buffers = dict(left=(U[:, :rank] * values[:rank]).bfloat16(),
-                   right=(V[:rank] / root).bfloat16())
+    right = torch.where(root > 0, V[:rank] / root, 0.0)          # a dead input needs no correction
+    buffers = dict(left=(U[:, :rank] * values[:rank]).bfloat16(), right=right.bfloat16())
     return stored(W, (dict(kind="nm24_lowrank", rank=rank), nm24_state(core) | buffers))
 
 
@@ -803,32 +806,38 @@ def reading(layer, order=None, **options):
     return packed((layer.out_features, layer.in_features), None, spec, state)
 
 
-def gptq(W, H, *, bits: Literal[2, 3, 4, 8] = 4, group=32, damp: Positive = 0.01, act_order=False):
+def gptq(W, H, *, bits: Literal[2, 3, 4, 8] = 4, group=32, damp: Positive = 0.01, act_order=False,
+         scales: Literal["current", "block", "static"] = "static"):
     """GPTQ (2210.17323): columns in order; each one's rounding error goes to the columns behind it.
 
-    Scale and zero of a group are of the weights as they are when it begins. A diagonal H gives RTN.
-    act_order: the inputs of most energy first (stored in that order, so that groups stay
-    neighbours)."""
+    scales: a group's scale and zero are of its weights as they are when it begins (current); as
+    they were when the block of 128 columns began, which corrects only itself until it ends (block,
+    as released); or as they were given (static). A diagonal H gives RTN. act_order: the inputs of
+    most energy first; stored in that order, so that groups stay neighbours, but static groups are
+    of the order given, and stay in it."""
     order = torch.arange(len(H), device=H.device)
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
-    W, U = alive(W, H)[:, order], inverse_factor(H[order][:, order], damp)
-    size = group or W.size(1)
-    codes, scales, zeros = torch.zeros_like(W, dtype=torch.int), [], []
-    for start in range(0, W.size(1), size):
-        end = min(start + size, W.size(1))
-        _, scale, zero = quantize(W[:, start:end], bits, -1)                           # [m, 1] each
-        errors = torch.zeros_like(W[:, start:end])
-        for j in range(start, end):
-            q = ((W[:, j:j + 1] / scale).round() + zero).clamp(0, 2 ** bits - 1)         # [m, 1]
-            codes[:, j] = q[:, 0].int()
-            errors[:, j - start] = (W[:, j] - ((q - zero) * scale)[:, 0]) / U[j, j]
-            W[:, j:end] -= errors[:, j - start, None] * U[j, j:end]
+    W, U = alive(W, H), inverse_factor(H[order][:, order], damp)
+    n, size, static = W.size(1), group or W.size(1), scales == "static"
+    _, scale, zero = quantize(W, bits, size)                                        # [m, groups]
+    owner, W = (order if static else torch.arange(n)) // size, W[:, order]               # [n]
+    codes, step = torch.zeros_like(W, dtype=torch.int), size if scales == "current" else 128
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        w, errors = W[:, start:end].clone(), torch.zeros_like(W[:, start:end])
+        for j, g in zip(range(start, end), owner[start:end].tolist()):
+            if j % size == 0 and not static:
+                _, scale[:, g:g + 1], zero[:, g:g + 1] = quantize(W[:, j:j + size], bits, -1)
+            at = j - start
+            q = ((w[:, at] / scale[:, g]).round() + zero[:, g]).clamp(0, 2 ** bits - 1)    # [m]
+            codes[:, j] = q.int()
+            errors[:, at] = (w[:, at] - (q - zero[:, g]) * scale[:, g]) / U[j, j]
+            w[:, at:] -= errors[:, at, None] * U[j, j:end]
         W[:, end:] -= errors @ U[start:end, end:]
-        scales.append(scale)
-        zeros.append(zero)
-    layer = pack_int(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits=bits, group=size)
-    return reading(layer, order) if act_order else layer
+    if act_order and not static:
+        return reading(pack_int(codes, scale, zero, bits=bits, group=size), order)
+    return pack_int(codes[:, order.argsort()], scale, zero, bits=bits, group=size)
 
 
 METHODS["gptq"] = gptq
@@ -1227,7 +1236,7 @@ def nowag_vq(W, h, generator, *, bits: Range("[1, 16]") = 2, dim=0, rounds: Coun
     """
     dim = code_size(W, bits, dim)
     Wb, r1, r2 = normalise(W) if norms else (W, None, None)
-    h = mend(h) / mend(h).mean() if weights else torch.ones_like(h)
+    h = mend(h) / mend(h).mean().clamp(min=1e-30) if weights else torch.ones_like(h)
     w = F.pad(h.clamp(min=1e-6), (0, -W.size(1) % dim)).expand(len(W), -1).reshape(-1, dim)
     C, code = kmeans(vectors(Wb, dim), w, 2 ** (bits * dim), generator, rounds)
     return pack_vq(code.view(len(W), -1), C, r1, r2, inputs=W.size(1))

@@ -1,22 +1,27 @@
 """compress.py: masks, codes and ARMOR by hand, their limits and invariances, and whole runs."""
+import copy
 import dataclasses
 import functools
+import itertools
 import math
 import pickle
 import shutil
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA_DIR, close, merged, rand
+from wiring import catch
 
 import compress
+from data import text
 from data.run import UserError, claims_of, configure, hyper
 from data.run import settings as settings_of
 from data.tokenizer import bytes_tokenizer
 from kernels import PackedLinear
-from model import ModelConfig, init, load, plain_linear, replace_linears, rope_table, save
+from model import ModelConfig, init, load, rope_table, save
 
 D = functools.partial(torch.tensor, dtype=torch.float64)
 W = D([[3., 1, 4, 2], [4, 1, 3, -2]])
@@ -62,6 +67,7 @@ def test_masks_keep_exactly_what_they_say():
     assert (compress.kept(score, "4:8").view(6, 2, 8).sum(-1) == 4).all()
     assert compress.kept(score, "50%").sum() == 48 and (compress.kept(score, "25%", "row").sum(1)
                                                         == 4).all()
+    assert compress.kept(torch.ones(3, 5), "50%").sum() == 8               # 15 - ⌊7.5⌋
     assert compress.kept(torch.ones(3, 8), "50%").sum() == 12              # ties: no more than that
     for pattern in ("2:3", "3:2", "half", "150%", "2:"):
         with pytest.raises(UserError, match="--pattern"):
@@ -117,8 +123,8 @@ def test_sparsegpt_limits():
 
 def test_sparsegpt_s_blocks_give_the_unblocked_result_for_a_fixed_mask():
     w, H = rand(4, 16), moment(16)
-    a, b = (weight(compress.sparsegpt(w, H, pattern="4:8", block=size)) for size in (8, 16))
-    assert close(a, b)
+    a, b, c = (weight(compress.sparsegpt(w, H, pattern="4:8", block=x)) for x in (8, 16, 10))
+    assert close(a, b) and close(a, c)                  # a block ends where a group of eight does
 
 
 def test_the_inverse_factor_by_hand():
@@ -130,6 +136,44 @@ def test_the_inverse_factor_by_hand():
     dead = H.clone()
     dead[2] = dead[:, 2] = 0
     assert compress.inverse_factor(dead).isfinite().all()
+
+
+def test_a_mask_is_stored_in_its_smallest_format():
+    w = rand(4, 8).float()
+    assert compress.pruned(w * compress.kept(w.abs(), "2:4"), "2:4").kind == "nm24"
+    assert compress.pruned(w * compress.kept(w.abs(), "50%"), "50%").kind == "bitmap"
+    assert compress.pruned(w, "100%") is w
+
+
+def test_damping_grows_until_there_is_a_factor():
+    """A moment of rank one, damped by next to nothing: a hundred times more is enough."""
+    H = torch.ones(16, 16) * 3
+    U = compress.inverse_factor(H, damp=1e-9)
+    assert U.isfinite().all() and (U.triu() == U).all()
+    L = torch.linalg.inv((U.T @ U).double())
+    assert close(L / L.mean(), torch.ones(16, 16), 1e-2)
+    with pytest.raises(UserError, match="no Cholesky factor"):
+        compress.inverse_factor(-H)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_sparsegpt_by_its_definition(pattern):
+    """A column at a time, all that is left moves by the OBS rule; 2:4 is chosen when a group of
+    four begins, half when a block of 8 does."""
+    w, H = rand(3, 16), moment(16)
+    U = compress.inverse_factor(H, .01)
+    new, now = torch.zeros_like(w), w.clone()
+    for j in range(16):
+        if j % (size := 4 if pattern == "2:4" else 8) == 0:
+            score = now[:, j:j + size] ** 2 / U.diagonal()[j:j + size] ** 2
+            flat = score if pattern == "2:4" else score.reshape(1, -1)
+            best = flat.topk(flat.size(1) // 2, 1).indices
+            mask = torch.zeros_like(flat).scatter(1, best, 1.).view_as(score)
+        new[:, j] = now[:, j] * mask[:, j % size]
+        now = now - ((now[:, j] - new[:, j]) / U[j, j])[:, None] * torch.where(
+            torch.arange(16) >= j, U[j], 0.)
+    made = weight(compress.sparsegpt(w, H, pattern=pattern, block=8))
+    assert close(made, new.bfloat16(), 1e-6)
 
 
 # --- ARMOR ----------------------------------------------------------------------------------------
@@ -195,6 +239,82 @@ def test_armor_never_rises_and_ends_below_nowag_p():
     assert close(compress.armor(zero, h[:8], g, [], iterations=2).dequantize(), zero)
 
 
+@pytest.fixture
+def tiles():
+    """A, B, S within a mask M, the weight Wb, all in tiles, and h of their inputs."""
+    P, Q, a, b = 2, 3, 4, 8
+    Wb, h = rand(P, Q, a, b, seed=3), rand(Q, b, seed=2).abs() + .1
+    M = compress.kept(Wb.flatten(0, 2), "2:4").view_as(Wb)
+    x = dict(A=torch.eye(a).double() + .1 * rand(P, a, a), S=Wb * M,
+             B=torch.eye(b).double() + .1 * rand(Q, b, b, seed=1))
+    return x, M, Wb, h, (Wb ** 2 * h[:, None]).sum()
+
+
+def relative_loss(x, Wb, h, total):
+    """Σ h_j (bd(A) S bd(B) - Wb)² over its value for zeros, tile by tile."""
+    rows = [(h[q] * (x["A"][p] @ x["S"][p, q] @ x["B"][q] - Wb[p, q]) ** 2).sum()
+            for p in range(2) for q in range(3)]
+    return sum(rows) / total
+
+
+def test_armor_s_wrappers_step_as_adam_does(tiles):
+    x, M, Wb, h, total = tiles
+    moments = [{k: torch.zeros_like(v) for k, v in x.items()} for _ in range(2)]
+    theirs = {k: v.clone().requires_grad_() for k, v in x.items()}
+    opt = torch.optim.Adam(theirs.values(), 1e-2)
+    for t in (1, 2, 3):
+        opt.zero_grad()
+        relative_loss(theirs, Wb, h, total).backward()
+        theirs["S"].grad.mul_(M)
+        opt.step()
+        x = compress.wrapper_step(x, M, Wb, h, total, moments, t, 1e-2)
+        assert all(close(x[k], theirs[k].detach(), 1e-9) for k in x)
+
+
+def test_armor_draws_a_group_by_the_gradient_of_all_its_entries(tiles, monkeypatch):
+    x, _, Wb, h, total = tiles
+    S = x["S"].clone().requires_grad_()
+    relative_loss(x | dict(S=S), Wb, h, total).backward()
+    want = S.grad.abs().view(6, 8, 4).sum(-1)                            # groups: rows x fours
+    draws, draw = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **kw: draws.append(p) or draw(
+        p, *args, **kw))
+    group = compress.drawn_group(x, Wb, h, total, torch.Generator().manual_seed(0))
+    assert close(draws[0], want, 1e-12) and group.shape == (2, 3)
+
+
+def test_armor_takes_back_an_adam_step_that_rises_and_halves_its_rate(monkeypatch):
+    """Steps that spoil A: what stays is NoWag-P's, the best core of wrappers that do nothing."""
+    w, h, rates, trace = rand(8, 16).float(), rand(16, seed=1).abs().float() + .1, [], []
+
+    def worse(x, M, Wb, h, total, moments, t, lr):
+        rates.append(lr)
+        assert t == len(rates)
+        return x | dict(A=-x["A"])
+    monkeypatch.setattr(compress, "wrapper_step", worse)
+    made = compress.armor(w, h, torch.Generator().manual_seed(0), trace, iterations=4, lr=1.)
+    assert rates == [1., .5, .25, .125] and len(trace) == 5
+    assert close(made.dequantize(), compress.nowag_p(w, h).dequantize(), .05)
+
+
+def test_armor_forgets_adam_s_moments_of_what_comes_back(monkeypatch):
+    w, h, step = rand(8, 16).float(), rand(16, seed=1).abs().float() + .1, compress.wrapper_step
+    masks, back = [], 0
+
+    def see(x, M, Wb, h, total, moments, t, lr):
+        nonlocal back
+        if masks:
+            new = (M == 1) & (masks[-1] == 0)
+            back += new.sum().item()
+            assert not any(moment["S"][new].any() for moment in moments)
+            assert t < 3 or moments[0]["S"][(M == 1) & ~new].any()
+        masks.append(M.clone())
+        return step(x, M, Wb, h, total, moments, t, lr)
+    monkeypatch.setattr(compress, "wrapper_step", see)
+    compress.armor(w, h, torch.Generator().manual_seed(0), [], iterations=60, lr=1e-2)
+    assert back > 3
+
+
 def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
     w, h = rand(16, 24).float(), rand(24, seed=1).abs().float() + .1
     g = torch.Generator().manual_seed(0)
@@ -203,6 +323,9 @@ def test_low_rank_has_armor_s_bytes_and_mends_what_pruning_lost():
     assert layer.nbytes() == armor.nbytes() and layer.options["rank"] == 8
     H = torch.diag(h)
     assert error(w, layer, H) < error(w, none, H)
+    core = compress.kept(compress.normalise(w)[0] ** 2 * h, "2:4") * w
+    lost = torch.linalg.svdvals((w - core) * h.sqrt())[8:].square().sum().item()
+    assert error(w, layer, H) == pytest.approx(lost, rel=.02)         # no rank of 8 loses less
     full = compress.lowrank24(w, h, block=10 ** 9)                       # a whole rank gives W back
     assert error(w, full, H) < 1e-3 * error(w, none, H)
 
@@ -216,6 +339,25 @@ def test_d_pruner_s_limits():
     assert (new[:, 3] == 0).all()                                       # no gradient, no importance
     much = weight(compress.dprune(w, H, (g, g ** 2), lam=1e12, lr=1.)) != 0
     assert not (much == (new != 0)).all()
+
+
+def test_d_pruner_s_score_by_hand():
+    """W [1, 2], diag H⁻¹ = 1/2: G = [2, 8];  g [3, -1], F [1, 4], λ lr² = 1/8:
+    g' = g (1 + G F / 4) = [4.5, -9],  g'W = [4.5, -18],  I = |g'W + (g'W)²/2| = [14.625, 144]."""
+    W, H, g, F = (D([x]) for x in ([1., 2], [2., 2], [3., -1], [1., 4]))
+    seen = []
+    kept, compress.kept = compress.kept, lambda score, pattern: seen.append(score) or kept(
+        score, pattern)
+    try:
+        made = compress.dprune(W, torch.diag(H[0]) / 1.01, (g, F), pattern="50%", lam=.125, lr=1.)
+    finally:
+        compress.kept = kept
+    assert close(seen[0], [[14.625, 144]], 1e-6) and weight(made).tolist() == [[0, 2]]
+    w, H, g, F = rand(4, 16), moment(16), rand(4, 16, seed=5), rand(4, 16, seed=6) ** 2
+    inverse = torch.linalg.inv(H + .01 * H.diagonal().mean() * torch.eye(16)).diagonal()
+    x = (g + 2 * .7 * .25 * w ** 2 / inverse * g * F) * w
+    want = compress.kept((x + x ** 2 / 2).abs(), "50%")
+    assert close(weight(compress.dprune(w, H, (g, F), lam=.7, lr=.5)) != 0, want)
 
 
 # --- codes ----------------------------------------------------------------------------------------
@@ -253,13 +395,57 @@ def test_act_order_starts_at_the_most_active_and_follows_a_permutation():
     w, H = rand(8, 32).float(), moment(32).float() * 100
     scale = torch.linspace(.2, 2, 32)
     H = H * scale * scale[:, None]
-    layer = compress.gptq(w, H, bits=3, group=16, act_order=True)
+    gptq = functools.partial(compress.gptq, bits=3, group=16, act_order=True)
+    layer = gptq(w, H, scales="block")
     assert layer.order.long().tolist() == H.diagonal().argsort(descending=True).tolist()
     p = torch.randperm(32, generator=torch.Generator().manual_seed(1))
-    other = compress.gptq(w[:, p], H[p][:, p], bits=3, group=16, act_order=True)
+    other = gptq(w[:, p], H[p][:, p], scales="block")
     assert close(other.dequantize(), layer.dequantize()[:, p], 1e-4)
     x = rand(5, 32, seed=3).float()
     assert close(layer(x), x @ layer.dequantize().T, 1e-4)
+    assert "order" not in dict(gptq(w, H, scales="static").named_buffers())   # groups as given
+
+
+def grid(w, bits):
+    """The scale and zero [m] of weights w [m, g]: their range, 0 in it, in 2^bits steps."""
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    scale = ((high - low) / (2 ** bits - 1)).half().double()
+    return scale, (-low / scale).round()
+
+
+def plain_gptq(w, H, bits, group, scales, act_order, damp=.01):
+    """GPTQ as its paper tells it: a column at a time the rest moves by the OBS rule and H loses the
+    column, every weight always up to date; `scales` as the released code finds them."""
+    n, w, H = w.size(1), w.clone(), H + damp * H.diagonal().mean() * torch.eye(w.size(1)).double()
+    order = H.diagonal().argsort(descending=True) if act_order else torch.arange(n)
+    given, w, inverse = w.clone(), w[:, order], torch.linalg.inv(H[order][:, order])
+    out, first = torch.zeros_like(w), w.clone()
+    for j in range(n):
+        if j % 128 == 0:
+            first = w.clone()              # the released code works on a copy of 128 columns
+        if scales == "static":
+            start = order[j] // group * group
+            scale, zero = grid(given[:, start:start + group], bits)
+        elif j % group == 0:
+            scale, zero = grid((w if scales == "current" else first)[:, j:j + group], bits)
+        q = (((w[:, j] / scale).round() + zero).clamp(0, 2 ** bits - 1) - zero) * scale
+        out[:, order[j]] = q
+        w = w - ((w[:, j] - q) / inverse[j, j])[:, None] * inverse[j]
+        inverse = inverse - inverse[:, [j]] * inverse[[j]] / inverse[j, j]
+        inverse[j, j] = 1.                                       # gone: nothing moves it any more
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("n, group", [(144, 16), (164, 48)])
+def test_the_three_rules_for_scales_are_gptq_s(n, group, act_order):
+    """Across the end of a block of 128; the groups of 48 do not end with it."""
+    w, H = rand(3, n), moment(n, tokens=600)
+    made = {rule: weight(compress.gptq(w, H, bits=3, group=group, scales=rule, act_order=act_order))
+            for rule in ("current", "block", "static")}
+    for rule, got in made.items():
+        assert close(got, plain_gptq(w, H, 3, group, rule, act_order), 1e-6), rule
+    assert not close(made["current"], made["block"]) and not close(made["block"], made["static"])
 
 
 def test_columns_loss_is_the_output_error():
@@ -270,6 +456,12 @@ def test_columns_loss_is_the_output_error():
     assert losses.sum().item() == pytest.approx(error(w, layer, H) / 2, rel=1e-3)
     assert close(layer.dequantize(), compress.stored(w, compress.columns_state(
         codes, torch.full((24,), 3), lo, hi)).dequantize())
+    width = compress.widths_of(losses, 3)
+    assert torch.equal(compress.baq(w, H, bits=3, damp=1e-7).width.int(), width)
+    width[0] = 0                                          # a column without bits: all of it is lost
+    _, lo, hi, losses = compress.columns(w, U, width)
+    assert losses[0].item() == pytest.approx((w[:, 0] / U[0, 0]).square().sum().item() / 2)
+    assert close(lo, w.amin(1).half()) and close(hi, w.amax(1).half())
 
 
 def test_baq_s_widths_by_hand():
@@ -300,6 +492,14 @@ def test_mixed_widths_between_two_and_four_bits():
     assert bits == sorted(bits) and errors == sorted(errors, reverse=True)
     h[16:32] = 100
     assert compress.mixed(w, h, g, share=.25).width.tolist() == [2, 4, 2, 2]
+    w[:, 48:] *= 3                                                       # 9 in squares, below 100
+    assert compress.mixed(w, h, g, share=.25).width.tolist() == [2, 4, 2, 2]
+    assert compress.mixed(w, h, g, share=.25, by="range").width.tolist() == [2, 2, 2, 4]
+    drawn = [compress.mixed(w, h, g, share=.25, by="random").width.tolist() for _ in range(20)]
+    assert len({tuple(x) for x in drawn}) == 4 and all(sum(x) == 10 for x in drawn)
+    two = torch.zeros(2, 32)                   # ranges 2, 2 and 3.4, .2: squared 4 and 5.8 in mean
+    two[:, 0], two[:, 16] = 2, torch.tensor([3.4, .2])
+    assert compress.mixed(two, h[:32], g, share=.5, by="range").width.tolist() == [2, 4]
     with pytest.raises(UserError, match="--group 24"):
         compress.mixed(w, h, g, group=24)
 
@@ -309,11 +509,11 @@ def test_gptvq_weighs_and_hands_on_its_errors():
     H = (moment(24) + 2 * torch.ones(24, 24)).float()                     # all inputs rise together
     plain = compress.nowag_vq(w, H.diagonal(), g, bits=2, dim=2, norms=False, weights=False)
     assert error(w, compress.gptvq(w, H, g, bits=2, dim=2), H) < .7 * error(w, plain, H)
-    same = compress.gptvq(w, 2 * torch.eye(24), torch.Generator().manual_seed(3), bits=2, dim=2,
-                          damp=0.)
-    km = compress.nowag_vq(w, torch.ones(24), torch.Generator().manual_seed(3), bits=2, dim=2,
-                           norms=False)
-    assert close(same.dequantize(), km.dequantize(), 1e-6)            # uncorrelated inputs: k-means
+    for h in (torch.ones(24), torch.linspace(.1, 9, 24)):      # uncorrelated: weighted k-means
+        same = compress.gptvq(w, h.diag(), torch.Generator().manual_seed(3), bits=2, dim=2,
+                              damp=1e-12)
+        km = compress.nowag_vq(w, h, torch.Generator().manual_seed(3), bits=2, dim=2, norms=False)
+        assert close(same.dequantize(), km.dequantize(), 1e-5)
     odd = compress.gptvq(rand(8, 25).float(), moment(25).float(), g, bits=3)
     assert odd.dequantize().shape == (8, 25) and odd.nbytes() == 64 * 2 * 2 + 8 * 13 * 6 // 8
 
@@ -368,19 +568,145 @@ def test_awq_s_scale_by_hand_and_it_helps_where_outliers_are():
     assert loss("awq") < .5 * loss("none") and loss("smoothquant") < .5 * loss("none")
 
 
-def test_smoothquant_s_scale_by_hand():
-    """|x| up to [10, 1.2], |W| up to [.1, .9], α .5: s = [10, 1.1547], then both are [1, 1.039]"""
+def test_smoothquant_s_scale_by_hand(monkeypatch):
+    """|x| up to [10, 1.2], |W| up to [.1, .9], α .5: s = [10, 1.1547], then both are [1, 1.039]; at
+    α .25 of [2, 1] and [.5, .25]: s = [2^.25 / .5^.75, 1 / .25^.75] = [2, 2.828427]"""
     stats = {"a": dict(absmax=torch.tensor([10., 1.2]))}
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[.1, .9]])
     norm = torch.nn.RMSNorm(2)
     block = torch.nn.ModuleDict(dict(a=layer, norm=norm)).requires_grad_(False)
-    compress.sharing, old = lambda b, c: [(["a"], norm, "a")], compress.sharing
-    try:
-        compress.smooth_block(block, None, stats, 10, 20)
-    finally:
-        compress.sharing = old
+    monkeypatch.setattr(compress, "sharing", lambda block, config: [(["a"], norm, "a")])
+    compress.smooth_block(block, None, stats, 10, 20)
     assert close(1 / norm.weight, [10, 1.1547], 1e-3) and close(layer.weight, [[1, 1.0392]], 1e-3)
+    stats["a"]["absmax"], layer.weight.data = torch.tensor([2., 1]), torch.tensor([[.5, .25]])
+    norm.weight.fill_(1)
+    compress.smooth_block(block, None, stats, 5, 20)
+    assert close(1 / norm.weight, [2, 2.828427]) and close(layer.weight, [[1, .7071068]])
+
+
+def test_awq_takes_the_scale_whose_rounded_part_errs_least():
+    """Every exponent tried apart, on a part of two layers; the layers come back as they were."""
+    x, mean = rand(50, 32, seed=1).float() * torch.linspace(.1, 4, 32), torch.linspace(.1, 4, 32)
+    layers = [torch.nn.Linear(32, 8, bias=False).requires_grad_(False) for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        layer.weight.copy_(rand(8, 32, seed=seed))
+    f, tried = settings(bits=3), []
+    for k in range(20):
+        s = (mean ** (k / 20)).clamp(min=1e-4)
+        s = s / (s.max() * s.min()) ** .5
+        d = sum(((x @ (compress.rtn(layer.weight * s, bits=3, group=16).dequantize() / s
+                       - layer.weight).T) * sign for layer, sign in zip(layers, (1, -1))))
+        tried.append((d.square().mean().item(), s))
+    old = [layer.weight.clone() for layer in layers]
+    got = compress.awq_scale(lambda x: layers[0](x) - layers[1](x), layers, [x], mean, 20, f)
+    best = min(range(20), key=lambda k: tried[k][0])
+    assert close(got, tried[best][1]) and 0 < best < 19
+    assert all(torch.equal(a.weight, b) for a, b in zip(layers, old))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_awq_searches_and_clips_by_is_what_its_layers_read(heads, monkeypatch):
+    """The means of |x| before the fold, H of the inputs after it, on the blocks as they are."""
+    model, tokens, where = block_of_a_model(heads=heads)
+    compress.spread_outliers(model, 20.)
+    inputs, found = [model.embed_tokens(x) for x in tokens.split(3)], defaultdict(list)
+
+    def read():
+        x, seen = inputs, {}
+        for i, block in enumerate(model.layers):
+            reads = {}
+            hooks = [m.register_forward_pre_hook(lambda m, args, name=name: reads.setdefault(
+                name, []).append(args[0])) for name, m in block.named_modules()
+                if isinstance(m, torch.nn.Linear)]
+            x = [block(part, *where(i)) for part in x]
+            for hook in hooks:
+                hook.remove()
+            seen |= {block.get_submodule(name): torch.cat(v).flatten(0, 1)
+                     for name, v in reads.items()}
+        return seen
+
+    def see(name, call):
+        reads = read()
+        names = {m: f"{i}.{name}" for i, block in enumerate(model.layers)
+                 for name, m in block.named_modules()}
+        if name == "awq_scale":
+            x = reads[call.layers[0]]
+            assert close(call.mean, x.abs().mean(0), 1e-4 * x.abs().max().item())
+            assert all(reads[layer] is not x and torch.equal(reads[layer], x)
+                       for layer in call.layers[1:])
+            out = call.run(*call.inputs)
+            assert out.shape[0] == 3                              # the first calibration batch
+            found["searched"].append([names[layer] for layer in call.layers])
+            found["parts"].append(names[call.run])
+        else:
+            layer, = (m for m in reads if torch.equal(m.weight, call.W))
+            x = reads[layer]
+            assert close(call.H, 2 * x.T @ x / len(x), 1e-3 * call.H.abs().max().item())
+            found["clipped"].append(names[layer])
+    catch(monkeypatch, compress, "awq_scale", "clip_groups", see=see)
+    compress.awq(model, inputs, where, settings())
+    mlp = [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    parts = [[f"self_attn.{x}_proj" for x in "qkv"], *([["self_attn.o_proj"]] * (heads == 2)), *mlp]
+    assert found["searched"] == [[f"{i}.{x}" for x in part] for i in (0, 1) for part in parts]
+    names = ["self_attn", *(["self_attn.o_proj"] * (heads == 2)), "mlp", "mlp.down_proj"]
+    assert found["parts"] == [f"{i}.{name}" for i in (0, 1) for name in names]
+    assert found["clipped"] == [f"{i}.{x}" for i in (0, 1) for part in parts for x in part
+                                if x[-6:] not in ("q_proj", "k_proj")]
+
+
+def test_smoothquant_takes_the_exponent_whose_rounded_model_errs_least():
+    """All 21 and none, each on a model of its own: summed squared errors of the blocks' outputs."""
+    model, tokens, where = block_of_a_model()
+    compress.spread_outliers(model, 20.)
+    f, first = settings(bits=3), model.embed_tokens(tokens)[:3]
+    absmax = [{name: x["absmax"] for name, x in compress.watch(
+        block, [h], where(i), ("absmax",))[1].items()}
+        for i, (block, h) in enumerate(zip(model.layers, [
+            model.embed_tokens(tokens), model.layers[0](model.embed_tokens(tokens), *where(0))]))]
+
+    def smoothed(k):
+        new = copy.deepcopy(model)
+        for block, most in zip(new.layers, absmax) if k is not None else ():
+            a, m = block.self_attn, block.mlp
+            for layers, name, maker in (
+                    ((a.q_proj, a.k_proj, a.v_proj), "self_attn.q_proj", block.input_layernorm),
+                    ((a.o_proj,), "self_attn.o_proj", a.v_proj),
+                    ((m.gate_proj, m.up_proj), "mlp.gate_proj", block.post_attention_layernorm),
+                    ((m.down_proj,), "mlp.down_proj", m.up_proj)):
+                top = torch.stack([x.weight.abs().amax(0) for x in layers]).amax(0)
+                s = most[name] ** (k / 20) / top ** (1 - k / 20)
+                for x in layers:
+                    x.weight.mul_(s)
+                maker.weight.div_(s[:, None] if maker.weight.dim() == 2 else s)
+        return new
+    errors = {}
+    for k in (None, *range(21)):
+        new, x, y, errors[k] = smoothed(k), first, first, 0.0
+        for i, (block, old) in enumerate(zip(new.layers, model.layers)):
+            for layer in compress.linears(block).values():
+                layer.weight.copy_(compress.rtn(layer.weight, bits=3, group=16).dequantize())
+            x, y = block(x, *where(i)), old(y, *where(i))
+            errors[k] += (x - y).square().mean().item()
+    best = min(errors, key=errors.get)
+    want, inputs = smoothed(best), [model.embed_tokens(x) for x in tokens.split(3)]
+    compress.smoothquant(model, inputs, where, f)
+    assert best not in (None, 0, 20)
+    assert all(close(a, b, 1e-4) for a, b in zip(model.parameters(), want.parameters()))
+
+
+def test_clipping_takes_the_range_that_errs_least():
+    """By each group's own d H dᵀ: 1, .95 … .55 of its largest weight, tried apart."""
+    w, H = rand(2, 32).float() ** 3, moment(32).float()
+    f, new = settings(bits=2), w.clone()
+    compress.clip_groups(new, H, f)
+    for row, start in itertools.product(range(2), (0, 16)):
+        part, own = w[row:row + 1, start:start + 16], H[start:start + 16, start:start + 16]
+        edges = [part.abs().max() * (1 - i / 20) for i in range(10)]
+        tried = [part.clamp(-e, e) for e in edges]
+        errs = [error(part, compress.rtn(t, bits=2, group=16), own) for t in tried]
+        assert close(new[row:row + 1, start:start + 16], tried[errs.index(min(errs))])
+    assert not close(new, w)
 
 
 def test_clipping_never_errs_more_than_the_whole_range():
@@ -427,9 +753,24 @@ def test_kmeans_by_hand():
     C, code = compress.kmeans(X, weight, 1, torch.Generator().manual_seed(0))
     assert close(C, [[2.5, 1]]) and code.tolist() == [0, 0]
     assert close(((X[0] - C[0]) ** 2 * weight[0]).sum(), 3.25)
+    points = rand(5, 2, seed=4)
+    cost = ((X[:, None] - points) ** 2 * weight[:, None]).sum(-1)
+    assert compress.nearest_code(X, weight, points, rows=1).tolist() == cost.argmin(1).tolist()
+    far = torch.cat([.01 * rand(50, 2), .01 * rand(50, 2, seed=1) + 9])
+    for seed in range(8):                      # k-means++: the second centre is in the other cloud
+        C = compress.seeds(far, torch.ones_like(far), 16, torch.Generator().manual_seed(seed))
+        assert abs(C[0] - C[1]).min() > 8
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
     assert close(C[code], points, 1e-6)                              # more codes than points: exact
+
+
+def test_an_empty_cluster_restarts_at_the_point_that_is_served_worst(monkeypatch):
+    """Both centres at 0: one gets all of 0, 1, 10 of weights 1, 5, .005 and moves to .841; weighted
+    squared distances are then .707, .127, .420, so the other starts at 0."""
+    monkeypatch.setattr(compress, "seeds", lambda X, w, K, generator: torch.zeros(2, 1).double())
+    C, code = compress.kmeans(D([[0.], [1], [10]]), D([[1.], [5], [.005]]), 2, None, rounds=1)
+    assert close(C, [[5.05 / 6.005], [0]], 1e-6) and code.tolist() == [1, 0, 0]
 
 
 def test_a_group_of_0_is_the_whole_row():
@@ -472,6 +813,35 @@ def test_dead_inputs_cost_nothing_and_count_nothing():
         compress.gptq(w, H)
 
 
+def test_an_input_that_never_fires_is_worth_nothing():
+    """By hand: of h [0, 4, inf, 2] the dead one stays 0, what is not finite gets the mean, 3."""
+    assert close(compress.mend(D([0., 4, math.inf, 2])), [0, 4, 3, 2])
+    assert close(compress.mend(D([0., 0])), [0, 0]) and close(compress.mend(D([math.nan])), [1])
+    w, x = rand(8, 24).float(), rand(500, 24, seed=1).float()
+    x[:, ::3] = 0
+    h, g = 2 * (x ** 2).mean(0), torch.Generator().manual_seed(0)
+    dead, H = h == 0, 2 * x.T @ x / 500
+    assert compress.proxy(w, w * ~dead, h) == 0 and compress.proxy(w, w, 0 * h) == 0
+    assert compress.proxy(w, w * dead, h) == pytest.approx(1)
+    for pattern in ("2:4", "50%"):
+        new = weight(compress.nowag_p(w, h, pattern=pattern))
+        assert (new[:, dead] == 0).all() and (new != 0).sum() == 96
+    assert error(w, new, H) < 1.2 * error(w, compress.wanda(w, h, pattern="50%"), H)
+    low = compress.lowrank24(w, h, block=8)
+    assert (weight(low)[:, dead] == 0).all() and error(w, low, H) < error(
+        w, compress.nowag_p(w, h), H)
+    trace = []
+    made = weight(compress.armor(w, h, g, trace, iterations=30))
+    assert made.isfinite().all() and trace[-1] < trace[0]
+    assert (compress.kept(w ** 2 * h, "2:4")[:, dead] == 0).all()
+    h[8:16] = 0                                          # a group of 8 that never fires: 2 bits
+    assert compress.mixed(100 * w * (h == 0) + w, h, g, share=.34, group=8).width.tolist() in (
+        [4, 2, 2], [2, 2, 4])
+    for h in (h, 0 * h):
+        made = compress.nowag_vq(w, h, g, bits=3, dim=1).dequantize()
+        assert made.isfinite().all() and compress.proxy(w, made, h) < .05
+
+
 def test_a_group_of_zeros_spoils_no_other_scale():
     w = .02 * rand(4, 256).float()
     w[:, :16] = 0
@@ -499,6 +869,13 @@ def test_nowag_vq_stores_what_it_says():
                               bits=3)                                       # dim 2, 25 padded to 26
     assert (layer.kind, layer.bits, layer.dim) == ("vq", 6,
                                                    2) and layer.dequantize().shape == w.shape
+    every, g = torch.tensor([9., .01] * 12 + [9.]), torch.Generator().manual_seed(0)
+    heavy, light = (compress.nowag_vq(w, every, g, bits=2, dim=2, weights=x) for x in (True, False))
+    assert error(w, heavy, every.diag()) < .5 * error(w, light, every.diag())
+    big = w * torch.linspace(.1, 30, 25)
+    normed, plain = (compress.proxy(big, weight(compress.nowag_vq(big, h, g, bits=2, dim=1, norms=x)
+                                                ).float(), h) for x in (True, False))
+    assert normed < .5 * plain
     fine = compress.nowag_vq(w, h, torch.Generator().manual_seed(0), bits=8, dim=1)
     assert error(w, fine.dequantize(), torch.eye(25)) < .05 * error(w, layer.dequantize(),
                                                                     torch.eye(25))
@@ -506,43 +883,43 @@ def test_nowag_vq_stores_what_it_says():
 
 # --- whole runs -----------------------------------------------------------------------------------
 
-# every row of an axis that decides what is made, and every preset that names a method
-ROWS = [row for axis in ("method", "smooth", "cache") for row in compress.AXES[axis]]
-PRESETS = list(dict.fromkeys([*(x for x in ROWS if x not in ("none", "full")), *(
-    name for name, row in compress.PRESETS.items() if "method" in row)]))
-
-
 def tiny(config, out, *extra):
     return compress.main(merged("--config", f"{config},tiny", "--out", out, *extra))
 
 
-@pytest.mark.parametrize("config", PRESETS)
-def test_every_preset_runs_and_its_checkpoint_opens(config, shared_bases):
-    if config == "moh":  # two shared heads, two routed: more than the base has
-        c = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                        head_dim=8,
-                        num_attention_heads=4, num_key_value_heads=2,
-                        eos_token_id=(bytes_tokenizer().eos,))
-        save(init(c), bytes_tokenizer(), "four_heads")
-    out = tiny(config, "run", *(["--init=four_heads"] if config == "moh" else []))
-    model, tok = load("run/step-000002")
-    tokens = torch.tensor([[tok.bos, *tok.encode("def main(x):\n    return x")]])
+def test_calibration_windows_are_slices_of_shuffled_training_text():
+    c = types.SimpleNamespace(seed=5, samples=6, context=40)
+    tok, docs = bytes_tokenizer(), ["ab" * 50, "cd" * 400, "ef" * 300, "gh" * 30]
+    Path("mine.txt").write_text("<|endoftext|>".join(docs))
+    windows = compress.calibration(c, tok, "mine.txt")
+    g = torch.Generator().manual_seed(5)
+    train = text.documents("mine.txt", "train")
+    order = torch.randperm(len(train), generator=g).tolist()
+    ids = []
+    for i in order:
+        ids += [tok.bos, *tok.encode(train[i]), tok.eos] if len(ids) <= 960 else []
+    at = torch.randint(len(ids) - 40, (6,), generator=g)
+    assert windows.tolist() == [ids[i:i + 40] for i in at.tolist()] and len(set(at.tolist())) == 6
 
-    def unpacked(name, m):
-        return plain_linear(m, m.dequantize()) if isinstance(m, PackedLinear) else m
-    whole = replace_linears(load("run/step-000002")[0], unpacked)
-    rounded = [m for m in model.modules() if isinstance(m, PackedLinear) and m.act]
-    first = model(tokens)
-    for m in rounded:  # the unpacked reference has whole activations
-        m.act = ()
-    assert close(model(tokens), whole(tokens), 1e-3)
-    assert bool(rounded) == (config in ("w4a4", "comet",
-                                        "halo")) == (not close(first, model(tokens), 1e-3))
-    stored = sum(x.nbytes for x in model.state_dict().values())
-    with open("run/step-000002/model.safetensors", "rb") as file:   # 8 bytes, a header, the tensors
-        assert out["disk_bytes"] == 8 + int.from_bytes(file.read(8), "little") + stored
-    assert out.get("rise", 0) <= 1e-6 and math.isfinite(out["loss_increase"]) and out["kl"] > -1e-6
-    assert (out["loss_increase"] == 0) == (config in ("dense", "kivi", "evicting"))
+
+def test_speed_is_tokens_over_seconds_of_the_longest_try(monkeypatch):
+    """8 tokens in .3 s are too quick, 16 in .6 s are not; greedily, after four tokens."""
+    model, now, asked = block_of_a_model()[0], [0.0], []
+
+    def generate(model, prompts, tokens, **kw):
+        asked.append((prompts, tokens, kw))
+        now[0] += .0375 * tokens
+    monkeypatch.setattr(compress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(compress, "generate", generate)
+    assert compress.speed(model, torch.arange(9)) == pytest.approx(16 / .6)
+    assert [x[1] for x in asked] == [4, 8, 16] and asked[0][0] == [[0, 1, 2, 3]]
+    assert asked[0][2] == dict(temperature=0, stop=())
+
+
+def test_the_rest_of_a_model_is_stored_as_it_was_found(workdir):
+    model = block_of_a_model()[0]
+    save(copy.deepcopy(model).bfloat16(), bytes_tokenizer(), "half")
+    assert compress.as_found(model, "half").head.dtype == torch.bfloat16
 
 
 def test_a_changed_or_cut_file_is_told(shared_bases):
@@ -590,7 +967,8 @@ def test_a_finished_run_is_not_made_again_and_packed_weights_not_packed_twice(sh
 def test_more_bits_and_no_pruning_cost_less(shared_bases):
     loss = {bits: tiny("rtn", f"b{bits}", f"--bits={bits}")["loss_increase"] for bits in (2, 8)}
     assert abs(loss[8]) < .01 < loss[2]
-    assert abs(tiny("magnitude", "all", "--pattern=100%")["loss_increase"]) < 1e-6
+    out = tiny("magnitude", "all", "--pattern=100%")
+    assert abs(out["loss_increase"]) < 1e-6 and out["bits"] == 16              # stored as it was
 
 
 def test_outliers_change_nothing_but_the_statistics(shared_bases):

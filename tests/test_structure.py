@@ -254,6 +254,9 @@ def test_sensitivity_sums_absolute_values_over_batches_and_fisher_squares(pair):
         assert close(whole[name], sum(p[0][name] for p in parts), 1e-10)
         assert close(fisher[name], sum(p[0][name] ** 2 for p in parts), 1e-10)
     assert close(heads[1], sum(p[1][1] for p in parts), 1e-10) and heads[0].shape == (2,)
+    for kind, want in (("ce", whole), ("fisher", fisher)):
+        got, _ = S.importance_of(kind, model, teacher, batches, gen())
+        assert all(close(got[name], want[name], 1e-10) for name in want if want[name].any())
 
 
 def test_the_degenerate_start_is_refused(pair):
@@ -331,17 +334,18 @@ def test_the_path_of_widths():
 
 def test_slimmoe_cuts_in_stages_and_scores_what_was_distilled(pair):
     model, teacher, batches = pair
-    stages = []
+    stages, marked = [], {}
     for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=2, share_groups=.5,
                              multiple=1):
         stages.append((student.config.intermediate_size, student.config.num_key_value_heads))
-        with torch.no_grad():  # a stand-in for distillation: neuron 0 dies
-            for m in S.mlps(student).values():
+        for name, m in S.mlps(student).items() if len(stages) == 1 else ():
+            with torch.no_grad():  # a stand-in for distillation: neuron 0 dies, neuron 5 grows
                 m.down_proj.weight[:, 0] = 0
-                marked = m.down_proj.weight[:, 1].clone()
+                marked[name] = m.down_proj.weight[:, 5].mul_(9).clone()
     assert stages == [(8, 1), (4, 1)]
-    assert all(m.down_proj.weight.shape == (64, 4) for m in S.mlps(student).values())
-    assert any(torch.equal(marked, m.down_proj.weight[:, 1]) for m in S.mlps(student).values())
+    columns = {name: m.down_proj.weight.T for name, m in S.mlps(student).items()}
+    assert all(x.shape == (4, 64) and x.any(1).all() for x in columns.values())
+    assert sum((x == marked[name]).all(1).any().item() for name, x in columns.items()) > 8  # of 16
     sizes = []
     for student in S.slimmoe(model, teacher, batches, gen(), share=.25, stages=3, multiple=1,
                              at_once=True):
@@ -360,7 +364,12 @@ def test_fresh_is_slimmoe_s_size_and_nothing_of_its_weights(pair):
     b = first(S.fresh, model, teacher, batches, **kw)
     assert a.config == b.config
     assert 0.015 < b.embed_tokens.weight.std() < 0.025 and (b.norm.weight == 1).all()
+    for name, want in (("q_proj", .02), ("o_proj", .01)):                # outputs: over √(2L) = 2
+        std = getattr(b.layers[0].self_attn, name).weight.std()
+        assert .8 * want < std < 1.2 * want
     assert not torch.equal(a.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
+    biased = S.renewed(small("qwen2"), gen()).layers[0].self_attn.q_proj
+    assert not biased.bias.any() and biased.weight.std() > .01
     again = first(S.fresh, model, teacher, batches, **kw)
     assert torch.equal(again.layers[0].mlp.gate.weight, b.layers[0].mlp.gate.weight)
 
@@ -439,6 +448,17 @@ def test_a_penalty_is_trained_on_and_not_in_the_losses():
     assert abs(history[0] - first_loss) < 1e-6 and weight.norm() < before
 
 
+def test_matrices_alone_decay(monkeypatch):
+    model, seen = small("qwen2").float(), []
+    monkeypatch.setattr(S, "fit", lambda groups, *args, **kw: seen.append((groups, kw)))
+    S.distil(model, None, None, 3, lr=.5, clip=.7)
+    (matrices, rest), kw = seen[0][0], seen[0][1]
+    assert (matrices["weight_decay"], rest["weight_decay"]) == (.1, 0)
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in rest["params"]} == {1}
+    assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert (kw["lr"], kw["clip"]) == (.5, .7)
+
+
 def test_fit_is_adamw_at_its_rate_with_its_clips(monkeypatch):
     """Two steps on slopes of 3 and 4: each moves by its rate; what the optimiser saw is clipped."""
     grads, step = [], torch.optim.AdamW.step
@@ -498,6 +518,9 @@ def test_prunenet_cuts_what_it_says():
         assert gone == 2 * 3 * 64 * 8
         same = first(S.prunenet, model, None, [], share=1.0, episodes=1, sampled=sampled)
         assert torch.equal(same(tokens), model(tokens))
+    alpha, e = D([.3, .5, .8]), torch.rand(3, generator=gen(4)).double()
+    want = 1 / (1 + (1 - e) / e * (1 - alpha) / alpha)                     # σ(logit e + logit α)
+    assert close(S.relaxed(alpha, gen(4)), want, 1e-9)
     fixed = [first(S.prunenet, model, None, [], share=.5, episodes=2, seed=3) for _ in range(2)]
     assert torch.equal(fixed[0](tokens), fixed[1](tokens))
     W = model.layers[0].mlp.gate_proj.weight.detach()
@@ -508,6 +531,46 @@ def test_prunenet_cuts_what_it_says():
     cut = first(S.prunenet, small("qwen3", size="1x64").float(), None, [], share=.5, episodes=3,
                 sampled=False)
     assert len(top) == 8 and cut.config.intermediate_size == 8
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_prunenet_keeps_the_rows_that_its_policy_prefers(sampled, monkeypatch):
+    """A policy that is sure of eight rows, by what a row of gate holds; never by chance another."""
+    model, seen = small("qwen3").float(), []
+
+    def sure(weights, width, generator, episodes):
+        seen.append((weights, width, episodes))
+        return lambda W: (W.sum(1) >= W.sum(1).sort().values[8]).float()
+    monkeypatch.setattr(S, "learn_policy", sure)
+    cut = first(S.prunenet, model, None, [], share=.5, episodes=3, sampled=sampled)
+    assert seen[0][1:] == (8, 3)
+    for given, a, b in zip(seen[0][0], model.layers, cut.layers):
+        W = a.mlp.gate_proj.weight
+        assert torch.equal(given, W)
+        kept = W.sum(1).topk(8).indices.sort().values
+        assert torch.equal(b.mlp.up_proj.weight, a.mlp.up_proj.weight[kept])
+
+
+def test_the_policy_steps_on_discounted_rewards_of_the_rows_that_it_drew(monkeypatch):
+    """One AdamW step of two layers, by the definition: -Σ_i γ^i r_i Σ_kept log relaxed(α_i); the
+    policy that is handed out is that of the larger Σ γ^i r_i."""
+    weights, kept, rewards = [rand(6, 4, seed=s).float() for s in (1, 2)], [], iter([3., 5, 4, 7])
+    monkeypatch.setattr(S, "spectrum_reward",
+                        lambda W, rows: kept.append(rows) or next(rewards))
+    policy = S.learn_policy(weights, 3, gen(), episodes=2, lr=.1, discount=.5)   # 5.5, then 7.5
+    g = gen()
+    draw = lambda *shape: torch.rand(shape, generator=g)
+    x = [p.requires_grad_() for p in ((2 * draw(6, 4) - 1) / 2, (2 * draw(6) - 1) / 2, draw(6))]
+    alpha = lambda W: ((W @ x[0].T + x[1]) @ x[2]).sigmoid()
+    loss = 0.0
+    for i, (W, r) in enumerate(zip(weights, (3., 5.))):
+        rows = torch.multinomial(S.relaxed(alpha(W).detach(), g), 3, generator=g)
+        assert torch.equal(rows, kept[i])
+        loss = loss - .5 ** i * r * S.relaxed(alpha(W), g)[rows].log().sum()
+    opt = torch.optim.AdamW(x, .1)
+    loss.backward()
+    opt.step()
+    assert close(policy(weights[0]), alpha(weights[0]), 1e-5)
 
 
 def test_the_policy_learns_to_prefer_rows_that_are_rewarded(monkeypatch):
@@ -564,10 +627,16 @@ def test_block_distillation_lowers_its_own_loss_and_leaves_the_rest(puzzle_parts
     model, batches, _ = puzzle_parts
     library = S.block_library(model, batches, [1, .5, 0], 8)
     assert list(library) == [16, 8, 0] and library[0] is None
+    kept = S.activity(model, batches)["layers.1.mlp"].topk(8).indices.sort().values
+    assert torch.equal(library[8].layers[1].mlp.up_proj.weight,
+                       model.layers[1].mlp.up_proj.weight[kept])
     assert torch.equal(library[16](batches[0]), model(batches[0]))
     before, scores = copy.deepcopy(library[8].state_dict()), S.replace_one(model, library, batches)
-    early = S.distil_blocks(model, library, batches, 1, 0.0)
+    early, read = S.distil_blocks(model, library, batches, 1, 0.0), []
+    hook = model.register_forward_pre_hook(lambda m, args: read.append(args[0]))
     late = S.distil_blocks(model, library, batches, 60, 3e-3)
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(read, batches)) and len(read) == 60
     assert len(late) == 3 and all(b < .9 * a for a, b in zip(early, late))
     changed = {k for k, v in library[8].state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if ".mlp." in k}
@@ -593,6 +662,17 @@ def test_puzzle_finds_its_budget(puzzle_parts):
     teacher, kw = twin(model).requires_grad_(False), dict(shares="100,50,0", local_steps=5)
     whole = first(S.puzzle, model, teacher, batches, share=1.0, **kw)
     assert torch.equal(whole(batches[0]), model(batches[0])) and whole.config == model.config
+    found = []
+    choose, S.CHOICES["dp"] = S.CHOICES["dp"], lambda *args: found.append(args) or choose(*args)
+    try:
+        first(S.puzzle, model, teacher, batches, share=.5, choice="dp", **kw)
+    finally:
+        S.CHOICES["dp"] = choose
+    (scores, widths, budget, _), = found
+    assert (widths, budget) == ([16, 8, 0], 24) and (scores[:, 0] == 0).all()
+    gone = copy.deepcopy(teacher)
+    gone.layers[1].mlp = None
+    assert abs(S.divergence(gone, teacher, batches) - scores[1, 2].item()) < 1e-6
     made = {choice: first(S.puzzle, model, teacher, batches, share=.5, choice=choice, **kw)
             for choice in S.CHOICES}
     assert made["uniform"].config == replace(model.config, intermediate_size=8)
