@@ -424,6 +424,16 @@ def test_q_galore_s_refreshes_are_counted_and_only_calm_ones_come_later():
     assert [s[k].item() for k in ("T", "next", "svds")] == [4, 9, 3] and s["cos"].min() > 0.97
 
 
+def test_q_galore_s_cosine_does_not_mind_a_turned_sign(monkeypatch):
+    """a singular vector's sign is arbitrary: one that turns at every refresh is calm"""
+    sign, plain = [1.0], optim.top_rows
+    monkeypatch.setattr(optim, "top_rows", lambda G, r: sign.append(-sign[-1]) or (
+        sign[-1] * plain(G, r)))
+    opt, _ = walk(optim.qgalore, gradients(1) * 5, rank=2, every=2, lazy=2)
+    s = opt.stacks[0].state
+    assert s["T"].item() == 4 and s["cos"].min() > 0.97 and len(sign) == 4
+
+
 @pytest.mark.parametrize("kw, ratio", [({}, 1.127332), (dict(row_floor=1e-4), 0.141421)])
 def test_normuon_s_nearly_dead_row(kw, ratio, monkeypatch):
     """a row a thousandth of the other's, by hand: v = .25 (.95 · .05 · .75² + .05) 1e-6 beside
