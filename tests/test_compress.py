@@ -976,12 +976,6 @@ def test_outliers_change_nothing_but_the_statistics(shared_bases):
     assert abs(plain - spiky) < 1e-4
 
 
-def test_sequential_calibration_sees_the_compressed_blocks(shared_bases):
-    a, b = (tiny("gptq", f"s{x}", "--bits=2", f"--sequential={x}")["loss"]
-            for x in ("true", "false"))
-    assert a != b
-
-
 def test_the_real_checkpoint_2_4(stories, workdir):
     """stories260k at 2:4, real text: SparseGPT and ARMOR lose less than NoWag-P, and that than
     magnitude."""
