@@ -136,7 +136,7 @@ def quick(shared_bases, runs, monkeypatch):
     """Bases that last for the session, and an evaluation of a few samples, without pictures."""
     for module, name, small in (
             (reward, "study", dict(prompts=4, n=32)), (reward, "attacks", dict(search=4, test=8)),
-            (reward, "null_attack", dict(iterations=5)), (prefs, "rubric_tests", dict(n=40))):
+            (reward, "null_attack", dict(iterations=5)), (prefs, "rubric_tests", dict(n=20))):
         monkeypatch.setattr(module, name, partial(getattr(module, name), **small))
     for module, name in ((reward, "draw_evaluation"), (data.run, "draw")):
         monkeypatch.setattr(module, name, lambda *a: None)
