@@ -177,6 +177,8 @@ class Watching(Translated):
 
     def propose(self, text, length, u, more):
         out = super().propose(text, length, u, more)
+        if out[0].size(1):                                            # and nothing is read twice
+            assert self.rows.held == [len(x) for x in self.rows.ids]
         self.log = [*self.log, (text.clone(), length.clone(), u.clone(), *out)]
         return out
 

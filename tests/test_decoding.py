@@ -17,8 +17,8 @@ from data.stats import best_of_n
 from model import Cache, ModelConfig, collate, generate, init, pick
 from specdec import (Beam, adaptive_best, adaptive_value, annealed, answer_views, answered, at_cost,
                      autoregressive, coin, consensus, controls, cut_points, entropy_bits, guidance,
-                     muted, pruned_tokens, rival_label, scored, search, self_eval_loss, survivors,
-                     switching, uncertain, vote, voted)
+                     muted, pruned_tokens, rival_label, scored, search, self_eval_loss, signals,
+                     survivors, switching, uncertain, vote, voted)
 
 D = partial(torch.tensor, dtype=torch.float64)
 SMALL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -502,6 +502,15 @@ def test_votes_over_places_by_hand():
     assert voted(answers, score, 3) == 0.5 and voted(answers, score, 4) == 1.0
     assert voted(answers, score, 4, D([[.1, .3, .1, .3]])) == 0.0
     assert voted([["1", "5", "5", "7", "7"]], D([[0., 1., 1., 0., 0.]]), 5) == 1.0  # in their order
+
+
+def test_a_sample_that_ends_at_the_cut_is_finished():
+    x = D([[.9, .1, .8, .2]])
+    tries = SimpleNamespace(score=D([[1., 0., 0., 1.]]), length=torch.tensor([[2, 3, 4, 5]]), no=x,
+                            right=x, logp=x, stated=[["a", "b", "b", "a"]], problems=[0])
+    steady = SimpleNamespace(tries=tries, N=4, best=[0.5] * 4, votes=[0.5] * 4, mean=3.5)
+    found = signals(SimpleNamespace(say=print), steady, x, 3, 0.5, SimpleNamespace(split="val"))
+    assert found["... if unfinished|auroc"] == 0 and found["P(NO) at the cut|auroc"] == 0.75
 
 
 def test_a_value_between_two_costs():

@@ -383,6 +383,19 @@ def test_nothing_is_drafted_beyond_the_context():
     assert tally.kept[3] and tally.passes.keys() & {1, 2, 3}           # kept whole, then held back
 
 
+def test_the_shorter_of_two_contexts_counts():
+    target, draft = tiny_model(context=40), tiny_model(layers=1, seed=5, context=20)
+    for prompt in ([1] * 12, [1] * 13):
+        drafter = drafters(target, draft)["small"]
+        if len(prompt) == 13:
+            with pytest.raises(UserError, match="exceed the context of 20"):
+                specdec.speculate(target, drafter, [prompt], 8, rule())
+        else:
+            roll, _ = specdec.speculate(target, drafter, [prompt], 8, rule())
+            whole = generate(target, [prompt], 8, temperature=0)
+            assert roll.completions() == whole.completions()
+
+
 def test_a_draft_says_only_words_and_how_sure_it_is():
     """no padding row of its head; of each drafted token its own probability, untempered"""
     draft = tiny_model(vocab=12, layers=1, seed=5, sharp=1.0)
@@ -889,7 +902,7 @@ def test_predictions_by_hand():
     other = specdec.Tally()
     other.note(torch.tensor([1]), torch.tensor([2]), torch.tensor([[.05, 1.0]]))
     assert other.tries == [1, *[0] * 8, 1] and other.hits == [1, *[0] * 9]
-    facts = dict(cost=SimpleNamespace(c=.1, v=[1, 1.1, 1.2]))
+    facts = dict(cost=SimpleNamespace(c=.1, v=[1, 1.1, 1.2, 1.5]))
     for steps, spent in ((1.0, 1.4), (3.0, 1.8)):
         told = specdec.predicted(tally, facts, SimpleNamespace(per_token=steps))
         assert close(told["predicted"], 2 / spent) and close(told["cost"], steps * .1)
