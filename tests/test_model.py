@@ -680,7 +680,7 @@ def test_null_in_a_config_is_what_is_not_there(key, tmp_path):
 Q = "model.layers.0.self_attn.q_proj.weight"
 TENSORS = {                              # what a file may hold, and what is said of it
     "bias": (lambda t: t | {Q.replace("weight", "bias"): torch.zeros(64)},
-             f"nothing reads the tensor .*q_proj.bias"),
+             "nothing reads the tensor .*q_proj.bias"),
     "99th layer": (lambda t: t | {Q.replace(".0.", ".99."): t[Q].clone()},
                    "nothing reads the tensor model.layers.99"),
     "more layers": (lambda t: t | {Q.replace(".0.", ".2."): t[Q].clone()},

@@ -201,7 +201,7 @@ def limited(S, before, growth):
 def fira(seed, shape, rank, every, alpha=0.25, growth=1.01):
     t, g, W, lr = yield
     m = v = torch.zeros(shape[0], rank).double()
-    before = 0.0
+    before, P = 0.0, None
     while True:
         P = top(g, rank) if t % every == 1 else P
         R = g @ P

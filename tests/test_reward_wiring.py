@@ -569,7 +569,7 @@ def test_the_worse_served_group_is_told(monkeypatch):
 
 @torch.no_grad()
 def test_a_pointwise_judge_is_read_by_its_expected_level(quick):
-    (out, folder), calls = ran("judge_lora"), calls_of("judge_lora")
+    out, folder = ran("judge_lora")
     ids = [TTOK.encode(x)[0] for x in prefs.SCORES.values()]
     rows = prefs.encode_pairs(TOYIF.pairs(64, 0, "val"), TTOK, 32)
     for key, model in (("accuracy", load(f"{folder}/judge")[0]), ("off", base_of("toyif"))):
@@ -903,7 +903,7 @@ def test_what_the_attacker_finds_joins_the_data_as_rejected(quick):
 @torch.no_grad()
 def test_the_attack_pleases_the_model_and_displeases_its_twin(quick):
     """z of both on the attacker's field; what is found is above the SFT mean and an outlier of U"""
-    (out, folder), calls = ran("advrm"), calls_of("advrm")
+    folder, calls = ran("advrm")[1], calls_of("advrm")
     one, two = (load(f"{folder}/round-0-{i}")[0] for i in (1, 2))
     weak, first, last = calls.rl[:3]
     field, c = calls.findings[0].field, calls.steps[0].fit.c
