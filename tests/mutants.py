@@ -55,9 +55,7 @@ class Mutant:
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file}: {text.count(self.old)} places have {self.old!r}, "
                              f"wanted one ({self.what})")
-        out = text.replace(self.old, self.new)
-        compile(out, self.file, "exec")
-        return out
+        return text.replace(self.old, self.new)
 
 
 def read_table(path):
@@ -217,7 +215,7 @@ def main(argv=None):
     asked = parser.parse_args(argv)
     mutants = [m for m in tables(asked.files) if asked.words in m.what]
     for m in mutants:
-        m.applied((ROOT / m.file).read_text())                   # all of them, before any is run
+        compile(m.applied((ROOT / m.file).read_text()), m.file, "exec")    # before any is run
     if os.environ.get("CUDA_VISIBLE_DEVICES", "") == "" and not Path("/dev/nvidia0").exists():
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ |= dict(OMP_NUM_THREADS="1")

@@ -7,9 +7,10 @@ import mutants
 
 
 def test_every_mutant_can_be_made():
-    """its text stands in its file once, and with the change the file still parses"""
+    """its text stands in its file once"""
+    texts = {m.file: (ROOT / m.file).read_text() for m in mutants.tables()}
     for m in mutants.tables():
-        assert m.applied((ROOT / m.file).read_text()) != (ROOT / m.file).read_text(), m
+        assert m.applied(texts[m.file]) != texts[m.file], m
 
 
 @pytest.mark.parametrize("text, words", [
