@@ -132,8 +132,13 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(shared_bases, runs, monkeypatch):
-    """Bases that last for the session, and an evaluation of a few samples, without pictures."""
+def quick(workdir, bases_folder, runs, monkeypatch):
+    """Bases that last for the session, of few rows and so in a folder of their own, and an
+    evaluation of a few samples, without pictures."""
+    few_rows = bases_folder.with_name(f"{bases_folder.name}-few")
+    few_rows.mkdir(exist_ok=True)
+    (workdir / "out").mkdir()
+    (workdir / "out" / "sft").symlink_to(few_rows, target_is_directory=True)
     for module, name, small in (
             (reward, "study", dict(prompts=4, n=32)), (reward, "attacks", dict(search=4, test=8)),
             (reward, "null_attack", dict(iterations=5)), (prefs, "rubric_tests", dict(n=20))):
