@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads wait for each other, and
+import torch                                   # on a busy machine most of a tiny test is waiting
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels.py is imported: it then runs on the CPU
