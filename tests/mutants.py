@@ -2,7 +2,7 @@
 mutants.py - inversions of the code's own lines, and whether a test notices: two arguments
 exchanged, a sign turned, a term dropped, an order reversed, a memory that is not updated.
 
-    python tests/mutants.py                        # all: hours; what survives is printed
+    python tests/mutants.py                        # all of them; what survives is printed
     python tests/mutants.py ppo.py data/prefs.py   # those of two files
     python tests/mutants.py ppo.py --words entropy # those whose description has the word
 

@@ -139,6 +139,24 @@ def test_the_parts_of_a_planted_spread():
     assert P.parts_of([1.0, 2.0, 3.0], [None, None, None]) == dict(seeds=1.0)
 
 
+def test_what_makes_a_prompt_hard_for_both_arms_is_no_spread_of_their_difference():
+    hard = torch.arange(8.0)
+    values = [{"a": (1, (hard + s).tolist()), "b": (-1, hard.tolist())} for s in range(3)]
+    assert P.parts_of([0.0, 1.0, 2.0], values) == pytest.approx(dict(seeds=1, prompts=0, samples=0))
+
+
+def test_a_plan_takes_the_contrast_that_needs_most_among_all_of_them():
+    """sd 0.2 and 0.1 of three seeds, effect 0.2, two contrasts: Holm's first step is 2.5 %"""
+    diffs = {"a > b": [0.0, 0.2, 0.4], "a > c": [0.0, 0.1, 0.2]}
+    found = P.plan(CLAIM, diffs, {label: [None] * 3 for label in diffs})
+    for row, sd in zip(found["contrasts"], (0.2, 0.1)):
+        assert row["sd"] == pytest.approx(sd) and row["smallest"] == 0.2
+        for key, level in (("seeds", .05), ("seeds_holm", .025)):
+            assert row[key] == P.seeds_for(0.2, P.cautious(sd, 3), level, .925)
+    assert found["seeds"] == found["contrasts"][0]["seeds_holm"]
+    assert found["contrasts"][0]["seeds_holm"] > found["contrasts"][0]["seeds"] > 20
+
+
 def test_a_mean_leaves_its_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c, f = configure(Config, PRESETS, AXES, "", ["--out", "r"])

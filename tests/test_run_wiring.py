@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from data import run
 from data.run import Run, UserError, batch_indices, configure, read_log
+from test_run import AXES, PRESETS
 
 
 @dataclass(frozen=True)
@@ -20,25 +21,6 @@ class Config(run.Training):
     """A script's Config."""
     loss: str = "a"
     steps: int = 4
-
-
-def a(x, *, beta=0.1):
-    """first"""
-    return x * beta
-
-
-def b(x, *, gamma=1.0, beta=0.2):
-    """second"""
-    return x * gamma * beta
-
-
-def k(x, *, beta=0.5):
-    """a fixed part"""
-    return x * beta
-
-
-PRESETS = dict(fast=dict(lr=0.1, steps=2), second=dict(loss="b", gamma=3.0))
-AXES = dict(loss=dict(a=a, b=b), kl=dict(k=k))
 
 
 def conf(*argv):
