@@ -18,10 +18,10 @@ the parts that other families put into the block's tables, adapters, ranks, the 
 Watch    one shift by one, in token_logprobs: logp[b, t] is of token t. Padding is always right, so
          attention needs no mask.
 """
-import argparse
 import copy
 import json
 import math
+import re
 import sys
 import time
 import warnings
@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from data.run import (Count, NonNegative, Range, UserError, bandwidth, cast, checkpoint, cli,
-                      device_of, expect, nearest, not_finite, older_than, read_json, refuse_ranks,
-                      sha256)
+from data.run import (Count, NonNegative, Positive, Range, UserError, bandwidth, cast, checkpoint,
+                      cli, comments_of, device_of, expect, nearest, not_finite, older_than, parse,
+                      read_json, refuse_ranks, sha256, steps_of)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation = config, {}      # what generation_config.json says besides
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -1055,7 +1055,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation = config, {}
         self.model = Transformer(replace(config, tie_word_embeddings=True))       # tied: no lm_head
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -1069,8 +1069,9 @@ class ScalarModel(nn.Module):
         if any(isinstance(m, PackedLinear) for m in lm.modules()):
             raise UserError("a checkpoint with packed layers cannot become a reward model or "
                             "critic: start from the one that it was compressed from")
-        with torch.device("meta"):
-            model = cls(lm.config)
+        c = lm.config
+        with torch.device("meta"):           # a pad that also ends texts: save() finds another
+            model = cls(replace(c, pad_token_id=-1) if c.pad_token_id in c.eos_token_id else c)
         body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
         model.model.load_state_dict(body, assign=True)
         model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
@@ -1090,9 +1091,12 @@ def token_values(critic, tokens):
 
 
 def sequence_score(reward_model, tokens, length):
-    """A reward model's score of each sequence, read at its last token.
-    tokens [B, T], length [B] -> [B]"""
-    return reward_model(tokens).gather(1, length[:, None] - 1).squeeze(1)
+    """A reward model's score of each sequence, read where transformers reads it: at its last token
+    that is not the model's pad.   tokens [B, T], length [B] -> [B]"""
+    place = torch.arange(tokens.size(1), device=tokens.device)                           # [T]
+    read = (place < length[:, None]) & (tokens != reward_model.config.pad_token_id)      # [B, T]
+    last = (place * read).argmax(1)                                                      # [B]
+    return reward_model(tokens).gather(1, last[:, None]).squeeze(1)
 
 
 def masked_mean(x, mask):
@@ -1283,11 +1287,13 @@ def frame(path):
     raw = read_json(where, "copy the checkpoint again")
     raw["model_type"] = str(raw.get("model_type")).removeprefix(PACKED_TYPE)
     config = from_hf(raw, where)
-    if extra.exists() and (eos := ends(read_json(extra), extra)):
+    generation = read_json(extra) if extra.exists() else {}
+    if eos := ends(generation, extra):
         config = replace(config, eos_token_id=eos)     # Llama-3's chat models name all of them here
     scalar = HEADS[1] in (raw.get("architectures") or [""])[0]
     with torch.device("meta"):
         model = (ScalarModel if scalar else Transformer)(config)
+        model.generation = generation
         repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
     files, spare = place(path, model)
     return model, files, spare, read_tokenizer(path, config, raw), raw
@@ -1296,7 +1302,7 @@ def frame(path):
 def peek(path, scalar=False, option="--init"):
     """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
     for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
-    model = frame(checkpoint(path))[0]
+    model = frame(base_of(checkpoint(path)))[0]
     if isinstance(model, ScalarModel) != scalar:
         kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
         raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
@@ -1304,23 +1310,55 @@ def peek(path, scalar=False, option="--init"):
 
 
 def load(path, device="cpu", dtype=torch.float32):
-    """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel,
-    Tokenizer).
+    """A Hugging Face folder, a PEFT adapter's, or a run folder (its newest step) -> (Transformer or
+    ScalarModel, Tokenizer).
 
-    Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding
-    it should be tied to, and packed files that were changed. Of a run's checkpoint it names the
-    next older one.
+    Raises UserError for what frame() and attach() refuse, for NaN or infinity, a head that is not
+    the embedding it should be tied to, and packed files that were changed. Of a run's checkpoint it
+    names the next older one.
     """
     path = checkpoint(path)
+    folder = base_of(path)                   # the same, but of an adapter
     try:
-        model, files, spare, tokenizer, raw = frame(path)
-        state = read_weights(path, model, files, device, dtype)
-        check_packed(path, raw)
-        check_tied(path, spare, state)
+        model, files, spare, tokenizer, raw = frame(folder)
+        state = read_weights(folder, model, files, device, dtype)
+        check_packed(folder, raw)
+        check_tied(folder, spare, state)
     except UserError as e:
-        raise UserError(f"{e}{older_than(path)}") from None
+        raise UserError(f"{e}{older_than(folder)}") from None
     model.load_state_dict(state, assign=True)
+    if folder != path:
+        tokenizer = attach(model, path, raw) or tokenizer
+    if isinstance(model, ScalarModel) and model.config.pad_token_id in model.config.eos_token_id:
+        print(f"{path}: its pad_token_id also ends a text: it is scored before its end, as "
+              "transformers scores it", file=sys.stderr)
     return model.requires_grad_(), tokenizer
+
+
+# === pad: ours, a reward model's pad is an id that no text ends in ================================
+
+
+def pad_apart(config, tokenizer):
+    """What a reward model without a pad is saved with, (config, tokenizer): a special token that
+    ends no text. transformers reads the score at the last id that is not pad, so an end of text is
+    none; without another special it stays without, and transformers refuses batches."""
+    if config.pad_token_id >= 0 or tokenizer is None:
+        return config, tokenizer
+    ends = {tokenizer.bos, tokenizer.eos, *config.eos_token_id}
+    text = {i: text for text, i in tokenizer.specials.items() if i in tokenizer.hidden - ends}
+    if not text:
+        return config, tokenizer
+    pad = tokenizer.pad if tokenizer.pad in text else max(text)
+    return replace(config, pad_token_id=pad), with_pad(tokenizer, pad, text[pad])
+
+
+def with_pad(tokenizer, pad, text):
+    """The tokenizer with another pad, in its files too."""
+    out = copy.copy(tokenizer)
+    out.pad, out.files = pad, dict(tokenizer.files)
+    for name in {"tokenizer_config.json", "special_tokens_map.json"} & out.files.keys():
+        out.files[name] = json.dumps(json.loads(out.files[name]) | dict(pad_token=text), indent=1)
+    return out
 
 
 # === weights: Hugging Face, the numbers of a checkpoint in and out ================================
@@ -1361,7 +1399,7 @@ def save_weights(model, path, shard_bytes):
             shards, size = [*shards, {}], 0
         shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
         size += p.nbytes
-    n = len(shards)
+    n, index = len(shards), path / "model.safetensors.index.json"
     names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     names = ["model.safetensors"] if n == 1 else names
     where, total = {}, 0
@@ -1369,9 +1407,12 @@ def save_weights(model, path, shard_bytes):
         save_file(shard, path / name, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, name)
         total += sum(p.nbytes for p in shard.values())
+    old = {path / "model.safetensors", index, *path.glob("model-?????-of-?????.safetensors")}
+    for file in old - {path / name for name in names}:         # of an earlier save
+        file.unlink(missing_ok=True)
     if n > 1:
-        index = dict(metadata=dict(total_size=total), weight_map=where)
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        table = dict(metadata=dict(total_size=total), weight_map=where)
+        index.write_text(json.dumps(table, indent=1))
     return names
 
 
@@ -1381,16 +1422,23 @@ def save(model, tokenizer, path, shard_bytes=5_000_000_000):
 
     Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is
     bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is.
-    """
-    path = Path(path)
+    generation_config.json keeps what it said when the model was loaded, its ids renewed."""
+    path, scalar = Path(path), isinstance(model, ScalarModel)
+    if (path / ADAPTER[0]).exists():
+        raise UserError(f"{path} holds an adapter, which transformers would add to this model: "
+                        "choose another folder")
     path.mkdir(parents=True, exist_ok=True)
-    names = save_weights(model, path, shard_bytes)
-    d = to_hf(model.config, isinstance(model, ScalarModel))
+    config, names = model.config, save_weights(model, path, shard_bytes)
+    if scalar:
+        config, tokenizer = pad_apart(config, tokenizer)
+    dtype = next(model.parameters()).dtype
+    d = to_hf(config, scalar)
+    d |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     if packed := packed_config(model, path, names):
         d |= dict(quantization_config=packed, model_type=PACKED_TYPE + d["model_type"])
     (path / "config.json").write_text(json.dumps(d, indent=2))
     ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
-    (path / "generation_config.json").write_text(json.dumps(ids, indent=2))
+    (path / "generation_config.json").write_text(json.dumps(model.generation | ids, indent=2))
     if tokenizer is not None:
         tokenizer.save(path)
 
@@ -1493,6 +1541,109 @@ def lora(model, generator, *, rank: Count = 8, alpha=0.0):
 
 
 PEFT["lora"] = lora
+
+
+# === adapter_config: Hugging Face's peft, what an adapter was made for, and how ===================
+
+ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+READ = set("""peft_type task_type auto_mapping base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout bias use_rslora modules_to_save
+    init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern peft_version
+    megatron_core qalora_group_size ensure_weight_tying""".split())
+MADE_AS = dict(peft_type=("LORA",), task_type=("CAUSAL_LM", None), bias=("none", None),
+               init_lora_weights=(True, False, None, "gaussian", "orthogonal", "eva"))
+
+
+def base_of(path):
+    """The folder of a checkpoint's model: the path itself, or what an adapter was made for."""
+    where = path / ADAPTER[0]
+    if not where.exists():
+        return path
+    if any(path.glob("model*.safetensors")):
+        raise UserError(f"{path} holds a whole model and an adapter: move one of them away")
+    name = read_json(where).get("base_model_name_or_path")
+    near = [Path(str(name)), path / str(name), path.parent / Path(str(name)).name]
+    for folder in near if name else []:
+        if (folder / "config.json").is_file() or steps_of(folder):
+            return checkpoint(folder)
+    raise UserError(f"{where}: base_model_name_or_path is {name!r}, and no checkpoint is there or "
+                    f"beside the adapter: write the path of its base model there")
+
+
+def check_adapter(d, where):
+    """UserError for what an adapter_config.json asks for and we do not compute."""
+    expect(d, where, ("r", "lora_alpha"), r="size", lora_alpha="positive", use_rslora="flag",
+           rank_pattern="object", alpha_pattern="object")
+    unread = [k for k in d.keys() - READ if d[k]]
+    unread += [k for k, known in MADE_AS.items() if d.get(k) not in known]
+    for key in sorted(unread):
+        raise UserError(f"{where}: {key} = {d[key]!r} is not supported: merge the adapter with "
+                        "peft's merge_and_unload(), and save that")
+
+
+def of_layer(d, key, module):
+    """r or lora_alpha of a layer: the first pattern that fits the end of its name, or all's."""
+    patterns = d.get(dict(r="rank_pattern", lora_alpha="alpha_pattern")[key]) or {}
+    fits = (x for x in patterns if re.fullmatch(rf"(.*\.)?({x})", module))
+    return patterns.get(next(fits, ""), d[key])
+
+
+# === peft: 2106.09685, Hugging Face's adapter folders in and out ==================================
+
+
+def attach(model, path, raw):
+    """Fold an adapter's folder into the model of its base, in place; -> its own tokenizer, None if
+    it has none."""
+    where, d = path / ADAPTER[0], read_json(path / ADAPTER[0])
+    check_adapter(d, where)
+    file, like = open_weights(path / ADAPTER[1]), next(model.parameters())
+    left = {key.removeprefix("base_model.model."): file.get_tensor(key).to(like)
+            for key in file.keys()}
+    if bad := not_finite(left):
+        raise UserError(f"{path / ADAPTER[1]}: {bad} holds NaN or infinity: copy it again")
+    for name, layer in list(model.named_modules()):
+        theirs = hf_name(name + ".", model.config)
+        A, B = (left.pop(f"{theirs}lora_{x}.weight", None) for x in "AB")
+        if A is None and B is None:
+            continue
+        rank, alpha = (of_layer(d, key, theirs[:-1]) for key in ("r", "lora_alpha"))
+        if A is None or B is None or B.shape != (layer.out_features, rank) or (
+                A.shape != (rank, layer.in_features)):
+            raise UserError(f"{where}: r = {rank} does not fit the tensors of {theirs[:-1]}: the "
+                            "adapter is of another model, or incomplete")
+        update = LoRA(layer, rank, alpha * rank ** 0.5 if d.get("use_rslora") else alpha)
+        update.A.data, update.B.data = A, B
+        model.set_submodule(name, update.merged())
+    for name, p in model.named_parameters():                   # modules_to_save: whole
+        whole = left.pop(hf_name(name, model.config), p.data)
+        if whole.shape != p.shape:
+            raise UserError(f"{path / ADAPTER[1]}: {name} has shape {list(whole.shape)}, in its "
+                            f"base {list(p.shape)}: merge the adapter with peft, and save that")
+        p.data = whole
+    tied = model.config.tie_word_embeddings and not d.get("ensure_weight_tying")
+    if tied and {"embed_tokens", "lm_head"} & set(d.get("modules_to_save") or ()):
+        raise UserError(f"{where}: modules_to_save unties the head from the embedding, which the "
+                        "base ties: merge the adapter with peft, and save that")
+    if left:
+        raise UserError(f"{path / ADAPTER[1]}: nothing reads the tensor {min(left)} "
+                        f"({len(left)} such): the adapter is of another model")
+    return read_tokenizer(path, model.config, raw) if (path / "tokenizer.json").exists() else None
+
+
+def save_adapter(model, path, base):
+    """Write a model's live LoRA layers as a folder that peft opens on the checkpoint `base`."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    path.mkdir()
+    tensors = {}
+    for name, layer in layers.items():
+        key = "base_model.model." + hf_name(name + ".", model.config)
+        tensors |= {f"{key}lora_{x}.weight": getattr(layer, x).detach().cpu() for x in "AB"}
+    save_file(tensors, path / ADAPTER[1], metadata={"format": "pt"})
+    rank, scale = len(layer.A), layer.scale
+    d = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=rank * scale, bias="none",
+             base_model_name_or_path=str(checkpoint(base).resolve()), inference_mode=True,
+             target_modules=sorted({name.rpartition(".")[2] for name in layers}))
+    (path / ADAPTER[0]).write_text(json.dumps(d, indent=2))
 
 
 # === bone: 2409.15371, one matrix shared by all groups of a layer's inputs ========================
@@ -1674,95 +1825,504 @@ def joined(rolls, pad):
                    torch.cat([x.finished for x in rolls]), sum(x.row_steps for x in rolls))
 
 
-# === stream: ours, one completion, token by token =================================================
+# === stream: ours, one completion, token by token, and its text as it comes =======================
+
+
+def penalised(logits, seen, penalty):
+    """CTRL's repetition penalty (1909.05858 §4.1) as transformers has it: logits [1, V] of ids that
+    are `seen` [V] are divided by it where positive, multiplied where negative."""
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, changed, logits)
 
 
 @torch.no_grad()
-def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+           repetition_penalty=1.0):
     """Yield one completion's ids as they are sampled, from one prompt (a list of ids)."""
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt's {len(prompt)} tokens fill the context of "
                         f"{model.config.max_position_embeddings}: shorten it")
-    cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens),
-                  model.head.device, model.head.dtype)
-    token = torch.tensor([prompt], device=model.head.device)                             # [1, T]
+    device = model.head.device
+    cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), device,
+                  model.head.dtype)
+    token = torch.tensor([prompt], device=device)                                        # [1, T]
+    seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)         # [V]
     for _ in range(min(room, max_new_tokens)):
         logits = model.logits(model(token, cache)[:, -1])                                # [1, V]
-        token = pick(logits, torch.rand(1, generator=generator).to(token.device),
+        if repetition_penalty != 1:
+            seen[token[0]] = True
+            logits = penalised(logits, seen, repetition_penalty)
+        token = pick(logits, torch.rand(1, generator=generator).to(device),
                      temperature, top_k, top_p)[0][None]
         yield int(token)
         if int(token) in model.config.eos_token_id:
             return
 
 
-# === command_line: ours, a sample from any checkpoint as it is made, and its speed ================
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors as ours are."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help shows what there is")
-
-
-def options():
-    """What `python model.py` takes."""
-    p = Parser(description="sample from a checkpoint", allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("path", help="a Hugging Face folder or a run folder under out/")
-    p.add_argument("--prompt", default="", help="text to continue, or what the user says if --chat")
-    p.add_argument("--chat", action="store_true",
-                   help="wrap the prompt in the checkpoint's chat template")
-    p.add_argument("--tokens", type=int, default=200, help="at most this many new tokens")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    p.add_argument("--top-k", type=int, default=0, help="keep only the k likeliest tokens (0: all)")
-    p.add_argument("--top-p", type=float, default=1.0,
-                   help="keep the likeliest tokens of this total mass")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--device", default="auto", help="cpu or cuda")
-    return p
-
-
-def finish(tokenizer, ids):
-    """Print tokens as they come -> how many there were."""
-    tokens, shown = [], ""
+def spoken(tokenizer, ids, after=()):
+    """The text of ids as they come, in pieces: a character waits until all of its bytes are there,
+    and what never becomes one is shown at the end. after: the ids before, which decide whether the
+    first word's space is one."""
+    held = list(after)[-1:]
+    shown = tokenizer.decode(held)
     for token in ids:
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):          # a character still short of bytes waits
-            print(text[len(shown):], end="", flush=True)
-            shown = text
-    return len(tokens)
+        held.append(token)
+        text = tokenizer.decode(held)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown):]
+            held, shown = held[-1:], tokenizer.decode(held[-1:])
+    yield tokenizer.decode(held)[len(shown):]
+
+
+# === sampling: Hugging Face, a folder's generation_config.json, and the command line's ============
+
+SAMPLING = dict(temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
+                repetition_penalty=Positive)
+IDLE = dict(min_p=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, no_repeat_ngram_size=0, top_h=0,
+            encoder_no_repeat_ngram_size=0, encoder_repetition_penalty=1, penalty_alpha=0,
+            num_beams=1, guidance_scale=1, min_length=0, min_new_tokens=0, bad_words_ids=(),
+            suppress_tokens=(), begin_suppress_tokens=(), forced_bos_token_id=None,
+            forced_eos_token_id=None, sequence_bias=(), stop_strings=(),
+            exponential_decay_length_penalty=())     # what would change a sample, and when it's off
+
+
+def sampling(model, c, given):
+    """How to sample, {option of stream(): value}: as the command line says, else the folder's
+    generation_config.json, else the options' defaults. Says which, and what of it is not
+    computed."""
+    folder = {k: v for k, v in model.generation.items() if v is not None}
+    values, own, new = {}, [], c.max_new
+    for key, kind in SAMPLING.items():
+        values[key] = getattr(c, key)
+        if key in folder and key not in given:
+            values[key] = cast(f"generation_config.json's {key}", folder[key], values[key], kind)
+            own.append(key)
+    if folder.get("do_sample") is False and "temperature" not in given:
+        values["temperature"] = 0.0
+        own.append("do_sample")
+    if "max_new_tokens" in folder and "max_new" not in given:
+        new = cast("generation_config.json's max_new_tokens", folder["max_new_tokens"], new, Count)
+    lost = [f"{k} {folder[k]}" for k, off in IDLE.items()
+            if folder.get(k, off) not in (off, [], {})]
+    print(", ".join(f"{k} {v:g}" for k, v in values.items())
+          + f" ({', '.join(own)}: the folder's)" * bool(own)
+          + f"; the folder's {', '.join(lost)}: not computed here" * bool(lost), file=sys.stderr)
+    return values | dict(max_new_tokens=new)
+
+
+# === chat: ours, a conversation in the terminal ===================================================
+
+COMMANDS = "/reset forgets all, Ctrl-C stops an answer, /exit or Ctrl-D ends"
+
+
+def turn_ends(tokenizer):
+    """The ids that end an assistant's turn in the chat template."""
+    user = [dict(role="user", content="a")]
+    before = len(tokenizer.render(user))
+    turn = tokenizer.render([*user, dict(role="assistant", content="b")], reply=False)[before:]
+    return tuple(i for i in turn if i in tokenizer.hidden)[:1]
+
+
+def for_chat(model, tokenizer):
+    """The model, whose completions now also end where the template ends a turn."""
+    ends = dict.fromkeys((*model.config.eos_token_id, *turn_ends(tokenizer)))
+    model.config = replace(model.config, eos_token_id=tuple(ends))
+    return model
+
+
+def reply(model, tokenizer, ids, how, tokens, after=()):
+    """Print a completion as it is made; its ids go to the list `tokens`."""
+    def visible():
+        for token in stream(model, ids, **how):
+            tokens.append(token)
+            if token not in model.config.eos_token_id:
+                yield token
+
+    for piece in spoken(tokenizer, visible(), after):
+        print(piece, end="", flush=True)
+
+
+def why_ended(model, tokens, ids):
+    """What to say after an answer that did not end by itself."""
+    if tokens and tokens[-1] in model.config.eos_token_id:
+        return ""
+    context = model.config.max_position_embeddings
+    return (f"[the context of {context} tokens is full]" if len(ids) + len(tokens) >= context else
+            f"[cut after {len(tokens)} tokens: --max_new]")
+
+
+def remembered(tokenizer, messages, room):
+    """The newest turns of a conversation that fit into `room` tokens, and the system message:
+    messages, ids."""
+    first = int(messages[0]["role"] == "system")
+    while len(ids := tokenizer.render(messages)) > room and len(messages) > first + 2:
+        messages = messages[:first] + messages[first + 2:]
+    return messages, ids
+
+
+# === conversation: ours, a chat with its history, or lines that are continued =====================
+
+
+def typed():
+    """The user's lines, until /exit or the end of the input; Ctrl-C at the prompt only reminds."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print(f"\n{COMMANDS}", file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        if text.strip() == "/exit":
+            return
+        if text.strip():
+            yield text
+
+
+def converse(model, tokenizer, c, how):
+    """A chat with its history, or, where there is no chat template, lines that are continued."""
+    system = [dict(role="system", content=c.system)] if c.system else []
+    messages, context = list(system), model.config.max_position_embeddings
+    room = context - min(how["max_new_tokens"], context // 4)
+    for text in typed():
+        if text.strip() == "/reset":
+            messages = list(system)
+            print("[forgotten]", file=sys.stderr)
+            continue
+        messages.append(dict(role="user", content=text))
+        tokens = []
+        try:
+            kept, ids = (remembered(tokenizer, messages, room) if c.chat else
+                         (messages, tokenizer.prompt(text)))
+            if gone := (len(messages) - len(kept)) // 2:
+                print(f"[the context is full without the oldest {gone} turns]", file=sys.stderr)
+            reply(model, tokenizer, ids, how, tokens, () if c.chat else ids)
+            messages, end = kept, why_ended(model, tokens, ids)
+        except KeyboardInterrupt:
+            end = "[stopped]"
+        except UserError as e:               # a message too long, or none that the template takes
+            print(f"error: {e}", file=sys.stderr)
+            messages.pop()
+            continue
+        print(flush=True)
+        print(end, end="\n" * bool(end), file=sys.stderr)
+        answer = [i for i in tokens if i not in model.config.eos_token_id]
+        messages.append(dict(role="assistant", content=tokenizer.decode(answer)))
+
+
+# === talk: ours, a completion, or a conversation ==================================================
+
+
+def talk(model, tokenizer, c, given):
+    """Continue --prompt, or chat; without a chat template continue the lines that are typed."""
+    if not isinstance(model, Transformer):
+        raise UserError(f"{c.path} is a reward model: it scores texts and writes none; "
+                        "give a language model, or --eval PAIRS")
+    once = "prompt" in given
+    c = replace(c, chat=c.chat or not once and "chat" not in given and bool(tokenizer.chat))
+    if c.system and not c.chat:
+        raise UserError("--system: only a chat has a system message; add --chat")
+    if c.chat:
+        model = for_chat(model, tokenizer)
+    how = sampling(model, c, given) | dict(generator=torch.Generator().manual_seed(c.seed))
+    if once:
+        return complete(model, tokenizer, c, how)
+    plain = "no chat template, " * (not tokenizer.chat) + "each line is continued as it stands"
+    print(f"{c.path}: {'chat' if c.chat else plain}; {COMMANDS}", file=sys.stderr)
+    converse(model, tokenizer, c, how)
+
+
+def complete(model, tokenizer, c, how):
+    """--prompt: print a sample as it is made, then tokens/s and the floor."""
+    messages = [dict(role="system", content=c.system)] * bool(c.system)
+    messages.append(dict(role="user", content=c.prompt))
+    ids = tokenizer.render(messages) if c.chat else tokenizer.prompt(c.prompt)
+    if not ids:
+        raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
+    print(c.prompt, end="\n" * c.chat, flush=True)
+    tokens, begin = [], time.perf_counter()
+    reply(model, tokenizer, ids, how, tokens, () if c.chat else ids)
+    print(flush=True)
+    print(why_ended(model, tokens, ids), file=sys.stderr)
+    rate = len(tokens) / (time.perf_counter() - begin)
+    size, speed = sum(x.nbytes for x in model.state_dict().values()), bandwidth(c.device)
+    floor = speed / size
+    print(f"{len(tokens)} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that "
+          f"reading {size / 1e6:.1f} MB of weights per token at {speed / 1e9:.0f} GB/s would allow",
+          file=sys.stderr)
+
+
+# === evaluate: 1609.07843, the perplexity of a whole text, in stated windows ======================
+
+from tqdm import trange  # what this chapter and the next two read, and no other
+
+from data import prefs, tasks
+from data.stats import accuracy
+from data.text import is_corpus, locate, read_jsonl, read_text
+
+
+def windows(n, context, stride):
+    """Windows of n tokens as (begin, first, end): first..end are scored, each token once, given
+    those since begin. A file's first token has none before it; nor has, if the stride is the
+    context, any window's first: those are not scored."""
+    out, done = [], 1
+    for begin in range(0, n, stride):
+        end = min(begin + context, n)
+        if (first := max(done, begin + 1)) < end:
+            out.append((begin, first, end))
+        if end == n:
+            break
+        done = end
+    return out
+
+
+def texts_of(path):
+    """The documents of a text: between <|endoftext|>, or the rows of a .jsonl with {"text"}."""
+    file = locate(path)
+    if file.suffix == ".jsonl":
+        return [row["text"] for row in read_jsonl(file)]
+    return [text for text in read_text(file).split("<|endoftext|>") if text.strip()]
+
+
+@torch.no_grad()
+def window_nats(model, ids, rows, c):
+    """The nats of each window's scored tokens, summed.   [float]"""
+    nats = []
+    for i in trange(0, len(rows), c.micro, desc=c.eval, disable=None, leave=False):
+        batch = [(ids[a:first], ids[first:b]) for a, first, b in rows[i:i + c.micro]]
+        logp = token_logprobs(model, *collate(batch, 0, model.head.device))              # [b, T]
+        nats += (-logp.double().sum(1)).tolist()
+    return nats
+
+
+def perplexity(model, tokenizer, c, given):
+    """exp of the mean nats of all scored tokens, as in transformers' documentation; of the whole
+    windows alone it is GPTQ's (2210.17323), the usual number of WikiText-2."""
+    first, *others = texts_of(c.eval)
+    ids = tokenizer.prompt(first)
+    for text in others:
+        ids += [tokenizer.eos, *tokenizer.encode(text)]
+    most = model.config.max_position_embeddings
+    context = c.context or min(2048, most)
+    stride = c.stride or context
+    if not 2 <= context <= most or stride > context:
+        raise UserError(f"--context {context} --stride {stride}: expected 2 to the model's {most} "
+                        "tokens a window, and no stride beyond it")
+    rows = windows(len(ids), context, stride)
+    if not rows:
+        raise UserError(f"{c.eval}: a single token cannot be predicted: give a longer text")
+    nats = window_nats(model, ids, rows, c)
+    scored = sum(end - first for _, first, end in rows)
+    mean, size = sum(nats) / scored, sum(len(text.encode()) for text in (first, *others))
+    written = len(ids) - len(tokenizer.prompt(""))             # BOS is no part of the text
+    out = dict(perplexity=math.exp(mean), bits_per_byte=mean / math.log(2) * written / size,
+               tokens=len(ids), scored=scored, windows=len(rows), context=context, stride=stride)
+    whole = [x for x, (begin, _, end) in zip(nats, rows) if end - begin == context]
+    if whole and stride == context:
+        out |= dict(perplexity_of_whole_windows=math.exp(sum(whole) / len(whole) / (context - 1)))
+    return out
+
+
+# === evaluate_pairs: ours, how often a model tells the better response ============================
+
+
+def interval(mean, n):
+    """Wilson's 95 % interval of a share of n (1927).   -> [low, high]"""
+    z = 1.96
+    middle, spread = mean + z * z / (2 * n), math.sqrt(mean * (1 - mean) / n + (z / n / 2) ** 2)
+    return [(middle + sign * z * spread) / (1 + z * z / n) for sign in (-1, 1)]
+
+
+def sides(model, tokenizer, rows, side, micro):
+    """A reward model's scores of one side of pairs, or a language model's log-probs of it, summed
+    and a token.   [N] each"""
+    out = []
+    for i in trange(0, len(rows), micro, desc=side, disable=None, leave=False):
+        pairs = [(row["prompt"], row[side]) for row in rows[i:i + micro]]
+        tokens, mask = collate(pairs, 0, next(model.parameters()).device)                # [b, T]
+        length = mask.sum(1)                                                             # [b]
+        if isinstance(model, ScalarModel):
+            ends = torch.tensor([len(x) + len(y) for x, y in pairs], device=mask.device)
+            out.append(sequence_score(model, tokens, ends)[None])
+        else:
+            total = token_logprobs(model, tokens, mask).sum(1)
+            out.append(torch.stack([total, total / length]))
+    return torch.cat(out, 1).cpu()
+
+
+@torch.no_grad()
+def pairs_accuracy(model, tokenizer, c, given):
+    """How often the chosen response scores above the rejected one, ties a half: by a reward model's
+    score, or a language model's log-prob (summed, and a token)."""
+    rows = [row for split in ("train", "val") for row in prefs.load_pairs(c.eval, split)[0]]
+    rows = prefs.encode_pairs(rows[:c.rows or None], tokenizer,
+                              model.config.max_position_embeddings, c.eval, c.chat)
+    win, lose = (sides(model, tokenizer, rows, side, c.micro) for side in ("chosen", "rejected"))
+    right, *a_token = map(accuracy, win, lose)
+    out = dict(accuracy=right, interval=interval(right, len(rows)), pairs=len(rows))
+    return out | (dict(accuracy_a_token=a_token[0]) if a_token else {})
+
+
+# === evaluate_rows: ours, the share of verifiable rows that are answered rightly ==================
+
+
+@torch.no_grad()
+def rows_accuracy(model, tokenizer, c, given):
+    """The mean reward of a file's rows, or of a task's held-out ones: greedy, or of --samples."""
+    task = tasks.task(c.eval)
+    named = c.eval in tasks.TASKS                # of those, held-out rows; of a file all
+    problems = [row for split in (("val",) if named else task.splits)
+                for row in task.problems(split, c.rows or 256 * named, c.seed)]
+    new = c.max_new if "max_new" in given else task.max_new
+    heat = c.temperature if "temperature" in given else float(c.samples > 1)
+    prompts = [(row, tokenizer.prompt(row, c.chat)) for row in problems[:c.rows or None]]
+    fits = [x for x in prompts if len(x[1]) + new <= model.config.max_position_embeddings]
+    if len(fits) < len(prompts):
+        print(f"{c.eval}: left out {len(prompts) - len(fits)} of {len(prompts)} rows: with "
+              f"--max_new {new} they do not fit the context", file=sys.stderr)
+    if not fits:
+        raise UserError(f"{c.eval}: no row is left to answer: lower --max_new")
+    rewards, generator = [], torch.Generator().manual_seed(c.seed)
+    for i in trange(0, len(fits), c.micro, desc=c.eval, disable=None, leave=False):
+        some = fits[i:i + c.micro]
+        roll = generate(model, [ids for _, ids in some], new, samples=c.samples, temperature=heat,
+                        top_k=c.top_k, top_p=c.top_p, generator=generator)
+        texts = [tokenizer.decode(ids) for ids in roll.completions()]
+        for n, (text, finished) in enumerate(zip(texts, roll.finished.tolist())):
+            rewards.append(task.reward(some[n // c.samples][0], text, finished))
+        if i == 0:
+            print(f"prompt     {tokenizer.decode(fits[0][1], False)!r}\nmodel      {texts[0]!r}\n"
+                  f"reference  {task.demo(fits[0][0])!r}", file=sys.stderr)
+    mean = sum(rewards) / len(rewards)
+    return {task.metric: mean} | dict(interval=interval(mean, len(fits)), rows=len(fits),
+                                      samples=c.samples, temperature=heat, max_new=new)
+
+
+def kind_of(name):
+    """What --eval is given: a row of EVALUATIONS."""
+    if is_corpus(name):
+        return "text"
+    pair = Path(name).suffix == ".jsonl" and {"chosen", "rejected"} <= read_jsonl(
+        locate(name))[0].keys()
+    return "pairs" if pair else "rows"
+
+
+def evaluation(measure, model, tokenizer, c, given):
+    """--eval: the numbers of a row of EVALUATIONS, as a line of words and one of JSON."""
+    if isinstance(model, ScalarModel) and measure is not pairs_accuracy:
+        raise UserError(f"--eval {c.eval}: {c.path} is a reward model, which is held to rows of "
+                        "prompt, chosen and rejected")
+    out = measure(model, tokenizer, c, given)
+    print(f"{c.eval}: " + ", ".join(f"{k.replace('_', ' ')} {shown(v)}" for k, v in out.items()))
+    print(json.dumps(dict(path=c.path, eval=c.eval) | out))
+
+
+def shown(value):
+    """A number, or an interval, as a person reads it."""
+    if isinstance(value, list):
+        return "{:.4f} to {:.4f}".format(*value)
+    return f"{value:.7g}"
+
+
+EVALUATIONS = dict(
+    text=(perplexity, ("context", "stride", "micro")),
+    pairs=(pairs_accuracy, ("chat", "rows", "micro")),
+    rows=(rows_accuracy, ("chat", "rows", "samples", "max_new", "temperature", "top_k", "top_p",
+                          "seed", "micro")))       # by what a file holds, and what that reads
+
+
+# === export: ours, a plain folder of an adapter and its base, or in fewer bits ====================
+
+
+def export(model, tokenizer, c, given):
+    """Write a plain folder; a smaller one in --dtype bfloat16."""
+    folder = Path(c.export)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--export {folder} exists: choose a new folder")
+    save(model, tokenizer, folder)
+    size = sum(x.stat().st_size for x in folder.iterdir())
+    print(f"{folder}: {next(model.parameters()).dtype}, {size / 1e6:.1f} MB")
+
+
+# === command_line: ours, talk to a checkpoint, evaluate it, export it =============================
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `python model.py FOLDER` takes, in the scripts' own words."""
+    path: str = ""               # a Hugging Face folder, a PEFT adapter's, a run folder under out/
+    prompt: str = ""             # a text to continue; without it, a chat
+    chat: bool = False           # wrap the prompt, or what --eval asks, in the chat template
+    system: str = ""             # the chat's system message
+    eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
+    export: str = ""             # write the model, an adapter folded in, to this new folder
+    max_new: Count = 512         # at most so many new tokens
+    temperature: float = 0.8     # 0 is greedy; what the folder says goes before this default,
+    top_k: int = 0               # and before these: keep the k likeliest tokens, 0: all
+    top_p: Range("(0, 1]") = 1.0  # keep the likeliest tokens of this total mass
+    repetition_penalty: Positive = 1.0  # above 1: ids that have been there become less likely
+    samples: Count = 1           # of --eval, answers a row
+    rows: int = 0                # of --eval, the first so many (0: all)
+    context: int = 0             # of --eval, tokens a window of a text (0: 2048, or the model's)
+    stride: int = 0              # of --eval, tokens from window to window (0: the context)
+    micro: Count = 8             # of --eval, rows a forward pass
+    seed: int = 0                # of the sampling
+    device: str = "auto"         # cpu or cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
+
+
+RENAMED = dict(tokens="max_new", n="max_new", max_new_tokens="max_new", max_tokens="max_new",
+               model="path", folder="path")
+
+
+def help_of_options():
+    """--help: the docstring, and every option with its default and comment."""
+    about = comments_of(Options)
+    return "\n".join([__doc__.strip(), "", "options (--key value or --key=value):"] + [
+        f"  --{x.name:<19}{str(x.default):<9}{about[x.name]}" for x in fields(Options)])
+
+
+def options(argv):
+    """A command line -> (Options, the names of those that are given)."""
+    kinds = {x.name: x for x in fields(Options)}
+    path = [f"--path={argv.pop(0)}"] if argv and not argv[0].startswith("--") else []
+    pairs = dict(parse(path + argv, {k: x.default for k, x in kinds.items()}))
+    if "help" in pairs:
+        print(help_of_options())
+        raise SystemExit(0)
+    for key in pairs.keys() - kinds.keys():
+        hint = f": it is --{RENAMED[key]}" if key in RENAMED else nearest(key, kinds)
+        raise UserError(f"unknown key --{key}{hint}")
+    values = {k: cast(k, v, kinds[k].default, kinds[k].type) for k, v in pairs.items()}
+    if not values.get("path"):
+        raise UserError("which checkpoint? python model.py FOLDER --key value …; --help shows more")
+    c = Options(**values)
+    return replace(c, device=device_of(c.device)), values.keys() - {"path", "device", "dtype"}
+
+
+def action(c, given):
+    """The function that a command line asks for; UserError for an option that it does not read."""
+    act, reads, what = talk, {"prompt", "chat", "system", "seed", "max_new", *SAMPLING}, "talking"
+    if c.export:
+        act, reads, what = export, {"export"}, "--export"
+    elif c.eval:
+        measure, reads = EVALUATIONS[kind := kind_of(c.eval)]
+        act, reads, what = partial(evaluation, measure), {"eval", *reads}, f"--eval of {kind}"
+    for key in sorted(given - reads):
+        raise UserError(f"--{key}: {what} does not read it; leave it out")
+    return act
 
 
 def main(argv=None):
-    """python model.py PATH --prompt TEXT: print a sample as it is made, then tokens/s and floor."""
-    p = options()
-    a = p.parse_args(argv)
-    kinds = dict(tokens=Count, temperature=NonNegative, top_k=NonNegative, top_p=Range("(0, 1]"),
-                 seed=NonNegative)
-    for key, kind in kinds.items():
-        cast(key.replace("_", "-"), getattr(a, key), p.get_default(key), kind)
+    """python model.py FOLDER …: see the docstring above, or --help."""
+    c, given = options(list(sys.argv[1:] if argv is None else argv))
+    act = action(c, given)
     refuse_ranks("model.py")
-    a.device = device_of(a.device)
-    dtype = torch.bfloat16 if a.device.startswith("cuda") else torch.float32
-    model, tokenizer = load(a.path, a.device, dtype)
-    if not isinstance(model, Transformer):
-        raise UserError(f"{a.path} is a reward model: it scores texts and writes none; "
-                        "give a language model")
-    ids = tokenizer.prompt(a.prompt, a.chat)
-    if not ids:
-        raise UserError("this tokenizer has no beginning-of-text token: give a --prompt")
-    print(a.prompt, end="", flush=True)
-    begin, g = time.perf_counter(), torch.Generator().manual_seed(a.seed)
-    n = finish(tokenizer, stream(model, ids, a.tokens, a.temperature, a.top_k, a.top_p, g))
-    rate = n / (time.perf_counter() - begin)
-    size, speed = sum(x.nbytes for x in model.state_dict().values()), bandwidth(a.device)
-    floor = speed / size
-    print(f"\n\n{n} tokens, {rate:.0f} tokens/s: {rate / floor:.1%} of the {floor:.0f} that "
-          f"reading {size / 1e6:.1f} MB of weights per token at {speed / 1e9:.0f} GB/s would allow",
-          file=sys.stderr)
+    usual = "bfloat16" if c.device.startswith("cuda") else "float32"
+    dtype = getattr(torch, usual if c.dtype == "auto" else c.dtype)
+    model, tokenizer = load(c.path, c.device, dtype)
+    act(model, tokenizer, c, given)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
 from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
                    generate, init, load, load_balance_loss, lora, merge, peek, preset,
-                   replace_linears, save, shard, token_logprobs)
+                   replace_linears, save, save_adapter, shard, token_logprobs)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -264,9 +264,11 @@ def as_saved(c, net, first):
     return merge(net) if any(hasattr(m, "merged") for m in net.modules()) else net
 
 
-def write_checkpoint(c, net, first, tok, folder):
-    """Save what as_saved() makes of the model."""
+def write_checkpoint(c, net, first, tok, origin, folder):
+    """Save what as_saved() makes of the model, and a LoRA of a checkpoint as peft has it, too."""
     WRITERS.get(c.linear, save)(as_saved(c, net, first), tok, folder)
+    if c.peft == "lora" and origin and not net.config.moe:       # peft has no adapters of experts
+        save_adapter(net, folder / "adapter", origin)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -433,7 +435,7 @@ def train(c, f):
                 net, state = unsharded(), opt.state_dict()       # collective: every rank takes part
                 adapter = adapter_state(net) if net is not None else {}
                 adapter |= dict(net.named_buffers()) if c.linear != "plain" else {}
-                write = partial(write_checkpoint, c, net, first, tok)
+                write = partial(write_checkpoint, c, net, first, tok, origin)
                 run.save(step + 1, write, opt=state, adapter=adapter, clock=clock,
                          memories={name: memory.state() for name, memory in memories.items()})
         if c.stop and c.stop < total:

@@ -636,10 +636,11 @@ def sha256(path):
 
 
 def mark_of(folder, files=()):
-    """A hash of a checkpoint's files (by default config.json and the weights): of each the name,
+    """A hash of a checkpoint's files (by default its config and the weights): of each the name,
     the size, and the first and the last 32 MB."""
     mark, most = hashlib.sha256(), 1 << 25
-    for name in files or sorted(["config.json", *(p.name for p in folder.glob("*.safetensors"))]):
+    own = [p.name for name in (*MODEL_FILES, "*.safetensors") for p in folder.glob(name)]
+    for name in files or sorted(own):
         size = (folder / name).stat().st_size
         mark.update(f"{name} {size}".encode())
         with open(folder / name, "rb") as file:
@@ -713,6 +714,7 @@ def read_log(folder):
     return rows
 
 
+MODEL_FILES = "config.json", "adapter_config.json"       # what tells a model, or a PEFT adapter
 STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number 1000000 is after 999999
 
 
@@ -728,7 +730,7 @@ def checkpoint(path):
     """The Hugging Face folder `path` means: itself, or the newest step of a run folder. Raises
     UserError."""
     path = Path(path)
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in MODEL_FILES):
         return path
     if steps := steps_of(path):
         return steps[-1]

@@ -787,17 +787,6 @@ def test_predictions_that_are_not_finite_stop_the_sampling():
             M.generate(model, [[1, 2]], 3, temperature=temperature)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--tokens", "0"], "--tokens 0: must be at least 1"),
-    (["--temperature", "nan"], "--temperature nan"),
-    (["--top-p", "2"], "--top-p 2.0: must be above 0"), (["--seed", str(2 ** 70)], "--seed"),
-    (["--device", "x"], "--device x")])
-def test_the_command_line_of_model_py(argv, words, tmp_path):
-    save(small("llama"), bytes_tokenizer(), tmp_path)
-    with pytest.raises(UserError, match=words):
-        M.main([str(tmp_path), "--prompt", "a", *argv])
-
-
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     net = init(replace(small().config, vocab_size=128))
     save(net, bytes_tokenizer(), tmp_path)
@@ -855,13 +844,6 @@ def test_stories260k_round_trip(stories, tmp_path):
     assert all(torch.equal(a, b)
                for a, b in zip(net.state_dict().values(), back.state_dict().values()))
     assert again.encode(" Lily's dog") == tok.encode(" Lily's dog")
-
-
-def test_command_line_tells_a_story(stories, capsys):
-    M.main([str(stories), "--prompt", "Once upon a time", "--tokens", "20", "--temperature", "0"])
-    out = capsys.readouterr()
-    assert out.out.startswith("Once upon a time, there was a little girl named")
-    assert "tokens/s" in out.err
 
 
 # --- against transformers, where it is installed --------------------------------------------------
