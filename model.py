@@ -1,7 +1,8 @@
 """
 model.py - the transformer that every script trains: a block, log-probs, sampling, checkpoints.
 
-    python model.py out/sft/base --prompt "def add(a, b):"      # sample from any checkpoint
+    python model.py out/sft/base --prompt "def add(a, b):"    # go on; without --prompt: a chat
+    python model.py FOLDER --eval text.txt                    # or rows, pairs; --export; --help
 
 Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots,
          E experts
@@ -1892,6 +1893,8 @@ def sampling(model, c, given):
     generation_config.json, else the options' defaults. Says which, and what of it is not
     computed."""
     folder = {k: v for k, v in model.generation.items() if v is not None}
+    if folder.get("do_sample") is True:
+        folder.setdefault("temperature", 1.0)                  # transformers' own default
     values, own, new = {}, [], c.max_new
     for key, kind in SAMPLING.items():
         values[key] = getattr(c, key)
@@ -1966,6 +1969,8 @@ def remembered(tokenizer, messages, room):
 
 def typed():
     """The user's lines, until /exit or the end of the input; Ctrl-C at the prompt only reminds."""
+    if hasattr(sys.stdin, "reconfigure"):    # a pipe's bytes need not be UTF-8
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -2081,7 +2086,10 @@ def texts_of(path):
     """The documents of a text: between <|endoftext|>, or the rows of a .jsonl with {"text"}."""
     file = locate(path)
     if file.suffix == ".jsonl":
-        return [row["text"] for row in read_jsonl(file)]
+        texts = [row.get("text") for row in read_jsonl(file)]
+        if bad := [i for i, text in enumerate(texts, 1) if not isinstance(text, str)]:
+            raise UserError(f'{file}:{bad[0]}: no string under "text"')
+        return texts
     return [text for text in read_text(file).split("<|endoftext|>") if text.strip()]
 
 
@@ -2159,7 +2167,7 @@ def pairs_accuracy(model, tokenizer, c, given):
     rows = prefs.encode_pairs(rows[:c.rows or None], tokenizer,
                               model.config.max_position_embeddings, c.eval, c.chat)
     win, lose = (sides(model, tokenizer, rows, side, c.micro) for side in ("chosen", "rejected"))
-    right, *a_token = map(accuracy, win, lose)
+    right, *a_token = (round(accuracy(a, b), 7) for a, b in zip(win, lose))
     out = dict(accuracy=right, interval=interval(right, len(rows)), pairs=len(rows))
     return out | (dict(accuracy_a_token=a_token[0]) if a_token else {})
 
@@ -2183,20 +2191,22 @@ def rows_accuracy(model, tokenizer, c, given):
               f"--max_new {new} they do not fit the context", file=sys.stderr)
     if not fits:
         raise UserError(f"{c.eval}: no row is left to answer: lower --max_new")
-    rewards, generator = [], torch.Generator().manual_seed(c.seed)
+    rewards, ended, generator = [], [], torch.Generator().manual_seed(c.seed)
     for i in trange(0, len(fits), c.micro, desc=c.eval, disable=None, leave=False):
         some = fits[i:i + c.micro]
         roll = generate(model, [ids for _, ids in some], new, samples=c.samples, temperature=heat,
                         top_k=c.top_k, top_p=c.top_p, generator=generator)
         texts = [tokenizer.decode(ids) for ids in roll.completions()]
+        ended += roll.finished.tolist()
         for n, (text, finished) in enumerate(zip(texts, roll.finished.tolist())):
             rewards.append(task.reward(some[n // c.samples][0], text, finished))
         if i == 0:
             print(f"prompt     {tokenizer.decode(fits[0][1], False)!r}\nmodel      {texts[0]!r}\n"
                   f"reference  {task.demo(fits[0][0])!r}", file=sys.stderr)
     mean = sum(rewards) / len(rewards)
-    return {task.metric: mean} | dict(interval=interval(mean, len(fits)), rows=len(fits),
-                                      samples=c.samples, temperature=heat, max_new=new)
+    return {task.metric: mean} | dict(
+        interval=interval(mean, len(fits)), finished=sum(ended) / len(ended), rows=len(fits),
+        samples=c.samples, temperature=heat, max_new=new)
 
 
 def kind_of(name):
