@@ -303,14 +303,14 @@ class Transformer(nn.Module):
 
 
 def collate(rows, pad, device="cpu"):
-    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions."""
+    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, but for
+    what they only read, written ~id."""
     width = max(len(p) + len(c) for p, c in rows)
-    tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
-    mask = torch.zeros(len(rows), width)                                                 # [B, T]
+    tokens = torch.full((len(rows), width), ~max(pad, 0))                # [B, T], ~id: not scored
     for i, (p, c) in enumerate(rows):
-        tokens[i, :len(p) + len(c)] = torch.as_tensor([*p, *c])
-        mask[i, len(p):len(p) + len(c)] = 1.0
-    return tokens.to(device), mask.to(device)
+        tokens[i, :len(p) + len(c)] = torch.as_tensor([*(~x for x in p), *c])
+    mask = (tokens >= 0).float()                                                         # [B, T]
+    return torch.where(tokens < 0, ~tokens, tokens).to(device), mask.to(device)
 
 
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
@@ -1303,9 +1303,9 @@ def peek(path, scalar=False, option="--init"):
     return model.config
 
 
-def load(path, device="cpu", dtype=torch.float32):
+def load(path, device="cpu", dtype=torch.float32, chat=False):
     """A Hugging Face folder, or a run folder (its newest step) -> (Transformer or ScalarModel,
-    Tokenizer).
+    Tokenizer). chat: its turns end as its chat template ends them (ChatML, if it has none).
 
     Raises UserError for what frame() refuses, for NaN or infinity, a head that is not the embedding
     it should be tied to, and packed files that were changed. Of a run's checkpoint it names the
@@ -1320,7 +1320,16 @@ def load(path, device="cpu", dtype=torch.float32):
     except UserError as e:
         raise UserError(f"{e}{older_than(path)}") from None
     model.load_state_dict(state, assign=True)
+    if chat:
+        tokenizer.use_chat()
+        model.config = with_ends(model.config, tokenizer)
     return model.requires_grad_(), tokenizer
+
+
+def with_ends(config, tokenizer):
+    """The ModelConfig whose generation stops where the tokenizer's texts end, too."""
+    ends = dict.fromkeys((*config.eos_token_id, *tokenizer.stops))
+    return replace(config, eos_token_id=tuple(ends))
 
 
 # === weights: Hugging Face, the numbers of a checkpoint in and out ================================
