@@ -511,7 +511,7 @@ def check_names(c, f):
 
 def open_models(c, f, last):
     """(policy, tokenizer, {name: each other model that the run asks for})."""
-    policy, tok = load(last or initial(c, f), c.device)
+    policy, tok = load(last or initial(c, f), c.device, chat=c.chat)
     models, found = {}, asked_by(c, f)
     if c.kl or "anchor" in found:                      # then the KL is measured to the start, too
         found |= {"start"}
@@ -1025,7 +1025,7 @@ def token_ratio(logps, ref_logps):
 
 def ends(tokens, mask, tok):
     """1 on a response's EOS.   [N, T]"""
-    return mask * (tokens == tok.eos)
+    return mask * torch.isin(tokens, torch.tensor(tok.stops, device=tokens.device))
 
 
 def ld_dpo(chosen_delta, rejected_delta, chosen_mask, rejected_mask, chosen_eos, rejected_eos, *,
@@ -1074,7 +1074,7 @@ def credited(data, world, tok, *, scale=1.0):
         problem, out = dict(prompt=pair["text"]["prompt"]), []
         for ids in r["sides"]:
             texts = [tok.decode(ids[:i]) for i in range(len(ids) + 1)]
-            texts[-1] = tok.decode(ids[:-1] if ids[-1] == tok.eos else ids)
+            texts[-1] = tok.decode(ids[:-1] if ids[-1] in tok.stops else ids)
             worth = torch.tensor([world.reward(problem, text, True) for text in texts])
             out.append(torch.sigmoid(scale * worth.diff()) - 0.5)
         r["credits"] = torch.cat(out).float()

@@ -360,7 +360,7 @@ def train(c, f):
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
     kernels.use(c.kernels)
     with Run(c, f, "grpo", CURVES) as run:
-        ref, tok = load(init, c.device)
+        ref, tok = load(init, c.device, chat=c.chat)
         if not isinstance(ref, Transformer):
             raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
         ref.requires_grad_(False)
@@ -1791,8 +1791,8 @@ PRESETS["exopd"] = dict(advantage="distilled", weight="token_mean", samples=1, p
 
 def go_on(model, prompt, start, tok, c):
     """The greedy response that begins with the ids `start`.   -> ids, text, whether it ended"""
-    if tok.eos in start:
-        ids = start[:start.index(tok.eos)]
+    if stops := [i for i, x in enumerate(start) if x in tok.stops]:
+        ids = start[:stops[0]]
         return ids, tok.decode(ids), True
     roll = generate(model, [prompt + start], c.max_new - len(start), temperature=0.0)
     ids = [*start, *roll.completions()[0]]

@@ -304,14 +304,14 @@ class Transformer(nn.Module):
 
 
 def collate(rows, pad, device="cpu"):
-    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions."""
+    """[(prompt ids, completion ids)] -> right-padded tokens, mask [B, T]: 1 on completions, but for
+    what they only read, written ~id."""
     width = max(len(p) + len(c) for p, c in rows)
-    tokens = torch.full((len(rows), width), max(pad, 0))                                 # [B, T]
-    mask = torch.zeros(len(rows), width)                                                 # [B, T]
+    tokens = torch.full((len(rows), width), ~max(pad, 0))                # [B, T], ~id: not scored
     for i, (p, c) in enumerate(rows):
-        tokens[i, :len(p) + len(c)] = torch.as_tensor([*p, *c])
-        mask[i, len(p):len(p) + len(c)] = 1.0
-    return tokens.to(device), mask.to(device)
+        tokens[i, :len(p) + len(c)] = torch.as_tensor([*(~x for x in p), *c])
+    mask = (tokens >= 0).float()                                                         # [B, T]
+    return torch.where(tokens < 0, ~tokens, tokens).to(device), mask.to(device)
 
 
 def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
@@ -1310,9 +1310,10 @@ def peek(path, scalar=False, option="--init"):
     return model.config
 
 
-def load(path, device="cpu", dtype=torch.float32):
+def load(path, device="cpu", dtype=torch.float32, chat=False):
     """A Hugging Face folder, a PEFT adapter's, or a run folder (its newest step) -> (Transformer or
-    ScalarModel, Tokenizer).
+    ScalarModel, Tokenizer). chat: its turns end as its chat template ends them (ChatML, if it has
+    none).
 
     Raises UserError for what frame() and attach() refuse, for NaN or infinity, a head that is not
     the embedding it should be tied to, and packed files that were changed. Of a run's checkpoint it
@@ -1330,13 +1331,27 @@ def load(path, device="cpu", dtype=torch.float32):
     model.load_state_dict(state, assign=True)
     if folder != path:
         tokenizer = attach(model, path, raw) or tokenizer
-    if isinstance(model, ScalarModel) and model.config.pad_token_id in model.config.eos_token_id:
-        print(f"{path}: its pad_token_id also ends a text: it is scored before its end, as "
-              "transformers scores it", file=sys.stderr)
+    say_pad(model, path)
+    if chat:
+        tokenizer.use_chat()
+        model.config = with_ends(model.config, tokenizer)
     return model.requires_grad_(), tokenizer
 
 
-# === pad: ours, a reward model's pad is an id that no text ends in ================================
+# === ends: ours, the ids that end a text, and a reward model's pad, which ends none ===============
+
+
+def with_ends(config, tokenizer):
+    """The ModelConfig whose generation stops where the tokenizer's texts end, too."""
+    ends = dict.fromkeys((*config.eos_token_id, *tokenizer.stops))
+    return replace(config, eos_token_id=tuple(ends))
+
+
+def say_pad(model, path):
+    """Say of others' reward models where they are scored, if it is not at the end of a text."""
+    if isinstance(model, ScalarModel) and model.config.pad_token_id in model.config.eos_token_id:
+        print(f"{path}: its pad_token_id also ends a text: it is scored before its end, as "
+              "transformers scores it", file=sys.stderr)
 
 
 def pad_apart(config, tokenizer):
@@ -1345,7 +1360,7 @@ def pad_apart(config, tokenizer):
     none; without another special it stays without, and transformers refuses batches."""
     if config.pad_token_id >= 0 or tokenizer is None:
         return config, tokenizer
-    ends = {tokenizer.bos, tokenizer.eos, *config.eos_token_id}
+    ends = {tokenizer.bos, *tokenizer.stops, *config.eos_token_id}
     text = {i: text for text, i in tokenizer.specials.items() if i in tokenizer.hidden - ends}
     if not text:
         return config, tokenizer
@@ -1919,21 +1934,6 @@ def sampling(model, c, given):
 COMMANDS = "/reset forgets all, Ctrl-C stops an answer, /exit or Ctrl-D ends"
 
 
-def turn_ends(tokenizer):
-    """The ids that end an assistant's turn in the chat template."""
-    user = [dict(role="user", content="a")]
-    before = len(tokenizer.render(user))
-    turn = tokenizer.render([*user, dict(role="assistant", content="b")], reply=False)[before:]
-    return tuple(i for i in turn if i in tokenizer.hidden)[:1]
-
-
-def for_chat(model, tokenizer):
-    """The model, whose completions now also end where the template ends a turn."""
-    ends = dict.fromkeys((*model.config.eos_token_id, *turn_ends(tokenizer)))
-    model.config = replace(model.config, eos_token_id=tuple(ends))
-    return model
-
-
 def reply(model, tokenizer, ids, how, tokens, after=()):
     """Print a completion as it is made; its ids go to the list `tokens`."""
     def visible():
@@ -2025,15 +2025,16 @@ def talk(model, tokenizer, c, given):
         raise UserError(f"{c.path} is a reward model: it scores texts and writes none; "
                         "give a language model, or --eval PAIRS")
     once = "prompt" in given
-    c = replace(c, chat=c.chat or not once and "chat" not in given and bool(tokenizer.chat))
+    c = replace(c, chat=c.chat or not once and "chat" not in given and bool(tokenizer.template))
     if c.system and not c.chat:
         raise UserError("--system: only a chat has a system message; add --chat")
     if c.chat:
-        model = for_chat(model, tokenizer)
+        tokenizer.use_chat()
+        model.config = with_ends(model.config, tokenizer)
     how = sampling(model, c, given) | dict(generator=torch.Generator().manual_seed(c.seed))
     if once:
         return complete(model, tokenizer, c, how)
-    plain = "no chat template, " * (not tokenizer.chat) + "each line is continued as it stands"
+    plain = "no chat template, " * (not tokenizer.template) + "each line is continued as it stands"
     print(f"{c.path}: {'chat' if c.chat else plain}; {COMMANDS}", file=sys.stderr)
     converse(model, tokenizer, c, how)
 
@@ -2331,7 +2332,7 @@ def main(argv=None):
     refuse_ranks("model.py")
     usual = "bfloat16" if c.device.startswith("cuda") else "float32"
     dtype = getattr(torch, usual if c.dtype == "auto" else c.dtype)
-    model, tokenizer = load(c.path, c.device, dtype)
+    model, tokenizer = load(c.path, c.device, dtype, c.chat)
     act(model, tokenizer, c, given)
 
 

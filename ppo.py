@@ -253,7 +253,7 @@ def score_of(models, task, problems, tok, c, f, roll):
 
 def open_frozen(path, option, kind, c):
     """A checkpoint that does not learn, and its tokenizer; UserError for another kind of model."""
-    model, tok = load(path, c.device)
+    model, tok = load(path, c.device, chat=c.chat)
     if not isinstance(model, kind):
         raise UserError(f"--{option} {path}: need a {kind.__name__}, found {type(model).__name__}")
     return model.requires_grad_(False), tok

@@ -344,7 +344,7 @@ def evaluate(reward, policy, sets, tok, c, run):
 def start(c):
     """The base that a recipe starts from: policy (frozen), tok, pad, context, world (None for a
     file)."""
-    policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device)
+    policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device, chat=c.chat)
     return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
                            context=c.context or policy.config.max_position_embeddings,
                            world=tasks.task(c.data) if c.data in WORLDS else None)
@@ -524,7 +524,7 @@ def judge_pairs(reward, model, tok, c, run):
 def judge_checkpoint(c, run):
     """--eval: the table of a reward model, of all that its folder holds."""
     run.begin()                                  # pictures are made before there is a result
-    model, tok = load(c.eval, c.device)
+    model, tok = load(c.eval, c.device, chat=c.chat)
     if (path := beside(c.eval)).name:
         return EXAMINE[path.name](model, load_file(path, str(c.device)), tok, c, run)
     return judge_pairs(scalar_reward(model, c), model, tok, c, run)

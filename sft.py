@@ -44,7 +44,7 @@ from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
 from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
                    generate, init, load, load_balance_loss, lora, merge, peek, preset,
-                   replace_linears, save, save_adapter, shard, token_logprobs)
+                   replace_linears, save, save_adapter, shard, token_logprobs, with_ends)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -60,6 +60,7 @@ class Config(Training):
     family: Literal[*ARCHITECTURES] = "qwen3"  # its architecture: a row of model.ARCHITECTURES
     tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, gpt2, a folder
     vocab: Range("[261, 1000000]") = 2048  # size of a trained bpe
+    turns: Literal["all", "last"] = "all"  # of the assistant's in a conversation, what is trained
     context: Range("[2, inf)") = 256  # longest row in tokens; a new model's context is twice that
     loss: str = "nll"            # which row of LOSSES
     feedback: str = "none"       # which row of FEEDBACK: how scores, tags and pairs become rows
@@ -141,11 +142,10 @@ def provide(loss, model, frozen, tokens, mask, own):
 def demos(c, tok, first, generator):
     """Demonstrations, or windows of a corpus, as they are.
 
-    A row of FEEDBACK: -> [(prompt, completion)], and of each {name: number} that a loss may read;
-    unscored: the (begin, end) of a completion that is not scored. first() -> the model and
-    tokenizer as training starts.
+    A row of FEEDBACK: -> [(prompt, completion)], ~id what a completion only reads, and of each
+    {name: number} that a loss may read. first() -> the model and tokenizer as training starts.
     """
-    data = tasks.rows(c, tok, "train")
+    data = tasks.rows(c, tok, "train", c.turns)
     return data, [{} for _ in data]
 
 
@@ -159,7 +159,7 @@ def held(c, f, tok):
     tag = tag_of(f, tok)
     out = {}
     for split in tasks.held_out(c.data):
-        rows = HELD.get(c.feedback, tasks.rows)(c, tok, split)
+        rows = HELD.get(c.feedback, partial(tasks.rows, turns=c.turns))(c, tok, split)
         out[split] = [([*prompt, *tag], completion) for prompt, completion in rows]
     if c.watch:
         out["watch"] = tasks.rows(replace(c, data=c.watch), tok, "val")
@@ -172,21 +172,17 @@ def tag_of(f, tok):
     return tok.encode(f.feedback.keywords.get("good_tag", ""))
 
 
-def count_scored(data, infos, rows):
+def count_scored(data, rows):
     """How many tokens of these rows are scored."""
-    holes = [infos[j].get("unscored", (0, 0)) for j in rows]
-    return sum(len(data[j][1]) for j in rows) - sum(end - begin for begin, end in holes)
+    return sum(i >= 0 for j in rows for i in data[j][1])
 
 
-def micro_batches(data, infos, tok, c, rows):
+def micro_batches(data, tok, c, rows):
     """These rows in forward passes: (rows, tokens, mask, real) each; real: neither mask nor pad
     counts, [b, T]."""
     for i in range(0, len(rows), c.micro):
         some = rows[i:i + c.micro]
         tokens, mask = collate([data[j] for j in some], tok.pad or 0, c.device)          # [b, T]
-        for k, j in enumerate(some):
-            begin, end = infos[j].get("unscored", (0, 0))
-            mask[k, len(data[j][0]) + begin:len(data[j][0]) + end] = 0.0
         ends = torch.tensor([len(data[j][0]) + len(data[j][1]) for j in some], device=c.device)
         yield some, tokens, mask, torch.arange(tokens.size(1), device=c.device) < ends[:, None]
 
@@ -251,8 +247,11 @@ def start(c, origin):
     is ''."""
     if not origin:
         tok = new_tokenizer(c)
-        return init(preset(c.model, tok, 2 * c.context, c.family), c.seed).to(c.device), tok
-    model, tok = load(origin, c.device)
+        if c.chat:
+            tok.use_chat()
+        config = with_ends(preset(c.model, tok, 2 * c.context, c.family), tok)
+        return init(config, c.seed).to(c.device), tok
+    model, tok = load(origin, c.device, chat=c.chat)
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     return model, tok
@@ -348,11 +347,11 @@ def train(c, f):
     with Run(c, f, "sft", CURVES) as run:
         first, saved = partial(start, c, origin), run.state or {}
         whole_in_checkpoint = saved and not saved["adapter"]
-        model, tok = load(run.last, c.device) if whole_in_checkpoint else first()
+        model, tok = load(run.last, c.device, chat=c.chat) if whole_in_checkpoint else first()
         frozen = {name: FROZEN[name](c, origin, model, tok)
                   for name in needs(f.loss) if name in FROZEN}
         data, infos = f.feedback(c, tok, first, seeded(c))
-        batches = partial(micro_batches, data, infos, tok, c)
+        batches = partial(micro_batches, data, tok, c)
         held_out = held(c, f, tok)
         model = f.linear(f.peft(f.store(model), seeded(c)), seeded(c))
         model.load_state_dict(saved.get("adapter", {}), strict=False)
@@ -381,7 +380,7 @@ def train(c, f):
             # 1. get data
             began = now()
             picked = batch_indices(len(data), c.batch, step, c.seed).tolist()
-            count = count_scored(data, infos, picked)            # of the step, on all ranks
+            count = count_scored(data, picked)            # of the step, on all ranks
             picked = picked[me::ranks]                           # this rank's rows
             own = {j: dict(infos[j]) for j in picked}
             for name, memory in memories.items():
@@ -565,6 +564,7 @@ def readers(c, f):
         model=new, family=new, tokenizer=new,
         vocab=(new[0] and c.tokenizer == "bpe", "a new tokenizer (--init '' --tokenizer bpe)"),
         rows=(not corpus, demonstrated), chat=(not corpus or c.watch, demonstrated),
+        turns=(c.chat and c.feedback not in HELD, "runs with --chat, but for pairs"),
         epochs=(not c.steps, "runs without --steps"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=by_loss("teacher"), other=by_loss("other"),
@@ -846,7 +846,7 @@ def scored(c, tok, first, generator, *, share: Range("(0, 1]") = 0.5):
     `share`, of equal ones the first."""
     task = tasks.task(c.data)
     problems = task.problems("train", c.rows, c.seed)
-    rows = [(tok.prompt(p, c.chat), [*tok.encode(task.demo(p)), tok.eos]) for p in problems]
+    rows = [tasks.demonstration(task, p, tok, c.chat, c.turns) for p in problems]
     value = torch.tensor([float(task.reward(p, task.demo(p), True)) for p in problems])  # [rows]
     if value.max() == value.min():
         raise UserError(f"--feedback {c.feedback}: all demonstrations of {c.data} have the reward "
@@ -949,11 +949,10 @@ def hindsight(c, tok, first, generator, *, good_tag=".", bad_tag=",", mix="p,n,p
     for r in pair_ids(c, tok):
         side = dict(p=r["chosen"], n=r["rejected"])
         one, *two = modes[torch.randint(len(modes), (1,), generator=generator).item()]
-        prompt, answer, unscored = r["prompt"] + tags[one], list(side[one]), (0, 0)
+        answer = list(side[one])
         if two:
-            unscored = len(answer), len(answer) + len(tags[two[0]])
-            answer += tags[two[0]] + side[two[0]]
-        out.append((prompt, answer, dict(unscored=unscored)))
+            answer += [*(~i for i in tags[two[0]]), *side[two[0]]]
+        out.append((r["prompt"] + tags[one], answer, {}))
     return fitting(out, c)
 
 

@@ -446,7 +446,7 @@ def train(c, f):
         if "result" in run.info:
             run.say(f"  finished already: {run.last or run.folder}")
             return run.info["result"]
-        target, tok = load(folder, c.device, getattr(torch, c.dtype))
+        target, tok = load(folder, c.device, getattr(torch, c.dtype), chat=c.chat)
         target.requires_grad_(False)
         run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
         known = dict(target=target, tok=tok, c=c, f=f, run=run)

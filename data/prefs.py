@@ -849,10 +849,8 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
                if not (finite(row.get("margin", 0.0)) and finite(row.get("strength", 1.0))) else "")
         if not why:
             try:
-                ids = {side: [*tok.encode(row[side]),
-                              *[tok.eos] * bool(row.get(f"{side}_finished", True))]
-                       for side in ("chosen",
-                                    "rejected")} | dict(prompt=tok.prompt(row["prompt"], chat))
+                ids = {side: tok.answer(row[side], chat, row.get(f"{side}_finished", True))
+                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row, chat))
             except UserError as e:
                 raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another "
                                 "--init: its "
@@ -878,8 +876,7 @@ def encode_labels(rows, tok, context, what="labels", chat=False):
 
     Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
     """
-    drawn = [dict(prompt=tok.prompt(r["prompt"], chat),
-                 sides=[[*tok.encode(r["completion"]), tok.eos]],
+    drawn = [dict(prompt=tok.prompt(r, chat), sides=[tok.answer(r["completion"], chat)],
                  good=float(r["label"]), text=r) for r in rows]
     out = [r for r in drawn if len(r["prompt"]) + len(r["sides"][0]) <= context]
     if len(out) < len(drawn):

@@ -1104,7 +1104,16 @@ def packed(documents, tok, width):
     return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
 
 
-def demonstrations(task, problems, tok, width, chat=False):
+def demonstration(task, problem, tok, chat=False, turns="all"):
+    """(prompt ids, completion ids) of a problem; with chat of the whole conversation, all turns of
+    the assistant or the "last" trained."""
+    if not chat:
+        return tok.prompt(problem), tok.answer(task.demo(problem))
+    return tok.dialogue([*tok.messages(problem),
+                         {"role": "assistant", "content": task.demo(problem)}], turns)
+
+
+def demonstrations(task, problems, tok, width, chat=False, turns="all"):
     """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left
     out, aloud.
 
@@ -1112,7 +1121,7 @@ def demonstrations(task, problems, tok, width, chat=False):
     """
     out, long = [], 0
     for i, p in enumerate(problems):
-        prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
+        prompt, completion = demonstration(task, p, tok, chat, turns)
         if len(prompt) >= width:
             where = p.get("source", f"{task.name}, row {i + 1}")
             raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context "
@@ -1126,14 +1135,14 @@ def demonstrations(task, problems, tok, width, chat=False):
     return out
 
 
-def rows(c, tok, split):
+def rows(c, tok, split, turns="all"):
     """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the
     completions."""
     if is_corpus(c.data):
         return packed(documents(c.data, split), tok, c.context)
     found = task(c.data)
     problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
-    fitting = demonstrations(found, problems, tok, c.context, c.chat)
+    fitting = demonstrations(found, problems, tok, c.context, c.chat, turns)
     if split == "train" and not fitting:
         raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion "
                         "together; raise it")

@@ -20,12 +20,15 @@ import sys
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from datetime import datetime
 from functools import cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import tiktoken
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from data.run import UserError, expect, nearest, read_json
@@ -72,39 +75,97 @@ def spelled(text):
 
 # --- 2 chat templates -----------------------------------------------------------------------------
 
-class Chat(NamedTuple):
-    """A template as (special token, plain text after it) pairs, and the same in Jinja."""
-    begin: list          # once, before the first message
-    turn: object         # (role, content) -> pairs
-    reply: list          # opens the assistant's turn
-    jinja: str
-
-
-def chatml_turn(role, content):
-    """One message in ChatML, as (special token, text after it) pairs."""
-    return [("<|im_start|>", f"{role}\n{content}"), ("<|im_end|>", "\n")]
-
-
-def llama3_turn(role, content):
-    """One message in Llama 3's template, its content stripped, as the same pairs."""
-    text = f"\n\n{content.strip()}"
-    return [("<|start_header_id|>", role), ("<|end_header_id|>", text), ("<|eot_id|>", "")]
-
-
 ROLES = ("system", "user", "assistant")
+QUESTION = {"role": "user", "content": "?"}          # any: what stands before an answer
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{{ '\n' + m['content'] }}<|im_end|>"
           "{{ '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}")
-LLAMA3 = ("<|begin_of_text|>{% for m in messages %}"
-          "<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
-          "{{ '\n\n' + m['content'] | trim }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}"
-          "{% endif %}")
-CHATS = dict(
-    chatml=Chat([], chatml_turn, [("<|im_start|>", "assistant\n")], CHATML),
-    llama3=Chat([("<|begin_of_text|>", "")], llama3_turn,
-                [("<|start_header_id|>", "assistant"), ("<|end_header_id|>", "\n\n")], LLAMA3))
-MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}   # what tells a template
+APART = "\ufdd0"          # keeps a special's text in a message plain: a code point of no character
+BEGIN, END = "\ufdd1", "\ufdd2"           # around what a template's generation blocks hold
+
+
+class Generation(Extension):
+    """{% generation %} … {% endgeneration %}: what the assistant says, put between BEGIN and
+    END."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        mark = [nodes.Output([nodes.TemplateData(x)], lineno=line) for x in (BEGIN, END)]
+        return [mark[0], *body, mark[1]]
+
+
+def refuse(words):
+    """What a template calls raise_exception."""
+    raise TemplateError(words)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """The filter tojson as chat templates expect it: no HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+@cache
+def compiled(template):
+    """A chat template, ready to render, in Jinja's sandbox with what Hugging Face's templates may
+    call. UserError if it is no Jinja."""
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                          extensions=[Generation, loopcontrols])
+    jinja.filters["tojson"] = to_json
+    jinja.globals["raise_exception"] = refuse
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return jinja.from_string(template)
+    except TemplateError as e:
+        raise UserError(f"the chat template is no Jinja that can be read ({e}): copy "
+                        "tokenizer_config.json or chat_template.jinja again") from None
+
+
+def any_of(texts):
+    """A pattern that finds each of the texts, the longest first, in its only group."""
+    longest_first = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    return re.compile(f"({longest_first or '(?!)'})")
+
+
+def common(a, b):
+    """How many leading entries two lists share."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def check_messages(messages):
+    """UserError unless they are a list of {"role", "content"} with texts, as templates want
+    them."""
+    for n, m in enumerate(messages):
+        if missing := [key for key in ("role", "content") if not isinstance(m.get(key), str)]:
+            raise UserError(f"message {n} has no text under {missing[0]!r}: write "
+                            '{"role": "user", "content": "..."}')
+        if m["role"] == "tool" or "tool_calls" in m:
+            raise UserError(f"message {n} is of a tool: tools are not supported, take such "
+                            "conversations out")
+        if m["role"] not in ROLES:
+            raise UserError(f"message {n} has the unknown role {m['role']!r}"
+                            f"{nearest(m['role'], ROLES)}")
+
+
+def read_template(folder):
+    """A folder's own chat template, "" if it has none. In the order of transformers:
+    chat_template.jinja, then tokenizer_config.json (of several the one named default), and what
+    processors write, chat_template.json."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return read_utf8(path)
+    files = (folder / name for name in ("tokenizer_config.json", "chat_template.json"))
+    found = [read_json(file).get("chat_template") for file in files if file.exists()]
+    found = next((x for x in found if x is not None), None)
+    if isinstance(found, list):
+        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+        found = named.get("default", found)
+    if not isinstance(found, (str, type(None))):
+        raise UserError(f"{folder}: chat_template is a {type(found).__name__}: expected its text, "
+                        "or a list with one that is named default")
+    return found or ""
 
 
 # --- 3 the tokenizer ------------------------------------------------------------------------------
@@ -117,18 +178,22 @@ class Tokenizer:
     order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in order
     specials  text -> id of the special and the added tokens
     visible   ids of those that decode always shows
+    template  the chat template, in Jinja, "" for none
+    names     what it may call by name: {"eos_token": text, …}
+    stops     ids that end a completion: EOS, with a chat template also the end of its turns
     direct    a piece that is a token is taken whole, without merges to it (HF: ignore_merges)
     """
 
     def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(),
-                 nfc=False, prefix_space=False, direct=False, files=()):
+                 nfc=False, prefix_space=False, direct=False, files=(), template="", names=()):
         self.tokens, self.order, self.specials, self.pattern = tokens, order, specials, pattern
         self.bos, self.eos, self.pad, self.direct = bos, eos, pad, direct
         self.nfc, self.prefix_space, self.files = nfc, prefix_space, dict(files)
         self.hidden = (set(specials.values()) | {bos, eos, pad}) - set(visible)
-        self.chat = next((MARKS[mark] for mark in MARKS if mark in specials), "")
-        longest_first = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-        self.split = re.compile(f"({longest_first or '(?!)'})")
+        self.template, self.names, self.stops = template, dict(names), (eos,)
+        controls = {text: i for text, i in specials.items() if i not in set(visible)}
+        self.control, self.control_ids = any_of(controls), {*controls.values(), eos}
+        self.split = any_of(specials)
         ranks = {bytes([b]): b for b in range(256)}
         ranks |= {tokens[i]: 256 + n for n, i in enumerate(order[256:])}
         try:
@@ -160,7 +225,7 @@ class Tokenizer:
             return self.plain(text)
         ids = []
         for n, part in enumerate(self.split.split(text)):  # plain, special, plain, ..., plain
-            ids += [self.specials[part]] if n % 2 else self.plain(part)
+            ids += [self.specials[part]] if n % 2 else self.plain(part.replace(APART, ""))
         return ids
 
     def decode(self, ids, skip_specials=True) -> str:
@@ -180,32 +245,137 @@ class Tokenizer:
         BOS (if any), the text and the hint; with chat the rendered messages, or the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
-        text = problem["prompt"] + problem.get("hint", "")
         if chat:
-            return self.render(problem.get("messages") or [{"role": "user", "content": text}])
+            return self.render(self.messages(problem))
+        text = problem["prompt"] + problem.get("hint", "")
         return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
+    @staticmethod
+    def messages(problem) -> list[dict]:
+        """A problem's messages; without them its text is the user's turn."""
+        text = problem["prompt"] + problem.get("hint", "")
+        return problem.get("messages") or [{"role": "user", "content": text}]
+
+    def answer(self, text, chat=False, finished=True) -> list[int]:
+        """Ids of an answer and of what ends it, unless it is not finished: EOS; with chat as the
+        template has them."""
+        ids = [*self.encode(text), self.eos]
+        if chat:
+            ids = self.dialogue([QUESTION, {"role": "assistant", "content": text}])[1]
+        end = next(i for i in reversed(range(len(ids))) if ids[i] in self.control_ids)
+        return ids if finished else ids[:end]
+
+    def ends(self, chat=False) -> tuple:
+        """The ids that end a completion: EOS; with chat also the end of the template's turns."""
+        turn = [i for i in self.answer("Yes.", chat) if i in self.control_ids]
+        return tuple(dict.fromkeys([*turn[-1:], self.eos]))
+
     def render(self, messages, reply=True) -> list[int]:
-        """[{"role", "content"}] -> ids.  No content can become special; reply opens the answer."""
-        if not self.chat:
-            raise UserError("the tokenizer has no chat template: it needs the specials "
-                            "<|im_start|> and <|im_end|> (ChatML) or those of Llama 3; "
-                            "get('bytes') and train_bpe have them")
-        chat = CHATS[self.chat]
-        pairs = list(chat.begin)
-        for n, m in enumerate(messages):
-            if missing := [key for key in ("role", "content") if not isinstance(m.get(key), str)]:
-                raise UserError(f"message {n} has no text under {missing[0]!r}: write "
-                                '{"role": "user", "content": "..."}')
-            if m["role"] not in ROLES:
-                raise UserError(f"message {n} has the unknown role {m['role']!r}"
-                                f"{nearest(m['role'], ROLES)}")
-            pairs += chat.turn(m["role"], m["content"])
-        pairs += chat.reply if reply else []
-        if absent := [special for special, _ in pairs if special not in self.specials]:
-            raise UserError(f"the {self.chat} template needs the special token {absent[0]}: "
-                            "add it to the added_tokens of tokenizer.json")
-        return [i for special, text in pairs for i in [self.specials[special], *self.plain(text)]]
+        """[{"role", "content"}] -> ids, those of transformers' apply_chat_template; reply opens the
+        assistant's turn. No content can become a special token."""
+        return self.rendered(self.written(messages, reply))
+
+    def rendered(self, text) -> list[int]:
+        """Ids of a template's text, with marks or without."""
+        return self.encode(text.replace(BEGIN, "").replace(END, ""), specials=True)
+
+    def written(self, messages, reply=True) -> str:
+        """The template's text of a conversation, with BEGIN and END where it marks them. UserError
+        for messages that it refuses."""
+        check_messages(messages)
+        if not self.template:
+            raise UserError("the tokenizer has no chat template: add chat_template.jinja to its "
+                            "folder")
+        messages = [m | dict(content=self.guard(m["content"])) for m in messages]
+        try:
+            return compiled(self.template).render(
+                messages=messages, add_generation_prompt=reply, tools=None, documents=None,
+                **self.names)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
+            raise UserError(f"the checkpoint's chat template refuses a conversation "
+                            f"({', '.join(m['role'] for m in messages) or 'empty'}): {e}") from None
+
+    def guard(self, text) -> str:
+        """A message in which no special token's text stands: APART is put into each."""
+        return self.control.sub(lambda hit: hit[0][0] + APART + hit[0][1:], text)
+
+    def use_chat(self):
+        """From now on texts end as the chat template's turns do. A tokenizer without one gets
+        ChatML, aloud; where its vocabulary lacks ChatML's tokens they are plain text, and EOS ends
+        a turn."""
+        if not self.template:
+            print("the checkpoint has no chat template: ChatML is used, and saved with it",
+                  flush=True)
+            end = "<|im_end|>" if "<|im_end|>" in self.specials else "{{ eos_token }}"
+            self.template = CHATML.replace("<|im_end|>", end)
+            self.names.setdefault("eos_token", self.tokens[self.eos].decode("utf-8", "replace"))
+            if self.files:
+                self.files["chat_template.jinja"] = self.template
+        self.stops = self.ends(chat=True)
+
+    def spans(self, messages, turns="all"):
+        """A conversation's text, and where in it the assistant speaks: [(begin, end)], each with
+        the special token that ends the turn, if there is one.
+
+        By the template's generation blocks; else a turn begins where the text parts from that of
+        what is before it with a reply opened. UserError where later messages change earlier ones.
+        """
+        text = self.written(messages, reply=False)
+        if BEGIN in text:
+            pieces = re.split(f"[{BEGIN}{END}]", text)
+            at = [0, *accumulate(map(len, pieces))]
+            out = [(at[i], at[i + 1]) for i in range(1, len(pieces), 2)]
+            return "".join(pieces), out if turns == "all" else out[-1:]
+        out, answers = [], [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for i in answers if turns == "all" else answers[-1:]:
+            begin = self.opened(text, messages[:i])
+            answer = re.escape(self.guard(messages[i]["content"]).strip())
+            patterns = rf"{answer}\s*{self.control.pattern}", self.control.pattern, answer
+            found = (re.compile(x).search(text, begin) for x in patterns)
+            out.append((begin, next((x.end() for x in found if x), len(text.rstrip()))))
+        return text, out
+
+    def opened(self, text, messages) -> int:
+        """Where a conversation's text begins to be the answer to its first messages."""
+        head = self.written(messages)
+        if text.startswith(head):
+            return len(head)
+        before = self.written(messages, reply=False)         # Qwen 3.5's opened reply has a thought
+        if not text.startswith(before):
+            raise UserError("the chat template writes a message otherwise once others follow it: "
+                            "train the last answers only, --turns last")
+        return max(len(before), common(text, head))
+
+    def reached(self, ids, text) -> int:
+        """How many of the ids of a longer text spell its beginning `text`; not the one in whose
+        midst that ends."""
+        part = self.rendered(text)
+        n = common(ids, part)
+        left = sum(len(self.tokens[i]) for i in part[n:])
+        while left > 0 and n < len(ids) and len(self.tokens[ids[n]]) <= left:
+            left -= len(self.tokens[ids[n]])
+            n += 1
+        return n
+
+    def dialogue(self, messages, turns="all"):
+        """What training reads of a conversation that ends in an answer -> (ids before the first
+        trained answer, ids from there on); of the latter, ~id is read and not trained.
+
+        turns: all of the assistant's, or the "last". An answer ends in the special token that the
+        template puts behind it, else the last one in EOS.
+        """
+        if not messages or messages[-1].get("role") != "assistant":
+            raise UserError("a conversation to learn from must end with the assistant's answer")
+        text, spans = self.spans(messages, turns)
+        ids, trained = self.rendered(text), set()
+        for begin, end in spans:
+            trained.update(range(self.reached(ids, text[:begin]), self.reached(ids, text[:end])))
+        first, last = min(trained, default=len(ids)), max(trained, default=len(ids) - 1)
+        closing = self.reached(ids, text[:spans[-1][0]])         # where the last answer begins
+        if not self.control_ids & {*ids[closing:last + 1]}:
+            ids, last = [*ids[:last + 1], self.eos], last + 1
+            trained.add(last)
+        return ids[:first], [ids[i] if i in trained else ~ids[i] for i in range(first, last + 1)]
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
@@ -245,13 +415,15 @@ class Tokenizer:
             tokens, order, specials, pattern=pattern, prefix_space=prefix_space, direct=direct,
             **{end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")},
             visible=[a["id"] for a in added if not a.get("special")],
-            nfc=read_nfc(spec.get("normalizer")),
+            nfc=read_nfc(spec.get("normalizer")), names=read_names(settings),
+            template=read_template(path.parent),
             files={name: read_utf8(file) for name, file in kept.items()})
 
 
 # --- 4 tokenizer.json -----------------------------------------------------------------------------
 
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja", "chat_template.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
 CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
@@ -357,6 +529,16 @@ def read_id(end, settings, ids):
     return None
 
 
+def read_names(settings):
+    """{"bos_token": text, …} of all special tokens that the settings name, the first file first."""
+    out = {}
+    for key, value in [item for setting in reversed(settings) for item in setting.items()]:
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            out[key] = text
+    return out
+
+
 def one_end(end, value, ids):
     """The id that a key's value means: a token's text, {"content": text}, its id, a list of ids
     (the first counts), null or -1 for none. UserError for anything else."""
@@ -421,7 +603,7 @@ def hf_files(tok) -> dict[str, str]:
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
                   bos_token=text.get(tok.bos), eos_token=text.get(tok.eos),
                   pad_token=text.get(tok.pad))
-    config |= {"chat_template": CHATS[tok.chat].jinja} if tok.chat else {}
+    config |= {"chat_template": tok.template} if tok.template else {}
     return {"tokenizer.json": json.dumps(spec, ensure_ascii=False, indent=1),
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)}
 
@@ -433,8 +615,9 @@ def made(merged, pattern=PATTERN) -> Tokenizer:
     tokens = [bytes([b]) for b in range(256)] + merged
     specials = {text: len(tokens) + n for n, text in enumerate(SPECIALS)}
     n = len(tokens)
+    names = dict(pad_token=SPECIALS[0], bos_token=SPECIALS[1], eos_token=SPECIALS[2])
     return Tokenizer(tokens + [text.encode() for text in SPECIALS], list(range(n)), specials,
-                     pad=n, bos=n + 1, eos=n + 2, pattern=pattern)
+                     pad=n, bos=n + 1, eos=n + 2, pattern=pattern, template=CHATML, names=names)
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -246,10 +246,12 @@ def test_a_message_that_does_not_fit_is_refused_and_the_chat_goes_on(folder, cap
 
 def test_an_answer_ends_where_the_template_ends_a_turn(folder, capsys, monkeypatch):
     """though the folder names another end of text"""
-    net, tok = load(folder)
+    net, tok, seen = *load(folder), []
     assert tok.specials["<|im_end|>"] not in net.config.eos_token_id
-    M.for_chat(net, tok)
-    assert net.config.eos_token_id == (tok.eos, tok.specials["<|im_end|>"])
+    monkeypatch.setattr(M, "stream", lambda model, *a, **kw: seen.append(model.config) or iter(()))
+    typed(monkeypatch, "a")
+    run(capsys, folder)
+    assert set(seen[0].eos_token_id) == {tok.eos, tok.specials["<|im_end|>"]}
 
 
 def test_without_a_chat_template_each_line_is_continued(stories, capsys, monkeypatch):

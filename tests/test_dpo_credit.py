@@ -43,7 +43,7 @@ def one_pair(monkeypatch):
 
 def test_an_oracle_s_credits_by_hand(one_pair):
     """σ(scale Δ) - 1/2 of what a token adds to gold: an a adds 1, a b takes 2, EOS adds nothing"""
-    tok = SimpleNamespace(eos=9, decode=lambda ids: "".join("ab........"[i] for i in ids))
+    tok = SimpleNamespace(stops=(9,), decode=lambda ids: "".join("ab........"[i] for i in ids))
     world = SimpleNamespace(reward=lambda problem, text, finished:
                             text.count("a") - 2 * text.count("b") - 5 * text.count("."))
     r, = dpo.credited(one_pair, world, tok)

@@ -860,13 +860,11 @@ def test_hindsight_scores_both_answers_and_no_tag():
     good, bad = tok.encode("."), tok.encode(",")
     data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="np")
     for (prompt, answer), info, r in zip(data, infos, found):
-        a, b = info["unscored"]
-        assert prompt == r["prompt"] + bad and answer[:a] == r["rejected"]
-        assert answer[b:] == r["chosen"]
-        assert answer[a:b] == good
+        assert prompt == r["prompt"] + bad and info == {}
+        assert answer == [*r["rejected"], *(~i for i in good), *r["chosen"]]
     data, infos = sft.hindsight(c, tok, None, torch.Generator().manual_seed(0), mix="p")
     assert data == [(r["prompt"] + good, r["chosen"]) for r in found]
-    assert all(i["unscored"] == (0, 0) for i in infos)
+    assert all(i == {} for i in infos)
     with pytest.raises(UserError, match="--mix"):
         sft.hindsight(c, tok, None, None, mix="p,x")
 
