@@ -27,6 +27,7 @@ import random
 import re
 import sys
 import traceback
+import unicodedata
 from array import array
 from difflib import SequenceMatcher
 from fractions import Fraction
@@ -43,45 +44,89 @@ from data.tokenizer import char_tokenizer
 
 # --- the verifier ---------------------------------------------------------------------------------
 
-NUMBER = r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+|e[-+]?\d+)?"    # 5-3 has no sign
+SIGN, SIZE = r"(?:(?<![\w.)])[-+])?", r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"             # 5-3 has no sign
+NUMBER = rf"{SIGN}{SIZE}(?:(?: \d+)?/\d+|e[-+]?\d+)?"                    # 3 1/2 is one number
 MARK = "####"            # what the answer follows
 STATED = re.compile(rf"####[ *]{{0,8}}({NUMBER})", re.I)                 # {0,8}: linear in time
-MARKS = str.maketrans({"−": "-", "%": " ", "$": "", "€": "", "£": "", "\\": ""})
+# what makes a number a part of something, 12:30, 1 234, 10^3, 3-5, 3 or 4, 2\pi, and from before
+GOES_ON = re.compile(r"""[.:/_'’]\d | [a-z]{1,2}\d | [ ]{1,8}\d | [ ]{0,8}\^ | [²³¹⁰⁴-⁹]
+    | [ *]{0,8}[-+*/×÷·±:–—x][ *]{0,8}[-+]?[.(]{0,2}\d | [ ]{1,8}(?:to|or|and)[ ]{1,8}[-+]?\d
+    | [ ]{0,8}\\(?:pi|sqrt|times|cdot|div|pm|mp|[dt]?frac|log|ln|sin|cos|tan|theta)(?![a-z])""",
+                     re.I | re.X)
+GOES_BEFORE = re.compile(r"(?:\^[{(]?|\d(?:[:/_'’]|\*\*)?)$")
+FRACTIONS = {c: " " + unicodedata.normalize("NFKD", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅛⅜⅝⅞"}
+SIGNS = str.maketrans(FRACTIONS | {"−": "-", "%": " ", "$": "", "€": "", "£": ""})
+WRAPPED = r"\\(?:text[a-z]*|math[a-z]+|[mh]box)\{([^{}]*)\}"
+LATEX = [(re.compile(pattern), plain) for pattern, plain in (
+    (WRAPPED, r" \1"), (WRAPPED, r" \1"),                            # \textbf{\text{72}}
+    (r"(?<=\d)(?:\{,\}|\\[,;:! ]|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))", ","),         # 1{,}234
+    (r"\\\\|\\[()\[\],;: ]|\\q?quad|\^ ?\{? ?\\circ ?\}?|\\degree|[°~\u2009\u202f\u00a0]", " "),
+    (r"\\!|\\left|\\right|\\displaystyle|\\(?=[-+.\d])", ""),        # of \$5 the dollar is gone
+    (r"(?<=\d) ?(?=\\[dt]?frac)", " "),                              # 1\frac12 is one and a half
+    (r"\\[dt]?frac ?(?:\{(-?\d{1,60})\}|(\d)) ?(?:\{(\d{1,60})\}|(\d))", r"\1\2/\3\4"))]
+UNIT = re.compile(r"(?<=[^\s{\\])(?:\\?\s|\\[,;:])*\\(?:text|mathrm|[mh]box)\{[^{}]*\}"
+                  r"(?:\^\{?[23]\}?)?\.?$")
+WHOLE = re.compile(rf"({NUMBER})(?: [a-z]{{2}}[a-z /.-]*)?\.?", re.I)    # 72 dollars, not 5 x
+
+
+def undone(text):
+    r"""A text without currencies, percents and LaTeX's ways to write numbers, units and spaces.
+    "$1{,}234\,\text{km}$" -> "1,234  km";  "1\frac12" -> "1 1/2";  \pi and the like stay"""
+    text = text.translate(SIGNS)
+    for pattern, plain in LATEX if re.search(r"[\\{~]", text) or not text.isascii() else ():
+        text = pattern.sub(plain, text)
+    return text
+
+
+def whole(text):
+    r"""The number that a text is, without the unit behind it; if it is more, the text itself.
+    "72 \text{ dollars}" -> "72";  "\frac{3}{4}" -> "3/4";  "3-5" -> "3-5" """
+    if len(text) > 200:
+        return text.strip()
+    plain = undone(UNIT.sub("", text.strip())).strip()
+    number = WHOLE.fullmatch(plain)
+    return number[1].rstrip(",") if number else plain
 
 
 def boxed(text):
-    r"""The inside of the last \boxed{…}, braces balanced, a fraction as a/b; "" if there is
-    none."""
+    r"""The inside of the last \boxed{…}, braces balanced; "" if there is none."""
     start, depth = text.rfind("\\boxed{"), 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return re.sub(r"\\[dt]?frac\{(\d{1,60})\}\{(\d{1,60})\}", r"\1/\2",
-                          text[start + 7:i]).strip()
+            return text[start + 7:i]
     return ""
 
 
 def extract_answer(text, last=False):
     r"""The answer that a response states: the number right after the first "####" that has one,
-    else inside
-    \boxed{…}, else, if last, the last number; else "".   "… #### -$1,234.50." -> "-1,234.50" """
-    plain = text.translate(MARKS)
-    stated = STATED.search(plain)
-    found = stated[1] if stated else boxed(text)
-    for hit in re.finditer(NUMBER, plain, re.I) if last and not found else ():
-        found = hit[0]
-    return found.rstrip(",")
+    else inside \boxed{…}, else, if last, the last number; "" if there is none, or if that number
+    is only a part of something.   "… #### -$1,234.50." -> "-1,234.50";  "#### 12:30" -> "" """
+    plain, found = undone(text), None
+    if not (stated := STATED.search(plain)) and (box := boxed(text)):
+        return whole(box)
+    for found in re.finditer(NUMBER, plain, re.I) if last and not stated else ():
+        pass
+    if found and GOES_BEFORE.search(plain[max(0, found.start() - 3):found.start()]):
+        return ""
+    begin, end = stated.span(1) if stated else found.span() if found else (0, 0)
+    return "" if GOES_ON.match(plain, end) else plain[begin:end].rstrip(",")
 
 
 def value(answer):
     """The exact Fraction that an answer writes, None if it is not one number.   "1,234.50" ->
-    2469/2"""
-    text = answer.translate(MARKS).strip().rstrip(".")
+    2469/2;  "1 1/2" -> 3/2"""
+    text = undone(answer).strip().rstrip(".") if len(answer) <= 200 else ""
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):         # thousands; "1,5" is no number
         text = text.replace(",", "")
+    mixed = re.fullmatch(r"([-+]?)(\d+) +(\d+/\d+)", text)
     try:                                                               # 1e9999999 would fill memory
-        written = len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text, re.I)
-        return Fraction(text) if written else None
+        if len(text) > 60 or re.search(r"e[-+]?\d{3}|_", text, re.I):
+            return None
+        if mixed:
+            size = int(mixed[2]) + Fraction(mixed[3])
+            return -size if mixed[1] == "-" else size
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         return None
 
