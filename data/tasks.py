@@ -38,8 +38,8 @@ from typing import Callable, NamedTuple
 
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import HUGE, UserError, nearest
-from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate,
-                       read_jsonl, rouge_l, signatures, split_rows)
+from data.text import (NAMED, SCHEMAS, at, check_split, digest, documents, examples, is_corpus,
+                       locate, places, rouge_l, signatures, split_rows, tell)
 from data.tokenizer import char_tokenizer
 
 # --- the verifier ---------------------------------------------------------------------------------
@@ -140,6 +140,11 @@ def same_answer(a, b):
 
 # --- finite data: real pairs ----------------------------------------------------------------------
 
+def drawn(rows, n, seed):
+    """n of the rows (0: all) without replacement, by a seed."""
+    return random.Random(f"problems/{seed}").sample(rows, len(rows))[:n or None]
+
+
 class Signatures:
     """A Python signature -> the first sentence of its docstring, from the standard library
     (data/text.py)."""
@@ -150,8 +155,7 @@ class Signatures:
 
     def problems(self, split, n=0, seed=0):
         check_split(split, self.rows)
-        rows = self.rows[split]
-        return random.Random(f"problems/{seed}").sample(rows, len(rows))[:n or None]
+        return drawn(self.rows[split], n, seed)
 
     def sample(self, rng, split="train"):
         check_split(split, self.rows)
@@ -167,40 +171,101 @@ class Signatures:
 
 
 class Jsonl:
-    """Any file of prompts and completions (text.SCHEMAS), GSM8K by default; val is one prompt in
-    sixteen.
+    """Any file of rows that text.SCHEMAS lists, GSM8K by default; val is one prompt in sixteen, or
+    another file.
 
-    Where every completion states its answer after ####, reward is 1.0 for the same answer, 0.0 for
-    another and for an unfinished response; else it is ROUGE-L. strip removes GSM8K's annotations
-    <<48/2=24>> from the demonstrations; last reads the last number of a response that states no
-    answer.
+    Where more than half of the rows state an answer (see truth), reward is 1.0 for the same answer,
+    0.0 for another and for an unfinished response, and a row that states none is not posed, which
+    is told. Else it is ROUGE-L, or the user's alone if there are no completions. strip removes
+    GSM8K's annotations <<48/2=24>> from demonstrations in its own schema; last reads the last
+    number of a response that states no answer.
     """
     splits = ("train", "val")
 
-    def __init__(self, path="gsm8k", strip=True, last=False, max_new=320):
+    def __init__(self, path="gsm8k", strip=True, last=False, max_new=320, val=""):
         self.name, self.last, self.max_new, file = Path(path).stem, last, max_new, locate(path)
-        rows = examples(read_jsonl(file), file)
-        for i, row in enumerate(rows, 1):
-            row["source"] = f"{file}:{i}"
-            if "messages" in row:                                  # chat templates belong to models
-                turns = [f"{turn['role']}: {turn['content']}" for turn in row["messages"]]
-                row["prompt"] = "\n".join([*turns, "assistant: "])
-            if strip:
-                row["completion"] = re.sub(r"<<[^<>]*>>", "", row["completion"])
-        self.rows = {split: split_rows(rows, split) for split in self.splits}
-        if not self.rows["train"]:
+        rows, held = good_rows(file, strip), good_rows(locate(val), strip) if val else None
+        split = {x: split_rows(rows, x, held=held, of=file) for x in self.splits}
+        if not split["train"]:
             raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
-        self.metric = "accuracy" if all("####" in row["completion"] for row in rows) else "rouge_l"
+        every = split["train"] + split["val"]
+        shown = [row for row in every if has_completion(row)]
+        self.metric = ("accuracy" if 2 * sum(map(bool, map(truth, every))) > len(every) else
+                       "rouge_l" if shown else "reward")
+        graded = dict(accuracy=truth, rouge_l=has_completion, reward=bool)[self.metric]
+        self.rows = {x: list(filter(graded, split[x])) for x in self.splits}     # what is posed
+        self.shown = {x: list(filter(has_completion, split[x])) for x in self.splits}
+        self.report(every, shown)
 
-    problems, sample, demo = Signatures.problems, Signatures.sample, Signatures.demo
+    def report(self, every, shown):
+        """Say which rows have no answer or no completion, where others do."""
+        posed = sum(self.rows.values(), [])
+        what = "answer" if self.metric == "accuracy" else "completion"
+        for kept, words in ((posed, f"state no {what} and are not posed"),
+                            (shown or every, "have no completion and are not trained on")):
+            if len(kept) < len(every):
+                kept = {row["source"] for row in kept}
+                left = [row["source"] for row in every if row["source"] not in kept]
+                tell(f"{self.name}: {len(left)} of {len(every)} rows {words} ({places(left)})")
+        marked = [row for row in shown if MARK in row["completion"] and not truth(row)]
+        if self.metric == "rouge_l" and 2 * len(marked) > len(every):
+            tell(f"{self.name}: no number follows {MARK} in {len(marked)} rows: responses are "
+                 "graded by ROUGE-L, not by their answers")
+
+    problems, sample = Signatures.problems, Signatures.sample
+
+    def lessons(self, split, n=0, seed=0):
+        """As problems(), of the rows that have a completion to learn."""
+        check_split(split, self.shown)
+        return drawn(self.shown[split], n, seed)
+
+    def demo(self, problem, style="good"):
+        """The real completion, the only style there is; of a row without one its answer."""
+        answer = f"{MARK} {problem['answer']}" if "answer" in problem else ""
+        return problem.get("completion", answer)
 
     def reward(self, problem, completion, finished=True):
         """Exact answers or ROUGE-L, as the class says."""
-        truth = problem["completion"]
+        if self.metric == "reward":
+            raise UserError(f"{problem['source']}: there is neither a completion nor an answer to "
+                            "grade by: give --reward PATH.py:FUNCTION")
         if self.metric == "rouge_l":
-            return rouge_l(truth, completion)
+            return rouge_l(problem["completion"], completion)
         answer = extract_answer(completion, self.last)
-        return float(finished and same_answer(answer, extract_answer(truth)))
+        return float(finished and same_answer(answer, truth(problem)))
+
+
+def has_completion(row):
+    """Whether a row of a file can be learnt."""
+    return "completion" in row
+
+
+def good_rows(file, strip):
+    """A file's rows but for those with "label": false, which are not to be imitated, aloud."""
+    rows = examples(file)
+    for row in rows:
+        text, own = row.get("completion", ""), {"question", "answer"} <= row["row"].keys()
+        if strip and own and MARK in text:
+            row["completion"] = re.sub(r"<<[^<>\n]*=[^<>\n]*>>", "", text)
+    good = [row for row in rows if row.get("label", True)]
+    if len(good) < len(rows):
+        tell(f"{file}: {len(rows) - len(good)} of {len(rows)} rows are labelled false and left out")
+    if not good:
+        raise UserError(f"{file}: all rows are labelled false: there is nothing to imitate")
+    return good
+
+
+def truth(problem):
+    r"""The answer of a file's row, "" for none: what its completion states after "####", or its
+    answer column: after "####", in \boxed{…}, or all of a short one (a number, if the row has a
+    completion too)."""
+    text, column = problem.get("completion"), problem.get("answer", "").strip()
+    if text is not None and MARK in text:
+        return extract_answer(text)
+    if MARK in column or "\\boxed" in column:
+        return extract_answer(column)
+    short = len(column) <= 100 and "\n" not in column and whole(column)
+    return short if short and (text is None or value(short) is not None) else ""
 
 
 Gsm8k = Jsonl  # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
@@ -1044,7 +1109,7 @@ def user_function(spec):
 def checked(fn, spec, problem, text, finished):
     """What the user's function says of a response, as a finite number; UserError else."""
     try:
-        value = fn(copy.deepcopy(problem), text, finished)               # which it may change
+        value = fn(copy.deepcopy(row_of(problem)), text, finished)       # which it may change
     except KeyboardInterrupt:
         raise
     except BaseException as e:
@@ -1059,6 +1124,16 @@ def checked(fn, spec, problem, text, finished):
         raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response "
                         f"{text[:60]!r}: expected a finite number, up to {HUGE:g}")
     return number
+
+
+def row_of(problem):
+    """What a user's reward reads: a problem, of a file the row with all its columns, its "prompt"
+    (and "completion") as text."""
+    texts = ("prompt", "messages", "completion")
+    ours = {key: problem[key] for key in texts if key in problem}
+    if "row" not in problem:
+        return problem
+    return dict(source=problem["source"]) | problem["row"] | ours
 
 
 def blame(error):
@@ -1114,11 +1189,21 @@ def task(name_or_path, **options):
     return make(*path, **options)
 
 
-def check_data(name, is_text=True):
+def check_data(name, is_text=True, needs="completions"):
     """UserError, before anything is made, if the task is unknown, or its file, or a text's, is
-    missing or broken. is_text: whether a text without prompts will do."""
+    missing or broken. is_text: whether a text without prompts will do. needs: what a file's rows
+    must have beside prompts: completions, answers (or completions) to grade by, or nothing."""
     if not is_corpus(name):
-        task(name)
+        found = task(name)
+        if needs == "completions" and not getattr(found, "shown", {"train": True})["train"]:
+            raise UserError(f"{name}: the rows to train on have no completion to learn: give one, "
+                            f"as in {SCHEMAS}")
+        none = [x for x in ("train", "val") if not getattr(found, "rows", {x: True})[x]]
+        if needs == "answers" and none:
+            raise UserError(f"{name}: no row of {none[0]} can be graded by an answer; give more")
+        if needs == "answers" and found.metric == "reward":
+            raise UserError(f"{name}: the rows have neither a completion nor an answer to grade "
+                            'by: add a column "answer", or give grpo.py --reward PATH.py:FUNCTION')
     elif not is_text:
         raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl "
                         "of them")
@@ -1126,49 +1211,76 @@ def check_data(name, is_text=True):
         documents(name)
 
 
-def room(c, tok, problems, task, context):
-    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none
-    fit."""
-    longest, at = max((len(tok.prompt(p, c.chat)), i) for i, p in enumerate(problems))
-    new = c.max_new or min(task.max_new, context - longest)
-    if new < 1 or longest + new > context:
-        where = problems[at].get("source", task.name)
-        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new "
-                        f"ones it exceeds the context of {context}; shorten it or lower --max_new")
-    return new
+def room(widths, wish, context):
+    """New tokens a response beside prompts of these widths: as many as are wished for, or what all
+    but one prompt in ten leave of the context if that is less, which is told; UserError for
+    none."""
+    widths = sorted(widths)
+    most = widths[len(widths) - 1 - len(widths) // 10]
+    if most >= context:
+        raise UserError(f"the prompts take {most} tokens: no room for a response in the context of "
+                        f"{context}; shorten them, or take a model that reads more")
+    if most + wish > context:
+        tell(f"responses get {context - most} tokens, not {wish}: of the context of {context} the "
+             f"prompts take up to {most}")
+    return min(wish, context - most)
+
+
+def fitting(c, tok, problems, sets, wish, context):
+    """(new tokens a response: --max_new, else room(); the problems whose prompts leave them; the
+    {split: problems} too). Longer prompts are left out, aloud; UserError if all are."""
+    width, left = {}, {}
+    for split, some in ({"": problems} | sets).items():
+        width[split] = [len(prompt_ids(tok, p, c.chat)) for p in some]
+    new = getattr(c, "max_new", 0) or room(sum(width.values(), []), wish, context)
+    for split, some in ({"": problems} | sets).items():
+        what, sized = f"{split} prompts".strip(), list(zip(some, width[split]))
+        left[split] = [p for p, n in sized if n + new <= context]
+        long = [p.get("source", repr(p["prompt"][:40])) for p, n in sized if n + new > context]
+        if some and not left[split]:
+            raise UserError(f"{what}: the shortest has {min(width[split])} tokens: with {new} new "
+                            f"ones it exceeds the context of {context}; lower --max_new")
+        if long:
+            print(f"left out {len(long)} of {len(some)} {what}, which do not leave {new} tokens "
+                  f"of the context of {context} ({places(long)})", flush=True)
+    return new, left.pop(""), left
 
 
 # --- rows of ids ----------------------------------------------------------------------------------
+
+
+def prompt_ids(tok, problem, chat=False):
+    """The ids of a problem's prompt; what cannot be encoded is said with its row."""
+    with at(problem.get("source") or repr(problem["prompt"][:40])):
+        return tok.prompt(problem, chat)
+
+
+def row_ids(task, problem, tok, chat=False):
+    """(prompt ids, completion ids + EOS) of a problem and its task's demonstration."""
+    prompt = prompt_ids(tok, problem, chat)
+    with at(problem.get("source") or repr(problem["prompt"][:40])):
+        return prompt, [*tok.encode(task.demo(problem)), tok.eos]
 
 
 def packed(documents, tok, width):
     """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
     flat = array("i")  # four bytes a token, and slices that collate reads fast
     for d in documents:
-        flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
+        with at(f"the document {d[:40]!r}"):
+            flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
     return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
 
 
 def demonstrations(task, problems, tok, width, chat=False):
     """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left
-    out, aloud.
-
-    Raises UserError for a prompt that alone fills the context.
-    """
-    out, long = [], 0
-    for i, p in enumerate(problems):
-        prompt, completion = tok.prompt(p, chat), [*tok.encode(task.demo(p)), tok.eos]
-        if len(prompt) >= width:
-            where = p.get("source", f"{task.name}, row {i + 1}")
-            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context "
-                            f"{width}; raise it or shorten the prompt")
-        long += len(prompt) + len(completion) > width
-        out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
+    out, aloud, by their lines in the file."""
+    found = [row_ids(task, p, tok, chat) for p in problems]
+    long = [p.get("source", f"row {i}") for i, (p, (x, y)) in enumerate(zip(problems, found), 1)
+            if len(x) + len(y) > width]
     if long:
-        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and "
-              "left out",
-              flush=True)
-    return out
+        print(f"{task.name}: {len(long)} of {len(problems)} rows are longer than --context {width} "
+              f"and left out ({places(long)})", flush=True)
+    return [(x, y) for x, y in found if len(x) + len(y) <= width]
 
 
 def rows(c, tok, split):
@@ -1177,9 +1289,10 @@ def rows(c, tok, split):
     if is_corpus(c.data):
         return packed(documents(c.data, split), tok, c.context)
     found = task(c.data)
-    problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
-    fitting = demonstrations(found, problems, tok, c.context, c.chat)
-    if split == "train" and not fitting:
+    lessons = getattr(found, "lessons", found.problems)     # a file's rows that have a completion
+    problems = lessons(split, c.rows if split == "train" else 256, c.seed)
+    fits = demonstrations(found, problems, tok, c.context, c.chat)
+    if split == "train" and not fits:
         raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion "
                         "together; raise it")
-    return fitting
+    return fits

@@ -14,9 +14,10 @@ import pytest
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
+from data.tokenizer import bytes_tokenizer
 from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic,
                         Jsonl, ParityJudge, answer, boxed, chain_tokenizer, columns, demonstrations,
-                        extract_answer, held, held_out, judging, packed, parity, part, pattern,
+                        extract_answer, fitting, held, held_out, judging, packed, parity, part, pattern,
                         room, rows, same_answer, scorer, second_looks, similarity, stated,
                         step_ends, strength, swapped, task, value, verbose)
 
@@ -593,8 +594,8 @@ def test_last_number_and_annotations_are_options(tmp_path):
     t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
     assert t.reward(t.problems("train")[0],
                     "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
-    rows[0] = dict(question="q0", answer="two, in words")         # no answer to compare
-    assert Jsonl(write(tmp_path / "b.jsonl", rows)).metric == "rouge_l"
+    worded = [dict(question=f"q{i}", answer="two, in words") for i in range(4)]
+    assert Jsonl(write(tmp_path / "b.jsonl", rows[:3] + worded)).metric == "rouge_l"
 
 
 def test_conversations_become_text(tasks):
@@ -644,9 +645,9 @@ def test_demonstrations_as_ids(capsys):
     size = sum(map(len, want))
     assert demonstrations(t, [short, long], tok, size) == [want]
     assert "chain: 1 of 2 rows are longer than --context" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"row 1: a prompt of {len(want[0])} tokens does not fit"):
-        demonstrations(t, [short], tok, len(want[0]))
-    assert demonstrations(t, [short], tok, size - 1) == []
+    assert demonstrations(t, [short], tok, len(want[0])) == []             # nothing but the prompt
+    assert demonstrations(t, [short | dict(source="a.jsonl:7")], tok, size - 1) == []
+    assert "(row 1)" in (out := capsys.readouterr().out) and "left out (a.jsonl:7)" in out
 
 
 def test_the_rows_of_a_split():
@@ -661,22 +662,33 @@ def test_the_rows_of_a_split():
 
 
 def test_room_for_a_response():
-    """what the task wishes, cut to what the longest prompt leaves; --max_new as it is"""
-    t, tok = task("chain_good"), chain_tokenizer()
-    problems = [dict(prompt="1-3?"), dict(prompt="9-1+2+3?")]               # 9 tokens with BOS
-    c = SimpleNamespace(max_new=0, chat=False)
-    assert [room(c, tok, problems, t, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
-    with pytest.raises(UserError, match="the longest prompt has 9 tokens"):
-        room(c, tok, problems, t, 9)
-    c.max_new = 20
-    assert room(c, tok, problems, t, 29) == 20
-    with pytest.raises(UserError, match="with 20 new ones it exceeds the context of 28"):
-        room(c, tok, problems, t, 28)
+    """what the task wishes, cut to what all prompts but one in ten leave"""
+    assert [room([5, 9], 72, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
+    with pytest.raises(UserError, match="the prompts take 9 tokens: no room"):
+        room([5, 9], 72, 9)
+    assert room([5] * 9 + [300], 320, 512) == 320 and room([5] * 8 + [300], 320, 512) == 212
+    assert room([300] * 2 + [5] * 17, 320, 512) == 212 and room([300] * 2 + [5] * 18, 320, 512)
+
+
+def test_one_long_prompt_is_left_out_by_its_line_and_shortens_no_response(capsys):
+    """sixty prompts of 5 tokens and one of 491; --max_new decides alone where it is given"""
+    c, tok = SimpleNamespace(max_new=0, chat=False), bytes_tokenizer()
+    short = [dict(prompt=f"{i}+1="[-4:], source=f"a.jsonl:{i + 1}") for i in range(10, 70)]
+    long = dict(prompt="z" * 490, source="a.jsonl:71")
+    assert fitting(c, tok, short[:1], dict(val=short + [long]), 320, 512) == (
+        320, short[:1], dict(val=short))
+    assert "left out 1 of 61 val prompts, which do not leave 320 tokens of the context of 512 " \
+           "(a.jsonl:71)" in capsys.readouterr().out
+    c.max_new = 507
+    assert fitting(c, tok, short + [long], {}, 320, 512)[:2] == (507, short)
+    c.max_new = 508
+    with pytest.raises(UserError, match="the shortest has 5 tokens: with 508 new ones it exceeds"):
+        fitting(c, tok, short, {}, 320, 512)
 
 
 def test_malformed_files_name_the_line(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jsonl:2: no schema fits \{prompt: str\}"):
-        task(str(write(tmp_path / "a.jsonl", [dict(prompt="p", completion="c"), dict(prompt="p")])))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no schema fits \{promt: str\}"):
+        task(str(write(tmp_path / "a.jsonl", [dict(prompt="p", completion="c"), dict(promt="p")])))
     with pytest.raises(UserError, match="one prompt"):
         task(str(write(tmp_path / "b.jsonl", [dict(prompt="p", completion="c")])))
 
