@@ -185,21 +185,26 @@ class Jsonl:
     def __init__(self, path="gsm8k", strip=True, last=False, max_new=320, val=""):
         self.name, self.last, self.max_new, file = Path(path).stem, last, max_new, locate(path)
         rows, held = good_rows(file, strip), good_rows(locate(val), strip) if val else None
-        split = {x: split_rows(rows, x, held=held, of=file) for x in self.splits}
-        if not split["train"]:
-            raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
-        every = split["train"] + split["val"]
-        shown = [row for row in every if has_completion(row)]
+        if val:
+            rows = split_rows(rows, "train", held=held, of=file)
+        every = rows + (held or [])
         self.metric = ("accuracy" if 2 * sum(map(bool, map(truth, every))) > len(every) else
-                       "rouge_l" if shown else "reward")
+                       "rouge_l" if any(map(has_completion, every)) else "reward")
         graded = dict(accuracy=truth, rouge_l=has_completion, reward=bool)[self.metric]
-        self.rows = {x: list(filter(graded, split[x])) for x in self.splits}     # what is posed
-        self.shown = {x: list(filter(has_completion, split[x])) for x in self.splits}
-        self.report(every, shown)
+        posed = list(filter(graded, rows))
+        self.rows = (dict(train=posed, val=list(filter(graded, held))) if val else
+                     {x: split_rows(posed, x) for x in self.splits})         # what can be graded
+        asked = {row["prompt"] for row in held or self.rows["val"]}
+        self.shown = dict(train=[], val=[])                                  # what can be learnt
+        for row in filter(has_completion, every):
+            self.shown["val" if row["prompt"] in asked else "train"].append(row)
+        if not self.rows["train"] and not self.shown["train"]:
+            raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
+        self.report(every)
 
-    def report(self, every, shown):
+    def report(self, every):
         """Say which rows have no answer or no completion, where others do."""
-        posed = sum(self.rows.values(), [])
+        posed, shown = (sum(some.values(), []) for some in (self.rows, self.shown))
         what = "answer" if self.metric == "accuracy" else "completion"
         for kept, words in ((posed, f"state no {what} and are not posed"),
                             (shown or every, "have no completion and are not trained on")):

@@ -14,12 +14,12 @@ import pytest
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError
-from data.tokenizer import bytes_tokenizer
 from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic,
                         Jsonl, ParityJudge, answer, boxed, chain_tokenizer, columns, demonstrations,
-                        extract_answer, fitting, held, held_out, judging, packed, parity, part, pattern,
-                        room, rows, same_answer, scorer, second_looks, similarity, stated,
+                        extract_answer, fitting, held, held_out, judging, packed, parity, part,
+                        pattern, room, rows, same_answer, scorer, second_looks, similarity, stated,
                         step_ends, strength, swapped, task, value, verbose)
+from data.tokenizer import bytes_tokenizer
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
