@@ -102,15 +102,15 @@ def extract_answer(text, last=False):
     r"""The answer that a response states: the number right after the first "####" that has one,
     else inside \boxed{…}, else, if last, the last number; "" if there is none, or if that number
     is only a part of something.   "… #### -$1,234.50." -> "-1,234.50";  "#### 12:30" -> "" """
-    plain, found = undone(text), None
-    if not (stated := STATED.search(plain)) and (box := boxed(text)):
+    plain = undone(text)
+    stated = STATED.search(plain)
+    if not stated and (box := boxed(text)):
         return whole(box)
-    for found in re.finditer(NUMBER, plain, re.I) if last and not stated else ():
-        pass
-    if found and GOES_BEFORE.search(plain[max(0, found.start() - 3):found.start()]):
-        return ""
-    begin, end = stated.span(1) if stated else found.span() if found else (0, 0)
-    return "" if GOES_ON.match(plain, end) else plain[begin:end].rstrip(",")
+    begin, end = stated.span(1) if stated else (0, 0)
+    for number in re.finditer(NUMBER, plain, re.I) if last and not stated else ():
+        begin, end = number.span()
+    part = GOES_ON.match(plain, end) or GOES_BEFORE.search(plain[max(0, begin - 3):begin])
+    return "" if part else plain[begin:end].rstrip(",")
 
 
 def value(answer):

@@ -120,8 +120,8 @@ def test_values_by_hand():
 
 @pytest.mark.parametrize("piece",
                          ["1,", "1", "-", "- ", "#", "####", "\\boxed{", "{", "1/", "1 ", "1e", ".",
-                                   ".1", "-$",
-                                   "#### ", "\\frac{1}{", "<<", "\n", "e1", "))-", "\\text{", "1\\,"])
+                          ".1", "-$", "#### ", "\\frac{1}{", "<<", "\n", "e1", "))-", "\\text{",
+                          "1\\,"])
 def test_half_a_megabyte_of_malice_takes_linear_time(piece):
     for head in ("", "#### ", "#### 1", "\\boxed{"):
         hostile = head + piece * (500_000 // len(piece))
