@@ -535,7 +535,7 @@ def open_pairs(c, tok, world, context):
         val = sets["val"]
     train = prefs.encode_pairs(train, tok, context, "training pairs", c.chat)
     val = prefs.encode_pairs(val, tok, context, "val pairs", c.chat)
-    return train, pairs(val), [r["text"]["prompt"] for r in val]
+    return train, pairs(val), [r["text"] for r in val]
 
 
 def open_problems(c, tok, world, context, data, prompts):
@@ -545,17 +545,12 @@ def open_problems(c, tok, world, context, data, prompts):
         problems = world.problems("train", 4096, 1000 + c.seed)
         sets = {x: world.problems(x, c.eval_prompts, c.seed) for x in tasks.held_out(c.data)}
     else:
-        texts = dict.fromkeys(r["text"]["prompt"] for r in data if "chosen" in r)
-        problems = [dict(prompt=x) for x in texts]
-        sets = dict(val=[dict(prompt=x) for x in dict.fromkeys(prompts)][:c.eval_prompts])
-    every = [*problems, *(problem for held in sets.values() for problem in held)]
-    for problem in every:
-        problem["ids"] = tok.prompt(problem["prompt"], c.chat)
-    width = max(len(problem["ids"]) for problem in every)
-    room = c.max_new or min(world.max_new if world else 128, context - width)
-    if room < 1:
-        raise UserError(f"the longest prompt has {width} tokens: no room for a response in the "
-                        f"context of {context}; shorten it, or raise --context")
+        problems = prefs.prompts_of([r["text"] for r in data if "chosen" in r])
+        sets = dict(val=prefs.prompts_of(prompts)[:c.eval_prompts])
+    wish = world.max_new if world else 128
+    room, problems, sets = tasks.fitting(c, tok, problems, sets, wish, context)
+    for problem in [*problems, *(problem for held in sets.values() for problem in held)]:
+        problem["ids"] = tok.prompt(problem, c.chat)
     return problems, sets, room
 
 
@@ -1086,7 +1081,8 @@ def prompted(data, start, tok, c, *, better="A good answer.\n", worse="A bad ans
     prompt."""
     rows = pairs(data)
     for r, pair in zip(rows, data):
-        prompts, out = [tok.prompt(x + pair["text"]["prompt"], c.chat) for x in (better, worse)], []
+        prompts = [tok.prompt(prefs.after(x, pair["text"]), c.chat) for x in (better, worse)]
+        out = []
         for ids in r["sides"]:
             tokens, mask = collate([(prompt, ids) for prompt in prompts], tok.pad or 0, c.device)
             with torch.no_grad(), autocast(c.device, c.dtype):
@@ -1251,7 +1247,7 @@ def open_labels(c, tok, world, context):
                         "ones")
     if not mixed:
         print("  all held-out labels are alike: there is no val_accuracy", flush=True)
-    return train, val if mixed else [], [r["text"]["prompt"] for r in val]
+    return train, val if mixed else [], [r["text"] for r in val]
 
 
 def binary_labels(data):

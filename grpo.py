@@ -352,11 +352,13 @@ def held_out(c, task):
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation, and the first (sft_)"""
-    tasks.check_data(c.data, is_text=False)
+    ours = c.reward in tasks.REWARDS
+    tasks.check_data(c.data, is_text=False, needs="answers" if ours else "")
     task = tasks.task(c.data)
     asked = check(c, f, task)
-    ours = c.reward in tasks.REWARDS
     score_of = partial(f.reward, task=task) if ours else f.reward(c.reward, task)
+    if task.metric == "reward":                  # a file of prompts: the user's is all there is
+        task.reward = score_of
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
     kernels.use(c.kernels)
     with Run(c, f, "grpo", CURVES) as run:
@@ -366,8 +368,10 @@ def train(c, f):
         ref.requires_grad_(False)
         policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
         pool, sets = task.problems("train", c.pool, 1000 + c.seed), held_out(c, task)
-        prompts = pool + [p for _, some in sets.values() for p in some]
-        room = tasks.room(c, tok, prompts, task, policy.config.max_position_embeddings)
+        context = policy.config.max_position_embeddings
+        posed = {split: some for split, (_, some) in sets.items()}
+        room, pool, posed = tasks.fitting(c, tok, pool, posed, task.max_new, context)
+        sets = {split: (sets[split][0], some) for split, some in posed.items()}
         c, saved = replace(c, max_new=room), run.state or {}
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
         known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, pool=pool, score_of=score_of,
@@ -509,7 +513,7 @@ def check(c, f, task):
     for wrong in filter(None, words):
         raise UserError(wrong)
     for name in filter(None, c.watch.split(",")):
-        tasks.check_data(name, is_text=False)
+        tasks.check_data(name, is_text=False, needs="answers")
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")

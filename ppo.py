@@ -357,8 +357,8 @@ def train(c, f):
         problems = task.problems("train", 4096, 1000 + c.seed)
         size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
-        everything = sum(sets.values(), problems)
-        max_new = tasks.room(c, tok, everything, task, policy.config.max_position_embeddings)
+        max_new, problems, sets = tasks.fitting(c, tok, problems, sets, task.max_new,
+                                                policy.config.max_position_embeddings)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
         size = sum(p.numel() for p in policy.parameters()) / 1e6
@@ -483,7 +483,7 @@ def readers(c, f):
 def check(c, f):
     """UserError for all that can be known before anything is made: files, folders, what does not
     combine."""
-    tasks.check_data(c.data, is_text=False)
+    tasks.check_data(c.data, is_text=False, needs="answers")
     if "samples" in needs(f.advantage) and c.samples < 2:
         raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at "
                         "least two")

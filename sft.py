@@ -299,9 +299,10 @@ def show(model, tok, problems, c, run, tag=()):
     """Print three completions of held-out prompts (and a tag); -> the task's metric over all, at
     T=1."""
     g, task = torch.Generator().manual_seed(c.seed), tasks.task(c.data)
+    context = model.config.max_position_embeddings - len(tag)
+    new, problems, _ = tasks.fitting(c, tok, problems, {}, task.max_new, context)
     prompts = [[*tok.prompt(p, c.chat), *tag] for p in problems]
-    room = model.config.max_position_embeddings - max(map(len, prompts))
-    roll = generate(model, prompts, min(task.max_new, room), generator=g)
+    roll = generate(model, prompts, new, generator=g)
     answers = [tok.decode(ids) for ids in roll.completions()]
     for p, a in list(zip(problems, answers))[:3]:
         run.say(f"  prompt     {p['prompt']!r}\n  model      {a!r}\n  reference  {task.demo(p)!r}")
@@ -324,7 +325,7 @@ def conclude(c, f, scores, memories, known):
     run, net, tok = known["run"], known["net"], known["tok"]
     if not text.is_corpus(c.data) and net is not None:           # of several ranks the first
         problems = tasks.task(c.data).problems("val", 64, c.seed)
-        quality = show(net, tok, problems, c, run, tag_of(f, tok))
+        quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
         run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
         scores |= {f"val_{key}": value for key, value in quality.items()}
     return scores
@@ -1170,7 +1171,9 @@ def sampled(c, tok, first, generator):
     0.0)."""
     data, infos = chosen(c, tok, first, generator)
     model, _ = first()
-    new = min(tasks.task(c.data).max_new, c.context - max(len(p) for p, _ in data))
+    new = tasks.room([len(p) for p, _ in data], tasks.task(c.data).max_new, c.context)
+    data = [(p, y) for p, y in data if len(p) + new <= c.context]        # few prompts are too long
+    infos = infos[:len(data)]
     for i in range(0, len(data), 512):
         part = [p for p, _ in data[i:i + 512]]
         roll = generate(model, part, new, generator=generator)

@@ -36,7 +36,8 @@ from math import inf, tanh
 from pathlib import Path
 
 from data.run import UserError, nearest
-from data.text import digest, locate, read_jsonl, split_rows
+from data.text import (answered, at, digest, locate, pair_of, places, read_rows, split_rows,
+                       tell)
 from data.tokenizer import char_tokenizer
 
 
@@ -756,19 +757,25 @@ def finite(x):
 
 
 NUMERIC = ("margin", "strength", "ratings")  # what a row may have besides its texts
+PARTED = "of two dialogues that part before their last answers"
 
 
 def row_pairs(row):
-    """[{"prompt", "chosen", "rejected"}] of one row, NUMERIC fields kept, or None if its schema is
-    another.
+    """[{"prompt"[, "messages"], "chosen", "rejected"}] of one row (text.pair_of), NUMERIC fields
+    kept, or None if its schema is another; scores of both sides are a margin.
 
     A row of GSM8K's model solutions ("question", "ground_truth", then {"is_correct", "solution"} a
     model, openai/grade-school-math) gives every correct solution against every wrong one.
     """
+    if found := pair_of(row):
+        numbers = {key: row[key] for key in NUMERIC if key in row}
+        win, lose = row.get("score_chosen"), row.get("score_rejected")
+        if "margin" not in row and win is not None and lose is not None:
+            numbers["margin"] = win - lose if finite([win, lose]) else None
+        return [found | numbers]
+    if found == {}:
+        return [dict(prompt="", chosen="", rejected="", parted=True)]
     match row:
-        case {"prompt": str(prompt), "chosen": str(chosen), "rejected": str(rejected)}:
-            numbers = {key: row[key] for key in NUMERIC if key in row}
-            return [dict(prompt=prompt, chosen=chosen, rejected=rejected, **numbers)]
         case {"question": str(prompt), "ground_truth": str(), **models} if all(
                 isinstance(m, dict) and isinstance(m.get("solution"), str)
                 for m in models.values()):
@@ -777,61 +784,119 @@ def row_pairs(row):
             return [dict(prompt=prompt, chosen=a, rejected=b) for a in right for b in wrong]
 
 
-def load_pairs(path, split="train"):
-    """([{"prompt", "chosen", "rejected"}], Counter of the dropped): one split, by prompt, of a
-    JSONL file.
-
-    Dropped, and counted over all splits: pairs with an "empty" response, "equal" ones, those with a
-    margin, a strength or ratings that are "non-finite" or no numbers, and "repeated" pairs.
-    UserError "path:line: …" for another schema.
-    """
+def pairs_of(path):
+    """All pairs of a file, each with its "source", and a Counter of what was dropped: see
+    load_pairs."""
     path, rows, seen, dropped = locate(path), [], set(), Counter()
-    for i, row in enumerate(read_jsonl(path), 1):
-        if (found := row_pairs(row)) is None:
+    for where, row in read_rows(path):
+        with at(where):
+            found = row_pairs(row)
+        if found is None:
             hint = "; labelled completions are for kto and bco" * ("label" in row)
-            raise UserError(f'{path}:{i}: no pair: give {{"prompt", "chosen", "rejected"}} as '
-                            f'strings{hint}')
+            raise UserError(f'{where}: no pair: give {{"prompt", "chosen", "rejected"}}, each a '
+                            'text or messages, or {"chosen", "rejected"} that begin alike'
+                            f'{hint}')
         for pair in found:
             chosen, rejected = pair["chosen"], pair["rejected"]
             key = pair["prompt"], chosen, rejected
-            why = ("empty" if not (chosen.strip() and rejected.strip()) else "equal"
+            why = (PARTED if "parted" in pair else "empty"
+                   if not (chosen.strip() and rejected.strip()) else "equal"
                    if chosen == rejected
                    else "non-finite" if not all(finite(pair[k]) for k in NUMERIC if k in pair)
                    else "repeated" if key in seen else "")
             if why:
                 dropped[why] += 1
             else:
-                rows.append(pair)
+                rows.append(pair | dict(source=where))
                 seen.add(key)
-    return split_rows(rows, split), dropped
+    return rows, dropped
 
 
-def load_labels(path, split="train"):
-    """[{"prompt", "completion", "label"}] of one split of a JSONL of binary feedback, by prompt; []
-    of pairs.
+def load_pairs(path, split="train", val=""):
+    """([{"prompt", "chosen", "rejected"}], Counter of the dropped): one split, by prompt, of a
+    file of rows, or with val one of the two files.
+
+    Dropped, and counted over all splits: pairs with an "empty" response, "equal" ones, those with a
+    margin, a strength or ratings that are "non-finite" or no numbers, "repeated" pairs, and those
+    of dialogues that part earlier. UserError "path:line: …" for another schema.
+    """
+    rows, dropped = pairs_of(path)
+    held, more = pairs_of(val) if val else (None, Counter())
+    return split_rows(rows, split, held=held, of=path), dropped + more
+
+
+def labels_of(path):
+    """All rows of a file of binary feedback, see load_labels; [] if its first row is of another
+    kind."""
+    path, rows, empty = locate(path), {}, []
+    for where, row in read_rows(path):
+        with at(where):
+            found = row_labels(row)
+        if found is None and rows:
+            raise UserError(f'{where}: no label: give {{"prompt", "completion", "label"}} in each '
+                            "row")
+        if found is None:
+            return []
+        for one in found:
+            if not one["completion"].strip():
+                empty.append(where)
+            rows.setdefault((one["prompt"], one["completion"], one["label"]),
+                            one | dict(source=where))
+    if empty:
+        tell(f"{path}: left out {len(empty)} labelled completions that are empty ({places(empty)})")
+    return [one for one in rows.values() if one["completion"].strip()]
+
+
+def row_labels(row):
+    """[{"prompt"[, "messages"], "completion", "label"}] of a row, None if it is no feedback."""
+    match row:
+        case {"prompt": str() | list() as prompt, "completion": str() | list() as answer,
+              "label": label}:
+            if label not in (0, 1):
+                raise UserError(f"the label {str(label)[:60]!r} is neither true nor false")
+            found = answered(row, prompt, answer)
+            if "completion" not in found:
+                raise UserError("the completion's last message is not the assistant's")
+            return [found | dict(label=bool(label))]
+        case {"question": str(prompt), "ground_truth": str(), **models}:
+            return [dict(prompt=prompt, completion=m["solution"], label=m.get("is_correct") is True)
+                    for m in models.values()
+                    if isinstance(m, dict) and isinstance(m.get("solution"), str)]
+
+
+def load_labels(path, split="train", val=""):
+    """[{"prompt", "completion", "label"}] of one split of a file of binary feedback, by prompt, or
+    with val of one of the two files; [] of pairs.
 
     A row of GSM8K's model solutions gives each solution with whether it is right. Empty completions
-    and repeated rows are left out.
+    are left out, aloud; repeated rows count once.
     """
-    rows = {}
-    for i, row in enumerate(read_jsonl(locate(path)), 1):
-        match row:
-            case {"prompt": str(prompt), "completion": str(text), "label": label}:
-                if label not in (0, 1):
-                    raise UserError(f"{path}:{i}: the label {str(label)[:60]!r} is neither true "
-                                    "nor false")
-                found = [(prompt, text, bool(label))]
-            case {"question": str(prompt), "ground_truth": str(), **models}:
-                found = [(prompt, m["solution"], m.get("is_correct") is True)
-                         for m in models.values()
-                         if isinstance(m, dict) and isinstance(m.get("solution"), str)]
-            case _:
-                return []
-        rows |= dict.fromkeys(x for x in found if x[1].strip())
-    return split_rows([dict(prompt=p, completion=y, label=label) for p, y, label in rows], split)
+    return split_rows(labels_of(path), split, held=labels_of(val) if val else None, of=path)
 
 
 # --- pairs of texts as ids: what reward.py and dpo.py train on ------------------------------------
+
+
+def question_of(row):
+    """A row's {"prompt"[, "messages", "source"]}: what tok.prompt reads of it."""
+    return {key: row[key] for key in ("prompt", "messages", "source") if key in row}
+
+
+def prompts_of(rows):
+    """The distinct prompts of rows, as problems, in order."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["prompt"], question_of(row))
+    return [*found.values()]
+
+
+def after(words, row):
+    """A row's question with words before what the user says first."""
+    found = question_of(row) | dict(prompt=words + row["prompt"])
+    turns = [dict(turn) for turn in row.get("messages", ())]
+    for turn in [turn for turn in turns if turn["role"] == "user"][:1]:
+        turn["content"] = words + turn["content"]
+    return found | (dict(messages=turns) if turns else {})
 
 
 def encode_pairs(rows, tok, context, what="pairs", chat=False):
@@ -839,35 +904,44 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
     the row.
 
     Left out, counted and told: identical responses, empty ones, pairs longer than `context` tokens,
-    labels that are not finite. Raises UserError if nothing is left.
+    with their lines, labels that are not finite. Raises UserError if nothing is left.
     """
-    out, left = [], Counter()
+    out, left, long = [], Counter(), []
     for row in rows:
         why = ("identical" if row["chosen"] == row["rejected"] else "empty"
                if not (row["chosen"].strip() and row["rejected"].strip())
                else "with a label that is not finite"
                if not (finite(row.get("margin", 0.0)) and finite(row.get("strength", 1.0))) else "")
         if not why:
-            try:
-                ids = {side: tok.answer(row[side], chat, row.get(f"{side}_finished", True))
-                       for side in ("chosen", "rejected")} | dict(prompt=tok.prompt(row, chat))
-            except UserError as e:
-                raise UserError(f"{what}: {row['prompt'][:60]!r}: {e}; or start from another "
-                                "--init: its "
-                                f"tokenizer reads {len(tok.tokens)} tokens only") from None
+            ids = pair_ids(row, tok, what, chat)
             if len(ids["prompt"]) + max(len(ids["chosen"]), len(ids["rejected"])) > context:
                 why = f"longer than the context of {context} tokens"
+                long.append(row.get("source", repr(row["prompt"][:40])))
         if why:
             left[why] += 1
         else:
             out.append(dict(strength=1.0, tie=0.0) | row | dict(text=row) | ids)
+    where = f" ({places(long)})" if long else ""
     if left:
         print(f"{what}: left out " + ", ".join(f"{n} {why}" for why, n in left.items())
-              + f" of {len(rows)} pairs", flush=True)
+              + f" of {len(rows)} pairs{where}", flush=True)
     if not out:
         raise UserError(f"{what}: no pair is left to use ({dict(left) or 'there is none'}): check "
                         "--data")
     return out
+
+
+def pair_ids(row, tok, what, chat):
+    """{"prompt", "chosen", "rejected"} of a pair as ids; what cannot be encoded is said with its
+    row."""
+    try:
+        ids = {side: tok.answer(row[side], chat, row.get(f"{side}_finished", True))
+               for side in ("chosen", "rejected")}
+        return ids | dict(prompt=tok.prompt(question_of(row), chat))
+    except UserError as e:
+        raise UserError(f"{row.get('source', what)}: {row['prompt'][:60]!r}: {e}; or start from "
+                        f"another --init: its tokenizer reads {len(tok.tokens)} tokens only"
+                        ) from None
 
 
 def encode_labels(rows, tok, context, what="labels", chat=False):
@@ -876,12 +950,18 @@ def encode_labels(rows, tok, context, what="labels", chat=False):
 
     Those longer than `context` tokens are left out, counted and told. UserError if nothing is left.
     """
-    drawn = [dict(prompt=tok.prompt(r, chat), sides=[tok.answer(r["completion"], chat)],
-                 good=float(r["label"]), text=r) for r in rows]
+    drawn = []
+    for r in rows:
+        with at(r.get("source", what)):
+            drawn.append(dict(prompt=tok.prompt(question_of(r), chat),
+                              sides=[tok.answer(r["completion"], chat)],
+                              good=float(r["label"]), text=r))
     out = [r for r in drawn if len(r["prompt"]) + len(r["sides"][0]) <= context]
     if len(out) < len(drawn):
-        print(f"{what}: left out {len(drawn) - len(out)} longer than the context of {context} "
-              f"tokens of {len(drawn)} labelled responses", flush=True)
+        long = [r["text"].get("source", "") for r in drawn
+                if len(r["prompt"]) + len(r["sides"][0]) > context]
+        print(f"{what}: left out {len(long)} longer than the context of {context} "
+              f"tokens of {len(drawn)} labelled responses ({places(long)})", flush=True)
     if not out:
         raise UserError(f"{what}: no labelled response is left to use: check --data and --context")
     return out
@@ -961,7 +1041,7 @@ def judge_examples(rows, seed=0, rubrics=True, contrast=True, consistent=True):
 WORLDS = ("ring", "toyif")             # with a gold reward
 
 
-def check_pairs(name, whole=False):
+def check_pairs(name, whole=False, val=""):
     """UserError, before anything is drawn, unless pair_sets knows the name, or finds pairs to train
     on in a file; whole: or held-out ones."""
     if name in (*WORLDS, "rubrics"):
@@ -969,21 +1049,21 @@ def check_pairs(name, whole=False):
     if not Path(name).suffix:
         raise UserError(f"no preference data {name!r}{nearest(name, [*WORLDS, 'rubrics'])}, or a "
                         ".jsonl file")
-    rows, dropped = load_pairs(name)
-    if not rows and not (whole and load_pairs(name, "val")[0]):
+    rows, dropped = load_pairs(name, val=val)
+    if not rows and not (whole and load_pairs(name, "val", val)[0]):
         why = ", ".join(f"{k} {reason}" for reason, k in dropped.items())
         why = why or "all are of one prompt, which is held out"
         raise UserError(f"{name}: no pair is left to train on ({why})")
 
 
-def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
+def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False, val=""):
     """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or
     a file.
 
     n 0: 4000 (rubrics: 5600, as many as its judges), or the whole file. Held-out labels of a world
-    are gold's; noise and ties are of its training pairs. A file's splits share no prompt; what
-    load_pairs drops is told. whole: for a model that has seen none of a file, its pairs are all
-    held out too: the set "all".
+    are gold's; noise and ties are of its training pairs. A file's splits share no prompt, val being
+    another file, if named; what load_pairs drops is told. whole: for a model that has seen none of
+    a file, its pairs are all held out too: the set "all".
     """
     worlds = dict(toyif=ToyIF, ring=Ring)
     if name == "rubrics":
@@ -992,10 +1072,10 @@ def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False):
         world = worlds[name]()
         return (world.pairs(n or 4000, 1000 + seed, noise=noise, keep_ties=ties),
                 {split: world.pairs(600, seed, split) for split in ("val", "ood")})
-    check_pairs(name, whole)
-    rows, dropped = load_pairs(name)
+    check_pairs(name, whole, val)
+    rows, dropped = load_pairs(name, val=val)
     if dropped:
         print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()),
               flush=True)
-    rows, val = rows[:n] if n else rows, load_pairs(name, "val")[0]
-    return rows, (dict(all=rows + val) if whole else {}) | dict(val=val)
+    rows, held = rows[:n] if n else rows, load_pairs(name, "val", val)[0]
+    return rows, (dict(all=rows + held) if whole else {}) | dict(val=held)

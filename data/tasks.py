@@ -27,6 +27,7 @@ import random
 import re
 import sys
 import traceback
+import unicodedata
 from array import array
 from difflib import SequenceMatcher
 from fractions import Fraction
@@ -37,51 +38,95 @@ from typing import Callable, NamedTuple
 
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import HUGE, UserError, nearest
-from data.text import (NAMED, check_split, digest, documents, examples, is_corpus, locate,
-                       read_jsonl, rouge_l, signatures, split_rows)
+from data.text import (NAMED, SCHEMAS, at, check_split, digest, documents, examples, is_corpus,
+                       locate, places, rouge_l, signatures, split_rows, tell)
 from data.tokenizer import char_tokenizer
 
 # --- the verifier ---------------------------------------------------------------------------------
 
-NUMBER = r"(?:(?<![\w.)])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+|e[-+]?\d+)?"    # 5-3 has no sign
+SIGN, SIZE = r"(?:(?<![\w.)])[-+])?", r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"             # 5-3 has no sign
+NUMBER = rf"{SIGN}{SIZE}(?:(?: \d+)?/\d+|e[-+]?\d+)?"                    # 3 1/2 is one number
 MARK = "####"            # what the answer follows
 STATED = re.compile(rf"####[ *]{{0,8}}({NUMBER})", re.I)                 # {0,8}: linear in time
-MARKS = str.maketrans({"−": "-", "%": " ", "$": "", "€": "", "£": "", "\\": ""})
+# what makes a number a part of something, 12:30, 1 234, 10^3, 3-5, 3 or 4, 2\pi, and from before
+GOES_ON = re.compile(r"""[.:/_'’]\d | [a-z]{1,2}\d | [ ]{1,8}\d | [ ]{0,8}\^ | [²³¹⁰⁴-⁹]
+    | [ *]{0,8}[-+*/×÷·±:–—x][ *]{0,8}[-+]?[.(]{0,2}\d | [ ]{1,8}(?:to|or|and)[ ]{1,8}[-+]?\d
+    | [ ]{0,8}\\(?:pi|sqrt|times|cdot|div|pm|mp|[dt]?frac|log|ln|sin|cos|tan|theta)(?![a-z])""",
+                     re.I | re.X)
+GOES_BEFORE = re.compile(r"(?:\^[{(]?|\d(?:[:/_'’]|\*\*)?)$")
+FRACTIONS = {c: " " + unicodedata.normalize("NFKD", c).replace("⁄", "/") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅛⅜⅝⅞"}
+SIGNS = str.maketrans(FRACTIONS | {"−": "-", "%": " ", "$": "", "€": "", "£": ""})
+WRAPPED = r"\\(?:text[a-z]*|math[a-z]+|[mh]box)\{([^{}]*)\}"
+LATEX = [(re.compile(pattern), plain) for pattern, plain in (
+    (WRAPPED, r" \1"), (WRAPPED, r" \1"),                            # \textbf{\text{72}}
+    (r"(?<=\d)(?:\{,\}|\\[,;:! ]|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))", ","),         # 1{,}234
+    (r"\\\\|\\[()\[\],;: ]|\\q?quad|\^ ?\{? ?\\circ ?\}?|\\degree|[°~\u2009\u202f\u00a0]", " "),
+    (r"\\!|\\left|\\right|\\displaystyle|\\(?=[-+.\d])", ""),        # of \$5 the dollar is gone
+    (r"(?<=\d) ?(?=\\[dt]?frac)", " "),                              # 1\frac12 is one and a half
+    (r"\\[dt]?frac ?(?:\{(-?\d{1,60})\}|(\d)) ?(?:\{(\d{1,60})\}|(\d))", r"\1\2/\3\4"))]
+UNIT = re.compile(r"(?<=[^\s{\\])(?:\\?\s|\\[,;:])*\\(?:text|mathrm|[mh]box)\{[^{}]*\}"
+                  r"(?:\^\{?[23]\}?)?\.?$")
+WHOLE = re.compile(rf"({NUMBER})(?: [a-z]{{2}}[a-z /.-]*)?\.?", re.I)    # 72 dollars, not 5 x
+
+
+def undone(text):
+    r"""A text without currencies, percents and LaTeX's ways to write numbers, units and spaces.
+    "$1{,}234\,\text{km}$" -> "1,234  km";  "1\frac12" -> "1 1/2";  \pi and the like stay"""
+    text = text.translate(SIGNS)
+    for pattern, plain in LATEX if re.search(r"[\\{~]", text) or not text.isascii() else ():
+        text = pattern.sub(plain, text)
+    return text
+
+
+def whole(text):
+    r"""The number that a text is, without the unit behind it; if it is more, the text itself.
+    "72 \text{ dollars}" -> "72";  "\frac{3}{4}" -> "3/4";  "3-5" -> "3-5" """
+    if len(text) > 200:
+        return text.strip()
+    plain = undone(UNIT.sub("", text.strip())).strip()
+    number = WHOLE.fullmatch(plain)
+    return number[1].rstrip(",") if number else plain
 
 
 def boxed(text):
-    r"""The inside of the last \boxed{…}, braces balanced, a fraction as a/b; "" if there is
-    none."""
+    r"""The inside of the last \boxed{…}, braces balanced; "" if there is none."""
     start, depth = text.rfind("\\boxed{"), 0
     for i in range(start + 6, len(text) if start >= 0 else 0):
         depth += (text[i] == "{") - (text[i] == "}")
         if depth == 0:
-            return re.sub(r"\\[dt]?frac\{(\d{1,60})\}\{(\d{1,60})\}", r"\1/\2",
-                          text[start + 7:i]).strip()
+            return text[start + 7:i]
     return ""
 
 
 def extract_answer(text, last=False):
     r"""The answer that a response states: the number right after the first "####" that has one,
-    else inside
-    \boxed{…}, else, if last, the last number; else "".   "… #### -$1,234.50." -> "-1,234.50" """
-    plain = text.translate(MARKS)
+    else inside \boxed{…}, else, if last, the last number; "" if there is none, or if that number
+    is only a part of something.   "… #### -$1,234.50." -> "-1,234.50";  "#### 12:30" -> "" """
+    plain = undone(text)
     stated = STATED.search(plain)
-    found = stated[1] if stated else boxed(text)
-    for hit in re.finditer(NUMBER, plain, re.I) if last and not found else ():
-        found = hit[0]
-    return found.rstrip(",")
+    if not stated and (box := boxed(text)):
+        return whole(box)
+    begin, end = stated.span(1) if stated else (0, 0)
+    for number in re.finditer(NUMBER, plain, re.I) if last and not stated else ():
+        begin, end = number.span()
+    part = GOES_ON.match(plain, end) or GOES_BEFORE.search(plain[max(0, begin - 3):begin])
+    return "" if part else plain[begin:end].rstrip(",")
 
 
 def value(answer):
     """The exact Fraction that an answer writes, None if it is not one number.   "1,234.50" ->
-    2469/2"""
-    text = answer.translate(MARKS).strip().rstrip(".")
+    2469/2;  "1 1/2" -> 3/2"""
+    text = undone(answer).strip().rstrip(".") if len(answer) <= 200 else ""
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):         # thousands; "1,5" is no number
         text = text.replace(",", "")
+    mixed = re.fullmatch(r"([-+]?)(\d+) +(\d+/\d+)", text)
     try:                                                               # 1e9999999 would fill memory
-        written = len(text) <= 60 and not re.search(r"e[-+]?\d{3}|_", text, re.I)
-        return Fraction(text) if written else None
+        if len(text) > 60 or re.search(r"e[-+]?\d{3}|_", text, re.I):
+            return None
+        if mixed:
+            size = int(mixed[2]) + Fraction(mixed[3])
+            return -size if mixed[1] == "-" else size
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         return None
 
@@ -95,6 +140,11 @@ def same_answer(a, b):
 
 # --- finite data: real pairs ----------------------------------------------------------------------
 
+def drawn(rows, n, seed):
+    """n of the rows (0: all) without replacement, by a seed."""
+    return random.Random(f"problems/{seed}").sample(rows, len(rows))[:n or None]
+
+
 class Signatures:
     """A Python signature -> the first sentence of its docstring, from the standard library
     (data/text.py)."""
@@ -105,8 +155,7 @@ class Signatures:
 
     def problems(self, split, n=0, seed=0):
         check_split(split, self.rows)
-        rows = self.rows[split]
-        return random.Random(f"problems/{seed}").sample(rows, len(rows))[:n or None]
+        return drawn(self.rows[split], n, seed)
 
     def sample(self, rng, split="train"):
         check_split(split, self.rows)
@@ -122,40 +171,106 @@ class Signatures:
 
 
 class Jsonl:
-    """Any file of prompts and completions (text.SCHEMAS), GSM8K by default; val is one prompt in
-    sixteen.
+    """Any file of rows that text.SCHEMAS lists, GSM8K by default; val is one prompt in sixteen, or
+    another file.
 
-    Where every completion states its answer after ####, reward is 1.0 for the same answer, 0.0 for
-    another and for an unfinished response; else it is ROUGE-L. strip removes GSM8K's annotations
-    <<48/2=24>> from the demonstrations; last reads the last number of a response that states no
-    answer.
+    Where more than half of the rows state an answer (see truth), reward is 1.0 for the same answer,
+    0.0 for another and for an unfinished response, and a row that states none is not posed, which
+    is told. Else it is ROUGE-L, or the user's alone if there are no completions. strip removes
+    GSM8K's annotations <<48/2=24>> from demonstrations in its own schema; last reads the last
+    number of a response that states no answer.
     """
     splits = ("train", "val")
 
-    def __init__(self, path="gsm8k", strip=True, last=False, max_new=320):
+    def __init__(self, path="gsm8k", strip=True, last=False, max_new=320, val=""):
         self.name, self.last, self.max_new, file = Path(path).stem, last, max_new, locate(path)
-        rows = examples(read_jsonl(file), file)
-        for i, row in enumerate(rows, 1):
-            row["source"] = f"{file}:{i}"
-            if "messages" in row:                                  # chat templates belong to models
-                turns = [f"{turn['role']}: {turn['content']}" for turn in row["messages"]]
-                row["prompt"] = "\n".join([*turns, "assistant: "])
-            if strip:
-                row["completion"] = re.sub(r"<<[^<>]*>>", "", row["completion"])
-        self.rows = {split: split_rows(rows, split) for split in self.splits}
-        if not self.rows["train"]:
+        rows, held = good_rows(file, strip), good_rows(locate(val), strip) if val else None
+        if val:
+            rows = split_rows(rows, "train", held=held, of=file)
+        every = rows + (held or [])
+        self.metric = ("accuracy" if 2 * sum(map(bool, map(truth, every))) > len(every) else
+                       "rouge_l" if any(map(has_completion, every)) else "reward")
+        graded = dict(accuracy=truth, rouge_l=has_completion, reward=bool)[self.metric]
+        posed = list(filter(graded, rows))
+        self.rows = (dict(train=posed, val=list(filter(graded, held))) if val else
+                     {x: split_rows(posed, x) for x in self.splits})         # what can be graded
+        asked = {row["prompt"] for row in held or self.rows["val"]}
+        self.shown = dict(train=[], val=[])                                  # what can be learnt
+        for row in filter(has_completion, every):
+            self.shown["val" if row["prompt"] in asked else "train"].append(row)
+        if not self.rows["train"] and not self.shown["train"]:
             raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
-        self.metric = "accuracy" if all("####" in row["completion"] for row in rows) else "rouge_l"
+        self.report(every)
 
-    problems, sample, demo = Signatures.problems, Signatures.sample, Signatures.demo
+    def report(self, every):
+        """Say which rows have no answer or no completion, where others do."""
+        posed, shown = (sum(some.values(), []) for some in (self.rows, self.shown))
+        what = "answer" if self.metric == "accuracy" else "completion"
+        for kept, words in ((posed, f"state no {what} and are not posed"),
+                            (shown or every, "have no completion and are not trained on")):
+            if len(kept) < len(every):
+                kept = {row["source"] for row in kept}
+                left = [row["source"] for row in every if row["source"] not in kept]
+                tell(f"{self.name}: {len(left)} of {len(every)} rows {words} ({places(left)})")
+        marked = [row for row in shown if MARK in row["completion"] and not truth(row)]
+        if self.metric == "rouge_l" and 2 * len(marked) > len(every):
+            tell(f"{self.name}: no number follows {MARK} in {len(marked)} rows: responses are "
+                 "graded by ROUGE-L, not by their answers")
+
+    problems, sample = Signatures.problems, Signatures.sample
+
+    def lessons(self, split, n=0, seed=0):
+        """As problems(), of the rows that have a completion to learn."""
+        check_split(split, self.shown)
+        return drawn(self.shown[split], n, seed)
+
+    def demo(self, problem, style="good"):
+        """The real completion, the only style there is; of a row without one its answer."""
+        answer = f"{MARK} {problem['answer']}" if "answer" in problem else ""
+        return problem.get("completion", answer)
 
     def reward(self, problem, completion, finished=True):
         """Exact answers or ROUGE-L, as the class says."""
-        truth = problem["completion"]
+        if self.metric == "reward":
+            raise UserError(f"{problem['source']}: there is neither a completion nor an answer to "
+                            "grade by: give --reward PATH.py:FUNCTION")
         if self.metric == "rouge_l":
-            return rouge_l(truth, completion)
+            return rouge_l(problem["completion"], completion)
         answer = extract_answer(completion, self.last)
-        return float(finished and same_answer(answer, extract_answer(truth)))
+        return float(finished and same_answer(answer, truth(problem)))
+
+
+def has_completion(row):
+    """Whether a row of a file can be learnt."""
+    return "completion" in row
+
+
+def good_rows(file, strip):
+    """A file's rows but for those with "label": false, which are not to be imitated, aloud."""
+    rows = examples(file)
+    for row in rows:
+        text, own = row.get("completion", ""), {"question", "answer"} <= row["row"].keys()
+        if strip and own and MARK in text:
+            row["completion"] = re.sub(r"<<[^<>\n]*=[^<>\n]*>>", "", text)
+    good = [row for row in rows if row.get("label", True)]
+    if len(good) < len(rows):
+        tell(f"{file}: {len(rows) - len(good)} of {len(rows)} rows are labelled false and left out")
+    if not good:
+        raise UserError(f"{file}: all rows are labelled false: there is nothing to imitate")
+    return good
+
+
+def truth(problem):
+    r"""The answer of a file's row, "" for none: what its completion states after "####", or its
+    answer column: after "####", in \boxed{…}, or all of a short one (a number, if the row has a
+    completion too)."""
+    text, column = problem.get("completion"), problem.get("answer", "").strip()
+    if text is not None and MARK in text:
+        return extract_answer(text)
+    if MARK in column or "\\boxed" in column:
+        return extract_answer(column)
+    short = len(column) <= 100 and "\n" not in column and whole(column)
+    return short if short and (text is None or value(short) is not None) else ""
 
 
 Gsm8k = Jsonl  # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
@@ -999,7 +1114,7 @@ def user_function(spec):
 def checked(fn, spec, problem, text, finished):
     """What the user's function says of a response, as a finite number; UserError else."""
     try:
-        value = fn(copy.deepcopy(problem), text, finished)               # which it may change
+        value = fn(copy.deepcopy(row_of(problem)), text, finished)       # which it may change
     except KeyboardInterrupt:
         raise
     except BaseException as e:
@@ -1014,6 +1129,16 @@ def checked(fn, spec, problem, text, finished):
         raise UserError(f"--reward {spec} returned {str(value)[:60]} for the response "
                         f"{text[:60]!r}: expected a finite number, up to {HUGE:g}")
     return number
+
+
+def row_of(problem):
+    """What a user's reward reads: a problem, of a file the row with all its columns, its "prompt"
+    (and "completion") as text."""
+    texts = ("prompt", "messages", "completion")
+    ours = {key: problem[key] for key in texts if key in problem}
+    if "row" not in problem:
+        return problem
+    return dict(source=problem["source"]) | problem["row"] | ours
 
 
 def blame(error):
@@ -1069,11 +1194,21 @@ def task(name_or_path, **options):
     return make(*path, **options)
 
 
-def check_data(name, is_text=True):
+def check_data(name, is_text=True, needs="completions"):
     """UserError, before anything is made, if the task is unknown, or its file, or a text's, is
-    missing or broken. is_text: whether a text without prompts will do."""
+    missing or broken. is_text: whether a text without prompts will do. needs: what a file's rows
+    must have beside prompts: completions, answers (or completions) to grade by, or nothing."""
     if not is_corpus(name):
-        task(name)
+        found = task(name)
+        if needs == "completions" and not getattr(found, "shown", {"train": True})["train"]:
+            raise UserError(f"{name}: the rows to train on have no completion to learn: give one, "
+                            f"as in {SCHEMAS}")
+        none = [x for x in ("train", "val") if not getattr(found, "rows", {x: True})[x]]
+        if needs == "answers" and none:
+            raise UserError(f"{name}: no row of {none[0]} can be graded by an answer; give more")
+        if needs == "answers" and found.metric == "reward":
+            raise UserError(f"{name}: the rows have neither a completion nor an answer to grade "
+                            'by: add a column "answer", or give grpo.py --reward PATH.py:FUNCTION')
     elif not is_text:
         raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl "
                         "of them")
@@ -1081,58 +1216,79 @@ def check_data(name, is_text=True):
         documents(name)
 
 
-def room(c, tok, problems, task, context):
-    """New tokens a response: --max_new, else the task's wish cut to the context; UserError if none
-    fit."""
-    longest, at = max((len(tok.prompt(p, c.chat)), i) for i, p in enumerate(problems))
-    new = c.max_new or min(task.max_new, context - longest)
-    if new < 1 or longest + new > context:
-        where = problems[at].get("source", task.name)
-        raise UserError(f"{where}: the longest prompt has {longest} tokens: with {max(1, new)} new "
-                        f"ones it exceeds the context of {context}; shorten it or lower --max_new")
-    return new
+def room(widths, wish, context):
+    """New tokens a response beside prompts of these widths: as many as are wished for, or what all
+    but one prompt in ten leave of the context if that is less, which is told; UserError for
+    none."""
+    widths = sorted(widths)
+    most = widths[len(widths) - 1 - len(widths) // 10]
+    if most >= context:
+        raise UserError(f"the prompts take {most} tokens: no room for a response in the context of "
+                        f"{context}; shorten them, or take a model that reads more")
+    if most + wish > context:
+        tell(f"responses get {context - most} tokens, not {wish}: of the context of {context} the "
+             f"prompts take up to {most}")
+    return min(wish, context - most)
+
+
+def fitting(c, tok, problems, sets, wish, context):
+    """(new tokens a response: --max_new, else room(); the problems whose prompts leave them; the
+    {split: problems} too). Longer prompts are left out, aloud; UserError if all are."""
+    width, left = {}, {}
+    for split, some in ({"": problems} | sets).items():
+        width[split] = [len(prompt_ids(tok, p, c.chat)) for p in some]
+    new = getattr(c, "max_new", 0) or room(sum(width.values(), []), wish, context)
+    for split, some in ({"": problems} | sets).items():
+        what, sized = f"{split} prompts".strip(), list(zip(some, width[split]))
+        left[split] = [p for p, n in sized if n + new <= context]
+        long = [p.get("source", repr(p["prompt"][:40])) for p, n in sized if n + new > context]
+        if some and not left[split]:
+            raise UserError(f"{what}: the shortest has {min(width[split])} tokens: with {new} new "
+                            f"ones it exceeds the context of {context}; lower --max_new")
+        if long:
+            print(f"left out {len(long)} of {len(some)} {what}, which do not leave {new} tokens "
+                  f"of the context of {context} ({places(long)})", flush=True)
+    return new, left.pop(""), left
 
 
 # --- rows of ids ----------------------------------------------------------------------------------
+
+
+def prompt_ids(tok, problem, chat=False):
+    """The ids of a problem's prompt; what cannot be encoded is said with its row."""
+    with at(problem.get("source") or repr(problem["prompt"][:40])):
+        return tok.prompt(problem, chat)
 
 
 def packed(documents, tok, width):
     """Documents -> windows of `width` tokens of BOS doc EOS BOS doc …, as (first, rest) rows."""
     flat = array("i")  # four bytes a token, and slices that collate reads fast
     for d in documents:
-        flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
+        with at(f"the document {d[:40]!r}"):
+            flat.extend([*tok.prompt(""), *tok.encode(d), tok.eos])
     return [(flat[i:i + 1], flat[i + 1:i + width]) for i in range(0, len(flat) - 1, width)]
 
 
 def demonstration(task, problem, tok, chat=False, turns="all"):
     """(prompt ids, completion ids) of a problem; with chat of the whole conversation, all turns of
     the assistant or the "last" trained."""
-    if not chat:
-        return tok.prompt(problem), tok.answer(task.demo(problem))
-    return tok.dialogue([*tok.messages(problem),
-                         {"role": "assistant", "content": task.demo(problem)}], turns)
+    with at(problem.get("source") or repr(problem["prompt"][:40])):
+        answer = task.demo(problem)
+        if not chat:
+            return tok.prompt(problem), tok.answer(answer)
+        return tok.dialogue([*tok.messages(problem), dict(role="assistant", content=answer)], turns)
 
 
 def demonstrations(task, problems, tok, width, chat=False, turns="all"):
     """Problems -> (prompt ids, completion ids + EOS) rows that fit `width`; longer ones are left
-    out, aloud.
-
-    Raises UserError for a prompt that alone fills the context.
-    """
-    out, long = [], 0
-    for i, p in enumerate(problems):
-        prompt, completion = demonstration(task, p, tok, chat, turns)
-        if len(prompt) >= width:
-            where = p.get("source", f"{task.name}, row {i + 1}")
-            raise UserError(f"{where}: a prompt of {len(prompt)} tokens does not fit --context "
-                            f"{width}; raise it or shorten the prompt")
-        long += len(prompt) + len(completion) > width
-        out += [(prompt, completion)] if len(prompt) + len(completion) <= width else []
+    out, aloud, by their lines in the file."""
+    found = [demonstration(task, p, tok, chat, turns) for p in problems]
+    long = [p.get("source", f"row {i}") for i, (p, (x, y)) in enumerate(zip(problems, found), 1)
+            if len(x) + len(y) > width]
     if long:
-        print(f"{task.name}: {long} of {len(problems)} rows are longer than --context {width} and "
-              "left out",
-              flush=True)
-    return out
+        print(f"{task.name}: {len(long)} of {len(problems)} rows are longer than --context {width} "
+              f"and left out ({places(long)})", flush=True)
+    return [(x, y) for x, y in found if len(x) + len(y) <= width]
 
 
 def rows(c, tok, split, turns="all"):
@@ -1141,9 +1297,10 @@ def rows(c, tok, split, turns="all"):
     if is_corpus(c.data):
         return packed(documents(c.data, split), tok, c.context)
     found = task(c.data)
-    problems = found.problems(split, c.rows if split == "train" else 256, c.seed)
-    fitting = demonstrations(found, problems, tok, c.context, c.chat, turns)
-    if split == "train" and not fitting:
+    lessons = getattr(found, "lessons", found.problems)     # a file's rows that have a completion
+    problems = lessons(split, c.rows if split == "train" else 256, c.seed)
+    fits = demonstrations(found, problems, tok, c.context, c.chat, turns)
+    if split == "train" and not fits:
         raise UserError(f"{c.data}: no row fits --context {c.context}, prompt and completion "
                         "together; raise it")
-    return fitting
+    return fits

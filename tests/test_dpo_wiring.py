@@ -1144,7 +1144,7 @@ def test_the_problems_of_a_world_and_of_a_file_leave_room_for_a_response(two_mod
     data = [dict(text=dict(prompt=t), chosen=[5]) for t in texts] + [
         dict(text=dict(prompt="!abcf="), sides=[[5]])]                 # a label has no pair
     problems, sets, room = dpo.open_problems(options(), tok, None, 500, data,
-                                             [f".{x}bcd=" for x in "eefghi"])
+                                             [dict(prompt=f".{x}bcd=") for x in "eefghi"])
     assert [p["prompt"] for p in problems] == [".abcd=", ".abce="] and room == 128
     assert [p["prompt"] for p in sets["val"]] == [f".{x}bcd=" for x in "efgh"] and len(sets) == 1
 
@@ -1218,7 +1218,7 @@ def test_labels_of_a_file_are_trained_on_and_held_out(two_models, tmp_path, caps
         return dpo.open_labels(c, tok, None, 64)
     train, val, prompts = opened(rows)
     assert [r["text"] for r in opened(rows, 10)[0]] == [r["text"] for r in train[:10]]
-    assert len(train) == 38 and len(val) == 2 and prompts == [r["text"]["prompt"] for r in val]
+    assert len(train) == 38 and len(val) == 2 and prompts == [r["text"] for r in val]
     assert all((r["good"], r["sides"]) == (float(r["text"]["label"]), [
         [*tok.encode(r["text"]["completion"]), tok.eos]]) for r in train + val)
     with pytest.raises(UserError, match="are alike"):

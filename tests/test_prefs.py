@@ -625,6 +625,11 @@ def test_what_a_judge_reads_and_says():
 
 # --- files of pairs -------------------------------------------------------------------------------
 
+def bare(rows):
+    """Rows without their places."""
+    return [{k: v for k, v in row.items() if k != "source"} for row in rows]
+
+
 def write(path, rows):
     """Rows as a JSONL file; returns its path."""
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
@@ -638,7 +643,9 @@ def test_load_pairs_drops_counts_and_splits_by_prompt(tmp_path):
     path = write(tmp_path / "pairs.jsonl", rows + odd)
     (train, dropped), (val, same) = load_pairs(path, "train"), load_pairs(path, "val")
     assert dropped == same == dict(equal=1, empty=1, repeated=1)
-    assert sorted(map(str, train + val)) == sorted(map(str, rows))
+    assert sorted(map(str, bare(train + val))) == sorted(map(str, rows))
+    assert {r["source"]: r["chosen"] for r in train + val} == {
+        f"{path}:{i + 1}": f"good {i}" for i in range(64)}
     held = {r["prompt"] for r in val}
     assert len(held) == 2 and not held & {r["prompt"] for r in train}
 
@@ -654,7 +661,7 @@ def test_numbers_of_a_row_are_kept_if_they_are_finite_numbers(tmp_path):
     path = write(tmp_path / "pairs.jsonl", odd[-1:] + fine + odd[:-1] + [row(0, margin=1.0)])
     (train, dropped), (val, _) = load_pairs(path, "train"), load_pairs(path, "val")
     assert dropped == {"non-finite": 9, "repeated": 1}
-    assert sorted(map(str, train + val)) == sorted(map(str, fine))
+    assert sorted(map(str, bare(train + val))) == sorted(map(str, fine))
 
 
 @pytest.mark.parametrize("bad",
@@ -741,7 +748,7 @@ def test_pair_sets_of_a_world(tmp_path, monkeypatch):
     val = load_pairs(path, "val")[0]
     assert len(train) == 9 and held == dict(val=val) and val
     whole = pair_sets(path, whole=True)[1]
-    assert sorted(map(str, whole["all"])) == sorted(map(str, rows)) and whole["val"] == val
+    assert sorted(map(str, bare(whole["all"]))) == sorted(map(str, rows)) and whole["val"] == val
 
 
 def test_labelled_responses_as_ids(tmp_path):
@@ -750,8 +757,8 @@ def test_labelled_responses_as_ids(tmp_path):
     rows = [dict(prompt="<Fc=", completion=y, label=label)
             for y, label in (("c", True), ("ab", 0), ("ab", False), (" ", 1))]
     got = load_labels(write(tmp_path / "l.jsonl", rows)) + load_labels(tmp_path / "l.jsonl", "val")
-    assert got == [dict(prompt="<Fc=", completion="c", label=True),
-                   dict(prompt="<Fc=", completion="ab", label=False)]
+    assert bare(got) == [dict(prompt="<Fc=", completion="c", label=True),
+                         dict(prompt="<Fc=", completion="ab", label=False)]
     ids = encode_labels(got, tok, 8)
     assert [x["good"] for x in ids] == [1.0, 0.0] and ids[0]["text"] == got[0]
     assert ids[1]["sides"] == [[*tok.encode("ab"), tok.eos]]

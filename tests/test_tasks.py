@@ -16,9 +16,10 @@ from data.prefs import FILLER, tokenizer
 from data.run import UserError
 from data.tasks import (JUDGEMENTS, LEVELS, NEUTRAL, PHRASES, STYLES, TASKS, Arithmetic,
                         Jsonl, ParityJudge, answer, boxed, chain_tokenizer, columns, demonstrations,
-                        extract_answer, held, held_out, judging, packed, parity, part, pattern,
-                        room, rows, same_answer, scorer, second_looks, similarity, stated,
+                        extract_answer, fitting, held, held_out, judging, packed, parity, part,
+                        pattern, room, rows, same_answer, scorer, second_looks, similarity, stated,
                         step_ends, strength, swapped, task, value, verbose)
+from data.tokenizer import bytes_tokenizer
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -43,6 +44,49 @@ def write(path, rows):
 ])
 def test_answers_are_found(completion, answer):
     assert extract_answer(completion) == answer
+
+
+@pytest.mark.parametrize("response, gold, right", [
+    (r"\boxed{72 \text{ dollars}}", "72", True), (r"\boxed{1{,}234}", "1234", True),
+    (r"\boxed{\text{72}}", "72", True), ("#### $1{,}234$", "1234", True),
+    ("#### $1{,}234$", "1", False), ("#### 3 1/2", "3.5", True), ("#### 3 1/2", "3", False),
+    ("#### 12:30", "12", False), ("#### 10^3", "10", False), (r"#### \frac{1}{2}", "0.5", True),
+    (r"\boxed{72\ \text{cm}^2}", "72", True), (r"\boxed{\textbf{\text{72}}}", "72", True),
+    (r"\boxed{72 dollars}", "72", True), (r"\boxed{1,\!000,\!000}", "1000000", True),
+    (r"\boxed{45^\circ}", "45", True), (r"\boxed{50\%}", "50", True),
+    (r"\boxed{\$1{,}234.50}", "1234.5", True), (r"\boxed{-\dfrac{1}{2}}", "-0.5", True),
+    (r"\boxed{1\frac{1}{2}}", "1.5", True), (r"\boxed{3\tfrac14}", "3.25", True),
+    (r"\boxed{5x+3}", "5", False), (r"\boxed{5 x}", "5", False), (r"\boxed{2\pi}", "2", False),
+    (r"\boxed{3-5}", "3", False), (r"\boxed{5 or 6}", "5", False),
+    (r"\boxed{72 dollars and 50 cents}", "72", False), (r"\boxed{\text{ Paris }}", "Paris", True),
+    (r"#### 1\frac12", "1.5", True), (r"#### -\frac{1}{2}", "-1/2", True),
+    ("#### 3½", "3.5", True), ("#### ½", "0.5", True),
+    ("#### -3 1/2 cups", "-3.5", True), (r"#### 1\,234", "1234", True),
+    ("#### 1\u202f234", "1234", True), (r"#### 18\,\text{km}", "18", True),
+    (r"#### \(18\)", "18", True), (r"#### \$5.50", "5.5", True), (r"#### 5\%", "5", True),
+    ("#### 45° ", "45", True), ("#### 18km", "18", True), ("#### 18/hour", "18", True),
+    ("#### 18 = 3 * 6", "18", True), ("#### 18 (3 each)", "18", True),
+    ("#### 18, which is 3 more", "18", True), ("#### 18-year-old", "18", True),
+    ("#### 20% of 50", "20", True), (r"#### 18 \\ done", "18", True)])
+def test_latex_is_undone_and_units_are_left_out(response, gold, right):
+    assert same_answer(extract_answer(response), gold) == right
+
+
+@pytest.mark.parametrize("part", [
+    "3-5", "$3-$5", "3 - 5", "3–5 days", "3 to 5", "3 or 5", "3 and 1/2", "3:2", "12:30", "2^10",
+    "10^{3}", "10**3", "10²", "3x4", "5 × 3", r"3 \times 10^2", r"2\pi", r"5\sqrt{2}", "6*7",
+    "1 234", "3/4/2021", "2021-05-03", "1.2.3", "1_000", "18, 20", "12h30", "0x1F", "5'10", "5 + 3"])
+def test_a_number_that_is_a_part_of_something_is_no_answer(part):
+    """and no later #### or box speaks for it"""
+    assert extract_answer(f"#### {part}") == extract_answer(f"#### {part}\n\\boxed{{7}}") == ""
+    assert extract_answer(f"#### {part}", last=True) == ""
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("at 12:30", ""), ("it is 10^3", ""), ("10^{-3}", ""), ("on 3/4/2021", ""), (r"it is 2\pi", ""),
+    ("take 3 1/2 cups", "3 1/2"), ("so **24**", "24"), ("2**3", ""), ("v1.2.3", "")])
+def test_the_last_number_is_whole_too(text, answer):
+    assert extract_answer(text, last=True) == answer
 
 
 @pytest.mark.parametrize("completion, answer", [
@@ -71,15 +115,16 @@ def test_values_by_hand():
     assert value("1,234.50") == Fraction(2469, 2) and value("1e9999999") is None
     assert value("9" * 61) is None
     assert boxed(r"\boxed{a{b}c} tail") == "a{b}c"
+    assert value("3 1/2") == Fraction(7, 2) and value("-3 1/2") == Fraction(-7, 2)
 
 
 @pytest.mark.parametrize("piece",
                          ["1,", "1", "-", "- ", "#", "####", "\\boxed{", "{", "1/", "1 ", "1e", ".",
-                                   ".1", "-$",
-                                   "#### ", "\\frac{1}{", "<<", "\n", "e1", "))-"])
-def test_a_megabyte_of_malice_takes_linear_time(piece):
+                          ".1", "-$", "#### ", "\\frac{1}{", "<<", "\n", "e1", "))-", "\\text{",
+                          "1\\,"])
+def test_half_a_megabyte_of_malice_takes_linear_time(piece):
     for head in ("", "#### ", "#### 1", "\\boxed{"):
-        hostile = head + piece * (1_000_000 // len(piece))
+        hostile = head + piece * (500_000 // len(piece))
         start = time.process_time()
         same_answer(extract_answer(hostile, last=True), "1")
         assert time.process_time() - start < 2.0  # about 0.2 s; quadratic would take hours
@@ -593,8 +638,8 @@ def test_last_number_and_annotations_are_options(tmp_path):
     t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
     assert t.reward(t.problems("train")[0],
                     "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
-    rows[0] = dict(question="q0", answer="two, in words")         # no answer to compare
-    assert Jsonl(write(tmp_path / "b.jsonl", rows)).metric == "rouge_l"
+    worded = [dict(question=f"q{i}", answer="two, in words") for i in range(4)]
+    assert Jsonl(write(tmp_path / "b.jsonl", rows[:3] + worded)).metric == "rouge_l"
 
 
 def test_conversations_become_text(tasks):
@@ -644,9 +689,9 @@ def test_demonstrations_as_ids(capsys):
     size = sum(map(len, want))
     assert demonstrations(t, [short, long], tok, size) == [want]
     assert "chain: 1 of 2 rows are longer than --context" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"row 1: a prompt of {len(want[0])} tokens does not fit"):
-        demonstrations(t, [short], tok, len(want[0]))
-    assert demonstrations(t, [short], tok, size - 1) == []
+    assert demonstrations(t, [short], tok, len(want[0])) == []             # nothing but the prompt
+    assert demonstrations(t, [short | dict(source="a.jsonl:7")], tok, size - 1) == []
+    assert "(row 1)" in (out := capsys.readouterr().out) and "left out (a.jsonl:7)" in out
 
 
 def test_the_rows_of_a_split():
@@ -661,22 +706,33 @@ def test_the_rows_of_a_split():
 
 
 def test_room_for_a_response():
-    """what the task wishes, cut to what the longest prompt leaves; --max_new as it is"""
-    t, tok = task("chain_good"), chain_tokenizer()
-    problems = [dict(prompt="1-3?"), dict(prompt="9-1+2+3?")]               # 9 tokens with BOS
-    c = SimpleNamespace(max_new=0, chat=False)
-    assert [room(c, tok, problems, t, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
-    with pytest.raises(UserError, match="the longest prompt has 9 tokens"):
-        room(c, tok, problems, t, 9)
-    c.max_new = 20
-    assert room(c, tok, problems, t, 29) == 20
-    with pytest.raises(UserError, match="with 20 new ones it exceeds the context of 28"):
-        room(c, tok, problems, t, 28)
+    """what the task wishes, cut to what all prompts but one in ten leave"""
+    assert [room([5, 9], 72, n) for n in (96, 81, 80, 10)] == [72, 72, 71, 1]
+    with pytest.raises(UserError, match="the prompts take 9 tokens: no room"):
+        room([5, 9], 72, 9)
+    assert room([5] * 9 + [300], 320, 512) == 320 and room([5] * 8 + [300], 320, 512) == 212
+    assert room([300] * 2 + [5] * 17, 320, 512) == 212 and room([300] * 2 + [5] * 18, 320, 512)
+
+
+def test_one_long_prompt_is_left_out_by_its_line_and_shortens_no_response(capsys):
+    """sixty prompts of 5 tokens and one of 491; --max_new decides alone where it is given"""
+    c, tok = SimpleNamespace(max_new=0, chat=False), bytes_tokenizer()
+    short = [dict(prompt=f"{i}+1="[-4:], source=f"a.jsonl:{i + 1}") for i in range(10, 70)]
+    long = dict(prompt="z" * 490, source="a.jsonl:71")
+    assert fitting(c, tok, short[:1], dict(val=short + [long]), 320, 512) == (
+        320, short[:1], dict(val=short))
+    assert "left out 1 of 61 val prompts, which do not leave 320 tokens of the context of 512 " \
+           "(a.jsonl:71)" in capsys.readouterr().out
+    c.max_new = 507
+    assert fitting(c, tok, short + [long], {}, 320, 512)[:2] == (507, short)
+    c.max_new = 508
+    with pytest.raises(UserError, match="the shortest has 5 tokens: with 508 new ones it exceeds"):
+        fitting(c, tok, short, {}, 320, 512)
 
 
 def test_malformed_files_name_the_line(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jsonl:2: no schema fits \{prompt: str\}"):
-        task(str(write(tmp_path / "a.jsonl", [dict(prompt="p", completion="c"), dict(prompt="p")])))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no schema fits \{promt: str\}"):
+        task(str(write(tmp_path / "a.jsonl", [dict(prompt="p", completion="c"), dict(promt="p")])))
     with pytest.raises(UserError, match="one prompt"):
         task(str(write(tmp_path / "b.jsonl", [dict(prompt="p", completion="c")])))
 

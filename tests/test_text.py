@@ -373,6 +373,7 @@ def test_split_rows_keeps_equal_prompts_together():
 
 USER, BOT = dict(role="user", content="hi"), dict(role="assistant", content="hello")
 PC = dict(prompt="p", completion="c")
+HI = dict(prompt="user: hi\nassistant: ")
 
 
 @pytest.mark.parametrize("row, want", [
@@ -382,16 +383,19 @@ PC = dict(prompt="p", completion="c")
     (dict(instruction="p", input="", output="c"), PC),
     (dict(instruction="p", input="x", output="c"), PC | dict(prompt="p\n\nx")),
     (dict(instruction="p", instances=[dict(input="", output="c")]), PC),
-    (dict(messages=[USER, BOT]), dict(messages=[USER], completion="hello")),
-    (dict(messages=[USER, BOT, USER, BOT]), dict(messages=[USER, BOT, USER], completion="hello"))])
+    (dict(messages=[USER, BOT]), HI | dict(messages=[USER], completion="hello")),
+    (dict(messages=[USER, BOT, USER, BOT]),
+     dict(prompt="user: hi\nassistant: hello\nuser: hi\nassistant: ",
+          messages=[USER, BOT, USER], completion="hello"))])
 def test_schemas_are_normalised(row, want):
-    assert text.examples([row]) == [want]
+    assert text.normalise(row) == want
 
 
-def test_rows_without_any_completion_are_refused():
-    assert len(text.examples([PC, PC | dict(completion=" ")])) == 2
+def test_rows_without_any_completion_are_refused(tmp_path):
+    blank = PC | dict(completion=" ")
+    assert len(text.examples(write(tmp_path / "f.jsonl", [PC, blank]))) == 2
     with pytest.raises(UserError, match="every completion is empty"):
-        text.examples([PC | dict(completion=" ")])
+        text.examples(write(tmp_path / "g.jsonl", [blank]))
 
 
 @pytest.mark.parametrize("line, words", [
@@ -404,13 +408,10 @@ def test_halves_of_characters_and_keys_that_come_twice_are_refused(line, words, 
 
 
 @pytest.mark.parametrize("row", [
-    {}, dict(prompt="p"), dict(prompt="p", completion=3), dict(prompt=None, completion="c"),
-    PC | dict(label="yes"),
+    {}, dict(prompt="p", completion=3), dict(prompt=None, completion="c"), PC | dict(label="yes"),
     dict(prompt="p", chosen="c"), dict(question="q", answer=["a"]), dict(messages=[]),
-    dict(messages=[USER]), dict(messages=[BOT]),
-    dict(messages=[USER, BOT, USER]), dict(messages=["hi", BOT]),
-    dict(messages=[dict(role="user"), BOT]),
+    dict(chosen="c", rejected="r"), dict(prompt="p", chosen="c", rejected=3),
     dict(instruction="i", instances=[]), dict(instruction="i", input=1, output="o")])
-def test_unknown_schemas_name_file_line_and_what_is_accepted(row):
+def test_unknown_schemas_name_file_line_and_what_is_accepted(row, tmp_path):
     with pytest.raises(UserError, match=r"f\.jsonl:2: no schema fits .*accepted are .*chosen"):
-        text.examples([PC, row], Path("f.jsonl"))
+        text.examples(write(tmp_path / "f.jsonl", [PC, row]))
