@@ -39,7 +39,7 @@ import optim
 import sft
 from data import prefs, tasks
 from data.run import (Count, Fraction, MeanOf, Positive, Range, Run, Share, Training, UserError,
-                      batch_indices, cli, launch, needs, read_log, report)
+                      batch_indices, cli, in_passes, launch, needs, read_log, report)
 from data.stats import auroc
 from data.text import CACHE
 from model import (autocast, collate, generate, load, peek, save, sequence_score,
@@ -319,7 +319,7 @@ def evaluate(c, f, known, sets, before):
         for name in (c.source, c.judge):
             if name in EVALUATIONS:
                 out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
-        samples += [(p["prompt"], y["text"], world.demo(p) if world else "")
+        samples += [(known["tok"].shown(p, c.chat), y["text"], world.demo(p) if world else "")
                     for p, y in zip(problems[:2], ys)]
     totals, held = Counter(), known["held"]
     for i in range(0, len(held), c.micro):
@@ -361,6 +361,7 @@ def train(c, f):
             for r, x in zip(held, known["logprobs"](held, models["start"])):
                 r["ref_logps"] = x
         rows, fresh = make_rows(c, f, known) if static(f) else None, 0
+        c = in_passes(c, len(rows or data), c.batch)
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
                 f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
@@ -446,7 +447,8 @@ def readers(c, f):
         combine=(c.loss in BACKWARD, "--loss objectives"),
         refresh=(not static(f), "sources that sample"),
         anchor=("anchor" in found, "losses that read a reference"),
-        compile=(False, "sft.py, ppo.py and grpo.py"))
+        compile=(False, "sft.py, ppo.py and grpo.py"),
+        **tasks.file_readers(c, pairs=True))
 
 
 def checked(c, f):
@@ -459,7 +461,7 @@ def check_files(c, f):
     """UserError for data, folders and sizes that are not as they must be, before anything is
     made."""
     if c.data not in prefs.WORLDS and c.source not in OPEN:
-        prefs.check_pairs(c.data)
+        prefs.check_pairs(c.data, val=c.val)
     for name in sorted(MODELS.keys() & asked_by(c, f)):
         MODELS[name](c, f, make=False)
     if c.max_new >= (most := initial(c, f, make=False)):
@@ -531,7 +533,7 @@ def open_pairs(c, tok, world, context):
         train = world.pairs(c.rows or 4000, 1000 + c.seed, noise=c.noise, length_bias=c.length_bias)
         val = world.pairs(min(600, 2 * c.eval_prompts), c.seed, "val")
     else:
-        train, sets = prefs.pair_sets(c.data, c.rows)
+        train, sets = prefs.pair_sets(c.data, c.rows, **tasks.reading(c))
         val = sets["val"]
     train = prefs.encode_pairs(train, tok, context, "training pairs", c.chat)
     val = prefs.encode_pairs(val, tok, context, "val pairs", c.chat)
@@ -1236,11 +1238,11 @@ LOSSES["slic_hf"] = slic_hf
 
 def open_labels(c, tok, world, context):
     """A file's labelled responses, where --data holds such; else as open_pairs."""
-    found = [] if world else prefs.load_labels(c.data)
-    if not found:
+    of = partial(prefs.load_labels, c.data, **tasks.reading(c))
+    if world or not (found := of("train")):
         return open_pairs(c, tok, world, context)
     train, val = (prefs.encode_labels(rows, tok, context, what, c.chat) for rows, what in (
-        (found[:c.rows or None], "train labels"), (prefs.load_labels(c.data, "val"), "val labels")))
+        (found[:c.rows or None], "train labels"), (of("val"), "val labels")))
     mixed = len({r["good"] for r in val}) > 1
     if len({r["good"] for r in train}) < 2:
         raise UserError(f"{c.data}: all labels to train on are alike; {c.loss} needs good and bad "
@@ -1294,8 +1296,8 @@ def mismatch(mismatched):
 
 def check_labels(c, f):
     """UserError unless --data has labels, or pairs."""
-    if c.data not in prefs.WORLDS and not prefs.load_labels(c.data):
-        prefs.check_pairs(c.data)
+    if c.data not in prefs.WORLDS and not prefs.load_labels(c.data, **tasks.reading(c)):
+        prefs.check_pairs(c.data, val=c.val)
 
 
 def check_mismatch(c, f):

@@ -38,7 +38,7 @@ import kernels
 import sft
 from data import tasks
 from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, cli, launch, needs, read_log, report, rows_used)
+                      check_first_ratio, cli, in_passes, launch, needs, read_log, report, rows_used)
 from data.stats import of_samples
 from data.tasks import MARK
 from model import (Transformer, autocast, collate, generate, joined, load, logprobs, rows_of, save,
@@ -289,7 +289,8 @@ def evaluate(policy, sets, tok, c):
         means = measured(task, posed, texts, torch.cat(scores), torch.cat(lengths),
                          torch.cat(finished)) | dict(greedy=MeanOf(torch.cat(greedy)))
         out |= {f"{split}_{k}": x for k, x in means.items()}
-        samples += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems[:2], texts[::G])]
+        samples += [(tok.shown(p, c.chat), text, task.demo(p))
+                    for p, text in zip(problems[:2], texts[::G])]
     return out, samples
 
 
@@ -353,8 +354,8 @@ def held_out(c, task):
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation, and the first (sft_)"""
     ours = c.reward in tasks.REWARDS
-    tasks.check_data(c.data, is_text=False, needs="answers" if ours else "")
-    task = tasks.task(c.data)
+    tasks.check_data(c.data, is_text=False, needs="answers" if ours else "", **tasks.reading(c))
+    task = tasks.of_run(c)
     asked = check(c, f, task)
     score_of = partial(f.reward, task=task) if ours else f.reward(c.reward, task)
     if task.metric == "reward":                  # a file of prompts: the user's is all there is
@@ -372,7 +373,7 @@ def train(c, f):
         posed = {split: some for split, (_, some) in sets.items()}
         room, pool, posed = tasks.fitting(c, tok, pool, posed, task.max_new, context)
         sets = {split: (sets[split][0], some) for split, some in posed.items()}
-        c, saved = replace(c, max_new=room), run.state or {}
+        c, saved = in_passes(replace(c, max_new=room), len(pool), c.prompts), run.state or {}
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
         known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, pool=pool, score_of=score_of,
                      generator=torch.Generator().manual_seed(c.seed + 2))
@@ -381,8 +382,9 @@ def train(c, f):
         known |= dict(c=c, pool=pool, generator=g)
         memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
         size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: {size:.2f} M parameters, {len(pool)} prompts, {c.steps} steps of "
-                f"{c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} {c.dtype}"
+        run.say(f"{run.folder}: {size:.2f} M parameters, {tasks.out_of(pool, task)}, {c.steps} "
+                f"steps of {c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} "
+                + c.dtype
                 + "".join(f", {k} {x:.3f}" for k, x in found.items()))
         if saved:
             opt.load_state_dict(saved["opt"])
@@ -403,6 +405,8 @@ def train(c, f):
             fresh = (respond(known, f, asked, i) for i in itertools.count(cursor))
             batch, seen = call(f.filter, known | dict(fresh=fresh, prompts=c.prompts))
             cursor += len(seen["score"]) // c.prompts
+            if step == 0 and (silence := tasks.no_signal(task, batch["texts"], seen)):
+                run.say(silence)
             t_gen = time.perf_counter() - clock
             # 2. score: [N, T], but [P, G] where it belongs to a response
             clock, roll = time.perf_counter(), batch["roll"]
@@ -491,7 +495,8 @@ def readers(c, f):
                 shaper=(shaped or c.filter != "every", "an --advantage of rewards"),
                 kl_reward=(shaped, "an --advantage of rewards"),
                 reward=(score, "a --shaper of scores"), noise=(score, "a --shaper of scores"),
-                teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"))
+                teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"),
+                **tasks.file_readers(c))
 
 
 def compares(c):

@@ -304,7 +304,7 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
                 f"{split}_length": roll.mask.sum(1),
                 f"{split}_truncated": ~roll.finished}                                    # [B] each
         texts = [tok.decode(ids) for ids in roll.completions()[:2]]
-        shown += [(p["prompt"], text, task.demo(p)) for p, text in zip(problems, texts)]
+        shown += [(tok.shown(p, c.chat), text, task.demo(p)) for p, text in zip(problems, texts)]
     return {k: MeanOf(v) for k, v in out.items()}, shown
 
 
@@ -353,7 +353,7 @@ def train(c, f):
     kernels.use(c.kernels)
     with Run(c, f, "ppo", CURVES) as run:
         policy, critic, tok, models = open_models(c, f, init, base, run.last)
-        task = tasks.task(c.data)
+        task = tasks.of_run(c)
         problems = task.problems("train", 4096, 1000 + c.seed)
         size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
         sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
@@ -362,9 +362,9 @@ def train(c, f):
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
         size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, {len(problems)} "
-                f"prompts, {c.steps} steps of {c.rollouts} x {c.samples} completions, {c.device} "
-                f"{c.dtype}")
+        run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, "
+                f"{tasks.out_of(problems, task)}, {c.steps} steps of {c.rollouts} x {c.samples} "
+                f"completions, {c.device} {c.dtype}")
         if run.state:
             opt.load_state_dict(run.state["opt"])
             critic_opt.load_state_dict(run.state["critic_opt"])
@@ -477,13 +477,14 @@ def readers(c, f):
     return dict(base=("base" in wanted(f), "--reward coherent or --decode contrast"),
                 critic_lr=("values" in needs(f.advantage), "--advantage gae"),
                 lr=(c.steps, "runs with --steps"),
-                warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"))
+                warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"),
+                **tasks.file_readers(c))
 
 
 def check(c, f):
     """UserError for all that can be known before anything is made: files, folders, what does not
     combine."""
-    tasks.check_data(c.data, is_text=False, needs="answers")
+    tasks.check_data(c.data, is_text=False, needs="answers", **tasks.reading(c))
     if "samples" in needs(f.advantage) and c.samples < 2:
         raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at "
                         "least two")
@@ -578,7 +579,7 @@ def against_sft(models, own, roll, c):
     rewards; it needs no group, and its 0 is the SFT model."""
     *marks, eos = own["marks"].tolist()
     ids = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())]
-    most = c.max_new or tasks.task(c.data).max_new
+    most = c.max_new or tasks.of_run(c).max_new
     theirs = generate(models["ref"], ids, most, temperature=0.0).completions()
     rows = []
     for x, y, other in zip(ids, roll.completions(), theirs):

@@ -352,7 +352,8 @@ def start(c):
 
 def pair_sets(c, tok, context, ties=False):
     """(training rows, {name: held-out rows}) of --data as ids; with --eval no training rows."""
-    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, ties, bool(c.eval))
+    rows, held = prefs.pair_sets(c.data, c.rows, c.noise, c.seed, ties, bool(c.eval),
+                                 **tasks.reading(c))
     encoded = partial(prefs.encode_pairs, tok=tok, context=context, chat=c.chat)
     return [] if c.eval else encoded(rows, what="train"), {
         k: encoded(some, what=k) for k, some in held.items() if some}
@@ -470,6 +471,8 @@ def readers(c, f):
         epochs=(not c.steps, "runs without --steps"),
         eval_every=(False, "scripts that evaluate while they train"),
         compile=(False, "sft.py, ppo.py and grpo.py"))
+    fields |= {key: (read and "pairs" in names, words)
+               for key, (read, words) in tasks.file_readers(c, pairs=True).items()}
     single = "last" in names, "recipes of one stage: others save and resume by stages"
     fields |= dict.fromkeys(("stop", "save_every", "keep"), single)
     if c.eval:
@@ -490,7 +493,7 @@ def check(c, f):
         raise UserError("--eval: this script trains only; reward.py evaluates checkpoints")
     if not c.eval and not starts_from_base(c, f):
         return
-    prefs.check_pairs(c.data, whole=bool(c.eval))
+    prefs.check_pairs(c.data, whole=bool(c.eval), val=c.val)
     if c.eval:
         peek(c.eval, scalar=True, option="--eval")
         world = OF_PAIRS.get(beside(c.eval).name, c.data)

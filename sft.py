@@ -298,14 +298,15 @@ def measure(model, tok, held_out, c):
 def show(model, tok, problems, c, run, tag=()):
     """Print three completions of held-out prompts (and a tag); -> the task's metric over all, at
     T=1."""
-    g, task = torch.Generator().manual_seed(c.seed), tasks.task(c.data)
+    g, task = torch.Generator().manual_seed(c.seed), tasks.of_run(c)
     context = model.config.max_position_embeddings - len(tag)
     new, problems, _ = tasks.fitting(c, tok, problems, {}, task.max_new, context)
     prompts = [[*tok.prompt(p, c.chat), *tag] for p in problems]
     roll = generate(model, prompts, new, generator=g)
     answers = [tok.decode(ids) for ids in roll.completions()]
     for p, a in list(zip(problems, answers))[:3]:
-        run.say(f"  prompt     {p['prompt']!r}\n  model      {a!r}\n  reference  {task.demo(p)!r}")
+        run.say(f"  prompt     {tok.shown(p, c.chat)!r}\n  model      {a!r}\n"
+                f"  reference  {task.demo(p)!r}")
     scores = [task.reward(p, a, ended)
               for p, a, ended in zip(problems, answers, roll.finished.tolist())]
     return {task.metric: sum(scores) / len(scores)}
@@ -324,7 +325,7 @@ def conclude(c, f, scores, memories, known):
             scores |= REPORTS[name](**{key: known[key] for key in needs(REPORTS[name])})
     run, net, tok = known["run"], known["net"], known["tok"]
     if not text.is_corpus(c.data) and net is not None:           # of several ranks the first
-        problems = tasks.task(c.data).problems("val", 64, c.seed)
+        problems = tasks.of_run(c).problems("val", 64, c.seed)
         quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
         run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
         scores |= {f"val_{key}": value for key, value in quality.items()}
@@ -377,6 +378,8 @@ def train(c, f):
                 schedule = memory.schedule(schedule)
         scores, clock, clipped = {}, saved.get("clock", dict(all=0.0, update=0.0)), 0
         now = time.process_time if c.device == "cpu" else time.perf_counter
+        if origin and not run.start:                             # what it could before
+            run.log(0, **measure(model, tok, held_out, c), tokens=0, seconds=0.0)
         for step in run.steps(total):
             # 1. get data
             began = now()
@@ -537,7 +540,7 @@ def new_tokenizer(c):
     if text.is_corpus(c.data):
         documents = text.documents(c.data, "train")
     else:
-        task = tasks.task(c.data)
+        task = tasks.of_run(c)
         documents = [p["prompt"] + task.demo(p) for p in task.problems("train", c.rows, c.seed)]
     name = hashlib.sha256("\0".join(documents).encode(errors="replace")).hexdigest()[:12]
     folder = text.CACHE / f"bpe-{c.vocab}-{name}"
@@ -566,6 +569,7 @@ def readers(c, f):
         vocab=(new[0] and c.tokenizer == "bpe", "a new tokenizer (--init '' --tokenizer bpe)"),
         rows=(not corpus, demonstrated), chat=(not corpus or c.watch, demonstrated),
         turns=(c.chat and c.feedback not in HELD, "runs with --chat, but for pairs"),
+        **tasks.file_readers(c, c.feedback in HELD),
         epochs=(not c.steps, "runs without --steps"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=by_loss("teacher"), other=by_loss("other"),
@@ -587,7 +591,7 @@ def check(c, f, ranks):
         if name in CHECKS:
             CHECKS[name](c, f, ranks)
     if c.feedback not in HELD:
-        tasks.check_data(c.data, is_text=c.feedback == "none")
+        tasks.check_data(c.data, is_text=c.feedback == "none", **tasks.reading(c))
     if c.watch:
         tasks.check_data(c.watch)
     if c.init:
@@ -845,7 +849,7 @@ def rwr(logp, score, *, temperature: Positive = 0.5):
 def scored(c, tok, first, generator, *, share: Range("(0, 1]") = 0.5):
     """Demonstrations with the task's reward of each: score, standardised; good 1.0 for the best
     `share`, of equal ones the first."""
-    task = tasks.task(c.data)
+    task = tasks.of_run(c)
     problems = task.problems("train", c.rows, c.seed)
     rows = [tasks.demonstration(task, p, tok, c.chat, c.turns) for p in problems]
     value = torch.tensor([float(task.reward(p, task.demo(p), True)) for p in problems])  # [rows]
@@ -913,7 +917,7 @@ PAIRED = TUNED | dict(data="toyif", init="base:toyif_base", context=64, rows=400
 
 def pair_ids(c, tok):
     """The training pairs of a world or a file as ids, both sides with their EOS."""
-    found = prefs.pair_sets(c.data, c.rows, seed=c.seed)[0]
+    found = prefs.pair_sets(c.data, c.rows, seed=c.seed, **tasks.reading(c))[0]
     return prefs.encode_pairs(found, tok, c.context, "training pairs", c.chat)
 
 
@@ -921,8 +925,8 @@ def held_pairs(c, tok, split):
     """The chosen sides of a file's own held-out pairs; of a world, its demonstrations."""
     if c.data in ("toyif", "ring"):
         return tasks.rows(c, tok, split)
-    found = prefs.encode_pairs(prefs.pair_sets(c.data)[1][split], tok, c.context,
-                               f"{split} pairs", c.chat)
+    rows = prefs.pair_sets(c.data, **tasks.reading(c))[1][split]
+    found = prefs.encode_pairs(rows, tok, c.context, f"{split} pairs", c.chat)
     return [(r["prompt"], r["chosen"]) for r in found]
 
 
@@ -1171,7 +1175,7 @@ def sampled(c, tok, first, generator):
     0.0)."""
     data, infos = chosen(c, tok, first, generator)
     model, _ = first()
-    new = tasks.room([len(p) for p, _ in data], tasks.task(c.data).max_new, c.context)
+    new = tasks.room([len(p) for p, _ in data], tasks.of_run(c).max_new, c.context)
     data = [(p, y) for p, y in data if len(p) + new <= c.context]        # few prompts are too long
     infos = infos[:len(data)]
     for i in range(0, len(data), 512):

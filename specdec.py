@@ -476,13 +476,14 @@ def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
     fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
-    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"))
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py")) | tasks.file_readers(c)
+    fields |= dict(epochs=(False, "sft.py, reward.py, grpo.py and dpo.py"))
     return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
 
 
 def check(c, f):
     """UserError for what does not combine, and for files and folders that are not there."""
-    tasks.check_data(c.data)
+    tasks.check_data(c.data, **tasks.reading(c))
     if c.split not in tasks.held_out(c.data):
         raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
     sft.find(c.init, c.config, make=False)

@@ -36,8 +36,8 @@ from math import inf, tanh
 from pathlib import Path
 
 from data.run import UserError, nearest
-from data.text import (answered, at, digest, locate, pair_of, places, read_rows, split_rows,
-                       tell)
+from data.text import (answered, at, digest, framed, locate, pair_of, places, read_rows,
+                       split_rows, tell)
 from data.tokenizer import char_tokenizer
 
 
@@ -864,14 +864,15 @@ def row_labels(row):
                     if isinstance(m, dict) and isinstance(m.get("solution"), str)]
 
 
-def load_labels(path, split="train", val=""):
+def load_labels(path, split="train", val="", **words):
     """[{"prompt", "completion", "label"}] of one split of a file of binary feedback, by prompt, or
     with val of one of the two files; [] of pairs.
 
     A row of GSM8K's model solutions gives each solution with whether it is right. Empty completions
-    are left out, aloud; repeated rows count once.
+    are left out, aloud; repeated rows count once. words: framed's system and ask.
     """
-    return split_rows(labels_of(path), split, held=labels_of(val) if val else None, of=path)
+    held = labels_of(val) if val else None
+    return [framed(row, **words) for row in split_rows(labels_of(path), split, held=held, of=path)]
 
 
 # --- pairs of texts as ids: what reward.py and dpo.py train on ------------------------------------
@@ -1056,14 +1057,14 @@ def check_pairs(name, whole=False, val=""):
         raise UserError(f"{name}: no pair is left to train on ({why})")
 
 
-def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False, val=""):
+def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False, val="", **words):
     """(training pairs, {name: held-out pairs}) of a world (toyif, ring), rubric_pairs (rubrics), or
     a file.
 
     n 0: 4000 (rubrics: 5600, as many as its judges), or the whole file. Held-out labels of a world
     are gold's; noise and ties are of its training pairs. A file's splits share no prompt, val being
     another file, if named; what load_pairs drops is told. whole: for a model that has seen none of
-    a file, its pairs are all held out too: the set "all".
+    a file, its pairs are all held out too: the set "all". words: framed's system and ask.
     """
     worlds = dict(toyif=ToyIF, ring=Ring)
     if name == "rubrics":
@@ -1077,5 +1078,6 @@ def pair_sets(name, n=0, noise=0.0, seed=0, ties=False, whole=False, val=""):
     if dropped:
         print(f"{name}: left out " + ", ".join(f"{k} {why}" for why, k in dropped.items()),
               flush=True)
-    rows, held = rows[:n] if n else rows, load_pairs(name, "val", val)[0]
+    rows = [framed(row, **words) for row in rows[:n or None]]
+    held = [framed(row, **words) for row in load_pairs(name, "val", val)[0]]
     return rows, (dict(all=rows + held) if whole else {}) | dict(val=held)

@@ -330,7 +330,12 @@ class Common:
 class Training(Common):
     """What every run has that takes optimizer steps."""
     chat: bool = False           # wrap prompts in the checkpoint's chat template
+    system: str = ""             # words before every prompt of a file: its system message
+    ask: str = ""                # words behind every prompt of a file: how to answer
+    answer: Literal["mark", "last", "boxed"] = "mark"  # what counts: behind ####, the last number
+    val: str = ""                # a file of held-out rows; else 1 of 16 prompts of --data
     steps: int = 0               # optimizer steps, or iterations
+    epochs: NonNegative = 0.0    # passes over the data, in the place of --steps
     micro: Count = 64            # rows a forward pass: lower it if memory runs out, results stay
     lr: Positive = 1e-3          # peak learning rate
     warmup: int = 0              # steps of linear warm-up
@@ -339,6 +344,13 @@ class Training(Common):
     stop: int = 0                # pause after this step (0: no); --resume goes on
     dtype: str = "auto"          # of the matmuls: float32, or bfloat16 (autocast, default on CUDA)
     compile: bool = False        # torch.compile the model that is trained
+
+
+def in_passes(c, rows, a_step):
+    """The run with as many steps as its --epochs over so many rows take, where it gives them."""
+    if not c.epochs:
+        return c
+    return dataclasses.replace(c, steps=max(1, math.ceil(c.epochs * rows / a_step)))
 
 
 def configure(Config, presets, axes, doc="", argv=None, readers=None):

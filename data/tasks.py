@@ -38,8 +38,8 @@ from typing import Callable, NamedTuple
 
 from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
 from data.run import HUGE, UserError, nearest
-from data.text import (NAMED, SCHEMAS, at, check_split, digest, documents, examples, is_corpus,
-                       locate, places, rouge_l, signatures, split_rows, tell)
+from data.text import (NAMED, SCHEMAS, at, check_split, digest, documents, examples, framed,
+                       is_corpus, locate, places, reading, rouge_l, signatures, split_rows, tell)
 from data.tokenizer import char_tokenizer
 
 # --- the verifier ---------------------------------------------------------------------------------
@@ -113,6 +113,14 @@ def extract_answer(text, last=False):
     return "" if part else plain[begin:end].rstrip(",")
 
 
+def boxed_answer(text):
+    r"""What stands in the last \boxed{…}, and nothing else."""
+    return whole(boxed(text))
+
+
+STATES = dict(mark=extract_answer, last=partial(extract_answer, last=True), boxed=boxed_answer)
+
+
 def value(answer):
     """The exact Fraction that an answer writes, None if it is not one number.   "1,234.50" ->
     2469/2;  "1 1/2" -> 3/2"""
@@ -177,13 +185,15 @@ class Jsonl:
     Where more than half of the rows state an answer (see truth), reward is 1.0 for the same answer,
     0.0 for another and for an unfinished response, and a row that states none is not posed, which
     is told. Else it is ROUGE-L, or the user's alone if there are no completions. strip removes
-    GSM8K's annotations <<48/2=24>> from demonstrations in its own schema; last reads the last
-    number of a response that states no answer.
+    GSM8K's annotations <<48/2=24>> from demonstrations in its own schema. answer: a row of STATES,
+    what a response is read for. system, ask: words around every question, see framed.
     """
     splits = ("train", "val")
 
-    def __init__(self, path="gsm8k", strip=True, last=False, max_new=320, val=""):
-        self.name, self.last, self.max_new, file = Path(path).stem, last, max_new, locate(path)
+    def __init__(self, path="gsm8k", strip=True, answer="mark", max_new=320, val="", system="",
+                 ask=""):
+        self.name, self.max_new, file = Path(path).stem, max_new, locate(path)
+        self.stated = STATES[answer]
         rows, held = good_rows(file, strip), good_rows(locate(val), strip) if val else None
         if val:
             rows = split_rows(rows, "train", held=held, of=file)
@@ -201,6 +211,8 @@ class Jsonl:
         if not self.rows["train"] and not self.shown["train"]:
             raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
         self.report(every)
+        for row in every:
+            row |= framed(row, system, ask)
 
     def report(self, every):
         """Say which rows have no answer or no completion, where others do."""
@@ -236,8 +248,7 @@ class Jsonl:
                             "grade by: give --reward PATH.py:FUNCTION")
         if self.metric == "rouge_l":
             return rouge_l(problem["completion"], completion)
-        answer = extract_answer(completion, self.last)
-        return float(finished and same_answer(answer, truth(problem)))
+        return float(finished and same_answer(self.stated(completion), truth(problem)))
 
 
 def has_completion(row):
@@ -1194,12 +1205,25 @@ def task(name_or_path, **options):
     return make(*path, **options)
 
 
-def check_data(name, is_text=True, needs="completions"):
+def of_run(c):
+    """The task of a run's --data, read as it says."""
+    return task(c.data, **reading(c))
+
+
+def file_readers(c, pairs=False):
+    """readers() of the fields that only a file reads; pairs: of pairs, or of labels."""
+    named = {*TASKS} - {"gsm8k"} | {"stdlib", "rubrics"}
+    file = not {*c.data.split("+")} <= named and (pairs or not is_corpus(c.data))
+    return dict.fromkeys(("val", "system", "ask"), (file, "a file of rows as --data")) | dict(
+        answer=(file and not pairs, "a file of rows with answers as --data"))
+
+
+def check_data(name, is_text=True, needs="completions", **options):
     """UserError, before anything is made, if the task is unknown, or its file, or a text's, is
     missing or broken. is_text: whether a text without prompts will do. needs: what a file's rows
     must have beside prompts: completions, answers (or completions) to grade by, or nothing."""
     if not is_corpus(name):
-        found = task(name)
+        found = task(name, **options)
         if needs == "completions" and not getattr(found, "shown", {"train": True})["train"]:
             raise UserError(f"{name}: the rows to train on have no completion to learn: give one, "
                             f"as in {SCHEMAS}")
@@ -1251,6 +1275,28 @@ def fitting(c, tok, problems, sets, wish, context):
     return new, left.pop(""), left
 
 
+def out_of(problems, task):
+    """How many problems, in words, and of how many if a file has more.   "400 of 7000 prompts" """
+    there = len(getattr(task, "rows", dict(train=problems))["train"])
+    return f"{len(problems)}{f' of {there}' if there > len(problems) else ''} prompts"
+
+
+def no_signal(task, texts, seen):
+    """What is wrong where no response of a rollout earned more than another, with one of them; ""
+    where some did. seen: score, truncated [P, G]"""
+    score, cut = seen["score"], seen["truncated"].float().mean()
+    if score.max() > score.min() or score.min() >= 1:
+        return ""
+    answers = task.metric == "accuracy" and score.max() == 0
+    silent = sum(not stated(task, text) for text in texts) / len(texts)
+    why = ("look at what it reads" if not answers and cut < 0.5 else
+           f"{cut:.0%} ran out of tokens: raise --max_new" if cut >= 0.5 else
+           f"{silent:.0%} state no answer: say with --ask how to, or read it with --answer last"
+           if silent >= 0.5 else "all are wrong: take easier prompts, or train with sft.py first")
+    return (f"  WARNING: every response earned {score.max():g}, so there is nothing to learn from: "
+            f"{why}. One of them: {texts[0][-300:]!r}")
+
+
 # --- rows of ids ----------------------------------------------------------------------------------
 
 
@@ -1296,7 +1342,7 @@ def rows(c, tok, split, turns="all"):
     completions."""
     if is_corpus(c.data):
         return packed(documents(c.data, split), tok, c.context)
-    found = task(c.data)
+    found = of_run(c)
     lessons = getattr(found, "lessons", found.problems)     # a file's rows that have a completion
     problems = lessons(split, c.rows if split == "train" else 256, c.seed)
     fits = demonstrations(found, problems, tok, c.context, c.chat, turns)

@@ -591,6 +591,28 @@ def written(messages):
     return "\n".join([*(f"{turn['role']}: {turn['content']}" for turn in messages), "assistant: "])
 
 
+def reading(c):
+    """How a run wants its file read: the options that it sets, of what reads files."""
+    set_ = dict(val=c.val, system=c.system, ask=c.ask, answer=c.answer)
+    return {key: value for key, value in set_.items() if value not in ("", "mark")}
+
+
+def framed(row, system="", ask=""):
+    """A row under a system message and with words behind its question."""
+    if not (system or ask):
+        return row
+    turns = row.get("messages") or [dict(role="user", content=row["prompt"])]
+    if system and turns[0]["role"] == "system":
+        raise UserError(f"{row['source']}: the row has a system message of its own: leave --system "
+                        "out")
+    turns = [dict(role="system", content=system)] * bool(system) + turns
+    if ask:
+        turns = [*turns[:-1], turns[-1] | dict(content=f"{turns[-1]['content']}\n{ask}")]
+    parts = [system, f"{row['prompt']}\n{ask}" if ask else row["prompt"]]
+    plain = written(turns) if "messages" in row else "\n\n".join(filter(None, parts))
+    return row | dict(prompt=plain, messages=turns)
+
+
 def asked(row, prompt):
     """{"prompt"[, "messages"]} of a prompt, a text or messages, under the row's system prompt."""
     check_unused(row)

@@ -250,6 +250,10 @@ class Tokenizer:
         text = problem["prompt"] + problem.get("hint", "")
         return ([] if self.bos is None else [self.bos]) + self.encode(text)
 
+    def shown(self, problem, chat=False) -> str:
+        """What a model reads of a problem, special tokens included."""
+        return self.decode(self.prompt(problem, chat), skip_specials=False)
+
     @staticmethod
     def messages(problem) -> list[dict]:
         """A problem's messages; without them its text is the user's turn."""

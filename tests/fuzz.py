@@ -126,7 +126,7 @@ def values():
     """Every field of every Config with values of other kinds."""
     for script in SCRIPTS:
         for x in dataclasses.fields(MODULES[script].Config):
-            if x.name in ("config", "out", "resume"):
+            if x.name in ("config", "out", "resume", "system", "ask"):         # of any words
                 continue
             if isinstance(x.default, bool):
                 texts = ("maybe", "2", "")

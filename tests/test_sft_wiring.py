@@ -562,7 +562,7 @@ def test_the_metric_is_that_of_each_prompt_s_own_answer(monkeypatch, capsys):
         asked.append((prompts, new))
         return SimpleNamespace(completions=lambda: answers, finished=done)
     monkeypatch.setattr(sft, "generate", generate)
-    c = SimpleNamespace(data="toyif", seed=0, chat=False)
+    c = sft.Config(data="toyif")
     net = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=20))
     got = sft.show(net, tok, problems, c, SimpleNamespace(say=print), [7])
     rewards = [task.reward(p, task.demo(p), ok) for p, ok in zip(problems, done.tolist())]

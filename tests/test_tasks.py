@@ -635,7 +635,7 @@ def test_gsm8k_rewards_and_strips(tasks):
 
 def test_last_number_and_annotations_are_options(tmp_path):
     rows = [dict(question=f"q{i}", answer="<<1+1=2>>2\n#### 2") for i in range(4)]
-    t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, last=True)
+    t = Jsonl(write(tmp_path / "a.jsonl", rows), strip=False, answer="last")
     assert t.reward(t.problems("train")[0],
                     "so 2") == 1 and "<<" in t.problems("train")[0]["completion"]
     worded = [dict(question=f"q{i}", answer="two, in words") for i in range(4)]
@@ -696,7 +696,7 @@ def test_demonstrations_as_ids(capsys):
 
 def test_the_rows_of_a_split():
     """--rows of train, 256 of what is held out, in the order of the seed"""
-    c = SimpleNamespace(data="chain_good", rows=5, seed=4, context=96, chat=False)
+    c = sft.Config(data="chain_good", rows=5, seed=4, context=96)
     t, tok = task("chain_good"), chain_tokenizer()
     for split, n in (("train", 5), ("val", 256)):
         want = [(tok.prompt(p), [*tok.encode(t.demo(p)), tok.eos]) for p in t.problems(split, n, 4)]
