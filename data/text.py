@@ -432,6 +432,13 @@ def read_rows(path):
     return [(f"{path}:{i}", row) for i, row in enumerate(read_jsonl(path), 1)]
 
 
+def first_row(path):
+    """The first object of a file of rows, the others unread where they are lines."""
+    if kind(path) == ".jsonl":
+        return parsed(read_text(path).split("\n", 1)[0], f"{path}:1")
+    return read_rows(path)[0][1]
+
+
 ROWS = (".jsonl", ".json", ".csv")                   # that may also be texts: rows of {"text"}
 
 
@@ -443,7 +450,7 @@ def is_corpus(name_or_path):
         return True
     if suffix not in ROWS or name_or_path in NAMED:
         return False
-    row = read_rows(locate(name_or_path))[0][1]
+    row = first_row(locate(name_or_path))
     try:
         return "text" in row and "completion" not in normalise(row)
     except UserError:                                # a demonstration with what is not used
@@ -555,8 +562,8 @@ def check_unused(row, more=()):
         if row.get(key) not in EMPTY:
             raise UserError(f"{key!r} changes what the row means and is not used here: take it out")
     if row.get("weight") not in (None, 1):
-        raise UserError(f"the weight is {str(row['weight'])[:20]}, but here all count alike: take "
-                        "out what is not to be learnt")
+        raise UserError(f"the weight is {str(row['weight'])[:20]!r}, but here all count alike: "
+                        "take out what is not to be learnt")
 
 
 def spoken(content):
@@ -645,7 +652,7 @@ def answered(row, prompt, answer):
     elif not begins(turns, prompt):
         raise UserError("the messages of the answer begin otherwise than the prompt: make them "
                         "begin with it, or with the assistant")
-    if turns[-1]["role"] != "assistant":
+    if not turns or turns[-1]["role"] != "assistant":
         return asked(row, turns)
     return asked(row, turns[:-1]) | dict(completion=turns[-1]["content"])
 

@@ -88,9 +88,9 @@ def test_rows_of_others_become_ours(row, want):
     (dict(tools=[dict(name="f")]), "'tools' changes what the row means"),
     (dict(reasoning_content="hm"), "'reasoning_content'"),
     (dict(history=[["a", "b"]]), "'history'"),
-    (dict(images=["x.png"]), "'images'"), (dict(weight=0), "the weight is 0"),
-    (dict(weight=0.5), "the weight is 0.5"), (dict(system=["x"]), "the system prompt is"),
-    (dict(messages=[user("a"), bot("b", weight=0)]), "the weight is 0"),
+    (dict(images=["x.png"]), "'images'"), (dict(weight=0), "the weight is '0'"),
+    (dict(weight=0.5), "the weight is '0.5'"), (dict(system=["x"]), "the system prompt is"),
+    (dict(messages=[user("a"), bot("b", weight=0)]), "the weight is '0'"),
     (dict(messages=[user("a"), bot("b", reasoning_content="x")]), "'reasoning_content'"),
     (dict(messages=[user("a"), bot(None, tool_calls=[1])]), "'tool_calls'"),
     (dict(messages=[user("a"), dict(role="tool", content="x"), bot("b")]), "role is 'tool'"),
@@ -98,7 +98,8 @@ def test_rows_of_others_become_ours(row, want):
     (dict(messages=[user([dict(type="image_url")]), bot("b")]), "a part 'image_url'"),
     (dict(messages=["hi", bot("b")]), "a message is 'hi'"),
     (dict(messages=[dict(role="user"), bot("b")]), "content is 'None'"),
-    (dict(messages=[bot("b")]), "nothing is asked"),
+    (dict(messages=[bot("b")]), "nothing is asked"), (dict(prompt=[]), "nothing is asked"),
+    (dict(completion=None, chosen=[], rejected=[], prompt=None), "nothing is asked"),
     (dict(messages=[system("a"), user("b"), bot("c")], system="other"), "two system prompts"),
     (dict(completion=[user("other"), bot("b")]), "begin otherwise than the prompt")])
 def test_what_changes_a_row_and_is_not_used_is_refused_by_its_line(more, words, tmp_path):
@@ -113,7 +114,7 @@ def test_a_pair_that_is_not_used_is_refused_by_its_line(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl:2: 'tools'"):
         load_pairs(path)
     path = write(tmp_path / "b.jsonl", [PC | dict(label=True), PC | dict(label=True, weight=0)])
-    with pytest.raises(UserError, match=r"b\.jsonl:2: the weight is 0"):
+    with pytest.raises(UserError, match=r"b\.jsonl:2: the weight is '0'"):
         load_labels(path)
 
 

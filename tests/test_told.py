@@ -10,7 +10,7 @@ from typing import get_args
 
 import fuzz
 import pytest
-from conftest import DATA_DIR, ROOT
+from conftest import ROOT
 
 from data.run import Range, UserError, configure, kinds
 from data.tasks import scorer, task
@@ -129,24 +129,15 @@ def test_a_corpus_without_text(name, text, workdir):
         documents(name)
 
 
-def test_the_case_of_a_lone_surrogate():
-    case = DATA_DIR.parent / "cases/lone-surrogate/rows.jsonl"
-    if not case.exists():
-        pytest.skip(f"no cases beside {DATA_DIR}: set DATA_DIR to the folder of real data sets")
-    last = len(case.read_text().splitlines())
-    with pytest.raises(UserError, match=f"rows.jsonl:{last}: .*half of a character"):
-        read_jsonl(case)
-
-
-def test_the_case_of_a_row_s_number(workdir, capsys):
+def test_a_row_that_is_too_long_is_told_by_its_line(workdir, capsys):
     """positions of a shuffled list are not positions in the file"""
-    case = DATA_DIR.parent / "cases/row-number/rows.jsonl"
-    if not case.exists():
-        pytest.skip(f"no cases beside {DATA_DIR}: set DATA_DIR to the folder of real data sets")
     fuzz.prepare(workdir)
-    SCRIPTS["sft"].main(fuzz.command("sft", "--context", "128", "--data", str(case)))
-    assert re.search(r"1 of \d+ rows are longer than --context 128 and left out "
-                     r"\(.*rows.jsonl:61\)", capsys.readouterr().out)
+    rows = [dict(prompt=f"{i}+1=", completion=f"#### {i + 1}") for i in range(60)]
+    rows += [dict(prompt="z" * 490, completion="#### 7")]
+    (workdir / "late.jsonl").write_text(fuzz.lines(rows))
+    SCRIPTS["sft"].main(fuzz.command("sft", "--context", "128", "--data", "late.jsonl"))
+    assert re.search(r"late: 1 of \d+ rows are longer than --context 128 and left out "
+                     r"\(late.jsonl:61\)", capsys.readouterr().out)
 
 
 def test_few_labels_that_are_alike_where_they_are_held_out_still_train(workdir):
