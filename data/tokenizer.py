@@ -21,7 +21,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from functools import lru_cache, partial
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,9 +158,11 @@ class Tokenizer:
                                             if "special" in self.flags[x])
         self.chat = next((MARKS[mark] for mark in MARKS if mark in specials), "")
         # added tokens that are found before the text is brought into its normal form, and after
-        after = {x for x in specials if "normalized" in self.flags[x]}
-        self.marks = [{x: x for x in specials if x not in after},
-                      {self.normalised(x): x for x in specials if x in after}]
+        # (that of two with one normal form: a special one, else the first)
+        after = sorted((x for x in reversed(specials) if "normalized" in self.flags[x]),
+                       key=lambda x: "special" in self.flags[x])
+        self.marks = [{x: x for x in specials if "normalized" not in self.flags[x]},
+                      {self.normalised(x): x for x in after}]
         self.split = [re.compile(longest_of([*some])) for some in self.marks]
         self.engine = engine or self.tiktoken()
 
@@ -198,13 +200,14 @@ class Tokenizer:
             if ("special" in flags and not specials
                     or "single_word" in flags and WORD.search(around)):
                 continue
-            while "lstrip" in flags and start > done and text[start - 1] in SPACES:
-                start -= 1
+            if "lstrip" in flags:           # not what the token before took, even of this one's own
+                start = max(done, len(text[done:start].rstrip(SPACES)) + done)
             while "rstrip" in flags and stop < len(text) and text[stop] in SPACES:
                 stop += 1
             if done < start:
                 yield done, text[done:start], None
-            yield start, "", self.specials[token]
+            if start < stop:
+                yield start, "", self.specials[token]
             done = stop
         if done < len(text):
             yield done, text[done:], None
@@ -254,13 +257,14 @@ class Tokenizer:
     def prompt(self, problem, chat=False) -> list[int]:
         """Ids that a completion continues, of a text or a task's {"prompt"[, "messages", "hint"]}.
 
-        BOS (if any), the text and the hint; with chat the rendered messages, or the user's turn.
+        What begins a text (BOS, if the folder says so), the text and the hint; with chat the
+        rendered messages, or the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
         text = problem["prompt"] + problem.get("hint", "")
         if chat:
             return self.render(problem.get("messages") or [{"role": "user", "content": text}])
-        return ([] if self.bos is None else [self.bos]) + self.encode(text)
+        return [*self.begin, *self.encode(text)]
 
     def render(self, messages, reply=True) -> list[int]:
         """[{"role", "content"}] -> ids.  No content can become special; reply opens the answer."""
@@ -312,18 +316,22 @@ class Tokenizer:
             strings[i] = text
         # no pair and no whole piece may make a control token of a user's text
         control = {text for text in specials if "special" in flags[text]}
-        vocab = {text: i for text, i in vocab.items() if text not in control}
+        kept = vocab.keys() - control | {spec["model"].get("unk_token")}
+        vocab = {text: i for text, i in vocab.items() if text in kept}
         pairs = [(left, right) for left, right in pairs
                  if control.isdisjoint((left, right, left + right))]
         by_bytes = any(step["type"] == "ByteLevel" for step in steps(spec, "pre_tokenizer"))
         parts = (read_bytes if by_bytes else read_characters)(spec, pairs, vocab, path)
         tokens = [*map(spelled if by_bytes else spaced, strings)]
-        for text, i in specials.items():
-            tokens[i] = text.encode("utf-8", "replace")
         begin = read_begin(spec, config, ends["bos"], path)
+        files = read_files(spec, path, begin, strings)
+        normal = read_steps(spec, "normalizer", NORMALIZERS)
+        for text, i in specials.items():
+            for change in normal if "normalized" in flags[text] else ():    # as HF shows them
+                text = change(text)
+            strings[i], tokens[i] = text, text.encode("utf-8", "replace")
         return Tokenizer(tokens, specials=specials, flags=flags, begin=begin, strings=strings,
-                         normal=read_steps(spec, "normalizer", NORMALIZERS), **ends, **parts,
-                         files=read_files(spec, path, begin, strings))
+                         normal=normal, **ends, **parts, files=files)
 
 
 # --- 4 joining listed pairs -----------------------------------------------------------------------
@@ -778,29 +786,32 @@ def read_begin(spec, config, bos, path):
     BOS if tokenizer_config.json has add_bos_token.  What it puts behind a text is not read: our
     training adds its own end, and a prompt has none.
     """
-    begin, templates = [], 0
-    for step in steps(spec, "post_processor"):
+    found, begin = steps(spec, "post_processor"), []
+    if other := [step["type"] for step in found if step["type"] not in BEFORE]:
+        raise UserError(f"{path}: the post_processor {other[0]} is none of {', '.join(BEFORE)}: "
+                        f"{CHOOSE}")
+    for step in found:
         try:
-            if step["type"] == "TemplateProcessing":
-                kinds = [*map(dict, step["single"])]
-                at = next(n for n, piece in enumerate(kinds) if "Sequence" in piece)
-                names = [piece["SpecialToken"]["id"] for piece in kinds[:at]]
-                found = [i for name in names for i in step["special_tokens"][name]["ids"]]
-            elif step["type"] in ("RobertaProcessing", "BertProcessing"):
-                found = [step["cls"][1]]
-            elif step["type"] == "ByteLevel":                       # moves offsets, adds nothing
-                continue
-            else:
-                raise UserError(f"{path}: the post_processor {step['type']} is not known: {CHOOSE}")
-        except (KeyError, TypeError, IndexError, ValueError, StopIteration):
+            begin = [int(i) for i in BEFORE[step["type"]](step)] + begin
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
             raise UserError(f"{path}: the post_processor {step['type']} cannot be read: "
                             "download it again") from None
-        begin, templates = found + begin, templates + 1
-    if bad := [i for i in begin if type(i) is not int or i < 0]:
-        raise UserError(f"{path}: the post_processor has the id {bad[0]!r}: download it again")
+    if any(step["type"] != "ByteLevel" for step in found):
+        return begin
     # without the key: written by an earlier version of this file, whose models saw BOS first
     asked = config.get("add_bos_token") or "post_processor" not in spec
-    return begin if templates else [bos] if asked and bos is not None else []
+    return [bos] if asked and bos is not None else []
+
+
+def template_begin(step):
+    """Ids that a TemplateProcessing puts before a text."""
+    pieces = [*takewhile(lambda piece: "Sequence" not in piece, step["single"])]
+    names = [piece["SpecialToken"]["id"] for piece in pieces]
+    return [i for name in names for i in step["special_tokens"][name]["ids"]]
+
+
+BEFORE = dict(TemplateProcessing=template_begin, RobertaProcessing=lambda step: [step["cls"][1]],
+              BertProcessing=lambda step: [step["cls"][1]], ByteLevel=lambda step: [])
 
 
 def opening(begin):

@@ -239,6 +239,7 @@ def test_tokens_that_the_listed_merges_cannot_reach_are_never_made():
 
 
 LEVEL = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
+OPEN = dict(type="Split", pattern=dict(Regex="("), behavior="Isolated", invert=False)
 
 
 def write(folder, **change):
@@ -270,21 +271,20 @@ def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_p
     (dict(model_merges=["a b"]), "a merge makes 'ab', which the vocabulary lacks"),
     (dict(normalizer=dict(type="Nmt")), "the normalizer Nmt is none of NFC, "),
     (dict(normalizer=dict(type="Prepend")), "normalizer Prepend: prepend is missing"),
-    (dict(pre_tokenizer=None), "BPE of characters (pre_tokenizer: none) without a decoder"),
+    (dict(pre_tokenizer=None, decoder=None), "BPE of characters (pre_tokenizer: none) without a decoder"),
     (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Metaspace"), LEVEL])),
      "pre_tokenizer Metaspace: replacement is missing"),
     (dict(pre_tokenizer=dict(type="Sequence",
                              pretokenizers=[dict(type="Punctuation", behavior="Odd"), LEVEL])),
      "pre_tokenizer Punctuation: behavior 'Odd' is none of Isolated, "),
-    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="BertPreTokenizer"), LEVEL])),
+    (dict(pre_tokenizer=dict(type="Sequence",
+                             pretokenizers=[dict(type="BertPreTokenizer"), LEVEL])),
      "the pre_tokenizer BertPreTokenizer is none of Split, "),
     (dict(decoder=dict(type="WordPiece")), "the decoder of a byte-level BPE is not ByteLevel"),
     (dict(pre_tokenizer=None, decoder=dict(type="CTC")), "the decoder CTC is none of Replace, "),
-    (dict(pre_tokenizer=dict(type="Sequence",
-                             pretokenizers=[dict(type="Split", pattern=dict(Regex="("),
-                                                 behavior="Isolated", invert=False)] * 2 + [LEVEL])),
+    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[OPEN, OPEN, LEVEL])),
      "the pattern '(' cannot be read"),
-    (dict(post_processor=dict(type="Odd")), "the post_processor Odd is not known"),
+    (dict(post_processor=dict(type="Odd")), "the post_processor Odd is none of Template"),
     (dict(post_processor=dict(type="TemplateProcessing", single=[5])),
      "the post_processor TemplateProcessing cannot be read"),
     (dict(added_tokens=[dict(id=5, content="!")]), "'!' has the id 5, in the vocabulary 33")])
