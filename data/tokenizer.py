@@ -580,7 +580,7 @@ def check_spec(spec, path):
     expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list",
            byte_fallback="flag", ignore_merges="flag", fuse_unk="flag", unk_token="text")
     ids = [*(spec["model"].get("vocab") or {}).values()]
-    words = spec["model"].get("vocab") or {}
+    words, given, top = spec["model"].get("vocab") or {}, {}, -1
     for token in spec.get("added_tokens") or []:
         text = token.get("content") if isinstance(token, dict) else None
         if not isinstance(text, str) or not text:
@@ -588,10 +588,12 @@ def check_spec(spec, path):
                             '{"id": 0, "content": "<s>", "special": true}')
         expect(token, f"{path}, added token {text!r}", ("id",), id="whole",
                **dict.fromkeys(FLAGS, "flag"))
-        if words.get(text, token["id"]) != token["id"]:
-            raise UserError(f"{path}: the added token {text!r} has the id {token['id']}, in the "
-                            f"vocabulary {words[text]}: download it again")
-        ids.append(token["id"])
+        given[text] = i = words.get(text, given.get(text, max(len(words), top + 1)))
+        top = max(top, i)
+        if token["id"] != i:      # the library counts on, whatever the file says
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']}, but "
+                            f"tokenizers reads {i}: write the file with that library")
+        ids.append(i)
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
         raise UserError(f"{path}: a token's id is {bad[0]!r}: "
                         f"expected a whole number below {MOST_IDS}")
@@ -681,18 +683,18 @@ def read_bytes(spec, pairs, vocab, path):
 
 def read_characters(spec, pairs, vocab, path):
     """A BPE over characters, SentencePiece's kind -> {argument of Tokenizer: value}."""
-    pre, single = steps(spec, "pre_tokenizer"), [f"<0x{b:02X}>" for b in range(256)]
+    pre, fallback = steps(spec, "pre_tokenizer"), spec["model"].get("byte_fallback")
     readers = read_steps(spec, "decoder", DECODERS)
     if not readers:
         kinds = " + ".join(step["type"] for step in pre) or "none"
         raise UserError(f"{path}: a BPE of characters (pre_tokenizer: {kinds}) without a decoder: "
                         f"{CHOOSE}")
-    order = [vocab.get(text, -1) for text in single]
+    single = {text: b for b in range(256) if fallback and (text := f"<0x{b:02X}>") in vocab}
+    order = [vocab.get(f"<0x{b:02X}>", -1) if fallback else -1 for b in range(256)]
     marks = [step for step in pre if step["type"] == "Metaspace"]
     if marks and marks != pre[:1]:
         raise UserError(f"{path}: Metaspace is not the first pre_tokenizer: {CHOOSE}")
     prefix = [step["replacement"] + " " for step in marks if scheme(step) != "never"]
-    single = {text: b for b, text in enumerate(single) if text in vocab}
     return joiner(spec, pairs, single, vocab, order) | dict(
         readers=readers, prefix="".join(prefix), once=[*map(scheme, marks)] == ["first"])
 

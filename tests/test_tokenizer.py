@@ -238,7 +238,7 @@ def test_tokens_that_the_listed_merges_cannot_reach_are_never_made():
     assert T.reachable(pairs) == [b"bc", b"ab", b"xy"]
 
 
-LEVEL = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
+LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 OPEN = dict(type="Split", pattern=dict(Regex="("), behavior="Isolated", invert=False)
 
 
@@ -271,7 +271,8 @@ def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_p
     (dict(model_merges=["a b"]), "a merge makes 'ab', which the vocabulary lacks"),
     (dict(normalizer=dict(type="Nmt")), "the normalizer Nmt is none of NFC, "),
     (dict(normalizer=dict(type="Prepend")), "normalizer Prepend: prepend is missing"),
-    (dict(pre_tokenizer=None, decoder=None), "BPE of characters (pre_tokenizer: none) without a decoder"),
+    (dict(pre_tokenizer=None, decoder=None),
+     "BPE of characters (pre_tokenizer: none) without a decoder"),
     (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Metaspace"), LEVEL])),
      "pre_tokenizer Metaspace: replacement is missing"),
     (dict(pre_tokenizer=dict(type="Sequence",
@@ -287,7 +288,9 @@ def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_p
     (dict(post_processor=dict(type="Odd")), "the post_processor Odd is none of Template"),
     (dict(post_processor=dict(type="TemplateProcessing", single=[5])),
      "the post_processor TemplateProcessing cannot be read"),
-    (dict(added_tokens=[dict(id=5, content="!")]), "'!' has the id 5, in the vocabulary 33")])
+    (dict(added_tokens=[dict(id=5, content="!")]), "'!' has the id 5, but tokenizers reads 33"),
+    (dict(added_tokens=[dict(id=257, content="<s>")]),
+     "'<s>' has the id 257, but tokenizers reads 256")])
 def test_files_that_cannot_be_read_say_why(change, error, tmp_path):
     with pytest.raises(UserError) as e:
         Tokenizer.load(write(tmp_path, **change))
