@@ -303,9 +303,10 @@ class Tokenizer:
         check_spec(spec, path)
         settings = {name: read_json(path.with_name(name)) for name in SETTINGS
                     if path.with_name(name).exists()}
-        config, added = settings.get("tokenizer_config.json", {}), spec.get("added_tokens") or []
+        config = settings.get("tokenizer_config.json", {})
         expect(config, path.with_name("tokenizer_config.json"), add_bos_token="flag")
         pairs, vocab = read_model(spec, path)
+        added = read_added(spec, vocab, path)
         specials = {a["content"]: a["id"] for a in added}
         ends = {end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")}
         flags = {a["content"]: {*filter(a.get, FLAGS)} for a in added}
@@ -580,7 +581,7 @@ def check_spec(spec, path):
     expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list",
            byte_fallback="flag", ignore_merges="flag", fuse_unk="flag", unk_token="text")
     ids = [*(spec["model"].get("vocab") or {}).values()]
-    words, given, top = spec["model"].get("vocab") or {}, {}, -1
+    words = spec["model"].get("vocab") or {}
     for token in spec.get("added_tokens") or []:
         text = token.get("content") if isinstance(token, dict) else None
         if not isinstance(text, str) or not text:
@@ -588,17 +589,25 @@ def check_spec(spec, path):
                             '{"id": 0, "content": "<s>", "special": true}')
         expect(token, f"{path}, added token {text!r}", ("id",), id="whole",
                **dict.fromkeys(FLAGS, "flag"))
-        given[text] = i = words.get(text, given.get(text, max(len(words), top + 1)))
-        top = max(top, i)
-        if token["id"] != i:      # the library counts on, whatever the file says
-            raise UserError(f"{path}: the added token {text!r} has the id {token['id']}, but "
-                            f"tokenizers reads {i}: write the file with that library")
-        ids.append(i)
+        ids.append(token["id"])
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
         raise UserError(f"{path}: a token's id is {bad[0]!r}: "
                         f"expected a whole number below {MOST_IDS}")
     if len(set(words.values())) < len(words):
         raise UserError(f"{path}: two entries of the vocabulary have one id: download it again")
+
+
+def read_added(spec, vocab, path):
+    """Added tokens; UserError where the library, which counts on, would read another id."""
+    given, top = {}, -1
+    for token in (found := spec.get("added_tokens") or []):
+        text = token["content"]
+        given[text] = i = vocab.get(text, given.get(text, max(len(vocab), top + 1)))
+        top = max(top, i)
+        if token["id"] != i:
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']}, but "
+                            f"tokenizers reads {i}: write the file with that library")
+    return found
 
 
 def read_model(spec, path):
@@ -608,6 +617,7 @@ def read_model(spec, path):
                                              or model.get("end_of_word_suffix"))
     if kind != "BPE" or affix or model.get("merges") is None:
         affix = f" with {affix!r} around words" if affix else ""
+        affix += "" if kind != "BPE" or affix else " without merges"
         raise UserError(f"{path} holds {kind}{affix}, not plain BPE: {CHOOSE}")
     if model.get("dropout"):
         raise UserError(f"{path}: dropout {model['dropout']} makes a text's ids random: set it to "
