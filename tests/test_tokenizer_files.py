@@ -5,6 +5,7 @@ The ids in VALUES are those of Hugging Face's tokenizers 0.23.3 on the same toke
 (encode(text, add_special_tokens=False), once with encode_special_tokens; decode).
 """
 import json
+import os
 import random
 import unicodedata
 
@@ -128,7 +129,9 @@ VALUES = dict(
          [64, 264, 266, 264, 266, 264, 260, 65],
          [64, 264, 220, 27, 75, 81, 29, 264, 220, 27, 75, 81, 29, 264, 260, 65],
          'a      <l>b'),
-        (' 日  the', [220, 162, 245, 98, 264, 83, 257], None, ' 日  the')],
+        (' 日  the', [220, 162, 245, 98, 264, 83, 257], None, ' 日  the'),
+        ('b<w> x<w>c <w>', [65, 27, 86, 29, 220, 87, 27, 86, 29, 66, 220, 262], None,
+         'b<w> x<w>c <w>')],
     prefixed=[
         ('a<think>b <think> c',
          [220, 64, 259, 220, 65, 220, 259, 220, 66],
@@ -251,6 +254,19 @@ def test_the_bytes_of_a_token_are_those_of_its_text(tmp_path):
     tok = Tokenizer.load(charwise(tmp_path))
     assert [tok.tokens[i] for i in (269, 3 + 10, 273)] == [b" the", b"\n", "日本".encode()]
     assert [tok.order[rank] for rank in tok.engine.encode_ordinary("▁the\n")] == [269, 3 + 10]
+
+
+def test_smollm2_reads_as_the_library_does():
+    """a real vocabulary: digits one by one, no BOS, special text plain or special"""
+    if not os.environ.get("MODEL_DIR"):
+        pytest.skip("needs SmolLM2-135M-Instruct: set MODEL_DIR to its folder")
+    tok = Tokenizer.load(os.environ["MODEL_DIR"])
+    text, line = "<|im_start|>user\n2 + 12 = 14!<|im_end|>\n", [4093, 198, 34, 1232, 216, 33, 34,
+                                                               446, 216, 33, 36, 17]
+    assert tok.encode(text, specials=True) == [1, *line, 2, 198]
+    assert tok.encode(text) == [44, 108, 306, 79, 3738, 108, 46, *line, 44, 108, 306, 79, 486, 108,
+                                46, 198]
+    assert tok.begin == [] and (tok.bos, tok.eos) == (1, 2)
 
 
 # --- what begins a text ---------------------------------------------------------------------------
