@@ -289,7 +289,7 @@ PLAIN = TEMPLATE | dict(single=TEMPLATE["single"][1:2])
     (dict(type="RobertaProcessing", cls=["<s>", 259], sep=["</s>", 260]), {}, [259]),
     (None, dict(add_bos_token=True, bos_token=None), [])])
 def test_bos_is_what_the_folder_says(processor, config, begin, tmp_path):
-    """as transformers 5: a template decides; without one, add_bos_token"""
+    """a template decides, as in transformers 5; without one, add_bos_token, as in transformers 4"""
     ends = [added(259, "<s>", "special"), added(260, "</s>", "special")]
     folder = bytewise(tmp_path, ends, post_processor=processor, config=dict(bos_token="<s>")
                       | config)
