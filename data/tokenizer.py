@@ -7,24 +7,25 @@ tokenizer.py - tiktoken behind one small class: bytes, characters, a BPE made he
     ids = tok.render([{"role": "user", "content": "2+2?"}])             # the chat template's ids
     tok.save(folder); Tokenizer.load(folder)     # Hugging Face files: transformers gives the same
 
-Map      1 bytes and letters   2 chat templates   3 the tokenizer   4 tokenizer.json   5 made here
+Map      1 bytes and letters   2 chat templates   3 the tokenizer   4 joining listed pairs
+         5 a checkpoint's steps   6 tokenizer.json   7 made here
 Ranks    tiktoken merges by rank: 0..255 are the bytes, 256 + i the i-th merged token; a table gives
-         the ids.
-Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for NFC or a prefix
-         space.
+         the ids.  What it cannot do (Llama 2, Gemma, DeepSeek) Joiner does, in ranks as well.
+Watch    nothing is lost: decode(encode(text)) == text, unless a checkpoint asks for a normal form
+         or a prefix space.
 """
 import heapq
 import json
 import re
-import sys
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from datetime import datetime
-from functools import cache
-from itertools import accumulate, groupby
+from functools import cache, lru_cache, partial
+from itertools import accumulate, chain, groupby, takewhile
 from pathlib import Path
 
+import regex     # tiktoken requires it
 import tiktoken
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -57,19 +58,20 @@ def total(pattern):
 # GPT-2's alphabet, one visible letter a byte: printable ones stand for themselves, " " is "Ġ"
 LETTER = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 LETTER |= {b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - LETTER.keys()))}
-BYTE = {letter: b for b, letter in LETTER.items()}
+# a letter's code point -> its byte; 256, which latin-1 has not, for what is no letter
+BYTE = defaultdict(lambda: 256, {ord(letter): b for b, letter in LETTER.items()})
 
 
 def letters(token):
     """Bytes -> the string that stands for them in tokenizer.json.   b" the" -> "Ġthe" """
-    return "".join(LETTER[b] for b in token)
+    return token.decode("latin-1").translate(LETTER)
 
 
 def spelled(text):
     """A vocabulary string -> its bytes; outside the alphabet it stands for itself, as HF has it."""
     try:
-        return bytes([BYTE[c] for c in text])
-    except KeyError:
+        return text.translate(BYTE).encode("latin-1")
+    except UnicodeEncodeError:
         return text.encode("utf-8", "replace")
 
 
@@ -108,7 +110,7 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 @cache
-def compiled(template):
+def jinja_of(template):
     """A chat template, ready to render, in Jinja's sandbox with what Hugging Face's templates may
     call. UserError if it is no Jinja."""
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -121,12 +123,6 @@ def compiled(template):
     except TemplateError as e:
         raise UserError(f"the chat template is no Jinja that can be read ({e}): copy "
                         "tokenizer_config.json or chat_template.jinja again") from None
-
-
-def any_of(texts):
-    """A pattern that finds each of the texts, the longest first, in its only group."""
-    longest_first = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-    return re.compile(f"({longest_first or '(?!)'})")
 
 
 def common(a, b):
@@ -170,37 +166,76 @@ def read_template(folder):
 
 # --- 3 the tokenizer ------------------------------------------------------------------------------
 
+SPACES = ("\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
+          "\u200a\u2028\u2029\u202f\u205f\u3000")
+WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
+
+
+def longest_of(words):
+    """A regular expression for the longest of the words that begins at a place; of none: never."""
+    if len(words) < 2:
+        return re.escape(words[0]) if words else "(?!)"
+    tails = defaultdict(list)
+    for word in words:
+        tails[word[:1]].append(word[1:])
+    end = "?" if tails.pop("", ()) else ""                             # a word may end here
+    branches = [re.escape(first) + longest_of(tails[first]) for first in tails]
+    return f"(?:{'|'.join(branches)}){end}"
+
+
 class Tokenizer:
     """Text <-> ids.  A loaded one saves its files unchanged; one made here writes tokenizer.json
     anew.
 
     tokens    id -> bytes, special tokens included, holes b""
-    order     rank -> id: the 256 single bytes (-1: no such token), then the merged tokens in order
-    specials  text -> id of the special and the added tokens
-    visible   ids of those that decode always shows
+    order     rank -> id: the 256 single bytes (-1: no such token), then the other tokens in order
+    specials  text -> id of the special and the other added tokens
+    flags     text -> of an added token, those that tokenizer.json gives it; {"special"} by default
+    begin     ids before a text that stands alone; [bos] by default
+    normal    functions text -> text, applied to what is between added tokens
+    prefix    characters of which the first is put before a text, and with once=False before each
+              part between added tokens, that begins with none of them
+    direct    a piece that is a token is taken whole, without merges to it (HF: ignore_merges)
+    engine    what finds the ranks, by default tiktoken with the pattern
+    readers   functions [vocabulary string] -> [string] that decode, by default the tokens' bytes
     template  the chat template, in Jinja, "" for none
     names     what it may call by name: {"eos_token": text, …}
     stops     ids that end a completion: EOS, with a chat template also the end of its turns
-    direct    a piece that is a token is taken whole, without merges to it (HF: ignore_merges)
     """
 
-    def __init__(self, tokens, order, specials, *, bos, eos, pad, pattern=PATTERN, visible=(),
-                 nfc=False, prefix_space=False, direct=False, files=(), template="", names=()):
+    def __init__(self, tokens, order, specials, *, bos, eos, pad, begin=None, pattern=PATTERN,
+                 flags=None, normal=(), prefix="", once=False, direct=False, engine=None,
+                 strings=(), readers=(), files=(), template="", names=()):
         self.tokens, self.order, self.specials, self.pattern = tokens, order, specials, pattern
         self.bos, self.eos, self.pad, self.direct = bos, eos, pad, direct
-        self.nfc, self.prefix_space, self.files = nfc, prefix_space, dict(files)
-        self.hidden = (set(specials.values()) | {bos, eos, pad}) - set(visible)
+        self.begin = [bos] * (bos is not None) if begin is None else begin
+        self.normal, self.prefix, self.once, self.files = normal, prefix, once, dict(files)
+        self.strings, self.readers = strings, readers
+        self.flags = flags or {text: {"special"} for text in specials}
+        self.hidden = {bos, eos, pad}.union(specials[x] for x in specials
+                                            if "special" in self.flags[x])
         self.template, self.names, self.stops = template, dict(names), (eos,)
-        controls = {text: i for text, i in specials.items() if i not in set(visible)}
-        self.control, self.control_ids = any_of(controls), {*controls.values(), eos}
-        self.split = any_of(specials)
+        controls = [text for text in specials if "special" in self.flags[text]]
+        self.control = re.compile(f"({longest_of(controls)})")
+        self.control_ids = {eos, *(specials[text] for text in controls)}
+        # added tokens that are found before the text is brought into its normal form, and after
+        # (that of two with one normal form: a special one, else the first)
+        after = sorted((x for x in reversed(specials) if "normalized" in self.flags[x]),
+                       key=lambda x: "special" in self.flags[x])
+        self.marks = [{x: x for x in specials if "normalized" not in self.flags[x]},
+                      {self.normalised(x): x for x in after}]
+        self.split = [re.compile(longest_of([*some])) for some in self.marks]
+        self.engine = engine or self.tiktoken()
+
+    def tiktoken(self):
+        """The engine that splits by the pattern, then joins neighbours whose bytes are a token."""
         ranks = {bytes([b]): b for b in range(256)}
-        ranks |= {tokens[i]: 256 + n for n, i in enumerate(order[256:])}
+        ranks |= {self.tokens[i]: 256 + n for n, i in enumerate(self.order[256:])}
         try:
-            self.engine = tiktoken.Encoding("", pat_str=total(pattern), mergeable_ranks=ranks,
-                                            special_tokens={})
+            return tiktoken.Encoding("", pat_str=total(self.pattern), mergeable_ranks=ranks,
+                                     special_tokens={})
         except ValueError as e:
-            raise UserError(f"tiktoken cannot compile the pattern {pattern!r} ({e}): "
+            raise UserError(f"tiktoken cannot compile the pattern {self.pattern!r} ({e}): "
                             "choose another") from e
 
     @property
@@ -208,47 +243,90 @@ class Tokenizer:
         """Highest id + 1: the rows that an embedding needs."""
         return len(self.tokens)
 
-    def plain(self, text) -> list[int]:
-        """Ids of a text in which nothing is special."""
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        text = " " + text if self.prefix_space and text and text[0] != " " else text
+    def normalised(self, text):
+        """The text in the normal form that the checkpoint asks for."""
+        for change in self.normal:
+            text = change(text)
+        return text
+
+    def marked(self, text, stage, specials):
+        """A text from left to right as (place, plain part, None) and (place, "", an added token's
+        id); stage: 0 before the normal form, 1 after.
+        """
+        done = 0
+        for hit in self.split[stage].finditer(text):
+            start, stop = hit.span()
+            token = self.marks[stage][hit[0]]
+            flags, around = self.flags[token], text[start - 1:start] + text[stop:stop + 1]
+            if ("special" in flags and not specials
+                    or "single_word" in flags and WORD.search(around)):
+                continue
+            if "lstrip" in flags:           # not what the token before took, even of this one's own
+                start = max(done, len(text[done:start].rstrip(SPACES)) + done)
+            while "rstrip" in flags and stop < len(text) and text[stop] in SPACES:
+                stop += 1
+            if done < start:
+                yield done, text[done:start], None
+            if start < stop:
+                yield start, "", self.specials[token]
+            done = stop
+        if done < len(text):
+            yield done, text[done:], None
+
+    def pieces(self, text, first=True) -> list[int]:
+        """Ids of a text in its normal form, without added tokens; first: of a text's begin."""
+        text = text.replace(APART, "")
+        if self.prefix and text[:1] not in self.prefix and (first or not self.once):
+            text = self.prefix[0] + text
         ids = [self.order[rank] for rank in self.engine.encode_ordinary(text)]
         if -1 in ids:
-            absent = {b for b in range(256) if self.order[b] < 0}
-            lost = [c for c in text if absent & set(c.encode("utf-8", "surrogatepass"))]
+            absent = {rank for rank, i in enumerate(self.order) if i < 0}
+            lost = [c for c in text if absent & {*self.engine.encode_ordinary(c)}]
             raise UserError(f"no token for {[*lost, text][0]!r}: take it out or widen the alphabet")
         return ids
 
     def encode(self, text: str, specials=False) -> list[int]:
-        """Ids of a text, no BOS or EOS added.  A special's text is plain unless specials=True."""
-        if not specials:
-            return self.plain(text)
+        """Ids of a text, no BOS or EOS added.  Added tokens are found in it, but a special's text
+        is plain unless specials=True: what a user writes cannot become a control token.
+        """
         ids = []
-        for n, part in enumerate(self.split.split(text)):  # plain, special, plain, ..., plain
-            ids += [self.specials[part]] if n % 2 else self.plain(part.replace(APART, ""))
+        for place, part, token in self.marked(text, 0, specials):
+            if token is not None:
+                ids.append(token)
+                continue
+            for inner, part, token in self.marked(self.normalised(part), 1, specials):
+                ids += self.pieces(part, place + inner == 0) if token is None else [token]
         return ids
 
     def decode(self, ids, skip_specials=True) -> str:
         """Text of a list or tensor of ids.  Broken UTF-8 becomes U+FFFD, an unknown id nothing."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         hidden = self.hidden if skip_specials else ()
-        known = [self.tokens[i] for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
-        return b"".join(known).decode("utf-8", "replace")
+        known = [i for i in ids if 0 <= i < len(self.tokens) and i not in hidden]
+        if not self.readers:
+            return b"".join([self.tokens[i] for i in known]).decode("utf-8", "replace")
+        parts = [self.strings[i] for i in known if self.strings[i]]
+        for read in self.readers:
+            parts = read(parts)
+        return "".join(parts)
 
     def spelled(self, ids, chars) -> int:
         """How many of the ids spell the first `chars` characters of their text."""
-        return bisect_left(range(len(ids) + 1), chars, key=lambda i: len(self.decode(ids[:i])))
+        # a character of which bytes are missing does not count: it may be several U+FFFD
+        return bisect_left(range(len(ids)), chars,
+                           key=lambda i: len(self.decode(ids[:i]).rstrip("\ufffd")))
 
     def prompt(self, problem, chat=False) -> list[int]:
         """Ids that a completion continues, of a text or a task's {"prompt"[, "messages", "hint"]}.
 
-        BOS (if any), the text and the hint; with chat the rendered messages, or the user's turn.
+        What begins a text (BOS, if the folder says so), the text and the hint; with chat the
+        rendered messages, or the user's turn.
         """
         problem = {"prompt": problem} if isinstance(problem, str) else problem
         if chat:
             return self.render(self.messages(problem))
         text = problem["prompt"] + problem.get("hint", "")
-        return ([] if self.bos is None else [self.bos]) + self.encode(text)
+        return [*self.begin, *self.encode(text)]
 
     def shown(self, problem, chat=False) -> str:
         """What a model reads of a problem, special tokens included."""
@@ -292,7 +370,7 @@ class Tokenizer:
                             "folder")
         messages = [m | dict(content=self.guard(m["content"])) for m in messages]
         try:
-            return compiled(self.template).render(
+            return jinja_of(self.template).render(
                 messages=messages, add_generation_prompt=reply, tools=None, documents=None,
                 **self.names)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
@@ -384,56 +462,276 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in (self.files or hf_files(self)).items():
-            (Path(folder) / name).write_bytes(text.encode())
+        for name, content in (self.files or hf_files(self)).items():
+            content = content.encode() if isinstance(content, str) else content
+            (Path(folder) / name).write_bytes(content)
 
     @staticmethod
     def load(folder) -> "Tokenizer":
-        """A checkpoint's byte-level BPE from its tokenizer.json; its configs name its ends."""
+        """A checkpoint's BPE from its tokenizer.json; its configs name its ends."""
         path = Path(folder) / "tokenizer.json"
         spec = read_json(path, MISSING)
         check_spec(spec, path)
-        pairs, vocab, added = *read_model(spec, path), spec.get("added_tokens") or []
-        pattern, prefix_space = read_pattern(spec.get("pre_tokenizer"))
+        settings = {name: read_json(path.with_name(name)) for name in SETTINGS
+                    if path.with_name(name).exists()}
+        config = settings.get("tokenizer_config.json", {})
+        expect(config, path.with_name("tokenizer_config.json"), add_bos_token="flag")
+        pairs, vocab = read_model(spec, path)
+        added = read_added(spec, vocab, path)
         specials = {a["content"]: a["id"] for a in added}
-        tokens = [b""] * (1 + max([*vocab.values(), *specials.values()]))
+        ends = {end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")}
+        flags = {a["content"]: {*filter(a.get, FLAGS)} for a in added}
+        for text in specials:
+            flags[text] |= {"special"} if specials[text] in ends.values() else set()
+        strings = [""] * (1 + max([*vocab.values(), *specials.values()]))
         for text, i in [*vocab.items(), *specials.items()]:
-            tokens[i] = text.encode("utf-8", "replace") if text in specials else spelled(text)
-        ids = {spelled(text): i for text, i in vocab.items() if set(text) <= BYTE.keys()}
-        merged = reachable(pairs)
-        if lost := [token for token in merged if token not in ids]:
-            raise UserError(f"{path}: a merge makes {letters(lost[0])!r}, which the vocabulary "
-                            "lacks: download it again")
-        direct = bool(spec["model"].get("ignore_merges"))
-        if direct:
-            # HF takes a token that no merge makes if it is a whole piece; here it also merges,
-            # after the others: the same where every split is listed (Llama 3), for then its halves
-            # never stand alone
-            rest = ids.keys() - set(merged) - {text.encode() for text in specials}
-            merged += sorted((token for token in rest if len(token) > 1), key=ids.get)
-        order = [ids.get(bytes([b]), -1) for b in range(256)] + [ids[token] for token in merged]
-        kept = {name: path.with_name(name) for name in KEPT if path.with_name(name).exists()}
-        settings = [read_json(path.with_name(name)) for name in SETTINGS
-                    if path.with_name(name).exists()]
-        return Tokenizer(
-            tokens, order, specials, pattern=pattern, prefix_space=prefix_space, direct=direct,
-            **{end: read_id(end, settings, vocab | specials) for end in ("bos", "eos", "pad")},
-            visible=[a["id"] for a in added if not a.get("special")],
-            nfc=read_nfc(spec.get("normalizer")), names=read_names(settings),
-            template=read_template(path.parent),
-            files={name: read_utf8(file) for name, file in kept.items()})
+            strings[i] = text
+        # no pair and no whole piece may make a control token of a user's text
+        control = {text for text in specials if "special" in flags[text]}
+        kept = vocab.keys() - control | {spec["model"].get("unk_token")}
+        vocab = {text: i for text, i in vocab.items() if text in kept}
+        pairs = [(left, right) for left, right in pairs
+                 if control.isdisjoint((left, right, left + right))]
+        by_bytes = any(step["type"] == "ByteLevel" for step in steps(spec, "pre_tokenizer"))
+        parts = (read_bytes if by_bytes else read_characters)(spec, pairs, vocab, path)
+        tokens = [*map(spelled if by_bytes else spaced, strings)]
+        begin = read_begin(spec, config, ends["bos"], path)
+        files = read_files(spec, path, begin, strings)
+        normal = read_steps(spec, "normalizer", NORMALIZERS)
+        for text, i in specials.items():
+            for change in normal if "normalized" in flags[text] else ():    # as HF shows them
+                text = change(text)
+            strings[i], tokens[i] = text, text.encode("utf-8", "replace")
+        return Tokenizer(tokens, specials=specials, flags=flags, begin=begin, strings=strings,
+                         normal=normal, **ends, **parts, files=files,
+                         names=read_names(settings), template=read_template(path.parent))
 
+
+# --- 4 joining listed pairs -----------------------------------------------------------------------
+
+class Joiner:
+    """tiktoken's twin for what tiktoken cannot do: text -> ranks by a list of pairs, as HF has it.
+
+    steps    functions piece -> pieces, the pre_tokenizer's
+    ranks    vocabulary string -> rank
+    pairs    {(rank, rank): (place in the list, rank of both together)}
+    single   bytes that a character without a rank becomes, if it has no others
+    unknown  rank of what then has none, None: its bytes all the same;  fuse: a run of them is one
+    direct   a piece that is a token is taken whole
+    """
+
+    def __init__(self, steps, ranks, pairs, single=(), unknown=None, fuse=False, direct=False):
+        self.steps, self.ranks, self.single, self.direct = steps, ranks, {*single}, direct
+        self.unknown, self.fuse = unknown, fuse
+        self.pairs = {(ranks[a], ranks[b]): (n, ranks[a + b]) for n, (a, b) in enumerate(pairs)}
+        self.joints = {(a[-1], b[0]) for a, b in pairs}  # characters that some pair brings together
+        self.join = lru_cache(1 << 16)(self.join)
+
+    def encode_ordinary(self, text) -> list[int]:
+        """Ranks of a text."""
+        pieces, out = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")], []
+        for step in self.steps:
+            pieces = [part for piece in pieces for part in step(piece)]
+        for piece in pieces:
+            if self.direct and piece in self.ranks:
+                out.append(self.ranks[piece])
+                continue
+            for part in self.parts(piece):
+                out += self.join(part)
+        return out
+
+    def parts(self, piece):
+        """The piece, cut where no pair can ever join: so parts are short, and join remembers them.
+        """
+        joints, at = self.joints, 0
+        for n, both in enumerate(zip(piece, piece[1:]), 1):
+            if both not in joints and not (self.fuse and self.ranks.keys().isdisjoint(both)):
+                yield piece[at:n]
+                at = n
+        yield piece[at:]
+
+    def join(self, part):
+        """Ranks of a part: its characters', then the pair that is listed first is joined, the
+        leftmost of equal ones, until none is listed.
+        """
+        ranks = []
+        for c in part:
+            if c in self.ranks:
+                ranks.append(self.ranks[c])
+            elif self.unknown is None or self.single.issuperset(c.encode()):
+                ranks += c.encode()
+            elif not (self.fuse and ranks and ranks[-1] == self.unknown):
+                ranks.append(self.unknown)
+        size, none = len(ranks), (-1, -1)
+        after, before = [*range(1, size + 1)], [*range(-1, size - 1)]
+        ranks.append(-1)                                           # its pairs are never listed
+        heap = [(self.pairs[both][0], n) for n, both in enumerate(zip(ranks, ranks[1:]))
+                if both in self.pairs]
+        heapq.heapify(heap)
+        while heap:
+            place, n = heapq.heappop(heap)
+            found, joined = self.pairs.get((ranks[n], ranks[after[n]]), none)
+            if found != place:                                # one of the two is part of another
+                continue
+            gone = after[n]
+            ranks[n], ranks[gone], after[n] = joined, -2, after[gone]
+            if after[n] < size:
+                before[after[n]] = n
+            for m in (before[n], n):
+                if m >= 0 and (both := (ranks[m], ranks[after[m]])) in self.pairs:
+                    heapq.heappush(heap, (self.pairs[both][0], m))
+        return [rank for rank in ranks if rank >= 0]
+
+
+# --- 5 a checkpoint's steps -----------------------------------------------------------------------
+
+def cut(text, pattern, behavior="Isolated", invert=False):
+    """The pieces of a text in which a pattern matches, by the five ways of the library's Split."""
+    runs, at = [], 0
+    for hit in pattern.finditer(text):
+        runs += [(text[at:hit.start()], invert), (hit[0], not invert)]
+        at = hit.end()
+    runs = [(run, hit) for run, hit in [*runs, (text[at:], invert)] if run]
+    if behavior == "Removed":
+        return [run for run, hit in runs if not hit]
+    backward, out, last = behavior == "MergedWithNext", [], False
+    for run, hit in runs[::-1] if backward else runs:
+        glued = hit == last if behavior == "Contiguous" else hit and not last
+        if out and glued and behavior != "Isolated":
+            out[-1] = run + out[-1] if backward else out[-1] + run
+        else:
+            out.append(run)
+        last = hit
+    return out[::-1] if backward else out
+
+
+def as_letters(piece, pattern=None, space=False):
+    """ByteLevel: the pieces of a piece, each in the letters of its bytes."""
+    piece = " " + piece if space and piece[0] != " " else piece
+    return [letters(part.encode()) for part in (cut(piece, pattern) if pattern else [piece])]
+
+
+def at_marks(piece, mark, split):
+    """Metaspace: spaces become marks, and each mark begins a piece; Tokenizer puts the first one.
+    """
+    piece = piece.replace(" ", mark)
+    return cut(piece, regex.compile(mark), "MergedWithNext") if split else [piece]
+
+
+def as_meant(pattern):
+    """A pattern of HF's library, which reads x{1,3}+ as (x{1,3})+, for tiktoken and regex."""
+    return re.sub(r"\{(\d+),\d+\}\+", r"{\1,}", pattern)
+
+
+def read_regex(pattern):
+    """{"String": …} or {"Regex": …} of tokenizer.json -> a compiled pattern."""
+    text = as_meant(pattern["Regex"]) if "Regex" in pattern else regex.escape(pattern["String"])
+    try:
+        return regex.compile(text)
+    except regex.error as e:
+        raise UserError(f"tokenizer.json: the pattern {text!r} cannot be read ({e})") from None
+
+
+def replaced(parts, pattern, new):
+    """Replace as a decoder: in each of the parts."""
+    return [pattern.sub(lambda hit: new, part) for part in parts]
+
+
+def from_bytes(parts):
+    """ByteFallback: runs of <0x0A> become text, or U+FFFD for each byte if they are no UTF-8."""
+    out = []
+    for single, run in groupby(parts, lambda part: BYTE_TOKEN.fullmatch(part) is not None):
+        run = [*run]
+        if single:
+            data = bytes([int(part[3:5], 16) for part in run])
+            try:
+                run = [data.decode()]
+            except UnicodeDecodeError:
+                run = ["\ufffd"] * len(data)
+        out += run
+    return out
+
+
+def stripped(parts, mark, start, stop):
+    """Strip as a decoder: up to so many marks from each part's ends."""
+    for _ in range(start):
+        parts = [part.removeprefix(mark) for part in parts]
+    for _ in range(stop):
+        parts = [part.removesuffix(mark) for part in parts]
+    return parts
+
+
+def unspaced(parts, mark, prefix):
+    """Metaspace as a decoder: marks become spaces, those of the first part nothing if one was put
+    there."""
+    first = [part.replace(mark, "" if prefix else " ") for part in parts[:1]]
+    return first + [part.replace(mark, " ") for part in parts[1:]]
+
+
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+GPT2_PIECES = regex.compile(GPT2)
+FORMS = dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD"),
+                      lambda step: partial(unicodedata.normalize, step["type"]))
+CHOICES = dict(prepend_scheme=("always", "first", "never"),
+               behavior=("Isolated", "Removed", "Contiguous", "MergedWithPrevious",
+                         "MergedWithNext"))
+OF_STEPS = dict.fromkeys(("content", "prepend", "replacement", "behavior"), "text") | dict(
+    pattern="object", start="whole", stop="whole") | dict.fromkeys(
+        ("invert", "split", "individual_digits", "add_prefix_space", "use_regex"), "flag")
+NEEDS = {("normalizer", "Prepend"): ("prepend",), ("normalizer", "Replace"): ("pattern", "content"),
+         ("pre_tokenizer", "Split"): ("pattern", "behavior", "invert"),
+         ("pre_tokenizer", "Metaspace"): ("replacement",),
+         ("decoder", "Metaspace"): ("replacement",), ("decoder", "Replace"): ("pattern", "content"),
+         ("decoder", "Strip"): ("content", "start", "stop")}
+# Each row: a step's object -> a function text -> text, piece -> pieces, parts -> parts.
+NORMALIZERS = FORMS | dict(
+    Lowercase=lambda step: lambda text: "".join(map(str.lower, text)),
+    Prepend=lambda step: lambda text: step["prepend"] + text if text else text,
+    Replace=lambda step: partial(read_regex(step["pattern"]).sub, lambda hit: step["content"]))
+SPLITTERS = dict(
+    Split=lambda step: partial(cut, pattern=read_regex(step["pattern"]), invert=step["invert"],
+                               behavior=step["behavior"]),
+    Digits=lambda step: partial(cut, pattern=regex.compile(r"\p{N}"), behavior="Isolated"
+                                if step.get("individual_digits") else "Contiguous"),
+    Punctuation=lambda step: partial(cut, pattern=regex.compile(r"[\p{P}$+<=>^`|~]"),
+                                     behavior=step.get("behavior", "Isolated")),
+    Metaspace=lambda step: partial(at_marks, mark=step["replacement"],
+                                   split=step.get("split", True)),
+    ByteLevel=lambda step: partial(as_letters, space=step.get("add_prefix_space", True),
+                                   pattern=GPT2_PIECES if step.get("use_regex", True) else None))
+DECODERS = dict(
+    Replace=lambda step: partial(replaced, pattern=read_regex(step["pattern"]),
+                                 new=step["content"]),
+    ByteFallback=lambda step: from_bytes,
+    Fuse=lambda step: lambda parts: ["".join(parts)],
+    Strip=lambda step: partial(stripped, mark=step["content"], start=step["start"],
+                               stop=step["stop"]),
+    Metaspace=lambda step: partial(unspaced, mark=step["replacement"],
+                                   prefix=scheme(step) != "never"))
+
+
+# --- 6 tokenizer.json -----------------------------------------------------------------------------
 
 # --- 4 tokenizer.json -----------------------------------------------------------------------------
 
 KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "chat_template.jinja", "chat_template.json")
+BINARY = ("tokenizer.model",)  # SentencePiece's own, for other programs
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
             "config.json")
-CHOOSE = "choose a byte-level BPE (Llama 3, Qwen, GPT-2, SmolLM) or train one with train_bpe"
-MISSING = ("copy it from the checkpoint's page; if that has only a SentencePiece tokenizer.model, "
-           f"{CHOOSE}")
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+CHOOSE = "choose a BPE as those of Llama, Qwen, Mistral, Gemma, GPT-2, or train one with train_bpe"
+MISSING = ("copy it from the checkpoint's page; if that has only a tokenizer.model, transformers "
+           "writes it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)")
 MOST_IDS = 1 << 23  # no tokenizer has more: a larger id is a slip, and fills memory
+
+
+def steps(spec, part):
+    """The steps of a part of tokenizer.json, as a list of objects."""
+    step = spec.get(part) or {}
+    inner = {"pre_tokenizer": "pretokenizers", "normalizer": "normalizers", "decoder": "decoders",
+             "post_processor": "processors"}[part]
+    return step.get(inner, [step] if step else [])
 
 
 def read_utf8(path):
@@ -446,84 +744,289 @@ def read_utf8(path):
 
 def check_spec(spec, path):
     """UserError for a tokenizer.json that lacks a part or has one of another kind."""
-    expect(spec, path, ("model",), model="object", added_tokens="list", pre_tokenizer="object",
-           normalizer="object")
-    for part in ("pre_tokenizer", "normalizer"):
-        steps = spec.get(part) or {"type": ""}
-        steps = steps.get("pretokenizers", steps.get("normalizers", [steps]))
-        right = isinstance(steps, list) and all(isinstance(x, dict) for x in steps)
-        if not right or not all(type(x.get("type")) is str for x in steps):
+    parts = dict.fromkeys(("pre_tokenizer", "normalizer", "decoder", "post_processor"), "object")
+    expect(spec, path, ("model",), model="object", added_tokens="list", **parts)
+    for part in parts:
+        found = steps(spec, part)
+        right = isinstance(found, list) and all(isinstance(x, dict) for x in found)
+        if not right or not all(type(x.get("type")) is str for x in found):
             raise UserError(f'{path}: {part} is no list of {{"type": …}}: download it again')
     expect(spec["model"], f"{path}, model", type="text", vocab="object", merges="list",
-           byte_fallback="flag", ignore_merges="flag")
+           byte_fallback="flag", ignore_merges="flag", fuse_unk="flag", unk_token="text")
     ids = [*(spec["model"].get("vocab") or {}).values()]
+    words = spec["model"].get("vocab") or {}
     for token in spec.get("added_tokens") or []:
         text = token.get("content") if isinstance(token, dict) else None
         if not isinstance(text, str) or not text:
             raise UserError(f"{path}: an added token is {str(token)[:60]}: expected "
                             '{"id": 0, "content": "<s>", "special": true}')
-        expect(token, f"{path}, added token {text!r}", ("id",), id="whole", special="flag")
+        expect(token, f"{path}, added token {text!r}", ("id",), id="whole",
+               **dict.fromkeys(FLAGS, "flag"))
         ids.append(token["id"])
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:
         raise UserError(f"{path}: a token's id is {bad[0]!r}: "
                         f"expected a whole number below {MOST_IDS}")
-    words = spec["model"].get("vocab") or {}
     if len(set(words.values())) < len(words):
         raise UserError(f"{path}: two entries of the vocabulary have one id: download it again")
 
 
+def read_added(spec, vocab, path):
+    """Added tokens; UserError where the library, which counts on, would read another id."""
+    given, top = {}, -1
+    for token in (found := spec.get("added_tokens") or []):
+        text = token["content"]
+        given[text] = i = vocab.get(text, given.get(text, max(len(vocab), top + 1)))
+        top = max(top, i)
+        if token["id"] != i:
+            raise UserError(f"{path}: the added token {text!r} has the id {token['id']}, but "
+                            f"tokenizers reads {i}: write the file with that library")
+    return found
+
+
 def read_model(spec, path):
-    """tokenizer.json -> (merges as pairs of bytes, vocabulary string -> id)."""
-    model = spec.get("model") or {}
-    kind = model.get("type", "BPE")
-    kind = "SentencePiece (byte_fallback)" if model.get("byte_fallback") else kind
-    affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    """tokenizer.json -> (merges as pairs of vocabulary strings, vocabulary string -> id)."""
+    model = spec["model"]
+    kind, affix = model.get("type", "BPE"), (model.get("continuing_subword_prefix")
+                                             or model.get("end_of_word_suffix"))
     if kind != "BPE" or affix or model.get("merges") is None:
         affix = f" with {affix!r} around words" if affix else ""
-        raise UserError(f"{path} holds {kind}{affix}, not byte-level BPE: {CHOOSE}")
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        affix += "" if kind != "BPE" or affix else " without merges"
+        raise UserError(f"{path} holds {kind}{affix}, not plain BPE: {CHOOSE}")
+    if model.get("dropout"):
+        raise UserError(f"{path}: dropout {model['dropout']} makes a text's ids random: set it to "
+                        "null")
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) if isinstance(m, (str, list)) else m
+              for m in model["merges"]]
     for m in merges:
-        if not isinstance(m, list) or len(m) != 2 or not all(isinstance(x, str) for x in m):
+        if type(m) is not tuple or len(m) != 2 or not type(m[0]) is type(m[1]) is str:
             raise UserError(f"{path}: a merge is {m!r}: expected two tokens; download it again")
-    if not model.get("vocab"):
+    if not (vocab := model.get("vocab")):
         raise UserError(f"{path} has no vocabulary: download it again")
-    return [(spelled(left), spelled(right)) for left, right in merges], model["vocab"]
+    if lost := {*chain(*merges), *map("".join, merges)} - vocab.keys():
+        raise UserError(f"{path}: a merge makes {min(lost)!r}, which the vocabulary lacks: "
+                        "download it again")
+    if (unknown := model.get("unk_token")) is not None and unknown not in vocab:
+        raise UserError(f"{path}: unk_token {unknown!r} is not in the vocabulary: "
+                        "download it again")
+    return merges, vocab
+
+
+def read_steps(spec, part, known):
+    """The functions of a part's steps; UserError for one that nothing here does."""
+    found = steps(spec, part)
+    if other := [step["type"] for step in found if step["type"] not in known]:
+        raise UserError(f"the {part} {other[0]} is none of {', '.join(known)}: {CHOOSE}")
+    for step in found:
+        where = f"tokenizer.json, {part} {step['type']}"
+        expect(step, where, NEEDS.get((part, step["type"]), ()), **OF_STEPS)
+        for key in CHOICES.keys() & step.keys():
+            if step[key] not in CHOICES[key]:
+                raise UserError(f"{where}: {key} {step[key]!r} is none of "
+                                f"{', '.join(CHOICES[key])}: {CHOOSE}")
+        if "pattern" in step and not any(type(x) is str for x in step["pattern"].values()):
+            raise UserError(f"{where}: pattern is {step['pattern']}: expected a String or a Regex")
+    return [known[step["type"]](step) for step in found]
 
 
 def read_pattern(pre):
-    """pre_tokenizer of tokenizer.json -> (one regular expression, prefix space?)."""
-    match pre.get("pretokenizers", [pre]) if pre else []:
+    """Steps of a pre_tokenizer -> (one regular expression that is all of them, or None; prefix
+    space?)."""
+    match pre:
         case [{"type": "ByteLevel", **level}]:
             pattern = GPT2 if level.get("use_regex", True) else r"[\s\S]+"
             return pattern, level.get("add_prefix_space", True)
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
                "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            return re.sub(r"\{1,\d+\}\+", "+", pattern), False       # HF reads x{1,3}+ as (x{1,3})+
+            return as_meant(pattern), False
         case [{"type": "Digits", "individual_digits": True},
               {"type": "ByteLevel", "add_prefix_space": False, **level}
               ] if level.get("use_regex", True):
             return DIGITS, False
-        case steps:
-            kinds = " + ".join(step["type"] for step in steps) or "none"
-            raise UserError(f"the pre_tokenizer ({kinds}) is not one pattern, then bytes: {CHOOSE}")
+    return None, False
 
 
-def read_nfc(normalizer) -> bool:
-    """normalizer of tokenizer.json -> compose characters (NFC) before encoding?
+def read_bytes(spec, pairs, vocab, path):
+    """A byte-level BPE -> {argument of Tokenizer: value}: tiktoken, where it does the same."""
+    model, pre = spec["model"], steps(spec, "pre_tokenizer")
+    if [step["type"] for step in steps(spec, "decoder")] not in ([], ["ByteLevel"]):
+        raise UserError(f"{path}: the decoder of a byte-level BPE is not ByteLevel: {CHOOSE}")
+    order = [vocab.get(LETTER[b], -1) for b in range(256)]
+    unknown, direct = model.get("unk_token"), bool(model.get("ignore_merges"))
+    pattern, space = read_pattern(pre)
+    merged = None
+    if pattern and (unknown is None or -1 not in order):
+        merged = all_listed(pairs, vocab) if direct else reachable(pairs)
+    if merged is not None:
+        order += [vocab[text] for text in merged]
+        return dict(order=order, pattern=pattern, prefix=" " * space, direct=direct)
+    single = {LETTER[b]: b for b in range(256) if unknown is None or order[b] >= 0}
+    return joiner(spec, pairs, single, vocab, order)
 
-    HF's library has older Unicode tables than Python: 98 combining marks that came later (counted
-    with Python 3.11) compose differently beside another mark.
+
+def read_characters(spec, pairs, vocab, path):
+    """A BPE over characters, SentencePiece's kind -> {argument of Tokenizer: value}."""
+    pre, fallback = steps(spec, "pre_tokenizer"), spec["model"].get("byte_fallback")
+    readers = read_steps(spec, "decoder", DECODERS)
+    if not readers:
+        kinds = " + ".join(step["type"] for step in pre) or "none"
+        raise UserError(f"{path}: a BPE of characters (pre_tokenizer: {kinds}) without a decoder: "
+                        f"{CHOOSE}")
+    single = {text: b for b in range(256) if fallback and (text := f"<0x{b:02X}>") in vocab}
+    order = [vocab.get(f"<0x{b:02X}>", -1) if fallback else -1 for b in range(256)]
+    marks = [step for step in pre if step["type"] == "Metaspace"]
+    if marks and marks != pre[:1]:
+        raise UserError(f"{path}: Metaspace is not the first pre_tokenizer: {CHOOSE}")
+    prefix = [step["replacement"] + " " for step in marks if scheme(step) != "never"]
+    return joiner(spec, pairs, single, vocab, order) | dict(
+        readers=readers, prefix="".join(prefix), once=[*map(scheme, marks)] == ["first"])
+
+
+def joiner(spec, pairs, single, vocab, order):
+    """Engine and order of what tiktoken cannot do.   single: vocabulary string -> rank below 256"""
+    rest, model = [text for text in vocab if text not in single], spec["model"]
+    ranks = single | {text: 256 + n for n, text in enumerate(rest)}
+    fallback = single.values() if model.get("byte_fallback") else ()
+    direct = bool(model.get("ignore_merges"))
+    engine = Joiner(read_steps(spec, "pre_tokenizer", SPLITTERS), ranks, pairs, fallback,
+                    ranks.get(model.get("unk_token")), bool(model.get("fuse_unk")), direct)
+    return dict(order=order + [vocab[text] for text in rest], engine=engine, direct=direct)
+
+
+def reachable(pairs):
+    """Tokens that Hugging Face's merging makes of their own letters, in the order of the pairs that
+    make them; None if a pair that is listed before one of its halves can come into play.
+
+    HF joins only the listed pairs, tiktoken any two neighbours whose bytes are a token.  They agree
+    once the tokens are dropped that HF does not reach from their own letters: inside a text, as
+    long as no merge crosses a token's ends, its letters go through the same states as they do
+    alone.  So two neighbours that join to it are always the last of these states, the listed pair;
+    and tiktoken may take a whole piece at once.
     """
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if other := [step["type"] for step in steps if step["type"] != "NFC"]:
-        raise UserError(f"the normalizer {other[0]} is not NFC: {CHOOSE}")
-    return bool(steps)
+    place, source, late = {pair: n for n, pair in enumerate(pairs)}, {}, []
+    for n, (left, right) in enumerate(pairs):
+        if (len(left) > 1 and left not in source) or (len(right) > 1 and right not in source):
+            late.append((left, right))
+        elif left + right not in source and meet(left, right, place, source):
+            source[left + right] = n, left, right
+    known = [(left, right) for left, right in late if (len(left) < 2 or left in source)
+             and (len(right) < 2 or right in source) and meet(left, right, place, source)]
+    return None if known or len(place) < len(pairs) else [*source]
+
+
+def meet(left, right, place, source):
+    """Are left and right both whole before a merge crosses the border between them?
+
+    Back in time: of the two that touch there, the one that was made later is taken apart. They have
+    touched since then, so they must not be a pair that is listed before.
+    place: {pair: its place};  source: {token: (place of the pair that makes it, left, right)}
+    """
+    letter = -1, "", ""
+    while True:
+        first, second = source.get(left, letter), source.get(right, letter)
+        if first[0] > second[0]:
+            limit, _, left = first
+        elif second[0] >= 0:   # of equal merges the leftmost comes first, which is the border's
+            limit, right, _ = second
+            limit += 1
+        else:
+            return True
+        if place.get((left, right), limit) < limit:
+            return False
+
+
+def all_listed(pairs, vocab):
+    """The tokens in the order of the pairs that make them, if tiktoken does what HF does that takes
+    a whole piece that is a token (ignore_merges); else None.
+
+    It does if each split of each token into two is listed, those of a token together (Llama 3):
+    then the same neighbours are joined in the same order. Of a token's pairs only one can come up:
+    its letters go through the same states everywhere, and one of these has two parts.
+    """
+    known = {text for text in vocab if BYTE.keys() >= {*map(ord, text)}}
+    splits = sum(text[:n] in known and text[n:] in known
+                 for text in known for n in range(1, len(text)))
+    joined = [*map("".join, pairs)]
+    order = dict.fromkeys(joined)
+    groups = sum(a != b for a, b in zip(joined, joined[1:])) + bool(joined)
+    if len({*pairs}) != splits or len(pairs) != splits or groups != len(order):
+        return None
+    return [*order, *sorted((x for x in known - order.keys() if len(x) > 1), key=vocab.get)]
+
+
+def scheme(step):
+    """Where Metaspace puts its mark: "always", "first" or "never"; older files have a flag."""
+    return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+
+
+def spaced(text):
+    """A vocabulary string of SentencePiece -> its bytes.   "▁the" -> b" the", "<0x41>" -> b"A" """
+    if BYTE_TOKEN.fullmatch(text):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("▁", " ").encode("utf-8", "replace")
+
+
+def read_begin(spec, config, bos, path):
+    """Ids that stand before a text: what the post_processor puts there; where it has no template,
+    BOS if tokenizer_config.json has add_bos_token.  What it puts behind a text is not read: our
+    training adds its own end, and a prompt has none.
+    """
+    found, begin = steps(spec, "post_processor"), []
+    if other := [step["type"] for step in found if step["type"] not in BEFORE]:
+        raise UserError(f"{path}: the post_processor {other[0]} is none of {', '.join(BEFORE)}: "
+                        f"{CHOOSE}")
+    for step in found:
+        try:
+            begin = [int(i) for i in BEFORE[step["type"]](step)] + begin
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+            raise UserError(f"{path}: the post_processor {step['type']} cannot be read: "
+                            "download it again") from None
+    if any(step["type"] != "ByteLevel" for step in found):
+        return begin
+    # without the key: written by an earlier version of this file, whose models saw BOS first
+    asked = config.get("add_bos_token") or "post_processor" not in spec
+    return [bos] if asked and bos is not None else []
+
+
+def template_begin(step):
+    """Ids that a TemplateProcessing puts before a text."""
+    pieces = [*takewhile(lambda piece: "Sequence" not in piece, step["single"])]
+    names = [piece["SpecialToken"]["id"] for piece in pieces]
+    return [i for name in names for i in step["special_tokens"][name]["ids"]]
+
+
+BEFORE = dict(TemplateProcessing=template_begin, RobertaProcessing=lambda step: [step["cls"][1]],
+              BertProcessing=lambda step: [step["cls"][1]], ByteLevel=lambda step: [])
+
+
+def opening(begin):
+    """[(text, id)] before a text -> the post_processor of tokenizer.json that puts them there."""
+    single = [dict(SpecialToken=dict(id=text, type_id=0)) for text, _ in begin]
+    single.append(dict(Sequence=dict(id="A", type_id=0)))
+    special = {text: dict(id=text, ids=[i], tokens=[text]) for text, i in begin}
+    return dict(type="TemplateProcessing", single=single, special_tokens=special,
+                pair=[*single, dict(Sequence=dict(id="B", type_id=0))])
+
+
+def read_files(spec, path, begin, strings):
+    """{name: content} of the files to save.  One thing is made plain in them: a BOS that nothing
+    but add_bos_token asks for, which transformers 5 does not read.
+    """
+    files = {name: read_utf8(path.with_name(name)) for name in KEPT
+             if path.with_name(name).exists()}
+    files |= {name: path.with_name(name).read_bytes() for name in BINARY
+              if path.with_name(name).exists()}
+    found = steps(spec, "post_processor")
+    if begin and all(step["type"] == "ByteLevel" for step in found):
+        found = [*found, opening([(strings[i], i) for i in begin])]
+        spec = spec | dict(post_processor=dict(type="Sequence", processors=found))
+        files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False)
+    return files
 
 
 def read_id(end, settings, ids):
     """Id of "bos", "eos" or "pad": the first file that has the key decides, null included."""
-    for setting in settings:
+    for setting in settings.values():
         if not isinstance(setting.get(f"{end}_token"), (str, dict, type(None))):
             raise UserError(f"{end}_token is {str(setting[f'{end}_token'])[:60]!r}: "
                             "expected a token's text")
@@ -536,10 +1039,11 @@ def read_id(end, settings, ids):
 def read_names(settings):
     """{"bos_token": text, …} of all special tokens that the settings name, the first file first."""
     out = {}
-    for key, value in [item for setting in reversed(settings) for item in setting.items()]:
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            out[key] = text
+    for setting in reversed(settings.values()):
+        for key, value in setting.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                out[key] = text
     return out
 
 
@@ -560,30 +1064,6 @@ def one_end(end, value, ids):
     return number if number >= 0 else None
 
 
-def reachable(pairs) -> list[bytes]:
-    """Tokens that Hugging Face's merging can produce, in the order of the pairs that produce them.
-
-    HF joins only the listed pairs, tiktoken any two neighbours whose bytes are a token.  They agree
-    once the tokens are dropped that HF does not reach from their own bytes: inside a text, as long
-    as no merge crosses a token's ends, its bytes go through the same states as they do alone.  So
-    two neighbours that join to it are always the last of these states, the listed pair; and
-    tiktoken may take a whole piece at once.
-    """
-    rank, found = {pair: n for n, pair in enumerate(pairs)}, {}
-    for token in {left + right for left, right in pairs}:
-        parts = [token[i:i + 1] for i in range(len(token))]
-        near = [rank.get(pair, len(pairs)) for pair in zip(parts, parts[1:])]   # rank of each joint
-        while near and (low := min(near)) < len(pairs):
-            at = near.index(low)
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-            lo, hi = max(at - 1, 0), at + 2
-            near[lo:hi] = [rank.get(pair, len(pairs))
-                           for pair in zip(parts[lo:hi - 1], parts[lo + 1:hi])]
-        if len(parts) == 1:
-            found[token] = low
-    return sorted(found, key=found.get)
-
-
 def hf_files(tok) -> dict[str, str]:
     """The two JSON files of a tokenizer made here.
 
@@ -600,10 +1080,11 @@ def hf_files(tok) -> dict[str, str]:
     vocab = {letters(tok.tokens[i]): i for i in tok.order if i >= 0} | tok.specials
     literal = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=i, content=text, **literal) for text, i in tok.specials.items()]
-    spec = dict(version="1.0", added_tokens=added, decoder=level,
+    text = {i: text for text, i in tok.specials.items()}
+    begin = opening([(text[i], i) for i in tok.begin])
+    spec = dict(version="1.0", added_tokens=added, decoder=level, post_processor=begin,
                 pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]),
                 model=dict(type="BPE", ignore_merges=tok.direct, vocab=vocab, merges=merges))
-    text = {i: text for text, i in tok.specials.items()}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
                   bos_token=text.get(tok.bos), eos_token=text.get(tok.eos),
                   pad_token=text.get(tok.pad))
@@ -640,23 +1121,11 @@ def char_tokenizer(alphabet: str) -> Tokenizer:
                      [at.get(chr(b), -1) for b in range(256)], specials, pad=0, bos=1, eos=2)
 
 
-@cache
-def code_points(kind):
-    """The ranges of a Unicode category's code points, as re takes them between brackets."""
-    codes = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(kind))
-    out = ""
-    for _, run in groupby(enumerate(codes), lambda item: item[1] - item[0]):
-        run = [c for _, c in run]
-        out += f"\\U{run[0]:08x}-\\U{run[-1]:08x}"
-    return out
-
-
-def for_re(pattern):
-    r"""The pattern for Python's own re, which knows no \p{L}: each becomes its code points."""
-    bracketed = re.sub(r"(\[[^\]]*\])|(\\p\{\w+\})", lambda hit: hit[1] or f"[{hit[2]}]", pattern)
+def compiled(pattern):
+    r"""A pattern as tiktoken has it, with \p{L} and so on, for Python."""
     try:
-        return re.compile(re.sub(r"\\p\{(\w+)\}", lambda hit: code_points(hit[1]), bracketed))
-    except re.error as e:
+        return regex.compile(pattern)
+    except regex.error as e:
         raise UserError(f"Python cannot compile the pattern {pattern!r} ({e}): "
                         "choose another one") from e
 
@@ -670,7 +1139,7 @@ def train_bpe(texts, vocab_size: int, pattern=PATTERN) -> Tokenizer:
     if vocab_size < 256 + len(SPECIALS):
         raise UserError(f"vocab_size {vocab_size} is below the 256 bytes and {len(SPECIALS)} "
                         f"specials: give at least {256 + len(SPECIALS)}")
-    split, times = for_re(total(pattern)), Counter()
+    split, times = compiled(total(pattern)), Counter()
     for text in [texts] if isinstance(texts, str) else texts:
         times.update(hit[0] for hit in split.finditer(text))
     words = [word.encode("utf-8", "replace").decode("latin-1") for word in times]

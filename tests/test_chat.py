@@ -112,7 +112,7 @@ def test_templates_may_read_the_date_loop_controls_and_tojson(monkeypatch):
         def now(cls):
             return cls(2025, 3, 9)
     monkeypatch.setattr(T, "datetime", Clock)
-    T.compiled.cache_clear()
+    T.jinja_of.cache_clear()
     tok = bytes_with("{{ strftime_now('%d %b %Y') }}|{% for m in messages %}{% if loop.index > 1 %}"
                      "{% break %}{% endif %}{{ m | tojson }}{% endfor %}")
     assert text_of(tok, tok.render([user("<é'&>"), user("b")])) == (

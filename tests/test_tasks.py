@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import sft
 from data import text
 from data.prefs import FILLER, tokenizer
 from data.run import UserError

@@ -137,7 +137,7 @@ def test_a_special_s_text_is_never_one_merged_token():
 def test_counts_stay_right_while_merging(bpe):
     """The slow definition: recount every pair before each merge."""
     text = CODE[0][:3000]
-    pieces = [hit[0].encode() for hit in T.for_re(T.total(T.PATTERN)).finditer(text)]
+    pieces = [hit[0].encode() for hit in T.compiled(T.total(T.PATTERN)).finditer(text)]
     words, merged = [[bytes([b]) for b in piece] for piece in pieces], []
     for _ in range(60):
         count, number = {}, {bytes([b]): b for b in range(256)} | {t: 256 + n
@@ -203,13 +203,17 @@ def test_tokens_that_the_listed_merges_cannot_reach_are_never_made():
     assert T.reachable(pairs) == [b"bc", b"ab", b"xy"]
 
 
+LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+OPEN = dict(type="Split", pattern=dict(Regex="("), behavior="Isolated", invert=False)
+
+
 def write(folder, **change):
     """A minimal tokenizer.json with some parts replaced; a dotted key reaches inside the model."""
-    level = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
     model = dict(type="BPE", vocab={T.LETTER[b]: b for b in range(256)}, merges=[])
     model |= {key.removeprefix("model_"): change.pop(key) for key in list(change)
               if key.startswith("model_")}
-    spec = dict(added_tokens=[], normalizer=None, pre_tokenizer=level, model=model) | change
+    spec = dict(added_tokens=[], normalizer=None, pre_tokenizer=LEVEL, post_processor=None,
+                decoder=LEVEL, model=model) | change
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder
 
@@ -224,17 +228,34 @@ def test_a_checkpoint_may_compose_characters_and_put_a_space_before_a_text(tmp_p
 
 
 @pytest.mark.parametrize("change, error", [
-    (dict(model_type="Unigram"), "holds Unigram, not byte-level BPE: choose"),
+    (dict(model_type="Unigram"), "holds Unigram, not plain BPE: choose"),
     (dict(model_type="WordPiece"), "holds WordPiece, not"),
-    (dict(model_byte_fallback=True), "holds SentencePiece (byte_fallback), not"),
+    (dict(model_dropout=0.1), "dropout 0.1 makes a text's ids random"),
+    (dict(model_unk_token="<unk>"), "unk_token '<unk>' is not in the vocabulary"),
     (dict(model_end_of_word_suffix="</w>"), "'</w>' around words, not"),
     (dict(model_merges=["a b"]), "a merge makes 'ab', which the vocabulary lacks"),
-    (dict(normalizer=dict(type="Lowercase")), "the normalizer Lowercase is not NFC"),
-    (dict(pre_tokenizer=None), "the pre_tokenizer (none) is not"),
-    (dict(pre_tokenizer=dict(type="Metaspace")), "the pre_tokenizer (Metaspace) is not"),
+    (dict(normalizer=dict(type="Nmt")), "the normalizer Nmt is none of NFC, "),
+    (dict(normalizer=dict(type="Prepend")), "normalizer Prepend: prepend is missing"),
+    (dict(pre_tokenizer=None, decoder=None),
+     "BPE of characters (pre_tokenizer: none) without a decoder"),
+    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Metaspace"), LEVEL])),
+     "pre_tokenizer Metaspace: replacement is missing"),
     (dict(pre_tokenizer=dict(type="Sequence",
-                             pretokenizers=[dict(type="Punctuation"), dict(type="x")])),
-     "the pre_tokenizer (Punctuation + x) is not")])
+                             pretokenizers=[dict(type="Punctuation", behavior="Odd"), LEVEL])),
+     "pre_tokenizer Punctuation: behavior 'Odd' is none of Isolated, "),
+    (dict(pre_tokenizer=dict(type="Sequence",
+                             pretokenizers=[dict(type="BertPreTokenizer"), LEVEL])),
+     "the pre_tokenizer BertPreTokenizer is none of Split, "),
+    (dict(decoder=dict(type="WordPiece")), "the decoder of a byte-level BPE is not ByteLevel"),
+    (dict(pre_tokenizer=None, decoder=dict(type="CTC")), "the decoder CTC is none of Replace, "),
+    (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[OPEN, OPEN, LEVEL])),
+     "the pattern '(' cannot be read"),
+    (dict(post_processor=dict(type="Odd")), "the post_processor Odd is none of Template"),
+    (dict(post_processor=dict(type="TemplateProcessing", single=[5])),
+     "the post_processor TemplateProcessing cannot be read"),
+    (dict(added_tokens=[dict(id=5, content="!")]), "'!' has the id 5, but tokenizers reads 33"),
+    (dict(added_tokens=[dict(id=257, content="<s>")]),
+     "'<s>' has the id 257, but tokenizers reads 256")])
 def test_files_that_cannot_be_read_say_why(change, error, tmp_path):
     with pytest.raises(UserError) as e:
         Tokenizer.load(write(tmp_path, **change))

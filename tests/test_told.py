@@ -202,7 +202,7 @@ def test_a_reward_may_be_any_number(value, workdir):
 @pytest.mark.parametrize("change, words", [
     (lambda d: d.pop("model"), "model is missing"),
     (lambda d: d["model"].pop("vocab"), "no vocabulary"),
-    (lambda d: d["model"].pop("merges"), "not byte-level BPE"),
+    (lambda d: d["model"].pop("merges"), "BPE without merges, not plain BPE"),
     (lambda d: d["model"].update(vocab=[]), "expected an object"),
     (lambda d: d["model"].update(vocab={"a": "b"}), "a token's id is 'b'"),
     (lambda d: d["model"]["vocab"].update(a=-1), "a token's id is -1"),
