@@ -2065,7 +2065,7 @@ from tqdm import trange  # what this chapter and the next two read, and no other
 
 from data import prefs, tasks
 from data.stats import accuracy
-from data.text import is_corpus, locate, read_jsonl, read_text
+from data.text import framed, is_corpus, locate, read_jsonl, read_text
 
 
 def windows(n, context, stride):
@@ -2164,7 +2164,9 @@ def sides(model, tokenizer, rows, side, micro):
 def pairs_accuracy(model, tokenizer, c, given):
     """How often the chosen response scores above the rejected one, ties a half: by a reward model's
     score, or a language model's log-prob (summed, and a token)."""
-    rows = [row for split in ("train", "val") for row in prefs.load_pairs(c.eval, split)[0]]
+    words = {key: getattr(c, key) for key in ("system", "ask") if key in given}
+    rows = [framed(row, **words) for split in ("train", "val")
+            for row in prefs.load_pairs(c.eval, split)[0]]
     rows = prefs.encode_pairs(rows[:c.rows or None], tokenizer,
                               model.config.max_position_embeddings, c.eval, c.chat)
     win, lose = (sides(model, tokenizer, rows, side, c.micro) for side in ("chosen", "rejected"))
@@ -2179,7 +2181,8 @@ def pairs_accuracy(model, tokenizer, c, given):
 @torch.no_grad()
 def rows_accuracy(model, tokenizer, c, given):
     """The mean reward of a file's rows, or of a task's held-out ones: greedy, or of --samples."""
-    task = tasks.task(c.eval)
+    words = {key: getattr(c, key) for key in ("system", "ask", "answer") if key in given}
+    task = tasks.task(c.eval, **words)
     named = c.eval in tasks.TASKS                # of those, held-out rows; of a file all
     problems = [row for split in (("val",) if named else task.splits)
                 for row in task.problems(split, c.rows or 256 * named, c.seed)]
@@ -2236,11 +2239,12 @@ def shown(value):
     return f"{value:.7g}"
 
 
+# by what a file holds: the function, and the options that it reads
 EVALUATIONS = dict(
     text=(perplexity, ("context", "stride", "micro")),
-    pairs=(pairs_accuracy, ("chat", "rows", "micro")),
-    rows=(rows_accuracy, ("chat", "rows", "samples", "max_new", "temperature", "top_k", "top_p",
-                          "seed", "micro")))       # by what a file holds, and what that reads
+    pairs=(pairs_accuracy, ("chat", "system", "ask", "rows", "micro")),
+    rows=(rows_accuracy, ("chat", "system", "ask", "answer", "rows", "samples", "max_new",
+                          "temperature", "top_k", "top_p", "seed", "micro")))
 
 
 # === export: ours, a plain folder of an adapter and its base, or in fewer bits ====================
@@ -2265,7 +2269,9 @@ class Options:
     path: str = ""               # a Hugging Face folder, a PEFT adapter's, a run folder under out/
     prompt: str = ""             # a text to continue; without it, a chat
     chat: bool = False           # wrap the prompt, or what --eval asks, in the chat template
-    system: str = ""             # the chat's system message
+    system: str = ""             # the chat's system message, or that of what --eval asks
+    ask: str = ""                # of --eval, words behind every question: how to answer
+    answer: Literal["mark", "last", "boxed"] = "mark"  # of --eval: behind ####, the last number
     eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
     export: str = ""             # write the model, an adapter folded in, to this new folder
     max_new: Count = 512         # at most so many new tokens

@@ -538,7 +538,7 @@ def new_tokenizer(c):
                       chain=tasks.chain_tokenizer)
         return worlds[c.tokenizer]() if c.tokenizer in worlds else tokenizer.get(c.tokenizer)
     if text.is_corpus(c.data):
-        documents = text.documents(c.data, "train")
+        documents = text.documents(c.data, "train", c.val)
     else:
         task = tasks.of_run(c)
         documents = [p["prompt"] + task.demo(p) for p in task.problems("train", c.rows, c.seed)]

@@ -209,7 +209,8 @@ class Jsonl:
         for row in filter(has_completion, every):
             self.shown["val" if row["prompt"] in asked else "train"].append(row)
         if not self.rows["train"] and not self.shown["train"]:
-            raise UserError(f"{file}: one prompt cannot be split into train and val: add a second")
+            raise UserError(f"{file}: one prompt cannot be split into train and val: add a second, "
+                            "or give --val FILE")
         self.report(every)
         for row in every:
             row |= framed(row, system, ask)
@@ -1184,8 +1185,9 @@ TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Rin
 def held_out(name_or_path):
     """The splits that training never sees, of a task, a file or a corpus: val, and ood where there
     is one."""
-    known = (("val", "ood") if name_or_path == "stdlib" else ("val",) if is_corpus(name_or_path)
-             else task(name_or_path).splits)
+    named = {*name_or_path.split("+")} <= TASKS.keys() - {"gsm8k"}
+    known = (("val", "ood") if name_or_path == "stdlib" else
+             task(name_or_path).splits if named else ("val",))
     return [split for split in ("val", "ood") if split in known]
 
 
@@ -1212,10 +1214,11 @@ def of_run(c):
 
 def file_readers(c, pairs=False):
     """readers() of the fields that only a file reads; pairs: of pairs, or of labels."""
-    named = {*TASKS} - {"gsm8k"} | {"stdlib", "rubrics"}
-    file = not {*c.data.split("+")} <= named and (pairs or not is_corpus(c.data))
-    return dict.fromkeys(("val", "system", "ask"), (file, "a file of rows as --data")) | dict(
-        answer=(file and not pairs, "a file of rows with answers as --data"))
+    named = {*c.data.split("+")} <= TASKS.keys() - {"gsm8k"} | {"stdlib", "rubrics"}
+    rows = not named and (pairs or not is_corpus(c.data))
+    return dict.fromkeys(("system", "ask"), (rows, "a file of rows as --data")) | dict(
+        val=(not named, "a file as --data"),
+        answer=(rows and not pairs, "a file of rows with answers as --data"))
 
 
 def check_data(name, is_text=True, needs="completions", **options):
@@ -1237,7 +1240,7 @@ def check_data(name, is_text=True, needs="completions", **options):
         raise UserError(f"{name} is a text: this needs prompts and completions, a task or a .jsonl "
                         "of them")
     elif name != "stdlib":
-        documents(name)
+        documents(name, val=options.get("val", ""))
 
 
 def room(widths, wish, context):
@@ -1341,7 +1344,7 @@ def rows(c, tok, split, turns="all"):
     """The data set of a split as (prompt ids, completion ids) rows; the loss falls on the
     completions."""
     if is_corpus(c.data):
-        return packed(documents(c.data, split), tok, c.context)
+        return packed(documents(c.data, split, c.val), tok, c.context)
     found = of_run(c)
     lessons = getattr(found, "lessons", found.problems)     # a file's rows that have a completion
     problems = lessons(split, c.rows if split == "train" else 256, c.seed)
