@@ -43,8 +43,8 @@ from data.run import (Common, Count, MeanOf, Positive, Range, Run, Share, UserEr
 from kernels import (PackedLinear, bitmap_state, column_scale, columns_state, linear_distill,
                      linear_logprob, mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor,
                      pack_int, pack_nm24, pack_vq, packed, quantize, wide)
-from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
-                   token_logprobs)
+from model import (Cache, Transformer, generate, load, own_fields, plain_linear, rope_table, save,
+                   tensors, token_logprobs)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -354,7 +354,7 @@ def open_model(c, f, folder):
     if model.config.moe and ("batches" not in needs(f.method) or c.outliers):
         raise UserError(f"--init {c.init} has experts: only methods that cut structure take it, "
                         "without --outliers")
-    if any(isinstance(m, PackedLinear) for m in model.modules()) or model.config.shaped:
+    if any(isinstance(m, PackedLinear) for m in model.modules()) or own_fields(model.config):
         raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
     model.requires_grad_(False)
     for field in PREPARE:

@@ -17,7 +17,7 @@ from model import (MoE, ScalarModel, Transformer, collate, from_hf, generate, in
                    load_balance_loss, masked_mean, masked_whiten, pick, preset, save,
                    sequence_score, to_hf, token_logprobs, token_values)
 
-FAMILIES = list(M.ARCHITECTURES)
+FAMILIES = list(M.FAMILIES)
 LLAMA3 = (("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0),
           ("original_max_position_embeddings", 32), ("rope_type", "llama3"))
 
