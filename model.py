@@ -1328,7 +1328,7 @@ def write_mixtral(d):
 
 def read_qwen3_moe(d):
     """The width of an expert stands under a name of its own, and shares are not renormalised."""
-    return dict(num_experts=d.get("num_local_experts", d.get("num_experts", 128)),
+    return dict(num_experts=d.get("num_local_experts", d.get("num_experts")),
                 intermediate_size=d["moe_intermediate_size"],
                 norm_topk_prob=d.get("norm_topk_prob", False))
 
@@ -1349,7 +1349,8 @@ DIALECTS["mixtral"] = Dialect(
 DIALECTS["qwen3_moe"] = Dialect(
     "Qwen3Moe", width="moe_intermediate_size", reads=("attention_bias",), slides=switched,
     read=read_qwen3_moe, write=write_qwen3_moe,
-    absent=EXPERTS | dict(num_key_value_heads=4, num_experts_per_tok=8, sliding_window=4096))
+    absent=EXPERTS | dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+                          sliding_window=4096))
 
 
 # === phi3, phimoe: 2404.14219, 2409.12136, stacked tensors; LayerNorm, and rivals among experts ===
