@@ -836,13 +836,13 @@ def decode_attention_triton(q, k, v, length, window=0):
     G, D = H // K, max(16, triton.next_power_of_2(hd))
     most = (8192 if G > 16 else 16384) // (D * q.element_size())                  # slots of a tile
     BLOCK = max(16, min(64, most))
-    seen = min(S, window or S)
-    splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(seen, BLOCK)))
+    splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K),
+                                        triton.cdiv(min(S, window or S), BLOCK)))
     part = out if splits == 1 else q.new_empty(B * K * splits * G, hd, dtype=torch.float32)
     top, mass = torch.empty(2, B * K * splits * G, device=q.device).unbind(0)
     decode_attention_kernel[(B * K, splits)](
         q, k, v, length.contiguous(), part, top, mass, *k.stride()[:3], K,
-        math.log2(math.e) / hd ** 0.5, hd, seen,
+        math.log2(math.e) / hd ** 0.5, hd, window or 1 << 30,
         G=G, GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
     if splits > 1:
         decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits,
