@@ -959,22 +959,23 @@ def check_heads(d, kind):
     heads = d["num_attention_heads"]
     groups = d.get("num_key_value_heads") or heads
     width = d.get("head_dim") or d["hidden_size"] / heads
-    turned = int(width * d.get("partial_rotary_factor", 1.0))
+    turned = width * d["partial_rotary_factor"]
     if heads % groups:
         return f"{heads} attention heads do not share {groups} key heads evenly"
-    if width % 1 or turned % 2 or not 0 < turned <= width:
-        return (f"a head of {width:g} numbers of which {turned} turn: rotary positions need an "
-                "even whole number")
+    if width % 1 or not 2 <= turned <= width or int(turned) % 2:
+        return (f"a head of {width:g} numbers of which {int(turned)} turn: rotary positions need "
+                "an even whole number")
     return ""
 
 
 def check_architecture(d, kind):
     """What is wrong with the architecture's name and its number of labels."""
     dialect = DIALECTS[kind]
-    model, scorer = f"{dialect.name}For{HEADS[0]}", f"{dialect.scorer or dialect.name}For{HEADS[1]}"
+    model = f"{dialect.name}For{HEADS[0]}"
+    scorer = f"{dialect.scorer or dialect.name}For{HEADS[1]}"
     found = d.get("architectures", [model])
     labels = d.get("num_labels") or len(d.get("id2label") or [0])
-    if found[:1] not in ([model], [scorer], [dialect.alias]):
+    if not found or found[0] not in (model, scorer, dialect.alias or model):
         return f"architectures is {found}: expected [{model!r}], or of a reward model [{scorer!r}]"
     if found[0] == scorer and labels != 1:
         return f"{labels} labels: a reward model has one score"
@@ -1055,6 +1056,8 @@ ELSEWHERE = "rope_theta", "partial_rotary_factor", "original_max_position_embedd
 
 def rope_said(options, kind, where):
     """A rotary object of a config.json with one spelling of its type, and without nulls."""
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: rope_parameters holds {str(options)[:40]!r}: expected an object")
     out = {k: v for k, v in options.items() if v is not None}
     names = [out.pop(k) for k in ("rope_type", "type") if k in out]
     if names[1:] and names[0] != names[1]:
@@ -1093,6 +1096,8 @@ def check_rope(rope, half, kind, where):
     takes = {k: p.default is p.empty for k, p in signature(ROPES[rope_type]).parameters.items()
              if p.kind is p.KEYWORD_ONLY}
     expect(rope, where, [k for k, needed in takes.items() if needed], **ROPE_TYPES)
+    if huge := [k for k, x in rope.items() if ROPE_TYPES.get(k) == "positive" and x > 1e9]:
+        raise UserError(f"{where}: {huge[0]} is {rope[huge[0]]}: nothing scales so far")
     if spare := sorted(rope.keys() - {*takes, *ELSEWHERE, "rope_type", "finetuned"}):
         raise UserError(f"{where}: {spare[0]} is nothing that {rope_type} has; remove it")
     for key in ("short_factor", "long_factor"):
@@ -1100,6 +1105,10 @@ def check_rope(rope, half, kind, where):
         if len(numbers) != half or not all(KINDS["positive"][1](x) for x in numbers):
             raise UserError(f"{where}: {key} has {len(numbers)} entries: expected {half} numbers "
                             "above 0, one for each pair that turns")
+    least = min(rope.get("rope_theta", 2), rope[ELSEWHERE[2]])
+    if rope_type in ("yarn", "longrope") and least <= 1:
+        raise UserError(f"{where}: {rope_type} divides by the logarithms of rope_theta and of "
+                        f"{ELSEWHERE[2]}: both are above 1")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UserError(f"{where}: high_freq_factor is not above low_freq_factor")
 
@@ -1120,8 +1129,10 @@ def rope_fields(d, kind, where):
     rope = rope_agreed({"config.json": {k: d[k] for k in ELSEWHERE if k in d}} | found, where)
     rope.setdefault("rope_type", "default")
     rope.setdefault(ELSEWHERE[2], d["max_position_embeddings"])
+    expect(rope, f"{where}, rope options", partial_rotary_factor="positive")
     width = d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"]
-    check_rope(rope, int(width * rope.get("partial_rotary_factor", 1)) // 2, kind, where)
+    share = min(1, rope.get("partial_rotary_factor", 1))
+    check_rope(rope, int(width * share) // 2, kind, where)
     out = dict(rope_theta=float(rope.pop("rope_theta", dialect.theta)),
                partial_rotary_factor=float(rope.pop("partial_rotary_factor", 1)))
     if ELSEWHERE[2] not in signature(ROPES[rope["rope_type"]]).parameters:

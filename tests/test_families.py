@@ -570,6 +570,8 @@ def combined():
         family = plain["model_type"]
         whole = plain | dict(head_dim=8, sliding_window=12 if family == "gemma3_text" else None)
         for rope, options in ROPES.items() if "phi" not in family else ():
+            if options:                      # transformers 5 overlooks Gemma's older spelling
+                options = {"rope_type" if k == "type" else k: x for k, x in options.items()}
             out[f"{family} {rope}"] = whole | dict(rope_scaling=options)
         for head, change in HEADS.items():
             bias = dict(lm_head_bias=False) if family == "phimoe" else {}
