@@ -1174,12 +1174,12 @@ def write_windows(d, config, slides):
         d["sliding_window"] = window or None
     if types and slides in (switched, upper):
         d["use_sliding_window"] = True
-    if types and slides in (upper, patterned):
-        d["layer_types"] = types
     if types and slides is upper:
-        d["max_window_layers"] = types.index("sliding_attention")
-    if slides is patterned and not types:
-        d["layer_types"] = ["full_attention"] * config.num_hidden_layers
+        d |= dict(layer_types=types, max_window_layers=types.index("sliding_attention"))
+    if slides is patterned:
+        d["layer_types"] = types or ["full_attention"] * config.num_hidden_layers
+        first = [*d["layer_types"], "full_attention"].index("full_attention")
+        d["sliding_window_pattern"] = first + 1                    # read before layer_types were
     return d
 
 
@@ -1245,6 +1245,8 @@ def to_hf(config, scalar=False):
     d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
     d["rope_scaling"] = {k: list(x) if isinstance(x, tuple) else x
                          for k, x in config.rope_scaling} or None
+    if switch(config) < math.inf:                                  # transformers 4 reads it here
+        d["original_max_position_embeddings"] = switch(config)
     d = dialect.write(write_windows(d, config, dialect.slides))
     spelled = {v: k for k, v in dialect.keys.items()}
     d = {spelled.get(k, k): v for k, v in d.items()}
