@@ -43,8 +43,8 @@ from data.run import (Common, Count, MeanOf, Positive, Range, Run, Share, UserEr
 from kernels import (PackedLinear, bitmap_state, column_scale, columns_state, linear_distill,
                      linear_logprob, mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor,
                      pack_int, pack_nm24, pack_vq, packed, quantize, wide)
-from model import (Cache, Transformer, generate, load, plain_linear, rope_table, save, tensors,
-                   token_logprobs)
+from model import (Cache, Transformer, generate, load, own_fields, plain_linear, rope_table, save,
+                   tensors, token_logprobs)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -308,9 +308,11 @@ def layer_by_layer(model, tok, tokens, held, c, f, run):
     names, clock = needs(f.method), time.perf_counter()
     generator = torch.Generator().manual_seed(c.seed)
     with torch.no_grad():
-        cos, sin = (x[:c.context] for x in rope_table(model.config, c.device))
-        inputs = [model.embed_tokens(part) for part in tokens.split(8)]             # [8, T, D] each
-    where = lambda i: (cos, sin, None, i, None, None)
+        tables = {local: rope_table(model.config, c.device, local, c.context > model.switch)
+                  for local in set(model.local)}
+        inputs = [model.embed(part) for part in tokens.split(8)]                    # [8, T, D] each
+    angles = lambda i: [x[:c.context] for x in tables[model.local[i]]]                   # [T, hd/2]
+    where = lambda i: (*angles(i), None, i, None, None)
     f.smooth(model, inputs, where, f)
     facts = {k: FACTS[k](model, tok, c) for k in names if k in FACTS}
     memories = {k: MEMORIES[k]() for k in names if k in MEMORIES}
@@ -354,7 +356,7 @@ def open_model(c, f, folder):
     if model.config.moe and ("batches" not in needs(f.method) or c.outliers):
         raise UserError(f"--init {c.init} has experts: only methods that cut structure take it, "
                         "without --outliers")
-    if any(isinstance(m, PackedLinear) for m in model.modules()) or model.config.shaped:
+    if any(isinstance(m, PackedLinear) for m in model.modules()) or own_fields(model.config):
         raise UserError(f"--init {c.init} is compressed already: start from what it was made of")
     model.requires_grad_(False)
     for field in PREPARE:
@@ -484,6 +486,7 @@ CHECKS["W"] = check_pattern
 def spread_outliers(model, factor, channels=2):
     """An exactly equivalent model with outliers: the first channels of every norm times factor, the
     columns that read them divided by it. In place."""
+    check_norms(model, "--outliers")
     for block in model.layers:
         attention, mlp = block.self_attn, block.mlp
         for norm, layers in (
@@ -967,6 +970,13 @@ def sharing(block, config):
     return out
 
 
+def check_norms(model, option):
+    """UserError for norms whose weight is not simply a factor of what it makes."""
+    if model.config.family.norm != "rms":
+        raise UserError(f"{option} scales the weights of RMSNorms, and {model.config.model_type} "
+                        "has other norms: leave it out")
+
+
 def fold(block, names, maker, scale):
     """Scale the inputs of the layers by 1/scale and their columns by scale, in place."""
     for name in names:
@@ -1010,6 +1020,7 @@ def smoothquant(model, inputs, where, f, *, points: Count = 20):
     blocks before are rounded too, on the first calibration batch. ours: the grid and the candidate
     "none".
     """
+    check_norms(model, "--smooth smoothquant")
     whole, statistics, x = [], [], inputs
     for i, block in enumerate(model.layers):
         x, found = watch(block, x, where(i), absmax=Largest)
@@ -1088,6 +1099,7 @@ def awq(model, inputs, where, f, *, points: Count = 20, clip=True):
     each group's range shrinks to what leaves its own output closest, q and k excepted, here by the
     exact error d H dᵀ of the group (ours: the authors use 512 tokens).
     """
+    check_norms(model, "--smooth awq")
     for i, block in enumerate(tqdm(model.layers, desc="awq", disable=None, leave=False)):
         at = where(i)
         for names, maker, part in sharing(block, model.config):
@@ -1470,7 +1482,9 @@ def slice_neurons(model, kept):
     state = dict(model.state_dict())
     for name, at in kept.items():
         for part in ("gate_proj", "up_proj"):
-            state[f"{name}.{part}.weight"] = state[f"{name}.{part}.weight"][at]
+            for kind in ("weight", "bias"):
+                key = f"{name}.{part}.{kind}"
+                state |= {key: state[key][at]} if key in state else {}
         state[f"{name}.down_proj.weight"] = state[f"{name}.down_proj.weight"][:, at]
     return build(model, state, intermediate_size=len(next(iter(kept.values()))))
 
@@ -1630,7 +1644,8 @@ def renewed(model, generator):
         out = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * len(model.layers) if out else 1)
         if p.dim() == 1:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
+            one = model.config.family.norm != "rms_plus_one"
+            p.fill_(0.0 if name.endswith("bias") else float(one))
         else:
             p.copy_(torch.randn(p.shape, generator=generator) * std)
     return model
@@ -1660,7 +1675,9 @@ def dense_active(model, teacher, batches, generator, *, share: Range("(0, 1]") =
     for i in range(len(model.layers)):
         state |= {f"layers.{i}.mlp.{part}_proj.weight": model.head.new_zeros(size)
                   for part, size in sizes.items()}
-    kind = dict(qwen3_moe="qwen3", mixtral="llama")[c.model_type]
+    if c.family.norm != "rms":
+        raise UserError(f"dense_active: no family without experts has the norms of {c.model_type}")
+    kind = dict(qwen3_moe="qwen3", mixtral="mistral" if c.layer_types else "llama")[c.model_type]
     yield renewed(build(model, state, model_type=kind, num_experts=0, intermediate_size=width),
                   generator)
 
@@ -1972,7 +1989,8 @@ def assemble(model, library, widths):
         if w:
             state |= {k: v for k, v in library[w].state_dict().items() if k.startswith(start)}
         else:
-            del state[f"layers.{i}.post_attention_layernorm.weight"]
+            norms = f"layers.{i}.post_attention_layernorm.", f"layers.{i}.behind_mlp."
+            state = {k: v for k, v in state.items() if not k.startswith(norms)}
     if len(set(widths)) == 1 and widths[0] > 0:
         return build(model, state, intermediate_size=widths[0])
     return build(model, state, layer_widths=tuple(widths))
@@ -2025,9 +2043,9 @@ def swiftkv(model, teacher, batches, generator, *, layer=0):
     if not 0 < layer <= L:
         raise UserError(f"--layer {layer}: a layer from 1 to {L}")
     state = model.state_dict()
-    source = state[f"layers.{min(layer, L - 1)}.input_layernorm.weight"]
-    student = build(model, state | {"norm_swiftkv.weight": source},
-                    swift_layer=layer).requires_grad_(False)
+    source = f"layers.{min(layer, L - 1)}.input_layernorm."
+    norm = {k.replace(source, "norm_swiftkv."): x for k, x in state.items() if k.startswith(source)}
+    student = build(model, state | norm, swift_layer=layer).requires_grad_(False)
     student.norm_swiftkv.requires_grad_(layer < L)
     for block in student.layers[layer:]:
         for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
@@ -2351,6 +2369,14 @@ def watch_attention(model, see):
     return handles
 
 
+def check_scored(model):
+    """UserError for attention whose slots cannot be scored: a window counts those that went."""
+    c = model.config
+    if c.layer_types or c.query_pre_attn_scalar or c.partial_rotary_factor != 1:
+        raise UserError("evicting tokens from the cache needs layers that see them all, with "
+                        f"whole heads turned: this {c.model_type} has others")
+
+
 def rotated(self_attn, x, norm, cos, sin):
     """A projection [B, T, H hd] as attention uses it: by heads, normed where the model does, turned
     by RoPE. -> [B, H, T, hd]"""
@@ -2598,9 +2624,9 @@ def train_heads(model, windows, *, steps=300, lr=5e-4, width=256, answer=32, bat
     about the rest; the model is frozen.   -> nn.ModuleList, a RetainingHead a layer
 
     AdamW (0.9, 0.95), gradients clipped by value at 0.5, as in the paper; there lr 5e-4, width
-    1,024, 3,000 sequences of up to 10,240 one by one, 2,000 steps of warm-up. warmup (a share),
-    batch and width are ours.
+    1,024, 3,000 sequences of up to 10,240, 2,000 steps of warm-up. warmup, batch, width are ours.
     """
+    check_scored(model)
     if not answer < windows.size(1) - 1:
         raise UserError(f"--context {windows.size(1)}: retaining heads learn from the last "
                         f"{answer} tokens about the rest, so more than that")
@@ -2620,6 +2646,7 @@ def locret(model, heads=None, *, score="locret", budget=64, local=8):
     """Of a prompt but for its last `local` tokens, a key head keeps the `budget` best by a row of
     SCORES. -> what makes the cache, for generate(cache=…): there the prompt is seen whole, then
     evicted.   heads: of train_heads, for score "locret"."""
+    check_scored(model)
     if score == "locret" and (heads is None or len(heads) != model.config.num_hidden_layers):
         raise UserError("score locret needs a retaining head for every layer: see train_heads")
     return partial(Evicting, model, heads, score, budget, local)

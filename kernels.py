@@ -737,20 +737,23 @@ def swiglu(gate, up):
 
 
 @jit
-def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scale, HD,
+def decode_attention_kernel(q, k, v, length, out, top, mass, kb, kh, ks, K, scale, HD, window,
                             G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
                             BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """One share of the slots of one row's key head, for its group of G queries: their softmax so
     far.
 
-    Shares are cut from the row's own length, so that all SPLITS programs of a short row have work.
+    Shares are cut from the slots that the row sees, so that all SPLITS programs of a short row have
+    work.
     """
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)                   # row x key head
     g, d, s = tl.arange(0, GP), tl.arange(0, D), tl.arange(0, BLOCK)
     mine = (g < G)[:, None] & (d < HD)[None]
     n = tl.load(length + head // K).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(n, BLOCK), SPLITS) * BLOCK
-    start, end = split * share, tl.minimum(n, split * share + share)
+    first = tl.maximum(n - window, 0)
+    share = tl.cdiv(tl.cdiv(n - first, BLOCK), SPLITS) * BLOCK
+    start = first + split * share
+    end = tl.minimum(n, start + share)
     query = tl.load(q + (head * G + g[:, None]) * HD + d[None], mask=mine, other=0.0)    # [GP, D]
     base = head // K * kb + head % K * kh
     m = tl.full([GP], -1e30, tl.float32)                                             # not inf - inf
@@ -793,21 +796,29 @@ def decode_merge_kernel(part, top, mass, out, HD, G: tl.constexpr, D: tl.constex
 # === decode_attention: 2112.05682, one new token against a cache, whose bytes are the cost ========
 
 
-def decode_attention_ref(q, k, v, length):
-    """softmax(q kᵀ / sqrt(hd)) v over row b's first length[b] slots.   q [B, H, hd], k, v [B, K, S,
-    hd]."""
+def slots_seen(slots, length, window):
+    """Which slots each row sees: its first length[b], of them the last `window` (0: all).
+    [B, 1, 1, S]"""
+    at, end = torch.arange(slots, device=length.device), length[:, None, None, None]
+    return (at < end) & (at >= end - window) if window else at < end
+
+
+def decode_attention_ref(q, k, v, length, window=0):
+    """softmax(q kᵀ / sqrt(hd)) v over row b's first length[b] slots, or the last `window` of them.
+    q [B, H, hd], k, v [B, K, S, hd]."""
     (B, H, hd), (K, S) = q.shape, k.shape[1:3]
     scores = wide(q).reshape(B, K, H // K, hd) @ wide(k).mT / hd ** 0.5               # [B, K, G, S]
-    seen = torch.arange(S, device=k.device) < length[:, None, None, None]             # [B, 1, 1, S]
+    seen = slots_seen(S, length, window)                                              # [B, 1, 1, S]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return (weights @ wide(v)).reshape(q.shape).to(q.dtype)
 
 
-def decode_attention_cpu(q, k, v, length):
-    """Two batched products over the slots that some row fills: a mask only where lengths differ."""
+def decode_attention_cpu(q, k, v, length, window=0):
+    """Two batched products over the slots that some row sees: a mask only where lengths differ."""
     (B, H, hd), K, (low, S) = q.shape, k.size(1), (int(n) for n in length.aminmax())
-    q, k, v = q.reshape(B, K, H // K, hd), k[:, :, :S], v[:, :, :S]
-    seen = None if low == S else torch.arange(S, device=k.device) < length[:, None, None, None]
+    first = max(low - window, 0) if window else 0                    # slots that no row sees go
+    q, k, v = q.reshape(B, K, H // K, hd), k[:, :, first:S], v[:, :, first:S]
+    seen = None if low == S else slots_seen(S - first, length - first, window)
     if q.element_size() == 2:            # scores must not be rounded, nor overflow float16
         return F.scaled_dot_product_attention(q, k, v, seen).reshape(B, H, hd)
     scores = (q * hd ** -0.5) @ k.mT                                                  # [B, K, G, S]
@@ -816,7 +827,7 @@ def decode_attention_cpu(q, k, v, length):
     return (scores.softmax(-1) @ v).reshape(B, H, hd)
 
 
-def decode_attention_triton(q, k, v, length):
+def decode_attention_triton(q, k, v, length, window=0):
     """The slots of each row's key head split until PROGRAMS programs run, then merged."""
     (B, H, hd), (K, S) = q.shape, k.shape[1:3]
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -825,12 +836,13 @@ def decode_attention_triton(q, k, v, length):
     G, D = H // K, max(16, triton.next_power_of_2(hd))
     most = (8192 if G > 16 else 16384) // (D * q.element_size())                  # slots of a tile
     BLOCK = max(16, min(64, most))
-    splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(S, BLOCK)))
+    splits = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K),
+                                        triton.cdiv(min(S, window or S), BLOCK)))
     part = out if splits == 1 else q.new_empty(B * K * splits * G, hd, dtype=torch.float32)
     top, mass = torch.empty(2, B * K * splits * G, device=q.device).unbind(0)
     decode_attention_kernel[(B * K, splits)](
         q, k, v, length.contiguous(), part, top, mass, *k.stride()[:3], K,
-        math.log2(math.e) / hd ** 0.5, hd,
+        math.log2(math.e) / hd ** 0.5, hd, window or 1 << 30,
         G=G, GP=max(16, triton.next_power_of_2(G)), D=D, BLOCK=BLOCK, SPLITS=splits, num_warps=4)
     if splits > 1:
         decode_merge_kernel[(B * H,)](part, top, mass, out, hd, G=G, D=D, SPLITS=splits,
@@ -839,23 +851,23 @@ def decode_attention_triton(q, k, v, length):
 
 
 @torch.no_grad()
-def decode_attention(q, k, v, length):
+def decode_attention(q, k, v, length, window=0):
     """One new token's attention to a cache: decode_attention_ref. Not differentiable.
 
     q [B, H, hd] -> [B, H, hd]; k, v [B, K, S, hd] views of a cache, finite beyond length, too;
-    length [B] of valid slots, at least 1, is read on the device: no wait.   G = H / K queries share
-    a key head. Bytes: 2 K hd sum(length) itemsize;  FLOPs: 4 H hd sum(length), G a byte in
-    bfloat16: memory is the floor.
+    length [B] of valid slots, at least 1, is read on the device: no wait; window: only the last so
+    many of them are seen (0: all).   G = H / K queries share a key head. Bytes: 2 K hd sum(length)
+    itemsize;  FLOPs: 4 H hd sum(length), G a byte in bfloat16: memory is the floor.
     """
     path = route(q)
     if len(q) == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     if path == "triton":
-        return decode_attention_triton(q, k, v, length)
+        return decode_attention_triton(q, k, v, length, window)
     with torch.autocast(q.device.type, enabled=False):
         if path == "cpu":
-            return decode_attention_cpu(q, k, v, length)
-        return decode_attention_ref(q, k, v, length)
+            return decode_attention_cpu(q, k, v, length, window)
+        return decode_attention_ref(q, k, v, length, window)
 
 
 # === xxt: a symmetric product, one triangle of it computed and mirrored ===========================

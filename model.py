@@ -7,12 +7,14 @@ model.py - the transformer that every script trains: a block, log-probs, samplin
 Letters  B rows, T tokens, D width, V vocabulary, H heads (K for keys and values), S cache slots,
          E experts
 
-    model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU
+    model_type      what it adds to RMSNorm, RoPE, grouped queries, SwiGLU: a row of FAMILIES
     llama           nothing                                  2302.13971
-    qwen2           bias on q, k, v                          2407.10671
-    qwen3           RMSNorm on every query and key head      2505.09388
+    mistral         layers that see a window of tokens       2310.06825
+    qwen2, qwen3    bias on q, k, v; RMSNorm on their heads  2407.10671, 2505.09388
     mixtral         top-k experts instead of the MLP         2401.04088
     qwen3_moe       both of the last two                     2505.09388
+    phi3, phimoe    fused tensors; LayerNorm and experts     2404.14219, 2409.12136
+    gemma3_text     norms around, GELU, two kinds of layers  2503.19786
 
 Read the block, then token_logprobs and generate. The chapters are Hugging Face folders in and out,
 the parts that other families put into the block's tables, adapters, ranks, the command line.
@@ -29,6 +31,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,18 +44,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import kernels
-from data.run import (Count, NonNegative, Positive, Range, UserError, bandwidth, cast, checkpoint,
-                      cli, comments_of, device_of, expect, nearest, not_finite, older_than, parse,
-                      read_json, refuse_ranks, sha256, steps_of)
+from data.run import (KINDS, Count, NonNegative, Positive, Range, UserError, bandwidth, cast,
+                      checkpoint, cli, comments_of, device_of, expect, nearest, not_finite,
+                      older_than, parse, read_json, refuse_ranks, sha256, steps_of)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
 # --- config ---------------------------------------------------------------------------------------
 
-ARCHITECTURES = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3")
 # what chapters put into the block and the sampling; the key is a value of the config or an option
-ROPES = dict(default=((), lambda freq: freq))  # rope_type: its options, how they scale
-MLPS = {}                                # model_type: the module in the MLP's place
+ROPES = dict(default=lambda freq, c, long: (freq, 1.0))  # rope_type: frequencies, a factor of all
+ACTS = dict(silu=swiglu)                 # hidden_act: its product of gate and up
+NORMS, MLPS = {}, {}                     # Family's: modules of (width, eps), of (config, width)
 GATES = {}                               # head_router: the module that weighs the heads' outputs
 SOURCES = {}                             # field of a layer's number: norm that later keys come from
 SHAPED = {}                              # field that no other tool knows: those that go with it
@@ -75,11 +78,21 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: tuple = ()                 # pairs: ("rope_type", "llama3"), ("factor", 8.0), …
+    rope_local_base_freq: float = 0.0        # theta of layers with a window; 0: rope_theta
+    partial_rotary_factor: float = 1.0       # so much of a head is turned
+    hidden_act: str = "silu"                 # a row of ACTS
+    attention_bias: bool = False             # on q, k, v, o
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    query_pre_attn_scalar: float = 0.0       # scores are over its root; 0: head_dim
+    sliding_window: int = 0                  # tokens that a "sliding_attention" layer sees
+    layer_types: tuple = ()                  # that or "full_attention", of each layer; (): all full
     tie_word_embeddings: bool = True
     num_experts: int = 0
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True              # chosen experts' weights sum to 1 (Mixtral: always)
     router_aux_loss_coef: float = 0.01
+    router_jitter_noise: float = 0.0         # sparsemixer: how near an expert is a rival
     bos_token_id: int = -1                   # -1: none
     eos_token_id: tuple = ()                 # all ids that end a text
     pad_token_id: int = -1
@@ -90,33 +103,29 @@ class ModelConfig:
     head_router: str = "learned"             # or norm: by the norm of the head's query
 
     @property
-    def shaped(self):
-        """The fields that no other tool knows, where they say something: {name: value}."""
-        names = [x for field, with_it in SHAPED.items() if getattr(self, field) for x in with_it]
-        return {name: getattr(self, name) for name in names}
+    def family(self):
+        """What its model_type switches: a row of FAMILIES."""
+        return FAMILIES[self.model_type]
 
     @property
     def moe(self):
-        return self.model_type in MLPS
-
-    @property
-    def qk_norm(self):
-        return self.model_type in ("qwen3", "qwen3_moe")
+        return self.family.mlp != "dense"
 
 
 # --- transformer ----------------------------------------------------------------------------------
 
 
 @lru_cache(8)
-def rope_table(config, device):
-    """cos and sin of all positions' angles, [positions, hd/2] in float32 (RoFormer, 2104.09864)."""
-    half = config.head_dim // 2
-    freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)        # [hd/2]
-    options = dict(config.rope_scaling)
-    names, scaled = ROPES[options.get("rope_type", options.get("type", "default"))]
-    freq = scaled(freq, *(options[name] for name in names))
+def rope_table(config, device, local=False, long=False):
+    """cos and sin of all positions' angles, [positions, hd/2] in float32 (RoFormer, 2104.09864).
+    local: of layers with a window that have a theta of their own; long: beyond switch(config)."""
+    half = int(config.head_dim * config.partial_rotary_factor) // 2
+    theta = config.rope_local_base_freq if local else config.rope_theta
+    freq = theta ** (-torch.arange(half, dtype=torch.float32) / half)                    # [hd/2]
+    options = {} if local else dict(config.rope_scaling)
+    freq, factor = ROPES[options.pop("rope_type", "default")](freq, config, long, **options)
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)      # [S, hd/2]
-    return angle.cos().to(device), angle.sin().to(device)
+    return (factor * angle.cos()).to(device), (factor * angle.sin()).to(device)
 
 
 class RMSNorm(nn.Module):
@@ -170,18 +179,22 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (2305.13245), rotary; bias or q/k norm where the family has it."""
+    """Grouped-query attention (2305.13245), rotary; bias, q/k norm, a window where there are."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.hd, bias = c.head_dim, c.model_type == "qwen2"
+        self.hd, self.window = c.head_dim, window_of(c, layer)
+        self.turn = rope if c.partial_rotary_factor == 1 else partial_rope
+        self.scale = math.sqrt(c.head_dim / (c.query_pre_attn_scalar or c.head_dim))
+        bias = c.family.qkv_bias or c.attention_bias
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.hd, bias=bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.hd, bias=bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * self.hd, c.hidden_size, bias=False)
-        self.qk_norm = c.qk_norm
-        if c.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(self.hd, c.rms_norm_eps) for _ in range(2))
+        self.o_proj = nn.Linear(c.num_attention_heads * self.hd, c.hidden_size,
+                                bias=c.attention_bias)
+        self.qk_norm, norm = c.family.qk_norm, NORMS[c.family.norm]
+        if self.qk_norm:
+            self.q_norm, self.k_norm = (norm(self.hd, c.rms_norm_eps) for _ in range(2))
         self.heads = GATES[c.head_router](c) if c.routed_heads else None
 
     def forward(self, x, cos, sin, cache, layer, at, visible, source=None):
@@ -192,7 +205,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # [B, H or K, T, hd]
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+        q = q if self.scale == 1 else q * self.scale
         gate = None if self.heads is None else self.heads(x, q)                       # [B, H, T, 1]
         group = q.size(1) // k.size(1)
         if cache is not None:
@@ -201,10 +215,14 @@ class Attention(nn.Module):
             k, v = k[:, :, :T], v[:, :, :T]
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, T, hd]
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), is_causal=True)
+            near = within(T, self.window, q.device) if 0 < self.window < T else None
+            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), near,
+                                               is_causal=near is None)
         elif T == 1:                             # visible: how many slots each row sees
-            y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible)[:, :, None].to(q.dtype)
+            y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, self.window)
+            y = y[:, :, None].to(q.dtype)
         else:                                    # a group's queries are one head's: no copies
+            visible = nearest_of(visible, self.window) if self.window else visible
             q, mask = q.reshape(B, k.size(1), group * T, self.hd), visible.repeat(1, 1, group, 1)
             y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
             y = y.reshape(B, -1, T, self.hd)
@@ -214,16 +232,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (2002.05202):  down( silu(gate x) * up x )."""
+    """SwiGLU (2002.05202):  down( silu(gate x) * up x ), or another of ACTS."""
 
     def __init__(self, c, width):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(c.hidden_size, width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(width, c.hidden_size, bias=c.mlp_bias)
+        self.act = ACTS[c.hidden_act]
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+
+
+NORMS["rms"], MLPS["dense"] = RMSNorm, MLP
 
 
 class Block(nn.Module):
@@ -232,14 +254,21 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         width = c.layer_widths[layer] if c.layer_widths else c.intermediate_size
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps) if width else None
-        self.mlp = MLPS.get(c.model_type, MLP)(c, width) if width else None
+        norm = partial(NORMS[c.family.norm], c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = norm() if width else None
+        self.mlp = MLPS[c.family.mlp](c, width) if width else None
+        self.behind_attn = norm() if c.family.around else None
+        self.behind_mlp = norm() if c.family.around and width else None
 
     def forward(self, x, *where):
-        x = x + self.self_attn(self.input_layernorm(x), *where)
-        return x if self.mlp is None else x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), *where)
+        x = x + (y if self.behind_attn is None else self.behind_attn(y))
+        if self.mlp is None:
+            return x
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + (y if self.behind_mlp is None else self.behind_mlp(y))
 
 
 class Transformer(nn.Module):
@@ -250,50 +279,53 @@ class Transformer(nn.Module):
         self.config, self.generation = config, {}      # what generation_config.json says besides
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.family.norm](config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.sources = {}                    # layer's number: the norm that makes its source
-        for field, name in SOURCES.items():
-            if layer := getattr(config, field):
-                self.sources[layer] = name
-                self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, config.lm_head_bias)
+        self.bias = config.lm_head_bias and not config.tie_word_embeddings
+        self.local, self.switch = local_layers(config), switch(config)
+        self.sources = add_sources(self)     # layer's number: the norm that makes its source
 
     @property
     def head(self):
         """The output matrix [V, D]: the embedding itself where the two are tied."""
+        if self.bias:
+            return with_bias(self.lm_head)                                            # [V, D + 8]
         return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def embed(self, tokens):
+        """tokens [B, T] -> what enters the first block [B, T, D]."""
+        x = self.embed_tokens(tokens)
+        return x * rounded_root(x.size(-1), x.dtype) if self.config.family.scaled else x
 
     def forward(self, tokens, cache=None):
         """With a cache, row b's tokens follow its cache.length[b] earlier ones; the cache grows.
         Raises UserError beyond the context."""
         T, old = tokens.size(1), cache.used if cache else 0
-        if old + T > (context := self.config.max_position_embeddings):
-            raise UserError(f"{old + T} tokens exceed the model's context of {context}: "
-                            "shorten the text or start from a model with a longer context")
-        cos, sin = rope_table(self.config, tokens.device)
+        check_length(self, old, old + T)
         at = visible = None
-        if cache is None:
-            cos, sin = cos[:T], sin[:T]                                                  # [T, hd/2]
-        else:
+        if cache is not None:
             positions, at = cache.at(T)                                            # [B, T], [B K T]
-            cos, sin = cos[positions][:, None], sin[positions][:, None]            # [B, 1, T, hd/2]
             if old and T == 1:
                 visible = cache.length + 1                                               # [B]
             elif old:                        # by slots: fewer than positions if some were evicted
                 slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
                 held = torch.arange(old + T, device=tokens.device)                       # [S]
                 visible = held <= slots[:, None, :, None]                             # [B, 1, T, S]
-        x = self.embed_tokens(tokens)                                                    # [B, T, D]
+        angles = {}                          # of layers with and without a theta of their own
+        for local in set(self.local):
+            table = rope_table(self.config, tokens.device, local, old + T > self.switch)
+            angles[local] = [x[:T] if cache is None else x[positions][:, None] for x in table]
+        x = self.embed(tokens)                                                           # [B, T, D]
         source = None                        # of keys and values; None: each layer's own input
         for i, block in enumerate(self.layers):
             if i in self.sources:
                 source = getattr(self, self.sources[i])(x)                               # [B, T, D]
-            x = block(x, cos, sin, cache, i, at, visible, source)
+            x = block(x, *angles[self.local[i]], cache, i, at, visible, source)
         if cache is not None:
             cache.length += T
             cache.used += 0 if cache.static else T
-        return self.norm(x)
+        return with_one(self.norm(x)) if self.bias else self.norm(x)
 
     def logits(self, hidden):
         """[…, D] -> float32 [..., V]."""
@@ -398,37 +430,6 @@ def decode(models, caches, hidden, u, stop, choose):
     return out, logp, len(u) * max(u.size(1) - 1, 0)
 
 
-def collect(prompt, length, out, logp, stop, pad, row_steps):
-    """What was decoded -> Rollout: each row is cut after its first stop, and follows its prompt.
-    prompt [B, T] of `length` [B]; out, logp [B, new], where a row may run on after its stop."""
-    hit = torch.isin(out, stop)                                                          # [B, new]
-    after = hit.cumsum(1) > hit
-    out, logp, mask = out.masked_fill(after, pad), logp.masked_fill(after, 0), (~after).float()
-    width = int((length + mask.sum(1)).max())
-    place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
-
-    def join(left, right):
-        wide = F.pad(left, (0, out.size(1)))                                          # [B, T + new]
-        return wide.scatter(1, place, right)[:, :width].contiguous()
-
-    zero = torch.zeros_like(prompt, dtype=logp.dtype)
-    tokens, mask, logp = join(prompt, out), join(zero, mask), join(zero, logp)
-    return Rollout(tokens, mask, logp, length, hit.any(1), row_steps)
-
-
-def check_request(config, prompts, samples, new, temperature, top_k):
-    """UserError for what generate cannot do."""
-    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
-    if longest == 0 or min(map(len, prompts)) == 0:
-        raise UserError("generate needs at least one prompt, and every prompt at least one token")
-    if samples < 1 or min(new, temperature, top_k) < 0:
-        raise UserError(f"generate cannot make {samples} samples of {new} new tokens, temperature "
-                        f"{temperature}, top_k {top_k}: ask for a sample, and nothing below 0")
-    if longest + new > context:
-        raise UserError(f"a prompt of {longest} tokens and {new} new ones exceed the context of "
-                        f"{context}: shorten the prompt or lower the number of new tokens")
-
-
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
              stop=None, generator=None, contrast=None, cache=Cache):
@@ -467,6 +468,84 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         raise UserError("the model's predictions are not finite: its weights have diverged, or "
                         "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
     return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
+
+
+# === families: Hugging Face, what a model_type switches in the block ==============================
+
+
+class Family(NamedTuple):
+    """What a model_type switches in the block, whatever else its config.json says."""
+    norm: str = "rms"                        # a row of NORMS
+    mlp: str = "dense"                       # a row of MLPS
+    qkv_bias: bool = False                   # on q, k, v alone; attention_bias: on o, too
+    qk_norm: bool = False                    # a norm on every query and key head
+    around: bool = False                     # norms behind attention and MLP, too
+    scaled: bool = False                     # embeddings times sqrt(D)
+
+
+FAMILIES = dict(llama=Family(), mistral=Family(), phi3=Family(), qwen2=Family(qkv_bias=True),
+                qwen3=Family(qk_norm=True), mixtral=Family(mlp="experts"),
+                qwen3_moe=Family(mlp="experts", qk_norm=True),
+                phimoe=Family(norm="layer", mlp="sparsemixer"),
+                gemma3_text=Family(norm="rms_plus_one", qk_norm=True, around=True, scaled=True))
+
+
+# === limits: ours, what is too long, and where longrope changes ===================================
+
+
+def switch(config):
+    """The number of tokens above which longrope takes its other factors; infinity without it."""
+    options = dict(config.rope_scaling)
+    longrope = options.get("rope_type") == "longrope"
+    return options["original_max_position_embeddings"] if longrope else math.inf
+
+
+def check_length(model, old, length):
+    """UserError for more tokens than the context, and for a cache from below longrope's switch."""
+    if length > (context := model.config.max_position_embeddings):
+        raise UserError(f"{length} tokens exceed the model's context of {context}: "
+                        "shorten the text or start from a model with a longer context")
+    if 0 < old <= model.switch < length:
+        raise UserError(f"the cache was made of {old} tokens, and above {model.switch} this "
+                        "model's longrope changes all positions: read the whole text anew")
+
+
+def check_request(config, prompts, samples, new, temperature, top_k):
+    """UserError for what generate cannot do."""
+    longest, context = max(map(len, prompts), default=0), config.max_position_embeddings
+    if longest == 0 or min(map(len, prompts)) == 0:
+        raise UserError("generate needs at least one prompt, and every prompt at least one token")
+    if samples < 1 or min(new, temperature, top_k) < 0:
+        raise UserError(f"generate cannot make {samples} samples of {new} new tokens, temperature "
+                        f"{temperature}, top_k {top_k}: ask for a sample, and nothing below 0")
+    if longest + new > context:
+        raise UserError(f"a prompt of {longest} tokens and {new} new ones exceed the context of "
+                        f"{context}: shorten the prompt or lower the number of new tokens")
+    if min(map(len, prompts)) <= switch(config) < longest + new:
+        raise UserError(f"prompts of {min(map(len, prompts))} to {longest} tokens and {new} new "
+                        f"ones lie on both sides of {switch(config)}, where this model's longrope "
+                        "changes all positions: keep prompt and new tokens on one side")
+
+
+# === rows: ours, a rollout of what was decoded ====================================================
+
+
+def collect(prompt, length, out, logp, stop, pad, row_steps):
+    """What was decoded -> Rollout: each row is cut after its first stop, and follows its prompt.
+    prompt [B, T] of `length` [B]; out, logp [B, new], where a row may run on after its stop."""
+    hit = torch.isin(out, stop)                                                          # [B, new]
+    after = hit.cumsum(1) > hit
+    out, logp, mask = out.masked_fill(after, pad), logp.masked_fill(after, 0), (~after).float()
+    width = int((length + mask.sum(1)).max())
+    place = length[:, None] + torch.arange(out.size(1), device=out.device)               # [B, new]
+
+    def join(left, right):
+        wide = F.pad(left, (0, out.size(1)))                                          # [B, T + new]
+        return wide.scatter(1, place, right)[:, :width].contiguous()
+
+    zero = torch.zeros_like(prompt, dtype=logp.dtype)
+    tokens, mask, logp = join(prompt, out), join(zero, mask), join(zero, logp)
+    return Rollout(tokens, mask, logp, length, hit.any(1), row_steps)
 
 
 # === truncation: 1805.04833, 1904.09751, sample from the top k or the top p only ==================
@@ -644,13 +723,16 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
     except ValueError:
         raise UserError(f"--model {size}: expected LAYERSxWIDTH, the width a multiple of 32, "
                         "for example 4x192") from None
-    heads = width // 32
+    heads, dialect = width // 32, DIALECTS[model_type]
     return ModelConfig(model_type=model_type, vocab_size=-(-tokenizer.vocab_size // 64) * 64,
                        hidden_size=width, intermediate_size=-(-width * 8 // 3 // 32) * 32,
                        num_hidden_layers=layers, num_attention_heads=heads,
                        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
                        max_position_embeddings=context,
-                       num_experts=8 if model_type in MLPS else 0,
+                       num_experts=8 if FAMILIES[model_type].mlp != "dense" else 0,
+                       hidden_act=dialect.absent.get("hidden_act", "silu"),
+                       router_jitter_noise=dialect.absent.get("router_jitter_noise", 0.0),
+                       rope_local_base_freq=dialect.local,
                        bos_token_id=-1 if tokenizer.bos is None else tokenizer.bos,
                        eos_token_id=(tokenizer.eos,),
                        pad_token_id=-1 if tokenizer.pad is None else tokenizer.pad)
@@ -658,14 +740,14 @@ def preset(size, tokenizer, context=512, model_type="qwen3"):
 
 def init(config, seed=0):
     """A new Transformer: normal weights of std 0.02, the matrices that write to the residual stream
-    1/sqrt(2L) of that (GPT-2), norms 1, biases 0."""
+    1/sqrt(2L) of that (GPT-2), norms 1 (what is added to 1: 0), biases 0."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
-    g = torch.Generator().manual_seed(seed)
+    g, one = torch.Generator().manual_seed(seed), float(config.family.norm != "rms_plus_one")
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else one)
         else:
             out = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if out else 0.02,
@@ -673,18 +755,175 @@ def init(config, seed=0):
     return model
 
 
+# === windows: 2310.06825, layers that see the last tokens only ====================================
+
+
+def within(T, window, device):
+    """Which of T tokens each sees: itself and those before it, `window` in all.   [T, T]"""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device)
+    return seen.tril().triu(1 - window)
+
+
+def nearest_of(visible, window):
+    """Of the first slots that are visible, the last `window`.   [..., S]"""
+    slots = torch.arange(visible.size(-1), device=visible.device)
+    return visible & (slots >= visible.sum(-1, keepdim=True) - window)
+
+
+def local_layers(config):
+    """Whether each layer turns by a theta of its own: those with a window, in Gemma."""
+    own = config.rope_local_base_freq > 0
+    return [own and window_of(config, i) > 0 for i in range(config.num_hidden_layers)]
+
+
+def window_of(config, layer):
+    """How many tokens a layer sees, its own included; 0: all."""
+    slides = config.layer_types and config.layer_types[layer] == "sliding_attention"
+    return config.sliding_window if slides else 0
+
+
+def bites(d):
+    """Whether there is a window that is narrower than the context."""
+    return d.get("sliding_window", math.inf) < d["max_position_embeddings"]
+
+
+def none(d):
+    """No layer slides; a config.json that says so all the same is refused."""
+    return [False] * d["num_hidden_layers"]
+
+
+def every(d):
+    """All layers, where there is a window."""
+    return [bool(d.get("sliding_window"))] * d["num_hidden_layers"]
+
+
+def switched(d):
+    """All layers, where windows are switched on."""
+    return [bool(d.get("use_sliding_window"))] * d["num_hidden_layers"]
+
+
+def upper(d):
+    """The layers from max_window_layers on, where windows are switched on."""
+    on, first = d.get("use_sliding_window"), d.get("max_window_layers", 28)
+    return [bool(on) and i >= first for i in range(d["num_hidden_layers"])]
+
+
+def patterned(d):
+    """All but every sixth layer."""
+    step = d.get("sliding_window_pattern", 6)
+    return [(i + 1) % step > 0 for i in range(d["num_hidden_layers"])]
+
+
+# === linear, dynamic, llama3, yarn, longrope: 2306.15595, rotary positions for a longer context ===
+
+
+def linear_rope(freq, c, long, *, factor):
+    """Positions pushed together (2306.15595): every frequency divided by `factor`."""
+    return freq / factor, 1.0
+
+
+def dynamic_rope(freq, c, long, *, factor):
+    """NTK-aware, by the length at hand: it changes nothing up to max_position_embeddings, and what
+    is longer is refused here as everywhere."""
+    return freq, 1.0
+
+
+def llama3_rope(freq, c, long, *, factor, low_freq_factor, high_freq_factor,
+                original_max_position_embeddings):
+    """Llama 3.1's scaling (2407.21783): wavelengths above (old) context / low are divided by
+    `factor`, those below context / high are left alone; between, a linear blend of both."""
+    low, high = low_freq_factor, high_freq_factor
+    turns = original_max_position_embeddings * freq / (2 * math.pi)         # in the old context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return smooth * freq + (1 - smooth) * freq / factor, 1.0
+
+
+def yarn_rope(freq, c, long, *, factor, original_max_position_embeddings, attention_factor=0.0,
+              beta_fast=32.0, beta_slow=1.0, mscale=0.0, mscale_all_dim=0.0, truncate=True):
+    """YaRN (2309.00071): as Llama 3.1's, but the blend is linear in the number of the frequency,
+    between those that turn beta_fast and beta_slow times in the old context; cosines and sines are
+    times 0.1 ln(factor) + 1 (mscale: its weight, over that of mscale_all_dim)."""
+    def number(turns):
+        reach = original_max_position_embeddings / (turns * 2 * math.pi)
+        return len(freq) * math.log(reach) / math.log(c.rope_theta)
+
+    def grown(weight):
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = number(beta_fast), number(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * len(freq) - 1)
+    high = high + 0.001 if high == low else high
+    ramp = ((torch.arange(len(freq)) - low) / (high - low)).clamp(0, 1)                  # [hd/2]
+    both = mscale and mscale_all_dim
+    scale = grown(mscale) / grown(mscale_all_dim) if both else grown(1.0)
+    return freq / factor * ramp + freq * (1 - ramp), attention_factor or scale
+
+
+def longrope(freq, c, long, *, short_factor, long_factor, original_max_position_embeddings,
+             factor=0.0, attention_factor=0.0, short_mscale=0.0, long_mscale=0.0):
+    """LongRoPE (2402.13753): every frequency over a factor of its own, of another list for texts
+    beyond the old context. As in transformers the whole text at hand has one list, by the longest
+    row of a batch: see switch()."""
+    own = torch.tensor(long_factor if long else short_factor)                            # [hd/2]
+    old = original_max_position_embeddings
+    factor = factor or c.max_position_embeddings / old
+    scale = math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0
+    return freq / own, (long_mscale if long else short_mscale) or attention_factor or scale
+
+
+def partial_rope(x, cos, sin):
+    """RoPE on the first numbers of a head, as many as there are angles for."""
+    n = 2 * cos.size(-1)
+    return torch.cat([rope(x[..., :n], cos, sin), x[..., n:]], -1)
+
+
+ROPES |= dict(linear=linear_rope, dynamic=dynamic_rope, llama3=llama3_rope, yarn=yarn_rope,
+              longrope=longrope)
+
+
+# === acts: 1606.08415, what gates an MLP ==========================================================
+
+
+def gelu(gate, up, approximate="none"):
+    """GEGLU (2002.05202):  gelu(gate) * up."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+ACTS["gelu"], ACTS["gelu_pytorch_tanh"] = gelu, partial(gelu, approximate="tanh")
+ACTS["swish"], ACTS["gelu_new"] = ACTS["silu"], ACTS["gelu_pytorch_tanh"]          # other names
+
+
 # === config_keys: Hugging Face, what may stand in config.json, and of which type ==================
 
 
 class Dialect(NamedTuple):
-    """Where a family's checkpoints differ from Llama's; functions are of a parsed config.json."""
+    """How a family's checkpoints say it; functions are of a parsed config.json."""
+    name: str                                        # of its classes in transformers
+    scorer: str = ""                                 # of its reward models, where it is another
+    alias: str = ""                                  # what others call its language model
     width: str = "intermediate_size"                 # the key of an MLP's width
+    reads: tuple = ()                                # keys of OPTIONS that it has
+    slides: object = none                            # -> whether each layer has a window
+    theta: float = 10000.0                           # rope_theta where it is absent
+    local: float = 0.0                               # rope_local_base_freq where it is absent
+    keys: dict = {}                                  # its keys whose fields have another name
+    absent: dict = {}                                # what transformers takes for an absent field
+    ropes: tuple = tuple(ROPES)                      # rope_types that it has
     read: object = lambda d: dict(num_experts=0)     # -> fields of ModelConfig
     write: object = lambda d: d                      # -> the config.json to save
     names: tuple = ()                                # (part of our name, part of the tensor's)
 
 
-DIALECTS = dict.fromkeys(ARCHITECTURES, Dialect())
+LLAMA, QWEN = dict(bos_token_id=1, eos_token_id=2), dict(num_key_value_heads=32)
+DIALECTS = dict(
+    llama=Dialect("Llama", reads=("attention_bias", "mlp_bias"), absent=LLAMA),
+    mistral=Dialect("Mistral", slides=every,
+                    absent=LLAMA | dict(num_key_value_heads=8, sliding_window=4096)),
+    qwen2=Dialect("Qwen2", slides=upper, absent=QWEN | dict(sliding_window=4096)),
+    qwen3=Dialect("Qwen3", slides=upper, reads=("attention_bias",),
+                  absent=QWEN | dict(sliding_window=4096, head_dim=128)))
 QUANT = "minimal-post-training"          # config.json's quant_method for our packed layers
 PACKED_TYPE = "packed-"          # before its model_type: transformers would ignore the quant_method
 SHAPED_TYPE = "shaped-"          # before that of a model with fields that no other tool knows
@@ -693,10 +932,27 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
          "max_position_embeddings")
 TYPES = dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim"), "size") | dict(
     rms_norm_eps="positive", rope_theta="positive", tie_word_embeddings="flag",
-    attention_bias="flag", mlp_bias="flag", hidden_act="text", rope_scaling="object",
-    rope_parameters="object", use_sliding_window="flag", sliding_window="size",
-    max_window_layers="whole", quantization_config="object", architectures="list",
+    attention_bias="flag", mlp_bias="flag", lm_head_bias="flag", hidden_act="text",
+    rope_scaling="object", rope_parameters="object", rope_local_base_freq="positive",
+    partial_rotary_factor="positive", query_pre_attn_scalar="positive",
+    router_jitter_noise="number", use_sliding_window="flag", sliding_window="size",
+    sliding_window_pattern="size", max_window_layers="whole", layer_types="list",
+    original_max_position_embeddings="size", quantization_config="object", architectures="list",
     num_labels="size", id2label="object")            # key: a row of data.run's KINDS
+# fields of ModelConfig that only some families have, and what they are in the others
+OPTIONS = dict(attention_bias=False, mlp_bias=False, lm_head_bias=False, router_jitter_noise=0.0,
+               partial_rotary_factor=1.0, query_pre_attn_scalar=0.0, rope_local_base_freq=0.0)
+# keys that change what other families' models say, and the values that change nothing
+FOREIGN = dict.fromkeys((
+    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "qk_layernorm", "use_qk_norm",
+    "use_mrope", "alibi", "parallel_attn", "no_rope_layers", "use_bidirectional_attention",
+    "mlp_only_layers", "shared_expert_intermediate_size", "n_shared_experts",
+    "attention_chunk_size", "text_config"), (0, [], {})) | dict.fromkeys((
+        "logit_scale", "logits_scaling", "attention_multiplier", "residual_multiplier",
+        "embedding_multiplier", "decoder_sparse_step"), (1,))
+
+
+# === config_fits: Hugging Face, sizes, names and kinds of layers that go together =================
 
 
 def check_heads(d, kind):
@@ -704,70 +960,74 @@ def check_heads(d, kind):
     heads = d["num_attention_heads"]
     groups = d.get("num_key_value_heads") or heads
     width = d.get("head_dim") or d["hidden_size"] / heads
+    turned = width * d["partial_rotary_factor"]
     if heads % groups:
         return f"{heads} attention heads do not share {groups} key heads evenly"
-    if width % 2:
-        return f"a head of {width:g} numbers: rotary positions need an even whole number"
+    if width % 1 or not 2 <= turned <= width or int(turned) % 2:
+        return (f"a head of {width:g} numbers of which {int(turned)} turn: rotary positions need "
+                "an even whole number")
     return ""
 
 
 def check_architecture(d, kind):
     """What is wrong with the architecture's name and its number of labels."""
-    names = [f"{ARCHITECTURES[kind]}For{x}" for x in HEADS]
-    found = d.get("architectures", names)
+    dialect = DIALECTS[kind]
+    model = f"{dialect.name}For{HEADS[0]}"
+    scorer = f"{dialect.scorer or dialect.name}For{HEADS[1]}"
+    found = d.get("architectures", [model])
     labels = d.get("num_labels") or len(d.get("id2label") or [0])
-    if found[:1] not in [[x] for x in names]:
-        return (f"architectures is {found}: expected [{names[0]!r}], "
-                f"or of a reward model [{names[1]!r}]")
-    if found[0] == names[1] and labels != 1:
+    if not found or found[0] not in (model, scorer, dialect.alias or model):
+        return f"architectures is {found}: expected [{model!r}], or of a reward model [{scorer!r}]"
+    if found[0] == scorer and labels != 1:
         return f"{labels} labels: a reward model has one score"
     return ""
 
 
-# topic: (config.json, model_type) -> what is wrong in words, "" if nothing is
-CHECKS = dict(architecture=check_architecture, heads=check_heads)
+def check_act(d, kind):
+    """What is wrong with the activation."""
+    act = d.get("hidden_act", "silu")
+    return "" if act in ACTS else f"hidden_act = {act!r} is not supported{nearest(act, ACTS)}"
+
+
+def check_layers(d, kind):
+    """What is wrong with the kinds of the layers and their window."""
+    types, slides = d.get("layer_types"), DIALECTS[kind].slides
+    both = "full_attention", "sliding_attention"
+    given = slides(d) if types is None else [x == both[1] for x in types]
+    if types is not None and (len(given) != d["num_hidden_layers"] or not set(types) <= {*both}):
+        return f"layer_types {types}: expected {' or '.join(both)} for each layer"
+    if slides in (none, every, switched) and bites(d) and given != slides(d):
+        return f"layer_types {types} is not what {kind} computes"
+    if slides is none and bites(d) and any(upper(d)):
+        return f"sliding_window = {d['sliding_window']} is not supported in {kind}"
+    if slides is upper and any(given) and not d.get("use_sliding_window"):
+        return "layer_types has sliding_attention, and use_sliding_window is not true"
+    return "sliding_window is missing" if any(given) and not d.get("sliding_window") else ""
 
 
 # === config_checks: Hugging Face, a config.json that would load wrongly is refused by name ========
 
+# topic: (config.json, model_type) -> what is wrong in words, "" if nothing is
+CHECKS = dict(architecture=check_architecture, heads=check_heads, act=check_act,
+              layers=check_layers)
+
 
 def check_config(d, kind, where):
-    """UserError for a key that is missing or of another type, and for sizes that do not fit."""
-    width = DIALECTS[kind].width
-    expect(d, where, (*SIZES, width), **TYPES | {width: "size"})
+    """UserError for sizes that do not fit, and for what is written rightly and that we do not
+    compute."""
     for check in CHECKS.values():
         if words := check(d, kind):
             raise UserError(f"{where}: {words}")
-
-
-def check_supported(d, kind, where):
-    """UserError for an option that is written rightly and that we do not compute."""
-    slides = kind == "mixtral" or d.get("max_window_layers", 28) < d["num_hidden_layers"]
-    slides = slides and d.get("use_sliding_window", kind == "mixtral")
-    window = d.get("sliding_window") if slides else None
     quant = d.get("quantization_config") or {}
     expect(quant, f"{where}, quantization_config", sha256="object", layers="object")
-    refuse = dict(
-        hidden_act=d.get("hidden_act", "silu") not in ("silu", "swish"),
-        mlp_bias=d.get("mlp_bias", False), attention_bias=d.get("attention_bias", False),
-        mlp_only_layers=d.get("mlp_only_layers"),
-        decoder_sparse_step=d.get("decoder_sparse_step", 1) != 1,
-        quantization_config=quant and quant.get("quant_method") != QUANT,
-        sliding_window=window is not None and window < d["max_position_embeddings"])
+    refuse = {key: key in d and d[key] not in off for key, off in FOREIGN.items()}
+    refuse |= {key: d.get(key, off) != off for key, off in OPTIONS.items()
+               if key not in DIALECTS[kind].reads}
+    refuse |= dict(quantization_config=quant and quant.get("quant_method") != QUANT)
     for key, wrong in refuse.items():
         if wrong:
-            raise UserError(f"{where}: {key} = {d.get(key)!r} is not supported; "
+            raise UserError(f"{where}: {key} = {str(d[key])[:60]} is not supported in {kind}; "
                             "use a checkpoint without it")
-
-
-def check_rope(rope, where):
-    """UserError for rotary options that have no row in ROPES, or that lack a number."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPES:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; choose {', '.join(ROPES)}")
-    names = ROPES[kind][0]
-    numbers = dict.fromkeys((*names, "rope_theta"), "positive")
-    expect(rope, f"{where}, rope options", names, **numbers)
 
 
 def ends(d, where, key="eos_token_id"):
@@ -783,6 +1043,147 @@ def ends(d, where, key="eos_token_id"):
     return tuple(x for x in ids if x >= 0)
 
 
+# === config_rope: Hugging Face, rotary options under two names, of which one may be stale =========
+
+PHI_ROPES = "default", "longrope"
+ROPE_TYPES = dict(                       # key of the rotary options: a row of data.run's KINDS
+    short_factor="list", long_factor="list", truncate="flag",
+    original_max_position_embeddings="size") | dict.fromkeys((
+        "factor", "low_freq_factor", "high_freq_factor", "rope_theta", "partial_rotary_factor",
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "short_mscale",
+        "long_mscale"), "positive")
+ELSEWHERE = "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"
+
+
+def rope_said(options, kind, where):
+    """A rotary object of a config.json with one spelling of its type, and without nulls."""
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: rope_parameters holds {str(options)[:40]!r}: expected an object")
+    out = {k: v for k, v in options.items() if v is not None}
+    names = [out.pop(k) for k in ("rope_type", "type") if k in out]
+    if names[1:] and names[0] != names[1]:
+        raise UserError(f"{where}: rope_type {names[0]!r} and type {names[1]!r} disagree: "
+                        "remove the one that is not meant")
+    older = DIALECTS[kind].ropes == PHI_ROPES and names[:1] in (["su"], ["yarn"])
+    return out | dict(rope_type="longrope" if older else names[0] if names else "default")
+
+
+def rope_agreed(found, where):
+    """{place: what stands there} in a config.json as one object. UserError where two disagree: a
+    stale one may be read by one version of transformers and not by the next."""
+    out, places = {}, {}
+    for place, options in found.items():
+        for key, value in options.items():
+            if key in out and out[key] != value:
+                raise UserError(f"{where}: {places[key]} and {place} disagree on {key} "
+                                f"({str(out[key])[:40]}, {str(value)[:40]}): "
+                                "remove the one that is not meant")
+            out[key], places[key] = value, place
+    objects = [set(x) - {*ELSEWHERE} for x in found.values() if "rope_type" in x]
+    if objects[1:] and objects[0] != objects[1]:
+        raise UserError(f"{where}: rope_scaling and rope_parameters disagree on "
+                        f"{', '.join(sorted(objects[0] ^ objects[1]))}: "
+                        "remove the one that is not meant")
+    return out
+
+
+def check_rope(rope, half, kind, where):
+    """UserError for rotary options that the family or ROPES has not, that lack a number, or whose
+    lists are not of `half` a head's numbers."""
+    where, rope_type = f"{where}, rope options", rope["rope_type"]
+    if rope_type not in DIALECTS[kind].ropes:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported in {kind}; choose "
+                        f"{', '.join(DIALECTS[kind].ropes)}")
+    takes = {k: p.default is p.empty for k, p in signature(ROPES[rope_type]).parameters.items()
+             if p.kind is p.KEYWORD_ONLY}
+    expect(rope, where, [k for k, needed in takes.items() if needed], **ROPE_TYPES)
+    if huge := [k for k, x in rope.items() if ROPE_TYPES.get(k) == "positive" and x > 1e9]:
+        raise UserError(f"{where}: {huge[0]} is {rope[huge[0]]}: nothing scales so far")
+    if spare := sorted(rope.keys() - {*takes, *ELSEWHERE, "rope_type", "finetuned"}):
+        raise UserError(f"{where}: {spare[0]} is nothing that {rope_type} has; remove it")
+    for key in ("short_factor", "long_factor"):
+        numbers = rope.get(key, [1] * half)
+        if len(numbers) != half or not all(KINDS["positive"][1](x) for x in numbers):
+            raise UserError(f"{where}: {key} has {len(numbers)} entries: expected {half} numbers "
+                            "above 0, one for each pair that turns")
+    least = min(rope.get("rope_theta", 2), rope[ELSEWHERE[2]])
+    if rope_type in ("yarn", "longrope") and least <= 1:
+        raise UserError(f"{where}: {rope_type} divides by the logarithms of rope_theta and of "
+                        f"{ELSEWHERE[2]}: both are above 1")
+    if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UserError(f"{where}: high_freq_factor is not above low_freq_factor")
+
+
+# === fields: Hugging Face, rotary positions and windows, wherever a config.json says them =========
+
+
+def rope_fields(d, kind, where):
+    """The rotary fields of ModelConfig, from all the places where a config.json may have them."""
+    dialect, new = DIALECTS[kind], d.get("rope_parameters") or {}
+    nested = any(isinstance(x, dict) for x in new.values())
+    if new and nested != (dialect.local > 0):
+        wanted = "an object for each kind of layer" if dialect.local else "one object"
+        raise UserError(f"{where}: rope_parameters is {str(new)[:60]!r}: expected {wanted}")
+    objects = dict(rope_scaling=d.get("rope_scaling"),
+                   rope_parameters=new.get("full_attention") if nested else new)
+    found = {name: rope_said(x, kind, where) for name, x in objects.items() if x}
+    rope = rope_agreed({"config.json": {k: d[k] for k in ELSEWHERE if k in d}} | found, where)
+    rope.setdefault("rope_type", "default")
+    rope.setdefault(ELSEWHERE[2], d["max_position_embeddings"])
+    expect(rope, f"{where}, rope options", partial_rotary_factor="positive")
+    width = d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"]
+    share = min(1, rope.get("partial_rotary_factor", 1))
+    check_rope(rope, int(width * share) // 2, kind, where)
+    out = dict(rope_theta=float(rope.pop("rope_theta", dialect.theta)),
+               partial_rotary_factor=float(rope.pop("partial_rotary_factor", 1)))
+    if ELSEWHERE[2] not in signature(ROPES[rope["rope_type"]]).parameters:
+        del rope[ELSEWHERE[2]]
+    pairs = [(k, tuple(x) if isinstance(x, list) else x) for k, x in sorted(rope.items())]
+    out["rope_scaling"] = tuple(pairs) if rope["rope_type"] != "default" else ()
+    return out | local_theta(d, new.get("sliding_attention") or {}, kind, where)
+
+
+def local_theta(d, own, kind, where):
+    """The field of layers that turn by a theta of their own, in the families that have them."""
+    if not DIALECTS[kind].local:
+        return {}
+    old = {"rope_theta": d["rope_local_base_freq"]} if "rope_local_base_freq" in d else {}
+    place = "rope_parameters.sliding_attention"
+    side = rope_agreed({"rope_local_base_freq": old, place: rope_said(own, kind, where)}, where)
+    if side["rope_type"] != "default":
+        raise UserError(f"{where}: {place} has rope_type {side['rope_type']!r}: only layers "
+                        "without a window are scaled here")
+    expect(side, f"{where}, {place}", rope_theta="positive")
+    return dict(rope_local_base_freq=float(side.get("rope_theta", DIALECTS[kind].local)))
+
+
+def window_fields(d, kind):
+    """The window and the kinds of layers; neither if no layer's window is narrower than the
+    context."""
+    types = d.get("layer_types")
+    slides = DIALECTS[kind].slides(d) if types is None else [x[0] == "s" for x in types]
+    if not any(slides) or not (bites(d) or DIALECTS[kind].local):
+        return dict(sliding_window=0, layer_types=())
+    return dict(sliding_window=d["sliding_window"], layer_types=tuple(
+        "sliding_attention" if x else "full_attention" for x in slides))
+
+
+def write_windows(d, config, slides):
+    """The keys of windows that a family has; null is no window, where absent would be one."""
+    window, types = d.pop("sliding_window"), list(d.pop("layer_types"))
+    if slides is every or types and slides is not none:
+        d["sliding_window"] = window or None
+    if types and slides in (switched, upper):
+        d["use_sliding_window"] = True
+    if types and slides is upper:
+        d |= dict(layer_types=types, max_window_layers=types.index("sliding_attention"))
+    if slides is patterned:
+        d["layer_types"] = types or ["full_attention"] * config.num_hidden_layers
+        first = [*d["layer_types"], "full_attention"].index("full_attention")
+        d["sliding_window_pattern"] = first + 1                    # read before layer_types were
+    return d
+
+
 # === config_json: Hugging Face, config.json to ModelConfig and back ===============================
 
 
@@ -793,91 +1194,84 @@ def family(d, where):
     if kind.startswith("lost-"):
         raise UserError(f"{where}: model_type {kind!r} is not supported; "
                         "LOST with a non-linearity: only sft.py --resume reads it")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported"
-                        f"{nearest(kind, ARCHITECTURES)}")
+    if kind not in DIALECTS:
+        why = "; it reads more than text" if "text_config" in d else nearest(kind, DIALECTS)
+        raise UserError(f"{where}: model_type {kind!r} is not supported{why}")
     return kind
 
 
 def from_hf(d, where="config.json"):
     """A parsed config.json -> ModelConfig; UserError for what would load wrongly."""
-    d = {k: v for k, v in d.items() if v is not None}            # null is what is not there
-    kind = family(d, where)
+    kind, raw = family(d, where), d
+    dialect = DIALECTS[kind]
+    d = {dialect.keys.get(k, k): v for k, v in d.items() if k not in dialect.keys.values()}
+    d = {k: v for k, v in (dialect.absent | d).items() if v is not None}   # null: not there
+    expect(d, where, (*SIZES, dialect.width), **TYPES | {dialect.width: "size"})
+    d |= rope_fields(d, kind, where)
     check_config(d, kind, where)
-    check_supported(d, kind, where)
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
-    check_rope(rope, where)
+    d |= window_fields(d, kind)
     known = {f.name for f in fields(ModelConfig)}
-    out = {k: v for k, v in d.items() if k in known} | dict(model_type=kind)
-    if "layer_widths" in out:
-        out["layer_widths"] = tuple(out["layer_widths"])
-    out["rope_theta"] = float(rope.pop("rope_theta", d.get("rope_theta", 10000.0)))
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    out["rope_scaling"] = tuple(sorted(rope.items())) if scaled else ()
-    out["eos_token_id"] = ends(d, where)
+    out = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k in known}
+    for end in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = ends(d, where, end)
+        ids = ids if end in raw else tuple(x for x in ids if x < d["vocab_size"])
+        out[end] = ids if end == "eos_token_id" else next(iter(ids), -1)
     out.setdefault("num_key_value_heads", d["num_attention_heads"])
     out.setdefault("head_dim", d["hidden_size"] // d["num_attention_heads"])
     out["tie_word_embeddings"] = bool(d.get("tie_word_embeddings", False))
-    config = ModelConfig(**out | DIALECTS[kind].read(d))
-    shaped = d["model_type"].startswith(SHAPED_TYPE)
-    layers = config.num_hidden_layers
-    if bool(config.shaped) != shaped or len(config.layer_widths) not in (0, layers):
-        raise UserError(f"{where}: model_type {d['model_type']!r} does not go with {config.shaped} "
-                        f"and {layers} layers: make the checkpoint again")
+    if out.get("query_pre_attn_scalar") == out["head_dim"]:
+        del out["query_pre_attn_scalar"]
+    config = ModelConfig(**out | dict(model_type=kind) | dialect.read(d))
+    shaped, layers = d["model_type"].startswith(SHAPED_TYPE), config.num_hidden_layers
+    if bool(own_fields(config)) != shaped or len(config.layer_widths) not in (0, layers):
+        raise UserError(f"{where}: model_type {d['model_type']!r} does not go with "
+                        f"{own_fields(config)} and {layers} layers: make the checkpoint again")
     return config
 
 
 def to_hf(config, scalar=False):
-    """ModelConfig -> what config.json holds, with both spellings in use of the RoPE options."""
-    d = asdict(config) | dict(hidden_act="silu", torch_dtype="float32", use_cache=True)
+    """ModelConfig -> what config.json holds. The RoPE options stand under the keys that every
+    transformers since 4.45 reads, and once."""
+    dialect = DIALECTS[config.model_type]
+    d = asdict(config) | dict(torch_dtype="float32", use_cache=True)
     for names in SHAPED.values():
-        for name in set(names) - config.shaped.keys():
+        for name in set(names) - own_fields(config).keys():
             del d[name]
-    d["model_type"] = SHAPED_TYPE * bool(config.shaped) + d["model_type"]
-    d["architectures"] = [f"{ARCHITECTURES[config.model_type]}For{HEADS[scalar]}"]
+    for key in OPTIONS.keys() - {*dialect.reads}:
+        del d[key]
+    d["model_type"] = SHAPED_TYPE * bool(own_fields(config)) + d["model_type"]
+    d["architectures"] = [f"{scalar and dialect.scorer or dialect.name}For{HEADS[scalar]}"]
     eos = config.eos_token_id
     d["eos_token_id"] = list(eos) if len(eos) > 1 else next(iter(eos), None)
     d |= {k: None for k in ("bos_token_id", "pad_token_id") if d[k] < 0}
-    scaling = dict(config.rope_scaling)
-    d["rope_scaling"] = scaling or None
-    d["rope_parameters"] = {"rope_type": "default"} | scaling | {"rope_theta": config.rope_theta}
-    d = DIALECTS[config.model_type].write(d)
+    d["rope_scaling"] = {k: list(x) if isinstance(x, tuple) else x
+                         for k, x in config.rope_scaling} or None
+    if switch(config) < math.inf:                                  # transformers 4 reads it here
+        d["original_max_position_embeddings"] = switch(config)
+    d = dialect.write(write_windows(d, config, dialect.slides))
+    spelled = {v: k for k, v in dialect.keys.items()}
+    d = {spelled.get(k, k): v for k, v in d.items()}
     if scalar:                                                     # transformers' num_labels = 1
         d |= dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
     return d
 
 
-# === linear, llama3: 2407.21783, rotary positions for a longer context ============================
-
-
-def linear_rope(freq, factor):
-    """Positions pushed together (2306.15595): every frequency divided by `factor`."""
-    return freq / factor
-
-
-def llama3_rope(freq, factor, low, high, context):
-    """Llama 3.1's scaling (2407.21783): wavelengths above (old) context / low are divided by
-    `factor`, those below context / high are left alone; between, a linear blend of both."""
-    turns = context * freq / (2 * math.pi)                                  # in the old context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return smooth * freq + (1 - smooth) * freq / factor
-
-
-ROPES["linear"] = ("factor",), linear_rope
-ROPES["llama3"] = (("factor", "low_freq_factor", "high_freq_factor",
-                    "original_max_position_embeddings"), llama3_rope)
-
-
 # === mixtral, qwen3_moe: 2401.04088, 2505.09388, top-k experts in the MLP's place =================
+
+
+def top_shares(c, logits):
+    """The likeliest experts and their probabilities, which sum to 1 if the config says so."""
+    weight, chosen = logits.softmax(-1).topk(c.num_experts_per_tok, -1)                  # [N, k]
+    return weight / weight.sum(-1, keepdim=True) if c.norm_topk_prob else weight, chosen
 
 
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed the balance
-    loss."""
+    loss. route: (config, logits) -> shares and numbers of the chosen experts [N, k]."""
 
-    def __init__(self, c, width):
+    def __init__(self, c, width, route=top_shares):
         super().__init__()
-        self.top_k, self.norm = c.num_experts_per_tok, c.norm_topk_prob
+        self.route = partial(route, c)
         self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
         self.experts = nn.ModuleList(MLP(c, width) for _ in range(c.num_experts))
         self.router_logits = None
@@ -885,9 +1279,7 @@ class MoE(nn.Module):
     def forward(self, x):
         flat = x.view(-1, x.size(-1))                                                    # [N, D]
         self.router_logits = self.gate(flat)                                             # [N, E]
-        weight, chosen = self.router_logits.float().softmax(-1).topk(self.top_k, -1)     # [N, k]
-        if self.norm:
-            weight = weight / weight.sum(-1, keepdim=True)
+        weight, chosen = self.route(self.router_logits.float())                          # [N, k]
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
@@ -920,12 +1312,21 @@ def load_balance_loss(model, mask=None):
 
 def check_experts(d, kind):
     """What is wrong with the number of experts."""
-    top = d.get("num_experts_per_tok", 2)
+    top, mlp = d.get("num_experts_per_tok", 2), FAMILIES[kind].mlp
     experts = d.get("num_local_experts", d.get("num_experts", 0))
-    return "" if kind not in MLPS or top <= experts else f"{top} of {experts} experts a token"
+    if mlp == "sparsemixer" and top != 2:
+        return f"num_experts_per_tok = {top}: {kind} has two of a token"
+    return "" if mlp == "dense" or top <= experts else f"{top} of {experts} experts a token"
 
 
-# === expert_names: Hugging Face, how the two families spell their experts =========================
+MLPS["experts"] = MoE
+TYPES |= dict(num_experts="whole", num_local_experts="size", num_experts_per_tok="size",
+              norm_topk_prob="flag", router_aux_loss_coef="number", mlp_only_layers="list",
+              decoder_sparse_step="size")
+CHECKS["experts"] = check_experts
+
+
+# === expert_names: Hugging Face, how the families spell their experts =============================
 
 
 def read_mixtral(d):
@@ -934,9 +1335,9 @@ def read_mixtral(d):
 
 
 def write_mixtral(d):
-    """Mixtral's own key, and no sliding window."""
+    """Mixtral's own key."""
     experts = d.pop("num_experts")
-    return d | dict(num_local_experts=experts, sliding_window=None)
+    return d | dict(num_local_experts=experts)
 
 
 def read_qwen3_moe(d):
@@ -955,14 +1356,134 @@ def write_qwen3_moe(d):
 MIXTRAL = ((".mlp.gate.", ".block_sparse_moe.gate."),
            (".mlp.experts.", ".block_sparse_moe.experts."),
            (".gate_proj.", ".w1."), (".down_proj.", ".w2."), (".up_proj.", ".w3."))
-DIALECTS["mixtral"] = Dialect(read=read_mixtral, write=write_mixtral, names=MIXTRAL)
-DIALECTS["qwen3_moe"] = Dialect("moe_intermediate_size", read_qwen3_moe, write_qwen3_moe)
-ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"] = "Mixtral", "Qwen3Moe"
-MLPS["mixtral"] = MLPS["qwen3_moe"] = MoE
-TYPES |= dict(num_experts="whole", num_local_experts="size", num_experts_per_tok="size",
-              norm_topk_prob="flag", router_aux_loss_coef="number", mlp_only_layers="list",
-              decoder_sparse_step="size")
-CHECKS["experts"] = check_experts
+EXPERTS = dict(num_experts_per_tok=2, router_aux_loss_coef=0.001)
+DIALECTS["mixtral"] = Dialect(
+    "Mixtral", slides=every, theta=1e6, read=read_mixtral, write=write_mixtral, names=MIXTRAL,
+    absent=LLAMA | EXPERTS | dict(num_key_value_heads=8, rms_norm_eps=1e-5, num_local_experts=8))
+DIALECTS["qwen3_moe"] = Dialect(
+    "Qwen3Moe", width="moe_intermediate_size", reads=("attention_bias",), slides=switched,
+    read=read_qwen3_moe, write=write_qwen3_moe,
+    absent=EXPERTS | dict(num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+                          sliding_window=4096))
+
+
+# === phi3, phimoe: 2404.14219, 2409.12136, stacked tensors; LayerNorm, and rivals among experts ===
+
+
+def sparsemixer(c, logits):
+    """Phi-3.5-MoE's two experts (SparseMixer, 2310.00811), as they are at inference: the likeliest,
+    then the likeliest of the rest, each with its share among its rivals, those within 2
+    router_jitter_noise of it, relative to the larger.   [N, E] -> [N, 2] each
+
+    ours: training routes so, too, and not by chance with an estimated gradient: the sampler is the
+    policy. A router then learns only where experts are rivals, and by load_balance_loss.
+    """
+    def share(open_to, best):
+        top = open_to.gather(-1, best)                                                   # [N, 1]
+        far = (top - logits) / logits.abs().clamp(min=top) > 2 * c.router_jitter_noise
+        return open_to.masked_fill(far, -math.inf).softmax(-1).gather(-1, best)
+
+    first = logits.argmax(-1, keepdim=True)
+    rest = logits.scatter(-1, first, -math.inf)                                          # [N, E]
+    second = rest.argmax(-1, keepdim=True)
+    return (torch.cat([share(logits, first), share(rest, second)], -1),
+            torch.cat([first, second], -1))
+
+
+def with_bias(linear):
+    """A head and its bias as one matrix, for states whose next number is 1.   [V, D + 8]"""
+    bias = F.pad(linear.bias[:, None], (0, 7))              # 8: a GPU multiplies eights the fastest
+    return torch.cat([linear.weight, bias], 1)
+
+
+def with_one(hidden):
+    """States that with_bias reads: a 1 and seven zeros more.   [..., D + 8]"""
+    return F.pad(F.pad(hidden, (0, 1), value=1.0), (0, 7))
+
+
+def write_phi3(d):
+    """Phi-3's own place of the old context; transformers 4 wants no other key in rope_scaling."""
+    scaling, old = d["rope_scaling"] or {}, d["max_position_embeddings"]
+    if scaling:
+        old = scaling.pop("original_max_position_embeddings")
+        scaling["type"] = scaling.pop("rope_type")
+    return d | dict(original_max_position_embeddings=old)
+
+
+def write_phimoe(d):
+    """Mixtral's key, and the older name of rope_type."""
+    if d["rope_scaling"]:
+        d["rope_scaling"]["type"] = d["rope_scaling"].pop("rope_type")
+    return write_mixtral(d)
+
+
+def check_phimoe(d, kind):
+    """What is wrong with a Phi-3.5-MoE."""
+    scaling = dict(d["rope_scaling"])
+    if kind == "phimoe" and scaling and not {"short_mscale", "long_mscale"} <= scaling.keys():
+        return "rope options lack short_mscale or long_mscale"
+    tied = d.get("lm_head_bias") and d.get("tie_word_embeddings")
+    return "lm_head_bias: a head that is the embedding has none here" if tied else ""
+
+
+NORMS["layer"], MLPS["sparsemixer"] = nn.LayerNorm, partial(MoE, route=sparsemixer)
+CHECKS["phimoe"] = check_phimoe
+STACKED = tuple((f".{part}_proj.weight", f".{whole}_proj.weight") for part, whole in (
+    ("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("gate", "gate_up"), ("up", "gate_up")))
+DIALECTS["phi3"] = Dialect(
+    "Phi3", reads=("partial_rotary_factor",), slides=every, ropes=PHI_ROPES, write=write_phi3,
+    names=STACKED, absent=dict(rms_norm_eps=1e-5, original_max_position_embeddings=4096,
+                               bos_token_id=1, eos_token_id=32000, pad_token_id=32000))
+DIALECTS["phimoe"] = Dialect(
+    "Phimoe", alias="PhiMoEForCausalLM", slides=every, theta=1e6, ropes=PHI_ROPES,
+    reads=("attention_bias", "lm_head_bias", "router_jitter_noise"),
+    read=read_mixtral, write=write_phimoe, names=MIXTRAL,
+    absent=LLAMA | EXPERTS | dict(num_key_value_heads=8, rms_norm_eps=1e-5, num_local_experts=16,
+                                  router_jitter_noise=0.01))
+
+
+# === gemma3_text: 2503.19786, norms around, layers with a window and a theta of their own =========
+
+
+class RMSNormPlusOne(nn.Module):
+    """kernels.rms_norm with 1 + the weight, in float32: Gemma's, whose decay is towards 1."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, x):
+        return rms_norm(x, 1 + self.weight.float(), self.eps)
+
+
+@lru_cache(8)
+def rounded_root(width, dtype):
+    """The root of the width as a number of that dtype: what Gemma's embeddings are times."""
+    return float(torch.tensor(width ** 0.5, dtype=dtype))
+
+
+NORMS["rms_plus_one"] = RMSNormPlusOne
+# ours: post_attention_layernorm stands before the MLP, as in all other families
+DIALECTS["gemma3_text"] = Dialect(
+    "Gemma3", scorer="Gemma3Text", slides=patterned, theta=1e6, local=1e4,
+    reads=("attention_bias", "query_pre_attn_scalar", "rope_local_base_freq"),
+    keys=dict(hidden_activation="hidden_act"),
+    write=lambda d: d | dict(query_pre_attn_scalar=d["query_pre_attn_scalar"] or d["head_dim"]),
+    names=((".post_attention_layernorm.", ".pre_feedforward_layernorm."),
+           (".behind_attn.", ".post_attention_layernorm."),
+           (".behind_mlp.", ".post_feedforward_layernorm.")),
+    absent=dict(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096,
+                query_pre_attn_scalar=256, hidden_act="gelu_pytorch_tanh", pad_token_id=0,
+                eos_token_id=1, bos_token_id=2))
+
+
+# === shaped: ours, models with fields that no other tool knows ====================================
+
+
+def own_fields(config):
+    """The fields that no other tool knows, where they say something: {name: value}."""
+    names = [x for field, with_it in SHAPED.items() if getattr(config, field) for x in with_it]
+    return {name: getattr(config, name) for name in names}
 
 
 # === puzzle: 2411.19146, every layer's MLP has its own width, or there is none ====================
@@ -987,6 +1508,18 @@ def check_swift(d, kind):
     it, through a norm of its own."""
     beyond = d.get("swift_layer", 0) >= d["num_hidden_layers"]
     return "swift_layer is beyond the last layer" if beyond else ""
+
+
+def add_sources(model):
+    """Put the norms that later layers' keys come from into a Transformer.
+    -> {layer's number: name}"""
+    config, found = model.config, {}
+    for field, name in SOURCES.items():
+        if layer := getattr(config, field):
+            found[layer] = name
+            norm = NORMS[config.family.norm]
+            model.add_module(name, norm(config.hidden_size, config.rms_norm_eps))
+    return found
 
 
 SOURCES["swift_layer"] = "norm_swiftkv"
@@ -1073,7 +1606,7 @@ class ScalarModel(nn.Module):
         c = lm.config
         with torch.device("meta"):           # a pad that also ends texts: save() finds another
             model = cls(replace(c, pad_token_id=-1) if c.pad_token_id in c.eos_token_id else c)
-        body = {k: v.detach().clone() for k, v in lm.state_dict().items() if k != "lm_head.weight"}
+        body = {k: v.detach().clone() for k, v in lm.state_dict().items() if "lm_head." not in k}
         model.model.load_state_dict(body, assign=True)
         model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
         nn.init.normal_(model.score.weight, std=std) if std else nn.init.zeros_(model.score.weight)
@@ -1122,6 +1655,14 @@ def hf_name(name, config):
     for ours, theirs in DIALECTS[config.model_type].names:
         name = name.replace(ours, theirs)
     return name
+
+
+def stored_as(model, state):
+    """{the checkpoint's name: [ours]}: several where the family stacks their rows in one tensor."""
+    out = {}
+    for name in state:
+        out.setdefault(hf_name(name, model.config), []).append(name)
+    return out
 
 
 def shard_index(path):
@@ -1238,20 +1779,22 @@ def check_spare(path, model, stored, packed):
 def place(path, model):
     """Where the model's tensors are stored: {our name: open file}, {stored name: open file} of the
     spare ones. UserError for a tensor that is missing, misshapen, unread, or holds no floats."""
-    config, stored, files = model.config, tensors(path), {}
+    config, stored, files, state = model.config, tensors(path), {}, model.state_dict()
     packed = {name for name, _ in model.named_buffers()}           # their dtype is their format
-    for name, p in model.state_dict().items():
-        key = hf_name(name, config)
+    for key, names in stored_as(model, state).items():
         if key not in stored:
             raise UserError(f"{path}: tensor {key} is missing (config.json asks for "
                             f"{config.num_hidden_layers} layers of {config.model_type}): "
                             "the checkpoint is incomplete or its config is wrong")
-        found = files[name] = stored.pop(key)
+        found, wanted = stored.pop(key), list(state[names[0]].shape)
+        files |= dict.fromkeys(names, found)
         shape, kind = found.get_slice(key).get_shape(), found.get_slice(key).get_dtype()
-        if list(p.shape) != shape:
+        if len(names) > 1:
+            wanted[0] = sum(len(state[name]) for name in names)
+        if wanted != shape:
             raise UserError(f"{path}: tensor {key} has shape {shape}, "
-                            f"config.json asks for {list(p.shape)}")
-        if name not in packed and kind not in FLOATS:
+                            f"config.json asks for {wanted}")
+        if not packed.issuperset(names) and kind not in FLOATS:
             raise UserError(f"{path}: tensor {key} is stored as {kind}: weights are floats, one of "
                             f"{', '.join(FLOATS)}; use a checkpoint that is not quantised")
     check_spare(path, model, stored, {hf_name(n, config).rpartition(".")[0] for n in packed})
@@ -1382,18 +1925,20 @@ def with_pad(tokenizer, pad, text):
 
 def read_weights(path, model, files, device, dtype):
     """{our name: tensor}. UserError for NaN or infinity, and for packed codes of another type."""
-    state, packed = {}, {name for name, _ in model.named_buffers()}
-    for name, p in model.state_dict().items():
-        key = hf_name(name, model.config)
-        value = files[name].get_tensor(key)
-        if name in packed and value.dtype != p.dtype:
-            raise UserError(f"{path}: packed tensor {key} is stored as {value.dtype}, "
-                            f"its format is {p.dtype}: pack the model again")
-        # a copy: a mapped file's tensors lie anywhere, and a CPU's matmul rounds by their alignment
-        state[name] = value.to(device, p.dtype if name in packed else dtype, copy=True)
-        if not_finite(state[name]):
-            raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows {dtype}: "
-                            "copy it again")
+    state, packed = model.state_dict(), {name for name, _ in model.named_buffers()}
+    for key, names in stored_as(model, state).items():
+        value = files[names[0]].get_tensor(key)
+        parts = value.split([len(state[n]) for n in names]) if len(names) > 1 else [value]
+        for name, part in zip(names, parts):
+            kind = state[name].dtype
+            if name in packed and part.dtype != kind:
+                raise UserError(f"{path}: packed tensor {key} is stored as {part.dtype}, "
+                                f"its format is {kind}: pack the model again")
+            # a copy: a mapped file's tensors lie anywhere, a CPU's matmul rounds by alignment
+            state[name] = part.to(device, kind if name in packed else dtype, copy=True)
+            if not_finite(state[name]):
+                raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows "
+                                f"{dtype}: copy it again")
     return state
 
 
@@ -1409,11 +1954,12 @@ def check_tied(path, spare, state):
 
 def save_weights(model, path, shard_bytes):
     """Write the tensors as safetensors, split beyond shard_bytes, with an index. -> file names"""
-    shards, size = [{}], 0
-    for name, p in model.state_dict().items():
+    shards, size, state = [{}], 0, model.state_dict()
+    for key, stacked in stored_as(model, state).items():
+        p = torch.cat([state[n] for n in stacked]) if len(stacked) > 1 else state[stacked[0]]
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards, size = [*shards, {}], 0
-        shards[-1][hf_name(name, model.config)] = p.detach().cpu().contiguous()
+        shards[-1][key] = p.detach().cpu().contiguous()
         size += p.nbytes
     n, index = len(shards), path / "model.safetensors.index.json"
     names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
@@ -1862,15 +2408,19 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
     device = model.head.device
     cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), device,
                   model.head.dtype)
-    token = torch.tensor([prompt], device=device)                                        # [1, T]
+    text = list(prompt)
+    token = torch.tensor([text], device=device)                                          # [1, T]
     seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)         # [V]
     for _ in range(min(room, max_new_tokens)):
+        if cache.used == model.switch:       # longrope changes all positions: read all of it anew
+            cache.used, cache.length, token = 0, 0 * cache.length, torch.tensor([text]).to(token)
         logits = model.logits(model(token, cache)[:, -1])                                # [1, V]
         if repetition_penalty != 1:
             seen[token[0]] = True
             logits = penalised(logits, seen, repetition_penalty)
         token = pick(logits, torch.rand(1, generator=generator).to(device),
                      temperature, top_k, top_p)[0][None]
+        text.append(int(token))
         yield int(token)
         if int(token) in model.config.eos_token_id:
             return

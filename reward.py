@@ -1407,7 +1407,7 @@ class PairModel(nn.Module):
 
     def __init__(self, body, features=1024, sigma=0.05, sn=True, generator=None):
         super().__init__()
-        D = body.config.hidden_size
+        D = body.head.size(1)
         self.body, self.features, self.config = body, features, body.config
         self.pool = nn.Linear(D, D) if sn and features else nn.Identity()
         self.w = nn.Parameter(0.05 * torch.randn(features or D, generator=generator))

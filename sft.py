@@ -42,7 +42,7 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
                       needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
-from model import (ARCHITECTURES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
+from model import (FAMILIES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
                    generate, init, load, load_balance_loss, lora, merge, peek, preset,
                    replace_linears, save, save_adapter, shard, token_logprobs, with_ends)
 from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
@@ -57,7 +57,7 @@ class Config(Training):
     rows: int = 0                # use only so many demonstrations (0: all)
     init: str = "base:pretrain"  # a checkpoint; base:PRESETS makes it first; empty: a new model
     model: str = "4x128"         # layers x width of a new model
-    family: Literal[*ARCHITECTURES] = "qwen3"  # its architecture: a row of model.ARCHITECTURES
+    family: Literal[*FAMILIES] = "qwen3"  # its architecture: a row of model.FAMILIES
     tokenizer: str = "bpe"       # of a new model: bpe (trained here), bytes, toyif, gpt2, a folder
     vocab: Range("[261, 1000000]") = 2048  # size of a trained bpe
     turns: Literal["all", "last"] = "all"  # of the assistant's in a conversation, what is trained

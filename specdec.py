@@ -19,7 +19,7 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise
 from statistics import fmean
@@ -301,7 +301,7 @@ def speculate(target, drafter, prompts, max_new, length_rule, *, temperature=0.0
     sampling, reads = (temperature, top_k, top_p), needs(length_rule)
     device, most = target.head.device, length_rule.keywords["gamma"]
     context = min(target.config.max_position_embeddings, drafter.context)
-    check_request(SimpleNamespace(max_position_embeddings=context), prompts, 1, max_new,
+    check_request(replace(target.config, max_position_embeddings=context), prompts, 1, max_new,
                   temperature, top_k)
     stop = target.config.eos_token_id if stop is None else stop
     stop = torch.tensor(stop, device=device, dtype=torch.long)

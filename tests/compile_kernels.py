@@ -98,8 +98,9 @@ def blocks(dtype, B=4, T=512, H=32, hd=128, D=4096, F=11008):
     kernels.swiglu(gate, up).sum().backward()
     for rows in (1, 256):                      # with and without splits of the cache
         k = torch.empty(rows, 8, 2048, hd, dtype=dtype)
-        kernels.decode_attention(torch.empty(rows, H, hd, dtype=dtype), k, k,
-                                 torch.ones(rows).long())
+        for window in (0, 512):
+            kernels.decode_attention(torch.empty(rows, H, hd, dtype=dtype), k, k,
+                                     torch.ones(rows).long(), window)
 
 
 def orthogonalise(dtype):

@@ -45,6 +45,20 @@ def test_decode_attention_is_the_definition(B, K, G, S, hd, dtype, device, path)
     assert got.dtype == dtype and torch.allclose(got.double(), want, **TOL[dtype])
 
 
+@pytest.mark.parametrize("window", [1, 7, 64, 500])
+@pytest.mark.parametrize("programs", [1, 10 ** 6])
+def test_a_window_is_the_last_slots_alone(window, programs, path, monkeypatch):
+    """as if the older ones were not there; in one share of the slots and in many"""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    q, k, v, length = cache(3, 1, 2, 90, 16)
+    for length in (length, length.clamp(min=70)):
+        got = decode_attention(q, k, v, length, window)
+        for b, n in enumerate(length.tolist()):
+            one = slice(b, b + 1), slice(None), slice(max(0, n - window), n)
+            want = decode_attention_ref(q[b:b + 1], k[one], v[one], torch.tensor([min(n, window)]))
+            assert torch.allclose(got[b], want[0], atol=2e-6)
+
+
 @pytest.mark.parametrize("programs", [1, 4, 10 ** 6])
 def test_any_number_of_splits_gives_the_same(programs, monkeypatch):
     """One program, a few, and more of them than slots: empty shares weigh nothing."""
