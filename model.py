@@ -1952,6 +1952,9 @@ def check_tied(path, spare, state):
                             "the two: set tie_word_embeddings to false if the head is meant")
 
 
+# === save: Hugging Face, a model and its tokenizer to a folder =======================================
+
+
 def save_weights(model, path, shard_bytes):
     """Write the tensors as safetensors, split beyond shard_bytes, with an index. -> file names"""
     shards, size, state = [{}], 0, model.state_dict()
