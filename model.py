@@ -1952,7 +1952,7 @@ def check_tied(path, spare, state):
                             "the two: set tie_word_embeddings to false if the head is meant")
 
 
-# === save: Hugging Face, a model and its tokenizer to a folder =====================================
+# === save: Hugging Face, a model and its tokenizer to a folder ====================================
 
 
 def save_weights(model, path, shard_bytes):
