@@ -345,7 +345,7 @@ def train(c, f):
         longest = policy.config.max_position_embeddings
         context = min(c.context or longest, longest)
         data, held, prompts = OPEN.get(c.source, open_pairs)(c, tok, world, context)
-        problems, sets, room = open_problems(c, tok, world, context, data, prompts)
+        problems, sets, room = open_problems(c, tok, world, context, longest, data, prompts)
         generator, counts = torch.Generator().manual_seed(c.seed), Counter()
         known = models | dict(
             c=c, f=f, world=world, policy=policy, tok=tok, data=data, held=held, problems=problems,
@@ -540,7 +540,7 @@ def open_pairs(c, tok, world, context):
     return train, pairs(val), [r["text"] for r in val]
 
 
-def open_problems(c, tok, world, context, data, prompts):
+def open_problems(c, tok, world, context, longest, data, prompts):
     """(training problems, {split: held-out problems}, the longest sample that fits them) of a
     world, or of a file's pairs."""
     if world:
@@ -549,8 +549,8 @@ def open_problems(c, tok, world, context, data, prompts):
     else:
         problems = prefs.prompts_of([r["text"] for r in data if "chosen" in r])
         sets = dict(val=prefs.prompts_of(prompts)[:c.eval_prompts])
-    wish = world.max_new if world else 128
-    room, problems, sets = tasks.fitting(c, tok, problems, sets, wish, context)
+    wish, most = world.max_new if world else 128, longest if c.max_new else context
+    room, problems, sets = tasks.fitting(c, tok, problems, sets, wish, most)
     for problem in [*problems, *(problem for held in sets.values() for problem in held)]:
         problem["ids"] = tok.prompt(problem, c.chat)
     return problems, sets, room

@@ -55,7 +55,7 @@ def test_an_oracle_s_credits_by_hand(one_pair):
 def test_credits_of_two_prompts_by_hand(one_pair, monkeypatch):
     """σ(log π(y|better) - log π(y|worse)) - 1/2: of (3/4, 1/4) and (1/2, 1/2) .1 and -.166667"""
     monkeypatch.setattr(dpo, "pairs", lambda data: [dict(sides=[[0, 1], [1, 0, 0]])])
-    tok = SimpleNamespace(pad=0, prompt=lambda text, chat: [dict(g=0, b=1)[text[0]], 0])
+    tok = SimpleNamespace(pad=0, prompt=lambda p, chat: [dict(g=0, b=1)[p["prompt"][0]], 0])
     start = Laws([[L3, 0.]] * 5, [[0., 0.]] * 5)
     c = SimpleNamespace(chat=False, device="cpu", dtype="float32")
     r, = dpo.prompted(one_pair, start, tok, c, better="good ", worse="bad ")

@@ -882,7 +882,8 @@ def check_evaluation(x, seen):
         assert call.prompts == [p["ids"] for p in held] and call.samples == 1
         assert call.generator.initial_seed() == 1 and call.temperature == 1.0
         for p, y, row in zip(held, ys, shown[2 * i:2 * i + 2]):
-            assert row == (p["prompt"], text_of(x, y), WORLDS[x.c.data].demo(p))
+            asked = x.tok.decode(p["ids"], skip_specials=False)
+            assert row == (asked, text_of(x, y), WORLDS[x.c.data].demo(p))
         want = held_out(x, seen, split, list(zip(call.prompts, ys)))
         if more:
             want["exploitability"] = exploitability(x, seen, split, held, more)
@@ -1129,7 +1130,7 @@ def test_the_pairs_of_a_world_are_labelled_with_its_faults(two_models):
 def test_the_problems_of_a_world_and_of_a_file_leave_room_for_a_response(two_models):
     """training, held-out splits with their prompts' ids; samples end before the context does"""
     *_, tok = two_models
-    problems, sets, room = dpo.open_problems(options(seed=2), tok, RING, 64, [], [])
+    problems, sets, room = dpo.open_problems(options(seed=2), tok, RING, 64, 64, [], [])
     assert problems == [p | dict(ids=tok.prompt(p["prompt"]))
                         for p in RING.problems("train", 4096, 1002)]
     assert {k: [p["prompt"] for p in x] for k, x in sets.items()} == {
@@ -1137,13 +1138,14 @@ def test_the_problems_of_a_world_and_of_a_file_leave_room_for_a_response(two_mod
     assert room == 24                                  # Ring's own
     width = len(problems[0]["ids"])
     for context, max_new, want in ((20, 0, 20 - width), (64, 9, 9)):
-        assert dpo.open_problems(options(max_new=max_new), tok, RING, context, [], [])[2] == want
+        got = dpo.open_problems(options(max_new=max_new), tok, RING, context, context, [], [])
+        assert got[2] == want
     with pytest.raises(UserError, match="no room"):
-        dpo.open_problems(options(), tok, RING, width, [], [])
+        dpo.open_problems(options(), tok, RING, width, width, [], [])
     texts = [".abcd=", ".abce=", ".abcd="]
     data = [dict(text=dict(prompt=t), chosen=[5]) for t in texts] + [
         dict(text=dict(prompt="!abcf="), sides=[[5]])]                 # a label has no pair
-    problems, sets, room = dpo.open_problems(options(), tok, None, 500, data,
+    problems, sets, room = dpo.open_problems(options(), tok, None, 500, 500, data,
                                              [dict(prompt=f".{x}bcd=") for x in "eefghi"])
     assert [p["prompt"] for p in problems] == [".abcd=", ".abce="] and room == 128
     assert [p["prompt"] for p in sets["val"]] == [f".{x}bcd=" for x in "efgh"] and len(sets) == 1

@@ -866,8 +866,9 @@ def test_what_is_evaluated(small, monkeypatch):
         for key, x in want.items():
             assert out[f"{split}_{key}"] == pytest.approx(x, abs=1e-6), key
         assert 0 < want["accuracy"] < 1
-        assert samples[2 * k:2 * k + 2] == [(p["prompt"], tok.decode(hot[2 * i][0]), task.demo(p))
-                                            for i, p in enumerate(problems[:2])]
+        assert samples[2 * k:2 * k + 2] == [
+            (tok.shown(p), tok.decode(hot[2 * i][0]), task.demo(p))
+            for i, p in enumerate(problems[:2])]
 
 
 def test_what_samples_come_to_by_hand():

@@ -376,7 +376,7 @@ def test_a_packed_model_saves_and_loads(family, shard, dtype, tmp_path, capsys):
     size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
     assert 0 <= size - counted < 12_000 * len(list(tmp_path.glob("*.safetensors")))
     if family == "qwen2":
-        M.main([str(tmp_path), "--prompt", "ab", "--tokens", "3"])
+        M.main([str(tmp_path), "--prompt", "ab", "--max_new", "3"])
         assert capsys.readouterr().out.startswith("ab")
 
 

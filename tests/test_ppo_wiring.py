@@ -331,7 +331,8 @@ def check_evaluation(w, scene, problems, split, net, out, shown):
         assert near(out[f"{split}_{key}"], x.mean()), key
     for (prompt, text, demo), problem, row, m in zip(shown, problems, s.tokens, s.mask):
         ids = [x for x in row[m > 0].tolist() if x != w.tok.eos]
-        assert (prompt, text, demo) == (problem["prompt"], w.tok.decode(ids), w.task.demo(problem))
+        seen = w.tok.decode(w.tok.prompt(problem, w.c.chat), skip_specials=False)
+        assert (prompt, text, demo) == (seen, w.tok.decode(ids), w.task.demo(problem))
 
 
 def check_update(w, s, update, calls):

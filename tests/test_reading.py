@@ -117,7 +117,8 @@ def test_pairs_have_no_answers_to_read(tmp_path):
 def test_a_text_is_held_out_by_another(tmp_path):
     (tmp_path / "a.txt").write_text("aaa<|endoftext|>bb<|endoftext|>cc")
     (tmp_path / "b.txt").write_text("bb<|endoftext|>dd")
-    c, tok = sft.Config(data=str(tmp_path / "a.txt"), val=str(tmp_path / "b.txt")), bytes_tokenizer()
+    tok, c = bytes_tokenizer(), sft.Config(data=str(tmp_path / "a.txt"),
+                                           val=str(tmp_path / "b.txt"))
     assert [tok.decode([*p, *y]) for p, y in tasks.rows(c, tok, "train")] == ["aaacc"]
     assert [tok.decode([*p, *y]) for p, y in tasks.rows(c, tok, "val")] == ["bbdd"]
 
