@@ -1261,7 +1261,7 @@ class Unit:
     """A statement at the top level of a module: what it defines, what it uses, its source.
 
     rows: [(table, key, value)] of assignments to rows of tables, TABLE["key"] = value; parameters:
-    the positional arguments of functions in it, what they ask the loop for.
+    the positional arguments of functions in it, what they ask the loop for, and their endings.
     """
 
     def __init__(self, node, first):
@@ -1279,7 +1279,7 @@ class Unit:
                             if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
         self.uses = set() if self.rows else names_in(node)
         functions = [x for x in ast.walk(node) if isinstance(x, ast.FunctionDef)]
-        self.parameters = {a.arg for x in functions for a in x.args.args}
+        self.parameters = endings(a.arg for x in functions for a in x.args.args)
 
     def assign(self, target, value):
         """Note what an assignment defines: names, or rows of tables."""
@@ -1292,6 +1292,12 @@ class Unit:
         elif isinstance(target, ast.Subscript) and hasattr(target.value, "ctx"):
             key = target.slice.value if isinstance(target.slice, ast.Constant) else None
             self.rows.append((last_name(target.value), key, value))
+
+
+def endings(names):
+    """Names, and what is left of each without a prefix: chosen_ratio asks for ratio."""
+    parts = [name.split("_") for name in names]
+    return {"_".join(words[i:]) for words in parts for i in range(len(words))}
 
 
 def imports(node):
@@ -1340,7 +1346,7 @@ def reach(text, roots, tables, values=()):
     tables: {an axis's table: the row that is used}; of another table that chapters fill, a row is
     kept if a function that is kept has an argument of its name, or it is among `values`.
     """
-    units, kept, names, asked = units_of(text), {}, set(roots), set(values)
+    units, kept, names, asked = units_of(text), {}, set(roots), endings(values)
     while True:
         before = len(kept), len(names), len(asked), sum(len(x or ()) for x in kept.values())
         for i, unit in enumerate(units):
@@ -1364,13 +1370,13 @@ def reach(text, roots, tables, values=()):
 
 def row_is_used(row, tables, asked):
     """Whether a run reads TABLE["key"] = …: the row of its axis, or a name that something asks
-    for, with or without a prefix (chosen_ratio for ratio)."""
+    for. asked: names and their endings."""
     table, key, _ = row
     if table in tables:
         return tables[table] == key
     if table == "PRESETS":
         return key in SIZES
-    return key is None or any(name == key or name.endswith(f"_{key}") for name in asked)
+    return key is None or key in asked
 
 
 def tables_of(text, c, axes):
@@ -1397,13 +1403,26 @@ def code_in(unit):
     return dump
 
 
+@functools.lru_cache(4096)
+def fields_in(unit):
+    """The fields of a Config c that a statement reads."""
+    return frozenset(x.attr for x in ast.walk(unit.node) if isinstance(x, ast.Attribute)
+                     and getattr(x.value, "id", "") == "c")
+
+
+@functools.lru_cache(64)
+def attributes_in(text):
+    """The names of all attributes that a module's text reads."""
+    return frozenset(x.attr for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Attribute))
+
+
 def code_of(script, c, axes, root="train", home=Path(__file__).parent.parent):
     """A hash of the code that a run of `script` goes through, in it and in the modules below it,
     and of the defaults of the fields that this code reads.
 
     home: the folder of the project's files."""
     text = (home / f"{script}.py").read_text()
-    read = {x.attr for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Attribute)}
+    read = attributes_in(text)
     tables = tables_of(text, c, {k: rows for k, rows in axes.items() if k in read})
     values = {x for k, x in dataclasses.asdict(c).items() if isinstance(x, str) and k in read}
     code, fields = code_reached(home, script, root, tuple(sorted(tables.items())),
@@ -1436,8 +1455,7 @@ def code_reached(home, script, root, tables, values):
         for i in sorted(kept):
             if not units[i].defines & APART and not imports(units[i].node):
                 rows = kept[i]
-                fields |= {x.attr for x in ast.walk(units[i].node) if isinstance(x, ast.Attribute)
-                           and getattr(x.value, "id", "") == "c"}
+                fields |= fields_in(units[i])
                 mark.update(code_in(units[i]).encode() if rows is None else
                             "".join(f"{t} {k} {ast.dump(v)}" for t, k, v in rows).encode())
     return mark.hexdigest(), frozenset(fields)
