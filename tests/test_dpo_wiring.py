@@ -947,7 +947,8 @@ def exploitability(x, seen, split, held, calls):
 def options(**own):
     """A config of the fields that the functions here read."""
     return SimpleNamespace(**dict(rows=40, seed=0, noise=0.0, length_bias=0.0, eval_prompts=4,
-                                  chat=False, data="ring", max_new=0, micro=2, device="cpu",
+                                  chat=False, val="", system="", ask="", answer="mark",
+                                  data="ring", max_new=0, micro=2, device="cpu",
                                   dtype="float32", source="kto", loss="kto", batch=4, refresh=1)
                            | own)
 
