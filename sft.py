@@ -304,8 +304,8 @@ def show(model, tok, problems, c, run, tag=()):
     prompts = [[*tok.prompt(p, c.chat), *tag] for p in problems]
     roll = generate(model, prompts, new, generator=g)
     answers = [tok.decode(ids) for ids in roll.completions()]
-    for p, a in list(zip(problems, answers))[:3]:
-        run.say(f"  prompt     {tok.shown(p, c.chat)!r}\n  model      {a!r}\n"
+    for p, ids, a in list(zip(problems, prompts, answers))[:3]:
+        run.say(f"  prompt     {tok.decode(ids, skip_specials=False)!r}\n  model      {a!r}\n"
                 f"  reference  {task.demo(p)!r}")
     scores = [task.reward(p, a, ended)
               for p, a, ended in zip(problems, answers, roll.finished.tolist())]

@@ -129,7 +129,8 @@ class Rolled:
 
     @cached_property
     def judged(self):
-        last = torch.tensor([int(m.nonzero().max()) for m in self.mask])
+        scored = self.mask * (self.tokens != self.w.judge.config.pad_token_id)
+        last = torch.tensor([int(m.nonzero().max()) for m in scored])       # a pad may be sampled
         return scores_of(self.w.judge, self.tokens)[torch.arange(len(last)), last]
 
     @cached_property
@@ -490,6 +491,7 @@ def pretend(monkeypatch):
     plain = Tokenizer.prompt
     monkeypatch.setattr(Tokenizer, "prompt", lambda self, problem, chat=False:
                         plain(self, problem) + self.encode("=") * chat)
+    monkeypatch.setattr(Tokenizer, "use_chat", lambda self: None)
     monkeypatch.setattr(ToyIF, "reward", lambda self, problem, text, finished=True:
                         (sum(map(ord, problem["prompt"])) % 11 + len(text) + 5 * finished) / 7)
 
