@@ -204,3 +204,9 @@ def test_model_py_evaluates_with_the_same_words(base, tmp_path, capsys):
     with pytest.raises(UserError, match="--answer: --eval of pairs does not read it"):
         pairs = lines(tmp_path / "pairs.jsonl", [dict(prompt="p", chosen="a", rejected="b")])
         M.main([base, "--eval", pairs, "--answer", "last"])
+
+
+@pytest.mark.parametrize("n", [1, 7, 40, 1319])
+def test_the_interval_of_a_share_stays_a_share(n):
+    assert M.interval(0.0, n)[0] >= 0 and M.interval(1.0, n)[1] <= 1
+    assert M.interval(0.0, n)[1] == pytest.approx(3.8416 / (n + 3.8416))
