@@ -2693,7 +2693,8 @@ def interval(mean, n):
     """Wilson's 95 % interval of a share of n (1927).   -> [low, high]"""
     z = 1.96
     middle, spread = mean + z * z / (2 * n), math.sqrt(mean * (1 - mean) / n + (z / n / 2) ** 2)
-    return [(middle + sign * z * spread) / (1 + z * z / n) for sign in (-1, 1)]
+    ends = ((middle + sign * z * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return [min(max(end, 0.0), 1.0) for end in ends]                     # of 0 or 1 it is rounded
 
 
 def sides(model, tokenizer, rows, side, micro):

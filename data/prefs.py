@@ -1053,7 +1053,7 @@ def check_pairs(name, whole=False, val=""):
     rows, dropped = load_pairs(name, val=val)
     if not rows and not (whole and load_pairs(name, "val", val)[0]):
         why = ", ".join(f"{k} {reason}" for reason, k in dropped.items())
-        why = why or "all are of one prompt, which is held out"
+        why = why or "the prompts of all are held out"
         raise UserError(f"{name}: no pair is left to train on ({why})")
 
 

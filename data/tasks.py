@@ -1287,17 +1287,22 @@ def out_of(problems, task):
 def no_signal(task, texts, seen):
     """What is wrong where no response of a rollout earned more than another, with one of them; ""
     where some did. seen: score, truncated [P, G]"""
-    score, cut = seen["score"], seen["truncated"].float().mean()
+    score, cut = seen["score"], seen["truncated"].flatten().tolist()
     if score.max() > score.min() or score.min() >= 1:
         return ""
+    lost = sum(cut) / len(cut)
     answers = task.metric == "accuracy" and score.max() == 0
-    silent = sum(not stated(task, text) for text in texts) / len(texts)
-    why = ("look at what it reads" if not answers and cut < 0.5 else
-           f"{cut:.0%} ran out of tokens: raise --max_new" if cut >= 0.5 else
-           f"{silent:.0%} state no answer: say with --ask how to, or read it with --answer last"
-           if silent >= 0.5 else "all are wrong: take easier prompts, or train with sft.py first")
+    quiet = [not stated(task, text) for text in texts]
+    silent = sum(quiet) / len(texts)
+    why, shown = ((f"{lost:.0%} ran out of tokens: raise --max_new", cut) if lost >= 0.5 else
+                  ("look at what it reads", [True]) if not answers else
+                  (f"{silent:.0%} state no answer: say with --ask how to, or read it with "
+                   "--answer last", quiet) if silent >= 0.5 else
+                  ("all are wrong: take easier prompts, or train with sft.py first",
+                   [not x for x in quiet]))
+    example = texts[shown.index(True)]
     return (f"  WARNING: every response earned {score.max():g}, so there is nothing to learn from: "
-            f"{why}. One of them: {texts[0][-300:]!r}")
+            f"{why}. One of them: {example[-300:]!r}")
 
 
 # --- rows of ids ----------------------------------------------------------------------------------

@@ -343,9 +343,21 @@ class Tokenizer:
         template has them."""
         ids = [*self.encode(text), self.eos]
         if chat:
-            ids = self.dialogue([QUESTION, {"role": "assistant", "content": text}])[1]
+            ids = self.replied(text)
         end = next(i for i in reversed(range(len(ids))) if ids[i] in self.control_ids)
         return ids if finished else ids[:end]
+
+    def replied(self, text) -> list[int]:
+        """Ids of an answer and its end, as they follow a prompt that is a row of its own: where one
+        token spans the end of the prompt and the answer's begin, the answer's own instead."""
+        messages = [QUESTION, {"role": "assistant", "content": text}]
+        before, ids = self.dialogue(messages)
+        whole, spans = self.spans(messages)
+        begin, end = spans[-1]
+        if before == self.rendered(whole[:begin]):
+            return ids
+        ids = self.encode(whole[begin:end], specials=True)
+        return ids if self.control_ids & {*ids} else [*ids, self.eos]
 
     def ends(self, chat=False) -> tuple:
         """The ids that end a completion: EOS; with chat also the end of the template's turns."""
@@ -419,6 +431,8 @@ class Tokenizer:
 
     def opened(self, text, messages) -> int:
         """Where a conversation's text begins to be the answer to its first messages."""
+        if not messages:                 # a default system prompt may still stand before it
+            return self.unasked(text)
         head = self.written(messages)
         if text.startswith(head):
             return len(head)
@@ -427,6 +441,15 @@ class Tokenizer:
             raise UserError("the chat template writes a message otherwise once others follow it: "
                             "train the last answers only, --turns last")
         return max(len(before), common(text, head))
+
+    def unasked(self, text) -> int:
+        """Where the answer begins in a conversation's text that the assistant opens."""
+        before, head = (self.written([QUESTION], reply) for reply in (False, True))
+        opening = head[len(before):] if head.startswith(before) else ""
+        if not opening or opening not in text:
+            raise UserError("the assistant speaks first, and the chat template does not show where:"
+                            " put a user's message before it")
+        return text.index(opening) + len(opening)
 
     def reached(self, ids, text) -> int:
         """How many of the ids of a longer text spell its beginning `text`; not the one in whose

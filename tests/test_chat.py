@@ -55,7 +55,7 @@ MARKED = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
           "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 CLOSED = T.CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"    # Phi 3's
-OPENED = T.CHATML.replace("assistant{{ '\\n' }}", "assistant{{ '\\n<think>\\n' }}")     # Qwen 3.5's
+OPENED = T.CHATML.replace("assistant{{ '\n' }}", "assistant{{ '\n<think>\n' }}")     # Qwen 3.5's
 CHANNEL = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
            "<|h|>final{% endif %}<|/h|>{{ m['content'] }}<|eot_id|>{% endfor %}"
            "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")         # gpt-oss's
@@ -219,6 +219,34 @@ def test_an_answer_that_begins_in_the_midst_of_a_token_is_trained_from_that_toke
     assert text_of(tok, prompt).endswith("assistant") and rest[0] == two[0]
     prompt, rest = tok.dialogue([user("x"), said("y")])
     assert text_of(tok, prompt).endswith("assistant\n") and text_of(tok, rest) == "y<|im_end|>"
+
+
+@pytest.mark.parametrize("begins", ["", "\n", "\n\n", "\n\n\n"])
+def test_an_answer_beside_a_prompt_of_its_own_repeats_nothing_of_it(begins):
+    tok = T.train_bpe(["\n\n\n\n\n\n x x x x y"], 263)
+    row = dict(prompt="x", chosen=f"{begins}y", rejected="x", completion=f"{begins}y", label=True)
+    whole = text_of(tok, tok.render([user("x"), said(f"{begins}y")], reply=False)).rstrip()
+    pair, = encode_pairs([row], tok, 99, chat=True)
+    assert text_of(tok, pair["prompt"] + pair["chosen"]) == whole
+    label, = encode_labels([row], tok, 99, chat=True)
+    assert text_of(tok, label["prompt"] + label["sides"][0]) == whole
+
+
+@pytest.mark.parametrize("template", [T.CHATML, DEFAULT_SYSTEM, TRIMMED, CHANNEL, MARKED, PLAIN])
+def test_a_conversation_that_the_assistant_opens_trains_no_word_before_it(template):
+    """Not the default system prompt, which the template writes only once there are messages."""
+    before, shown = trained(bytes_with(template), [said("Hi"), *TALK])
+    first, asked = trained(bytes_with(template), TALK)
+    speaks = first.rpartition("0?")[2].lstrip("\n")                     # how a reply is opened
+    speaks = speaks.removeprefix("<|im_end|>\n").removeprefix("<|eot_id|>").removeprefix("\n")
+    assert before.endswith(speaks) and "Hi" not in before
+    assert shown.count("_") > 24 and shown.startswith(asked.partition("AAA")[0] + "Hi")
+    assert shown.replace("_", "").endswith(asked.replace("_", ""))
+
+
+def test_where_the_assistant_must_not_open_a_conversation_that_is_said():
+    with pytest.raises(UserError, match="assistant speaks first.*put a user's message before it"):
+        bytes_with(OPENED).dialogue([said("Hi"), *TALK])
 
 
 # --- what ends a turn -----------------------------------------------------------------------------

@@ -173,6 +173,15 @@ def test_what_is_wrong_is_said_with_an_example(texts, cut, score, words, tmp_pat
     assert words in got and f"earned {score:g}" in got and repr(texts[0]) in got
 
 
+@pytest.mark.parametrize("texts, cut", [
+    (["#### 3", "on and on"], [0, 1]), (["#### 3", "it is 3"], [0, 0]),
+    (["it is 3", "#### 3", "#### 5"], [0, 0, 0])])
+def test_the_example_is_one_of_those_that_are_named(texts, cut, tmp_path):
+    task = tasks.task(lines(tmp_path / "sums.jsonl", SUMS))
+    seen = dict(score=torch.zeros(1, len(cut)), truncated=torch.tensor([cut]) > 0)
+    assert f"One of them: {texts[1]!r}" in tasks.no_signal(task, texts, seen)
+
+
 def test_a_rollout_with_a_signal_or_without_a_fault_says_nothing(tmp_path):
     task = tasks.task(lines(tmp_path / "sums.jsonl", SUMS))
     whole = torch.zeros(1, 2) > 0
@@ -195,3 +204,9 @@ def test_model_py_evaluates_with_the_same_words(base, tmp_path, capsys):
     with pytest.raises(UserError, match="--answer: --eval of pairs does not read it"):
         pairs = lines(tmp_path / "pairs.jsonl", [dict(prompt="p", chosen="a", rejected="b")])
         M.main([base, "--eval", pairs, "--answer", "last"])
+
+
+@pytest.mark.parametrize("n", [1, 7, 40, 1319])
+def test_the_interval_of_a_share_stays_a_share(n):
+    assert M.interval(0.0, n)[0] >= 0 and M.interval(1.0, n)[1] <= 1
+    assert M.interval(0.0, n)[1] == pytest.approx(3.8416 / (n + 3.8416))

@@ -251,6 +251,8 @@ def test_a_report_has_the_start_beside_the_end(capsys):
         ["gold", "1.000", "10.000"]]
     assert "length                   2.000     20.000" in text
     assert "prompt     'p'\n  policy     't'\n  reference  'r'" in text and "no step" in text
+    run.report(said, {}, {}, [("p", "t", "")])             # pairs and labels have no reference
+    assert "policy     't'\n" in (text := capsys.readouterr().out) and "reference" not in text
 
 
 @pytest.mark.parametrize("dtype, worst, off, stops", [
