@@ -1767,7 +1767,8 @@ def report(run, before, after, samples):
     """The last words of a run: two samples a split, then SFT beside the policy on held-out
     prompts."""
     for prompt, text, reference in samples:
-        run.say(f"  prompt     {prompt!r}\n  policy     {text!r}\n  reference  {reference!r}")
+        run.say(f"  prompt     {prompt!r}\n  policy     {text!r}"
+                + f"\n  reference  {reference!r}" * bool(reference))
     run.say(f"\n  held-out prompts    {'SFT':>10} {'now':>10}")
     for key in before:
         run.say(f"  {key:<18} {before[key]:>11.3f} {after[key]:>10.3f}")
