@@ -514,7 +514,7 @@ def check(c, f, task):
     rows = dict.fromkeys(rows_used(c, AXES).values())
     words = [call(CHECKS[row], known) for row in rows if row in CHECKS]
     words += [f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "
-              "groups"] * (c.prompts % c.minibatches > 0)
+              "groups; --minibatches 1 does"] * (c.prompts % c.minibatches > 0)
     for wrong in filter(None, words):
         raise UserError(wrong)
     for name in filter(None, c.watch.split(",")):

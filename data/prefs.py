@@ -923,12 +923,12 @@ def encode_pairs(rows, tok, context, what="pairs", chat=False):
         else:
             out.append(dict(strength=1.0, tie=0.0) | row | dict(text=row) | ids)
     where = f" ({places(long)})" if long else ""
+    words = ", ".join(f"{n} {why}" for why, n in left.items())
     if left:
-        print(f"{what}: left out " + ", ".join(f"{n} {why}" for why, n in left.items())
-              + f" of {len(rows)} pairs{where}", flush=True)
+        print(f"{what}: left out {words} of {len(rows)} pairs{where}", flush=True)
     if not out:
-        raise UserError(f"{what}: no pair is left to use ({dict(left) or 'there is none'}): check "
-                        "--data")
+        raise UserError(f"{what}: no pair is left to use ({words or 'there is none'}): "
+                        + ("raise --context or " if long else "") + "check --data and --val")
     return out
 
 

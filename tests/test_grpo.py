@@ -1004,7 +1004,7 @@ def test_a_reward_of_ones_own(shared_bases):
     (("--samples", "1"), "a group needs two responses"),
     (("--minibatches", "0"), "must be at least 1"),
     (("--config", "aipo", "--lag", "0"), "--lag 0: must be at least 1"),
-    (("--minibatches", "3"), "does not part into"),
+    (("--minibatches", "3"), "does not part into.* whole groups; --minibatches 1 does"),
     (("--group_esp", "2"), "did you mean 'group_eps'"), (("--config", "kdrl"), "give --teacher"),
     (("--data", "gsm8k.jsonl", "--config", "knowrl"), "no file")])
 def test_bad_input_is_named(argv, words, shared_bases):

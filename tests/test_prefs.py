@@ -712,8 +712,11 @@ def test_pairs_as_ids():
     other = dict(plain, chosen="ab", rejected="cde")
     bad = [plain, other, dict(plain, chosen="ab"), dict(plain, rejected=" "),
            dict(plain, margin=float("nan")), dict(plain, strength=float("inf"))]
-    with pytest.raises(UserError, match="no pair is left"):
+    with pytest.raises(UserError, match=r"left to use \(2 longer than the context of 8 tokens, "
+                       r"1 identical, .*\): raise --context or check"):
         encode_pairs(bad, tok, 8)
+    with pytest.raises(UserError, match=r"left to use \(1 identical\): check --data"):
+        encode_pairs([dict(plain, rejected="cde")], tok, 8)
     assert len(encode_pairs(bad, tok, 9)) == 2
 
 

@@ -245,14 +245,14 @@ def test_the_curve_s_panels_hold_their_keys(workdir, monkeypatch):
 
 def test_a_report_has_the_start_beside_the_end(capsys):
     said = SimpleNamespace(say=print, folder="o", last=None)
-    run.report(said, dict(gold=1.0, length=2.0), dict(length=20.0, gold=10.0), [("p", "t", "r")])
+    run.report(said, dict(gold=1.0, length=2.0), dict(length=20.0, gold=10.0),
+               [("p", "t", "r"), ("q", "u", "")])
     text = capsys.readouterr().out
     assert [x.split() for x in text.splitlines() if x.startswith("  gold")] == [
         ["gold", "1.000", "10.000"]]
     assert "length                   2.000     20.000" in text
-    assert "prompt     'p'\n  policy     't'\n  reference  'r'" in text and "no step" in text
-    run.report(said, {}, {}, [("p", "t", "")])             # pairs and labels have no reference
-    assert "policy     't'\n" in (text := capsys.readouterr().out) and "reference" not in text
+    assert "prompt     'p'\n  policy     't'\n  reference  'r'\n" in text and "no step" in text
+    assert "policy     'u'\n\n" in text                        # without a reference no empty one
 
 
 @pytest.mark.parametrize("dtype, worst, off, stops", [
