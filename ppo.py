@@ -492,6 +492,9 @@ def check(c, f):
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
     for option, kind in wanted(f).items():
+        if option == "base" and tasks.is_own(c):
+            raise UserError(f"--init {c.init} with --data {c.data}: give --base FOLDER too, the "
+                            f"model that it was tuned from; {c.base} is that of the examples")
         if option == "base":
             sft.find(c.base, c.config, make=False, option="--base")
         else:

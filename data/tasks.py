@@ -1212,6 +1212,12 @@ def of_run(c):
     return task(c.data, **reading(c))
 
 
+def is_own(c):
+    """Whether a run has a model and a file of the user's, and of --base only an example's."""
+    folder = c.init and not c.init.startswith("base:")
+    return bool(folder) and c.base.startswith("base:") and c.data not in TASKS
+
+
 def file_readers(c, pairs=False):
     """readers() of the fields that only a file reads; pairs: of pairs, or of labels."""
     named = {*c.data.split("+")} <= TASKS.keys() - {"gsm8k"} | {"stdlib", "rubrics"}

@@ -8,6 +8,7 @@ import torch
 import dpo
 import grpo
 import model as M
+import ppo
 import sft
 from data import prefs, tasks, text
 from data.run import UserError, configure, read_log
@@ -159,6 +160,15 @@ def test_grpo_says_why_nothing_earns_a_reward_and_counts_passes(base, tmp_path, 
     assert "WARNING: every response earned 0" in out and "ran out of tokens: raise --max_new" in out
     assert "8 of 19 prompts, 1 steps" in out                             # 8 / 2 prompts, 4 a step
     assert [r["step"] for r in read_log(tmp_path / "a") if "loss" in r] == [1]
+
+
+def test_ppo_asks_for_the_model_that_one_s_own_was_tuned_from(base, tmp_path):
+    argv = ["--config", "tiny", "--init", base, "--data", lines(tmp_path / "sums.jsonl", SUMS)]
+    with pytest.raises(UserError, match="give --base FOLDER too, the model that it was tuned from"):
+        ppo.main([*argv, "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+    c, f = configure(ppo.Config, ppo.PRESETS, ppo.AXES, "", [*argv, "--base", base], ppo.readers)
+    ppo.check(c, f)                                           # with it, nothing is wrong
 
 
 @pytest.mark.parametrize("texts, cut, score, words", [
