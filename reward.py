@@ -372,7 +372,8 @@ def introduce(c, run, tok, model, rows):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}")
     for side in ("chosen", "rejected"):
-        run.say(f"  {side:<9}{tok.decode(rows[0]['prompt'] + rows[0][side])[-300:]!r}")
+        ids = rows[0]["prompt"] + rows[0][side]
+        run.say(f"  {side:<9}{tok.decode(ids, skip_specials=False)[-300:]!r}")
 
 
 def scalar(c, run, base, pairs, loss, last):
