@@ -988,8 +988,8 @@ def test_real_pairs_split_by_problem_and_fit_the_context(solutions, stories, cap
     n, of = map(int, left.groups())
     assert of == len(val) and len(rows) == of - n > 0
     assert max(len(r["prompt"]) + len(r[s]) for r in rows for s in ("chosen", "rejected")) <= 512
-    assert all(r["chosen"][-1] == r["rejected"][-1] == tok.eos and r["prompt"][0] == tok.bos
-               for r in rows)
+    assert all(r["chosen"][-1] == r["rejected"][-1] == tok.eos for r in rows)
+    assert all(r["prompt"] == tok.encode(r["text"]["prompt"]) for r in rows)   # its files: no BOS
     assert all(tok.decode(r["chosen"]).strip() == r["text"]["chosen"].strip() for r in rows[:20])
 
 
