@@ -193,6 +193,7 @@ def test_every_turn_of_the_assistant_is_trained_up_to_what_ends_it(template, bef
 
 def test_the_last_turn_alone_is_trained_where_that_is_asked():
     tok = bytes_with(T.CHATML)
+    assert trained(bytes_with(MARKED), TALK, turns="last")[1] == "BBB<|im_end|>\n"
     before, shown = trained(tok, TALK, turns="last")
     assert before.endswith("more<|im_end|>\n<|im_start|>assistant\n") and shown == "BBB<|im_end|>"
     tokens, mask = collate([tok.dialogue(TALK), tok.dialogue(TALK, "last")], 0)
