@@ -361,7 +361,7 @@ def train(c, f):
             for r, x in zip(held, known["logprobs"](held, models["start"])):
                 r["ref_logps"] = x
         rows, fresh = make_rows(c, f, known) if static(f) else None, 0
-        c = in_passes(c, len(rows or data), c.batch)
+        c = known["c"] = in_passes(c, len(rows or data), c.batch)
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
                 f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")

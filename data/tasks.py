@@ -1180,12 +1180,13 @@ TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Rin
              **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS
                 for x in ("wordy", "good")},
              **{f"parity_{style}": partial(ParityJudge, style) for style in JUDGEMENTS})
+MADE = TASKS.keys() - {"gsm8k"}  # those that read no file
 
 
 def held_out(name_or_path):
     """The splits that training never sees, of a task, a file or a corpus: val, and ood where there
     is one."""
-    named = {*name_or_path.split("+")} <= TASKS.keys() - {"gsm8k"}
+    named = {*name_or_path.split("+")} <= MADE
     known = (("val", "ood") if name_or_path == "stdlib" else
              task(name_or_path).splits if named else ("val",))
     return [split for split in ("val", "ood") if split in known]
@@ -1215,12 +1216,12 @@ def of_run(c):
 def is_own(c):
     """Whether a run has a model and a file of the user's, and of --base only an example's."""
     folder = c.init and not c.init.startswith("base:")
-    return bool(folder) and c.base.startswith("base:") and c.data not in TASKS
+    return bool(folder) and c.base.startswith("base:") and c.data not in MADE
 
 
 def file_readers(c, pairs=False):
     """readers() of the fields that only a file reads; pairs: of pairs, or of labels."""
-    named = {*c.data.split("+")} <= TASKS.keys() - {"gsm8k"} | {"stdlib", "rubrics"}
+    named = {*c.data.split("+")} <= MADE | {"stdlib", "rubrics"}
     rows = not named and (pairs or not is_corpus(c.data))
     return dict.fromkeys(("system", "ask"), (rows, "a file of rows as --data")) | dict(
         val=(not named, "a file as --data"),

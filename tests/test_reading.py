@@ -171,6 +171,21 @@ def test_ppo_asks_for_the_model_that_one_s_own_was_tuned_from(base, tmp_path):
     ppo.check(c, f)                                           # with it, nothing is wrong
 
 
+def test_what_dpo_hands_on_knows_how_many_steps_the_passes_are(base, tmp_path, monkeypatch):
+    """such as a curriculum, which turns in the middle of the run"""
+    pairs = [dict(prompt=f"p{i}", chosen="a", rejected="b") for i in range(20)]
+    seen, evaluate = [], dpo.evaluate
+
+    def watched(c, f, known, sets, before):
+        seen.append((c.steps, known["c"].steps))
+        return evaluate(c, f, known, sets, before)
+    monkeypatch.setattr(dpo, "evaluate", watched)
+    dpo.main(["--config", "tiny", "--init", base, "--data", lines(tmp_path / "p.jsonl", pairs),
+              "--epochs", "1", "--batch", "8", "--max_new", "2", "--device", "cpu",
+              "--out", str(tmp_path / "run")])
+    assert {*seen} == {(3, 3)}                                       # 19 rows, 8 a step
+
+
 @pytest.mark.parametrize("texts, cut, score, words", [
     (["12", "it is 3"], [0, 0], 0, "100% state no answer: say with --ask how to"),
     (["#### 3", "#### 5"], [0, 0], 0, "all are wrong: take easier prompts"),
