@@ -28,7 +28,7 @@ import re
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from inspect import signature
@@ -41,12 +41,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import kernels
 from data.run import (KINDS, Count, NonNegative, Positive, Range, UserError, bandwidth, cast,
                       checkpoint, cli, comments_of, device_of, expect, nearest, not_finite,
-                      older_than, parse, read_json, refuse_ranks, sha256, steps_of)
+                      older_than, parse, rank, ranks, read_json, refuse_ranks, sha256, steps_of)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -277,6 +279,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.generation = config, {}      # what generation_config.json says besides
+        self.recompute = False               # blocks' activations in the backward pass: see again
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = NORMS[config.family.norm](config.hidden_size, config.rms_norm_eps)
@@ -318,10 +321,11 @@ class Transformer(nn.Module):
             angles[local] = [x[:T] if cache is None else x[positions][:, None] for x in table]
         x = self.embed(tokens)                                                           # [B, T, D]
         source = None                        # of keys and values; None: each layer's own input
+        run = again if self.recompute and torch.is_grad_enabled() else Block.__call__
         for i, block in enumerate(self.layers):
             if i in self.sources:
                 source = getattr(self, self.sources[i])(x)                               # [B, T, D]
-            x = block(x, *angles[self.local[i]], cache, i, at, visible, source)
+            x = run(block, x, *angles[self.local[i]], cache, i, at, visible, source)
         if cache is not None:
             cache.length += T
             cache.used += 0 if cache.static else T
@@ -488,6 +492,15 @@ FAMILIES = dict(llama=Family(), mistral=Family(), phi3=Family(), qwen2=Family(qk
                 qwen3_moe=Family(mlp="experts", qk_norm=True),
                 phimoe=Family(norm="layer", mlp="sparsemixer"),
                 gemma3_text=Family(norm="rms_plus_one", qk_norm=True, around=True, scaled=True))
+
+
+# === recompute: 1604.06174, memory of one block's activations in the place of all blocks' =========
+
+
+def again(block, *inputs):
+    """The block's output, of which only its input is kept: the backward pass computes the rest
+    again, bit for bit. A third more arithmetic in a training step."""
+    return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 # === limits: ours, what is too long, and where longrope changes ===================================
@@ -1594,28 +1607,36 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     @classmethod
-    def from_lm(cls, lm, std=0.0):
+    def from_lm(cls, lm, std=0.0, share=False):
         """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at
-        first).
+        first). share: the body is on the model's own tensors, which adapters leave as they are.
 
-        Raises UserError for packed layers, which cannot be trained.
+        Raises UserError for packed layers, which cannot be trained but by adapters.
         """
-        if any(isinstance(m, PackedLinear) for m in lm.modules()):
+        if not share and any(isinstance(m, PackedLinear) for m in lm.modules()):
             raise UserError("a checkpoint with packed layers cannot become a reward model or "
-                            "critic: start from the one that it was compressed from")
+                            "critic: train adapters on it (--peft lora), or start from the one "
+                            "that it was compressed from")
         c = lm.config
         with torch.device("meta"):           # a pad that also ends texts: save() finds another
             model = cls(replace(c, pad_token_id=-1) if c.pad_token_id in c.eos_token_id else c)
-        body = {k: v.detach().clone() for k, v in lm.state_dict().items() if "lm_head." not in k}
-        model.model.load_state_dict(body, assign=True)
+        config = model.model.config
+        model.model = (sharing if share else copy.deepcopy)(lm)
+        model.model.__dict__ |= dict(config=config, bias=False)
+        model.model._modules.pop("lm_head", None)
         model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
         nn.init.normal_(model.score.weight, std=std) if std else nn.init.zeros_(model.score.weight)
-        return model.requires_grad_()
+        return model if share else model.requires_grad_()
 
-    def forward(self, tokens):
-        """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        products = self.model(tokens).float() * self.score.weight[0].float()             # [B, T, D]
-        return products.sum(-1)                          # a sum, not a matmul: never in bfloat16
+    def forward(self, tokens, states=False):
+        """[B, T] tokens -> [B, T] scores in float32, each read after its token; or the body's
+        states [B, T, D]."""
+        hidden = self.model(tokens)                                                      # [B, T, D]
+        return hidden if states else self.read(hidden)
+
+    def read(self, hidden):
+        """The score that a state [..., D] stands for: a sum, not a matmul, so never in bfloat16."""
+        return (hidden.float() * self.score.weight[0].float()).sum(-1)
 
 
 def token_values(critic, tokens):
@@ -1843,20 +1864,10 @@ def frame(path):
     return model, files, spare, read_tokenizer(path, config, raw), raw
 
 
-def peek(path, scalar=False, option="--init"):
-    """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
-    for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
-    model = frame(base_of(checkpoint(path)))[0]
-    if isinstance(model, ScalarModel) != scalar:
-        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
-        raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
-    return model.config
-
-
-def load(path, device="cpu", dtype=torch.float32, chat=False):
+def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
     """A Hugging Face folder, a PEFT adapter's, or a run folder (its newest step) -> (Transformer or
     ScalarModel, Tokenizer). chat: its turns end as its chat template ends them (ChatML, if it has
-    none).
+    none). matrices: the dtype of the blocks' linear layers, where it is another.
 
     Raises UserError for what frame() and attach() refuse, for NaN or infinity, a head that is not
     the embedding it should be tied to, and packed files that were changed. Of a run's checkpoint it
@@ -1866,12 +1877,14 @@ def load(path, device="cpu", dtype=torch.float32, chat=False):
     folder = base_of(path)                   # the same, but of an adapter
     try:
         model, files, spare, tokenizer, raw = frame(folder)
-        state = read_weights(folder, model, files, device, dtype)
+        state = read_weights(folder, model, files, device, dtype, matrices or dtype)
         check_packed(folder, raw)
         check_tied(folder, spare, state)
     except UserError as e:
         raise UserError(f"{e}{older_than(folder)}") from None
     model.load_state_dict(state, assign=True)
+    if is_classifier(path) and not isinstance(model, ScalarModel):
+        model = ScalarModel.from_lm(model)
     if folder != path:
         tokenizer = attach(model, path, raw) or tokenizer
     say_pad(model, path)
@@ -1879,6 +1892,21 @@ def load(path, device="cpu", dtype=torch.float32, chat=False):
         tokenizer.use_chat()
         model.config = with_ends(model.config, tokenizer)
     return model.requires_grad_(), tokenizer
+
+
+# === peek: Hugging Face, what is known of a folder before its weights are read ====================
+
+
+def peek(path, scalar=False, option="--init"):
+    """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
+    for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
+    path = checkpoint(path)
+    model = frame(base_of(path))[0]
+    found = ScalarModel if is_classifier(path) else type(model)
+    if (found is ScalarModel) != scalar:
+        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
+        raise UserError(f"{option} {path}: need {kind}, found a {found.__name__}")
+    return model.config
 
 
 # === ends: ours, the ids that end a text, and a reward model's pad, which ends none ===============
@@ -1923,8 +1951,9 @@ def with_pad(tokenizer, pad, text):
 # === weights: Hugging Face, the numbers of a checkpoint in and out ================================
 
 
-def read_weights(path, model, files, device, dtype):
-    """{our name: tensor}. UserError for NaN or infinity, and for packed codes of another type."""
+def read_weights(path, model, files, device, dtype, matrices):
+    """{our name: tensor}, those of the blocks' linear layers in the dtype `matrices`. UserError for
+    NaN or infinity, and for packed codes of another type."""
     state, packed = model.state_dict(), {name for name, _ in model.named_buffers()}
     for key, names in stored_as(model, state).items():
         value = files[names[0]].get_tensor(key)
@@ -1935,7 +1964,8 @@ def read_weights(path, model, files, device, dtype):
                 raise UserError(f"{path}: packed tensor {key} is stored as {part.dtype}, "
                                 f"its format is {kind}: pack the model again")
             # a copy: a mapped file's tensors lie anywhere, a CPU's matmul rounds by alignment
-            state[name] = part.to(device, kind if name in packed else dtype, copy=True)
+            like = matrices if name.endswith("_proj.weight") else dtype
+            state[name] = part.to(device, kind if name in packed else like, copy=True)
             if not_finite(state[name]):
                 raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows "
                                 f"{dtype}: copy it again")
@@ -2024,7 +2054,7 @@ def plain_linear(like, W):
     """An nn.Linear of weight W with the bias of `like`."""
     out = nn.Linear(like.in_features, like.out_features, like.bias is not None, device="meta")
     out.weight = nn.Parameter(W)
-    out.bias = like.bias
+    out.bias = None if like.bias is None else nn.Parameter(like.bias.detach().clone())
     return out
 
 
@@ -2034,10 +2064,11 @@ def weight_of(linear):
 
 
 def leaf(linear, *shape):
-    """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
-    dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
-    device = next(iter(linear.state_dict().values())).device
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    """A trainable zero tensor on the layer's device, in float32 or finer: a packed layer's, or a
+    frozen one's that is kept in bfloat16, is updated in float32."""
+    like = next(iter(linear.state_dict().values()))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=like.device))
 
 
 def full(model, generator):
@@ -2047,7 +2078,10 @@ def full(model, generator):
 
 def adapter_state(model):
     """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable
-    adapters, or all of a model whose layers only exist rounded. Empty if a checkpoint holds all."""
+    adapters, or all of a model whose layers only exist rounded. Empty if a checkpoint holds all,
+    and of no model: what shard() gives to all ranks but one."""
+    if model is None:
+        return {}
     special = [m for m in model.modules() if hasattr(m, "merged")]
     stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}         # optim.StoredLinear
     if not stands_in:
@@ -2056,17 +2090,125 @@ def adapter_state(model):
             if id(x) not in stands_in}
 
 
+def swapped(model, attribute, change):
+    """Put change(layer) in the place of every layer that has the attribute. In place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, attribute):
+                setattr(parent, name, change(child))
+    return model
+
+
 def merge(model):
     """A plain copy of the model: adapters folded into their layers, stored weights read."""
-    plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "merged"):
-                setattr(parent, name, child.merged())
-    return plain.requires_grad_()
+    read = [m.linear.weight for m in adapters_of(model) if isinstance(m.linear, nn.Linear)]
+    plain = copy.deepcopy(model, {id(W): W for W in read})     # no copy of what is only read here
+    return swapped(plain, "merged", lambda layer: layer.merged()).requires_grad_()
+
+
+def plain_model(model):
+    """The model with its adapters merged, in a copy; one without is itself."""
+    return merge(model) if adapters_of(model) else model
 
 
 PEFT = dict(full=full)                   # what is trained: (model, generator) -> model
+ADAPTERS = []                            # those that leave the model as it was: see trained
+
+
+# === trained: ours, the model that a run trains, its reference, and its checkpoints ===============
+
+
+def adapters_of(model):
+    """A model's layers that add to a frozen one, their `linear`."""
+    return [m for m in model.modules() if hasattr(m, "merged") and hasattr(m, "linear")]
+
+
+def sharing(model):
+    """A copy of the model without a copy of any tensor: what one is taught, the other knows."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+
+
+def load_frozen(path, c):
+    """load() what does not train: its layers in the dtype of the products, to which autocast would
+    round them on every call."""
+    thrifty = c.dtype == "bfloat16" and ranks() == 1           # FSDP2 wants one dtype a block
+    model, tok = load(path, c.device, chat=c.chat, matrices=torch.bfloat16 if thrifty else None)
+    return model.requires_grad_(False), tok
+
+
+def open_trained(c, peft, origin, last=None, adapter=()):
+    """The model that a run trains, and its tokenizer: the checkpoint `origin` and what --peft adds.
+    On a resume: last, its newest checkpoint, and the adapter_state() that was saved with it."""
+    if c.peft in ADAPTERS:
+        model, tok = load_frozen(origin, c)
+    else:
+        model, tok = load(last if last and not adapter else origin, c.device, chat=c.chat)
+    return with_peft(model, c, peft, adapter), tok
+
+
+def reference(policy, c, origin):
+    """The model that the policy started from, frozen. Of adapters it is their base, on the same
+    tensors: one copy of the weights is both. Of a policy that trains whole it is another copy."""
+    if not adapters_of(policy):
+        return load_frozen(origin, c)[0]
+    return swapped(sharing(policy), "linear", lambda layer: layer.linear)
+
+
+def with_peft(model, c, peft, adapter=(), apart=0):
+    """What --peft makes of a model, with the saved adapter; a scalar model's head always trains.
+    apart: of two models with one seed the second's draws are others."""
+    body = model.model if isinstance(model, ScalarModel) else model
+    peft(body, torch.Generator().manual_seed(c.seed + apart))
+    model.load_state_dict(dict(adapter), strict=False)
+    return recomputing(model, c.recompute)
+
+
+def recomputing(model, recompute):
+    """The model, all of whose transformers make activations again in the backward pass, or do not.
+    In place."""
+    for m in model.modules():
+        if isinstance(m, Transformer):
+            m.recompute = recompute
+    return model
+
+
+def snapshot(model):
+    """A copy of what trains in a model, as it is now, on the same tensors of what does not."""
+    fixed = [p for p in model.parameters() if not p.requires_grad]
+    return copy.deepcopy(model, {id(p): p for p in fixed}).requires_grad_(False)
+
+
+# === trained_folder: ours, what a run that trains leaves behind ===================================
+
+
+def save_trained(model, tokenizer, path, c, origin):
+    """Write what a run trains as a Hugging Face folder: whole, its adapters merged, and if it is a
+    LoRA of a checkpoint its adapter's folder in it. With --merge false the adapter's folder
+    alone."""
+    lora = c.peft == "lora" and origin and not model.config.moe  # peft has no adapters of experts
+    if c.merge:
+        save(plain_model(model), tokenizer, path)
+    if lora:
+        save_adapter(model, path / "adapter" if c.merge else path, origin)
+    if not c.merge:
+        tokenizer.save(path)
+
+
+def adapter_readers(c):
+    """{field: (whether this run reads it, what does)} of the fields that adapters read."""
+    return dict(merge=(c.peft in ADAPTERS, "--peft lora"))
+
+
+def check_adapters(c, origin):
+    """UserError for --merge false where no PEFT folder can hold what is trained."""
+    if c.merge or c.peft not in ADAPTERS:
+        return
+    if c.peft != "lora" or not origin:
+        raise UserError(f"--merge false --peft {c.peft}: PEFT folders hold a LoRA of a checkpoint; "
+                        "leave --merge at true")
+    if not origin.startswith("base:") and peek(origin).moe:
+        raise UserError("--merge false: PEFT folders hold no adapters of experts; leave --merge at "
+                        "true")
 
 
 # === lora: 2106.09685, 2305.14314, a low-rank update beside frozen layers =========================
@@ -2106,6 +2248,7 @@ def lora(model, generator, *, rank: Count = 8, alpha=0.0):
 
 
 PEFT["lora"] = lora
+ADAPTERS += ["lora"]
 
 
 # === adapter_config: Hugging Face's peft, what an adapter was made for, and how ===================
@@ -2115,7 +2258,7 @@ READ = set("""peft_type task_type auto_mapping base_model_name_or_path revision 
     target_modules exclude_modules lora_alpha lora_dropout bias use_rslora modules_to_save
     init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern peft_version
     megatron_core qalora_group_size ensure_weight_tying""".split())
-MADE_AS = dict(peft_type=("LORA",), task_type=("CAUSAL_LM", None), bias=("none", None),
+MADE_AS = dict(peft_type=("LORA",), task_type=("CAUSAL_LM", "SEQ_CLS", None), bias=("none", None),
                init_lora_weights=(True, False, None, "gaussian", "orthogonal", "eva"))
 
 
@@ -2133,6 +2276,12 @@ def base_of(path):
             return checkpoint(folder)
     raise UserError(f"{where}: base_model_name_or_path is {name!r}, and no checkpoint is there or "
                     f"beside the adapter: write the path of its base model there")
+
+
+def is_classifier(path):
+    """Whether a folder is an adapter with a head to one number, which its base need not have."""
+    where = path / ADAPTER[0]
+    return where.exists() and read_json(where).get("task_type") == "SEQ_CLS"
 
 
 def check_adapter(d, where):
@@ -2198,8 +2347,9 @@ def attach(model, path, raw):
 def save_adapter(model, path, base):
     """Write a model's live LoRA layers as a folder that peft opens on the checkpoint `base`."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
-    path.mkdir()
-    tensors = {}
+    path.mkdir(exist_ok=True)
+    scalar = isinstance(model, ScalarModel)
+    tensors = {"base_model.model.score.weight": model.score.weight.detach().cpu()} if scalar else {}
     for name, layer in layers.items():
         key = "base_model.model." + hf_name(name + ".", model.config)
         tensors |= {f"{key}lora_{x}.weight": getattr(layer, x).detach().cpu() for x in "AB"}
@@ -2208,6 +2358,8 @@ def save_adapter(model, path, base):
     d = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=rank * scale, bias="none",
              base_model_name_or_path=str(checkpoint(base).resolve()), inference_mode=True,
              target_modules=sorted({name.rpartition(".")[2] for name in layers}))
+    if scalar:
+        d |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
     (path / ADAPTER[0]).write_text(json.dumps(d, indent=2))
 
 
@@ -2242,6 +2394,7 @@ def bone(model, generator, *, rank: Count = 64):
 
 
 PEFT["bone"] = bone
+ADAPTERS += ["bone"]
 
 
 # === bat: 2409.15371, block affine changes guided by the weights ==================================
@@ -2262,7 +2415,7 @@ class Bat(nn.Module):
 
     def weight(self):
         """W + its change [F, D]."""
-        W, R = weight_of(self.linear), self.M.size(1)
+        W, R = weight_of(self.linear).to(self.M.dtype), self.M.size(1)
         blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)    # [F/R, D/R, R, R]
         blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
         return blocks.transpose(1, 2).reshape(W.shape)
@@ -2282,6 +2435,7 @@ def bat(model, generator, *, rank: Count = 32):
 
 
 PEFT["bat"] = bat
+ADAPTERS += ["bat"]
 
 
 # === hft: 2404.18466, half fine-tuning: each round freezes half of every layer ====================
@@ -2325,22 +2479,32 @@ def autocast(device, dtype):
     return torch.autocast(str(device).split(":")[0], torch.bfloat16)
 
 
+def on_meta(x):
+    """A parameter or buffer without its numbers."""
+    empty = x.detach().to("meta")
+    return nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
+
+
 def shard(model, dtype="float32"):
-    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each keeps 1/P of every
+    """Spread a model over torchrun's ranks with FSDP2, in place: each keeps 1/P of every
     parameter's rows and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and
     computed in it, gradients reduced in float32. -> whole(), a collective call: the unsharded model
-    on rank 0, else None.
+    on rank 0, else None. On one rank: the model itself, as it is.
     """
+    if ranks() == 1:
+        return lambda: model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # the final norm's output is a view, and nothing works on it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(model.head.device.type, (dist.get_world_size(),))
-    frame = copy.deepcopy(model).to("meta")
+    body = model.model if isinstance(model, ScalarModel) else model
+    mesh = init_device_mesh(body.head.device.type, (dist.get_world_size(),))
+    tensors = [*model.parameters(), *model.buffers()]
+    frame = copy.deepcopy(model, {id(x): on_meta(x) for x in tensors})    # without a copy of any
     policy = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
               if dtype == "bfloat16" else MixedPrecisionPolicy())
-    for block in model.layers:
+    for block in body.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the embedding, a tied head and the last norm
 
@@ -2356,23 +2520,116 @@ def shard(model, dtype="float32"):
     return whole
 
 
-# === many_rows: ours, what a model says of many rows, a few at a time; rollouts joined, or part =
+# === spread: ours, what a step computes, row by row, over torchrun's ranks ========================
+# Every rank has the whole step's rows and makes the same draws. What is dear, a model's passes,
+# each rank makes of its share of the rows, and what they come to is gathered on all.
+
+
+@contextmanager
+def gathered(*models):
+    """Sharded models whole on every rank for a while: then ranks may make passes of different
+    number and length without waiting for each other."""
+    parts = [m for model in models for m in model.modules() if hasattr(m, "unshard")]
+    blocks = [m for m in parts if isinstance(m, Block)]
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    yield
+    for m in parts:
+        m.set_reshard_after_forward(m in blocks, recurse=False)
+        m.reshard()
+
+
+def own_rows(n):
+    """The numbers of this rank's share of n rows; all ranks have as many, the last row may stand
+    there more than once."""
+    size = -(-n // ranks())
+    return torch.arange(rank() * size, (rank() + 1) * size).clamp(max=n - 1)
+
+
+def from_ranks(x, n):
+    """The first n of all ranks' rows, in order, of what each has of own_rows(n).   [size, …]"""
+    if ranks() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)[:n]
 
 
 @torch.no_grad()
+def spread(says, c, *rows, models=()):
+    """says() of these rows, c.micro at once, at the run's precision, over the ranks; models: those
+    that it asks.   tensors [N, …] -> [N, …]"""
+    mine = own_rows(len(rows[0]))
+    parts = zip(*(x[mine.to(x.device)].split(c.micro) for x in rows))
+    with autocast(c.device, c.dtype), gathered(*models):
+        return from_ranks(torch.cat([says(*part) for part in parts]), len(rows[0]))
+
+
 def logprobs(model, tokens, mask, c, temperature=0.0):
-    """token_logprobs, c.micro rows at once, at the run's precision and temperature.   [N, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([
-            token_logprobs(model, t, m, temperature=temperature or c.temperature)
-            for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
+    """token_logprobs of many rows, at the run's temperature.   [N, T]"""
+    def says(tokens, mask):
+        return token_logprobs(model, tokens, mask, temperature=temperature or c.temperature)
+    return spread(says, c, tokens, mask, models=[model])
 
 
-@torch.no_grad()
+def sequence_scores(reward_model, tokens, length, c):
+    """sequence_score of many rows.   [N]"""
+    return spread(partial(sequence_score, reward_model), c, tokens, length, models=[reward_model])
+
+
 def critic_values(critic, tokens, mask, c):
-    """token_values, c.micro rows at once, at the run's precision; 0 outside the mask.   [N, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([token_values(critic, t) for t in tokens.split(c.micro)]) * mask
+    """token_values of many rows; 0 outside the mask.   [N, T]"""
+    return spread(partial(token_values, critic), c, tokens, models=[critic]) * mask
+
+
+# === passes: ours, a step's rows and numbers, parted among torchrun's ranks and put together ======
+
+
+def own_part(rows):
+    """This rank's share of a list of rows."""
+    size = -(-len(rows) // ranks())
+    return rows[rank() * size:(rank() + 1) * size]
+
+
+def all_parts(rows):
+    """What every rank has of its own_part(), as one list."""
+    if ranks() == 1:
+        return rows
+    boxes = [None] * ranks()
+    dist.all_gather_object(boxes, rows)
+    return [row for box in boxes for row in box]
+
+
+def passes(rows, micro):
+    """This rank's share of a step's rows [n], at most `micro` a pass: yields (rows, weight), on
+    every rank as often, as their gradients meet after each. The weight is the number of ranks, over
+    which FSDP2 averages; 0 for a pass that only keeps step with the others."""
+    share = rows[rank()::ranks()]
+    count = -(-(-(-len(rows) // ranks())) // micro)
+    parts = [*share.split(micro), *[rows[:1]] * count][:count]
+    for i, part in enumerate(parts):
+        yield part, ranks() * (i * micro < len(share))
+
+
+def clip_gradients(model, most):
+    """Scale the gradients to a norm of at most `most` over all ranks; -> their norm before."""
+    norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def summed(metrics, largest=()):
+    """Each number's sum over the ranks, of `largest` the largest."""
+    boxes = all_parts([dict(metrics)])
+    keys = dict.fromkeys(key for box in boxes for key in box)
+    out = {}
+    for key in keys:
+        values = [box.get(key, 0.0) for box in boxes]
+        out[key] = max(values) if key in largest else sum(values)
+    return out
+
+
+# === many_rows: ours, rollouts joined, or part ====================================================
 
 
 def rows_of(roll, where):

@@ -342,6 +342,9 @@ class Training(Common):
     eval_every: Count = 20       # steps between evaluations
     save_every: Count = 200      # steps between checkpoints
     stop: int = 0                # pause after this step (0: no); --resume goes on
+    peft: str = "full"           # what is trained: a row of model.PEFT, such as lora
+    merge: bool = True           # save adapters merged into whole models; false: PEFT's folders
+    recompute: bool = False      # activations of a block made again in its backward pass
     dtype: str = "auto"          # of the matmuls: float32, or bfloat16 (autocast, default on CUDA)
     compile: bool = False        # torch.compile the model that is trained
 
@@ -475,7 +478,15 @@ def refuse_ranks(name):
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
         raise UserError(f"{name} runs on one rank, and would do the same {ranks} times here: start "
-                        "it without torchrun (sft.py is what runs on several)")
+                        "it without torchrun (the training scripts run on several)")
+
+
+def refuse_alone(c, asked, alone):
+    """UserError under torchrun for a row of an axis, or what its functions ask for, that is one of
+    those which run on one rank."""
+    used = {*asked, *(x for x in dataclasses.asdict(c).values() if isinstance(x, str))}
+    for name in [x for x in alone if x in used][:ranks() - 1]:
+        raise UserError(f"{name} runs on one rank: start it without torchrun")
 
 
 def start_ranks(device):
@@ -509,6 +520,11 @@ def leave_ranks():
 def rank():
     """This process's number among torchrun's, 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes torchrun has started, 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def share(x):
