@@ -750,7 +750,7 @@ def steps_of(folder):
     """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among
     them."""
     found = [(int(m[1]), p) for p in Path(folder).glob("step-*")
-             if (m := STEP.fullmatch(p.name)) and (p / "config.json").is_file()]
+             if (m := STEP.fullmatch(p.name)) and any((p / x).is_file() for x in MODEL_FILES)]
     return [p for _, p in sorted(found)]
 
 
@@ -1152,7 +1152,7 @@ class Run:
 
     def remove(self, name):
         """Remove a folder that this run made: the files that it wrote there, then what is empty.
-        config.json goes first: what a kill leaves of it is no checkpoint."""
+        MODEL_FILES go first: what a kill leaves of it is no checkpoint."""
         folder = self.folder / name
         if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
             shutil.rmtree(folder, ignore_errors=True)
@@ -1160,7 +1160,7 @@ class Run:
         files = [Path(x) for x in self.info["made"].pop(name, [])]
         files = [x for x in files if Path(name).name == name and not x.is_absolute()
                  and ".." not in x.parts]
-        for file in sorted(files, key=lambda x: str(x) != "config.json"):
+        for file in sorted(files, key=lambda x: str(x) not in MODEL_FILES):
             (folder / file).unlink(missing_ok=True)
         inside = {folder / parent for file in files for parent in file.parents}
         for path in sorted(inside, key=lambda x: -len(x.parts)):
