@@ -1554,12 +1554,13 @@ class MoE(nn.Module):
         flat = x.view(-1, x.size(-1))                                                    # [N, D]
         self.router_logits = self.gate(flat)                                             # [N, E]
         weight, chosen = self.route(self.router_logits.float())                          # [N, k]
-        out = torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
-            part = expert(flat[token]) * weight[token, slot, None]                       # [n, D]
-            out = out.index_add(0, token, part.to(out.dtype))
-        return out.view_as(x)
+        order = chosen.flatten().argsort(stable=True)          # [N k], an expert's tokens together
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        all_of_them = torch.is_grad_enabled() or not len(flat)  # of no token: gradient 0, not none
+        out = torch.cat([expert(part) for expert, part in zip(
+            self.experts, flat[order // chosen.size(1)].split(counts)) if len(part) or all_of_them])
+        out = torch.empty_like(out).index_copy(0, order, out).view(*chosen.shape, -1)  # [N, k, D]
+        return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)
 
 
 def load_balance_loss(model, mask=None):
