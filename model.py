@@ -648,11 +648,10 @@ def in_parts(model, tokens, length, cache):
         width, count = widths[0], max(PREFILL // widths[0], 1)
         some, rest, widths = rest[:count], rest[count:], widths[count:]
         part, state = Cache(model.config, len(some), width, tokens.device, cache.k.dtype), None
-        step = PREFILL if width <= model.switch else width      # beyond it, longrope wants all at once
+        step = PREFILL if width <= model.switch else width    # longrope: beyond it all at once
         for i in range(0, width, step):
             hidden = model(tokens[some, i:min(i + step, width)], part)
             state = state_at(hidden, length[some] - 1 - i, state)
-        part.length = length[some]
         admit(cache, some, part, slice(None))
         states.append(state)
     cache.used = tokens.size(1)
@@ -1559,7 +1558,7 @@ class MoE(nn.Module):
         all_of_them = torch.is_grad_enabled() or not len(flat)  # of no token: gradient 0, not none
         out = torch.cat([expert(part) for expert, part in zip(
             self.experts, flat[order // chosen.size(1)].split(counts)) if len(part) or all_of_them])
-        out = torch.empty_like(out).index_copy(0, order, out).view(*chosen.shape, -1)  # [N, k, D]
+        out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, chosen.shape)  # [N, k, D]
         return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)
 
 
