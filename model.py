@@ -1555,11 +1555,11 @@ class MoE(nn.Module):
         weight, chosen = self.route(self.router_logits.float())                          # [N, k]
         order = chosen.flatten().argsort(stable=True)          # [N k], an expert's tokens together
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        all_of_them = torch.is_grad_enabled() or not len(flat)  # of no token: gradient 0, not none
-        out = torch.cat([expert(part) for expert, part in zip(
-            self.experts, flat[order // chosen.size(1)].split(counts)) if len(part) or all_of_them])
-        out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, chosen.shape)  # [N, k, D]
-        return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)
+        every = torch.is_grad_enabled() or not len(flat)       # of no token: gradient 0, not none
+        parts = flat[order // chosen.size(1)].split(counts)                           # [n, D] each
+        out = torch.cat([f(part) for f, part in zip(self.experts, parts) if len(part) or every])
+        out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, chosen.shape)
+        return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)                # [N, k, D]
 
 
 def load_balance_loss(model, mask=None):

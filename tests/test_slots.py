@@ -183,7 +183,8 @@ def test_a_queue_of_some_rows_reads_their_prompts_alone():
 
 @pytest.mark.parametrize("how, words", [
     (dict(slots=-1), "expected 0 or more"), (dict(slots=2, chunk=-1), "expected 0 or more"),
-    (dict(chunk=8), "slots for a chunk"), (dict(slots=2, cache=lambda *a: Cache(*a)), "this cache")])
+    (dict(chunk=8), "slots for a chunk"),
+    (dict(slots=2, cache=lambda *a: Cache(*a)), "this cache")])
 def test_slots_that_cannot_be_are_refused(how, words):
     with pytest.raises(UserError, match=words):
         generate(small(), [[1]], 4, **how)
