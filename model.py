@@ -196,10 +196,11 @@ def attend(q, k, v, visible, window):
         return y[:, :, None].to(q.dtype)
     T, group = q.size(2), q.size(1) // k.size(1)
     near = within(T, window, q.device) if 0 < window < T else None
-    grouped = group > 1 and knows_groups(q, near)
-    k, v = (x[:, :, :T].to(q.dtype).repeat_interleave(1 if grouped else group, 1) for x in (k, v))
+    k, v = (x[:, :, :T].to(q.dtype) for x in (k, v))
+    if group > 1 and not knows_groups(q, near):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None,
-                                          enable_gqa=grouped)
+                                          enable_gqa=k.size(1) < q.size(1))
 
 
 class Attention(nn.Module):
@@ -648,7 +649,8 @@ def in_parts(model, tokens, length, cache):
         width, count = widths[0], max(PREFILL // widths[0], 1)
         some, rest, widths = rest[:count], rest[count:], widths[count:]
         part, state = Cache(model.config, len(some), width, tokens.device, cache.k.dtype), None
-        step = PREFILL if width <= model.switch else width    # longrope: beyond it all at once
+        whole = width <= PREFILL or width > model.switch         # longrope: beyond it all at once
+        step = width if whole else max(PREFILL // 8, 1)          # or its mask would be large
         for i in range(0, width, step):
             hidden = model(tokens[some, i:min(i + step, width)], part)
             state = state_at(hidden, length[some] - 1 - i, state)
@@ -928,12 +930,13 @@ class Beside:
 
 
 class Chunks:
-    """The next prompts of a queue, of which every step reads `chunk` tokens, or a little less."""
+    """The next prompts of a queue, read by steps, `chunk` tokens each: several whole prompts, or a
+    part of one."""
 
     def __init__(self, queue):
         count = max(queue.chunk // queue.widths[queue.last], 1)
-        self.tokens, self.length = queue.upcoming(count)                            # [U, T], [U]
-        self.at, self.step = 0, max(queue.chunk // len(self.tokens), 1)
+        self.tokens, self.length = queue.upcoming(count)                              # [U, T], [U]
+        self.at, self.step = 0, queue.chunk
         self.states = [None] * len(queue.models)
         self.caches = [Cache(m.config, *self.tokens.shape, self.tokens.device, precision(m))
                        for m in queue.models]
