@@ -2291,6 +2291,8 @@ class Kivi:
         """Where each row's next T tokens stand.   -> [B, T], and nothing more is needed by put."""
         return self.length[:, None] + torch.arange(T, device=self.length.device), None
 
+    sees = Cache.sees
+
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd]; -> all keys and values of the layer so far, in full size."""
         out = []
@@ -2518,7 +2520,7 @@ class Evicting:
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
         return slots + self.gone[:, None], (first + slots[:, None]).flatten()
 
-    put = Cache.put
+    put, sees = Cache.put, Cache.sees
 
     def absorb(self):
         """Add to the scores what waited for the rows' lengths."""

@@ -28,6 +28,7 @@ import re
 import sys
 import time
 import warnings
+from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -158,6 +159,12 @@ class Cache:
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
         return positions, (first + positions[:, None]).flatten()
 
+    def sees(self, T):
+        """What the next T tokens see, as attend takes it."""
+        if not self.used:
+            return None
+        return self.length + 1 if T == 1 else after(self.length, T, self.used + T)
+
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd] there; return all keys and values of the layer so far."""
         for cache, new in ((self.k, k), (self.v, v)):
@@ -178,6 +185,24 @@ class Cache:
         for x in (self.k, self.v):
             x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
         self.k, self.v, self.length = self.k[:, :n], self.v[:, :n], self.length[rows]
+
+
+def attend(q, k, v, visible, window):
+    """softmax(q kᵀ / sqrt(hd)) v of q [B, H, T, hd] over what they see of k, v [B, K, S, hd].
+    visible: None, as in plain causal attention; [B], each row's first so many slots (T = 1); or a
+    function that does it all. window: of them only the last so many (0: all)."""
+    if callable(visible):
+        return visible(q, k, v, window)
+    if visible is not None:
+        y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, window)
+        return y[:, :, None].to(q.dtype)
+    T, group = q.size(2), q.size(1) // k.size(1)
+    near = within(T, window, q.device) if 0 < window < T else None
+    k, v = (x[:, :, :T].to(q.dtype) for x in (k, v))
+    if group > 1 and not knows_groups(q, near):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None,
+                                          enable_gqa=k.size(1) < q.size(1))
 
 
 class Attention(nn.Module):
@@ -210,24 +235,9 @@ class Attention(nn.Module):
         q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
         q = q if self.scale == 1 else q * self.scale
         gate = None if self.heads is None else self.heads(x, q)                       # [B, H, T, 1]
-        group = q.size(1) // k.size(1)
         if cache is not None:
             k, v = cache.put(layer, k, v, at)
-        if visible is None:                      # nothing older: plain causal
-            k, v = k[:, :, :T], v[:, :, :T]
-            if group > 1:
-                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, T, hd]
-            near = within(T, self.window, q.device) if 0 < self.window < T else None
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), near,
-                                               is_causal=near is None)
-        elif T == 1:                             # visible: how many slots each row sees
-            y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, self.window)
-            y = y[:, :, None].to(q.dtype)
-        else:                                    # a group's queries are one head's: no copies
-            visible = nearest_of(visible, self.window) if self.window else visible
-            q, mask = q.reshape(B, k.size(1), group * T, self.hd), visible.repeat(1, 1, group, 1)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-            y = y.reshape(B, -1, T, self.hd)
+        y = attend(q, k, v, visible, self.window)                                    # [B, H, T, hd]
         if gate is not None:
             y = y * gate.to(y.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -308,13 +318,7 @@ class Transformer(nn.Module):
         check_length(self, old, old + T)
         at = visible = None
         if cache is not None:
-            positions, at = cache.at(T)                                            # [B, T], [B K T]
-            if old and T == 1:
-                visible = cache.length + 1                                               # [B]
-            elif old:                        # by slots: fewer than positions if some were evicted
-                slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
-                held = torch.arange(old + T, device=tokens.device)                       # [S]
-                visible = held <= slots[:, None, :, None]                             # [B, 1, T, S]
+            (positions, at), visible = cache.at(T), cache.sees(T)                  # [B, T], [B K T]
         angles = {}                          # of layers with and without a theta of their own
         for local in set(self.local):
             table = rope_table(self.config, tokens.device, local, old + T > self.switch)
@@ -409,55 +413,46 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return token.squeeze(1), logp.squeeze(1)
 
 
-def prefill(model, tokens, length, rows, new, make=Cache):
-    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues rows[b].
-    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots."""
-    device = tokens.device
-    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-             else model.head.dtype)
-    cache = make(model.config, *tokens.shape, device, dtype)
-    hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
+def read(model, tokens, length, make=Cache):
+    """Read prompts, tokens [U, T] of `length` [U]. -> the states after them [U, D], their cache."""
+    cache = make(model.config, *tokens.shape, tokens.device, precision(model))
+    hidden = in_parts(model, tokens, length, cache)
     cache.length = length
-    cache.spread(rows, new)
-    return hidden[rows], cache
+    return hidden, cache
 
 
-def decode(models, caches, hidden, u, stop, choose):
-    """Draw all rows' tokens by u [B, new] in [0, 1); hidden: each model's [B, D] after the prompt.
+def decode(queue, u, stop, choose):
+    """Draw all rows' tokens by u [B, new] in [0, 1), all at once.
     -> tokens, log-probs [B, new], and one-token forwards computed, summed over rows."""
+    _, hidden, caches = queue.start()                        # each model's [B, D] after the prompt
     out, logp, token = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u), None
     for i in range(u.size(1)):
         if i:
-            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)]
-        token, logp[:, i] = choose([m.logits(h) for m, h in zip(models, hidden)], u[:, i])
+            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(queue.models, caches)]
+        token, logp[:, i] = choose([m.logits(h) for m, h in zip(queue.models, hidden)], u[:, i])
         out[:, i] = token
     return out, logp, len(u) * max(u.size(1) - 1, 0)
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
-             stop=None, generator=None, contrast=None, cache=Cache):
+             stop=None, generator=None, contrast=None, cache=Cache, slots=0, chunk=0):
     """Sample `samples` completions per prompt (lists of ids of any lengths) -> Rollout, P·G rows.
 
     Each distinct prompt is read once. Row b's i-th draw is a number fixed beforehand: which other
     rows still run changes nothing. stop: ids that end a completion (default: the model's eos).
     contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' logits.
-    cache: what makes the cache of keys and values, with Cache's methods. Raises UserError for an
-    empty prompt, or one that does not leave max_new_tokens of context.
+    cache: what makes the cache of keys and values, with Cache's methods. slots, chunk: Queue's.
+    Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     check_request(config, prompts, samples, max_new_tokens, temperature, top_k)
-    stop = config.eos_token_id if stop is None else stop
-    stop = torch.tensor(stop, device=device, dtype=torch.long)
-    prompts, pad = [tuple(p) for p in prompts], max(config.pad_token_id, 0)
-    index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-    rows = torch.tensor([index[p] for p in prompts], device=device).repeat_interleave(samples)
-    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, T]
-    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
-    models = [model, contrast[0]] if contrast else [model]
-    read = partial(prefill, tokens=distinct, length=length, rows=rows, new=max_new_tokens,
-                   make=cache)
-    hidden, caches = zip(*map(read, models))
+    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device).long()
+    pad = max(config.pad_token_id, 0)
+    distinct, length, rows = prompts_apart(prompts, samples, pad, device)      # [U, T], [U], [B]
+    u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
+    models, mine = [model, contrast[0]] if contrast else [model], own_rows(len(rows)).to(device)
+    queue = Queue(models, distinct, length, rows[mine], max_new_tokens, cache, slots, chunk)
 
     def choose(logits, u):
         """Each model's logits [n, V], u [n] -> tokens and their log-probs [n]."""
@@ -465,12 +460,12 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         mixed = first + contrast[1] * (first - others[0]) if contrast else first
         return pick(mixed, u, temperature, top_k, top_p)
 
-    u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
-    loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(models, caches, stop))]
-    out, logp, row_steps = loops[-1](models, caches, hidden, u, stop, choose)
-    if not logp.isfinite().all():
-        raise UserError("the model's predictions are not finite: its weights have diverged, or "
-                        "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
+    loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(queue, stop))]
+    with gathered(*models):                                  # of several ranks each has its rows
+        out, logp, row_steps = loops[-1](queue, u[mine], stop, choose)
+    check_finite(logp)
+    out, logp = (from_ranks(x, len(rows)) for x in (out, logp))
+    row_steps = summed(dict(row_steps=row_steps))["row_steps"]
     return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
 
 
@@ -540,7 +535,35 @@ def check_request(config, prompts, samples, new, temperature, top_k):
                         "changes all positions: keep prompt and new tokens on one side")
 
 
-# === rows: ours, a rollout of what was decoded ====================================================
+def check_slots(models, length, make, slots, chunk):
+    """UserError for slots and chunk that generate cannot use."""
+    if min(slots, chunk) < 0 or chunk and not slots:
+        raise UserError(f"slots {slots}, chunk {chunk}: expected 0 or more, and slots for a chunk, "
+                        "which is read while other rows decode")
+    if slots and make is not Cache:
+        raise UserError("slots: in this cache no row can take another's place; leave slots at 0")
+    if chunk and int(length.max()) > min(m.switch for m in models):
+        raise UserError("chunk: a prompt beyond longrope's switch is read at once; leave it at 0")
+
+
+def check_finite(logp):
+    """UserError if a model predicts no numbers."""
+    if not logp.isfinite().all():
+        raise UserError("the model's predictions are not finite: its weights have diverged, or "
+                        "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
+
+
+# === rows: ours, from prompts to rows, and from what was decoded to a rollout =====================
+
+
+def prompts_apart(prompts, samples, pad, device):
+    """The distinct prompts [U, T], right-padded, their lengths [U], and which of them each row
+    continues [B]: `samples` rows a prompt, in order."""
+    prompts = [tuple(p) for p in prompts]
+    index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    rows = torch.tensor([index[p] for p in prompts], device=device).repeat_interleave(samples)
+    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, T]
+    return distinct, torch.tensor([len(p) for p in index], device=device), rows
 
 
 def collect(prompt, length, out, logp, stop, pad, row_steps):
@@ -585,41 +608,201 @@ def top_p(logits, p):
 CUTS["top_k"], CUTS["top_p"] = top_k, top_p
 
 
-# === batch: ours, rows that have stopped leave ====================================================
+# === reading: 2308.16369, prompts in parts, tokens that follow a cache's ==========================
+
+PREFILL = 8192           # tokens that one forward reads at most
+
+
+def precision(model):
+    """The dtype of the model's keys and values: autocast's, or that of its weights."""
+    kind = model.head.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.head.dtype
+
+
+def knows_groups(q, mask):
+    """Whether PyTorch's attention reads a group's keys in place: the CPU's always does; a GPU's
+    falls back to all scores at once in float32, and with a mask."""
+    return not q.is_cuda or mask is None and q.element_size() == 2
+
+
+def after(length, T, slots):
+    """attend's function for the T tokens that follow row b's first length[b] of so many slots."""
+    end = length[:, None] + torch.arange(T, device=length.device)                        # [B, T]
+    seen = torch.arange(slots, device=length.device) <= end[:, None, :, None]     # [B, 1, T, S]
+
+    def attention(q, k, v, window):
+        B, K, hd = len(q), k.size(1), q.size(3)
+        visible = nearest_of(seen, window) if window else seen
+        mask = visible.repeat(1, 1, q.size(1) // K, 1)   # a group is one head's queries: no copies
+        y = F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), k.to(q.dtype), v.to(q.dtype),
+                                           attn_mask=mask)
+        return y.reshape(q.shape)
+    return attention
+
+
+def admit(cache, slots, prompts, rows):
+    """Rows of a cache of prompts take the place of rows `slots` of a cache at least as wide."""
+    S = prompts.k.size(3)
+    cache.k[:, slots, :, :S], cache.v[:, slots, :, :S] = prompts.k[:, rows], prompts.v[:, rows]
+    cache.length[slots] = prompts.length[rows]
+
+
+def state_at(hidden, place, before=None):
+    """hidden [U, T, D] at place [U]; where that is outside of it, what was there before [U, D]."""
+    at = place.clamp(0, hidden.size(1) - 1)
+    state = hidden[torch.arange(len(at), device=at.device), at]
+    return state if before is None else torch.where((at == place)[:, None], state, before)
+
+
+def in_parts(model, tokens, length, cache):
+    """The states after prompts [U, D], read into an empty cache: all at once, or longest first, as
+    many as PREFILL tokens hold without the others' padding, and a longer one in parts."""
+    if tokens.numel() <= PREFILL or type(cache) is not Cache:
+        return state_at(model(tokens, cache), length - 1)
+    order, states = length.argsort(descending=True, stable=True), []
+    rest, widths = order, length[order].tolist()
+    while widths:
+        width, count = widths[0], max(PREFILL // widths[0], 1)
+        some, rest, widths = rest[:count], rest[count:], widths[count:]
+        part, state = Cache(model.config, len(some), width, tokens.device, cache.k.dtype), None
+        whole = width <= PREFILL or width > model.switch         # longrope: beyond it all at once
+        step = width if whole else max(PREFILL // 8, 1)          # or its mask would be large
+        for i in range(0, width, step):
+            hidden = model(tokens[some, i:min(i + step, width)], part)
+            state = state_at(hidden, length[some] - 1 - i, state)
+        admit(cache, some, part, slice(None))
+        states.append(state)
+    cache.used = tokens.size(1)
+    return torch.cat(states)[order.argsort()]
+
+
+def prefill(model, tokens, length, rows, new):
+    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues rows[b].
+    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots."""
+    hidden, cache = read(model, tokens, length)
+    cache.spread(rows, new)
+    return hidden[rows], cache
+
+
+# === queue: ours, rows that wait for a slot, prompts that are read when they are wanted ===========
+
+
+class Queue:
+    """The rows of a request in the order in which they get a slot, and the prompts read for them.
+
+    slots: so many rows decode at once (0: all); the longest prompts are first, and a prompt's rows
+    together: it is read once, and kept until the last of them has a slot. chunk: see sarathi.
+    """
+
+    def __init__(self, models, tokens, length, rows, new, make=Cache, slots=0, chunk=0):
+        check_slots(models, length, make, slots, chunk)
+        which, rows = rows.unique(return_inverse=True)         # of a part of the rows, its prompts
+        self.slots, self.order = min(slots or len(rows), len(rows)), torch.arange(
+            len(rows), device=rows.device)
+        if self.slots < len(rows):
+            longest = length[which].argsort(descending=True, stable=True)
+            which, rows = which[longest], longest.argsort()[rows]
+            self.order = rows.argsort(stable=True)
+        self.models, self.make, self.new, self.chunk = models, make, new, chunk
+        self.tokens, self.length, self.prompt = tokens[which], length[which], rows
+        self.widths, self.ends = self.length.tolist(), [0, *rows.bincount().cumsum(0).tolist()]
+        self.taken = self.first = self.last = 0    # rows with a slot; prompts first:last are held
+        self.hidden, self.caches = (), ()          # … by each model
+
+    def waiting(self):
+        """How many rows have no slot yet."""
+        return len(self.order) - self.taken
+
+    def ready(self):
+        """To how many of them the prompts that are held belong."""
+        return self.ends[self.last] - self.taken
+
+    def upcoming(self, count):
+        """The next prompts, tokens [U, T] and length [U]."""
+        some = slice(self.last, self.last + count)
+        return self.tokens[some, :max(self.widths[some])], self.length[some]
+
+    def hold(self, hidden, caches):
+        """Each model's states after the next prompts [U, D], and their caches."""
+        self.hidden, self.caches = hidden, caches
+        self.first, self.last = self.last, self.last + len(hidden[0])
+
+    def take(self, n):
+        """The next rows, n at most: their numbers, each model's states after their prompts [n, D],
+        and the row of its cache in `caches` that each continues."""
+        if not self.ready():
+            prompts = self.upcoming(bisect_left(self.ends, self.taken + n) - self.last)
+            self.hold(*zip(*(read(m, *prompts, self.make) for m in self.models)))
+        rows = self.order[self.taken:self.taken + min(n, self.ready())]
+        self.taken += len(rows)
+        which = self.prompt[rows] - self.first
+        return rows, [h[which] for h in self.hidden], which
+
+    def start(self):
+        """The first rows, each model's states and caches, which have room for them alone."""
+        rows, hidden, which = self.take(self.slots)
+        caches = [*map(copy.copy, self.caches)] if self.ready() else self.caches
+        for cache in caches:
+            cache.spread(which, self.new)
+            if self.waiting():                     # rows will begin and end at any length
+                cache.static, cache.used = True, cache.used + self.new - 1
+        return rows, hidden, caches
+
+
+# === batch: ours, the rows that decode, and what all rows have drawn ==============================
 
 
 class Batch:
-    """The n of B rows that still decode (row, token, done [n]), and what all drew (out, logp
-    [B, new]).
+    """The n rows that decode: which of all (row [n]), their tokens so far (i), the last one
+    (token), whether they have ended (done). out, logp [B, new + 1]: what all have drawn, and behind
+    it what they draw beyond their end.
 
     A step works in place and asks the device for nothing: a CUDA graph can hold it.
     """
 
-    def __init__(self, models, caches, u, stop, choose):
-        self.models, self.caches, self.choose = models, caches, choose
-        self.u, self.stop, device = u, stop, u.device
-        self.out, self.logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)
-        self.row = torch.arange(len(u), device=device)
-        self.token = torch.zeros_like(self.row)
-        self.done = torch.zeros_like(self.row, dtype=torch.bool)
-        self.i = torch.zeros(1, dtype=torch.long, device=device)
+    def __init__(self, queue, u, stop, choose):
+        self.queue, self.models, self.choose = queue, queue.models, choose
+        self.u, self.stop, self.new = F.pad(u, (0, 1)), stop, u.size(1)
+        self.out, self.logp = torch.zeros_like(self.u, dtype=torch.long), torch.zeros_like(self.u)
+        self.row, hidden, self.caches = queue.start()
+        self.token, self.i = torch.zeros_like(self.row), torch.zeros_like(self.row)
+        self.done, self.left = torch.zeros_like(self.row, dtype=torch.bool), self.new - 1
+        self.emit(hidden)
 
-    def emit(self, hidden):
-        """Pick each row's i-th token from the models' states [n, D], and note it."""
-        place = self.row, self.i
+    def emit(self, hidden, at=slice(None)):
+        """Pick the next token of the rows in slots `at` from the models' states, and note it."""
+        place = self.row[at], self.i[at]
         logits = [m.logits(h) for m, h in zip(self.models, hidden)]                   # [n, V] each
-        self.token[:], self.logp[place] = self.choose(logits, self.u[place])
-        self.out[place] = self.token
-        self.done.logical_or_((self.token[:, None] == self.stop).any(1))
-        self.i.add_(1)
+        self.token[at], self.logp[place] = self.choose(logits, self.u[place])
+        self.out[place] = self.token[at]
+        self.i[at] = (self.i[at] + 1).clamp(max=self.new)
+        ended = (self.token[at][:, None] == self.stop).any(1) | (self.i[at] == self.new)
+        self.done[at] = self.done[at] | ended
 
     def step(self):
-        """One more token for every row that is left."""
+        """One more token for every row."""
         tokens = self.token[:, None]                                                     # [n, 1]
-        self.emit([m(tokens, cache)[:, 0] for m, cache in zip(self.models, self.caches)])
+        self.note([m(tokens, cache)[:, 0] for m, cache in zip(self.models, self.caches)])
 
-    def alive(self):
-        """How many rows have not stopped."""
+    def note(self, hidden):
+        """The models' states after a step; rows that have ended stay where they are."""
+        for cache in self.caches:
+            if cache.static:
+                cache.length.sub_(self.done.long())
+        self.emit(hidden)
+
+    def fill(self):
+        """Waiting rows get the slots of those that have ended. In place: a recorded step goes on.
+        -> how many rows decode"""
+        queue = self.queue
+        more = queue.ready if queue.chunk else queue.waiting
+        while more() and len(free := self.done.nonzero().squeeze(1)):
+            rows, hidden, which = queue.take(len(free))
+            free, self.left = free[:len(rows)], self.new - 1
+            for cache, prompts in zip(self.caches, queue.caches):
+                admit(cache, free, prompts, which)
+            self.row[free], self.i[free], self.done[free] = rows, 0, False
+            self.emit(hidden, free)
         return int((~self.done).sum())
 
     def shrink(self, n):
@@ -630,27 +813,26 @@ class Batch:
         for cache in self.caches:
             cache.keep(order)
         self.row, self.token, self.done = self.row[order], self.token[order], self.done[order]
+        self.i = self.i[order]
 
 
-def leave(models, caches, hidden, u, stop, choose):
+# === leave: ours, rows that have stopped leave, or give their slots to those that wait ============
+
+
+def leave(queue, u, stop, choose):
     """decode(), but a row that has stopped leaves at once."""
-    batch, forwards = Batch(models, caches, u, stop, choose), 0
-    if u.size(1):
-        batch.emit(hidden)
-    for _ in range(1, u.size(1)):
-        alive = batch.alive()
-        if alive == 0:
-            break
+    batch, forwards = Batch(queue, u, stop, choose), 0
+    while alive := batch.fill():
         if alive < len(batch.row):
             batch.shrink(alive)
         batch.step()
         forwards += len(batch.row)
-    return batch.out, batch.logp, forwards
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
 
 
-def can_stop(models, caches, stop):
-    """Whether any id ends a completion."""
-    return len(stop) > 0
+def can_stop(queue, stop):
+    """Whether any id ends a completion, or rows wait for one to end."""
+    return len(stop) > 0 or queue.slots < len(queue.order)
 
 
 LOOPS[leave] = can_stop
@@ -662,11 +844,12 @@ CHECK = 8                # steps of a graph between two looks at which rows have
 
 
 def graphed(model):
-    """Whether a graph can hold a step: our kernels run, and no layer asks the host (experts do)."""
+    """Whether a graph can hold a step: our kernels run, no layer asks the host (experts do), and
+    none gathers its weights from other ranks (FSDP's are DTensors)."""
     waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
                 for m in model.modules())
     ours = model.head.is_cuda and kernels.route(model.head) == "triton"
-    return ours and not (model.config.moe or waits)
+    return ours and not (model.config.moe or waits or hasattr(model.head, "placements"))
 
 
 def capture(step, device, graphs):
@@ -692,35 +875,131 @@ def capture(step, device, graphs):
     return graph.replay
 
 
-def replay(models, caches, hidden, u, stop, choose):
-    """decode() in recorded steps: rows leave when half have stopped, seen every CHECK steps."""
-    batch, (cache,), new = Batch(models, caches, u, stop, choose), caches, u.size(1)
-    if new:
-        batch.emit(hidden)
-    cache.static, cache.used = True, cache.used + new - 1
-    graphs, again, forwards = [], None, 0              # None: record it, for a batch of a new size
-    for t in range(1, new):
-        if (t - 1) % CHECK == 0:
-            alive = batch.alive()
-            if alive == 0:
-                break
-            if alive <= len(batch.row) // 2:
-                batch.shrink(alive)
-                again = None
-        if again is None:
-            again = capture(batch.step, u.device, graphs)
-        else:
-            again()
-        forwards += len(batch.row)
-    return batch.out, batch.logp, forwards
+def replay(queue, u, stop, choose):
+    """decode() in recorded steps: rows that have stopped, seen every CHECK steps, give their slots
+    to those that wait, or leave when they are half."""
+    batch, forwards = Batch(queue, u, stop, choose), 0
+    for cache in batch.caches:
+        cache.static, cache.used = True, max(queue.widths) + queue.new - 1
+    graphs, again = [], None                           # None: record it, for a batch of a new size
+    while alive := batch.fill():
+        if alive <= len(batch.row) // 2:
+            batch.shrink(alive)
+            again = None
+        for _ in range(min(CHECK, batch.left)):
+            if again is None:
+                again = capture(batch.step, u.device, graphs)
+            else:
+                again()
+            batch.left -= 1
+            forwards += len(batch.row)
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
 
 
-def can_replay(models, caches, stop):
+def can_replay(queue, stop):
     """Whether the steps can be graphs: one model, with the plain cache."""
-    return len(models) == 1 and type(caches[0]) is Cache and graphed(models[0])
+    return len(queue.models) == 1 and queue.make is Cache and graphed(queue.models[0])
 
 
 LOOPS[replay] = can_replay
+
+
+# === beside: 2308.16369, one forward of two caches: a step of rows, a chunk of prompts ============
+
+
+class Beside:
+    """A cache of n rows, each with its next token, and one of U prompts, each with its next c, as
+    the cache of a single row of n + U c tokens: so one forward does a step and reads a chunk."""
+
+    def __init__(self, rows, prompts, c):
+        self.parts, self.length, self.static = ((rows, 1), (prompts, c)), 0, True
+        self.n, self.shape = len(rows.length), (len(prompts.length), c)
+        self.used = max(rows.used + 1, prompts.used + c) - self.n - math.prod(self.shape)
+
+    def at(self, T):
+        """Positions [1, T], and where each cache puts its part."""
+        positions, at = zip(*(cache.at(t) for cache, t in self.parts))
+        return torch.cat([x.flatten() for x in positions])[None], at
+
+    def split(self, x):
+        """[1, K, T, hd] -> [n, K, 1, hd] and [U, K, c, hd]"""
+        step, chunk = x[0].transpose(0, 1).tensor_split([self.n])
+        return step[:, :, None], chunk.unflatten(0, self.shape).transpose(1, 2)
+
+    def put(self, layer, k, v, at):
+        """Each cache's part; -> keys, and values, of both."""
+        both = zip(self.parts, self.split(k), self.split(v), at)
+        return zip(*(cache.put(layer, *new) for (cache, _), *new in both))
+
+    def sees(self, T):
+        """attend's function: each part attends by itself."""
+        seen = [cache.sees(t) for cache, t in self.parts]
+
+        def attention(q, k, v, window):
+            step, chunk = (attend(*x, window).transpose(1, 2).flatten(0, 1)
+                           for x in zip(self.split(q), k, v, seen))                     # [·, H, hd]
+            return torch.cat([step, chunk]).transpose(0, 1)[None]                    # [1, H, T, hd]
+        return attention
+
+
+# === sarathi: 2308.16369, waiting prompts are read in chunks beside the rows that decode ==========
+
+
+class Chunks:
+    """The next prompts of a queue, read by steps, `chunk` tokens each: several whole prompts, or a
+    part of one."""
+
+    def __init__(self, queue):
+        count = max(queue.chunk // queue.widths[queue.last], 1)
+        self.tokens, self.length = queue.upcoming(count)                              # [U, T], [U]
+        self.at, self.step = 0, queue.chunk
+        self.states = [None] * len(queue.models)
+        self.caches = [Cache(m.config, *self.tokens.shape, self.tokens.device, precision(m))
+                       for m in queue.models]
+
+    def ride(self, batch):
+        """A step of the batch, which reads the next chunk besides."""
+        chunk = self.tokens[:, self.at:self.at + self.step]                              # [U, c]
+        tokens, hidden = torch.cat([batch.token, chunk.flatten()])[None], []
+        for i, (m, rows, prompts) in enumerate(zip(batch.models, batch.caches, self.caches)):
+            out = m(tokens, Beside(rows, prompts, chunk.size(1)))[0]                     # [T, D]
+            step, read = out.tensor_split([len(batch.token)])
+            self.states[i] = state_at(read.unflatten(0, chunk.shape), self.length - 1 - self.at,
+                                      self.states[i])
+            rows.length += 1
+            prompts.length, prompts.used = prompts.length + chunk.size(1), self.at + chunk.size(1)
+            hidden.append(step)
+        self.at += chunk.size(1)
+        batch.note(hidden)
+
+
+def sarathi(queue, u, stop, choose):
+    """leave(), but no step waits for a prompt: the next ones are read by the steps themselves."""
+    batch, coming, forwards = Batch(queue, u, stop, choose), None, 0
+    while (alive := batch.fill()) or queue.waiting():
+        if coming is None and queue.waiting() > queue.ready():
+            coming = Chunks(queue)
+        if coming and coming.at < coming.tokens.size(1):
+            coming.ride(batch)
+        else:
+            if alive < len(batch.row) and not queue.waiting():
+                batch.shrink(alive)
+            batch.step()
+        forwards += len(batch.row)
+        if coming and coming.at == coming.tokens.size(1) and not queue.ready():
+            for cache in coming.caches:
+                cache.length = coming.length
+            queue.hold(coming.states, coming.caches)
+            coming = None
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
+
+
+def can_ride(queue, stop):
+    """Whether prompts are to be read so, and any wait."""
+    return queue.chunk > 0 and queue.slots < len(queue.order)
+
+
+LOOPS[sarathi] = can_ride
 
 
 # === new: GPT-2, a model that is not trained yet ==================================================
@@ -1293,12 +1572,13 @@ class MoE(nn.Module):
         flat = x.view(-1, x.size(-1))                                                    # [N, D]
         self.router_logits = self.gate(flat)                                             # [N, E]
         weight, chosen = self.route(self.router_logits.float())                          # [N, k]
-        out = torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
-            part = expert(flat[token]) * weight[token, slot, None]                       # [n, D]
-            out = out.index_add(0, token, part.to(out.dtype))
-        return out.view_as(x)
+        order = chosen.flatten().argsort(stable=True)          # [N k], an expert's tokens together
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        every = torch.is_grad_enabled() or not len(flat)       # of no token: gradient 0, not none
+        parts = flat[order // chosen.size(1)].split(counts)                           # [n, D] each
+        out = torch.cat([f(part) for f, part in zip(self.experts, parts) if len(part) or every])
+        out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, chosen.shape)
+        return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)                # [N, k, D]
 
 
 def load_balance_loss(model, mask=None):
@@ -2667,7 +2947,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
                         f"{model.config.max_position_embeddings}: shorten it")
     device = model.head.device
     cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), device,
-                  model.head.dtype)
+                  precision(model))
     text = list(prompt)
     token = torch.tensor([text], device=device)                                          # [1, T]
     seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)         # [V]

@@ -41,8 +41,8 @@ from data.stats import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
 from model import (ADAPTERS, PEFT, Cache, adapter_readers, adapter_state, check_adapters,
                    check_request, clip_gradients, collate, collect, generate, init, load, passes,
-                   plain_model, prefill, preset, save, save_trained, shard, summed, tempered,
-                   token_logprobs, with_peft)
+                   plain_model, precision, prefill, preset, save, save_trained, shard, summed,
+                   tempered, token_logprobs, with_peft)
 from optim import linear, optimiser, set_lr
 
 # --- config ---------------------------------------------------------------------------------------
@@ -710,7 +710,7 @@ def measure_costs(target, model, rows, held, most, repeats=30):
     widths = sorted({w for w in (1, 2, 3, 5, 9, most + 1) if w <= most + 1})
     jobs = [(target, w) for w in widths] + ([(model, 1)] if model else [])
     for m in dict.fromkeys(m for m, _ in jobs):
-        caches[m] = Cache(m.config, rows, held + most + 1, device, m.head.dtype)
+        caches[m] = Cache(m.config, rows, held + most + 1, device, precision(m))
         m(torch.zeros(rows, held, dtype=torch.long, device=device), caches[m])
     for _ in range(repeats):
         for m, w in jobs:
@@ -1654,7 +1654,7 @@ def switching(models, prompt, new, choose, pick, make, stop):
 def empty(model):
     """A cache of one row of the model's whole context."""
     return Cache(model.config, 1, model.config.max_position_embeddings, model.head.device,
-                 model.head.dtype)
+                 precision(model))
 
 
 def by_turns(choose, models, size, problems, world, tok):

@@ -36,7 +36,7 @@ import specdec
 from data.tasks import chain_tokenizer
 from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
-from model import collate, generate, init, pick, preset, save, token_logprobs
+from model import MoE, collate, generate, init, pick, preset, save, token_logprobs
 from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
@@ -358,6 +358,42 @@ def generation(device, samples=64, new=64, prompt=32):
                samples * new)
 
 
+def slots(device, rows=128, new=64, at_once=32, chunk=0):
+    """Prompts and completions of unequal length in so many slots, against that many rows a batch,
+    each batch until its last row has ended. Floor: every row-step's arithmetic.
+    """
+    model = model_of("4x128", 2048, 256, device)
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 2000, (n,), generator=g).tolist()
+               for n in torch.randint(4, 64, (rows,), generator=g).tolist()]
+    how = dict(stop=list(range(60)))                         # one token in 34 ends a completion
+
+    def run(some, **more):
+        return generate(model, some, new, generator=torch.Generator().manual_seed(0), **how, **more)
+    made = int(run(prompts).mask.sum())
+    return Row(lambda: run(prompts, slots=at_once, chunk=chunk),
+               lambda: [run(prompts[i:i + at_once]) for i in range(0, rows, at_once)],
+               (made + sum(map(len, prompts))) * flops_per_token(model, 64) / 3, tokens=made)
+
+
+def experts(device, tokens=1):
+    """One token through 128 experts of which it has eight, against asking every expert for its
+    tokens. Floor: the eight experts' weights are read."""
+    config = replace(preset("1x256", bytes_tokenizer(), model_type="qwen3_moe"), num_experts=128,
+                     num_experts_per_tok=8)
+    layer, x = MoE(config, 128).to(device), torch.randn(1, tokens, 256, device=device)
+
+    @torch.no_grad()
+    def one_by_one():
+        flat, out = x[0], torch.zeros_like(x[0])
+        weight, chosen = layer.route(layer.gate(flat).float())
+        for e, expert in enumerate(layer.experts):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(flat[token]) * weight[token, slot, None])
+        return out
+    return Row(torch.no_grad()(lambda: layer(x)), one_by_one, bytes=8 * 3 * 4 * 256 * 128)
+
+
 def speculation(device, new=64, prompt=32, gamma=4):
     """Greedy decoding of one row by drafts that are all kept, against plain decoding: what rounds
     cost.
@@ -416,7 +452,8 @@ UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
                update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
              sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo,
-             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation,
+             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation, slots=slots,
+             slots_sarathi=partial(slots, chunk=64), experts=experts,
              speculation=speculation)
 ROWS = KERNELS | UPDATES | STEPS
 
