@@ -620,9 +620,10 @@ def precision(model):
 
 
 def knows_groups(q, mask):
-    """Whether PyTorch's attention reads a group's keys in place: the CPU's always does; a GPU's
-    falls back to all scores at once in float32, and with a mask."""
-    return not q.is_cuda or mask is None and q.element_size() == 2
+    """Whether PyTorch's attention is to read a group's keys in place. On a GPU in two bytes and
+    without a mask, or it would hold all scores at once. On a CPU where nothing learns: gradients
+    would be summed in another order, and no run end where it did."""
+    return mask is None and q.element_size() == 2 if q.is_cuda else not torch.is_grad_enabled()
 
 
 def after(length, T, slots):
