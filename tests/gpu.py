@@ -220,11 +220,8 @@ class Job:
         return configure(script.Config, script.PRESETS, script.AXES, argv=argv)
 
     def tokens(self, rows):
-        """Those ids and a mask on the second half of each row, on the device.   [rows, T] each"""
-        tokens = torch.tensor(self.ids(rows, self.T), device=self.device)
-        mask = torch.zeros_like(tokens, dtype=torch.float)
-        mask[:, self.T // 2:] = 1
-        return tokens, mask
+        """Those ids of whole rows, on the device.   [rows, T]"""
+        return torch.tensor(self.ids(rows, self.T), device=self.device)
 
 
 def sft_work(job, model, ref):
@@ -290,7 +287,7 @@ def grpo_work(job, model, ref):
 
 def plain_sft(job, twin, ref, sampler):
     """Cross-entropy of every token."""
-    tokens, _ = job.tokens(2 * job.B)
+    tokens = job.tokens(2 * job.B)
     while True:
         for part in tokens.split(job.B):
             with autocast(job.device, "bfloat16"):
@@ -301,9 +298,12 @@ def plain_sft(job, twin, ref, sampler):
 
 def plain_dpo(job, twin, ref, sampler):
     """-log σ of the margin, both sides of a pair in one forward pass."""
-    tokens, mask = job.tokens(2 * job.B)
+    tokens, half = job.tokens(2 * job.B).view(2, job.B, -1), job.T // 2
+    tokens[1, :, :half] = tokens[0, :, :half]                              # a pair has one prompt
+    m = (torch.arange(1, job.T, device=job.device) >= half).float()                      # [T-1]
     while True:
-        for part, m in zip(tokens.split(job.B), mask[:, 1:].split(job.B)):
+        for part in tokens.split(job.B // 2, 1):
+            part = part.flatten(0, 1)                                                  # [B, T]
             with autocast(job.device, "bfloat16"):
                 with torch.no_grad():
                     base = (ref.nll(part) * m).sum(1)                                    # [B]
@@ -441,13 +441,16 @@ def rates_part(out, here):
                 device_flops=next((v for k, v in DEVICES.items() if k in name), None))
 
 
+GPU_MARK = "pytest" + ".mark.gpu"              # this file's own text has no such mark
+
+
 def marked_files():
     """The test files that need a GPU; the few that say most come first."""
     first = ["test_kernels_attention.py", "test_model.py", "test_ppo.py", "test_kernels.py"]
     files = [p for p in (ROOT / "tests").glob("test_*.py")
-             if re.search(r"mark\.gpu|\"triton\"", p.read_text()) and p.name != "test_gpu.py"]
+             if p.name.startswith("test_kernels") or GPU_MARK in p.read_text()]
     return sorted(files, key=lambda p: (first.index(p.name) if p.name in first else len(first),
-                                        "mark.gpu" in p.read_text(), p.name))
+                                        GPU_MARK in p.read_text(), p.name))
 
 
 def tests_part(out, here):
@@ -602,7 +605,7 @@ def written(report, path):
     new.replace(path)
 
 
-def run(report, parts, here, path, is_alive=alive):
+def run(report, parts, here, path, is_alive):
     """Run what is not in the report yet, as far as the time goes. -> whether the device lives"""
     for name, part in parts.items():
         if name in report["parts"]:
@@ -752,11 +755,15 @@ def main(argv=None):
     here = SimpleNamespace(device=device, seconds=options.seconds,
                            rates={k: found.get(k, x) for k, x in unknown.items()})
     left = report["began"] + options.seconds - time.time()
-    faulthandler.dump_traceback_later(max(left, 0) + 60, exit=True)     # a kernel that never ends
-    if not run(report, parts, here, options.out):
-        os.execv(sys.executable, [sys.executable, __file__, *argv, *["--go_on"]
-                                  * (not options.go_on)])
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(max(left, 0) + 60, exit=True,    # of a kernel without end
+                                      file=sys.__stderr__)
+    try:
+        lives = run(report, parts, here, options.out, alive)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if not lives:
+        more = [] if options.go_on else ["--go_on"]
+        os.execv(sys.executable, [sys.executable, __file__, *argv, *more])
     report["took"] = time.time() - report["began"]
     written(report, options.out)
     print(table(report))
