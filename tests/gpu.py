@@ -580,6 +580,12 @@ def all_parts():
             | {name: step[name] for name in [*large, *rest]})
 
 
+def in_short(error):
+    """An exception's type, its first line, which says what happened, and its last."""
+    lines = [line.strip()[:300] for line in str(error).strip().splitlines()] or [""]
+    return " … ".join([f"{type(error).__name__}: {lines[0]}", *lines[-1:] * (len(lines) > 1)])
+
+
 def guarded(part, here):
     """A part's record: its numbers, and what went wrong if anything did."""
     out, start = {}, time.time()
@@ -588,9 +594,7 @@ def guarded(part, here):
         part.run(out, here)
         out["status"] = "done"
     except Exception as error:                 # out of memory, a kernel that does not compile, …
-        words = str(error).strip() or type(error).__name__
-        out |= dict(status="failed", error_type=type(error).__name__,
-                    why=words.splitlines()[-1][:500], traceback=traceback.format_exc()[-6000:])
+        out |= dict(status="failed", why=in_short(error), traceback=traceback.format_exc()[-6000:])
         traceback.clear_frames(error.__traceback__)         # which hold the part's tensors
     out["took"] = time.time() - start
     return out
