@@ -154,12 +154,21 @@ def stories():
     return path
 
 
+def on_triton(item):
+    """Whether this is a test of a kernel's Triton path, which runs on a GPU where there is one."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("path") == "triton" and item.path.name.startswith("test_kernels")
+
+
+@pytest.hookimpl(tryfirst=True)                  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     """Skip what is marked gpu where there is none, and slow unless -m asks for it."""
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if torch.cuda.is_available() and on_triton(item):
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+        if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
 
 
