@@ -1737,7 +1737,8 @@ def activity(model, batches):
     down_proj reads. -> {name: [f]}
 
     An expert's tokens of one batch are one sample (ours: rows are no longer apart there)."""
-    scores = {name: 0.0 for name in mlps(model)}
+    scores = {name: torch.zeros(m.down_proj.in_features, device=model.head.device)
+              for name, m in mlps(model).items()}            # an expert may see no token
 
     def note(name):
         def hook(layer, args):

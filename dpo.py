@@ -232,7 +232,7 @@ MODELS, MEMORIES = dict(start=initial), {}
 # other than a mean loss's, what is evaluated beside the win rate; what must be so before a run, and
 # the names that a source or statistic gives to a loss.
 ROWS, OPEN, WHOLE, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
-CHECKS, ALONE = {}, []           # rows and what functions ask for that torchrun cannot spread
+CHECKS, ALONE = {}, {}           # what is asked for and torchrun cannot spread: why
 GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"))
 
 
@@ -1587,7 +1587,7 @@ def check_objectives(c, f):
 
 LOSSES["objectives"], SOURCES["signs"] = objectives, signs_of_groups
 ROWS["signs"], BACKWARD["objectives"] = once, backward_each
-ALONE += ["objectives"]
+ALONE["objectives"] = "a gradient an objective is not summed over ranks"
 CHECKS["objectives"], CHECKS["signs"] = check_objectives, check_signs
 GIVES["signs"], EVALUATIONS["signs"] = ("chosen", "rejected", "signs"), worth_to_groups
 PRESETS["raco"] = dict(loss="objectives", source="signs", combine="cagrad",
@@ -1785,7 +1785,7 @@ LOSSES["nash_mp"], SOURCES["prox"] = nash_mp, prox
 ROWS["prox"], GIVES["prox"] = fresh_rows, ("win",)
 FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
 MEMORIES["opponents"], CHECKS["nash_mp"] = Copies, check_nash_mp
-ALONE += ["opponents"]
+ALONE["opponents"] = "copies of sharded weights cannot be made"
 PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
 
 
@@ -2027,7 +2027,7 @@ def check_mpo(c, f):
 
 LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
 MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Copies, check_mpo, check_mpo
-ALONE += ["handover"]
+ALONE["handover"] = "copies of sharded weights cannot be made"
 ROWS["mpo"], GIVES["mpo"] = fresh_rows, ("chosen", "rejected", "gain", "hard")
 PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
 

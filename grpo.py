@@ -509,7 +509,7 @@ def compares(c):
 
 
 CHECKS = dict(group=compares)    # of rows of the axes: what is wrong, in words, or ""
-ALONE = []                       # rows and what functions ask for that torchrun cannot spread
+ALONE = {}                       # what is asked for and torchrun cannot spread: why
 
 
 def check(c, f, task):
@@ -1315,7 +1315,7 @@ def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap: Share = 0.95)
 
 
 MEMORIES["slow"], FACTS["answer_prob"], SHAPERS["consistent"] = Slow, answer_prob, consistent
-ALONE += ["slow"]
+ALONE["slow"] = "a copy of sharded weights cannot be made"
 CHECKS["consistent"] = unanswered
 PRESETS["care"] = dict(shaper="consistent", group_eps=1e-4)
 
@@ -1728,7 +1728,7 @@ def clip_stale(logp, behaviour_logp, adv, *, eps: Positive = 0.2):
 
 
 MEMORIES["past"], ACTORS["lagged"], BATCH["behaviour_logp"] = Past, lagged, behaviour_logp
-ALONE += ["past"]
+ALONE["past"] = "a copy of sharded weights cannot be made"
 SURROGATES["stale"], SURROGATES["clip_stale"] = stale, clip_stale
 PRESETS["aipo"] = dict(advantage="centred", surrogate="stale", weight="token_mean", actor="lagged")
 
@@ -1881,7 +1881,7 @@ def seek(ref, pool, task, tok, c, *, seek: Count = 64):
 
 PREPARATIONS["latentseek"] = seek
 CHECKS["latentseek"] = lambda task: lacks(task, "checks")
-ALONE += ["latentseek"]
+ALONE["latentseek"] = "it trains no weights"
 PRESETS["latentseek"] = dict(steps=0, prepare="latentseek")
 
 

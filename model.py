@@ -290,6 +290,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.generation = config, {}      # what generation_config.json says besides
         self.recompute = False               # blocks' activations in the backward pass: see again
+        self.products = "float32"            # bfloat16: what load() kept layers in, if in another
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = NORMS[config.family.norm](config.hidden_size, config.rms_norm_eps)
@@ -326,10 +327,11 @@ class Transformer(nn.Module):
         x = self.embed(tokens)                                                           # [B, T, D]
         source = None                        # of keys and values; None: each layer's own input
         run = again if self.recompute and torch.is_grad_enabled() else Block.__call__
-        for i, block in enumerate(self.layers):
-            if i in self.sources:
-                source = getattr(self, self.sources[i])(x)                               # [B, T, D]
-            x = run(block, x, *angles[self.local[i]], cache, i, at, visible, source)
+        with autocast(x.device, self.products):
+            for i, block in enumerate(self.layers):
+                if i in self.sources:
+                    source = getattr(self, self.sources[i])(x)                           # [B, T, D]
+                x = run(block, x, *angles[self.local[i]], cache, i, at, visible, source)
         if cache is not None:
             cache.length += T
             cache.used += 0 if cache.static else T
@@ -2164,6 +2166,9 @@ def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
     except UserError as e:
         raise UserError(f"{e}{older_than(folder)}") from None
     model.load_state_dict(state, assign=True)
+    if matrices not in (None, dtype):
+        body = model.model if isinstance(model, ScalarModel) else model
+        body.products = str(matrices).removeprefix("torch.")
     if is_classifier(path) and not isinstance(model, ScalarModel):
         model = ScalarModel.from_lm(model)
     if folder != path:
@@ -2384,6 +2389,9 @@ def merge(model):
     """A plain copy of the model: adapters folded into their layers, stored weights read."""
     read = [m.linear.weight for m in adapters_of(model) if isinstance(m.linear, nn.Linear)]
     plain = copy.deepcopy(model, {id(W): W for W in read})     # no copy of what is only read here
+    for m in plain.modules():
+        if isinstance(m, Transformer):
+            m.products = "float32"
     return swapped(plain, "merged", lambda layer: layer.merged()).requires_grad_()
 
 

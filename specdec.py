@@ -399,7 +399,7 @@ class Student:
             (loss.mean() * weight * real).backward()
             if real:
                 totals.update(mean=loss.mean().item() * weight, share=len(loss) / len(h) * weight)
-        return summed(totals).values()
+        return tuple(summed(totals).values())
 
     def step(self, step, rows, known, batch):
         """One step on `batch` rows; known: of remember(), or None.   -> numbers of the log"""

@@ -482,11 +482,11 @@ def refuse_ranks(name):
 
 
 def refuse_alone(c, asked, alone):
-    """UserError under torchrun for a row of an axis, or what its functions ask for, that is one of
-    those which run on one rank."""
+    """UserError under torchrun for a row of an axis, or what its functions ask for, that runs on
+    one rank. alone: {its name: why}."""
     used = {*asked, *(x for x in dataclasses.asdict(c).values() if isinstance(x, str))}
     for name in [x for x in alone if x in used][:ranks() - 1]:
-        raise UserError(f"{name} runs on one rank: start it without torchrun")
+        raise UserError(f"{name} runs on one rank ({alone[name]}): start it without torchrun")
 
 
 def start_ranks(device):
@@ -749,9 +749,9 @@ STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number 100000
 def steps_of(folder):
     """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among
     them."""
-    found = [(int(m[1]), p) for p in Path(folder).glob("step-*")
-             if (m := STEP.fullmatch(p.name)) and any((p / x).is_file() for x in MODEL_FILES)]
-    return [p for _, p in sorted(found)]
+    found = [(int(m[1]), p) for name in MODEL_FILES for p in Path(folder).glob("step-*")
+             if (m := STEP.fullmatch(p.name)) and (p / name).is_file()]
+    return [p for _, p in sorted({*found})]
 
 
 def checkpoint(path):

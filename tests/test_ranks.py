@@ -149,9 +149,10 @@ SMALL = ["--eval_every", "4", "--eval_prompts", "4"]
 TINY = dict(sft=["--data", "arithmetic", "--rows", "64", "--context", "64", "--init",
                  "base:pretrain", "--eval_every", "4"], dpo=SMALL, grpo=SMALL, ppo=SMALL)
 # the default and three methods of each: their losses, samples, groups, memories and adapters
-METHODS = dict(sft=["sft", "muon", "normuon", "lora"], dpo=["tiny", "simpo", "online", "lora,kto"],
+METHODS = dict(sft=["sft", "muon", "normuon", "lora"],
+               dpo=["tiny", "simpo", "online", "lora,kto,recompute=true"],
                grpo=["grpo", "dapo", "rloo", "lora,reinforce_pp"],
-               ppo=["srppo", "ppo", "raft,rollouts=8,samples=2", "lora"],
+               ppo=["srppo", "ppo", "raft,rollouts=8,samples=2", "lora,recompute=true"],
                reward=["bt", "margin", "smooth", "lora"],
                specdec=["tiny", "reverse_kl", "jsd", "tvd"])
 RUNS = {f"{script}-{i}": (script, method) for script, methods in METHODS.items()
