@@ -2170,7 +2170,7 @@ def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
         body = model.model if isinstance(model, ScalarModel) else model
         body.products = str(matrices).removeprefix("torch.")
     if is_classifier(path) and not isinstance(model, ScalarModel):
-        model = ScalarModel.from_lm(model)
+        model = ScalarModel.from_lm(model, share=True)
     if folder != path:
         tokenizer = attach(model, path, raw) or tokenizer
     say_pad(model, path)

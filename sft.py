@@ -37,7 +37,7 @@ from torch import nn
 
 import kernels
 from data import prefs, tasks, text, tokenizer
-from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
+from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError, alone,
                       batch_indices, changed, checkpoint, cli, code_of, configure, launch, lock,
                       needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
@@ -331,7 +331,8 @@ def conclude(c, f, scores, memories, known):
     run, net, tok = known["run"], known["net"], known["tok"]
     if not text.is_corpus(c.data) and net is not None:           # of several ranks the first
         problems = tasks.of_run(c).problems("val", 64, c.seed)
-        quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
+        with alone():
+            quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
         run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
         scores |= {f"val_{key}": value for key, value in quality.items()}
     return scores

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import prefs, tasks
-from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
+from data.run import (Count, Positive, Range, Run, Share, Training, UserError, alone, batch_indices,
                       checkpoint, cli, clock, launch, needs, rank, ranks, share, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
@@ -430,8 +430,8 @@ def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
         known[x], metrics = PREPARE[x](target, tok, held[:c.eval_rows], c, f, run)
         name = "draft"
     drafters[name or c.drafter] = f.drafter(**{x: known[x] for x in asks})
-    measured = rank() or metrics | race(target, drafters, prompts, c, f, run, lenience)
-    return share(measured)                                      # of several ranks the first's
+    with alone():                                               # of several ranks the first
+        return share(rank() or metrics | race(target, drafters, prompts, c, f, run, lenience))
 
 
 DECODERS = dict(speculative=speculative)

@@ -522,9 +522,22 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+SOLO = []                        # what rank 0 does alone
+
+
+@contextlib.contextmanager
+def alone():
+    """What one rank does while the others wait: it parts no work and gathers nothing."""
+    SOLO.append(True)
+    try:
+        yield
+    finally:
+        SOLO.pop()
+
+
 def ranks():
-    """How many processes torchrun has started, 1 without it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """How many processes of torchrun share the work: 1 without it, and alone()."""
+    return dist.get_world_size() if dist.is_initialized() and not SOLO else 1
 
 
 def share(x):
