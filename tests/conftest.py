@@ -1,5 +1,6 @@
 """Tests run from anywhere: the repository's root goes on the path; every test has another working
 directory, so that none reads or writes the checkout's own out/."""
+import json
 import os
 import sys
 from functools import partial
@@ -36,6 +37,14 @@ import data.run
 import kernels
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
+
+
+def ring_pairs(path):
+    """A small file of pairs in the letters of the world Ring, which takes no evaluation by gold."""
+    letters = "qrnwsilvubgmdopej" * 3
+    rows = [dict(prompt=f"{a}{b}=", chosen=b * (n % 5 + 1), rejected=a * (n % 3 + 1))
+            for n, (a, b) in enumerate(zip(letters, letters[1:]))]
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
 
 
 def close(a, b, tol=1e-6):

@@ -1,12 +1,10 @@
 """Adapters in every script that trains: one copy of the weights is policy and reference, a run goes
 on exactly, what is saved is whole or a PEFT folder; blocks that are computed again."""
-import json
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ring_pairs, tiny_model
 from safetensors.torch import load_file
 
 import dpo
@@ -17,10 +15,9 @@ import sft
 import specdec
 from data.run import UserError
 from kernels import PackedLinear, pack_int, quantize
-from model import (PEFT, Bone, LoRA, ModelConfig, ScalarModel, Transformer, adapter_state,
-                   adapters_of, init, load, merge, open_trained, plain_model, recomputing,
-                   reference, replace_linears, save, sequence_score, sharing, snapshot,
-                   token_logprobs, with_peft)
+from model import (PEFT, LoRA, ModelConfig, ScalarModel, adapters_of, init, load, merge,
+                   open_trained, plain_model, recomputing, reference, replace_linears, save,
+                   snapshot, token_logprobs, with_peft)
 
 SCRIPTS = dict(dpo=dpo, grpo=grpo, ppo=ppo, reward=reward, sft=sft, specdec=specdec)
 SETTINGS = SimpleNamespace(peft="lora", dtype="float32", device="cpu", chat=False, seed=0,
@@ -177,8 +174,9 @@ TINY = dict(
     sft=["--config", "tiny", "--data", "arithmetic", "--init", "base:pretrain", "--rows", "40",
          "--context", "64", "--eval_every", "4"],
     dpo=["--config", "tiny"], grpo=["--config", "tiny"], ppo=["--config", "tiny"],
-    reward=["--config", "tiny"],
-    specdec=["--config", "tiny", "--eval_every", "4"])
+    reward=["--config", "tiny", "--data", "pairs.jsonl"],
+    specdec=["--config", "tiny", "--data", "arithmetic", "--rows", "40", "--eval_every", "4",
+             "--eval_rows", "2", "--prompts", "2", "--max_new", "4"])
 LORA = ["--peft", "lora", "--steps", "4", "--save_every", "2", "--lr", "0.01"]
 
 
@@ -192,6 +190,7 @@ def test_a_run_with_adapters_goes_on_exactly_and_saves_whole_models(shared_bases
     """merged weights are the same after a pause; the adapter's folder on its base is the merged
     model; with --merge false it is all that is there, and also goes on"""
     script, root = SCRIPTS[name], shared_bases
+    ring_pairs("pairs.jsonl")
     script.main([*TINY[name], *LORA, "--out", "whole"])
     script.main([*TINY[name], *LORA, "--out", "two", "--stop", "2"])
     script.main([*TINY[name], *LORA, "--out", "two", "--resume"])
@@ -307,6 +306,7 @@ def test_every_script_recomputes_what_it_trains(shared_bases, monkeypatch):
     """blocks of policy and critic, of draft and reward model: as often again as they ran"""
     import model
     calls = []
+    ring_pairs("pairs.jsonl")
     true = model.again
     monkeypatch.setattr(model, "again", lambda *a: calls.append(a[0]) or true(*a))
     for name, script in SCRIPTS.items():

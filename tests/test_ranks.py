@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, ring_pairs
 
 import data.run
 import dpo
@@ -146,10 +146,13 @@ def test_bad_use_over_ranks_is_one_line(workdir):
 
 SCRIPTS = dict(sft=sft, dpo=dpo, grpo=grpo, ppo=ppo, reward=reward, specdec=specdec)
 SMALL = ["--eval_every", "4", "--eval_prompts", "4"]
-SLOW = ["--lr", "2e-5", "--critic_lr", "5e-5"]   # or Adam makes rounding large: a token is another
-TINY = dict(sft=["--data", "arithmetic", "--rows", "64", "--context", "64", "--init",
-                 "base:pretrain", "--eval_every", "4"], dpo=SMALL, grpo=SMALL,
-            ppo=SMALL + SLOW)
+SLOW = ["--lr", "2e-5"]          # or Adam makes rounding large, and a sampled token is another
+TINY = dict(
+    sft=["--data", "arithmetic", "--rows", "64", "--context", "64", "--init", "base:pretrain",
+         "--eval_every", "4"],
+    dpo=SMALL, grpo=SMALL, ppo=SMALL + SLOW, reward=["--data", "pairs.jsonl", "--lr", "1e-4"],
+    specdec=["--data", "arithmetic", "--rows", "40", "--eval_rows", "2", "--prompts", "2",
+             "--max_new", "4", "--eval_every", "4"])
 # the default and three methods of each: their losses, samples, groups, memories and adapters
 METHODS = dict(sft=["sft", "muon", "normuon", "lora"],
                dpo=["tiny", "simpo", "online", "lora,kto,recompute=true"],
@@ -198,6 +201,7 @@ def distance(a, b):
 def test_every_script_does_on_two_ranks_what_it_does_alone(shared_bases):
     """weights after four steps, of the default and three methods each; saved by two processes and
     finished by one, and the other way round; the log is one run's"""
+    ring_pairs("pairs.jsonl")
     for name, (script, _) in RUNS.items():
         SCRIPTS[script].main(command(name, f"one-{name}"))
     for name in ACROSS:
