@@ -2629,6 +2629,214 @@ def summed(metrics, largest=()):
     return out
 
 
+# === memory: ours, bytes of tensors, and of what a training pass keeps for its backward ===========
+
+SHORT = 16, 48           # tokens of the two passes from which longer ones are foretold
+
+
+def bytes_of(tensors):
+    """Bytes on this rank; of tensors that share their memory once."""
+    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]      # FSDP's
+    storages = [x.untyped_storage() for x in here]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def body_of(model):
+    """The transformer of a language model, or of a scalar one."""
+    return model.model if isinstance(model, ScalarModel) else model
+
+
+def kept(model, tokens):
+    """Bytes that a pass of tokens [B, T] keeps for its backward, but for the model's own tensors:
+    [before the first block, a block, between it and the next, …, after the last]"""
+    own = (x.to_local() if hasattr(x, "to_local") else x
+           for x in (*model.parameters(), *model.buffers()))
+    seen, sizes = {x.untyped_storage().data_ptr() for x in own}, [0]
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes[-1] += storage.nbytes()
+        return x
+
+    def turn(*_):
+        sizes.append(0)
+    hooks = [hook for block in body_of(model).layers for hook in (
+        block.register_forward_pre_hook(turn), block.register_forward_hook(turn))]
+    says = model if isinstance(model, ScalarModel) else partial(token_logprobs, model)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = says(tokens)                   # lives to the end: so no memory is seen twice
+    for hook in hooks:
+        hook.remove()
+    del out
+    return sizes
+
+
+def growth(model, c):
+    """kept() of one row of SHORT tokens each. Draws nothing from the run's generators."""
+    body, V = body_of(model), model.config.vocab_size
+    recompute, body.recompute = body.recompute, False
+    with torch.random.fork_rng(devices=[]), autocast(c.device, c.dtype):
+        sizes = [kept(model, torch.arange(T, device=body.head.device)[None] % V) for T in SHORT]
+    body.recompute = recompute
+    return sizes
+
+
+def activations(model, measured, rows, width, recompute, dtype="float32"):
+    """Bytes at the peak of a training pass of rows x width tokens: what is kept, by growth(), half
+    a block again, for gradients on their way, and a chunk of the head's logits."""
+    tokens, config = rows * width, model.config
+    few, more = measured
+    parts = [a + (b - a) / (SHORT[1] - SHORT[0]) * (tokens - SHORT[0]) for a, b in zip(few, more)]
+    blocks = [x + 4 * width ** 2 * (0 < block.self_attn.window < width)        # a mask of its own
+              for x, block in zip(parts[1::2], body_of(model).layers)]
+    inputs = tokens * config.hidden_size * body_of(model).head.element_size()
+    held = len(blocks) * inputs + max(blocks) if recompute else sum(blocks)
+    return sum(parts[::2]) + held + max(blocks) / 2 + head_scratch(model, tokens, dtype)
+
+
+def head_scratch(model, tokens, dtype="float32"):
+    """Bytes of what the head's log-probs of so many tokens work in: see kernels.chunks."""
+    if isinstance(model, ScalarModel):
+        return 0
+    (V, D), path = model.head.shape, kernels.route(model.head)
+    rows = tokens if path == "torch" else min(tokens, kernels.slices(tokens, V, path)[0].stop)
+    size = 2 if dtype == "bfloat16" else model.head.element_size()
+    again = dict(torch=3 * 4, cpu=4 * (size < 4), triton=0)[path]     # beside them, in float32
+    return rows * V * (size + again) + V * D * size * (size < model.head.element_size())
+
+
+# === forecast: ours, what a run will hold at its peak, by part ====================================
+
+
+class Work(NamedTuple):
+    """What a run does at once: its micro-batch, and the samples that it draws."""
+    micro: int                   # --micro
+    width: int                   # tokens of the longest row
+    step: int                    # rows, or pairs, of an optimizer step on all ranks
+    sides: int = 1               # sequences that one of them has
+    group: int = 1               # that are never parted
+    sampled: int = 0             # rows that are sampled at once
+    slots: int = 0               # tokens of the longest of these, its prompt with them
+    knob: str = ""               # the option that says how many are sampled
+    recompute: bool = False
+
+    def share(self):
+        """A rank's rows, or pairs, of a step."""
+        return -(-self.step // ranks())
+
+    def rows(self):
+        """Sequences of the largest forward pass."""
+        most = min(self.micro, self.share()) // self.group * self.group
+        return max(self.group, most) * self.sides
+
+
+def cache_bytes(config, rows, slots, size):
+    """Keys and values of so many rows and slots, of `size` bytes a number."""
+    numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * numbers * rows * slots * size
+
+
+def sampling_bytes(model, work, dtype):
+    """The cache, and in float32 and float64 the logits that a token is drawn from."""
+    size = 2 if dtype == "bfloat16" else body_of(model).head.element_size()
+    return (cache_bytes(model.config, work.sampled, work.slots, size)
+            + work.sampled * model.config.vocab_size * 20)
+
+
+def forecast(work, trained, frozen, measured, state, held, dtype):
+    """{part: bytes} of a run at its peak on this rank.
+
+    trained, frozen: models, which may share tensors; measured: growth() of each that trains; state:
+    bytes of the optimisers'; held: bytes that the process holds now, the models' with them.
+    """
+    weights = bytes_of(x for m in (*trained, *frozen) for x in (*m.parameters(), *m.buffers()))
+    passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
+              for m, x in zip(trained, measured)]
+    gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
+    return dict(process=max(0, held - weights), weights=weights, optimiser=state,
+                gradients=gradients, activations=max(passes),
+                cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0)
+
+
+def peak_of(parts):
+    """The most at once: activations and gradients live while a step is made, the cache while
+    samples are."""
+    return (parts["process"] + parts["weights"] + parts["optimiser"]
+            + max(parts["gradients"] + parts["activations"], parts["cache"]))
+
+
+# === remedies: ours, whether a run fits its device, and which settings make it fit ================
+
+
+def with_lora(parts, trained, frozen, rank=8):
+    """forecast()'s parts, were adapters of this rank all that trains: copies of one checkpoint are
+    one then."""
+    policy, *others = trained
+    layers = [m for m in policy.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+    size = 4 * rank * sum(m.in_features + m.out_features for m in layers) * len(trained)
+    shape = body_of(policy).config.hidden_size, len(body_of(policy).layers)
+    copies = [m for m in (*others, *frozen)
+              if shape == (m.config.hidden_size, len(body_of(m).layers))]
+    spare = bytes_of(x for m in copies for x in m.parameters())
+    return parts | dict(weights=parts["weights"] - spare + size, gradients=size, optimiser=2 * size)
+
+
+def remedies(c, work, foretell, adapted, room):
+    """[(option, peak bytes)] of what holds less, each setting alone; of --micro and of how many are
+    sampled the largest that fits.   foretell(work) -> parts; adapted(parts) -> those of a LoRA"""
+    parts, out = foretell(work), []
+    largest = partial(largest_fitting, foretell, work, room)
+    if parts["cache"] > parts["gradients"] + parts["activations"]:
+        n = largest("sampled", 1, work.sampled)
+        size = peak_of(foretell(work._replace(sampled=n)))
+        return [(f"{n / work.sampled:.0%} of {work.knob}", size)]
+    if (now := min(work.micro, work.share())) > work.group:
+        n = largest("micro", work.group, now)
+        out += [(f"--micro {n}", peak_of(foretell(work._replace(micro=n))))]
+    if not c.recompute:
+        out += [("--recompute true", peak_of(foretell(work._replace(recompute=True))))]
+    if c.peft == "full":
+        out += [("--peft lora", peak_of(adapted(parts)))]
+    return out
+
+
+def largest_fitting(foretell, work, room, field, least, now):
+    """The largest of a field, a multiple of `least` below `now`, whose peak fits; else least."""
+    for n in range((now - 1) // least * least, least, -least):
+        if peak_of(foretell(work._replace(**{field: n}))) <= room:
+            return n
+    return least
+
+
+def foresee(run, c, work, trained, frozen=(), state=0):
+    """Say before step 0 what the run will hold at its peak, and if it does not fit, what would;
+    what cli() answers where memory runs out all the same. state: bytes of the optimisers'."""
+    held, room = run.memory()
+    measured = [growth(m, c) for m in trained]
+    foretell = partial(forecast, trained=trained, frozen=frozen, measured=measured, state=state,
+                       held=held, dtype=c.dtype)
+    parts = foretell(work)
+    peak = peak_of(parts)
+    found = remedies(c, work, foretell, partial(with_lora, trained=trained, frozen=frozen), room)
+    words = ", ".join(f"{option} needs about {size / 1e9:.2f} GB" for option, size in found)
+    run.outlook(peak, f"--micro {c.micro}, of {room / 1e9:.1f} GB", words)
+    run.say(f"  memory: {in_words(parts)} = {peak / 1e9:.2f} GB at the peak, of {room / 1e9:.1f}"
+            + f"\n  WARNING: that may not fit: {words or 'take a smaller model'}" * (peak > room))
+
+
+def in_words(parts):
+    """forecast()'s parts as a sum, in GB; the smaller of the two that are not there together in
+    brackets."""
+    cache, update = parts["cache"], parts["gradients"] + parts["activations"]
+    here = [k for k in parts if k not in ("gradients", "activations", "cache")]
+    here += ["cache"] if cache > update else ["gradients", "activations"]
+    beside = f" (or cache {cache / 1e9:.2f})" * (0 < cache <= update)
+    beside += f" (or gradients and activations {update / 1e9:.2f})" * (cache > update)
+    return " + ".join(f"{k} {parts[k] / 1e9:.2f}" for k in here) + beside
+
+
 # === many_rows: ours, rollouts joined, or part ====================================================
 
 
