@@ -2099,16 +2099,18 @@ def swapped(model, attribute, change):
     return model
 
 
-def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read."""
+def merge(model, device=None):
+    """A plain copy of the model: adapters folded into their layers, stored weights read. device:
+    where the new layers go, one by one, if not beside the others."""
     read = [m.linear.weight for m in adapters_of(model) if isinstance(m.linear, nn.Linear)]
     plain = copy.deepcopy(model, {id(W): W for W in read})     # no copy of what is only read here
-    return swapped(plain, "merged", lambda layer: layer.merged()).requires_grad_()
+    return swapped(plain, "merged", lambda layer: layer.merged().to(device) if device else
+                   layer.merged()).requires_grad_()
 
 
-def plain_model(model):
+def plain_model(model, device=None):
     """The model with its adapters merged, in a copy; one without is itself."""
-    return merge(model) if adapters_of(model) else model
+    return merge(model, device) if adapters_of(model) else model
 
 
 PEFT = dict(full=full)                   # what is trained: (model, generator) -> model
@@ -2187,7 +2189,7 @@ def save_trained(model, tokenizer, path, c, origin):
     alone."""
     lora = c.peft == "lora" and origin and not model.config.moe  # peft has no adapters of experts
     if c.merge:
-        save(plain_model(model), tokenizer, path)
+        save(plain_model(model, "cpu"), tokenizer, path)   # no room for it on a full GPU
     if lora:
         save_adapter(model, path / "adapter" if c.merge else path, origin)
     if not c.merge:
@@ -2688,7 +2690,9 @@ def activations(model, measured, rows, width, recompute, dtype="float32"):
     a block again, for gradients on their way, and a chunk of the head's logits."""
     tokens, config = rows * width, model.config
     few, more = measured
-    parts = [a + (b - a) / (SHORT[1] - SHORT[0]) * (tokens - SHORT[0]) for a, b in zip(few, more)]
+    each = [(b - a) / (SHORT[1] - SHORT[0]) for a, b in zip(few, more)]      # a token's
+    fixed = [a - SHORT[0] * x for a, x in zip(few, each)] if ranks() == 1 else [0] * len(each)
+    parts = [a + x * tokens for a, x in zip(fixed, each)]    # of several ranks: gathered weights
     blocks = [x + 4 * width ** 2 * (0 < block.self_attn.window < width)        # a mask of its own
               for x, block in zip(parts[1::2], body_of(model).layers)]
     inputs = tokens * config.hidden_size * body_of(model).head.element_size()
@@ -2732,6 +2736,16 @@ class Work(NamedTuple):
         return max(self.group, most) * self.sides
 
 
+def gathered_bytes(model, blocks=None):
+    """Bytes of what FSDP gathers on each of several ranks: of the model's embedding, and so many of
+    its blocks at once (None: all, as gathered() does)."""
+    def size(module):
+        return 4 * sum(p.numel() for p in module.parameters())
+    body = body_of(model)
+    sizes = sorted(map(size, body.layers))[-blocks if blocks else None:]
+    return (sum(sizes) + size(body.embed_tokens)) * (ranks() > 1)
+
+
 def cache_bytes(config, rows, slots, size):
     """Keys and values of so many rows and slots, of `size` bytes a number."""
     numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -2741,7 +2755,7 @@ def cache_bytes(config, rows, slots, size):
 def sampling_bytes(model, work, dtype):
     """The cache, and in float32 and float64 the logits that a token is drawn from."""
     size = 2 if dtype == "bfloat16" else body_of(model).head.element_size()
-    return (cache_bytes(model.config, work.sampled, work.slots, size)
+    return (gathered_bytes(model) + cache_bytes(model.config, work.sampled, work.slots, size)
             + work.sampled * model.config.vocab_size * 20)
 
 
@@ -2753,7 +2767,7 @@ def forecast(work, trained, frozen, measured, state, held, dtype):
     """
     weights = bytes_of(x for m in (*trained, *frozen) for x in (*m.parameters(), *m.buffers()))
     passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
-              for m, x in zip(trained, measured)]
+              + gathered_bytes(m, 2) for m, x in zip(trained, measured)]
     gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
     return dict(process=max(0, held - weights), weights=weights, optimiser=state,
                 gradients=gradients, activations=max(passes),

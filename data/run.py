@@ -14,6 +14,7 @@ Promise  Only files that this run made, by exact name, are ever removed or repla
 """
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -715,6 +716,22 @@ def held_bytes(device):
         return peak_bytes(device)
 
 
+def tensor_bytes(x):
+    """Bytes of the tensors in a nest of dicts and lists."""
+    if isinstance(x, torch.Tensor):
+        return x.nbytes
+    items = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return sum(map(tensor_bytes, items))
+
+
+def give_back(device, worth=1e9):
+    """Return the holes in this process's heap to the system, if it holds more than `worth` on a
+    CPU: glibc keeps what freed activations leave, and does not fit the next ones into it."""
+    if device == "cpu" and held_bytes(device) > worth:
+        with contextlib.suppress(OSError, AttributeError):     # another libc has no such call
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def room_bytes(device):
     """What this process may hold in all, its own with what is free; infinity where nothing tells.
     Of a machine its ranks have equal shares."""
@@ -828,7 +845,8 @@ def not_finite(x, name=""):
             return ""
         x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
         x = x.float() if x.element_size() == 1 else x          # float8 knows no isfinite
-        return "" if x.isfinite().all() else name or "it"
+        fine = x.sum().isfinite() or x.isfinite().all()        # a sum alone takes no memory
+        return "" if fine else name or "it"
     items = x.items() if isinstance(x,
                                     dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
@@ -919,6 +937,7 @@ class Run:
         self.quiet, self.began, self.created = rank() > 0, False, []
         self.state, self.start, self.last = None, 0, None
         self.at, self.peak = 0, 0              # steps of a run's earlier stages; see outlook
+        OUTLOOK.clear()
         self.release, rows, self.usual = (lambda: None), [], defaults(c, f)
         self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, marks={},
                          command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
@@ -1082,6 +1101,7 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
                         dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
+            give_back(self.c.device)
             yield step
             self.bar.update()
         self.bar.close()
@@ -1222,8 +1242,10 @@ class Run:
             self.file = open(self.folder / "log.jsonl", "a")
 
     def memory(self):
-        """Bytes that this process holds now, and may hold in all."""
-        return held_bytes(self.c.device), room_bytes(self.c.device)
+        """Bytes that this process holds now, but for what a resumed run's state.pt was read into,
+        and bytes that it may hold in all."""
+        read = tensor_bytes(self.state) if self.c.device == "cpu" else 0
+        return held_bytes(self.c.device) - read, room_bytes(self.c.device)
 
     def outlook(self, peak, at, remedies):
         """What the run will hold at its peak, in bytes; and what cli() answers where memory runs
