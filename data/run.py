@@ -724,10 +724,10 @@ def tensor_bytes(x):
     return sum(map(tensor_bytes, items))
 
 
-def give_back(device, worth=1e9):
-    """Return the holes in this process's heap to the system, if it holds more than `worth` on a
-    CPU: glibc keeps what freed activations leave, and does not fit the next ones into it."""
-    if device == "cpu" and held_bytes(device) > worth:
+def give_back(worth=1e9):
+    """Return the holes in this process's heap to the system, if it holds more than `worth`: glibc
+    keeps what freed activations leave, and does not fit the next ones into it."""
+    if held_bytes("cpu") > worth:
         with contextlib.suppress(OSError, AttributeError):     # another libc has no such call
             ctypes.CDLL(None).malloc_trim(0)
 
@@ -1101,7 +1101,7 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
                         dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
-            give_back(self.c.device)
+            give_back()
             yield step
             self.bar.update()
         self.bar.close()
