@@ -2633,9 +2633,6 @@ def summed(metrics, largest=()):
 
 # === memory: ours, bytes of tensors, and of what a training pass keeps for its backward ===========
 
-SHORT = 16, 48           # tokens of the two passes from which longer ones are foretold
-
-
 def bytes_of(tensors):
     """Bytes on this rank; of tensors that share their memory once."""
     here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]      # FSDP's
@@ -2676,28 +2673,33 @@ def kept(model, tokens):
 
 
 def growth(model, c):
-    """kept() of one row of SHORT tokens each. Draws nothing from the run's generators."""
+    """What a pass keeps however long, and of a token: kept() of two short rows, a number a part.
+    Draws nothing from the run's generators."""
     body, V = body_of(model), model.config.vocab_size
     recompute, body.recompute = body.recompute, False
+    few, more = (min(T, model.config.max_position_embeddings // n) for T, n in ((16, 2), (48, 1)))
     with torch.random.fork_rng(devices=[]), autocast(c.device, c.dtype):
-        sizes = [kept(model, torch.arange(T, device=body.head.device)[None] % V) for T in SHORT]
+        small, large = (kept(model, torch.arange(T, device=body.head.device)[None] % V)
+                        for T in (few, more))
     body.recompute = recompute
-    return sizes
+    for part in [m for m in model.modules() if hasattr(m, "reshard")]:           # FSDP's
+        part.reshard()
+    each = [(b - a) / (more - few) for a, b in zip(small, large)]
+    return [a - few * x for a, x in zip(small, each)], each
 
 
 def activations(model, measured, rows, width, recompute, dtype="float32"):
     """Bytes at the peak of a training pass of rows x width tokens: what is kept, by growth(), half
     a block again, for gradients on their way, and a chunk of the head's logits."""
     tokens, config = rows * width, model.config
-    few, more = measured
-    each = [(b - a) / (SHORT[1] - SHORT[0]) for a, b in zip(few, more)]      # a token's
-    fixed = [a - SHORT[0] * x for a, x in zip(few, each)] if ranks() == 1 else [0] * len(each)
-    parts = [a + x * tokens for a, x in zip(fixed, each)]    # of several ranks: gathered weights
+    parts = [a * (ranks() == 1) + x * tokens for a, x in zip(*measured)]      # FSDP's are weights
     blocks = [x + 4 * width ** 2 * (0 < block.self_attn.window < width)        # a mask of its own
               for x, block in zip(parts[1::2], body_of(model).layers)]
     inputs = tokens * config.hidden_size * body_of(model).head.element_size()
     held = len(blocks) * inputs + max(blocks) if recompute else sum(blocks)
-    return sum(parts[::2]) + held + max(blocks) / 2 + head_scratch(model, tokens, dtype)
+    packed = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")]
+    return (sum(parts[::2]) + held + max(blocks) / 2 + head_scratch(model, tokens, dtype)
+            + 8 * max(packed, default=0))
 
 
 def head_scratch(model, tokens, dtype="float32"):
@@ -2759,11 +2761,18 @@ def sampling_bytes(model, work, dtype):
             + work.sampled * model.config.vocab_size * 20)
 
 
-def forecast(work, trained, frozen, measured, state, held, dtype):
+def merged_bytes(model, c):
+    """What adapters come to as whole layers, which a checkpoint is made of: on the CPU."""
+    whole = [m.linear.in_features * m.linear.out_features for m in adapters_of(model)]
+    return 4 * sum(whole) * (c.merge and c.device == "cpu")
+
+
+def forecast(work, trained, frozen, measured, state, held, dtype, merged=0):
     """{part: bytes} of a run at its peak on this rank.
 
     trained, frozen: models, which may share tensors; measured: growth() of each that trains; state:
-    bytes of the optimisers'; held: bytes that the process holds now, the models' with them.
+    bytes of the optimisers'; held: bytes that the process holds now, the models' with them; merged:
+    of what is saved.
     """
     weights = bytes_of(x for m in (*trained, *frozen) for x in (*m.parameters(), *m.buffers()))
     passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
@@ -2771,14 +2780,15 @@ def forecast(work, trained, frozen, measured, state, held, dtype):
     gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
     return dict(process=max(0, held - weights), weights=weights, optimiser=state,
                 gradients=gradients, activations=max(passes),
-                cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0)
+                cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0,
+                merged=merged)
 
 
 def peak_of(parts):
-    """The most at once: activations and gradients live while a step is made, the cache while
-    samples are."""
+    """The most at once: gradients and activations live while a step is made, the cache while
+    samples are, merged layers while a checkpoint is."""
     return (parts["process"] + parts["weights"] + parts["optimiser"]
-            + max(parts["gradients"] + parts["activations"], parts["cache"]))
+            + max(parts["gradients"] + parts["activations"], parts["cache"], parts["merged"]))
 
 
 # === remedies: ours, whether a run fits its device, and which settings make it fit ================
@@ -2830,7 +2840,7 @@ def foresee(run, c, work, trained, frozen=(), state=0):
     held, room = run.memory()
     measured = [growth(m, c) for m in trained]
     foretell = partial(forecast, trained=trained, frozen=frozen, measured=measured, state=state,
-                       held=held, dtype=c.dtype)
+                       held=held, dtype=c.dtype, merged=merged_bytes(trained[0], c))
     parts = foretell(work)
     peak = peak_of(parts)
     found = remedies(c, work, foretell, partial(with_lora, trained=trained, frozen=frozen), room)
@@ -2841,14 +2851,17 @@ def foresee(run, c, work, trained, frozen=(), state=0):
 
 
 def in_words(parts):
-    """forecast()'s parts as a sum, in GB; the smaller of the two that are not there together in
+    """forecast()'s parts as a sum, in GB; of those that are never there together the smaller in
     brackets."""
-    cache, update = parts["cache"], parts["gradients"] + parts["activations"]
-    here = [k for k in parts if k not in ("gradients", "activations", "cache")]
-    here += ["cache"] if cache > update else ["gradients", "activations"]
-    beside = f" (or cache {cache / 1e9:.2f})" * (0 < cache <= update)
-    beside += f" (or gradients and activations {update / 1e9:.2f})" * (cache > update)
-    return " + ".join(f"{k} {parts[k] / 1e9:.2f}" for k in here) + beside
+    words = [f"{k} {parts[k] / 1e9:.2f}" for k in ("process", "weights", "optimiser")]
+    parted = dict(step=parts["gradients"] + parts["activations"], cache=parts["cache"],
+                  merged=parts["merged"])
+    names = dict(step=f"gradients {parts['gradients'] / 1e9:.2f} + activations "
+                 f"{parts['activations'] / 1e9:.2f}", cache=f"cache {parts['cache'] / 1e9:.2f}",
+                 merged=f"merged layers {parts['merged'] / 1e9:.2f}")
+    first, *others = sorted((k for k in parted if parted[k]), key=parted.get, reverse=True)
+    return (" + ".join([*words, names[first]])
+            + "".join(f" (or {names[k]})" for k in others))
 
 
 # === many_rows: ours, rollouts joined, or part ====================================================

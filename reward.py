@@ -387,9 +387,10 @@ def introduce(c, run, tok, model, rows):
 
 
 def outlook(c, run, model, rows, opt):
-    """Say what the run will hold: a micro-batch of both sides of the longest pairs."""
-    width = max(len(r["prompt"]) + max(len(r["chosen"]), len(r["rejected"])) for r in rows)
-    work = Work(c.micro, width, c.batch, sides=2, recompute=c.recompute)
+    """Say what the run will hold: a micro-batch of the longest rows, which are pairs or answers."""
+    sides = sorted(rows[0].keys() & {"chosen", "rejected", "answer"})
+    width = max(len(r["prompt"]) + len(r[side]) for r in rows for side in sides)
+    work = Work(c.micro, width, c.batch, sides=len(sides), recompute=c.recompute)
     foresee(run, c, work, [model], (), state_bytes(opt))
 
 

@@ -71,6 +71,7 @@ def nearest(word, known):
 
 
 OUTLOOK = {}             # of the run that began last: see Run.outlook
+LARGE = 1e9              # bytes of a run that is worth fresh pages: see large_blocks_go_back
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
@@ -724,12 +725,13 @@ def tensor_bytes(x):
     return sum(map(tensor_bytes, items))
 
 
-def give_back(worth=1e9):
-    """Return the holes in this process's heap to the system, if it holds more than `worth`: glibc
-    keeps what freed activations leave, and does not fit the next ones into it."""
-    if held_bytes("cpu") > worth:
-        with contextlib.suppress(OSError, AttributeError):     # another libc has no such call
-            ctypes.CDLL(None).malloc_trim(0)
+def large_blocks_go_back(block=1 << 20):
+    """From now on tensors above so many bytes have pages of their own, which go back to the system
+    with them: in glibc's heap freed activations leave holes that the next ones do not fit."""
+    with contextlib.suppress(OSError, AttributeError):         # another libc has no such call
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 64 * block)                           # M_TRIM_THRESHOLD
+        libc.mallopt(-3, block)                                # M_MMAP_THRESHOLD
 
 
 def room_bytes(device):
@@ -1101,7 +1103,6 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
                         dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
-            give_back()
             yield step
             self.bar.update()
         self.bar.close()
@@ -1251,6 +1252,8 @@ class Run:
         """What the run will hold at its peak, in bytes; and what cli() answers where memory runs
         out all the same: at which settings, and which hold less, in words."""
         self.peak = peak
+        if peak > LARGE:
+            large_blocks_go_back()
         OUTLOOK.update(at=f" at {at}", remedies=remedies)
 
     def finish(self, **metrics):
