@@ -2837,8 +2837,9 @@ def largest_fitting(foretell, work, room, field, least, now):
 def foresee(run, c, work, trained, frozen=(), state=0):
     """Say before step 0 what the run will hold at its peak, and if it does not fit, what would;
     what cli() answers where memory runs out all the same. state: bytes of the optimisers'."""
+    run.expect_large(bytes_of(x for m in trained for x in m.state_dict().values()))
+    measured = [growth(m, c) for m in trained]     # first: libraries make room for themselves
     held, room = run.memory()
-    measured = [growth(m, c) for m in trained]
     foretell = partial(forecast, trained=trained, frozen=frozen, measured=measured, state=state,
                        held=held, dtype=c.dtype, merged=merged_bytes(trained[0], c))
     parts = foretell(work)

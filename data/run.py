@@ -71,7 +71,7 @@ def nearest(word, known):
 
 
 OUTLOOK = {}             # of the run that began last: see Run.outlook
-LARGE = 1e9              # bytes of a run that is worth fresh pages: see large_blocks_go_back
+LARGE = 1e8              # bytes of weights that are worth large_blocks_go_back
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
@@ -1242,6 +1242,11 @@ class Run:
             write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
             self.file = open(self.folder / "log.jsonl", "a")
 
+    def expect_large(self, weights):
+        """large_blocks_go_back() where the models that train are so large that it is worth it."""
+        if weights > LARGE:
+            large_blocks_go_back()
+
     def memory(self):
         """Bytes that this process holds now, but for what a resumed run's state.pt was read into,
         and bytes that it may hold in all."""
@@ -1252,8 +1257,6 @@ class Run:
         """What the run will hold at its peak, in bytes; and what cli() answers where memory runs
         out all the same: at which settings, and which hold less, in words."""
         self.peak = peak
-        if peak > LARGE:
-            large_blocks_go_back()
         OUTLOOK.update(at=f" at {at}", remedies=remedies)
 
     def finish(self, **metrics):

@@ -153,6 +153,9 @@ class Paper:
     def __init__(self, held, room):
         self.there, self.said = (held, room), []
 
+    def expect_large(self, weights):
+        self.weights = weights
+
     def memory(self):
         return self.there
 
@@ -168,6 +171,7 @@ def test_a_run_that_fits_says_its_parts_and_draws_nothing():
     model.recompute = True
     lm.foresee(run, SETTINGS, lm.Work(8, 64, 16), [model], state=8 * COUNT)
     assert torch.equal(draws, torch.get_rng_state()) and model.recompute
+    assert run.weights == 4 * COUNT
     for word in ("process 0.10", "weights 0.00", "optimiser", "gradients", "activations", "of 1.0"):
         assert word in run.said[0]
     assert "WARNING" not in run.said[0] and run.said[0].count("\n") == 0
@@ -281,16 +285,26 @@ def holes(ours):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
-def test_a_large_run_gives_back_what_it_frees(monkeypatch):
-    def last(peak):
+def test_a_large_run_gives_back_what_it_frees():
+    def last(weights):
         """In a process of its own, as a heap does not forget."""
         child = os.fork()
         if not child:
             run = object.__new__(data.run.Run)
-            run.outlook(peak, "", "")
+            run.expect_large(weights)
             os._exit(int(holes([0]) / 1e7))
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert last(9e8) >= 15 and last(2e9) <= 3
+    assert last(9e7) >= 15 and last(2e8) <= 3
+
+
+def test_what_a_resumed_run_has_read_is_not_the_process_s_own():
+    run = object.__new__(data.run.Run)
+    run.c, run.state = SETTINGS, None
+    alone, room = run.memory()
+    run.state = dict(opt=dict(stacks=[dict(state=dict(m=torch.zeros(10_000_000)))]), step=3)
+    assert run.memory()[0] == pytest.approx(alone, abs=1e6) and room > alone
+    run.c = SimpleNamespace(device="cpu")
+    assert data.run.tensor_bytes(run.state) == 4e7
 
 
 def test_ranks_share_a_machine(monkeypatch):
