@@ -2828,10 +2828,12 @@ def remedies(c, work, foretell, adapted, room):
 
 def largest_fitting(foretell, work, room, field, least, now):
     """The largest of a field, a multiple of `least` below `now`, whose peak fits; else least."""
-    for n in range((now - 1) // least * least, least, -least):
-        if peak_of(foretell(work._replace(**{field: n}))) <= room:
-            return n
-    return least
+    low, high = 1, (now - 1) // least        # a larger one holds more
+    while low < high:
+        n = (low + high + 1) // 2
+        fits = peak_of(foretell(work._replace(**{field: n * least}))) <= room
+        low, high = (n, high) if fits else (low, n - 1)
+    return low * least
 
 
 def foresee(run, c, work, trained, frozen=(), state=0):
@@ -2846,23 +2848,22 @@ def foresee(run, c, work, trained, frozen=(), state=0):
     peak = peak_of(parts)
     found = remedies(c, work, foretell, partial(with_lora, trained=trained, frozen=frozen), room)
     words = ", ".join(f"{option} needs about {size / 1e9:.2f} GB" for option, size in found)
-    run.outlook(peak, f"--micro {c.micro}, of {room / 1e9:.1f} GB", words)
-    run.say(f"  memory: {in_words(parts)} = {peak / 1e9:.2f} GB at the peak, of {room / 1e9:.1f}"
+    there = f", of {room / 1e9:.1f} GB" * (room < math.inf)
+    run.outlook(peak, f"--micro {c.micro}{there}", words)
+    run.say(f"  memory: {in_words(parts)} = {peak / 1e9:.2f} GB at the peak{there}"
             + f"\n  WARNING: that may not fit: {words or 'take a smaller model'}" * (peak > room))
 
 
 def in_words(parts):
     """forecast()'s parts as a sum, in GB; of those that are never there together the smaller in
     brackets."""
-    words = [f"{k} {parts[k] / 1e9:.2f}" for k in ("process", "weights", "optimiser")]
-    parted = dict(step=parts["gradients"] + parts["activations"], cache=parts["cache"],
-                  merged=parts["merged"])
-    names = dict(step=f"gradients {parts['gradients'] / 1e9:.2f} + activations "
-                 f"{parts['activations'] / 1e9:.2f}", cache=f"cache {parts['cache'] / 1e9:.2f}",
-                 merged=f"merged layers {parts['merged'] / 1e9:.2f}")
-    first, *others = sorted((k for k in parted if parted[k]), key=parted.get, reverse=True)
-    return (" + ".join([*words, names[first]])
-            + "".join(f" (or {names[k]})" for k in others))
+    size = {k: f"{k} {x / 1e9:.2f}" for k, x in parts.items()}
+    apart = {f"{size['gradients']} + {size['activations']}":
+             parts["gradients"] + parts["activations"]}
+    apart |= {size[k]: parts[k] for k in ("cache", "merged") if parts[k]}
+    first, *others = sorted(apart, key=apart.get, reverse=True)
+    always = [size[k] for k in ("process", "weights", "optimiser")]
+    return " + ".join([*always, first]) + "".join(f" (or {words})" for words in others)
 
 
 # === many_rows: ours, rollouts joined, or part ====================================================

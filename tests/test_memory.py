@@ -314,6 +314,11 @@ def test_ranks_share_a_machine(monkeypatch):
     assert four == pytest.approx(alone / 4, rel=0.2)
 
 
+def test_finite_numbers_whose_sum_is_not_are_fine():
+    assert data.run.not_finite(dict(a=torch.full((4,), 2e38))) == ""
+    assert data.run.not_finite(dict(a=torch.tensor([torch.inf, -torch.inf]))) == "a"
+
+
 @pytest.mark.parametrize("where", [0, 31, 32, 79])
 def test_a_number_that_is_not_finite_is_found_wherever_it_lies(where, workdir):
     from safetensors.torch import save_file
