@@ -2713,29 +2713,7 @@ def head_scratch(model, tokens, dtype="float32"):
     return rows * V * (size + again) + V * D * size * (size < model.head.element_size())
 
 
-# === forecast: ours, what a run will hold at its peak, by part ====================================
-
-
-class Work(NamedTuple):
-    """What a run does at once: its micro-batch, and the samples that it draws."""
-    micro: int                   # --micro
-    width: int                   # tokens of the longest row
-    step: int                    # rows, or pairs, of an optimizer step on all ranks
-    sides: int = 1               # sequences that one of them has
-    group: int = 1               # that are never parted
-    sampled: int = 0             # rows that are sampled at once
-    slots: int = 0               # tokens of the longest of these, its prompt with them
-    knob: str = ""               # the option that says how many are sampled
-    recompute: bool = False
-
-    def share(self):
-        """A rank's rows, or pairs, of a step."""
-        return -(-self.step // ranks())
-
-    def rows(self):
-        """Sequences of the largest forward pass."""
-        most = min(self.micro, self.share()) // self.group * self.group
-        return max(self.group, most) * self.sides
+# === beside: ours, what samples, checkpoints and several ranks hold beside a step =================
 
 
 def gathered_bytes(model, blocks=None):
@@ -2767,6 +2745,35 @@ def merged_bytes(model, c):
     return 4 * sum(whole) * (c.merge and c.device == "cpu")
 
 
+# === forecast: ours, what a run will hold at its peak, by part ====================================
+
+
+class Work(NamedTuple):
+    """What a run does at once: its micro-batch, and the samples that it draws."""
+    micro: int                   # --micro
+    width: int                   # tokens of the longest row
+    step: int                    # rows, or pairs, of an optimizer step on all ranks
+    sides: int = 1               # sequences that one of them has
+    group: int = 1               # that are never parted
+    sampled: int = 0             # rows that are sampled at once
+    slots: int = 0               # tokens of the longest of these, its prompt with them
+    knob: str = ""               # the option that says how many are sampled
+    recompute: bool = False
+
+    def share(self):
+        """A rank's rows, or pairs, of a step."""
+        return -(-self.step // ranks())
+
+    def rows(self):
+        """Sequences of the largest forward pass."""
+        most = min(self.micro, self.share()) // self.group * self.group
+        return max(self.group, most) * self.sides
+
+    def once(self):
+        """Whether one pass has all of a step's rows."""
+        return self.rows() >= self.share() * self.sides
+
+
 def forecast(work, trained, frozen, measured, state, held, dtype, merged=0):
     """{part: bytes} of a run at its peak on this rank.
 
@@ -2778,6 +2785,9 @@ def forecast(work, trained, frozen, measured, state, held, dtype, merged=0):
     passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
               + gathered_bytes(m, 2) for m, x in zip(trained, measured)]
     gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
+    if work.once() and len(trained) == 1:    # they come as the activations go, the head's first
+        first = bytes_of(p for p in [body_of(trained[0]).head] if p.requires_grad)
+        gradients = max(first, gradients - passes[0])
     return dict(process=max(0, held - weights), weights=weights, optimiser=state,
                 gradients=gradients, activations=max(passes),
                 cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0,

@@ -60,6 +60,13 @@ def test_weights_gradients_and_adamw_s_states_are_the_sizes_worked_by_hand():
     assert lm.peak_of(parts) == 10 ** 9 + 12 * COUNT + parts["activations"]
 
 
+def test_gradients_of_a_single_pass_come_as_its_activations_go():
+    several, small, large = (told(work, [tiny()]) for work in (
+        lm.Work(4, 64, 8), lm.Work(1, 2, 1), lm.Work(8, 64, 8)))
+    assert several["gradients"] == 4 * COUNT and large["gradients"] == 4 * 64 * 32
+    assert small["gradients"] + small["activations"] == pytest.approx(4 * COUNT)
+
+
 def test_keys_and_values_of_a_rollout_are_the_size_worked_by_hand():
     model = tiny()
     assert lm.cache_bytes(model.config, 6, 50, 4) == 2 * 6 * 50 * (2 * 2 * 8) * 4
