@@ -2740,9 +2740,12 @@ def sampling_bytes(model, work, dtype):
 
 
 def merged_bytes(model, c):
-    """What adapters come to as whole layers, which a checkpoint is made of: on the CPU."""
-    whole = [m.linear.in_features * m.linear.out_features for m in adapters_of(model)]
-    return 4 * sum(whole) * (c.merge and c.device == "cpu")
+    """What a merge() for a checkpoint holds, on the CPU: whole layers, and copies of the rest."""
+    layers = [m.linear for m in adapters_of(model)]
+    read = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    rest = bytes_of(x for x in (*model.parameters(), *model.buffers()) if id(x) not in read)
+    whole = 4 * sum(layer.in_features * layer.out_features for layer in layers)
+    return (whole + rest) * (c.merge and c.device == "cpu" and whole > 0)
 
 
 # === forecast: ours, what a run will hold at its peak, by part ====================================
@@ -2819,21 +2822,23 @@ def with_lora(parts, trained, frozen, rank=8):
 
 def remedies(c, work, foretell, adapted, room):
     """[(option, peak bytes)] of what holds less, each setting alone; of --micro and of how many are
-    sampled the largest that fits.   foretell(work) -> parts; adapted(parts) -> those of a LoRA"""
+    sampled the largest that fits, and half where the run itself does.
+    foretell(work) -> parts; adapted(parts) -> those of a LoRA"""
     parts, out = foretell(work), []
+    peak = peak_of(parts)
     largest = partial(largest_fitting, foretell, work, room)
     if parts["cache"] > parts["gradients"] + parts["activations"]:
-        n = largest("sampled", 1, work.sampled)
+        n = largest("sampled", 1, work.sampled if peak > room else work.sampled // 2 + 1)
         size = peak_of(foretell(work._replace(sampled=n)))
         return [(f"{n / work.sampled:.0%} of {work.knob}", size)]
     if (now := min(work.micro, work.share())) > work.group:
-        n = largest("micro", work.group, now)
+        n = largest("micro", work.group, now if peak > room else now // 2 + 1)
         out += [(f"--micro {n}", peak_of(foretell(work._replace(micro=n))))]
     if not c.recompute:
         out += [("--recompute true", peak_of(foretell(work._replace(recompute=True))))]
     if c.peft == "full":
         out += [("--peft lora", peak_of(adapted(parts)))]
-    return out
+    return [(option, size) for option, size in out if size < 0.95 * peak] or out
 
 
 def largest_fitting(foretell, work, room, field, least, now):

@@ -195,9 +195,23 @@ def test_a_run_that_does_not_fit_names_the_settings_that_do():
     again = lm.peak_of(told(work._replace(recompute=True), [model], state=state, held=10 ** 7))
     assert f"--micro 5 needs about {sizes[5] / 1e9:.2f} GB" in run.said[0]
     assert f"--recompute true needs about {again / 1e9:.2f} GB" in run.said[0]
-    assert "--peft lora needs" in run.said[0]
     peak, at, words = run.words
     assert peak == sizes[8] and at.startswith("--micro 8, of ") and words in run.said[0]
+
+
+def test_adapters_are_named_where_they_hold_less():
+    run, large = Paper(10 ** 6, 1), tiny(vocab_size=4096)
+    lm.foresee(run, SETTINGS, lm.Work(1, 2, 1), [large], state=8 * 4 * 32 * 4096)
+    assert "WARNING: that may not fit: --peft lora needs about 0.00 GB" in run.said[0]
+
+
+def test_a_run_that_fits_keeps_half_of_it_for_when_memory_runs_out_all_the_same():
+    run = Paper(10 ** 7, 10 ** 10)
+    lm.foresee(run, SETTINGS, lm.Work(8, 200, 64), [tiny(num_hidden_layers=8)])
+    assert "--micro 4 needs" in run.words[2] and "--peft" not in run.words[2]
+    lm.foresee(run, SETTINGS, lm.Work(8, 9, 64, sampled=1000, slots=256, knob="--prompts"),
+               [tiny()])
+    assert run.words[2].startswith("50% of --prompts")
 
 
 def test_settings_that_a_run_has_already_are_not_named():
@@ -220,8 +234,13 @@ def test_where_samples_are_the_peak_fewer_of_them_are_named():
 def test_merged_layers_of_a_checkpoint_are_the_peak_of_a_small_step():
     policy, run = adapted(tiny()), Paper(10 ** 7, 10 ** 9)
     lm.foresee(run, SETTINGS, lm.Work(1, 2, 1), [policy])
+    assert "merged" in run.said[0].split("(or")[0]
     dense = 4 * 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
-    assert lm.merged_bytes(policy, SETTINGS) == dense
+    held = told(lm.Work(1, 2, 1), [policy])["weights"]
+    assert lm.merged_bytes(policy, SETTINGS) == dense + held       # the embedding, codes, A and B
+    plain = lm.lora(tiny(), torch.Generator(), rank=2)
+    rest = told(lm.Work(1, 2, 1), [plain])["weights"] - dense
+    assert lm.merged_bytes(plain, SETTINGS) == dense + rest
     alone = SimpleNamespace(**vars(SETTINGS) | dict(merge=False))
     assert lm.merged_bytes(policy, alone) == 0 == lm.merged_bytes(tiny(), SETTINGS)
     parts = dict(process=1, weights=2, optimiser=3, gradients=4, activations=5, cache=6, merged=7)
