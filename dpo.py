@@ -41,10 +41,10 @@ from data.run import (Count, Fraction, MeanOf, Positive, Range, Run, Share, Trai
                       report, share, start_ranks)
 from data.stats import auroc
 from data.text import CACHE
-from model import (PEFT, adapter_readers, adapter_state, all_parts, autocast, check_adapters,
-                   clip_gradients, collate, gathered, generate, load_frozen, open_trained, own_part,
-                   passes, peek, reference, save_trained, sequence_score, shard, snapshot, summed,
-                   token_logprobs)
+from model import (PEFT, Work, adapter_readers, adapter_state, all_parts, autocast, check_adapters,
+                   clip_gradients, collate, foresee, gathered, generate, load_frozen, open_trained,
+                   own_part, passes, peek, reference, save_trained, sequence_score, shard, snapshot,
+                   summed, token_logprobs)
 from optim import cosine, optimiser, set_lr, shares
 
 # --- config ---------------------------------------------------------------------------------------
@@ -372,8 +372,9 @@ def train(c, f):
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
                 f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
+        outlook(run, known, rows, sets, opt)
         if run.state:
-            opt.load_state_dict(run.state["opt"])
+            opt.load_state_dict(run.state.pop("opt"))
             generator.set_state(run.state["rng"])
             counts.update(run.state["counts"])
             for x in memories:
@@ -592,6 +593,21 @@ def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts
     counts["sampled"] += len(out)
     counts["truncated"] += sum(not y["finished"] for y in out)
     return [out[i:i + k] for i in range(0, len(out), k)]
+
+
+def outlook(run, known, rows, sets, opt):
+    """Say what the run will hold: a micro-batch of all sides of the longest rows, and samples."""
+    c, policy = known["c"], known["policy"]
+    others = {id(x): x for x in known.values() if isinstance(x, torch.nn.Module)}
+    others.pop(id(policy))
+    longest = max((len(r["prompt"]) + len(y) for r in rows or () for y in r["sides"]), default=0)
+    held = max(map(len, sets.values()))
+    prompts = [p["ids"] for some in (known["problems"], *sets.values()) for p in some]
+    work = Work(c.micro, longest or known["context"], c.batch,
+                sides=len(rows[0]["sides"]) if rows else 2, knob="--eval_prompts",
+                sampled=min(4096, held if rows else max(held, 2 * c.batch * c.refresh)),
+                slots=max(map(len, prompts)) + known["room"], recompute=c.recompute)
+    foresee(run, c, work, [policy], list(others.values()), optim.state_bytes(opt))
 
 
 @torch.no_grad()

@@ -40,10 +40,11 @@ from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, 
                       refuse_alone, report, rows_used, share, start_ranks)
 from data.stats import of_samples
 from data.tasks import MARK
-from model import (PEFT, Transformer, adapter_readers, adapter_state, autocast, check_adapters,
-                   clip_gradients, collate, generate, joined, load, logprobs, open_trained, passes,
-                   reference, rows_of, save_trained, shard, snapshot, summed, token_logprobs)
-from optim import optimiser, set_lr
+from model import (PEFT, Transformer, Work, adapter_readers, adapter_state, autocast,
+                   check_adapters, clip_gradients, collate, foresee, generate, joined, load,
+                   logprobs, open_trained, passes, reference, rows_of, save_trained, shard,
+                   snapshot, summed, token_logprobs)
+from optim import optimiser, set_lr, state_bytes
 
 
 @dataclass(frozen=True)
@@ -380,10 +381,10 @@ def train(c, f):
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {tasks.out_of(pool, task)}, {c.steps} "
                 f"steps of {c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} "
-                + c.dtype
-                + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+                + c.dtype + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+        outlook(run, c, policy, [ref], opt, [*pool, *sum(posed.values(), [])], tok)
         if saved:
-            opt.load_state_dict(saved["opt"])
+            opt.load_state_dict(saved.pop("opt"))
             g.set_state(saved["rng"])
             cursor, before = saved["cursor"], saved["before"]
             for name, memory in memories.items():
@@ -551,6 +552,15 @@ def held_out(c, task):
     watched = {"": task} | {f"{x}_": tasks.task(x) for x in c.watch.split(",") if x}
     return {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
             for tag, one in watched.items() for split in ("val", "ood") if split in one.splits}
+
+
+def outlook(run, c, policy, frozen, opt, problems, tok):
+    """Say what the run will hold: a micro-batch of the longest responses, and a rollout."""
+    width = max(len(tok.prompt(p, c.chat)) for p in problems) + c.max_new
+    work = Work(c.micro, width, c.prompts // c.minibatches * c.samples, group=c.samples,
+                sampled=c.prompts * c.samples, slots=width, knob="--prompts",
+                recompute=c.recompute)
+    foresee(run, c, work, [policy], frozen, state_bytes(opt))
 
 
 def measured(task, posed, texts, score, length, finished):

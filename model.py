@@ -2385,19 +2385,21 @@ def swapped(model, attribute, change):
     return model
 
 
-def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read."""
+def merge(model, device=None):
+    """A plain copy of the model: adapters folded into their layers, stored weights read. device:
+    where the new layers go, one by one, if not beside the others."""
     read = [m.linear.weight for m in adapters_of(model) if isinstance(m.linear, nn.Linear)]
     plain = copy.deepcopy(model, {id(W): W for W in read})     # no copy of what is only read here
     for m in plain.modules():
         if isinstance(m, Transformer):
             m.products = "float32"
-    return swapped(plain, "merged", lambda layer: layer.merged()).requires_grad_()
+    return swapped(plain, "merged", lambda layer: layer.merged().to(device) if device else
+                   layer.merged()).requires_grad_()
 
 
-def plain_model(model):
+def plain_model(model, device=None):
     """The model with its adapters merged, in a copy; one without is itself."""
-    return merge(model) if adapters_of(model) else model
+    return merge(model, device) if adapters_of(model) else model
 
 
 PEFT = dict(full=full)                   # what is trained: (model, generator) -> model
@@ -2476,7 +2478,7 @@ def save_trained(model, tokenizer, path, c, origin):
     alone."""
     lora = c.peft == "lora" and origin and not model.config.moe  # peft has no adapters of experts
     if c.merge:
-        save(plain_model(model), tokenizer, path)
+        save(plain_model(model, "cpu"), tokenizer, path)   # no room for it on a full GPU
     if lora:
         save_adapter(model, path / "adapter" if c.merge else path, origin)
     if not c.merge:
@@ -2916,6 +2918,256 @@ def summed(metrics, largest=()):
         values = [box.get(key, 0.0) for box in boxes]
         out[key] = max(values) if key in largest else sum(values)
     return out
+
+
+# === memory: ours, bytes of tensors, and of what a training pass keeps for its backward ===========
+
+def bytes_of(tensors):
+    """Bytes on this rank; of tensors that share their memory once."""
+    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]      # FSDP's
+    storages = [x.untyped_storage() for x in here]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def body_of(model):
+    """The transformer of a language model, or of a scalar one."""
+    return model.model if isinstance(model, ScalarModel) else model
+
+
+def kept(model, tokens):
+    """Bytes that a pass of tokens [B, T] keeps for its backward, but for the model's own tensors:
+    [before the first block, a block, between it and the next, …, after the last]"""
+    own = (x.to_local() if hasattr(x, "to_local") else x
+           for x in (*model.parameters(), *model.buffers()))
+    seen, sizes = {x.untyped_storage().data_ptr() for x in own}, [0]
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes[-1] += storage.nbytes()
+        return x
+
+    def turn(*_):
+        sizes.append(0)
+    hooks = [hook for block in body_of(model).layers for hook in (
+        block.register_forward_pre_hook(turn), block.register_forward_hook(turn))]
+    says = model if isinstance(model, ScalarModel) else partial(token_logprobs, model)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = says(tokens)                   # lives to the end: so no memory is seen twice
+    for hook in hooks:
+        hook.remove()
+    del out
+    return sizes
+
+
+def growth(model, c):
+    """What a pass keeps however long, and of a token: kept() of two short rows, a number a part.
+    Draws nothing from the run's generators."""
+    body, V = body_of(model), model.config.vocab_size
+    recompute, body.recompute = body.recompute, False
+    few, more = (min(T, model.config.max_position_embeddings // n) for T, n in ((16, 2), (48, 1)))
+    with torch.random.fork_rng(devices=[]), autocast(c.device, c.dtype):
+        small, large = (kept(model, torch.arange(T, device=body.head.device)[None] % V)
+                        for T in (few, more))
+    body.recompute = recompute
+    for part in [m for m in model.modules() if hasattr(m, "reshard")]:           # FSDP's
+        part.reshard()
+    each = [(b - a) / (more - few) for a, b in zip(small, large)]
+    return [a - few * x for a, x in zip(small, each)], each
+
+
+def activations(model, measured, rows, width, recompute, dtype="float32"):
+    """Bytes at the peak of a training pass of rows x width tokens: what is kept, by growth(), half
+    a block again, for gradients on their way, and a chunk of the head's logits."""
+    tokens, config = rows * width, model.config
+    parts = [a * (ranks() == 1) + x * tokens for a, x in zip(*measured)]      # FSDP's are weights
+    blocks = [x + 4 * width ** 2 * (0 < block.self_attn.window < width)        # a mask of its own
+              for x, block in zip(parts[1::2], body_of(model).layers)]
+    inputs = tokens * config.hidden_size * body_of(model).head.element_size()
+    held = len(blocks) * inputs + max(blocks) if recompute else sum(blocks)
+    packed = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")]
+    return (sum(parts[::2]) + held + max(blocks) / 2 + head_scratch(model, tokens, dtype)
+            + 8 * max(packed, default=0))
+
+
+def head_scratch(model, tokens, dtype="float32"):
+    """Bytes of what the head's log-probs of so many tokens work in: see kernels.chunks."""
+    if isinstance(model, ScalarModel):
+        return 0
+    (V, D), path = model.head.shape, kernels.route(model.head)
+    rows = tokens if path == "torch" else min(tokens, kernels.slices(tokens, V, path)[0].stop)
+    size = 2 if dtype == "bfloat16" else model.head.element_size()
+    again = dict(torch=3 * 4, cpu=4 * (size < 4), triton=0)[path]     # beside them, in float32
+    return rows * V * (size + again) + V * D * size * (size < model.head.element_size())
+
+
+# === beside: ours, what samples, checkpoints and several ranks hold beside a step =================
+
+
+def gathered_bytes(model, blocks=None):
+    """Bytes of what FSDP gathers on each of several ranks: of the model's embedding, and so many of
+    its blocks at once (None: all, as gathered() does)."""
+    def size(module):
+        return 4 * sum(p.numel() for p in module.parameters())
+    body = body_of(model)
+    sizes = sorted(map(size, body.layers))[-blocks if blocks else None:]
+    return (sum(sizes) + size(body.embed_tokens)) * (ranks() > 1)
+
+
+def cache_bytes(config, rows, slots, size):
+    """Keys and values of so many rows and slots, of `size` bytes a number."""
+    numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * numbers * rows * slots * size
+
+
+def sampling_bytes(model, work, dtype):
+    """The cache, and in float32 and float64 the logits that a token is drawn from."""
+    size = 2 if dtype == "bfloat16" else body_of(model).head.element_size()
+    return (gathered_bytes(model) + cache_bytes(model.config, work.sampled, work.slots, size)
+            + work.sampled * model.config.vocab_size * 20)
+
+
+def merged_bytes(model, c):
+    """What a merge() for a checkpoint holds, on the CPU: whole layers, and copies of the rest."""
+    layers = [m.linear for m in adapters_of(model)]
+    read = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    rest = bytes_of(x for x in (*model.parameters(), *model.buffers()) if id(x) not in read)
+    whole = 4 * sum(layer.in_features * layer.out_features for layer in layers)
+    return (whole + rest) * (c.merge and c.device == "cpu" and whole > 0)
+
+
+# === forecast: ours, what a run will hold at its peak, by part ====================================
+
+
+class Work(NamedTuple):
+    """What a run does at once: its micro-batch, and the samples that it draws."""
+    micro: int                   # --micro
+    width: int                   # tokens of the longest row
+    step: int                    # rows, or pairs, of an optimizer step on all ranks
+    sides: int = 1               # sequences that one of them has
+    group: int = 1               # that are never parted
+    sampled: int = 0             # rows that are sampled at once
+    slots: int = 0               # tokens of the longest of these, its prompt with them
+    knob: str = ""               # the option that says how many are sampled
+    recompute: bool = False
+
+    def share(self):
+        """A rank's rows, or pairs, of a step."""
+        return -(-self.step // ranks())
+
+    def rows(self):
+        """Sequences of the largest forward pass."""
+        most = min(self.micro, self.share()) // self.group * self.group
+        return max(self.group, most) * self.sides
+
+    def once(self):
+        """Whether one pass has all of a step's rows."""
+        return self.rows() >= self.share() * self.sides
+
+
+def forecast(work, trained, frozen, measured, state, held, dtype, merged=0):
+    """{part: bytes} of a run at its peak on this rank.
+
+    trained, frozen: models, which may share tensors; measured: growth() of each that trains; state:
+    bytes of the optimisers'; held: bytes that the process holds now, the models' with them; merged:
+    of what is saved.
+    """
+    weights = bytes_of(x for m in (*trained, *frozen) for x in (*m.parameters(), *m.buffers()))
+    passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
+              + gathered_bytes(m, 2) for m, x in zip(trained, measured)]
+    gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
+    if work.once() and len(trained) == 1:    # they come as the activations go, the head's first
+        first = bytes_of(p for p in [body_of(trained[0]).head] if p.requires_grad)
+        gradients = max(first, gradients - passes[0])
+    return dict(process=max(0, held - weights), weights=weights, optimiser=state,
+                gradients=gradients, activations=max(passes),
+                cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0,
+                merged=merged)
+
+
+def peak_of(parts):
+    """The most at once: gradients and activations live while a step is made, the cache while
+    samples are, merged layers while a checkpoint is."""
+    return (parts["process"] + parts["weights"] + parts["optimiser"]
+            + max(parts["gradients"] + parts["activations"], parts["cache"], parts["merged"]))
+
+
+# === remedies: ours, whether a run fits its device, and which settings make it fit ================
+
+
+def with_lora(parts, trained, frozen, rank=8):
+    """forecast()'s parts, were adapters of this rank all that trains: copies of one checkpoint are
+    one then."""
+    policy, *others = trained
+    layers = [m for m in policy.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+    size = 4 * rank * sum(m.in_features + m.out_features for m in layers) * len(trained)
+    shape = body_of(policy).config.hidden_size, len(body_of(policy).layers)
+    copies = [m for m in (*others, *frozen)
+              if shape == (m.config.hidden_size, len(body_of(m).layers))]
+    spare = bytes_of(x for m in copies for x in m.parameters())
+    return parts | dict(weights=parts["weights"] - spare + size, gradients=size, optimiser=2 * size)
+
+
+def remedies(c, work, foretell, adapted, room):
+    """[(option, peak bytes)] of what holds less, each setting alone; of --micro and of how many are
+    sampled the largest that fits, and half where the run itself does.
+    foretell(work) -> parts; adapted(parts) -> those of a LoRA"""
+    parts, out = foretell(work), []
+    peak = peak_of(parts)
+    largest = partial(largest_fitting, foretell, work, room)
+    if parts["cache"] > parts["gradients"] + parts["activations"]:
+        n = largest("sampled", 1, work.sampled if peak > room else work.sampled // 2 + 1)
+        size = peak_of(foretell(work._replace(sampled=n)))
+        return [(f"{n / work.sampled:.0%} of {work.knob}", size)]
+    if (now := min(work.micro, work.share())) > work.group:
+        n = largest("micro", work.group, now if peak > room else now // 2 + 1)
+        out += [(f"--micro {n}", peak_of(foretell(work._replace(micro=n))))]
+    if not c.recompute:
+        out += [("--recompute true", peak_of(foretell(work._replace(recompute=True))))]
+    if c.peft == "full":
+        out += [("--peft lora", peak_of(adapted(parts)))]
+    return [(option, size) for option, size in out if size < 0.95 * peak] or out
+
+
+def largest_fitting(foretell, work, room, field, least, now):
+    """The largest of a field, a multiple of `least` below `now`, whose peak fits; else least."""
+    low, high = 1, (now - 1) // least        # a larger one holds more
+    while low < high:
+        n = (low + high + 1) // 2
+        fits = peak_of(foretell(work._replace(**{field: n * least}))) <= room
+        low, high = (n, high) if fits else (low, n - 1)
+    return low * least
+
+
+def foresee(run, c, work, trained, frozen=(), state=0):
+    """Say before step 0 what the run will hold at its peak, and if it does not fit, what would;
+    what cli() answers where memory runs out all the same. state: bytes of the optimisers'."""
+    run.expect_large(bytes_of(x for m in trained for x in m.state_dict().values()))
+    measured = [growth(m, c) for m in trained]     # first: libraries make room for themselves
+    held, room = run.memory()
+    foretell = partial(forecast, trained=trained, frozen=frozen, measured=measured, state=state,
+                       held=held, dtype=c.dtype, merged=merged_bytes(trained[0], c))
+    parts = foretell(work)
+    peak = peak_of(parts)
+    found = remedies(c, work, foretell, partial(with_lora, trained=trained, frozen=frozen), room)
+    words = ", ".join(f"{option} needs about {size / 1e9:.2f} GB" for option, size in found)
+    there = f", of {room / 1e9:.1f} GB" * (room < math.inf)
+    run.outlook(peak, f"--micro {c.micro}{there}", words)
+    run.say(f"  memory: {in_words(parts)} = {peak / 1e9:.2f} GB at the peak{there}"
+            + f"\n  WARNING: that may not fit: {words or 'take a smaller model'}" * (peak > room))
+
+
+def in_words(parts):
+    """forecast()'s parts as a sum, in GB; of those that are never there together the smaller in
+    brackets."""
+    size = {k: f"{k} {x / 1e9:.2f}" for k, x in parts.items()}
+    apart = {f"{size['gradients']} + {size['activations']}":
+             parts["gradients"] + parts["activations"]}
+    apart |= {size[k]: parts[k] for k in ("cache", "merged") if parts[k]}
+    first, *others = sorted(apart, key=apart.get, reverse=True)
+    always = [size[k] for k in ("process", "weights", "optimiser")]
+    return " + ".join([*always, first]) + "".join(f" (or {words})" for words in others)
 
 
 # === many_rows: ours, rollouts joined, or part ====================================================

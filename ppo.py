@@ -33,12 +33,12 @@ from data import tasks
 from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
                       check_first_ratio, checkpoint, cli, launch, needs, report, start_ranks)
 from data.stats import explained_variance, rank_correlation
-from model import (ADAPTERS, PEFT, ScalarModel, Transformer, adapter_readers, adapter_state,
-                   autocast, check_adapters, clip_gradients, critic_values, generate, load,
+from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
+                   autocast, check_adapters, clip_gradients, critic_values, foresee, generate, load,
                    load_frozen, logprobs, masked_whiten, open_trained, passes, peek, plain_model,
                    recomputing, reference, rows_of, save, save_trained, sequence_scores, shard,
                    summed, token_logprobs, token_values, with_peft)
-from optim import linear, optimiser, set_lr
+from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -360,13 +360,11 @@ def train(c, f):
                                                 policy.config.max_position_embeddings)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
-        size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, "
-                f"{tasks.out_of(problems, task)}, {c.steps} steps of {c.rollouts} x {c.samples} "
-                f"completions, {c.device} {c.dtype}")
+        run.say(f"{run.folder}: {tasks.out_of(problems, task)}")
+        introduce(run, c, (policy, critic), models, (opt, critic_opt), problems, sets, max_new, tok)
         if run.state:
-            opt.load_state_dict(run.state["opt"])
-            critic_opt.load_state_dict(run.state["critic_opt"])
+            opt.load_state_dict(run.state.pop("opt"))
+            critic_opt.load_state_dict(run.state.pop("critic_opt"))
             g.set_state(run.state["rng"])
             factor, scale, before = (run.state[k] for k in ("factor", "scale", "before"))
             models["bias"] = scale["bias"]
@@ -528,6 +526,24 @@ def write(c, policy, critic, tok, init, folder):
     save_trained(policy, tok, folder, c, init)
     if c.merge or not trunk_is_shared(c):
         save(plain_model(critic), tok, folder / "critic")
+
+
+# === held: ours, what a run is, and what it holds at its peak, said before step 0 =================
+
+
+def introduce(run, c, trained, models, opts, problems, sets, max_new, tok):
+    """Say what is trained, and what that holds: a micro-batch of the longest completions, and a
+    rollout."""
+    size = sum(p.numel() for p in trained[0].parameters()) / 1e6
+    run.say(f"  policy and critic of {size:.2f} M parameters, {c.steps} steps of {c.rollouts} x "
+            f"{c.samples} completions, {c.device} {c.dtype}")
+    prompts = [tok.prompt(p, c.chat) for some in (problems, *sets.values()) for p in some]
+    width = max(map(len, prompts)) + max_new
+    sampled = max(c.rollouts * c.samples, 8 * len(problems[:64]), *map(len, sets.values()))
+    work = Work(c.micro, width, c.batch, sampled=sampled, slots=width,
+                knob="--rollouts, --eval_prompts", recompute=c.recompute)
+    frozen = [m for m in models.values() if isinstance(m, torch.nn.Module)]
+    foresee(run, c, work, trained, frozen, sum(map(state_bytes, opts)))
 
 
 # === calibrate: 2009.01325, the reward in units of how the SFT model's own samples differ =========

@@ -43,11 +43,11 @@ from data import prefs, tasks
 from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
                       checkpoint, cli, launch, needs, pyplot, ranks, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
-from model import (ADAPTERS, PEFT, ScalarModel, adapter_readers, adapter_state, autocast,
-                   check_adapters, clip_gradients, collate, generate, init, load, load_frozen, lora,
-                   merge, passes, peek, preset, recomputing, save, save_trained, sequence_score,
-                   shard, spread, summed, token_logprobs, with_peft)
-from optim import RULES, cosine, linear, optimiser, set_lr
+from model import (ADAPTERS, PEFT, ScalarModel, Work, adapter_readers, adapter_state, autocast,
+                   check_adapters, clip_gradients, collate, foresee, generate, init, load,
+                   load_frozen, lora, merge, passes, peek, preset, recomputing, save, save_trained,
+                   sequence_score, shard, spread, summed, token_logprobs, with_peft)
+from optim import RULES, cosine, linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -200,8 +200,10 @@ def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None,
     total = steps or c.steps or max(1, math.ceil(len(rows) * c.epochs / c.batch))
     opt = optimiser(model, RULES[c.optimiser], c.lr, c.weight_decay, seed, aux_lr=c.aux_lr)
     g = torch.Generator().manual_seed(seed)
+    if write:
+        outlook(c, run, model, rows, opt)
     if write and run.state:
-        opt.load_state_dict(run.state["opt"])
+        opt.load_state_dict(run.state.pop("opt"))
         g.set_state(run.state["rng"])
     for step in run.steps(total) if write else trange(total, desc=name, leave=False, disable=None):
         # 1. get data
@@ -382,6 +384,14 @@ def introduce(c, run, tok, model, rows):
     for side in ("chosen", "rejected"):
         ids = rows[0]["prompt"] + rows[0][side]
         run.say(f"  {side:<9}{tok.decode(ids, skip_specials=False)[-300:]!r}")
+
+
+def outlook(c, run, model, rows, opt):
+    """Say what the run will hold: a micro-batch of the longest rows, which are pairs or answers."""
+    sides = sorted(rows[0].keys() & {"chosen", "rejected", "answer"})
+    width = max(len(r["prompt"]) + len(r[side]) for r in rows for side in sides)
+    work = Work(c.micro, width, c.batch, sides=len(sides), recompute=c.recompute)
+    foresee(run, c, work, [model], (), state_bytes(opt))
 
 
 def scalar(c, run, base, pairs, loss, last, peft):

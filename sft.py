@@ -43,11 +43,12 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
 from model import (ADAPTERS, FAMILIES, PEFT, LoRA, Transformer, adapter_readers, adapter_state,
-                   adapters_of, autocast, check_adapters, clip_gradients, collate, gathered,
-                   generate, init, load, load_balance_loss, load_frozen, lora, merge, own_part,
-                   peek, preset, recomputing, reference, replace_linears, save, save_trained, shard,
-                   summed, token_logprobs, with_ends)
-from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
+                   Work, adapters_of, autocast, check_adapters, clip_gradients, collate, foresee,
+                   gathered, generate, init, load, load_balance_loss, load_frozen, lora, merge,
+                   own_part, peek, preset, recomputing, reference, replace_linears, save,
+                   save_trained, shard, summed, token_logprobs, with_ends)
+from optim import (RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr,
+                   state_bytes)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -366,10 +367,10 @@ def train(c, f):
         unsharded = shard(recomputing(model, c.recompute), c.dtype)      # over torchrun's ranks
         opt = f.update(model, f.optimiser, c.lr, c.weight_decay, c.seed)
         if saved:
-            opt.load_state_dict(saved["opt"])
+            opt.load_state_dict(saved.pop("opt"))
         forward = torch.compile(model) if c.compile else model
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
-        introduce(run, c, model, opt, total, data, tok)
+        introduce(run, c, model, opt, total, data, tok, frozen.values())
 
         known = dict(steps=total, warmup=c.warmup, lr=c.lr, batch=c.batch,
                      tokens=c.batch * sum(len(y) for _, y in data) / max(1, len(data)))
@@ -610,9 +611,9 @@ def check(c, f, ranks):
 # === summary: what a run prints of itself =========================================================
 
 
-def introduce(run, c, model, opt, total, data, tok):
+def introduce(run, c, model, opt, total, data, tok, frozen):
     """Print what will be trained on what: sizes, learning rates, one row with what is scored of
-    it."""
+    it; and what the run will hold."""
     size = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -629,6 +630,9 @@ def introduce(run, c, model, opt, total, data, tok):
     if data:
         prompt, completion = (tok.decode(ids, False) for ids in data[0])
         run.say(f"  not scored {prompt[-160:]!r}\n  scored     {completion[:160]!r}")
+        width = max(len(x) + len(y) for x, y in data)
+        work = Work(c.micro, width, c.batch, recompute=c.recompute)
+        foresee(run, c, work, [model], frozen, state_bytes(opt))
 
 
 def costs(opt, clock):

@@ -39,11 +39,11 @@ from data.run import (Count, Positive, Range, Run, Share, Training, UserError, a
                       checkpoint, cli, clock, launch, needs, rank, ranks, share, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from model import (ADAPTERS, PEFT, Cache, adapter_readers, adapter_state, check_adapters,
-                   check_request, clip_gradients, collate, collect, generate, init, load, passes,
-                   plain_model, precision, prefill, preset, save, save_trained, shard, summed,
-                   tempered, token_logprobs, with_peft)
-from optim import linear, optimiser, set_lr
+from model import (ADAPTERS, PEFT, Cache, Work, adapter_readers, adapter_state, check_adapters,
+                   check_request, clip_gradients, collate, collect, foresee, generate, init, load,
+                   passes, plain_model, precision, prefill, preset, save, save_trained, shard,
+                   summed, tempered, token_logprobs, with_peft)
+from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -871,6 +871,16 @@ def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
 LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confident, Reach
 
 
+# === held: ours, what a draft's training holds at its peak, said before step 0 ====================
+
+
+def outlook(run, student, rows):
+    """Say what the run will hold: a micro-batch of the longest rows."""
+    width = max(len(x) + len(y) for x, y in rows)
+    work = Work(student.c.micro, width, student.c.batch, recompute=student.c.recompute)
+    foresee(run, student.c, work, [student.draft], [student.target], state_bytes(student.opt))
+
+
 # === distillspec: 2310.08461, the draft of a run: opened or made, trained, saved, compared ========
 
 
@@ -897,10 +907,8 @@ def opened(target, tok, c, run):
 
 
 def prepared(target, tok, held, c, f, run):
-    """--draft after --steps of learning.   -> it; agreement before (start_…) and after
-
-    held: rows whose prompts the target completes, to measure agreement.
-    """
+    """--draft after --steps of learning.   -> it; agreement before (start_…) and after, on the
+    target's completions of the prompts of the rows `held`."""
     draft, own, folder = opened(target, tok, c, run)
     if own.tokens != tok.tokens:
         raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a "
@@ -932,8 +940,9 @@ def distil(draft, folder, target, tok, held, c, f, run):
     known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
     for x in [x for x in needs(f.select) if x in BEFORE]:
         BEFORE[x](student, tok, rows, known, held, run)
+    outlook(run, student, rows)
     if run.last:
-        student.opt.load_state_dict(run.state["opt"])
+        student.opt.load_state_dict(run.state.pop("opt"))
         student.generator.set_state(run.state["rng"])
         student.pool = run.state["pool"]
     for step in run.steps(c.steps):
