@@ -2150,7 +2150,7 @@ def frame(path):
 def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
     """A Hugging Face folder, a PEFT adapter's, or a run folder (its newest step) -> (Transformer or
     ScalarModel, Tokenizer). chat: its turns end as its chat template ends them (ChatML, if it has
-    none). matrices: the dtype of the blocks' linear layers, where it is another.
+    none). matrices: linear layers of the blocks that are stored in this dtype keep it.
 
     Raises UserError for what frame() and attach() refuse, for NaN or infinity, a head that is not
     the embedding it should be tied to, and packed files that were changed. Of a run's checkpoint it
@@ -2166,9 +2166,8 @@ def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
     except UserError as e:
         raise UserError(f"{e}{older_than(folder)}") from None
     model.load_state_dict(state, assign=True)
-    if matrices not in (None, dtype):
-        body = model.model if isinstance(model, ScalarModel) else model
-        body.products = str(matrices).removeprefix("torch.")
+    if any(x.dtype == matrices != dtype for x in state.values()):
+        body_of(model).products = str(matrices).removeprefix("torch.")
     if is_classifier(path) and not isinstance(model, ScalarModel):
         model = ScalarModel.from_lm(model, share=True)
     if folder != path:
@@ -2238,8 +2237,8 @@ def with_pad(tokenizer, pad, text):
 
 
 def read_weights(path, model, files, device, dtype, matrices):
-    """{our name: tensor}, those of the blocks' linear layers in the dtype `matrices`. UserError for
-    NaN or infinity, and for packed codes of another type."""
+    """{our name: tensor}, in dtype, but for the blocks' layers that are stored in `matrices`.
+    UserError for NaN or infinity, and for packed codes of another type."""
     state, packed = model.state_dict(), {name for name, _ in model.named_buffers()}
     for key, names in stored_as(model, state).items():
         value = files[names[0]].get_tensor(key)
@@ -2250,7 +2249,7 @@ def read_weights(path, model, files, device, dtype, matrices):
                 raise UserError(f"{path}: packed tensor {key} is stored as {part.dtype}, "
                                 f"its format is {kind}: pack the model again")
             # a copy: a mapped file's tensors lie anywhere, a CPU's matmul rounds by alignment
-            like = matrices if name.endswith("_proj.weight") else dtype
+            like = matrices if part.dtype == matrices and name.endswith("_proj.weight") else dtype
             state[name] = part.to(device, kind if name in packed else like, copy=True)
             if not_finite(state[name]):
                 raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows "
@@ -2340,7 +2339,7 @@ def plain_linear(like, W):
     """An nn.Linear of weight W with the bias of `like`."""
     out = nn.Linear(like.in_features, like.out_features, like.bias is not None, device="meta")
     out.weight = nn.Parameter(W)
-    out.bias = None if like.bias is None else nn.Parameter(like.bias.detach().clone())
+    out.bias = like.bias
     return out
 
 
@@ -2420,8 +2419,8 @@ def sharing(model):
 
 
 def load_frozen(path, c):
-    """load() what does not train: its layers in the dtype of the products, to which autocast would
-    round them on every call."""
+    """load() what does not train: layers that are stored in the dtype of the products keep it, as
+    autocast would round them to it on every call."""
     thrifty = c.dtype == "bfloat16" and ranks() == 1           # FSDP2 wants one dtype a block
     model, tok = load(path, c.device, chat=c.chat, matrices=torch.bfloat16 if thrifty else None)
     return model.requires_grad_(False), tok

@@ -94,8 +94,7 @@ def packed(layer):
 
 
 def test_a_shared_trunk_is_the_policys_and_its_critic_trains_a_head_and_adapters():
-    base = tiny_model().float()
-    policy = lora_of(base)
+    policy = with_peft(tiny_model().float(), SETTINGS, PEFT["lora"])
     critic = with_peft(ScalarModel.from_lm(reference(policy, SETTINGS, ""), share=True), SETTINGS,
                        PEFT["lora"], apart=1)
     frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
@@ -139,13 +138,17 @@ def test_a_snapshot_copies_what_trains_and_shares_the_rest():
 
 def test_frozen_layers_in_bfloat16_are_what_autocast_makes_of_them(tmp_path):
     """the same loss and gradients, bit for bit, from half of the bytes"""
-    save(tiny_model().float(), None, tmp_path / "base")
-    path = tmp_path / "base"
     import model as module
+    whole, path = tiny_model().float(), tmp_path / "base"
+    save(whole, None, tmp_path / "fine")             # what is stored in float32 is never rounded
+    fine = load_without_tokenizer(module, tmp_path / "fine", torch.bfloat16)
+    assert {p.dtype for p in fine.parameters()} == {torch.float32} and fine.products == "float32"
+    save(whole.bfloat16(), None, path)
     plain = load_without_tokenizer(module, path, None)
     small = load_without_tokenizer(module, path, torch.bfloat16)
     assert {p.dtype for n, p in small.named_parameters() if "_proj" in n} == {torch.bfloat16}
     assert {p.dtype for n, p in small.named_parameters() if "_proj" not in n} == {torch.float32}
+    assert torch.allclose(logits(small, TOKENS), logits(plain, TOKENS), atol=0.2, rtol=0.1)
     grads = []
     for model in (plain, small):
         lora_of(model)
