@@ -324,10 +324,9 @@ def evaluate(c, f, known, sets, before):
         samples += [(known["tok"].shown(p, c.chat), y["text"], world.demo(p) if world else "")
                     for p, y in zip(problems[:2], ys)]
     totals, held = Counter(), own_part(known["held"])
-    for i in range(0, len(held), c.micro):
-        with autocast(c.device, c.dtype), gathered(known["policy"]):
-            here = measure(c, known, held[i:i + c.micro])
-        totals.update(sums(here))
+    with autocast(c.device, c.dtype), gathered(known["policy"]):
+        for i in range(0, len(held), c.micro):
+            totals.update(sums(measure(c, known, held[i:i + c.micro])))
     totals = summed(totals)
     if "accuracy" in totals:
         out["val_accuracy"] = totals["accuracy"] / len(known["held"])
@@ -614,12 +613,12 @@ def outlook(run, known, rows, sets, opt):
 def response_logprobs(tok, c, rows, model):
     """A model's log-probs of a row's response tokens, side after side -> [n] a row, on the CPU"""
     out, mine = [], own_part(rows)
-    for i in range(0, len(mine), c.micro):
-        part = mine[i:i + c.micro]
-        with autocast(c.device, c.dtype), gathered(model):
+    with autocast(c.device, c.dtype), gathered(model):
+        for i in range(0, len(mine), c.micro):
+            part = mine[i:i + c.micro]
             here = measure(c, dict(policy=model, tok=tok), part)
-        flat = here["logps"][here["mask"] > 0].cpu()
-        out += flat.split([sum(map(len, r["sides"])) for r in part])
+            flat = here["logps"][here["mask"] > 0].cpu()
+            out += flat.split([sum(map(len, r["sides"])) for r in part])
     return all_parts([x.clone() for x in out])
 
 
@@ -773,10 +772,10 @@ def with_statistic(c, f, known, batch):
     """The batch's rows with what the statistic says of all of them, without gradient."""
     names = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in batch[0]]
     parts, mine = [], own_part(batch) if names else []
-    for i in range(0, len(mine), c.micro):
-        with autocast(c.device, c.dtype), gathered(known["policy"]):
+    with autocast(c.device, c.dtype), gathered(known["policy"]):
+        for i in range(0, len(mine), c.micro):
             part = inputs(names, measure(c, known, mine[i:i + c.micro]))
-        parts.append({name: x.cpu() for name, x in part.items()})
+            parts.append({name: x.cpu() for name, x in part.items()})
     here, parts = known | dict(batch=batch), all_parts(parts)
     for name in names:
         here[name] = torch.cat([part[name] for part in parts]).to(c.device)              # [B]

@@ -852,7 +852,7 @@ def graphed(model):
     waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
                 for m in model.modules())
     ours = model.head.is_cuda and kernels.route(model.head) == "triton"
-    return ours and not (model.config.moe or waits or hasattr(model.head, "placements"))
+    return ours and not (model.config.moe or waits or hasattr(model, "unshard"))
 
 
 def capture(step, device, graphs):
@@ -1905,6 +1905,8 @@ class ScalarModel(nn.Module):
             model = cls(replace(c, pad_token_id=-1) if c.pad_token_id in c.eos_token_id else c)
         config = model.model.config
         model.model = (sharing if share else copy.deepcopy)(lm)
+        if not share and lm.products != "float32":             # a frozen one's: what trains is fine
+            model.model.float().products = "float32"
         model.model.__dict__ |= dict(config=config, bias=False)
         model.model._modules.pop("lm_head", None)
         model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
@@ -2464,8 +2466,8 @@ def recomputing(model, recompute):
 
 def snapshot(model):
     """A copy of what trains in a model, as it is now, on the same tensors of what does not."""
-    fixed = [p for p in model.parameters() if not p.requires_grad]
-    return copy.deepcopy(model, {id(p): p for p in fixed}).requires_grad_(False)
+    fixed = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    return copy.deepcopy(model, {id(x): x for x in fixed}).requires_grad_(False)
 
 
 # === trained_folder: ours, what a run that trains leaves behind ===================================
@@ -2476,12 +2478,21 @@ def save_trained(model, tokenizer, path, c, origin):
     LoRA of a checkpoint its adapter's folder in it. With --merge false the adapter's folder
     alone."""
     lora = c.peft == "lora" and origin and not model.config.moe  # peft has no adapters of experts
+    lora = lora and not is_adapter(origin)                       # nor of adapters
+    if not (c.merge or lora):
+        raise UserError("--merge false: this model's adapters have no PEFT folder (experts, or an "
+                        "adapter's on another); leave --merge at true")
     if c.merge:
         save(plain_model(model, "cpu"), tokenizer, path)   # no room for it on a full GPU
     if lora:
         save_adapter(model, path / "adapter" if c.merge else path, origin)
     if not c.merge:
         tokenizer.save(path)
+
+
+def is_adapter(path):
+    """Whether a checkpoint is an adapter's folder."""
+    return base_of(checkpoint(path)) != checkpoint(path)
 
 
 def adapter_readers(c):
@@ -2496,9 +2507,9 @@ def check_adapters(c, origin):
     if c.peft != "lora" or not origin:
         raise UserError(f"--merge false --peft {c.peft}: PEFT folders hold a LoRA of a checkpoint; "
                         "leave --merge at true")
-    if not origin.startswith("base:") and peek(origin).moe:
-        raise UserError("--merge false: PEFT folders hold no adapters of experts; leave --merge at "
-                        "true")
+    if not origin.startswith("base:") and (peek(origin).moe or is_adapter(origin)):
+        raise UserError("--merge false: PEFT folders hold no adapters of experts or of adapters; "
+                        "leave --merge at true")
 
 
 # === lora: 2106.09685, 2305.14314, a low-rank update beside frozen layers =========================
@@ -2897,8 +2908,8 @@ def passes(rows, micro):
     which FSDP2 averages; 0 for a pass that only keeps step with the others."""
     share = rows[rank()::ranks()]
     count = -(-(-(-len(rows) // ranks())) // micro)
-    parts = [*share.split(micro), *[rows[:1]] * count][:count]
-    for i, part in enumerate(parts):
+    own = share.split(micro) if len(share) else ()
+    for i, part in enumerate([*own, *[rows[:1]] * count][:count]):
         yield part, ranks() * (i * micro < len(share))
 
 

@@ -477,7 +477,8 @@ def state_bytes(opt):
         try:
             for state["t"] in (1, 2):
                 rule(g, state, **numbers)
-            total += sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+            kept = sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+            total += kept // stack.ranks.size
         except (NotImplementedError, RuntimeError):
             total += 2 * g.nbytes // stack.ranks.size
     return total

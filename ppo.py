@@ -259,8 +259,8 @@ def open_models(c, f, init, base, run):
     The critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
     (ours).
     """
-    saved = run.state or dict(adapter={}, critic={})
-    policy, tok = open_trained(c, f.peft, init, run.last, saved["adapter"])
+    adapter, own = ((run.state or {}).get(name, {}) for name in ("adapter", "critic"))
+    policy, tok = open_trained(c, f.peft, init, run.last, adapter)
     ref = reference(policy, c, init)
     models = dict(ref=ref, bias=0.0)
     for option in wanted(f):
@@ -269,7 +269,7 @@ def open_models(c, f, init, base, run):
         if other.tokens != tok.tokens:
             raise UserError(f"--{option} {path} and --init {init} have different tokenizers: "
                             "both must score the same ids")
-    return policy, open_critic(c, f, ref, run.last, saved["critic"]), tok, models
+    return policy, open_critic(c, f, ref, run.last, own), tok, models
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def write(c, policy, critic, tok, init, folder):
     adapters."""
     save_trained(policy, tok, folder, c, init)
     if c.merge or not trunk_is_shared(c):
-        save(plain_model(critic), tok, folder / "critic")
+        save(plain_model(critic, "cpu"), tok, folder / "critic")
 
 
 # === held: ours, what a run is, and what it holds at its peak, said before step 0 =================
@@ -604,7 +604,8 @@ def judged(models, roll, truth, c):
 
 def last_hidden(model, tokens, end):
     """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    return model.model(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
+    hidden = model(tokens, states=True)                                               # [B, T, D]
+    return hidden[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 
 def gated(models, own, roll, c):

@@ -400,8 +400,8 @@ def scalar(c, run, base, pairs, loss, last, peft):
     last: the newest checkpoint of a resumed run; peft: see model.PEFT."""
     rows, sets = pairs
     whole = last and c.peft not in ADAPTERS                      # else fit() reads what was trained
-    model = load(last, c.device)[0] if whole else with_peft(
-        new_scalar(base.policy, c.seed, c.peft in ADAPTERS), c, peft)
+    model = with_peft(load(last, c.device)[0] if whole else
+                      new_scalar(base.policy, c.seed, c.peft in ADAPTERS), c, peft)
     introduce(c, run, base.tok, model, rows)
     if not fit(model, rows, loss, c, run, base.tok, seed=c.seed,
                write=lambda net, folder: save_trained(net, base.tok, folder, c, base.folder)):

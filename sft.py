@@ -280,13 +280,13 @@ def write_checkpoint(c, net, first, tok, origin, folder):
 def evaluate(model, tok, data, c, limit=256):
     """Mean nats per scored token, and bits per byte of scored text, over the first `limit` rows."""
     data, of = own_part(data[:limit]), Counter(nats=0.0, count=0.0, size=0)
-    for i in range(0, len(data), c.micro):
-        tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
-        with autocast(c.device, c.dtype), gathered(model):
+    with autocast(c.device, c.dtype), gathered(model):
+        for i in range(0, len(data), c.micro):
+            tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
             of["nats"] -= token_logprobs(model, tokens, mask).sum().item()
-        of["count"] += mask.sum().item()
-        scored = [t for t in tokens[mask > 0].tolist() if t not in tok.hidden]
-        of["size"] += sum(len(tok.tokens[t]) for t in scored)
+            of["count"] += mask.sum().item()
+            scored = [t for t in tokens[mask > 0].tolist() if t not in tok.hidden]
+            of["size"] += sum(len(tok.tokens[t]) for t in scored)
     of = summed(of)
     nats = of["nats"]
     return dict(loss=nats / max(of["count"], 1), bpb=nats / math.log(2) / max(of["size"], 1))

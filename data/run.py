@@ -38,6 +38,7 @@ import textwrap
 import time
 import tomllib
 import weakref
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -507,7 +508,8 @@ def start_ranks(device):
                                 "number")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        patience = timedelta(hours=6)              # what rank 0 does alone(), a slow reward
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -149,6 +149,9 @@ def test_frozen_layers_in_bfloat16_are_what_autocast_makes_of_them(tmp_path):
     assert {p.dtype for n, p in small.named_parameters() if "_proj" in n} == {torch.bfloat16}
     assert {p.dtype for n, p in small.named_parameters() if "_proj" not in n} == {torch.float32}
     assert torch.allclose(logits(small, TOKENS), logits(plain, TOKENS), atol=0.2, rtol=0.1)
+    critic = ScalarModel.from_lm(small)              # a copy that trains whole is fine again
+    assert {p.dtype for p in critic.parameters()} == {torch.float32}
+    assert critic.model.products == "float32" and small.products == "bfloat16"
     grads = []
     for model in (plain, small):
         lora_of(model)

@@ -148,14 +148,14 @@ SCRIPTS = dict(sft=sft, dpo=dpo, grpo=grpo, ppo=ppo, reward=reward, specdec=spec
 SMALL = ["--eval_every", "4", "--eval_prompts", "4"]
 SLOW = ["--lr", "2e-5"]          # or Adam makes rounding large, and a sampled token is another
 TINY = dict(
-    sft=["--data", "arithmetic", "--rows", "64", "--context", "64", "--init", "base:pretrain",
-         "--eval_every", "4"],
+    sft=["--data", "demos.jsonl", "--context", "64", "--init", "base:pretrain", "--eval_every",
+         "4", "--micro", "1"],       # 3 rows are held out: passes that are not as many on both
     dpo=SMALL, grpo=SMALL, ppo=SMALL + SLOW, reward=["--data", "pairs.jsonl", "--lr", "1e-4"],
     specdec=["--data", "arithmetic", "--rows", "40", "--eval_rows", "2", "--prompts", "2",
              "--max_new", "4", "--eval_every", "4"])
 # the default and three methods of each: their losses, samples, groups, memories and adapters
 METHODS = dict(sft=["sft", "muon", "normuon", "lora"],
-               dpo=["tiny", "simpo", "online", "lora,kto,recompute=true"],
+               dpo=["tiny", "simpo,data=pairs.jsonl,micro=1", "online", "lora,kto,recompute=true"],
                grpo=["grpo", "dapo", "rloo", "lora,reinforce_pp"],
                ppo=["srppo", "ppo", "raft,rollouts=8,samples=2", "lora,recompute=true"],
                reward=["bt", "margin", "smooth", "lora"],
@@ -202,6 +202,9 @@ def test_every_script_does_on_two_ranks_what_it_does_alone(shared_bases):
     """weights after four steps, of the default and three methods each; saved by two processes and
     finished by one, and the other way round; the log is one run's"""
     ring_pairs("pairs.jsonl")
+    rows = [json.loads(line) for line in open("pairs.jsonl")]
+    (shared_bases / "demos.jsonl").write_text("\n".join(
+        json.dumps(dict(prompt=r["prompt"], completion=r["chosen"])) for r in rows))
     for name, (script, _) in RUNS.items():
         SCRIPTS[script].main(command(name, f"one-{name}"))
     for name in ACROSS:
@@ -277,7 +280,7 @@ def test_passes_take_every_row_once_and_are_as_many_on_every_rank(monkeypatch, n
     counted = [i for share in shares for rows, weight in share for i in rows if weight]
     assert sorted(counted) == [*range(n)]
     assert {weight for share in shares for _, weight in share} <= {0, ranks}
-    assert max(len(rows) for share in shares for rows, _ in share) <= micro
+    assert {0 < len(rows) <= micro for share in shares for rows, _ in share} == {True}
 
 
 @pytest.mark.parametrize("n, ranks", [(8, 2), (7, 2), (3, 4), (1, 3)])

@@ -246,7 +246,7 @@ def test_a_model_spread_over_ranks_is_not_graphed(monkeypatch):
     model = SimpleNamespace(modules=list, head=SimpleNamespace(is_cuda=True),
                             config=SimpleNamespace(moe=False))
     assert M.graphed(model)
-    model.head.placements = ()                                        # as a DTensor has
+    model.unshard = None                                              # as FSDP's modules have
     assert not M.graphed(model)
 
 
