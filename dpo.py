@@ -584,7 +584,7 @@ def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts
     prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
     for i in range(0, len(prompts), size):
         with autocast(c.device, c.dtype):
-            roll = generate(model or policy, prompts[i:i + size], room, samples=k,
+            roll = generate(model or policy, prompts[i:i + size], room, samples=k, slots=c.slots,
                             generator=generator, **how)
         out += [dict(ids=t[m > 0].tolist(), text=tok.decode(text), finished=done)
                 for t, m, text, done
@@ -604,7 +604,8 @@ def outlook(run, known, rows, sets, opt):
     prompts = [p["ids"] for some in (known["problems"], *sets.values()) for p in some]
     work = Work(c.micro, longest or known["context"], c.batch,
                 sides=len(rows[0]["sides"]) if rows else 2, knob="--eval_prompts",
-                sampled=min(4096, held if rows else max(held, 2 * c.batch * c.refresh)),
+                sampled=min(4096, held if rows else max(held, 2 * c.batch * c.refresh),
+                            c.slots or 4096),
                 slots=max(map(len, prompts)) + known["room"], recompute=c.recompute)
     foresee(run, c, work, [policy], list(others.values()), optim.state_bytes(opt))
 

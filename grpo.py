@@ -1,6 +1,5 @@
 """
-grpo.py - group-relative policy optimisation with verifiable rewards: sample a group, compare,
-reinforce.
+grpo.py - group-relative policy optimisation with verifiable rewards: sample, compare, reinforce.
 
     python grpo.py                                 # a tiny model learns to reason: minutes
     python grpo.py --config tiny                   # the same, small: it shows that all turns
@@ -17,9 +16,8 @@ Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: i
          tokens[:, t]
 Watch    correct (of training samples, before shaping) should rise. flat is the share of groups
          without a signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0
-         early ends exploration; clipped says how many ratios left the trust region. length beside
-         guessing: shorter is worthless if the model stops reasoning. kl is k1 to the start, in
-         nats per response.
+         early ends exploration; clipped says how many ratios left the trust region. Shorter is
+         worthless if the model stops reasoning. kl is k1 to the start, nats per response.
 """
 import itertools
 import random
@@ -233,15 +231,15 @@ def rollouts(model, problems, tok, c, samples, generator):
         some = problems[i:i + size]
         with autocast(c.device, c.dtype):
             yield some, generate(model, [tok.prompt(p, c.chat) for p in some], c.max_new,
-                                 samples=samples, temperature=c.temperature, generator=generator)
+                                 samples=samples, temperature=c.temperature,
+                                 generator=generator, slots=c.slots)
 
 
 def graded(score, problems, roll, tok, samples):
     """A reward of every response.   -> [P, G], the texts"""
     texts, finished = [tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
-    rewards = share(None if rank() else [                # of several ranks the first asks, once
-        float(score(problems[i // samples], text, done))
-        for i, (text, done) in enumerate(zip(texts, finished))])
+    rewards = share(rank() or [float(score(problems[i // samples], text, done))  # the first rank's
+                               for i, (text, done) in enumerate(zip(texts, finished))])
     return torch.tensor(rewards, device=roll.tokens.device).view(-1, samples), texts
 
 
@@ -558,8 +556,8 @@ def outlook(run, c, policy, frozen, opt, problems, tok):
     """Say what the run will hold: a micro-batch of the longest responses, and a rollout."""
     width = max(len(tok.prompt(p, c.chat)) for p in problems) + c.max_new
     work = Work(c.micro, width, c.prompts // c.minibatches * c.samples, group=c.samples,
-                sampled=c.prompts * c.samples, slots=width, knob="--prompts",
-                recompute=c.recompute)
+                sampled=min(c.prompts * c.samples, c.slots or c.prompts * c.samples),
+                slots=width, knob="--prompts", recompute=c.recompute)
     foresee(run, c, work, [policy], frozen, state_bytes(opt))
 
 

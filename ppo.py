@@ -389,7 +389,8 @@ def train(c, f):
             picked = [problems[i] for i in where]
             with autocast(c.device, c.dtype):
                 roll = generate(policy, [tok.prompt(p, c.chat) for p in picked], max_new,
-                                samples=c.samples, temperature=c.temperature, generator=g)
+                                samples=c.samples, temperature=c.temperature, generator=g,
+                                slots=c.slots)
             mask, t_gen = roll.mask, time.perf_counter() - clock                         # [B, T]
             # 2. score -----------------------------------------------------------------------------
             clock = time.perf_counter()
@@ -561,7 +562,7 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
-                        temperature=c.temperature, generator=generator)
+                        temperature=c.temperature, generator=generator, slots=c.slots)
     truth = quality(task, problems, roll, tok)                                           # [B]
     if "judged" in needs(f.reward):
         models["bias"] = PROVIDE["judged"](models, roll, truth, c).mean().item()

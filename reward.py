@@ -499,7 +499,8 @@ def readers(c, f):
         epochs=(not c.steps, "runs without --steps"),
         peft=("peft" in names, "--recipe bt"), **adapter_readers(c),
         eval_every=(False, "scripts that evaluate while they train"),
-        compile=(False, "sft.py, ppo.py and grpo.py"))
+        compile=(False, "sft.py, ppo.py and grpo.py"),
+        slots=(False, "grpo.py, ppo.py and dpo.py"))
     fields |= {key: (read and "pairs" in names, words)
                for key, (read, words) in tasks.file_readers(c, pairs=True).items()}
     single = "last" in names, "recipes of one stage: others save and resume by stages"

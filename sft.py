@@ -575,6 +575,7 @@ def readers(c, f):
         turns=(c.chat and c.feedback not in HELD, "runs with --chat, but for pairs"),
         **tasks.file_readers(c, c.feedback in HELD),
         epochs=(not c.steps, "runs without --steps"), **adapter_readers(c),
+        slots=(False, "grpo.py, ppo.py and dpo.py"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=by_loss("teacher"), other=by_loss("other"),
         target=("target" in REPORTS, "sft.py"), suggest=("suggest" in INSTEAD, "sft.py"))

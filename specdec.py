@@ -482,7 +482,8 @@ def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
     fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
-    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py")) | tasks.file_readers(c)
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"),
+                   slots=(False, "grpo.py, ppo.py and dpo.py")) | tasks.file_readers(c)
     fields |= dict(epochs=(False, "sft.py, reward.py, grpo.py and dpo.py"))
     return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
 

@@ -347,6 +347,7 @@ class Training(Common):
     eval_every: Count = 20       # steps between evaluations
     save_every: Count = 200      # steps between checkpoints
     stop: int = 0                # pause after this step (0: no); --resume goes on
+    slots: int = 0               # rows that are sampled at once, the others wait (0: all)
     peft: str = "full"           # what is trained: a row of model.PEFT, such as lora
     merge: bool = True           # save adapters merged into whole models; false: PEFT's folders
     recompute: bool = False      # activations of a block made again in its backward pass

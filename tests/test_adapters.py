@@ -1,5 +1,6 @@
 """Adapters in every script that trains: one copy of the weights is policy and reference, a run goes
 on exactly, what is saved is whole or a PEFT folder; blocks that are computed again."""
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +266,32 @@ def test_what_adapters_cannot_do_is_refused(shared_bases, name, extra, words):
     line = [x for x in TINY[name] if not (name == "sft" and x in ("--init", "base:pretrain"))]
     with pytest.raises(UserError, match=words):
         SCRIPTS[name].main([*line, *extra, "--out", "no"])
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo"])
+def test_rows_that_wait_for_a_slot_draw_what_they_would_have_drawn(shared_bases, name):
+    """a run with few slots is the run with all, but for rounding"""
+    extra = ["--config", "online,tiny"] if name == "dpo" else TINY[name]
+    for out, slots in (("all", "0"), ("few", "3")):
+        SCRIPTS[name].main([*extra, "--steps", "2", "--lr", "1e-5", "--out", out, "--slots", slots])
+    a, b = (load_file(shared_bases / x / "step-000002" / "model.safetensors")
+            for x in ("all", "few"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    rows = [[json.loads(x) for x in open(shared_bases / out / "log.jsonl")]
+            for out in ("all", "few")]
+    for one, two in zip(*rows):
+        assert one.get("length") == two.get("length")
+
+
+def test_slots_reach_what_samples(shared_bases, monkeypatch):
+    for name in ("grpo", "ppo", "dpo"):
+        seen, script = [], SCRIPTS[name]
+        true = script.generate
+        monkeypatch.setattr(script, "generate", lambda *a, true=true, **kw: (
+            seen.append(kw.get("slots")), true(*a, **kw))[1])
+        extra = ["--config", "online,tiny"] if name == "dpo" else TINY[name]
+        script.main([*extra, "--steps", "1", "--out", name, "--slots", "5"])
+        assert 5 in seen, name
 
 
 # --- recomputation --------------------------------------------------------------------------------
