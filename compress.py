@@ -1737,7 +1737,8 @@ def activity(model, batches):
     down_proj reads. -> {name: [f]}
 
     An expert's tokens of one batch are one sample (ours: rows are no longer apart there)."""
-    scores = {name: 0.0 for name in mlps(model)}
+    scores = {name: torch.zeros(m.down_proj.in_features, device=model.head.device)
+              for name, m in mlps(model).items()}            # an expert may see no token
 
     def note(name):
         def hook(layer, args):
@@ -2291,6 +2292,8 @@ class Kivi:
         """Where each row's next T tokens stand.   -> [B, T], and nothing more is needed by put."""
         return self.length[:, None] + torch.arange(T, device=self.length.device), None
 
+    sees = Cache.sees
+
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd]; -> all keys and values of the layer so far, in full size."""
         out = []
@@ -2518,7 +2521,7 @@ class Evicting:
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
         return slots + self.gone[:, None], (first + slots[:, None]).flatten()
 
-    put = Cache.put
+    put, sees = Cache.put, Cache.sees
 
     def absorb(self):
         """Add to the scores what waited for the rows' lengths."""

@@ -18,7 +18,6 @@ Watch    accuracy leaves 0.5 and margin rises. chosen_ratio may FALL: only the d
          ties half; val_kl is estimated from samples, so near 0 it can be negative.
 """
 import contextlib
-import copy
 import hashlib
 import math
 import time
@@ -32,18 +31,20 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import optim
 import sft
 from data import prefs, tasks
 from data.run import (Count, Fraction, MeanOf, Positive, Range, Run, Share, Training, UserError,
-                      batch_indices, cli, in_passes, launch, needs, read_log, report)
+                      batch_indices, cli, in_passes, launch, needs, rank, read_log, refuse_alone,
+                      report, share, start_ranks)
 from data.stats import auroc
 from data.text import CACHE
-from model import (autocast, collate, generate, load, peek, save, sequence_score,
-                   token_logprobs)
+from model import (PEFT, Work, adapter_readers, adapter_state, all_parts, autocast, check_adapters,
+                   clip_gradients, collate, foresee, gathered, generate, load_frozen, open_trained,
+                   own_part, passes, peek, reference, save_trained, sequence_score, shard, snapshot,
+                   summed, token_logprobs)
 from optim import cosine, optimiser, set_lr, shares
 
 # --- config ---------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ MODELS, MEMORIES = dict(start=initial), {}
 # other than a mean loss's, what is evaluated beside the win rate; what must be so before a run, and
 # the names that a source or statistic gives to a loss.
 ROWS, OPEN, WHOLE, BACKWARD, EVALUATIONS = {}, {}, {}, {}, {}
-CHECKS = {}
+CHECKS, ALONE = {}, {}           # what is asked for and torchrun cannot spread: why
 GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"))
 
 
@@ -279,17 +280,18 @@ def inputs(names, here):
 def backward(c, f, known, batch, metrics):
     """Gradients of the mean over the step's rows, so that --micro changes nothing -> its value;
     adds what happened to metrics."""
-    value = 0.0
-    for i in range(0, len(batch), c.micro):
+    totals = Counter(loss=0.0)
+    for part, weight in passes(torch.arange(len(batch)), c.micro):
         with autocast(c.device, c.dtype):
-            here = measure(c, known, batch[i:i + c.micro])
+            here = measure(c, known, [batch[i] for i in part.tolist()])
             loss = f.loss(**inputs(needs(f.loss), here))                                 # [b]
         if c.sft:
             loss = loss - c.sft * inputs(["chosen_mean"], here)["chosen_mean"]
-        metrics.update(sums(here))
-        (loss.sum() / len(batch)).backward()
-        value += loss.sum().item() / len(batch)
-    return value
+        (loss.sum() * weight / len(batch)).backward()
+        if weight:
+            totals.update(sums(here) | dict(loss=loss.sum().item() / len(batch)))
+    metrics.update(summed(totals))
+    return metrics.pop("loss")
 
 
 @torch.no_grad()
@@ -321,13 +323,13 @@ def evaluate(c, f, known, sets, before):
                 out |= {f"{split}_{k}": x for k, x in ask(EVALUATIONS[name], here).items()}
         samples += [(known["tok"].shown(p, c.chat), y["text"], world.demo(p) if world else "")
                     for p, y in zip(problems[:2], ys)]
-    totals, held = Counter(), known["held"]
-    for i in range(0, len(held), c.micro):
-        with autocast(c.device, c.dtype):
-            here = measure(c, known, held[i:i + c.micro])
-        totals.update(sums(here))
+    totals, held = Counter(), own_part(known["held"])
+    with autocast(c.device, c.dtype), gathered(known["policy"]):
+        for i in range(0, len(held), c.micro):
+            totals.update(sums(measure(c, known, held[i:i + c.micro])))
+    totals = summed(totals)
     if "accuracy" in totals:
-        out["val_accuracy"] = totals["accuracy"] / len(held)
+        out["val_accuracy"] = totals["accuracy"] / len(known["held"])
     return out, golds, samples
 
 
@@ -336,12 +338,16 @@ def evaluate(c, f, known, sets, before):
 
 def train(c, f):
     """One run: load, make rows, score, update, log. -> the last evaluation and the start's."""
+    start_ranks(c.device)                              # alone without torchrun
     check_files(c, f)
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
-    initial(c, f)                                      # made before this run's clock starts
+    origin = initial(c, f)                             # made before this run's clock starts
     kernels.use(c.kernels)
     with Run(c, f, "dpo", CURVES) as run:
-        policy, tok, models = open_models(c, f, run.last)
+        policy, tok, models = open_models(c, f, origin, run)
+        whole = shard(policy, c.dtype)                 # over torchrun's ranks
+        for model in models.values():
+            shard(model, c.dtype)
         longest = policy.config.max_position_embeddings
         context = min(c.context or longest, longest)
         data, held, prompts = OPEN.get(c.source, open_pairs)(c, tok, world, context)
@@ -355,8 +361,8 @@ def train(c, f):
         known["known"] = known                         # for a fact that asks on, as `anchor`
         memories = sorted(MEMORIES.keys() & asked_by(c, f))
         known |= {x: ask(MEMORIES[x], known) for x in memories}
-        opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw"
-               else torch.optim.SGD(policy.parameters(), c.lr))
+        opt = (optimiser(policy, lr=c.lr) if c.optimiser == "adamw" else torch.optim.SGD(
+            [p for p in policy.parameters() if p.requires_grad], c.lr))
         if "start" in models:
             for r, x in zip(held, known["logprobs"](held, models["start"])):
                 r["ref_logps"] = x
@@ -365,8 +371,9 @@ def train(c, f):
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
                 f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
+        outlook(run, known, rows, sets, opt)
         if run.state:
-            opt.load_state_dict(run.state["opt"])
+            opt.load_state_dict(run.state.pop("opt"))
             generator.set_state(run.state["rng"])
             counts.update(run.state["counts"])
             for x in memories:
@@ -393,7 +400,7 @@ def train(c, f):
             if c.statistic in WHOLE:
                 batch = WHOLE[c.statistic](c, f, known, batch)
             loss = BACKWARD.get(c.loss, backward)(c, f, known, batch, metrics)
-            norm = clip_grad_norm_(policy.parameters(), c.clip)
+            norm = clip_gradients(policy, c.clip)
             set_lr(opt, c.lr * cosine(step, c.steps, c.warmup))
             opt.step()
             opt.zero_grad()
@@ -406,8 +413,10 @@ def train(c, f):
                 scores, _, samples = evaluate(c, f, known, sets, before)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
-                run.save(step + 1, lambda path: save(policy, tok, path), opt=opt.state_dict(),
-                         rng=generator.get_state(), counts=dict(counts), stage=known["stage"],
+                net, state = whole(), opt.state_dict()           # every rank takes part
+                run.save(step + 1, lambda path: save_trained(net, tok, path, c, origin), opt=state,
+                         adapter=adapter_state(net), rng=generator.get_state(),
+                         counts=dict(counts), stage=known["stage"],
                          memories={x: known[x].state() for x in memories},
                          rows=None if static(f) else rows, fresh=fresh, first=first, before=before)
         if c.stop and c.stop < c.steps:
@@ -424,13 +433,17 @@ def train(c, f):
 
 
 AXES = dict(loss=LOSSES, statistic=STATISTICS, source=SOURCES, judge=JUDGES, anchor=ANCHORS,
-            combine=optim.COMBINE, kernels=kernels.MODES)
+            combine=optim.COMBINE, peft=PEFT, kernels=kernels.MODES)
 
 
 def main(argv=None):
     """python dpo.py …: see the docstring above, or --help."""
-    return launch("dpo", Config, PRESETS, AXES, __doc__, checked, argv, readers)
+    return launch("dpo", Config, PRESETS, AXES, __doc__, checked, argv, readers, ranks=True)
 
+
+# === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
+
+PRESETS["lora"] = dict(peft="lora", lr=5e-4)                 # ours: ten times full training's
 
 # === checks: what can be told before a run ========================================================
 
@@ -445,7 +458,7 @@ def readers(c, f):
         length_bias=(world, "a world's labels: --data ring or toyif"),
         judge=("compare" in found, "sources that have responses judged"),
         combine=(c.loss in BACKWARD, "--loss objectives"),
-        refresh=(not static(f), "sources that sample"),
+        refresh=(not static(f), "sources that sample"), **adapter_readers(c),
         anchor=("anchor" in found, "losses that read a reference"),
         compile=(False, "sft.py, ppo.py and grpo.py"),
         **tasks.file_readers(c, pairs=True))
@@ -453,6 +466,7 @@ def readers(c, f):
 
 def checked(c, f):
     """train(), after check(): a script of one method has nothing that does not go together."""
+    start_ranks(c.device)
     check(c, f)
     return train(c, f)
 
@@ -472,6 +486,8 @@ def check(c, f):
     """UserError for rows of the config that do not go together."""
     world = c.data in prefs.WORLDS
     check_names(c, f)
+    refuse_alone(c, asked_by(c, f), ALONE)
+    check_adapters(c, c.init)
     for name in (c.loss, c.statistic, c.source, c.judge, c.anchor):
         if name in CHECKS:
             CHECKS[name](c, f)
@@ -511,16 +527,18 @@ def check_names(c, f):
 # === opening: models, pairs and prompts ===========================================================
 
 
-def open_models(c, f, last):
+def open_models(c, f, origin, run):
     """(policy, tokenizer, {name: each other model that the run asks for})."""
-    policy, tok = load(last or initial(c, f), c.device, chat=c.chat)
+    policy, tok = open_trained(c, f.peft, origin, run.last, (run.state or {}).get("adapter", ()))
     models, found = {}, asked_by(c, f)
     if c.kl or "anchor" in found:                      # then the KL is measured to the start, too
         found |= {"start"}
     for name in sorted(MODELS.keys() & found):
         path = MODELS[name](c, f)
-        models[name], other = load(path, c.device)
-        models[name].requires_grad_(False)
+        if path == origin:
+            models[name] = reference(policy, c, origin)
+            continue
+        models[name], other = load_frozen(path, c)
         if other.tokens != tok.tokens:
             raise UserError(f"{path} and --init {c.init} have different tokenizers: both must read "
                             "the same ids")
@@ -566,7 +584,7 @@ def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts
     prompts, size, out = [p["ids"] for p in problems], max(1, 4096 // k), []
     for i in range(0, len(prompts), size):
         with autocast(c.device, c.dtype):
-            roll = generate(model or policy, prompts[i:i + size], room, samples=k,
+            roll = generate(model or policy, prompts[i:i + size], room, samples=k, slots=c.slots,
                             generator=generator, **how)
         out += [dict(ids=t[m > 0].tolist(), text=tok.decode(text), finished=done)
                 for t, m, text, done
@@ -576,17 +594,33 @@ def sample(policy, tok, c, room, problems, k=1, model=None, *, generator, counts
     return [out[i:i + k] for i in range(0, len(out), k)]
 
 
+def outlook(run, known, rows, sets, opt):
+    """Say what the run will hold: a micro-batch of all sides of the longest rows, and samples."""
+    c, policy = known["c"], known["policy"]
+    others = {id(x): x for x in known.values() if isinstance(x, torch.nn.Module)}
+    others.pop(id(policy))
+    longest = max((len(r["prompt"]) + len(y) for r in rows or () for y in r["sides"]), default=0)
+    held = max(map(len, sets.values()))
+    prompts = [p["ids"] for some in (known["problems"], *sets.values()) for p in some]
+    work = Work(c.micro, longest or known["context"], c.batch,
+                sides=len(rows[0]["sides"]) if rows else 2, knob="--eval_prompts",
+                sampled=min(4096, held if rows else max(held, 2 * c.batch * c.refresh),
+                            c.slots or 4096),
+                slots=max(map(len, prompts)) + known["room"], recompute=c.recompute)
+    foresee(run, c, work, [policy], list(others.values()), optim.state_bytes(opt))
+
+
 @torch.no_grad()
 def response_logprobs(tok, c, rows, model):
     """A model's log-probs of a row's response tokens, side after side -> [n] a row, on the CPU"""
-    out = []
-    for i in range(0, len(rows), c.micro):
-        part = rows[i:i + c.micro]
-        with autocast(c.device, c.dtype):
+    out, mine = [], own_part(rows)
+    with autocast(c.device, c.dtype), gathered(model):
+        for i in range(0, len(mine), c.micro):
+            part = mine[i:i + c.micro]
             here = measure(c, dict(policy=model, tok=tok), part)
-        flat = here["logps"][here["mask"] > 0].cpu()
-        out += flat.split([sum(map(len, r["sides"])) for r in part])
-    return [x.clone() for x in out]
+            flat = here["logps"][here["mask"] > 0].cpu()
+            out += flat.split([sum(map(len, r["sides"])) for r in part])
+    return all_parts([x.clone() for x in out])
 
 
 @torch.no_grad()
@@ -632,11 +666,16 @@ def cached_logprobs(tok, c, rows, model):
     weights and precision are scored once, ever."""
     mark = hashlib.sha256((repr([(r["prompt"], r["sides"]) for r in rows]) + c.dtype).encode())
     for name, p in model.state_dict().items():
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p              # spread over ranks
         mark.update(name.encode() + p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    path = CACHE / f"reference-{mark.hexdigest()[:16]}.safetensors"
+    path, found = CACHE / f"reference-{mark.hexdigest()[:16]}.safetensors", None
     with contextlib.suppress(OSError, SafetensorError):                      # absent, or broken
-        return list(load_file(path)["logp"].split([sum(map(len, r["sides"])) for r in rows]))
+        found = load_file(path)["logp"] if rank() == 0 else None
+    if (found := share(found)) is not None:
+        return list(found.split([sum(map(len, r["sides"])) for r in rows]))
     out = response_logprobs(tok, c, rows, model)
+    if rank():
+        return out
     with contextlib.suppress(OSError, SafetensorError):                      # it costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{time.monotonic_ns()}.tmp")
@@ -733,13 +772,14 @@ ROWS["online"] = fresh_rows
 def with_statistic(c, f, known, batch):
     """The batch's rows with what the statistic says of all of them, without gradient."""
     names = [x for x in needs(f.statistic) if part_of(x)[0] is not None or x in batch[0]]
-    parts = []
-    for i in range(0, len(batch) if names else 0, c.micro):
-        with autocast(c.device, c.dtype):
-            parts.append(inputs(names, measure(c, known, batch[i:i + c.micro])))
-    here = known | dict(batch=batch)
+    parts, mine = [], own_part(batch) if names else []
+    with autocast(c.device, c.dtype), gathered(known["policy"]):
+        for i in range(0, len(mine), c.micro):
+            part = inputs(names, measure(c, known, mine[i:i + c.micro]))
+            parts.append({name: x.cpu() for name, x in part.items()})
+    here, parts = known | dict(batch=batch), all_parts(parts)
     for name in names:
-        here[name] = torch.cat([part[name] for part in parts])                           # [B]
+        here[name] = torch.cat([part[name] for part in parts]).to(c.device)              # [B]
     fields = ask(f.statistic, here)                                                      # {: [B]}
     values = zip(*(x.tolist() for x in fields.values()))
     return [r | dict(zip(fields, own)) for r, own in zip(batch, values)]
@@ -1563,6 +1603,7 @@ def check_objectives(c, f):
 
 LOSSES["objectives"], SOURCES["signs"] = objectives, signs_of_groups
 ROWS["signs"], BACKWARD["objectives"] = once, backward_each
+ALONE["objectives"] = "a gradient an objective is not summed over ranks"
 CHECKS["objectives"], CHECKS["signs"] = check_objectives, check_signs
 GIVES["signs"], EVALUATIONS["signs"] = ("chosen", "rejected", "signs"), worth_to_groups
 PRESETS["raco"] = dict(loss="objectives", source="signs", combine="cagrad",
@@ -1706,15 +1747,17 @@ class Copies:
 
     def take(self, name):
         """Copy the policy as it is now."""
-        self.models[name] = copy.deepcopy(self.policy).requires_grad_(False)
+        self.models[name] = snapshot(self.policy)
 
     def state(self):
-        return {name: model.state_dict() for name, model in self.models.items()}
+        trained = [name for name, p in self.policy.named_parameters() if p.requires_grad]
+        return {name: dict(zip(trained, map(model.get_parameter, trained)))
+                for name, model in self.models.items()}
 
     def load(self, state):
         for name, weights in state.items():
             self.take(name)
-            self.models[name].load_state_dict(weights)
+            self.models[name].load_state_dict(weights, strict=False)
 
 
 def iterate_logps(rows, opponents, logprobs):
@@ -1758,6 +1801,7 @@ LOSSES["nash_mp"], SOURCES["prox"] = nash_mp, prox
 ROWS["prox"], GIVES["prox"] = fresh_rows, ("win",)
 FACTS["iterate_logps"], READS["iterate_ratio"] = iterate_logps, iterate_ratio
 MEMORIES["opponents"], CHECKS["nash_mp"] = Copies, check_nash_mp
+ALONE["opponents"] = "copies of sharded weights cannot be made"
 PRESETS["nash_mp"] = dict(loss="nash_mp", source="prox")
 
 
@@ -1999,6 +2043,7 @@ def check_mpo(c, f):
 
 LOSSES["mpo"], SOURCES["mpo"], ANCHORS["handover"] = mpo, mpo_rows, at_handover
 MEMORIES["handover"], CHECKS["mpo"], CHECKS["handover"] = Copies, check_mpo, check_mpo
+ALONE["handover"] = "copies of sharded weights cannot be made"
 ROWS["mpo"], GIVES["mpo"] = fresh_rows, ("chosen", "rejected", "gain", "hard")
 PRESETS["mpo"] = dict(loss="mpo", source="mpo", anchor="handover")
 

@@ -1,6 +1,5 @@
 """
-grpo.py - group-relative policy optimisation with verifiable rewards: sample a group, compare,
-reinforce.
+grpo.py - group-relative policy optimisation with verifiable rewards: sample, compare, reinforce.
 
     python grpo.py                                 # a tiny model learns to reason: minutes
     python grpo.py --config tiny                   # the same, small: it shows that all turns
@@ -17,11 +16,9 @@ Letters  P prompts, G samples each, N = P G rows, T tokens; [N, T] is aligned: i
          tokens[:, t]
 Watch    correct (of training samples, before shaping) should rise. flat is the share of groups
          without a signal: near 1 the prompts are too easy or too hard. Entropy that drops to 0
-         early ends exploration; clipped says how many ratios left the trust region. length beside
-         guessing: shorter is worthless if the model stops reasoning. kl is k1 to the start, in
-         nats per response.
+         early ends exploration; clipped says how many ratios left the trust region. Shorter is
+         worthless if the model stops reasoning. kl is k1 to the start, nats per response.
 """
-import copy
 import itertools
 import random
 import statistics
@@ -32,18 +29,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import sft
 from data import tasks
 from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, cli, in_passes, launch, needs, read_log, report, rows_used)
+                      check_first_ratio, cli, in_passes, launch, needs, rank, read_log,
+                      refuse_alone, report, rows_used, share, start_ranks)
 from data.stats import of_samples
 from data.tasks import MARK
-from model import (Transformer, autocast, collate, generate, joined, load, logprobs, rows_of, save,
-                   token_logprobs)
-from optim import optimiser, set_lr
+from model import (PEFT, Transformer, Work, adapter_readers, adapter_state, autocast,
+                   check_adapters, clip_gradients, collate, foresee, generate, joined, load,
+                   logprobs, open_trained, passes, reference, rows_of, save_trained, shard,
+                   snapshot, summed, token_logprobs)
+from optim import optimiser, set_lr, state_bytes
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ WEIGHTS = dict(sequence_mean=sequence_mean)
 FILTERS = dict(every=every)
 AXES = dict(prepare=PREPARATIONS, draw=DRAWS, actor=ACTORS, reward=REWARDS, noise=NOISES,
             trim=TRIMS, shaper=SHAPERS, advantage=ADVANTAGES, credit=CREDITS, surrogate=SURROGATES,
-            penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, kernels=kernels.MODES)
+            penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, peft=PEFT, kernels=kernels.MODES)
 
 # --- what functions ask for -----------------------------------------------------------------------
 
@@ -232,14 +231,15 @@ def rollouts(model, problems, tok, c, samples, generator):
         some = problems[i:i + size]
         with autocast(c.device, c.dtype):
             yield some, generate(model, [tok.prompt(p, c.chat) for p in some], c.max_new,
-                                 samples=samples, temperature=c.temperature, generator=generator)
+                                 samples=samples, temperature=c.temperature,
+                                 generator=generator, slots=c.slots)
 
 
 def graded(score, problems, roll, tok, samples):
     """A reward of every response.   -> [P, G], the texts"""
-    texts = [tok.decode(ids) for ids in roll.completions()]
-    rewards = [float(score(problems[i // samples], text, done))
-               for i, (text, done) in enumerate(zip(texts, roll.finished.tolist()))]
+    texts, finished = [tok.decode(ids) for ids in roll.completions()], roll.finished.tolist()
+    rewards = share(rank() or [float(score(problems[i // samples], text, done))  # the first rank's
+                               for i, (text, done) in enumerate(zip(texts, finished))])
     return torch.tensor(rewards, device=roll.tokens.device).view(-1, samples), texts
 
 
@@ -322,7 +322,7 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
     n, low = mini["mask"].sum().clamp(min=1), f.surrogate.keywords.get("eps", 0.0)
     high = f.surrogate.keywords.get("eps_high", 0.0) or low           # some clip apart, above
     order = torch.arange(len(groups), device=groups.device)
-    for part in order.split(max(1, c.micro // c.samples)):
+    for part, weight in passes(order, max(1, c.micro // c.samples)):
         b = of_groups(mini, part)
         with autocast(c.device, c.dtype):
             logp, entropy = token_logprobs(policy, b["tokens"], b["mask"], entropy=True,
@@ -333,7 +333,9 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
         more = call(f.penalty, known)                                                    # [n, T]
         more = more - c.entropy * entropy if c.entropy else more
         loss = loss + (more * b["weight"]).sum()
-        loss.backward()
+        (loss * weight).backward()
+        if not weight:
+            continue
         off = (ratio_of(logp.detach(), b["old_logp"]) - 1).abs() * b["mask"]             # [n, T]
         ratio = ratio_of(logp.detach(), known[needs(f.surrogate)[1]] if low else logp.detach())
         clipped = (ratio < 1 - low) | (ratio > 1 + high)
@@ -341,18 +343,12 @@ def backward(policy, batch, groups, c, f, g, progress=0.0):
         metrics["worst"] = max(metrics["worst"], off.max().item())
         for key, x in dict(off=off, clipped=clipped, entropy=entropy.detach()).items():
             metrics[key] += ((x * b["mask"]).sum() / n).item()
-    return metrics
-
-
-def held_out(c, task):
-    """{split: (task, problems)} of what is evaluated: the task's own, and that of --watch."""
-    watched = {"": task} | {f"{x}_": tasks.task(x) for x in c.watch.split(",") if x}
-    return {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
-            for tag, one in watched.items() for split in ("val", "ood") if split in one.splits}
+    return summed(metrics, largest=["worst"])
 
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation, and the first (sft_)"""
+    start_ranks(c.device)                        # alone without torchrun
     ours = c.reward in tasks.REWARDS
     tasks.check_data(c.data, is_text=False, needs="answers" if ours else "", **tasks.reading(c))
     task = tasks.of_run(c)
@@ -363,17 +359,16 @@ def train(c, f):
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
     kernels.use(c.kernels)
     with Run(c, f, "grpo", CURVES) as run:
-        ref, tok = load(init, c.device, chat=c.chat)
-        if not isinstance(ref, Transformer):
-            raise UserError(f"--init {init}: need a language model, found a {type(ref).__name__}")
-        ref.requires_grad_(False)
-        policy = load(run.last, c.device)[0] if run.last else copy.deepcopy(ref).requires_grad_()
+        saved = run.state or {}
+        policy, tok = open_trained(c, f.peft, init, run.last, saved.get("adapter", ()))
+        ref = reference(policy, c, init)
+        whole, _ = shard(policy, c.dtype), shard(ref, c.dtype)             # over torchrun's ranks
         pool, sets = task.problems("train", c.pool, 1000 + c.seed), held_out(c, task)
         context = policy.config.max_position_embeddings
         posed = {split: some for split, (_, some) in sets.items()}
         room, pool, posed = tasks.fitting(c, tok, pool, posed, task.max_new, context)
         sets = {split: (sets[split][0], some) for split, some in posed.items()}
-        c, saved = in_passes(replace(c, max_new=room), len(pool), c.prompts), run.state or {}
+        c = in_passes(replace(c, max_new=room), len(pool), c.prompts)
         opt, g = optimiser(policy, lr=c.lr), torch.Generator().manual_seed(c.seed)
         known = dict(c=c, task=task, tok=tok, policy=policy, ref=ref, pool=pool, score_of=score_of,
                      generator=torch.Generator().manual_seed(c.seed + 2))
@@ -384,10 +379,10 @@ def train(c, f):
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {tasks.out_of(pool, task)}, {c.steps} "
                 f"steps of {c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} "
-                + c.dtype
-                + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+                + c.dtype + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+        outlook(run, c, policy, [ref], opt, [*pool, *sum(posed.values(), [])], tok)
         if saved:
-            opt.load_state_dict(saved["opt"])
+            opt.load_state_dict(saved.pop("opt"))
             g.set_state(saved["rng"])
             cursor, before = saved["cursor"], saved["before"]
             for name, memory in memories.items():
@@ -432,7 +427,7 @@ def train(c, f):
                                         step / max(1, c.steps - 1)))
                 if len(updates) == 1 and actor is policy:
                     check_first_ratio(updates[0], c.dtype)
-                norm = clip_grad_norm_(policy.parameters(), 1.0)
+                norm = clip_gradients(policy, 1.0)
                 opt.step()
                 opt.zero_grad()
             # 4. tell
@@ -453,8 +448,10 @@ def train(c, f):
                 scores, samples = evaluate(policy, sets, tok, c)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
-                run.save(step + 1, lambda folder: save(policy, tok, folder), opt=opt.state_dict(),
-                         rng=g.get_state(), cursor=cursor, before=before, prepared=prepared,
+                net, state = whole(), opt.state_dict()       # every rank takes part
+                run.save(step + 1, lambda folder: save_trained(net, tok, folder, c, init),
+                         opt=state, adapter=adapter_state(net), rng=g.get_state(), cursor=cursor,
+                         before=before, prepared=prepared,
                          memories={name: memory.state() for name, memory in memories.items()})
         if c.stop and c.stop < c.steps:
             return scores
@@ -469,7 +466,13 @@ def train(c, f):
 
 def main(argv=None):
     """python grpo.py …: see the docstring above, or --help."""
-    return launch("grpo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+    return launch("grpo", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
+
+
+# === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
+
+PRESETS["lora"] = dict(peft="lora", lr=1e-3)                 # ours: ten times full training's
+
 
 # === refused: what does not go together, told before anything is made =============================
 
@@ -496,7 +499,7 @@ def readers(c, f):
                 kl_reward=(shaped, "an --advantage of rewards"),
                 reward=(score, "a --shaper of scores"), noise=(score, "a --shaper of scores"),
                 teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"),
-                **tasks.file_readers(c))
+                **tasks.file_readers(c), **adapter_readers(c))
 
 
 def compares(c):
@@ -505,6 +508,7 @@ def compares(c):
 
 
 CHECKS = dict(group=compares)    # of rows of the axes: what is wrong, in words, or ""
+ALONE = {}                       # what is asked for and torchrun cannot spread: why
 
 
 def check(c, f, task):
@@ -522,6 +526,8 @@ def check(c, f, task):
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    refuse_alone(c, asked, ALONE)
+    check_adapters(c, c.init)
     return asked
 
 
@@ -537,6 +543,22 @@ def unanswered(task):
     return f"this method asks for answers: {task.name} has none" * (task.metric != "accuracy")
 
 # === measured: 2107.03374, 2203.11171, what samples of held-out prompts come to: pass@k, maj@k ====
+
+
+def held_out(c, task):
+    """{split: (task, problems)} of what is evaluated: the task's own, and that of --watch."""
+    watched = {"": task} | {f"{x}_": tasks.task(x) for x in c.watch.split(",") if x}
+    return {f"{tag}{split}": (one, one.problems(split, c.eval_prompts, c.seed))
+            for tag, one in watched.items() for split in ("val", "ood") if split in one.splits}
+
+
+def outlook(run, c, policy, frozen, opt, problems, tok):
+    """Say what the run will hold: a micro-batch of the longest responses, and a rollout."""
+    width = max(len(tok.prompt(p, c.chat)) for p in problems) + c.max_new
+    work = Work(c.micro, width, c.prompts // c.minibatches * c.samples, group=c.samples,
+                sampled=min(c.prompts * c.samples, c.slots or c.prompts * c.samples),
+                slots=width, knob="--prompts", recompute=c.recompute)
+    foresee(run, c, work, [policy], frozen, state_bytes(opt))
 
 
 def measured(task, posed, texts, score, length, finished):
@@ -1240,8 +1262,9 @@ PRESETS["spae"] = dict(advantage="stepwise", filter="mixed", surrogate="clip_hig
 class Slow:
     """A copy of the policy that follows it slowly: in a short run it stays near the reference."""
 
-    def __init__(self, ref):
-        self.model = copy.deepcopy(ref)
+    def __init__(self, policy):
+        self.model = snapshot(policy)
+        self.trained = [name for name, p in policy.named_parameters() if p.requires_grad]
 
     def tell(self):
         """The copy."""
@@ -1251,16 +1274,16 @@ class Slow:
     def note(self, done, policy):
         """Half a per cent of the way, every ten steps."""
         if done % 10 == 0:
-            for mine, new in zip(self.model.parameters(), policy.parameters()):
-                mine.lerp_(new, 0.005)
+            for name in self.trained:
+                self.model.get_parameter(name).lerp_(policy.get_parameter(name), 0.005)
 
     def state(self):
         """What a checkpoint keeps."""
-        return self.model.state_dict()
+        return {name: self.model.get_parameter(name).data for name in self.trained}
 
     def load(self, state):
         """Go on from what a checkpoint kept."""
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(state, strict=False)
 
 
 def after_mark(model, roll, texts, truths, tok, c):
@@ -1300,6 +1323,7 @@ def consistent(score, answer_prob, *, bonus=0.5, margin=0.01, cap: Share = 0.95)
 
 
 MEMORIES["slow"], FACTS["answer_prob"], SHAPERS["consistent"] = Slow, answer_prob, consistent
+ALONE["slow"] = "a copy of sharded weights cannot be made"
 CHECKS["consistent"] = unanswered
 PRESETS["care"] = dict(shaper="consistent", group_eps=1e-4)
 
@@ -1665,7 +1689,7 @@ class Past:
     """The policy's weights after its last steps, and a model to load them into."""
 
     def __init__(self, policy):
-        self.actor, self.weights = copy.deepcopy(policy).requires_grad_(False), []
+        self.actor, self.weights = snapshot(policy), []
         self.note(policy)
 
     def tell(self):
@@ -1674,7 +1698,8 @@ class Past:
 
     def note(self, policy):
         """The policy as it now is."""
-        self.weights.append({k: v.cpu().clone() for k, v in policy.state_dict().items()})
+        trained = {k: p for k, p in policy.named_parameters() if p.requires_grad}
+        self.weights.append({k: p.detach().cpu().clone() for k, p in trained.items()})
 
     def state(self):
         """What a checkpoint keeps."""
@@ -1688,7 +1713,7 @@ class Past:
 def lagged(past, *, lag: Count = 4):
     """The policy of so many iterations ago, as an asynchronous system has it; 4 is ours."""
     del past.weights[:-lag - 1]                                # no older one is asked for again
-    past.actor.load_state_dict(past.weights[0])
+    past.actor.load_state_dict(past.weights[0], strict=False)
     return past.actor
 
 
@@ -1711,6 +1736,7 @@ def clip_stale(logp, behaviour_logp, adv, *, eps: Positive = 0.2):
 
 
 MEMORIES["past"], ACTORS["lagged"], BATCH["behaviour_logp"] = Past, lagged, behaviour_logp
+ALONE["past"] = "a copy of sharded weights cannot be made"
 SURROGATES["stale"], SURROGATES["clip_stale"] = stale, clip_stale
 PRESETS["aipo"] = dict(advantage="centred", surrogate="stale", weight="token_mean", actor="lagged")
 
@@ -1863,6 +1889,7 @@ def seek(ref, pool, task, tok, c, *, seek: Count = 64):
 
 PREPARATIONS["latentseek"] = seek
 CHECKS["latentseek"] = lambda task: lacks(task, "checks")
+ALONE["latentseek"] = "it trains no weights"
 PRESETS["latentseek"] = dict(steps=0, prepare="latentseek")
 
 

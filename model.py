@@ -28,7 +28,8 @@ import re
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from bisect import bisect_left
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from inspect import signature
@@ -41,12 +42,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import kernels
 from data.run import (KINDS, Count, NonNegative, Positive, Range, UserError, bandwidth, cast,
                       checkpoint, cli, comments_of, device_of, expect, nearest, not_finite,
-                      older_than, parse, read_json, refuse_ranks, sha256, steps_of)
+                      older_than, parse, rank, ranks, read_json, refuse_ranks, sha256, steps_of)
 from data.tokenizer import Tokenizer
 from kernels import PackedLinear, decode_attention, linear_logprob, rms_norm, rope, swiglu
 
@@ -156,6 +159,12 @@ class Cache:
         first = torch.arange(0, B * K * S, S, device=device).view(B, K, 1)
         return positions, (first + positions[:, None]).flatten()
 
+    def sees(self, T):
+        """What the next T tokens see, as attend takes it."""
+        if not self.used:
+            return None
+        return self.length + 1 if T == 1 else after(self.length, T, self.used + T)
+
     def put(self, layer, k, v, at):
         """Store k, v [B, K, T, hd] there; return all keys and values of the layer so far."""
         for cache, new in ((self.k, k), (self.v, v)):
@@ -176,6 +185,24 @@ class Cache:
         for x in (self.k, self.v):
             x[:, moved, :, :self.used] = x[:, rows[moved], :, :self.used]
         self.k, self.v, self.length = self.k[:, :n], self.v[:, :n], self.length[rows]
+
+
+def attend(q, k, v, visible, window):
+    """softmax(q kᵀ / sqrt(hd)) v of q [B, H, T, hd] over what they see of k, v [B, K, S, hd].
+    visible: None, as in plain causal attention; [B], each row's first so many slots (T = 1); or a
+    function that does it all. window: of them only the last so many (0: all)."""
+    if callable(visible):
+        return visible(q, k, v, window)
+    if visible is not None:
+        y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, window)
+        return y[:, :, None].to(q.dtype)
+    T, group = q.size(2), q.size(1) // k.size(1)
+    near = within(T, window, q.device) if 0 < window < T else None
+    k, v = (x[:, :, :T].to(q.dtype) for x in (k, v))
+    if group > 1 and not knows_groups(q, near):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None,
+                                          enable_gqa=k.size(1) < q.size(1))
 
 
 class Attention(nn.Module):
@@ -208,24 +235,9 @@ class Attention(nn.Module):
         q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
         q = q if self.scale == 1 else q * self.scale
         gate = None if self.heads is None else self.heads(x, q)                       # [B, H, T, 1]
-        group = q.size(1) // k.size(1)
         if cache is not None:
             k, v = cache.put(layer, k, v, at)
-        if visible is None:                      # nothing older: plain causal
-            k, v = k[:, :, :T], v[:, :, :T]
-            if group > 1:
-                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [B, H, T, hd]
-            near = within(T, self.window, q.device) if 0 < self.window < T else None
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), near,
-                                               is_causal=near is None)
-        elif T == 1:                             # visible: how many slots each row sees
-            y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, self.window)
-            y = y[:, :, None].to(q.dtype)
-        else:                                    # a group's queries are one head's: no copies
-            visible = nearest_of(visible, self.window) if self.window else visible
-            q, mask = q.reshape(B, k.size(1), group * T, self.hd), visible.repeat(1, 1, group, 1)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
-            y = y.reshape(B, -1, T, self.hd)
+        y = attend(q, k, v, visible, self.window)                                    # [B, H, T, hd]
         if gate is not None:
             y = y * gate.to(y.dtype)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -277,6 +289,8 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.generation = config, {}      # what generation_config.json says besides
+        self.recompute = False               # blocks' activations in the backward pass: see again
+        self.products = "float32"            # bfloat16: what load() kept layers in, if in another
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = NORMS[config.family.norm](config.hidden_size, config.rms_norm_eps)
@@ -305,23 +319,19 @@ class Transformer(nn.Module):
         check_length(self, old, old + T)
         at = visible = None
         if cache is not None:
-            positions, at = cache.at(T)                                            # [B, T], [B K T]
-            if old and T == 1:
-                visible = cache.length + 1                                               # [B]
-            elif old:                        # by slots: fewer than positions if some were evicted
-                slots = cache.length[:, None] + torch.arange(T, device=tokens.device)    # [B, T]
-                held = torch.arange(old + T, device=tokens.device)                       # [S]
-                visible = held <= slots[:, None, :, None]                             # [B, 1, T, S]
+            (positions, at), visible = cache.at(T), cache.sees(T)                  # [B, T], [B K T]
         angles = {}                          # of layers with and without a theta of their own
         for local in set(self.local):
             table = rope_table(self.config, tokens.device, local, old + T > self.switch)
             angles[local] = [x[:T] if cache is None else x[positions][:, None] for x in table]
         x = self.embed(tokens)                                                           # [B, T, D]
         source = None                        # of keys and values; None: each layer's own input
-        for i, block in enumerate(self.layers):
-            if i in self.sources:
-                source = getattr(self, self.sources[i])(x)                               # [B, T, D]
-            x = block(x, *angles[self.local[i]], cache, i, at, visible, source)
+        run = again if self.recompute and torch.is_grad_enabled() else Block.__call__
+        with autocast(x.device, self.products):
+            for i, block in enumerate(self.layers):
+                if i in self.sources:
+                    source = getattr(self, self.sources[i])(x)                           # [B, T, D]
+                x = run(block, x, *angles[self.local[i]], cache, i, at, visible, source)
         if cache is not None:
             cache.length += T
             cache.used += 0 if cache.static else T
@@ -405,55 +415,46 @@ def pick(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return token.squeeze(1), logp.squeeze(1)
 
 
-def prefill(model, tokens, length, rows, new, make=Cache):
-    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues rows[b].
-    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots."""
-    device = tokens.device
-    dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-             else model.head.dtype)
-    cache = make(model.config, *tokens.shape, device, dtype)
-    hidden = model(tokens, cache)[torch.arange(len(tokens), device=device), length - 1]  # [U, D]
+def read(model, tokens, length, make=Cache):
+    """Read prompts, tokens [U, T] of `length` [U]. -> the states after them [U, D], their cache."""
+    cache = make(model.config, *tokens.shape, tokens.device, precision(model))
+    hidden = in_parts(model, tokens, length, cache)
     cache.length = length
-    cache.spread(rows, new)
-    return hidden[rows], cache
+    return hidden, cache
 
 
-def decode(models, caches, hidden, u, stop, choose):
-    """Draw all rows' tokens by u [B, new] in [0, 1); hidden: each model's [B, D] after the prompt.
+def decode(queue, u, stop, choose):
+    """Draw all rows' tokens by u [B, new] in [0, 1), all at once.
     -> tokens, log-probs [B, new], and one-token forwards computed, summed over rows."""
+    _, hidden, caches = queue.start()                        # each model's [B, D] after the prompt
     out, logp, token = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u), None
     for i in range(u.size(1)):
         if i:
-            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(models, caches)]
-        token, logp[:, i] = choose([m.logits(h) for m, h in zip(models, hidden)], u[:, i])
+            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(queue.models, caches)]
+        token, logp[:, i] = choose([m.logits(h) for m, h in zip(queue.models, hidden)], u[:, i])
         out[:, i] = token
     return out, logp, len(u) * max(u.size(1) - 1, 0)
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_k=0, top_p=1.0,
-             stop=None, generator=None, contrast=None, cache=Cache):
+             stop=None, generator=None, contrast=None, cache=Cache, slots=0, chunk=0):
     """Sample `samples` completions per prompt (lists of ids of any lengths) -> Rollout, P·G rows.
 
     Each distinct prompt is read once. Row b's i-th draw is a number fixed beforehand: which other
     rows still run changes nothing. stop: ids that end a completion (default: the model's eos).
     contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' logits.
-    cache: what makes the cache of keys and values, with Cache's methods. Raises UserError for an
-    empty prompt, or one that does not leave max_new_tokens of context.
+    cache: what makes the cache of keys and values, with Cache's methods. slots, chunk: Queue's.
+    Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
     """
     config, device = model.config, model.head.device
     check_request(config, prompts, samples, max_new_tokens, temperature, top_k)
-    stop = config.eos_token_id if stop is None else stop
-    stop = torch.tensor(stop, device=device, dtype=torch.long)
-    prompts, pad = [tuple(p) for p in prompts], max(config.pad_token_id, 0)
-    index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-    rows = torch.tensor([index[p] for p in prompts], device=device).repeat_interleave(samples)
-    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, T]
-    length = torch.tensor([len(p) for p in index], device=device)                        # [U]
-    models = [model, contrast[0]] if contrast else [model]
-    read = partial(prefill, tokens=distinct, length=length, rows=rows, new=max_new_tokens,
-                   make=cache)
-    hidden, caches = zip(*map(read, models))
+    stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device).long()
+    pad = max(config.pad_token_id, 0)
+    distinct, length, rows = prompts_apart(prompts, samples, pad, device)      # [U, T], [U], [B]
+    u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
+    models, mine = [model, contrast[0]] if contrast else [model], own_rows(len(rows)).to(device)
+    queue = Queue(models, distinct, length, rows[mine], max_new_tokens, cache, slots, chunk)
 
     def choose(logits, u):
         """Each model's logits [n, V], u [n] -> tokens and their log-probs [n]."""
@@ -461,12 +462,12 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
         mixed = first + contrast[1] * (first - others[0]) if contrast else first
         return pick(mixed, u, temperature, top_k, top_p)
 
-    u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
-    loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(models, caches, stop))]
-    out, logp, row_steps = loops[-1](models, caches, hidden, u, stop, choose)
-    if not logp.isfinite().all():
-        raise UserError("the model's predictions are not finite: its weights have diverged, or "
-                        "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
+    loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(queue, stop))]
+    with gathered(*models):                                  # of several ranks each has its rows
+        out, logp, row_steps = loops[-1](queue, u[mine], stop, choose)
+    check_finite(logp)
+    out, logp = (from_ranks(x, len(rows)) for x in (out, logp))
+    row_steps = summed(dict(row_steps=row_steps))["row_steps"]
     return collect(distinct[rows], length[rows], out, logp, stop, pad, row_steps)
 
 
@@ -488,6 +489,15 @@ FAMILIES = dict(llama=Family(), mistral=Family(), phi3=Family(), qwen2=Family(qk
                 qwen3_moe=Family(mlp="experts", qk_norm=True),
                 phimoe=Family(norm="layer", mlp="sparsemixer"),
                 gemma3_text=Family(norm="rms_plus_one", qk_norm=True, around=True, scaled=True))
+
+
+# === recompute: 1604.06174, memory of one block's activations in the place of all blocks' =========
+
+
+def again(block, *inputs):
+    """The block's output, of which only its input is kept: the backward pass computes the rest
+    again, bit for bit. A third more arithmetic in a training step."""
+    return recomputed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 # === limits: ours, what is too long, and where longrope changes ===================================
@@ -527,7 +537,35 @@ def check_request(config, prompts, samples, new, temperature, top_k):
                         "changes all positions: keep prompt and new tokens on one side")
 
 
-# === rows: ours, a rollout of what was decoded ====================================================
+def check_slots(models, length, make, slots, chunk):
+    """UserError for slots and chunk that generate cannot use."""
+    if min(slots, chunk) < 0 or chunk and not slots:
+        raise UserError(f"slots {slots}, chunk {chunk}: expected 0 or more, and slots for a chunk, "
+                        "which is read while other rows decode")
+    if slots and make is not Cache:
+        raise UserError("slots: in this cache no row can take another's place; leave slots at 0")
+    if chunk and int(length.max()) > min(m.switch for m in models):
+        raise UserError("chunk: a prompt beyond longrope's switch is read at once; leave it at 0")
+
+
+def check_finite(logp):
+    """UserError if a model predicts no numbers."""
+    if not logp.isfinite().all():
+        raise UserError("the model's predictions are not finite: its weights have diverged, or "
+                        "overflow in this --dtype; go back to an older checkpoint and a lower --lr")
+
+
+# === rows: ours, from prompts to rows, and from what was decoded to a rollout =====================
+
+
+def prompts_apart(prompts, samples, pad, device):
+    """The distinct prompts [U, T], right-padded, their lengths [U], and which of them each row
+    continues [B]: `samples` rows a prompt, in order."""
+    prompts = [tuple(p) for p in prompts]
+    index = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+    rows = torch.tensor([index[p] for p in prompts], device=device).repeat_interleave(samples)
+    distinct, _ = collate([(p, ()) for p in index], pad, device)                         # [U, T]
+    return distinct, torch.tensor([len(p) for p in index], device=device), rows
 
 
 def collect(prompt, length, out, logp, stop, pad, row_steps):
@@ -572,41 +610,202 @@ def top_p(logits, p):
 CUTS["top_k"], CUTS["top_p"] = top_k, top_p
 
 
-# === batch: ours, rows that have stopped leave ====================================================
+# === reading: 2308.16369, prompts in parts, tokens that follow a cache's ==========================
+
+PREFILL = 8192           # tokens that one forward reads at most
+
+
+def precision(model):
+    """The dtype of the model's keys and values: autocast's, or that of its weights."""
+    kind = model.head.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.head.dtype
+
+
+def knows_groups(q, mask):
+    """Whether PyTorch's attention is to read a group's keys in place. On a GPU in two bytes and
+    without a mask, or it would hold all scores at once. On a CPU where nothing learns: gradients
+    would be summed in another order, and no run end where it did."""
+    return mask is None and q.element_size() == 2 if q.is_cuda else not torch.is_grad_enabled()
+
+
+def after(length, T, slots):
+    """attend's function for the T tokens that follow row b's first length[b] of so many slots."""
+    end = length[:, None] + torch.arange(T, device=length.device)                        # [B, T]
+    seen = torch.arange(slots, device=length.device) <= end[:, None, :, None]     # [B, 1, T, S]
+
+    def attention(q, k, v, window):
+        B, K, hd = len(q), k.size(1), q.size(3)
+        visible = nearest_of(seen, window) if window else seen
+        mask = visible.repeat(1, 1, q.size(1) // K, 1)   # a group is one head's queries: no copies
+        y = F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), k.to(q.dtype), v.to(q.dtype),
+                                           attn_mask=mask)
+        return y.reshape(q.shape)
+    return attention
+
+
+def admit(cache, slots, prompts, rows):
+    """Rows of a cache of prompts take the place of rows `slots` of a cache at least as wide."""
+    S = prompts.k.size(3)
+    cache.k[:, slots, :, :S], cache.v[:, slots, :, :S] = prompts.k[:, rows], prompts.v[:, rows]
+    cache.length[slots] = prompts.length[rows]
+
+
+def state_at(hidden, place, before=None):
+    """hidden [U, T, D] at place [U]; where that is outside of it, what was there before [U, D]."""
+    at = place.clamp(0, hidden.size(1) - 1)
+    state = hidden[torch.arange(len(at), device=at.device), at]
+    return state if before is None else torch.where((at == place)[:, None], state, before)
+
+
+def in_parts(model, tokens, length, cache):
+    """The states after prompts [U, D], read into an empty cache: all at once, or longest first, as
+    many as PREFILL tokens hold without the others' padding, and a longer one in parts."""
+    if tokens.numel() <= PREFILL or type(cache) is not Cache:
+        return state_at(model(tokens, cache), length - 1)
+    order, states = length.argsort(descending=True, stable=True), []
+    rest, widths = order, length[order].tolist()
+    while widths:
+        width, count = widths[0], max(PREFILL // widths[0], 1)
+        some, rest, widths = rest[:count], rest[count:], widths[count:]
+        part, state = Cache(model.config, len(some), width, tokens.device, cache.k.dtype), None
+        whole = width <= PREFILL or width > model.switch         # longrope: beyond it all at once
+        step = width if whole else max(PREFILL // 8, 1)          # or its mask would be large
+        for i in range(0, width, step):
+            hidden = model(tokens[some, i:min(i + step, width)], part)
+            state = state_at(hidden, length[some] - 1 - i, state)
+        admit(cache, some, part, slice(None))
+        states.append(state)
+    cache.used = tokens.size(1)
+    return torch.cat(states)[order.argsort()]
+
+
+def prefill(model, tokens, length, rows, new):
+    """Read each distinct prompt once: tokens [U, T] of `length` [U]; row b continues rows[b].
+    -> the hidden state after every row's prompt [B, D], and their cache with `new` free slots."""
+    hidden, cache = read(model, tokens, length)
+    cache.spread(rows, new)
+    return hidden[rows], cache
+
+
+# === queue: ours, rows that wait for a slot, prompts that are read when they are wanted ===========
+
+
+class Queue:
+    """The rows of a request in the order in which they get a slot, and the prompts read for them.
+
+    slots: so many rows decode at once (0: all); the longest prompts are first, and a prompt's rows
+    together: it is read once, and kept until the last of them has a slot. chunk: see sarathi.
+    """
+
+    def __init__(self, models, tokens, length, rows, new, make=Cache, slots=0, chunk=0):
+        check_slots(models, length, make, slots, chunk)
+        which, rows = rows.unique(return_inverse=True)         # of a part of the rows, its prompts
+        self.slots, self.order = min(slots or len(rows), len(rows)), torch.arange(
+            len(rows), device=rows.device)
+        if self.slots < len(rows):
+            longest = length[which].argsort(descending=True, stable=True)
+            which, rows = which[longest], longest.argsort()[rows]
+            self.order = rows.argsort(stable=True)
+        self.models, self.make, self.new, self.chunk = models, make, new, chunk
+        self.tokens, self.length, self.prompt = tokens[which], length[which], rows
+        self.widths, self.ends = self.length.tolist(), [0, *rows.bincount().cumsum(0).tolist()]
+        self.taken = self.first = self.last = 0    # rows with a slot; prompts first:last are held
+        self.hidden, self.caches = (), ()          # … by each model
+
+    def waiting(self):
+        """How many rows have no slot yet."""
+        return len(self.order) - self.taken
+
+    def ready(self):
+        """To how many of them the prompts that are held belong."""
+        return self.ends[self.last] - self.taken
+
+    def upcoming(self, count):
+        """The next prompts, tokens [U, T] and length [U]."""
+        some = slice(self.last, self.last + count)
+        return self.tokens[some, :max(self.widths[some])], self.length[some]
+
+    def hold(self, hidden, caches):
+        """Each model's states after the next prompts [U, D], and their caches."""
+        self.hidden, self.caches = hidden, caches
+        self.first, self.last = self.last, self.last + len(hidden[0])
+
+    def take(self, n):
+        """The next rows, n at most: their numbers, each model's states after their prompts [n, D],
+        and the row of its cache in `caches` that each continues."""
+        if not self.ready():
+            prompts = self.upcoming(bisect_left(self.ends, self.taken + n) - self.last)
+            self.hold(*zip(*(read(m, *prompts, self.make) for m in self.models)))
+        rows = self.order[self.taken:self.taken + min(n, self.ready())]
+        self.taken += len(rows)
+        which = self.prompt[rows] - self.first
+        return rows, [h[which] for h in self.hidden], which
+
+    def start(self):
+        """The first rows, each model's states and caches, which have room for them alone."""
+        rows, hidden, which = self.take(self.slots)
+        caches = [*map(copy.copy, self.caches)] if self.ready() else self.caches
+        for cache in caches:
+            cache.spread(which, self.new)
+            if self.waiting():                     # rows will begin and end at any length
+                cache.static, cache.used = True, cache.used + self.new - 1
+        return rows, hidden, caches
+
+
+# === batch: ours, the rows that decode, and what all rows have drawn ==============================
 
 
 class Batch:
-    """The n of B rows that still decode (row, token, done [n]), and what all drew (out, logp
-    [B, new]).
+    """The n rows that decode: which of all (row [n]), their tokens so far (i), the last one
+    (token), whether they have ended (done). out, logp [B, new + 1]: what all have drawn, and behind
+    it what they draw beyond their end.
 
     A step works in place and asks the device for nothing: a CUDA graph can hold it.
     """
 
-    def __init__(self, models, caches, u, stop, choose):
-        self.models, self.caches, self.choose = models, caches, choose
-        self.u, self.stop, device = u, stop, u.device
-        self.out, self.logp = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)
-        self.row = torch.arange(len(u), device=device)
-        self.token = torch.zeros_like(self.row)
-        self.done = torch.zeros_like(self.row, dtype=torch.bool)
-        self.i = torch.zeros(1, dtype=torch.long, device=device)
+    def __init__(self, queue, u, stop, choose):
+        self.queue, self.models, self.choose = queue, queue.models, choose
+        self.u, self.stop, self.new = F.pad(u, (0, 1)), stop, u.size(1)
+        self.out, self.logp = torch.zeros_like(self.u, dtype=torch.long), torch.zeros_like(self.u)
+        self.row, hidden, self.caches = queue.start()
+        self.token, self.i = torch.zeros_like(self.row), torch.zeros_like(self.row)
+        self.done, self.left = torch.zeros_like(self.row, dtype=torch.bool), self.new - 1
+        self.emit(hidden)
 
-    def emit(self, hidden):
-        """Pick each row's i-th token from the models' states [n, D], and note it."""
-        place = self.row, self.i
+    def emit(self, hidden, at=slice(None)):
+        """Pick the next token of the rows in slots `at` from the models' states, and note it."""
+        place = self.row[at], self.i[at]
         logits = [m.logits(h) for m, h in zip(self.models, hidden)]                   # [n, V] each
-        self.token[:], self.logp[place] = self.choose(logits, self.u[place])
-        self.out[place] = self.token
-        self.done.logical_or_((self.token[:, None] == self.stop).any(1))
-        self.i.add_(1)
+        self.token[at], self.logp[place] = self.choose(logits, self.u[place])
+        self.out[place] = self.token[at]
+        self.i[at] = (self.i[at] + 1).clamp(max=self.new)
+        ended = (self.token[at][:, None] == self.stop).any(1) | (self.i[at] == self.new)
+        self.done[at] = self.done[at] | ended
 
     def step(self):
-        """One more token for every row that is left."""
+        """One more token for every row."""
         tokens = self.token[:, None]                                                     # [n, 1]
-        self.emit([m(tokens, cache)[:, 0] for m, cache in zip(self.models, self.caches)])
+        self.note([m(tokens, cache)[:, 0] for m, cache in zip(self.models, self.caches)])
 
-    def alive(self):
-        """How many rows have not stopped."""
+    def note(self, hidden):
+        """The models' states after a step; rows that have ended stay where they are."""
+        for cache in self.caches:
+            if cache.static:
+                cache.length.sub_(self.done.long())
+        self.emit(hidden)
+
+    def fill(self):
+        """Waiting rows get the slots of those that have ended. In place: a recorded step goes on.
+        -> how many rows decode"""
+        queue = self.queue
+        more = queue.ready if queue.chunk else queue.waiting
+        while more() and len(free := self.done.nonzero().squeeze(1)):
+            rows, hidden, which = queue.take(len(free))
+            free, self.left = free[:len(rows)], self.new - 1
+            for cache, prompts in zip(self.caches, queue.caches):
+                admit(cache, free, prompts, which)
+            self.row[free], self.i[free], self.done[free] = rows, 0, False
+            self.emit(hidden, free)
         return int((~self.done).sum())
 
     def shrink(self, n):
@@ -617,27 +816,26 @@ class Batch:
         for cache in self.caches:
             cache.keep(order)
         self.row, self.token, self.done = self.row[order], self.token[order], self.done[order]
+        self.i = self.i[order]
 
 
-def leave(models, caches, hidden, u, stop, choose):
+# === leave: ours, rows that have stopped leave, or give their slots to those that wait ============
+
+
+def leave(queue, u, stop, choose):
     """decode(), but a row that has stopped leaves at once."""
-    batch, forwards = Batch(models, caches, u, stop, choose), 0
-    if u.size(1):
-        batch.emit(hidden)
-    for _ in range(1, u.size(1)):
-        alive = batch.alive()
-        if alive == 0:
-            break
+    batch, forwards = Batch(queue, u, stop, choose), 0
+    while alive := batch.fill():
         if alive < len(batch.row):
             batch.shrink(alive)
         batch.step()
         forwards += len(batch.row)
-    return batch.out, batch.logp, forwards
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
 
 
-def can_stop(models, caches, stop):
-    """Whether any id ends a completion."""
-    return len(stop) > 0
+def can_stop(queue, stop):
+    """Whether any id ends a completion, or rows wait for one to end."""
+    return len(stop) > 0 or queue.slots < len(queue.order)
 
 
 LOOPS[leave] = can_stop
@@ -649,11 +847,12 @@ CHECK = 8                # steps of a graph between two looks at which rows have
 
 
 def graphed(model):
-    """Whether a graph can hold a step: our kernels run, and no layer asks the host (experts do)."""
+    """Whether a graph can hold a step: our kernels run, no layer asks the host (experts do), and
+    none gathers its weights from other ranks (FSDP's are DTensors)."""
     waits = any(isinstance(m, PackedLinear) and (m.act or m.kind not in kernels.PRODUCTS)
                 for m in model.modules())
     ours = model.head.is_cuda and kernels.route(model.head) == "triton"
-    return ours and not (model.config.moe or waits)
+    return ours and not (model.config.moe or waits or hasattr(model, "unshard"))
 
 
 def capture(step, device, graphs):
@@ -679,35 +878,131 @@ def capture(step, device, graphs):
     return graph.replay
 
 
-def replay(models, caches, hidden, u, stop, choose):
-    """decode() in recorded steps: rows leave when half have stopped, seen every CHECK steps."""
-    batch, (cache,), new = Batch(models, caches, u, stop, choose), caches, u.size(1)
-    if new:
-        batch.emit(hidden)
-    cache.static, cache.used = True, cache.used + new - 1
-    graphs, again, forwards = [], None, 0              # None: record it, for a batch of a new size
-    for t in range(1, new):
-        if (t - 1) % CHECK == 0:
-            alive = batch.alive()
-            if alive == 0:
-                break
-            if alive <= len(batch.row) // 2:
-                batch.shrink(alive)
-                again = None
-        if again is None:
-            again = capture(batch.step, u.device, graphs)
-        else:
-            again()
-        forwards += len(batch.row)
-    return batch.out, batch.logp, forwards
+def replay(queue, u, stop, choose):
+    """decode() in recorded steps: rows that have stopped, seen every CHECK steps, give their slots
+    to those that wait, or leave when they are half."""
+    batch, forwards = Batch(queue, u, stop, choose), 0
+    for cache in batch.caches:
+        cache.static, cache.used = True, max(queue.widths) + queue.new - 1
+    graphs, again = [], None                           # None: record it, for a batch of a new size
+    while alive := batch.fill():
+        if alive <= len(batch.row) // 2:
+            batch.shrink(alive)
+            again = None
+        for _ in range(min(CHECK, batch.left)):
+            if again is None:
+                again = capture(batch.step, u.device, graphs)
+            else:
+                again()
+            batch.left -= 1
+            forwards += len(batch.row)
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
 
 
-def can_replay(models, caches, stop):
+def can_replay(queue, stop):
     """Whether the steps can be graphs: one model, with the plain cache."""
-    return len(models) == 1 and type(caches[0]) is Cache and graphed(models[0])
+    return len(queue.models) == 1 and queue.make is Cache and graphed(queue.models[0])
 
 
 LOOPS[replay] = can_replay
+
+
+# === beside: 2308.16369, one forward of two caches: a step of rows, a chunk of prompts ============
+
+
+class Beside:
+    """A cache of n rows, each with its next token, and one of U prompts, each with its next c, as
+    the cache of a single row of n + U c tokens: so one forward does a step and reads a chunk."""
+
+    def __init__(self, rows, prompts, c):
+        self.parts, self.length, self.static = ((rows, 1), (prompts, c)), 0, True
+        self.n, self.shape = len(rows.length), (len(prompts.length), c)
+        self.used = max(rows.used + 1, prompts.used + c) - self.n - math.prod(self.shape)
+
+    def at(self, T):
+        """Positions [1, T], and where each cache puts its part."""
+        positions, at = zip(*(cache.at(t) for cache, t in self.parts))
+        return torch.cat([x.flatten() for x in positions])[None], at
+
+    def split(self, x):
+        """[1, K, T, hd] -> [n, K, 1, hd] and [U, K, c, hd]"""
+        step, chunk = x[0].transpose(0, 1).tensor_split([self.n])
+        return step[:, :, None], chunk.unflatten(0, self.shape).transpose(1, 2)
+
+    def put(self, layer, k, v, at):
+        """Each cache's part; -> keys, and values, of both."""
+        both = zip(self.parts, self.split(k), self.split(v), at)
+        return zip(*(cache.put(layer, *new) for (cache, _), *new in both))
+
+    def sees(self, T):
+        """attend's function: each part attends by itself."""
+        seen = [cache.sees(t) for cache, t in self.parts]
+
+        def attention(q, k, v, window):
+            step, chunk = (attend(*x, window).transpose(1, 2).flatten(0, 1)
+                           for x in zip(self.split(q), k, v, seen))                     # [·, H, hd]
+            return torch.cat([step, chunk]).transpose(0, 1)[None]                    # [1, H, T, hd]
+        return attention
+
+
+# === sarathi: 2308.16369, waiting prompts are read in chunks beside the rows that decode ==========
+
+
+class Chunks:
+    """The next prompts of a queue, read by steps, `chunk` tokens each: several whole prompts, or a
+    part of one."""
+
+    def __init__(self, queue):
+        count = max(queue.chunk // queue.widths[queue.last], 1)
+        self.tokens, self.length = queue.upcoming(count)                              # [U, T], [U]
+        self.at, self.step = 0, queue.chunk
+        self.states = [None] * len(queue.models)
+        self.caches = [Cache(m.config, *self.tokens.shape, self.tokens.device, precision(m))
+                       for m in queue.models]
+
+    def ride(self, batch):
+        """A step of the batch, which reads the next chunk besides."""
+        chunk = self.tokens[:, self.at:self.at + self.step]                              # [U, c]
+        tokens, hidden = torch.cat([batch.token, chunk.flatten()])[None], []
+        for i, (m, rows, prompts) in enumerate(zip(batch.models, batch.caches, self.caches)):
+            out = m(tokens, Beside(rows, prompts, chunk.size(1)))[0]                     # [T, D]
+            step, read = out.tensor_split([len(batch.token)])
+            self.states[i] = state_at(read.unflatten(0, chunk.shape), self.length - 1 - self.at,
+                                      self.states[i])
+            rows.length += 1
+            prompts.length, prompts.used = prompts.length + chunk.size(1), self.at + chunk.size(1)
+            hidden.append(step)
+        self.at += chunk.size(1)
+        batch.note(hidden)
+
+
+def sarathi(queue, u, stop, choose):
+    """leave(), but no step waits for a prompt: the next ones are read by the steps themselves."""
+    batch, coming, forwards = Batch(queue, u, stop, choose), None, 0
+    while (alive := batch.fill()) or queue.waiting():
+        if coming is None and queue.waiting() > queue.ready():
+            coming = Chunks(queue)
+        if coming and coming.at < coming.tokens.size(1):
+            coming.ride(batch)
+        else:
+            if alive < len(batch.row) and not queue.waiting():
+                batch.shrink(alive)
+            batch.step()
+        forwards += len(batch.row)
+        if coming and coming.at == coming.tokens.size(1) and not queue.ready():
+            for cache in coming.caches:
+                cache.length = coming.length
+            queue.hold(coming.states, coming.caches)
+            coming = None
+    return batch.out[:, :-1], batch.logp[:, :-1], forwards
+
+
+def can_ride(queue, stop):
+    """Whether prompts are to be read so, and any wait."""
+    return queue.chunk > 0 and queue.slots < len(queue.order)
+
+
+LOOPS[sarathi] = can_ride
 
 
 # === new: GPT-2, a model that is not trained yet ==================================================
@@ -1280,12 +1575,13 @@ class MoE(nn.Module):
         flat = x.view(-1, x.size(-1))                                                    # [N, D]
         self.router_logits = self.gate(flat)                                             # [N, E]
         weight, chosen = self.route(self.router_logits.float())                          # [N, k]
-        out = torch.zeros_like(flat)
-        for e, expert in enumerate(self.experts):
-            token, slot = (chosen == e).nonzero(as_tuple=True)                           # [n] each
-            part = expert(flat[token]) * weight[token, slot, None]                       # [n, D]
-            out = out.index_add(0, token, part.to(out.dtype))
-        return out.view_as(x)
+        order = chosen.flatten().argsort(stable=True)          # [N k], an expert's tokens together
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        every = torch.is_grad_enabled() or not len(flat)       # of no token: gradient 0, not none
+        parts = flat[order // chosen.size(1)].split(counts)                           # [n, D] each
+        out = torch.cat([f(part) for f, part in zip(self.experts, parts) if len(part) or every])
+        out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, chosen.shape)
+        return (out * weight[..., None]).to(flat.dtype).sum(1).view_as(x)                # [N, k, D]
 
 
 def load_balance_loss(model, mask=None):
@@ -1594,28 +1890,38 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     @classmethod
-    def from_lm(cls, lm, std=0.0):
+    def from_lm(cls, lm, std=0.0, share=False):
         """Copy a language model's body; the head is normal with `std` (0: the critic predicts 0 at
-        first).
+        first). share: the body is on the model's own tensors, which adapters leave as they are.
 
-        Raises UserError for packed layers, which cannot be trained.
+        Raises UserError for packed layers, which cannot be trained but by adapters.
         """
-        if any(isinstance(m, PackedLinear) for m in lm.modules()):
+        if not share and any(isinstance(m, PackedLinear) for m in lm.modules()):
             raise UserError("a checkpoint with packed layers cannot become a reward model or "
-                            "critic: start from the one that it was compressed from")
+                            "critic: train adapters on it (--peft lora), or start from the one "
+                            "that it was compressed from")
         c = lm.config
         with torch.device("meta"):           # a pad that also ends texts: save() finds another
             model = cls(replace(c, pad_token_id=-1) if c.pad_token_id in c.eos_token_id else c)
-        body = {k: v.detach().clone() for k, v in lm.state_dict().items() if "lm_head." not in k}
-        model.model.load_state_dict(body, assign=True)
+        config = model.model.config
+        model.model = (sharing if share else copy.deepcopy)(lm)
+        if not share and lm.products != "float32":             # a frozen one's: what trains is fine
+            model.model.float().products = "float32"
+        model.model.__dict__ |= dict(config=config, bias=False)
+        model.model._modules.pop("lm_head", None)
         model.score = nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.head.device)
         nn.init.normal_(model.score.weight, std=std) if std else nn.init.zeros_(model.score.weight)
-        return model.requires_grad_()
+        return model if share else model.requires_grad_()
 
-    def forward(self, tokens):
-        """[B, T] tokens -> [B, T] scores in float32, each read after its token."""
-        products = self.model(tokens).float() * self.score.weight[0].float()             # [B, T, D]
-        return products.sum(-1)                          # a sum, not a matmul: never in bfloat16
+    def forward(self, tokens, states=False):
+        """[B, T] tokens -> [B, T] scores in float32, each read after its token; or the body's
+        states [B, T, D]."""
+        hidden = self.model(tokens)                                                      # [B, T, D]
+        return hidden if states else self.read(hidden)
+
+    def read(self, hidden):
+        """The score that a state [..., D] stands for: a sum, not a matmul, so never in bfloat16."""
+        return (hidden.float() * self.score.weight[0].float()).sum(-1)
 
 
 def token_values(critic, tokens):
@@ -1843,20 +2149,10 @@ def frame(path):
     return model, files, spare, read_tokenizer(path, config, raw), raw
 
 
-def peek(path, scalar=False, option="--init"):
-    """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
-    for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
-    model = frame(base_of(checkpoint(path)))[0]
-    if isinstance(model, ScalarModel) != scalar:
-        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
-        raise UserError(f"{option} {path}: need {kind}, found a {type(model).__name__}")
-    return model.config
-
-
-def load(path, device="cpu", dtype=torch.float32, chat=False):
+def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
     """A Hugging Face folder, a PEFT adapter's, or a run folder (its newest step) -> (Transformer or
     ScalarModel, Tokenizer). chat: its turns end as its chat template ends them (ChatML, if it has
-    none).
+    none). matrices: linear layers of the blocks that are stored in this dtype keep it.
 
     Raises UserError for what frame() and attach() refuse, for NaN or infinity, a head that is not
     the embedding it should be tied to, and packed files that were changed. Of a run's checkpoint it
@@ -1866,12 +2162,16 @@ def load(path, device="cpu", dtype=torch.float32, chat=False):
     folder = base_of(path)                   # the same, but of an adapter
     try:
         model, files, spare, tokenizer, raw = frame(folder)
-        state = read_weights(folder, model, files, device, dtype)
+        state = read_weights(folder, model, files, device, dtype, matrices or dtype)
         check_packed(folder, raw)
         check_tied(folder, spare, state)
     except UserError as e:
         raise UserError(f"{e}{older_than(folder)}") from None
     model.load_state_dict(state, assign=True)
+    if any(x.dtype == matrices != dtype for x in state.values()):
+        body_of(model).products = str(matrices).removeprefix("torch.")
+    if is_classifier(path) and not isinstance(model, ScalarModel):
+        model = ScalarModel.from_lm(model, share=True)
     if folder != path:
         tokenizer = attach(model, path, raw) or tokenizer
     say_pad(model, path)
@@ -1879,6 +2179,21 @@ def load(path, device="cpu", dtype=torch.float32, chat=False):
         tokenizer.use_chat()
         model.config = with_ends(model.config, tokenizer)
     return model.requires_grad_(), tokenizer
+
+
+# === peek: Hugging Face, what is known of a folder before its weights are read ====================
+
+
+def peek(path, scalar=False, option="--init"):
+    """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
+    for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
+    path = checkpoint(path)
+    model = frame(base_of(path))[0]
+    found = ScalarModel if is_classifier(path) else type(model)
+    if (found is ScalarModel) != scalar:
+        kind = "a reward model (…ForSequenceClassification)" if scalar else "a language model"
+        raise UserError(f"{option} {path}: need {kind}, found a {found.__name__}")
+    return model.config
 
 
 # === ends: ours, the ids that end a text, and a reward model's pad, which ends none ===============
@@ -1923,8 +2238,9 @@ def with_pad(tokenizer, pad, text):
 # === weights: Hugging Face, the numbers of a checkpoint in and out ================================
 
 
-def read_weights(path, model, files, device, dtype):
-    """{our name: tensor}. UserError for NaN or infinity, and for packed codes of another type."""
+def read_weights(path, model, files, device, dtype, matrices):
+    """{our name: tensor}, in dtype, but for the blocks' layers that are stored in `matrices`.
+    UserError for NaN or infinity, and for packed codes of another type."""
     state, packed = model.state_dict(), {name for name, _ in model.named_buffers()}
     for key, names in stored_as(model, state).items():
         value = files[names[0]].get_tensor(key)
@@ -1935,7 +2251,8 @@ def read_weights(path, model, files, device, dtype):
                 raise UserError(f"{path}: packed tensor {key} is stored as {part.dtype}, "
                                 f"its format is {kind}: pack the model again")
             # a copy: a mapped file's tensors lie anywhere, a CPU's matmul rounds by alignment
-            state[name] = part.to(device, kind if name in packed else dtype, copy=True)
+            like = matrices if part.dtype == matrices and name.endswith("_proj.weight") else dtype
+            state[name] = part.to(device, kind if name in packed else like, copy=True)
             if not_finite(state[name]):
                 raise UserError(f"{path}: tensor {key} holds NaN or infinity, or overflows "
                                 f"{dtype}: copy it again")
@@ -2034,10 +2351,11 @@ def weight_of(linear):
 
 
 def leaf(linear, *shape):
-    """A trainable zero tensor on the layer's device, in its dtype (float32 for a packed layer)."""
-    dtype = torch.float32 if isinstance(linear, PackedLinear) else linear.weight.dtype
-    device = next(iter(linear.state_dict().values())).device
-    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    """A trainable zero tensor on the layer's device, in float32 or finer: a packed layer's, or a
+    frozen one's that is kept in bfloat16, is updated in float32."""
+    like = next(iter(linear.state_dict().values()))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=like.device))
 
 
 def full(model, generator):
@@ -2047,7 +2365,10 @@ def full(model, generator):
 
 def adapter_state(model):
     """{name: tensor} of what a resume needs on top of the checkpoint it starts from: the trainable
-    adapters, or all of a model whose layers only exist rounded. Empty if a checkpoint holds all."""
+    adapters, or all of a model whose layers only exist rounded. Empty if a checkpoint holds all,
+    and of no model: what shard() gives to all ranks but one."""
+    if model is None:
+        return {}
     special = [m for m in model.modules() if hasattr(m, "merged")]
     stands_in = {id(m.weight) for m in special if hasattr(m, "stored")}         # optim.StoredLinear
     if not stands_in:
@@ -2056,17 +2377,139 @@ def adapter_state(model):
             if id(x) not in stands_in}
 
 
-def merge(model):
-    """A plain copy of the model: adapters folded into their layers, stored weights read."""
-    plain = copy.deepcopy(model)
-    for parent in list(plain.modules()):
+def swapped(model, attribute, change):
+    """Put change(layer) in the place of every layer that has the attribute. In place."""
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "merged"):
-                setattr(parent, name, child.merged())
-    return plain.requires_grad_()
+            if hasattr(child, attribute):
+                setattr(parent, name, change(child))
+    return model
+
+
+def merge(model, device=None):
+    """A plain copy of the model: adapters folded into their layers, stored weights read. device:
+    where the new layers go, one by one, if not beside the others."""
+    read = [m.linear.weight for m in adapters_of(model) if isinstance(m.linear, nn.Linear)]
+    plain = copy.deepcopy(model, {id(W): W for W in read})     # no copy of what is only read here
+    for m in plain.modules():
+        if isinstance(m, Transformer):
+            m.products = "float32"
+    return swapped(plain, "merged", lambda layer: layer.merged().to(device) if device else
+                   layer.merged()).requires_grad_()
+
+
+def plain_model(model, device=None):
+    """The model with its adapters merged, in a copy; one without is itself."""
+    return merge(model, device) if adapters_of(model) else model
 
 
 PEFT = dict(full=full)                   # what is trained: (model, generator) -> model
+ADAPTERS = []                            # those that leave the model as it was: see trained
+
+
+# === trained: ours, the model that a run trains, its reference, and its checkpoints ===============
+
+
+def adapters_of(model):
+    """A model's layers that add to a frozen one, their `linear`."""
+    return [m for m in model.modules() if hasattr(m, "merged") and hasattr(m, "linear")]
+
+
+def sharing(model):
+    """A copy of the model without a copy of any tensor: what one is taught, the other knows."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+
+
+def load_frozen(path, c):
+    """load() what does not train: layers that are stored in the dtype of the products keep it, as
+    autocast would round them to it on every call."""
+    thrifty = c.dtype == "bfloat16" and ranks() == 1           # FSDP2 wants one dtype a block
+    model, tok = load(path, c.device, chat=c.chat, matrices=torch.bfloat16 if thrifty else None)
+    return model.requires_grad_(False), tok
+
+
+def open_trained(c, peft, origin, last=None, adapter=()):
+    """The model that a run trains, and its tokenizer: the checkpoint `origin` and what --peft adds.
+    On a resume: last, its newest checkpoint, and the adapter_state() that was saved with it."""
+    if c.peft in ADAPTERS:
+        model, tok = load_frozen(origin, c)
+    else:
+        model, tok = load(last if last and not adapter else origin, c.device, chat=c.chat)
+    return with_peft(model, c, peft, adapter), tok
+
+
+def reference(policy, c, origin):
+    """The model that the policy started from, frozen. Of adapters it is their base, on the same
+    tensors: one copy of the weights is both. Of a policy that trains whole it is another copy."""
+    if not adapters_of(policy):
+        return load_frozen(origin, c)[0]
+    return swapped(sharing(policy), "linear", lambda layer: layer.linear)
+
+
+def with_peft(model, c, peft, adapter=(), apart=0):
+    """What --peft makes of a model, with the saved adapter; a scalar model's head always trains.
+    apart: of two models with one seed the second's draws are others."""
+    body = model.model if isinstance(model, ScalarModel) else model
+    peft(body, torch.Generator().manual_seed(c.seed + apart))
+    model.load_state_dict(dict(adapter), strict=False)
+    return recomputing(model, c.recompute)
+
+
+def recomputing(model, recompute):
+    """The model, all of whose transformers make activations again in the backward pass, or do not.
+    In place."""
+    for m in model.modules():
+        if isinstance(m, Transformer):
+            m.recompute = recompute
+    return model
+
+
+def snapshot(model):
+    """A copy of what trains in a model, as it is now, on the same tensors of what does not."""
+    fixed = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    return copy.deepcopy(model, {id(x): x for x in fixed}).requires_grad_(False)
+
+
+# === trained_folder: ours, what a run that trains leaves behind ===================================
+
+
+def save_trained(model, tokenizer, path, c, origin):
+    """Write what a run trains as a Hugging Face folder: whole, its adapters merged, and if it is a
+    LoRA of a checkpoint its adapter's folder in it. With --merge false the adapter's folder
+    alone."""
+    lora = c.peft == "lora" and origin and not model.config.moe  # peft has no adapters of experts
+    lora = lora and not is_adapter(origin)                       # nor of adapters
+    if not (c.merge or lora):
+        raise UserError("--merge false: this model's adapters have no PEFT folder (experts, or an "
+                        "adapter's on another); leave --merge at true")
+    if c.merge:
+        save(plain_model(model, "cpu"), tokenizer, path)   # no room for it on a full GPU
+    if lora:
+        save_adapter(model, path / "adapter" if c.merge else path, origin)
+    if not c.merge:
+        tokenizer.save(path)
+
+
+def is_adapter(path):
+    """Whether a checkpoint is an adapter's folder."""
+    return base_of(checkpoint(path)) != checkpoint(path)
+
+
+def adapter_readers(c):
+    """{field: (whether this run reads it, what does)} of the fields that adapters read."""
+    return dict(merge=(c.peft in ADAPTERS, "--peft lora"))
+
+
+def check_adapters(c, origin):
+    """UserError for --merge false where no PEFT folder can hold what is trained."""
+    if c.merge or c.peft not in ADAPTERS:
+        return
+    if c.peft != "lora" or not origin:
+        raise UserError(f"--merge false --peft {c.peft}: PEFT folders hold a LoRA of a checkpoint; "
+                        "leave --merge at true")
+    if not origin.startswith("base:") and (peek(origin).moe or is_adapter(origin)):
+        raise UserError("--merge false: PEFT folders hold no adapters of experts or of adapters; "
+                        "leave --merge at true")
 
 
 # === lora: 2106.09685, 2305.14314, a low-rank update beside frozen layers =========================
@@ -2106,6 +2549,7 @@ def lora(model, generator, *, rank: Count = 8, alpha=0.0):
 
 
 PEFT["lora"] = lora
+ADAPTERS += ["lora"]
 
 
 # === adapter_config: Hugging Face's peft, what an adapter was made for, and how ===================
@@ -2115,7 +2559,7 @@ READ = set("""peft_type task_type auto_mapping base_model_name_or_path revision 
     target_modules exclude_modules lora_alpha lora_dropout bias use_rslora modules_to_save
     init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern peft_version
     megatron_core qalora_group_size ensure_weight_tying""".split())
-MADE_AS = dict(peft_type=("LORA",), task_type=("CAUSAL_LM", None), bias=("none", None),
+MADE_AS = dict(peft_type=("LORA",), task_type=("CAUSAL_LM", "SEQ_CLS", None), bias=("none", None),
                init_lora_weights=(True, False, None, "gaussian", "orthogonal", "eva"))
 
 
@@ -2133,6 +2577,12 @@ def base_of(path):
             return checkpoint(folder)
     raise UserError(f"{where}: base_model_name_or_path is {name!r}, and no checkpoint is there or "
                     f"beside the adapter: write the path of its base model there")
+
+
+def is_classifier(path):
+    """Whether a folder is an adapter with a head to one number, which its base need not have."""
+    where = path / ADAPTER[0]
+    return where.exists() and read_json(where).get("task_type") == "SEQ_CLS"
 
 
 def check_adapter(d, where):
@@ -2198,8 +2648,9 @@ def attach(model, path, raw):
 def save_adapter(model, path, base):
     """Write a model's live LoRA layers as a folder that peft opens on the checkpoint `base`."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
-    path.mkdir()
-    tensors = {}
+    path.mkdir(exist_ok=True)
+    scalar = isinstance(model, ScalarModel)
+    tensors = {"base_model.model.score.weight": model.score.weight.detach().cpu()} if scalar else {}
     for name, layer in layers.items():
         key = "base_model.model." + hf_name(name + ".", model.config)
         tensors |= {f"{key}lora_{x}.weight": getattr(layer, x).detach().cpu() for x in "AB"}
@@ -2208,6 +2659,8 @@ def save_adapter(model, path, base):
     d = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=rank * scale, bias="none",
              base_model_name_or_path=str(checkpoint(base).resolve()), inference_mode=True,
              target_modules=sorted({name.rpartition(".")[2] for name in layers}))
+    if scalar:
+        d |= dict(task_type="SEQ_CLS", modules_to_save=["score"])
     (path / ADAPTER[0]).write_text(json.dumps(d, indent=2))
 
 
@@ -2242,6 +2695,7 @@ def bone(model, generator, *, rank: Count = 64):
 
 
 PEFT["bone"] = bone
+ADAPTERS += ["bone"]
 
 
 # === bat: 2409.15371, block affine changes guided by the weights ==================================
@@ -2262,7 +2716,7 @@ class Bat(nn.Module):
 
     def weight(self):
         """W + its change [F, D]."""
-        W, R = weight_of(self.linear), self.M.size(1)
+        W, R = weight_of(self.linear).to(self.M.dtype), self.M.size(1)
         blocks = W.unflatten(1, (-1, R)).unflatten(0, (-1, R)).transpose(1, 2)    # [F/R, D/R, R, R]
         blocks = blocks + blocks @ self.M[:, None] + self.M[:, None]
         return blocks.transpose(1, 2).reshape(W.shape)
@@ -2282,6 +2736,7 @@ def bat(model, generator, *, rank: Count = 32):
 
 
 PEFT["bat"] = bat
+ADAPTERS += ["bat"]
 
 
 # === hft: 2404.18466, half fine-tuning: each round freezes half of every layer ====================
@@ -2325,22 +2780,32 @@ def autocast(device, dtype):
     return torch.autocast(str(device).split(":")[0], torch.bfloat16)
 
 
+def on_meta(x):
+    """A parameter or buffer without its numbers."""
+    empty = x.detach().to("meta")
+    return nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
+
+
 def shard(model, dtype="float32"):
-    """Spread a Transformer over torchrun's ranks with FSDP2, in place: each keeps 1/P of every
+    """Spread a model over torchrun's ranks with FSDP2, in place: each keeps 1/P of every
     parameter's rows and gathers a block's when it is needed (ZeRO-3). dtype bfloat16: gathered and
     computed in it, gradients reduced in float32. -> whole(), a collective call: the unsharded model
-    on rank 0, else None.
+    on rank 0, else None. On one rank: the model itself, as it is.
     """
+    if ranks() == 1:
+        return lambda: model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # the final norm's output is a view, and nothing works on it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(model.head.device.type, (dist.get_world_size(),))
-    frame = copy.deepcopy(model).to("meta")
+    body = model.model if isinstance(model, ScalarModel) else model
+    mesh = init_device_mesh(body.head.device.type, (dist.get_world_size(),))
+    tensors = [*model.parameters(), *model.buffers()]
+    frame = copy.deepcopy(model, {id(x): on_meta(x) for x in tensors})    # without a copy of any
     policy = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
               if dtype == "bfloat16" else MixedPrecisionPolicy())
-    for block in model.layers:
+    for block in body.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # the embedding, a tied head and the last norm
 
@@ -2356,23 +2821,366 @@ def shard(model, dtype="float32"):
     return whole
 
 
-# === many_rows: ours, what a model says of many rows, a few at a time; rollouts joined, or part =
+# === spread: ours, what a step computes, row by row, over torchrun's ranks ========================
+# Every rank has the whole step's rows and makes the same draws. What is dear, a model's passes,
+# each rank makes of its share of the rows, and what they come to is gathered on all.
+
+
+@contextmanager
+def gathered(*models):
+    """Sharded models whole on every rank for a while: then ranks may make passes of different
+    number and length without waiting for each other."""
+    parts = [m for model in models for m in model.modules() if hasattr(m, "unshard")]
+    blocks = [m for m in parts if isinstance(m, Block)]
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    yield
+    for m in parts:
+        m.set_reshard_after_forward(m in blocks, recurse=False)
+        m.reshard()
+
+
+def own_rows(n):
+    """The numbers of this rank's share of n rows; all ranks have as many, the last row may stand
+    there more than once."""
+    size = -(-n // ranks())
+    return torch.arange(rank() * size, (rank() + 1) * size).clamp(max=n - 1)
+
+
+def from_ranks(x, n):
+    """The first n of all ranks' rows, in order, of what each has of own_rows(n).   [size, …]"""
+    if ranks() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)[:n]
 
 
 @torch.no_grad()
+def spread(says, c, *rows, models=()):
+    """says() of these rows, c.micro at once, at the run's precision, over the ranks; models: those
+    that it asks.   tensors [N, …] -> [N, …]"""
+    mine = own_rows(len(rows[0]))
+    parts = zip(*(x[mine.to(x.device)].split(c.micro) for x in rows))
+    with autocast(c.device, c.dtype), gathered(*models):
+        return from_ranks(torch.cat([says(*part) for part in parts]), len(rows[0]))
+
+
 def logprobs(model, tokens, mask, c, temperature=0.0):
-    """token_logprobs, c.micro rows at once, at the run's precision and temperature.   [N, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([
-            token_logprobs(model, t, m, temperature=temperature or c.temperature)
-            for t, m in zip(tokens.split(c.micro), mask.split(c.micro))])
+    """token_logprobs of many rows, at the run's temperature.   [N, T]"""
+    def says(tokens, mask):
+        return token_logprobs(model, tokens, mask, temperature=temperature or c.temperature)
+    return spread(says, c, tokens, mask, models=[model])
 
 
-@torch.no_grad()
+def sequence_scores(reward_model, tokens, length, c):
+    """sequence_score of many rows.   [N]"""
+    return spread(partial(sequence_score, reward_model), c, tokens, length, models=[reward_model])
+
+
 def critic_values(critic, tokens, mask, c):
-    """token_values, c.micro rows at once, at the run's precision; 0 outside the mask.   [N, T]"""
-    with autocast(c.device, c.dtype):
-        return torch.cat([token_values(critic, t) for t in tokens.split(c.micro)]) * mask
+    """token_values of many rows; 0 outside the mask.   [N, T]"""
+    return spread(partial(token_values, critic), c, tokens, models=[critic]) * mask
+
+
+# === passes: ours, a step's rows and numbers, parted among torchrun's ranks and put together ======
+
+
+def own_part(rows):
+    """This rank's share of a list of rows."""
+    size = -(-len(rows) // ranks())
+    return rows[rank() * size:(rank() + 1) * size]
+
+
+def all_parts(rows):
+    """What every rank has of its own_part(), as one list."""
+    if ranks() == 1:
+        return rows
+    boxes = [None] * ranks()
+    dist.all_gather_object(boxes, rows)
+    return [row for box in boxes for row in box]
+
+
+def passes(rows, micro):
+    """This rank's share of a step's rows [n], at most `micro` a pass: yields (rows, weight), on
+    every rank as often, as their gradients meet after each. The weight is the number of ranks, over
+    which FSDP2 averages; 0 for a pass that only keeps step with the others."""
+    share = rows[rank()::ranks()]
+    count = -(-(-(-len(rows) // ranks())) // micro)
+    own = share.split(micro) if len(share) else ()
+    for i, part in enumerate([*own, *[rows[:1]] * count][:count]):
+        yield part, ranks() * (i * micro < len(share))
+
+
+def clip_gradients(model, most):
+    """Scale the gradients to a norm of at most `most` over all ranks; -> their norm before."""
+    norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def summed(metrics, largest=()):
+    """Each number's sum over the ranks, of `largest` the largest."""
+    boxes = all_parts([dict(metrics)])
+    keys = dict.fromkeys(key for box in boxes for key in box)
+    out = {}
+    for key in keys:
+        values = [box.get(key, 0.0) for box in boxes]
+        out[key] = max(values) if key in largest else sum(values)
+    return out
+
+
+# === memory: ours, bytes of tensors, and of what a training pass keeps for its backward ===========
+
+def bytes_of(tensors):
+    """Bytes on this rank; of tensors that share their memory once."""
+    here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]      # FSDP's
+    storages = [x.untyped_storage() for x in here]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def body_of(model):
+    """The transformer of a language model, or of a scalar one."""
+    return model.model if isinstance(model, ScalarModel) else model
+
+
+def kept(model, tokens):
+    """Bytes that a pass of tokens [B, T] keeps for its backward, but for the model's own tensors:
+    [before the first block, a block, between it and the next, …, after the last]"""
+    own = (x.to_local() if hasattr(x, "to_local") else x
+           for x in (*model.parameters(), *model.buffers()))
+    seen, sizes = {x.untyped_storage().data_ptr() for x in own}, [0]
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes[-1] += storage.nbytes()
+        return x
+
+    def turn(*_):
+        sizes.append(0)
+    hooks = [hook for block in body_of(model).layers for hook in (
+        block.register_forward_pre_hook(turn), block.register_forward_hook(turn))]
+    says = model if isinstance(model, ScalarModel) else partial(token_logprobs, model)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = says(tokens)                   # lives to the end: so no memory is seen twice
+    for hook in hooks:
+        hook.remove()
+    del out
+    return sizes
+
+
+def growth(model, c):
+    """What a pass keeps however long, and of a token: kept() of two short rows, a number a part.
+    Draws nothing from the run's generators."""
+    body, V = body_of(model), model.config.vocab_size
+    recompute, body.recompute = body.recompute, False
+    few, more = (min(T, model.config.max_position_embeddings // n) for T, n in ((16, 2), (48, 1)))
+    with torch.random.fork_rng(devices=[]), autocast(c.device, c.dtype):
+        small, large = (kept(model, torch.arange(T, device=body.head.device)[None] % V)
+                        for T in (few, more))
+    body.recompute = recompute
+    for part in [m for m in model.modules() if hasattr(m, "reshard")]:           # FSDP's
+        part.reshard()
+    each = [(b - a) / (more - few) for a, b in zip(small, large)]
+    return [a - few * x for a, x in zip(small, each)], each
+
+
+def activations(model, measured, rows, width, recompute, dtype="float32"):
+    """Bytes at the peak of a training pass of rows x width tokens: what is kept, by growth(), half
+    a block again, for gradients on their way, and a chunk of the head's logits."""
+    tokens, config = rows * width, model.config
+    parts = [a * (ranks() == 1) + x * tokens for a, x in zip(*measured)]      # FSDP's are weights
+    blocks = [x + 4 * width ** 2 * (0 < block.self_attn.window < width)        # a mask of its own
+              for x, block in zip(parts[1::2], body_of(model).layers)]
+    inputs = tokens * config.hidden_size * body_of(model).head.element_size()
+    held = len(blocks) * inputs + max(blocks) if recompute else sum(blocks)
+    packed = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")]
+    return (sum(parts[::2]) + held + max(blocks) / 2 + head_scratch(model, tokens, dtype)
+            + 8 * max(packed, default=0))
+
+
+def head_scratch(model, tokens, dtype="float32"):
+    """Bytes of what the head's log-probs of so many tokens work in: see kernels.chunks."""
+    if isinstance(model, ScalarModel):
+        return 0
+    (V, D), path = model.head.shape, kernels.route(model.head)
+    rows = tokens if path == "torch" else min(tokens, kernels.slices(tokens, V, path)[0].stop)
+    size = 2 if dtype == "bfloat16" else model.head.element_size()
+    again = dict(torch=3 * 4, cpu=4 * (size < 4), triton=0)[path]     # beside them, in float32
+    return rows * V * (size + again) + V * D * size * (size < model.head.element_size())
+
+
+# === beside: ours, what samples, checkpoints and several ranks hold beside a step =================
+
+
+def gathered_bytes(model, blocks=None):
+    """Bytes of what FSDP gathers on each of several ranks: of the model's embedding, and so many of
+    its blocks at once (None: all, as gathered() does)."""
+    def size(module):
+        return 4 * sum(p.numel() for p in module.parameters())
+    body = body_of(model)
+    sizes = sorted(map(size, body.layers))[-blocks if blocks else None:]
+    return (sum(sizes) + size(body.embed_tokens)) * (ranks() > 1)
+
+
+def cache_bytes(config, rows, slots, size):
+    """Keys and values of so many rows and slots, of `size` bytes a number."""
+    numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * numbers * rows * slots * size
+
+
+def sampling_bytes(model, work, dtype):
+    """The cache, and in float32 and float64 the logits that a token is drawn from."""
+    size = 2 if dtype == "bfloat16" else body_of(model).head.element_size()
+    return (gathered_bytes(model) + cache_bytes(model.config, work.sampled, work.slots, size)
+            + work.sampled * model.config.vocab_size * 20)
+
+
+def merged_bytes(model, c):
+    """What a merge() for a checkpoint holds, on the CPU: whole layers, and copies of the rest."""
+    layers = [m.linear for m in adapters_of(model)]
+    read = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
+    rest = bytes_of(x for x in (*model.parameters(), *model.buffers()) if id(x) not in read)
+    whole = 4 * sum(layer.in_features * layer.out_features for layer in layers)
+    return (whole + rest) * (c.merge and c.device == "cpu" and whole > 0)
+
+
+# === forecast: ours, what a run will hold at its peak, by part ====================================
+
+
+class Work(NamedTuple):
+    """What a run does at once: its micro-batch, and the samples that it draws."""
+    micro: int                   # --micro
+    width: int                   # tokens of the longest row
+    step: int                    # rows, or pairs, of an optimizer step on all ranks
+    sides: int = 1               # sequences that one of them has
+    group: int = 1               # that are never parted
+    sampled: int = 0             # rows that are sampled at once
+    slots: int = 0               # tokens of the longest of these, its prompt with them
+    knob: str = ""               # the option that says how many are sampled
+    recompute: bool = False
+
+    def share(self):
+        """A rank's rows, or pairs, of a step."""
+        return -(-self.step // ranks())
+
+    def rows(self):
+        """Sequences of the largest forward pass."""
+        most = min(self.micro, self.share()) // self.group * self.group
+        return max(self.group, most) * self.sides
+
+    def once(self):
+        """Whether one pass has all of a step's rows."""
+        return self.rows() >= self.share() * self.sides
+
+
+def forecast(work, trained, frozen, measured, state, held, dtype, merged=0):
+    """{part: bytes} of a run at its peak on this rank.
+
+    trained, frozen: models, which may share tensors; measured: growth() of each that trains; state:
+    bytes of the optimisers'; held: bytes that the process holds now, the models' with them; merged:
+    of what is saved.
+    """
+    weights = bytes_of(x for m in (*trained, *frozen) for x in (*m.parameters(), *m.buffers()))
+    passes = [activations(m, x, work.rows(), work.width, work.recompute, dtype)
+              + gathered_bytes(m, 2) for m, x in zip(trained, measured)]
+    gradients = bytes_of(p for m in trained for p in m.parameters() if p.requires_grad)
+    if work.once() and len(trained) == 1:    # they come as the activations go, the head's first
+        first = bytes_of(p for p in [body_of(trained[0]).head] if p.requires_grad)
+        gradients = max(first, gradients - passes[0])
+    return dict(process=max(0, held - weights), weights=weights, optimiser=state,
+                gradients=gradients, activations=max(passes),
+                cache=sampling_bytes(trained[0], work, dtype) if work.sampled else 0,
+                merged=merged)
+
+
+def peak_of(parts):
+    """The most at once: gradients and activations live while a step is made, the cache while
+    samples are, merged layers while a checkpoint is."""
+    return (parts["process"] + parts["weights"] + parts["optimiser"]
+            + max(parts["gradients"] + parts["activations"], parts["cache"], parts["merged"]))
+
+
+# === remedies: ours, whether a run fits its device, and which settings make it fit ================
+
+
+def with_lora(parts, trained, frozen, rank=8):
+    """forecast()'s parts, were adapters of this rank all that trains: copies of one checkpoint are
+    one then."""
+    policy, *others = trained
+    layers = [m for m in policy.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+    size = 4 * rank * sum(m.in_features + m.out_features for m in layers) * len(trained)
+    shape = body_of(policy).config.hidden_size, len(body_of(policy).layers)
+    copies = [m for m in (*others, *frozen)
+              if shape == (m.config.hidden_size, len(body_of(m).layers))]
+    spare = bytes_of(x for m in copies for x in m.parameters())
+    return parts | dict(weights=parts["weights"] - spare + size, gradients=size, optimiser=2 * size)
+
+
+def remedies(c, work, foretell, adapted, room):
+    """[(option, peak bytes)] of what holds less, each setting alone; of --micro and of how many are
+    sampled the largest that fits, and half where the run itself does.
+    foretell(work) -> parts; adapted(parts) -> those of a LoRA"""
+    parts, out = foretell(work), []
+    peak = peak_of(parts)
+    largest = partial(largest_fitting, foretell, work, room)
+    if parts["cache"] > parts["gradients"] + parts["activations"]:
+        n = largest("sampled", 1, work.sampled if peak > room else work.sampled // 2 + 1)
+        size = peak_of(foretell(work._replace(sampled=n)))
+        return [(f"{n / work.sampled:.0%} of {work.knob}", size)]
+    if (now := min(work.micro, work.share())) > work.group:
+        n = largest("micro", work.group, now if peak > room else now // 2 + 1)
+        out += [(f"--micro {n}", peak_of(foretell(work._replace(micro=n))))]
+    if not c.recompute:
+        out += [("--recompute true", peak_of(foretell(work._replace(recompute=True))))]
+    if c.peft == "full":
+        out += [("--peft lora", peak_of(adapted(parts)))]
+    return [(option, size) for option, size in out if size < 0.95 * peak] or out
+
+
+def largest_fitting(foretell, work, room, field, least, now):
+    """The largest of a field, a multiple of `least` below `now`, whose peak fits; else least."""
+    low, high = 1, (now - 1) // least        # a larger one holds more
+    while low < high:
+        n = (low + high + 1) // 2
+        fits = peak_of(foretell(work._replace(**{field: n * least}))) <= room
+        low, high = (n, high) if fits else (low, n - 1)
+    return low * least
+
+
+def foresee(run, c, work, trained, frozen=(), state=0):
+    """Say before step 0 what the run will hold at its peak, and if it does not fit, what would;
+    what cli() answers where memory runs out all the same. state: bytes of the optimisers'."""
+    run.expect_large(bytes_of(x for m in trained for x in m.state_dict().values()))
+    measured = [growth(m, c) for m in trained]     # first: libraries make room for themselves
+    held, room = run.memory()
+    foretell = partial(forecast, trained=trained, frozen=frozen, measured=measured, state=state,
+                       held=held, dtype=c.dtype, merged=merged_bytes(trained[0], c))
+    parts = foretell(work)
+    peak = peak_of(parts)
+    found = remedies(c, work, foretell, partial(with_lora, trained=trained, frozen=frozen), room)
+    words = ", ".join(f"{option} needs about {size / 1e9:.2f} GB" for option, size in found)
+    there = f", of {room / 1e9:.1f} GB" * (room < math.inf)
+    run.outlook(peak, f"--micro {c.micro}{there}", words)
+    run.say(f"  memory: {in_words(parts)} = {peak / 1e9:.2f} GB at the peak{there}"
+            + f"\n  WARNING: that may not fit: {words or 'take a smaller model'}" * (peak > room))
+
+
+def in_words(parts):
+    """forecast()'s parts as a sum, in GB; of those that are never there together the smaller in
+    brackets."""
+    size = {k: f"{k} {x / 1e9:.2f}" for k, x in parts.items()}
+    apart = {f"{size['gradients']} + {size['activations']}":
+             parts["gradients"] + parts["activations"]}
+    apart |= {size[k]: parts[k] for k in ("cache", "merged") if parts[k]}
+    first, *others = sorted(apart, key=apart.get, reverse=True)
+    always = [size[k] for k in ("process", "weights", "optimiser")]
+    return " + ".join([*always, first]) + "".join(f" (or {words})" for words in others)
+
+
+# === many_rows: ours, rollouts joined, or part ====================================================
 
 
 def rows_of(roll, where):
@@ -2410,7 +3218,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, g
                         f"{model.config.max_position_embeddings}: shorten it")
     device = model.head.device
     cache = Cache(model.config, 1, len(prompt) + min(room, max_new_tokens), device,
-                  model.head.dtype)
+                  precision(model))
     text = list(prompt)
     token = torch.tensor([text], device=device)                                          # [1, T]
     seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)         # [V]

@@ -463,6 +463,27 @@ def cosine(step, steps, warmup=0, *, floor: Share = 0.05):
 SCHEDULES = dict(constant=constant, linear=linear, cosine=cosine)
 
 
+# === state: ours, how large an optimiser's state will be, told before its first step ==============
+
+
+def state_bytes(opt):
+    """Bytes of the state that this rank will keep: each rule is asked for two directions of
+    gradients without numbers; one that must see them counts as adamw."""
+    total = 0
+    for stack in getattr(opt, "stacks", ()):                         # torch's SGD keeps nothing
+        g = torch.empty(len(stack.units), *stack.units[0].shape, device="meta")
+        state, rule = {}, stack.group["rule"]
+        numbers = {k: g if k == "W" else ARGUMENTS[k](opt, stack) for k in needs(rule)[2:]}
+        try:
+            for state["t"] in (1, 2):
+                rule(g, state, **numbers)
+            kept = sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+            total += kept // stack.ranks.size
+        except (NotImplementedError, RuntimeError):
+            total += 2 * g.nbytes // stack.ranks.size
+    return total
+
+
 # === muon: 2502.16982, the momentum's polar factor, for matrices inside the blocks only ===========
 
 

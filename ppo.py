@@ -19,7 +19,6 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
          ood_reward are without that rule. work is the share of rows x longest completion that
          decoding computed: finished rows leave.
 """
-import copy
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +26,19 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
-from torch.nn.utils import clip_grad_norm_
 
 import kernels
 import sft
 from data import tasks
 from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, checkpoint, cli, launch, needs, report)
+                      check_first_ratio, checkpoint, cli, launch, needs, report, start_ranks)
 from data.stats import explained_variance, rank_correlation
-from model import (ScalarModel, Transformer, autocast, critic_values, generate, load, logprobs,
-                   masked_whiten, peek, rows_of, save, sequence_score, token_logprobs, token_values)
-from optim import linear, optimiser, set_lr
+from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
+                   autocast, check_adapters, clip_gradients, critic_values, foresee, generate, load,
+                   load_frozen, logprobs, masked_whiten, open_trained, passes, peek, plain_model,
+                   recomputing, reference, rows_of, save, save_trained, sequence_scores, shard,
+                   summed, token_logprobs, token_values, with_peft)
+from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -62,6 +63,7 @@ class Config(Training):
     batch: Count = 64            # completions per optimizer step
     lr: Positive = 2e-4          # policy's learning rate, falling linearly to 0
     critic_lr: Positive = 5e-4   # critic's
+    share_trunk: bool = True     # with --peft: the critic is adapters on the policy's frozen base
     entropy: float = 0.0         # coefficient of an entropy bonus
     temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
@@ -212,7 +214,7 @@ DECODERS = dict(sample=sample)
 AXES = dict(reward=REWARDS, advantage=ADVANTAGES, surrogate=SURROGATES, eos=EOS, decode=DECODERS,
             controller=CONTROLLERS, regulariser=REGULARISERS,
             shaping=dict(shaping=token_rewards), value=dict(value=value_loss),
-            kernels=kernels.MODES)
+            peft=PEFT, kernels=kernels.MODES)
 
 
 def quality(task, problems, roll, tok):
@@ -251,33 +253,23 @@ def score_of(models, task, problems, tok, c, f, roll):
     return scored(models, roll, quality(task, problems, roll, tok), c, f)
 
 
-def open_frozen(path, option, kind, c):
-    """A checkpoint that does not learn, and its tokenizer; UserError for another kind of model."""
-    model, tok = load(path, c.device, chat=c.chat)
-    if not isinstance(model, kind):
-        raise UserError(f"--{option} {path}: need a {kind.__name__}, found {type(model).__name__}")
-    return model.requires_grad_(False), tok
-
-
-def open_models(c, f, init, base, resume_from):
+def open_models(c, f, init, base, run):
     """Policy, critic, tokenizer, and {name: frozen model} that the reward and the KL penalty read.
 
     The critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
     (ours).
     """
-    ref, tok = open_frozen(init, "init", Transformer, c)
+    adapter, own = ((run.state or {}).get(name, {}) for name in ("adapter", "critic"))
+    policy, tok = open_trained(c, f.peft, init, run.last, adapter)
+    ref = reference(policy, c, init)
     models = dict(ref=ref, bias=0.0)
-    for option, kind in wanted(f).items():
+    for option in wanted(f):
         path = base if option == "base" else getattr(c, option)
-        models[option], other = open_frozen(path, option, kind, c)
+        models[option], other = load_frozen(path, c)
         if other.tokens != tok.tokens:
             raise UserError(f"--{option} {path} and --init {init} have different tokenizers: "
                             "both must score the same ids")
-    if resume_from:
-        policy, critic = load(resume_from, c.device)[0], load(resume_from / "critic", c.device)[0]
-    else:
-        policy, critic = copy.deepcopy(ref).requires_grad_(), ScalarModel.from_lm(ref)
-    return policy, critic, tok, models
+    return policy, open_critic(c, f, ref, run.last, own), tok, models
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -320,7 +312,7 @@ def backward(policy, critic, batch, rows, c, f):
     """
     metrics = dict(loss=0.0, ratio=0.0, off=0.0, clipped=0.0, entropy=0.0, worst=0.0)
     n = batch["mask"][rows].sum()
-    for part in rows.split(c.micro):
+    for part, weight in passes(rows, c.micro):
         width = int(batch["length"][part].max())                            # cut the common padding
         b = SimpleNamespace(**{k: x[part, :width] for k, x in batch.items() if x.dim() == 2})
         with autocast(c.device, c.dtype):
@@ -330,11 +322,14 @@ def backward(policy, critic, batch, rows, c, f):
         more = f.regulariser(**{name: known[name] for name in needs(f.regulariser)})     # [b, T]
         more = more - c.entropy * entropy if c.entropy else more
         loss = ((f.surrogate(logp, b.old_logp, b.adv) + more) * b.mask).sum() / n
-        loss.backward()
+        (loss * weight).backward()
         if "returns" in batch:
             with autocast(c.device, c.dtype):
                 values = token_values(critic, b.tokens)                                  # [b, T]
-            ((f.value(values, b.old_values, b.returns) * b.mask).sum() / n).backward()
+            value = (f.value(values, b.old_values, b.returns) * b.mask).sum() / n
+            (value * weight).backward()
+        if not weight:
+            continue
         ratio = (logp.detach() - b.old_logp).clamp(-20, 20).exp()                        # [b, T]
         off = (ratio - 1).abs() * b.mask
         metrics["loss"] += loss.item()
@@ -342,17 +337,21 @@ def backward(policy, critic, batch, rows, c, f):
         for key, x in dict(ratio=ratio, off=off, entropy=entropy.detach(),
                            clipped=off > f.surrogate.keywords.get("eps", 0.2)).items():
             metrics[key] += ((x * b.mask).sum() / n).item()
-    return metrics
+    return summed(metrics, largest=["worst"])
 
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation, and SFT's (sft_…)."""
+    start_ranks(c.device)                                # alone without torchrun
     check(c, f)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)  # made before the clock starts
     base = sft.find(c.base, c.config, device=c.device) if "base" in wanted(f) else ""
     kernels.use(c.kernels)
     with Run(c, f, "ppo", CURVES) as run:
-        policy, critic, tok, models = open_models(c, f, init, base, run.last)
+        policy, critic, tok, models = open_models(c, f, init, base, run)
+        whole, whole_critic = shard(policy, c.dtype), shard(critic, c.dtype)     # over the ranks
+        for name in ("ref", *wanted(f)):
+            shard(models[name], c.dtype)
         task = tasks.of_run(c)
         problems = task.problems("train", 4096, 1000 + c.seed)
         size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
@@ -361,13 +360,11 @@ def train(c, f):
                                                 policy.config.max_position_embeddings)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
         g, factor = torch.Generator().manual_seed(c.seed), 1.0
-        size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: policy and critic of {size:.2f} M parameters, "
-                f"{tasks.out_of(problems, task)}, {c.steps} steps of {c.rollouts} x {c.samples} "
-                f"completions, {c.device} {c.dtype}")
+        run.say(f"{run.folder}: {tasks.out_of(problems, task)}")
+        introduce(run, c, (policy, critic), models, (opt, critic_opt), problems, sets, max_new, tok)
         if run.state:
-            opt.load_state_dict(run.state["opt"])
-            critic_opt.load_state_dict(run.state["critic_opt"])
+            opt.load_state_dict(run.state.pop("opt"))
+            critic_opt.load_state_dict(run.state.pop("critic_opt"))
             g.set_state(run.state["rng"])
             factor, scale, before = (run.state[k] for k in ("factor", "scale", "before"))
             models["bias"] = scale["bias"]
@@ -385,10 +382,6 @@ def train(c, f):
         train_policy, train_critic = (torch.compile(m) if c.compile else m
                                       for m in (policy, critic))
 
-        def write(folder):
-            save(policy, tok, folder)
-            save(critic, tok, folder / "critic")
-
         for step in run.steps(c.steps):
             # 1. roll out --------------------------------------------------------------------------
             clock = time.perf_counter()
@@ -396,7 +389,8 @@ def train(c, f):
             picked = [problems[i] for i in where]
             with autocast(c.device, c.dtype):
                 roll = generate(policy, [tok.prompt(p, c.chat) for p in picked], max_new,
-                                samples=c.samples, temperature=c.temperature, generator=g)
+                                samples=c.samples, temperature=c.temperature, generator=g,
+                                slots=c.slots)
             mask, t_gen = roll.mask, time.perf_counter() - clock                         # [B, T]
             # 2. score -----------------------------------------------------------------------------
             clock = time.perf_counter()
@@ -425,8 +419,8 @@ def train(c, f):
                     if done[-1]["ratio"] > MAX_RATIO:
                         skipped += 1
                     else:
-                        norm = clip_grad_norm_(policy.parameters(), MAX_NORM)
-                        clip_grad_norm_(critic.parameters(), MAX_NORM)
+                        norm = clip_gradients(policy, MAX_NORM)
+                        clip_gradients(critic, MAX_NORM)
                         opt.step()
                         critic_opt.step()
                     opt.zero_grad()
@@ -453,8 +447,11 @@ def train(c, f):
                 scores, shown = evaluate(policy, models, sets, task, tok, c, f, max_new)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
-                run.save(step + 1, write, opt=opt.state_dict(), critic_opt=critic_opt.state_dict(),
-                         rng=g.get_state(), factor=factor, before=before, scale=scale)
+                nets = whole(), whole_critic()                   # every rank takes part
+                run.save(step + 1, partial(write, c, *nets, tok, init), opt=opt.state_dict(),
+                         critic_opt=critic_opt.state_dict(), adapter=adapter_state(nets[0]),
+                         critic=adapter_state(nets[1]), rng=g.get_state(), factor=factor,
+                         before=before, scale=scale)
         if c.stop and c.stop < c.steps:
             return scores
         if run.state and run.start >= c.steps:                     # resumed after its last step
@@ -466,7 +463,7 @@ def train(c, f):
 
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
-    return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers)
+    return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
 
 
 # === refused: what a run reads, and what does not go together, told before anything is made =======
@@ -478,6 +475,7 @@ def readers(c, f):
                 critic_lr=("values" in needs(f.advantage), "--advantage gae"),
                 lr=(c.steps, "runs with --steps"),
                 warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"),
+                share_trunk=(c.peft in ADAPTERS, "--peft lora"), **adapter_readers(c),
                 **tasks.file_readers(c))
 
 
@@ -491,6 +489,7 @@ def check(c, f):
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    check_adapters(c, c.init)
     for option, kind in wanted(f).items():
         if option == "base" and tasks.is_own(c):
             raise UserError(f"--init {c.init} with --data {c.data}: give --base FOLDER too, the "
@@ -499,6 +498,53 @@ def check(c, f):
             sft.find(c.base, c.config, make=False, option="--base")
         else:
             peek(getattr(c, option), scalar=kind is ScalarModel, option=f"--{option}")
+
+
+# === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
+
+PRESETS["lora"] = dict(peft="lora", lr=2e-3)                 # ours: ten times full training's
+
+# === trunk: ours, where adapters are trained, a critic on the policy's frozen weights =============
+
+
+def trunk_is_shared(c):
+    """Whether the critic is adapters and a head on the tensors of the policy's base."""
+    return c.share_trunk and c.peft in ADAPTERS
+
+
+def open_critic(c, f, ref, last, adapter):
+    """The critic: a copy of the SFT model with a head, or adapters and a head on its tensors; last,
+    adapter: of a resumed run."""
+    if trunk_is_shared(c):
+        return with_peft(ScalarModel.from_lm(ref, share=True), c, f.peft, adapter, 1)
+    critic = load(last / "critic", c.device)[0] if last else ScalarModel.from_lm(ref)
+    return recomputing(critic, c.recompute)
+
+
+def write(c, policy, critic, tok, init, folder):
+    """A checkpoint's folders: the policy's, and in it the critic's, unless it is kept as
+    adapters."""
+    save_trained(policy, tok, folder, c, init)
+    if c.merge or not trunk_is_shared(c):
+        save(plain_model(critic, "cpu"), tok, folder / "critic")
+
+
+# === held: ours, what a run is, and what it holds at its peak, said before step 0 =================
+
+
+def introduce(run, c, trained, models, opts, problems, sets, max_new, tok):
+    """Say what is trained, and what that holds: a micro-batch of the longest completions, and a
+    rollout."""
+    size = sum(p.numel() for p in trained[0].parameters()) / 1e6
+    run.say(f"  policy and critic of {size:.2f} M parameters, {c.steps} steps of {c.rollouts} x "
+            f"{c.samples} completions, {c.device} {c.dtype}")
+    prompts = [tok.prompt(p, c.chat) for some in (problems, *sets.values()) for p in some]
+    width = max(map(len, prompts)) + max_new
+    sampled = max(c.rollouts * c.samples, 8 * len(problems[:64]), *map(len, sets.values()))
+    work = Work(c.micro, width, c.batch, sampled=sampled, slots=width,
+                knob="--rollouts, --eval_prompts", recompute=c.recompute)
+    frozen = [m for m in models.values() if isinstance(m, torch.nn.Module)]
+    foresee(run, c, work, trained, frozen, sum(map(state_bytes, opts)))
 
 
 # === calibrate: 2009.01325, the reward in units of how the SFT model's own samples differ =========
@@ -516,7 +562,7 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     """
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
-                        temperature=c.temperature, generator=generator)
+                        temperature=c.temperature, generator=generator, slots=c.slots)
     truth = quality(task, problems, roll, tok)                                           # [B]
     if "judged" in needs(f.reward):
         models["bias"] = PROVIDE["judged"](models, roll, truth, c).mean().item()
@@ -554,12 +600,13 @@ def judged(models, roll, truth, c):
         if (path := checkpoint(c.reward) / file).exists():
             return says(models, load_file(path, str(c.device)), roll, c) - models["bias"]
     length = roll.prompt_len + roll.mask.sum(1).long()                                   # [B]
-    return sequence_score(models["reward"], roll.tokens, length) - models["bias"]
+    return sequence_scores(models["reward"], roll.tokens, length, c) - models["bias"]
 
 
 def last_hidden(model, tokens, end):
     """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    return model.model(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
+    hidden = model(tokens, states=True)                                               # [B, T, D]
+    return hidden[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 
 def gated(models, own, roll, c):

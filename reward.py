@@ -41,11 +41,13 @@ import kernels
 import sft
 from data import prefs, tasks
 from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
-                      checkpoint, cli, launch, needs, pyplot)
+                      checkpoint, cli, launch, needs, pyplot, ranks, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
-from model import (ScalarModel, autocast, collate, generate, init, load, lora, merge,
-                   peek, preset, save, sequence_score, token_logprobs)
-from optim import RULES, cosine, linear, optimiser, set_lr
+from model import (ADAPTERS, PEFT, ScalarModel, Work, adapter_readers, adapter_state, autocast,
+                   check_adapters, clip_gradients, collate, foresee, generate, init, load,
+                   load_frozen, lora, merge, passes, peek, preset, recomputing, save, save_trained,
+                   sequence_score, shard, spread, summed, token_logprobs, with_peft)
+from optim import RULES, cosine, linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -99,19 +101,17 @@ LOSSES = dict(bt=bt)
 # A response is tokens[start:end]; a reward model's score is read at its last token.
 
 
-def chunked(fn, c):
-    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' length."""
-    @torch.no_grad()
-    def reward(tokens, start, end):
-        parts = zip(tokens.split(c.micro), start.split(c.micro), end.split(c.micro))
-        with autocast(c.device, c.dtype):
-            return torch.cat([fn(t[:, :int(e.max())], s, e).float() for t, s, e in parts])
-    return reward
+def chunked(fn, c, *models):
+    """fn in micro-batches, without gradient, at the run's precision, cut to the rows' length;
+    models: those that it asks, if they may be spread over ranks."""
+    def says(tokens, start, end):
+        return fn(tokens[:, :int(end.max())], start, end).float()
+    return lambda tokens, start, end: spread(says, c, tokens, start, end, models=models)
 
 
 def scalar_reward(model, c):
     """A reward model's score at the last token."""
-    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end), c)
+    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end), c, model)
 
 
 def score_rows(reward, rows, side, c, pad):
@@ -147,14 +147,13 @@ class Batch:
     @cached_property
     def hidden(self):
         """The body's states of the pairs.   [2B, T, D]"""
-        return self.model.model(self.pairs.tokens)
+        return self.model(self.pairs.tokens, states=True)
 
 
 def scores(batch):
     """A reward model's scores of both sides, at the last token, in float32.   [B] each"""
     end = batch.pairs.start + batch.pairs.length - 1                                     # [2B]
-    last = batch.hidden[torch.arange(len(end)), end].float()                             # [2B, D]
-    score = (last * batch.model.score.weight[0].float()).sum(-1)         # a sum: never bfloat16
+    score = batch.model.read(batch.hidden[torch.arange(len(end)), end])                  # [2B]
     return dict(zip(("chosen", "rejected"), score.chunk(2)))
 
 
@@ -191,39 +190,47 @@ def pair_metrics(known):
 def fit(model, rows, loss, c, run, tok, *, seed=0, steps=0, name="", write=None, apart=()):
     """The training loop of everything here: shuffle, score, step, tell -> whether it has ended.
 
-    steps 0: c.steps, or c.epochs passes. write(folder): saves the checkpoints of a run with a
-    single stage, which then resumes exactly (apart: prefixes of the weights that are not in that
+    steps 0: c.steps, or c.epochs passes. write(model, folder): saves the checkpoints of a run with
+    a single stage, which then resumes exactly (apart: prefixes of the weights that are not in that
     folder); a run of several stages resumes after the last finished one (Run.stage)."""
     names = needs(loss)
+    if write and run.state:
+        model.load_state_dict(run.state["apart"], strict=False)
+    whole = shard(recomputing(model, c.recompute), c.dtype)              # over torchrun's ranks
     total = steps or c.steps or max(1, math.ceil(len(rows) * c.epochs / c.batch))
     opt = optimiser(model, RULES[c.optimiser], c.lr, c.weight_decay, seed, aux_lr=c.aux_lr)
     g = torch.Generator().manual_seed(seed)
+    if write:
+        outlook(c, run, model, rows, opt)
     if write and run.state:
-        opt.load_state_dict(run.state["opt"])
+        opt.load_state_dict(run.state.pop("opt"))
         g.set_state(run.state["rng"])
-        model.load_state_dict(run.state["apart"], strict=False)
     for step in run.steps(total) if write else trange(total, desc=name, leave=False, disable=None):
         # 1. get data
         picked = [rows[i] for i in batch_indices(len(rows), c.batch, step, seed).tolist()]
         count, value = units(names, picked), 0.0
         # 2. score
-        for i in range(0, len(picked), c.micro):
+        for where, weight in passes(torch.arange(len(picked)), c.micro):
             with autocast(c.device, c.dtype):
-                known = provide(model, picked[i:i + c.micro], names, c, tok.pad or 0, g)
+                some = [picked[i] for i in where.tolist()]
+                known = provide(model, some, names, c, tok.pad or 0, g)
                 part = loss(**known).sum() / count
-            part.backward()
-            value += part.item()
+            (part * weight).backward()
+            value += part.item() * (weight > 0)
         # 3. update
-        norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip).item()
+        norm = clip_gradients(model, c.clip).item()
         set_lr(opt, c.lr * linear(step, total, c.warmup))
         opt.step()
         opt.zero_grad()
         # 4. tell
-        metrics = dict(loss=value, norm=norm) | pair_metrics(known)
+        metrics = summed(dict(loss=value)) | dict(norm=norm) | pair_metrics(known)
         run.log(run.at + step + 1, **{f"{name} {k}".strip(): v for k, v in metrics.items()})
         if write and ((step + 1) % c.save_every == 0 or step + 1 in (total, c.stop)):
-            other = {k: x for k, x in model.state_dict().items() if k.startswith(apart)}
-            run.save(step + 1, write, opt=opt.state_dict(), rng=g.get_state(), apart=other)
+            net, state = whole(), opt.state_dict()               # every rank takes part
+            named = net.state_dict() if net else {}
+            other = {k: x for k, x in named.items() if k.startswith(apart)}
+            run.save(step + 1, partial(write, net), opt=state, rng=g.get_state(),
+                     apart=other | adapter_state(net))
     run.at += total
     return not (write and c.stop and c.stop < total)
 
@@ -344,8 +351,11 @@ def evaluate(reward, policy, sets, tok, c, run):
 def start(c):
     """The base that a recipe starts from: policy (frozen), tok, pad, context, world (None for a
     file)."""
-    policy, tok = load(sft.find(c.init, c.config, device=c.device), c.device, chat=c.chat)
-    return SimpleNamespace(policy=policy.requires_grad_(False), tok=tok, pad=tok.pad or 0,
+    folder = sft.find(c.init, c.config, device=c.device)
+    policy, tok = (load_frozen(folder, c) if c.peft in ADAPTERS else
+                   load(folder, c.device, chat=c.chat))
+    return SimpleNamespace(policy=policy.requires_grad_(False), folder=folder, tok=tok,
+                           pad=tok.pad or 0,
                            context=c.context or policy.config.max_position_embeddings,
                            world=tasks.task(c.data) if c.data in WORLDS else None)
 
@@ -359,9 +369,9 @@ def pair_sets(c, tok, context, ties=False):
         k: encoded(some, what=k) for k, some in held.items() if some}
 
 
-def new_scalar(body, seed):
-    """A reward model with the language model's body and a small random head."""
-    model, g = ScalarModel.from_lm(body), torch.Generator().manual_seed(seed)
+def new_scalar(body, seed, share=False):
+    """A reward model with the language model's body and a small random head; share: see from_lm."""
+    model, g = ScalarModel.from_lm(body, share=share), torch.Generator().manual_seed(seed)
     model.score.weight.data.copy_(torch.randn(model.score.weight.shape, generator=g)
                                   / math.sqrt(body.config.hidden_size + 1))
     return model
@@ -376,15 +386,25 @@ def introduce(c, run, tok, model, rows):
         run.say(f"  {side:<9}{tok.decode(ids, skip_specials=False)[-300:]!r}")
 
 
-def scalar(c, run, base, pairs, loss, last):
+def outlook(c, run, model, rows, opt):
+    """Say what the run will hold: a micro-batch of the longest rows, which are pairs or answers."""
+    sides = sorted(rows[0].keys() & {"chosen", "rejected", "answer"})
+    width = max(len(r["prompt"]) + len(r[side]) for r in rows for side in sides)
+    work = Work(c.micro, width, c.batch, sides=len(sides), recompute=c.recompute)
+    foresee(run, c, work, [model], (), state_bytes(opt))
+
+
+def scalar(c, run, base, pairs, loss, last, peft):
     """One reward model on pairs: a …ForSequenceClassification folder.
 
-    last: the newest checkpoint of a resumed run."""
+    last: the newest checkpoint of a resumed run; peft: see model.PEFT."""
     rows, sets = pairs
-    model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
+    whole = last and c.peft not in ADAPTERS                      # else fit() reads what was trained
+    model = with_peft(load(last, c.device)[0] if whole else
+                      new_scalar(base.policy, c.seed, c.peft in ADAPTERS), c, peft)
     introduce(c, run, base.tok, model, rows)
     if not fit(model, rows, loss, c, run, base.tok, seed=c.seed,
-               write=lambda folder: save(model, base.tok, folder)):
+               write=lambda net, folder: save_trained(net, base.tok, folder, c, base.folder)):
         return {}
     return evaluate(scalar_reward(model, c), base.policy, sets, base.tok, c, run)
 
@@ -397,9 +417,10 @@ def mean(scores):
 RECIPES = dict(bt=scalar)
 AGGREGATES = dict(mean=mean)
 AXES = dict(recipe=RECIPES, loss=LOSSES, aggregate=AGGREGATES, optimiser=RULES,
-            kernels=kernels.MODES)
+            peft=PEFT, kernels=kernels.MODES)
 WORLDS_OF = {}                   # recipe: the worlds whose gold reward it reads (else any data)
 CHECKS = {}                      # recipe: (c, f) -> None, UserError before anything is made
+SPREAD = ["bt"]                  # recipes that torchrun may spread over ranks
 INSTEAD = {}                     # an option: (c, run) -> numbers, in the place of a recipe
 EXAMINE = {}                     # a file beside weights: (model, tensors, tok, c, run) -> numbers
 OF_PAIRS = {}                    # … of a model that scores pairs: the world that they are of
@@ -409,7 +430,7 @@ def arguments(c, f, run):
     """What the recipe names, and only that: {name: value}."""
     names = needs(f.recipe)
     known = dict(c=c, run=run, loss=f.loss, aggregate=f.aggregate, rows=c.rows, noise=c.noise,
-                 last=run.last)
+                 last=run.last, peft=f.peft)
     if "base" in names:
         base = known["base"] = start(c)
         known["encoded"] = partial(prefs.encode_pairs, tok=base.tok, context=base.context)
@@ -423,6 +444,7 @@ def arguments(c, f, run):
 
 def train(c, f):
     """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
+    start_ranks(c.device)                                      # alone without torchrun
     kernels.use(c.kernels)
     check(c, f)
     if starts_from_base(c, f):
@@ -439,10 +461,15 @@ def train(c, f):
 
 def main(argv=None):
     """python reward.py …: see the docstring above, or --help."""
-    return launch("reward", Config, PRESETS, AXES, __doc__, train, argv, readers)
+    return launch("reward", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
 
+
+# === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
+
+PRESETS["lora"] = dict(peft="lora", lr=5e-3)                 # ours
 
 # === checks: what a run does not read, and what does not combine, told before anything is made ====
+
 
 def beside(folder):
     """The file that a checkpoint has beside its weights and EXAMINE reads; without one no name."""
@@ -470,8 +497,10 @@ def readers(c, f):
         loss=("loss" in names, "recipes that leave the loss open"),
         aggregate=("aggregate" in names, "--recipe ensemble"),
         epochs=(not c.steps, "runs without --steps"),
+        peft=("peft" in names, "--recipe bt"), **adapter_readers(c),
         eval_every=(False, "scripts that evaluate while they train"),
-        compile=(False, "sft.py, ppo.py and grpo.py"))
+        compile=(False, "sft.py, ppo.py and grpo.py"),
+        slots=(False, "grpo.py, ppo.py and dpo.py"))
     fields |= {key: (read and "pairs" in names, words)
                for key, (read, words) in tasks.file_readers(c, pairs=True).items()}
     single = "last" in names, "recipes of one stage: others save and resume by stages"
@@ -492,6 +521,10 @@ def check(c, f):
     """UserError for all that can be known before anything is made."""
     if c.eval and not INSTEAD:
         raise UserError("--eval: this script trains only; reward.py evaluates checkpoints")
+    if ranks() > 1 and (c.eval or c.recipe not in SPREAD or c.loss == "goal"):
+        raise UserError(f"--eval, --loss goal and --recipe {c.recipe} run on one rank: start them "
+                        "without torchrun")
+    check_adapters(c, c.init)
     if not c.eval and not starts_from_base(c, f):
         return
     prefs.check_pairs(c.data, whole=bool(c.eval), val=c.val)
@@ -801,7 +834,7 @@ def rater(c, run, base, pairs, last):
     model.ratings = new_rater(base.policy, c.seed).ratings
     introduce(c, run, base.tok, model, rows)
     if not fit(model, rated(rows, base.world.ratings), regression, c, run, base.tok, seed=c.seed,
-               write=lambda folder: save(folded(model), base.tok, folder), apart=("ratings",)):
+               write=lambda net, folder: save(folded(net), base.tok, folder), apart=("ratings",)):
         return {}
     return evaluate(scalar_reward(folded(model), c), base.policy, sets, base.tok, c, run)
 
@@ -1012,7 +1045,7 @@ def arm(c, run, base, pairs, last, *, beta_r: Positive = 0.05):
     introduce(c, run, base.tok, model, rows)
     loss = partial(autoregressive, beta_r=beta_r)
     if not fit(model, rows, loss, c, run, base.tok, seed=c.seed,
-               write=lambda folder: save(model, base.tok, folder)):
+               write=lambda net, folder: save(net, base.tok, folder)):
         return {}
     out = evaluate(likelihood_reward(model, c), base.policy, sets, base.tok, c, run)
     if base.world:

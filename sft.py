@@ -23,6 +23,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -33,19 +34,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 import kernels
 from data import prefs, tasks, text, tokenizer
-from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError,
+from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, UserError, alone,
                       batch_indices, changed, checkpoint, cli, code_of, configure, launch, lock,
                       needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
-from model import (FAMILIES, PEFT, LoRA, Transformer, adapter_state, autocast, collate,
-                   generate, init, load, load_balance_loss, lora, merge, peek, preset,
-                   replace_linears, save, save_adapter, shard, token_logprobs, with_ends)
-from optim import RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr
+from model import (ADAPTERS, FAMILIES, PEFT, LoRA, Transformer, adapter_readers, adapter_state,
+                   Work, adapters_of, autocast, check_adapters, clip_gradients, collate, foresee,
+                   gathered, generate, init, load, load_balance_loss, load_frozen, lora, merge,
+                   own_part, peek, preset, recomputing, reference, replace_linears, save,
+                   save_trained, shard, summed, token_logprobs, with_ends)
+from optim import (RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr,
+                   state_bytes)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -75,7 +78,6 @@ class Config(Training):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: Positive = 1.0         # largest gradient norm
-    peft: str = "full"           # what is trained: a row of model.PEFT, or loram
     linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
     prune: str = "none"          # which row of PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
@@ -251,7 +253,8 @@ def start(c, origin):
             tok.use_chat()
         config = with_ends(preset(c.model, tok, 2 * c.context, c.family), tok)
         return init(config, c.seed).to(c.device), tok
-    model, tok = load(origin, c.device, chat=c.chat)
+    model, tok = (load_frozen(origin, c) if c.peft in ADAPTERS else
+                  load(origin, c.device, chat=c.chat))
     if not isinstance(model, Transformer):
         raise UserError(f"--init {c.init} is a reward model; sft.py needs a language model")
     return model, tok
@@ -264,10 +267,10 @@ def as_saved(c, net, first):
 
 
 def write_checkpoint(c, net, first, tok, origin, folder):
-    """Save what as_saved() makes of the model, and a LoRA of a checkpoint as peft has it, too."""
+    """Save an adapter, merged or alone, or what as_saved() makes of another model."""
+    if c.peft in ADAPTERS and c.linear not in WRITERS:
+        return save_trained(net, tok, folder, c, origin)
     WRITERS.get(c.linear, save)(as_saved(c, net, first), tok, folder)
-    if c.peft == "lora" and origin and not net.config.moe:       # peft has no adapters of experts
-        save_adapter(net, folder / "adapter", origin)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -276,14 +279,17 @@ def write_checkpoint(c, net, first, tok, origin, folder):
 @torch.no_grad()
 def evaluate(model, tok, data, c, limit=256):
     """Mean nats per scored token, and bits per byte of scored text, over the first `limit` rows."""
-    data, nats, count, size = data[:limit], 0.0, 0.0, 0
-    for i in range(0, len(data), c.micro):
-        tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
-        with autocast(c.device, c.dtype):
-            nats -= token_logprobs(model, tokens, mask).sum().item()
-        count += mask.sum().item()
-        size += sum(len(tok.tokens[t]) for t in tokens[mask > 0].tolist() if t not in tok.hidden)
-    return dict(loss=nats / max(count, 1), bpb=nats / math.log(2) / max(size, 1))
+    data, of = own_part(data[:limit]), Counter(nats=0.0, count=0.0, size=0)
+    with autocast(c.device, c.dtype), gathered(model):
+        for i in range(0, len(data), c.micro):
+            tokens, mask = collate(data[i:i + c.micro], tok.pad or 0, c.device)
+            of["nats"] -= token_logprobs(model, tokens, mask).sum().item()
+            of["count"] += mask.sum().item()
+            scored = [t for t in tokens[mask > 0].tolist() if t not in tok.hidden]
+            of["size"] += sum(len(tok.tokens[t]) for t in scored)
+    of = summed(of)
+    nats = of["nats"]
+    return dict(loss=nats / max(of["count"], 1), bpb=nats / math.log(2) / max(of["size"], 1))
 
 
 def measure(model, tok, held_out, c):
@@ -326,7 +332,8 @@ def conclude(c, f, scores, memories, known):
     run, net, tok = known["run"], known["net"], known["tok"]
     if not text.is_corpus(c.data) and net is not None:           # of several ranks the first
         problems = tasks.of_run(c).problems("val", 64, c.seed)
-        quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
+        with alone():
+            quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
         run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
         scores |= {f"val_{key}": value for key, value in quality.items()}
     return scores
@@ -350,20 +357,20 @@ def train(c, f):
         first, saved = partial(start, c, origin), run.state or {}
         whole_in_checkpoint = saved and not saved["adapter"]
         model, tok = load(run.last, c.device, chat=c.chat) if whole_in_checkpoint else first()
-        frozen = {name: FROZEN[name](c, origin, model, tok)
-                  for name in needs(f.loss) if name in FROZEN}
         data, infos = f.feedback(c, tok, first, seeded(c))
         batches = partial(micro_batches, data, tok, c)
         held_out = held(c, f, tok)
         model = f.linear(f.peft(f.store(model), seeded(c)), seeded(c))
         model.load_state_dict(saved.get("adapter", {}), strict=False)
-        unsharded = shard(model, c.dtype) if ranks > 1 else lambda: model
+        frozen = {name: FROZEN[name](c, origin, model, tok)
+                  for name in needs(f.loss) if name in FROZEN}
+        unsharded = shard(recomputing(model, c.recompute), c.dtype)      # over torchrun's ranks
         opt = f.update(model, f.optimiser, c.lr, c.weight_decay, c.seed)
         if saved:
-            opt.load_state_dict(saved["opt"])
+            opt.load_state_dict(saved.pop("opt"))
         forward = torch.compile(model) if c.compile else model
         total = c.steps or max(1, math.ceil(len(data) * c.epochs / c.batch))
-        introduce(run, c, model, opt, total, data, tok)
+        introduce(run, c, model, opt, total, data, tok, frozen.values())
 
         known = dict(steps=total, warmup=c.warmup, lr=c.lr, batch=c.batch,
                      tokens=c.batch * sum(len(y) for _, y in data) / max(1, len(data)))
@@ -410,11 +417,8 @@ def train(c, f):
             # 3. update
             for memory in memories.values():
                 memory.backward()
-            norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
-            if ranks > 1:
-                norm, sums = norm.full_tensor(), torch.tensor([loss, aux], device=c.device)
-                dist.all_reduce(sums)
-                loss, aux = sums.tolist()
+            norm = clip_gradients(model, c.clip)
+            loss, aux = summed(dict(loss=loss, aux=aux)).values()
             known["step"] = step
             set_lr(opt, c.lr * schedule(**{key: known[key] for key in needs(schedule)}))
             updating = now()
@@ -570,7 +574,8 @@ def readers(c, f):
         rows=(not corpus, demonstrated), chat=(not corpus or c.watch, demonstrated),
         turns=(c.chat and c.feedback not in HELD, "runs with --chat, but for pairs"),
         **tasks.file_readers(c, c.feedback in HELD),
-        epochs=(not c.steps, "runs without --steps"),
+        epochs=(not c.steps, "runs without --steps"), **adapter_readers(c),
+        slots=(False, "grpo.py, ppo.py and dpo.py"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=by_loss("teacher"), other=by_loss("other"),
         target=("target" in REPORTS, "sft.py"), suggest=("suggest" in INSTEAD, "sft.py"))
@@ -607,9 +612,9 @@ def check(c, f, ranks):
 # === summary: what a run prints of itself =========================================================
 
 
-def introduce(run, c, model, opt, total, data, tok):
+def introduce(run, c, model, opt, total, data, tok, frozen):
     """Print what will be trained on what: sizes, learning rates, one row with what is scored of
-    it."""
+    it; and what the run will hold."""
     size = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -626,6 +631,9 @@ def introduce(run, c, model, opt, total, data, tok):
     if data:
         prompt, completion = (tok.decode(ids, False) for ids in data[0])
         run.say(f"  not scored {prompt[-160:]!r}\n  scored     {completion[:160]!r}")
+        width = max(len(x) + len(y) for x, y in data)
+        work = Work(c.micro, width, c.batch, recompute=c.recompute)
+        foresee(run, c, work, [model], frozen, state_bytes(opt))
 
 
 def costs(opt, clock):
@@ -986,6 +994,8 @@ def implicit(logp, ref_logp, *, phi: Literal[*PHI] = "chi2", beta: Positive = 0.
 
 def as_it_starts(c, origin, model, tok):
     """The model before training, frozen."""
+    if adapters_of(model):
+        return reference(model, c, origin)
     return start(c, origin)[0].requires_grad_(False)
 
 
@@ -1230,6 +1240,7 @@ def frozen_layers(c, f, ranks):
     if c.store != "float32":
         raise UserError(f"--store {c.store} trains the layers that --peft {c.peft} freezes: choose "
                         "one")
+    check_adapters(c, c.init)
 
 
 CHECKS["lora"] = CHECKS["bone"] = CHECKS["bat"] = frozen_layers

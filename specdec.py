@@ -35,13 +35,15 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import prefs, tasks
-from data.run import (Count, Positive, Range, Run, Share, Training, UserError, batch_indices,
-                      checkpoint, cli, clock, launch, needs)
+from data.run import (Count, Positive, Range, Run, Share, Training, UserError, alone, batch_indices,
+                      checkpoint, cli, clock, launch, needs, rank, ranks, share, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl
 from data.text import is_corpus
-from model import (Cache, check_request, collate, collect, generate, init, load, prefill, preset,
-                   save, tempered, token_logprobs)
-from optim import linear, optimiser, set_lr
+from model import (ADAPTERS, PEFT, Cache, Work, adapter_readers, adapter_state, check_adapters,
+                   check_request, clip_gradients, collate, collect, foresee, generate, init, load,
+                   passes, plain_model, precision, prefill, preset, save, save_trained, shard,
+                   summed, tempered, token_logprobs, with_peft)
+from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -364,9 +366,8 @@ def states(model, tokens, mask):
 class Student:
     """A draft that learns from a target, and what it keeps between steps.
 
-    words: the tokenizer's tokens, of which there may be fewer than rows of a head;  pool: samples
-    that are left;  reference: another draft, where --select compares with one.
-    """
+    words: the tokenizer's tokens, maybe fewer than rows of a head;  pool: samples that are left;
+    reference: another draft, where --select compares with one."""
 
     def __init__(self, draft, target, words, c, f):
         self.draft, self.target, self.words, self.c, self.f = draft, target, words, c, f
@@ -382,28 +383,28 @@ class Student:
 
         With a selection, head and backward see the selected tokens alone. ours: the mean over
         these, the authors' code divides by all; a micro-batch weighs by its tokens, and a selection
-        compares those of one micro-batch, as theirs does.
-        """
-        micro, target, mean, share = self.c.micro, self.target, 0.0, 0.0
-        for i in range(0, len(rows), micro):
-            tokens, mask = collate(rows[i:i + micro], target.config.pad_token_id, self.c.device)
+        compares those of one micro-batch, as theirs does."""
+        target, totals = self.target, Counter(mean=0.0, share=0.0)
+        for part, real in passes(torch.arange(len(rows)), self.c.micro):
+            tokens, mask = collate([rows[i] for i in part], target.config.pad_token_id,
+                                   self.c.device)
             with torch.no_grad():                                                        # [N, D]
-                t = torch.cat(known[i:i + micro]) if known else states(target, tokens, mask)
+                t = torch.cat([known[i] for i in part]) if known else states(target, tokens, mask)
             h = states(self.draft, tokens, mask)
             with torch.no_grad():
                 facts = {x: ASKED[x](self, tokens, mask, h, t) for x in needs(self.f.select)}
                 chosen = self.f.select(**facts)                                          # [N]
             loss = self.loss(self.draft, h[chosen], t[chosen])
             weight = len(h) / sum(len(y) for _, y in rows)
-            (loss.mean() * weight).backward()
-            mean += loss.mean().item() * weight
-            share += len(loss) / len(h) * weight
-        return mean, share
+            (loss.mean() * weight * real).backward()
+            if real:
+                totals.update(mean=loss.mean().item() * weight, share=len(loss) / len(h) * weight)
+        return tuple(summed(totals).values())
 
     def step(self, step, rows, known, batch):
         """One step on `batch` rows; known: of remember(), or None.   -> numbers of the log"""
         loss, share = self.learn(*self.f.source(self, rows, known, step, batch))
-        norm = clip_grad_norm_(self.draft.parameters(), self.c.clip)
+        norm = clip_gradients(self.draft, self.c.clip)
         set_lr(self.opt, self.c.lr * max(0.1, linear(step, self.c.steps, self.c.warmup)))
         self.opt.step()
         self.opt.zero_grad()
@@ -429,12 +430,13 @@ def speculative(target, tok, c, f, run, *, lenience: Range("(0, 1]") = 1.0):
         known[x], metrics = PREPARE[x](target, tok, held[:c.eval_rows], c, f, run)
         name = "draft"
     drafters[name or c.drafter] = f.drafter(**{x: known[x] for x in asks})
-    return metrics | race(target, drafters, prompts, c, f, run, lenience)
+    with alone():                                               # of several ranks the first
+        return share(rank() or metrics | race(target, drafters, prompts, c, f, run, lenience))
 
 
 DECODERS = dict(speculative=speculative)
 AXES = dict(decode=DECODERS, drafter=DRAFTERS, length=LENGTHS, loss=LOSSES, select=SELECT,
-            source=SOURCES, kernels=kernels.MODES)
+            source=SOURCES, peft=PEFT, kernels=kernels.MODES)
 
 
 def train(c, f):
@@ -447,9 +449,8 @@ def train(c, f):
             run.say(f"  finished already: {run.last or run.folder}")
             return run.info["result"]
         target, tok = load(folder, c.device, getattr(torch, c.dtype), chat=c.chat)
-        target.requires_grad_(False)
         run.say(f"{run.folder}: target {parameters(target) / 1e6:.2f} M parameters, {c.device}")
-        known = dict(target=target, tok=tok, c=c, f=f, run=run)
+        known = dict(target=target.requires_grad_(False), tok=tok, c=c, f=f, run=run)
         metrics = f.decode(**{x: known[x] for x in needs(f.decode)})
         if c.stop and c.stop < c.steps:
             run.say(f"  paused at step {c.stop}: the same command with --resume, without --stop, "
@@ -460,8 +461,12 @@ def train(c, f):
 
 def main(argv=None):
     """python specdec.py …: see the docstring above, or --help."""
-    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers)
+    return launch("specdec", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
 
+
+# === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
+
+PRESETS["lora"] = dict(peft="lora", lr=1e-2)                 # ours: ten times full training's
 
 # === check: what a run reads, and what does not combine, told before anything is made =============
 
@@ -469,24 +474,31 @@ CHECKS, READERS = {}, {}     # of a decoder: check(c, f), and readers(c, f) of t
 OWN = ("samples", "steps", "batch", "lr", "warmup", "clip")
 DRAFTS = ("draft", "drafter", "length", "temperature", "top_k", "top_p", "max_new", "together",
           "loss", "select", "source", "ref_batch", "refresh", "eval_rows", "eval_every",
-          "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop")
+          "save_every", "keep", "micro", "context", "chat", "rows", "prompt", "stop", "peft",
+          "recompute", "merge")
 
 
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     fields = dict.fromkeys(DRAFTS, (False, "--decode speculative"))
     fields |= dict.fromkeys(OWN, (False, "decoders that train or draw several samples a prompt"))
-    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py")) | tasks.file_readers(c)
+    fields |= dict(compile=(False, "sft.py, ppo.py and grpo.py"),
+                   slots=(False, "grpo.py, ppo.py and dpo.py")) | tasks.file_readers(c)
     fields |= dict(epochs=(False, "sft.py, reward.py, grpo.py and dpo.py"))
     return fields | (READERS[c.decode](c, f) if c.decode in READERS else {})
 
 
 def check(c, f):
     """UserError for what does not combine, and for files and folders that are not there."""
+    start_ranks(c.device)                                       # alone without torchrun
     tasks.check_data(c.data, **tasks.reading(c))
     if c.split not in tasks.held_out(c.data):
         raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
     sft.find(c.init, c.config, make=False)
+    alone = (c.decode, c.drafter, c.select, c.source) != ("speculative", "small", "every", "data")
+    if ranks() > 1 and (alone or not c.steps):
+        raise UserError("--decode speculative --drafter small --select every --source data with "
+                        "--steps runs on several ranks: start others without torchrun")
     CHECKS[c.decode](c, f)
 
 
@@ -495,10 +507,11 @@ def draft_readers(c, f):
     fields = dict.fromkeys((*DRAFTS, *OWN), (True, ""))
     corpus, asks = is_corpus(c.data), needs(f.drafter)
     trains = ("loss", "select", "source", "batch", "lr", "warmup", "clip", "ref_batch", "refresh",
-              "rows", "eval_every", "save_every", "keep", "stop")
+              "rows", "eval_every", "save_every", "keep", "stop", "peft", "recompute", "merge")
     if not (c.steps and "draft" in asks):
         fields |= dict.fromkeys(trains, (False, "runs that train a draft"))
     else:
+        fields |= adapter_readers(c)
         fields |= dict(ref_batch=("ref" in needs(f.select), "--select that reads a reference"),
                        refresh=(c.source != "data", "--source that samples"))
     sampling = c.temperature, "--temperature above 0"
@@ -523,7 +536,11 @@ def check_draft(c, f):
     for x in [x for x in needs(f.drafter) if x in PREPARE]:
         if re.fullmatch(r"\d+x\d+", c.draft):
             preset(c.draft, prefs.tokenizer())
+            if c.peft != "full":
+                raise UserError(f"--peft {c.peft} --draft {c.draft}: a new draft has nothing that "
+                                "an adapter could keep; give a checkpoint")
         else:
+            check_adapters(c, c.draft)
             sft.find(c.draft, c.config, make=False, option="--draft")
 
 
@@ -694,7 +711,7 @@ def measure_costs(target, model, rows, held, most, repeats=30):
     widths = sorted({w for w in (1, 2, 3, 5, 9, most + 1) if w <= most + 1})
     jobs = [(target, w) for w in widths] + ([(model, 1)] if model else [])
     for m in dict.fromkeys(m for m, _ in jobs):
-        caches[m] = Cache(m.config, rows, held + most + 1, device, m.head.dtype)
+        caches[m] = Cache(m.config, rows, held + most + 1, device, precision(m))
         m(torch.zeros(rows, held, dtype=torch.long, device=device), caches[m])
     for _ in range(repeats):
         for m, w in jobs:
@@ -855,9 +872,18 @@ def confident(k, sure, *, gamma: Count = 8, least: Share = 0.4):
 LENGTHS["heuristic"], LENGTHS["confident"], MEMORIES["reach"] = heuristic, confident, Reach
 
 
+# === held: ours, what a draft's training holds at its peak, said before step 0 ====================
+
+
+def outlook(run, student, rows):
+    """Say what the run will hold: a micro-batch of the longest rows."""
+    width = max(len(x) + len(y) for x, y in rows)
+    work = Work(student.c.micro, width, student.c.batch, recompute=student.c.recompute)
+    foresee(run, student.c, work, [student.draft], [student.target], state_bytes(student.opt))
+
+
 # === distillspec: 2310.08461, the draft of a run: opened or made, trained, saved, compared ========
 
-# no preset: a run without --config does it, on the data's text; --source on_policy: on samples
 
 def parameters(model, dims=0):
     """How many parameters a model has, or only its matrices (dims 2)."""
@@ -865,7 +891,8 @@ def parameters(model, dims=0):
 
 
 def opened(target, tok, c, run):
-    """--draft, a new model of that size or a checkpoint.   -> it, its tokenizer"""
+    """--draft, a new model of that size or a checkpoint.   -> it, its tokenizer, its folder"""
+    folder = ""
     if re.fullmatch(r"\d+x\d+", c.draft):
         family = "qwen3" if target.config.moe else target.config.model_type
         shape = preset(c.draft, tok, target.config.max_position_embeddings, family)
@@ -877,15 +904,13 @@ def opened(target, tok, c, run):
     if mine >= theirs:
         run.say(f"warning: the draft has {mine:.2f} M parameters, the target {theirs:.2f} M: "
                 "drafting with it cannot pay")
-    return draft, own
+    return draft, own, folder
 
 
 def prepared(target, tok, held, c, f, run):
-    """--draft after --steps of learning.   -> it; agreement before (start_…) and after
-
-    held: rows whose prompts the target completes, to measure agreement.
-    """
-    draft, own = opened(target, tok, c, run)
+    """--draft after --steps of learning.   -> it; agreement before (start_…) and after, on the
+    target's completions of the prompts of the rows `held`."""
+    draft, own, folder = opened(target, tok, c, run)
     if own.tokens != tok.tokens:
         raise UserError(f"--draft {c.draft} has another vocabulary than --init {c.init}: take a "
                         "draft with the target's tokenizer, a new one (--draft 1x64), or --drafter "
@@ -893,7 +918,7 @@ def prepared(target, tok, held, c, f, run):
     held = sampled(target, held, c, torch.Generator().manual_seed(c.seed))
     before = agreement(target, draft, held, c, tok.vocab_size)
     if c.steps:
-        distil(draft, target, tok, held, c, f, run)
+        draft = distil(draft, folder, target, tok, held, c, f, run)
     after = agreement(target, draft, held, c, tok.vocab_size)
     run.say("  agreement on the target's samples: overlap "
             f"{before['overlap']:.3f} -> {after['overlap']:.3f}, "
@@ -903,18 +928,22 @@ def prepared(target, tok, held, c, f, run):
     return draft, after | {f"start_{k}": v for k, v in before.items()}
 
 
-def distil(draft, target, tok, held, c, f, run):
-    """Train the draft in place, log it, measure agreement and save where it is time."""
-    rows, student = tasks.rows(c, tok, "train"), Student(draft, target, tok.vocab_size, c, f)
+def distil(draft, folder, target, tok, held, c, f, run):
+    """Train the draft, log it, measure agreement and save where it is time.   -> it, whole"""
+    rows, adapter = tasks.rows(c, tok, "train"), (run.state or {}).get("adapter", {})
+    if run.last and c.peft not in ADAPTERS:
+        draft.load_state_dict(load(run.last, c.device)[0].state_dict())
+    whole = shard(with_peft(draft, c, f.peft, adapter))                  # over torchrun's ranks
+    student = Student(draft, target, tok.vocab_size, c, f)
     if c.rows and c.rows < len(rows):                            # of a text, windows at random
         at = torch.randperm(len(rows), generator=torch.Generator().manual_seed(c.seed))[:c.rows]
         rows = [rows[i] for i in at.tolist()]
     known = remember(target, rows, c.steps * c.batch, c) if c.source == "data" else None
     for x in [x for x in needs(f.select) if x in BEFORE]:
         BEFORE[x](student, tok, rows, known, held, run)
+    outlook(run, student, rows)
     if run.last:
-        draft.load_state_dict(load(run.last, c.device)[0].state_dict())
-        student.opt.load_state_dict(run.state["opt"])
+        student.opt.load_state_dict(run.state.pop("opt"))
         student.generator.set_state(run.state["rng"])
         student.pool = run.state["pool"]
     for step in run.steps(c.steps):
@@ -924,8 +953,11 @@ def distil(draft, target, tok, held, c, f, run):
             metrics |= agreement(target, draft, held, c, tok.vocab_size)
         run.log(step + 1, **metrics, show=last)
         if (step + 1) % c.save_every == 0 or last:
-            run.save(step + 1, lambda path: save(draft, tok, path), opt=student.opt.state_dict(),
-                     rng=student.generator.get_state(), pool=student.pool)
+            net, state = whole(), student.opt.state_dict()               # every rank takes part
+            run.save(step + 1, lambda path: save_trained(net, tok, path, c, folder), opt=state,
+                     rng=student.generator.get_state(), pool=student.pool,
+                     adapter=adapter_state(net))
+    return plain_model(share(whole())).to(c.device)
 
 
 PREPARE["draft"] = prepared
@@ -942,7 +974,7 @@ def agreement(target, draft, rows, c, words):
     same_top: how often the likeliest token is the same.
     """
     total, count = torch.zeros(3, dtype=torch.double), 0
-    for i in range(0, len(rows), c.micro):
+    for i in range(0, len(rows), c.micro):                       # on every rank alike
         tokens, mask = collate(rows[i:i + c.micro], target.config.pad_token_id, c.device)
         p, q = (torch.log_softmax(m.logits(states(m, tokens, mask))[:, :words], -1)
                 for m in (target, draft))                                              # [N, V] each
@@ -1075,7 +1107,7 @@ def write_reference(student, tok, rows, known, path):
     ref = Student(copy.deepcopy(student.draft), student.target, student.words, c, plain)
     for step in tqdm(range(c.steps), desc="reference", disable=None, leave=False):
         ref.step(step, rows, known, c.ref_batch)
-    save(ref.draft, tok, path)
+    save(plain_model(ref.draft), tok, path)
 
 
 def own_loss(student, tokens, mask, h, t):
@@ -1180,7 +1212,7 @@ def foreign(target, tok, held, c, f, run):
                 "vocabularies")
     if c.temperature and f.drafter.keywords["mode"] == "ngram":
         run.say("  lossy: these samples do not have the target's law")
-    draft, own = opened(target, tok, c, run)
+    draft, own, _ = opened(target, tok, c, run)
     return (draft.to(target.head.dtype), own), {}
 
 
@@ -1632,7 +1664,7 @@ def switching(models, prompt, new, choose, pick, make, stop):
 def empty(model):
     """A cache of one row of the model's whole context."""
     return Cache(model.config, 1, model.config.max_position_embeddings, model.head.device,
-                 model.head.dtype)
+                 precision(model))
 
 
 def by_turns(choose, models, size, problems, world, tok):

@@ -14,6 +14,7 @@ Promise  Only files that this run made, by exact name, are ever removed or repla
 """
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -37,6 +38,7 @@ import textwrap
 import time
 import tomllib
 import weakref
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +71,8 @@ def nearest(word, known):
             f"; choose from {', '.join(known) or 'nothing'}")
 
 
+OUTLOOK = {}             # of the run that began last: see Run.outlook
+LARGE = 1e8              # bytes of weights that are worth large_blocks_go_back
 ALLOCATION = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
@@ -101,8 +105,9 @@ def cli(main):
         if type(e) is RuntimeError and not ALLOCATION.search(str(e)):
             raise
         first = (str(e) or type(e).__name__).splitlines()[0]
-        fail(f"out of memory: try a smaller --micro, where there is one (results do not change); "
-             f"{first}")
+        fail(f"out of memory{OUTLOOK.get('at', '')}: "
+             + (OUTLOOK.get("remedies") or "try a smaller --micro, where there is one (results do "
+                "not change)") + f"; {first}")
 
 
 def number_of(name):
@@ -342,6 +347,10 @@ class Training(Common):
     eval_every: Count = 20       # steps between evaluations
     save_every: Count = 200      # steps between checkpoints
     stop: int = 0                # pause after this step (0: no); --resume goes on
+    slots: int = 0               # rows that are sampled at once, the others wait (0: all)
+    peft: str = "full"           # what is trained: a row of model.PEFT, such as lora
+    merge: bool = True           # save adapters merged into whole models; false: PEFT's folders
+    recompute: bool = False      # activations of a block made again in its backward pass
     dtype: str = "auto"          # of the matmuls: float32, or bfloat16 (autocast, default on CUDA)
     compile: bool = False        # torch.compile the model that is trained
 
@@ -475,7 +484,15 @@ def refuse_ranks(name):
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
         raise UserError(f"{name} runs on one rank, and would do the same {ranks} times here: start "
-                        "it without torchrun (sft.py is what runs on several)")
+                        "it without torchrun (the training scripts run on several)")
+
+
+def refuse_alone(c, asked, alone):
+    """UserError under torchrun for a row of an axis, or what its functions ask for, that runs on
+    one rank. alone: {its name: why}."""
+    used = {*asked, *(x for x in dataclasses.asdict(c).values() if isinstance(x, str))}
+    for name in [x for x in alone if x in used][:ranks() - 1]:
+        raise UserError(f"{name} runs on one rank ({alone[name]}): start it without torchrun")
 
 
 def start_ranks(device):
@@ -492,7 +509,8 @@ def start_ranks(device):
                                 "number")
         if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        patience = timedelta(hours=6)              # what rank 0 does alone(), a slow reward
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=patience)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -509,6 +527,24 @@ def leave_ranks():
 def rank():
     """This process's number among torchrun's, 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+SOLO = []                        # what rank 0 does alone
+
+
+@contextlib.contextmanager
+def alone():
+    """What one rank does while the others wait: it parts no work and gathers nothing."""
+    SOLO.append(True)
+    try:
+        yield
+    finally:
+        SOLO.pop()
+
+
+def ranks():
+    """How many processes of torchrun share the work: 1 without it, and alone()."""
+    return dist.get_world_size() if dist.is_initialized() and not SOLO else 1
 
 
 def share(x):
@@ -687,6 +723,47 @@ def peak_bytes(device):
     return used * (1 if sys.platform == "darwin" else 1024)
 
 
+def held_bytes(device):
+    """What this process holds now: of the GPU where it computes there, else of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:                                            # no Linux: the most until now
+        return peak_bytes(device)
+
+
+def tensor_bytes(x):
+    """Bytes of the tensors in a nest of dicts and lists."""
+    if isinstance(x, torch.Tensor):
+        return x.nbytes
+    items = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return sum(map(tensor_bytes, items))
+
+
+def large_blocks_go_back(block=1 << 20):
+    """From now on tensors above so many bytes have pages of their own, which go back to the system
+    with them: in glibc's heap freed activations leave holes that the next ones do not fit."""
+    with contextlib.suppress(OSError, AttributeError):         # another libc has no such call
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 64 * block)                           # M_TRIM_THRESHOLD
+        libc.mallopt(-3, block)                                # M_MMAP_THRESHOLD
+
+
+def room_bytes(device):
+    """What this process may hold in all, its own with what is free; infinity where nothing tells.
+    Of a machine its ranks have equal shares."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    room = math.inf
+    with contextlib.suppress(OSError):
+        free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        room = held_bytes(device) + int(free[1]) * 1024 // ranks()
+    with contextlib.suppress(OSError, ValueError):             # a container's, "max": no limit
+        room = min(room, int(Path("/sys/fs/cgroup/memory.max").read_text()) // ranks())
+    return room
+
+
 def clock(device):
     """Seconds now, after all work on the device (a torch.device) is done."""
     if device.type == "cuda":
@@ -733,9 +810,9 @@ STEP = re.compile(r"step-(\d{6,})")      # a checkpoint's name; by number 100000
 def steps_of(folder):
     """A run's checkpoints, oldest first: [folder of each]. Copies and half-made ones are not among
     them."""
-    found = [(int(m[1]), p) for p in Path(folder).glob("step-*")
-             if (m := STEP.fullmatch(p.name)) and (p / "config.json").is_file()]
-    return [p for _, p in sorted(found)]
+    found = [(int(m[1]), p) for name in MODEL_FILES for p in Path(folder).glob("step-*")
+             if (m := STEP.fullmatch(p.name)) and (p / name).is_file()]
+    return [p for _, p in sorted({*found})]
 
 
 def checkpoint(path):
@@ -786,19 +863,24 @@ def not_finite(x, name=""):
             return ""
         x = x.to_local() if hasattr(x, "to_local") else x      # FSDP's: this rank's share
         x = x.float() if x.element_size() == 1 else x          # float8 knows no isfinite
-        return "" if x.isfinite().all() else name or "it"
+        fine = x.sum().isfinite() or x.isfinite().all()        # a sum alone takes no memory
+        return "" if fine else name or "it"
     items = x.items() if isinstance(x,
                                     dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     return next((bad for k, v in items if (bad := not_finite(v, f"{name}.{k}".strip(".")))), "")
 
 
 def not_finite_in(folder):
-    """not_finite of all safetensors under a folder, read back as they lie on the disk."""
+    """not_finite of all safetensors under a folder, read back as they lie on the disk. A few at a
+    time: what is read of an open file counts as this process's memory."""
     for path in sorted(Path(folder).rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if bad := not_finite(file.get_tensor(name), name):
-                    return bad
+            names = list(file.keys())
+        for i in range(0, len(names), 32):
+            with safe_open(path, "pt") as file:
+                bad = not_finite({name: file.get_tensor(name) for name in names[i:i + 32]})
+            if bad:
+                return bad
     return ""
 
 
@@ -872,7 +954,8 @@ class Run:
         self.c, self.curves, self.shown, self.total = c, curves or {}, 0.0, 0
         self.quiet, self.began, self.created = rank() > 0, False, []
         self.state, self.start, self.last = None, 0, None
-        self.at = 0                                            # steps of a run's earlier stages
+        self.at, self.peak = 0, 0              # steps of a run's earlier stages; see outlook
+        OUTLOOK.clear()
         self.release, rows, self.usual = (lambda: None), [], defaults(c, f)
         self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, marks={},
                          command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=commit(),
@@ -1136,7 +1219,7 @@ class Run:
 
     def remove(self, name):
         """Remove a folder that this run made: the files that it wrote there, then what is empty.
-        config.json goes first: what a kill leaves of it is no checkpoint."""
+        MODEL_FILES go first: what a kill leaves of it is no checkpoint."""
         folder = self.folder / name
         if re.fullmatch(r"\.[\w.-]+-\d+\.tmp", name):          # half written: all of it is ours
             shutil.rmtree(folder, ignore_errors=True)
@@ -1144,7 +1227,7 @@ class Run:
         files = [Path(x) for x in self.info["made"].pop(name, [])]
         files = [x for x in files if Path(name).name == name and not x.is_absolute()
                  and ".." not in x.parts]
-        for file in sorted(files, key=lambda x: str(x) != "config.json"):
+        for file in sorted(files, key=lambda x: str(x) not in MODEL_FILES):
             (folder / file).unlink(missing_ok=True)
         inside = {folder / parent for file in files for parent in file.parents}
         for path in sorted(inside, key=lambda x: -len(x.parts)):
@@ -1175,9 +1258,30 @@ class Run:
             write_text(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
             self.file = open(self.folder / "log.jsonl", "a")
 
+    def expect_large(self, weights):
+        """large_blocks_go_back() where the models that train are so large that it is worth it."""
+        if weights > LARGE:
+            large_blocks_go_back()
+
+    def memory(self):
+        """Bytes that this process holds now, but for what a resumed run's state.pt was read into,
+        and bytes that it may hold in all."""
+        read = tensor_bytes(self.state) if self.c.device == "cpu" else 0
+        return held_bytes(self.c.device) - read, room_bytes(self.c.device)
+
+    def outlook(self, peak, at, remedies):
+        """What the run will hold at its peak, in bytes; and what cli() answers where memory runs
+        out all the same: at which settings, and which hold less, in words."""
+        self.peak = peak
+        OUTLOOK.update(at=f" at {at}", remedies=remedies)
+
     def finish(self, **metrics):
         """Record the run's result in run.json (which marks it finished), and return it."""
         self.begin()
+        if self.peak:
+            most = peak_bytes(self.c.device)
+            self.info["memory"] = dict(peak=most, predicted=self.peak)
+            self.say(f"  peak memory {most / 1e9:.2f} GB, predicted {self.peak / 1e9:.2f}")
         kept = {k: x.values for k, x in metrics.items() if isinstance(x, MeanOf)}
         if kept:
             write_text(self.folder / "values.json", json.dumps(kept))

@@ -36,7 +36,7 @@ import specdec
 from data.tasks import chain_tokenizer
 from data.run import bandwidth, read_log
 from data.tokenizer import bytes_tokenizer
-from model import collate, generate, init, pick, preset, save, token_logprobs
+from model import MoE, collate, generate, init, pick, preset, save, token_logprobs
 from optim import Optimiser, adamw, muon, normuon, optimiser
 
 
@@ -47,6 +47,9 @@ class Row(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
     tokens: int = 0                            # of the end-to-end rows
+    exact: Callable = None                     # of a kernel: its definition in float32
+    compiled: Callable = None                  # ... and what torch.compile makes of it
+    graph: bool = False                        # whether a CUDA graph can hold it: no backward
 
 
 def sync(device):
@@ -78,7 +81,20 @@ def matmul_rate(device, dtype, n=0):
     return 2 * n ** 3 / min(seconds([lambda: torch.mm(a, b, out=c)] * 3, device))
 
 
+def compiled(fn, backend="inductor"):
+    """fn as torch.compile makes it, when it is first called: that takes seconds."""
+    def run(*inputs):
+        if not done:
+            done.append(torch.compile(fn, dynamic=False, backend=backend))
+        return done[0](*inputs)
+    done = []
+    return run
+
+
 # --- the kernels: forward and backward under a random upstream gradient, against their twins ------
+# Each is a function of the device and of a row of SIZES. Both sides give what they computed.
+
+BACKEND = "inductor"     # torch.compile's; a rehearsal takes one that generates no code
 
 
 def tensor(*shape, device, scale=1.0, grad=True):
@@ -87,95 +103,106 @@ def tensor(*shape, device, scale=1.0, grad=True):
     return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
 
 
+def widened(x):
+    """A tensor's numbers in float32 if they are floats: a leaf, as x is."""
+    return x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
 def both_ways(ours, twin, inputs, shape, flops=0.0, bytes=0.0):
-    """A Row of two functions of `inputs` with outputs of this shape, each forward and backward."""
+    """A Row of two functions of `inputs` with outputs of this shape, each forward and backward for
+    those that want a gradient."""
     up = torch.randn(shape, device=inputs[0].device)
     up = up if len(shape) == 1 else up.to(inputs[0].dtype)     # of log-probs: float32
 
-    def run(fn):
-        return lambda: torch.autograd.grad(fn(*inputs), inputs, up)
-    return Row(run(ours), run(twin), flops, bytes)
+    def run(fn, inputs, up):
+        leaves = [x for x in inputs if x.requires_grad]
+
+        def both():
+            y = fn(*inputs)
+            return (y.detach(), *torch.autograd.grad(y, leaves, up))
+        return both
+    return Row(run(ours, inputs, up), run(twin, inputs, up), flops, bytes,
+               exact=lambda: run(twin, [widened(x) for x in inputs], up.float())(),
+               compiled=run(compiled(twin, BACKEND), inputs, up))
 
 
-def linear_logprob(device):
+def forward(ours, plain, definition, inputs, flops=0.0, bytes=0.0):
+    """A Row of what has no backward; `definition` is a function of `inputs`, `plain` of nothing."""
+    quick = compiled(definition, BACKEND)
+    return Row(ours, plain, flops, bytes, exact=lambda: definition(*map(widened, inputs)),
+               compiled=lambda: quick(*inputs), graph=True)
+
+
+def linear_logprob(device, N, D, V):
     """The head of a 50,304-word vocabulary, the size at which memory from logits hurts."""
-    N, D, V = (32768, 768, 50304) if device == "cuda" else (8192, 256, 50304)
     y = torch.randint(0, V, (N,), device=device)
-    return both_ways(lambda h, W: kernels.linear_logprob(h, W, y),
-                     lambda h, W: kernels.linear_logprob_ref(h, W, y),
-                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,),
-                     6 * N * D * V)
+    return both_ways(kernels.linear_logprob, kernels.linear_logprob_ref,
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05), y),
+                     (N,), 6 * N * D * V)
 
 
-def linear_distill(device):
+def linear_distill(device, N, D, V):
     """Forward KL to a teacher as wide as the student."""
-    N, D, V = (16384, 1024, 50304) if device == "cuda" else (2048, 256, 32768)
     t, U = (tensor(n, D, device=device, scale=s, grad=False) for n, s in ((N, 1), (V, 0.05)))
-    return both_ways(lambda h, W: kernels.linear_distill(h, W, t, U),
-                     lambda h, W: kernels.linear_distill_ref(h, W, t, U),
-                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05)), (N,),
-                     8 * N * D * V)
+    return both_ways(kernels.linear_distill, kernels.linear_distill_ref,
+                     (tensor(N, D, device=device), tensor(V, D, device=device, scale=0.05), t, U),
+                     (N,), 8 * N * D * V)
 
 
-def rms_norm(device):
+def rms_norm(device, N, D):
     """The stream's norm: forward and backward move 5 tensors of its size."""
-    x = tensor(*((16384, 4096) if device == "cuda" else (8192, 512)), device=device)
-    w = torch.ones(x.size(1), device=device, requires_grad=True)
-    return both_ways(lambda x, w: kernels.rms_norm(x, w,
-                                                   1e-6), lambda x, w: kernels.rms_norm_ref(x, w,
-                                                                                            1e-6),
-                     (x, w), x.shape, bytes=5 * x.nbytes)
+    x, w = tensor(N, D, device=device), torch.ones(D, device=device, requires_grad=True)
+    return both_ways(lambda x, w: kernels.rms_norm(x, w, 1e-6),
+                     lambda x, w: kernels.rms_norm_ref(x, w, 1e-6), (x, w), x.shape,
+                     bytes=5 * x.nbytes)
 
 
-def rope(device):
+def rope(device, B, T, H, hd):
     """Queries of a batch, as the projection leaves them."""
-    B, T, H, hd = (8, 2048, 32, 128) if device == "cuda" else (16, 256, 8, 64)
     x = tensor(B, T, H, hd, device=device)
     frequency = 10000 ** -torch.linspace(0, 1, hd // 2, device=device)
     angle = torch.outer(torch.arange(T, device=device), frequency)                       # [T, hd/2]
-    return both_ways(*(lambda x, f=f: f(x.transpose(1, 2), angle.cos(), angle.sin())
-                       for f in (kernels.rope, kernels.rope_ref)), (x,), (B, H, T, hd),
-                     bytes=4 * x.nbytes)
+    return both_ways(*(lambda x, cos, sin, f=f: f(x.transpose(1, 2), cos, sin)
+                       for f in (kernels.rope, kernels.rope_ref)),
+                     (x, angle.cos(), angle.sin()), (B, H, T, hd), bytes=4 * x.nbytes)
 
 
-def swiglu(device):
+def swiglu(device, N, D):
     """The gate of an MLP: forward 3, backward 5 tensors of its size."""
-    shape = (16384, 11008) if device == "cuda" else (8192, 1376)
-    gate, up = (tensor(*shape, device=device) for _ in range(2))
-    return both_ways(kernels.swiglu,
-                     lambda g, u: F.silu(g) * u, (gate, up), shape, bytes=8 * gate.nbytes)
+    gate, up = (tensor(N, D, device=device) for _ in range(2))
+    return both_ways(kernels.swiglu, lambda g, u: F.silu(g) * u, (gate, up), (N, D),
+                     bytes=8 * gate.nbytes)
 
 
-def decode_attention(device):
+def decode_attention(device, B, K, G, S, hd):
     """One token a row against a cache of unequal lengths: the floor reads each valid slot once."""
-    B, K, G, S, hd = (64, 8, 4, 4096, 128) if device == "cuda" else (64, 4, 2, 256, 64)
     q, k, v = (tensor(*shape, device=device, grad=False)
                for shape in ((B, K * G, hd), *[(B, K, S, hd)] * 2))
     length = torch.linspace(S // 2, S, B, device=device).long()
-    return Row(lambda: kernels.decode_attention(q, k, v, length),
-               lambda: kernels.decode_attention_ref(q, k, v, length),
-               bytes=2.0 * K * hd * length.sum().item() * k.element_size())
+    return forward(lambda: kernels.decode_attention(q, k, v, length),
+                   lambda: kernels.decode_attention_ref(q, k, v, length),
+                   kernels.decode_attention_ref, (q, k, v, length),
+                   bytes=2.0 * K * hd * length.sum().item() * k.element_size())
 
 
-def newton_schulz(device):
+def newton_schulz(device, L, m, n):
     """Five steps on a batch of equal matrices; the floor counts one triangle of each product."""
-    L, m, n = (12, 2048, 2048) if device == "cuda" else (2, 1024, 1024)
     X = tensor(L, m, n, device=device, grad=False)
-    return Row(lambda: kernels.newton_schulz(X), lambda: kernels.newton_schulz_ref(X),
-               flops=5.0 * L * (3 * m * m * n + m ** 3))
+    return forward(lambda: kernels.newton_schulz(X), lambda: kernels.newton_schulz_ref(X),
+                   kernels.newton_schulz_ref, (X,), flops=5.0 * L * (3 * m * m * n + m ** 3))
 
 
-def newton_schulz_stack(device):
+def newton_schulz_stack(device, L, m, n):
     """All matrices of one shape at once, against one by one by the plain definition."""
-    L, m, n = (48, 512, 512) if device == "cuda" else (28, 64, 64)
     X = tensor(L, m, n, device=device, grad=False)
-    return Row(lambda: kernels.newton_schulz(X), lambda: [kernels.newton_schulz_ref(x) for x in X],
-               flops=5.0 * L * (3 * m * m * n + m ** 3))
+    return forward(lambda: kernels.newton_schulz(X),
+                   lambda: torch.stack([kernels.newton_schulz_ref(x) for x in X]),
+                   kernels.newton_schulz_ref, (X,), flops=5.0 * L * (3 * m * m * n + m ** 3))
 
 
-def packed(device, kind, rows=1):
-    """A packed layer on `rows` rows, as in decoding, against the training dtype's dense layer."""
-    n = 4096 if device == "cuda" else 1024
+def packed(device, n, rows, kind):
+    """A packed layer on `rows` rows, as in decoding, against the training dtype's dense layer; its
+    definition unpacks the weight."""
     W = tensor(n, n, device=device, grad=False)
     if kind == "int4":
         layer = kernels.pack_int(*kernels.quantize(W, 4, 128), bits=4, group=128)
@@ -189,7 +216,9 @@ def packed(device, kind, rows=1):
         layer = (kernels.pack_nm24(S.reshape(n, n)) if kind == "nm24"
                  else kernels.pack_armor(A, S.reshape(n, n), B))
     x = tensor(rows, n, device=device, grad=False)
-    return Row(lambda: layer(x), lambda: F.linear(x, W), bytes=layer.nbytes() + 2 * x.nbytes)
+    return forward(lambda: layer(x), lambda: F.linear(x, W),
+                   lambda x: F.linear(x, layer.dequantize().to(x.dtype)), (x,),
+                   bytes=layer.nbytes() + 2 * x.nbytes)
 
 
 KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms_norm=rms_norm,
@@ -197,6 +226,25 @@ KERNELS = dict(linear_logprob=linear_logprob, linear_distill=linear_distill, rms
                swiglu=swiglu, decode_attention=decode_attention, newton_schulz=newton_schulz,
                newton_schulz_stack=newton_schulz_stack,
                **{kind: partial(packed, kind=kind) for kind in ("int4", "nm24", "armor", "vq")})
+# of each kernel: on CUDA, where a packed weight outgrows the L2 cache; on a CPU; in a rehearsal
+SIZES = dict(
+    linear_logprob=dict(cuda=(32768, 768, 50304), cpu=(8192, 256, 50304), tiny=(40, 32, 300)),
+    linear_distill=dict(cuda=(16384, 1024, 50304), cpu=(2048, 256, 32768), tiny=(40, 32, 300)),
+    rms_norm=dict(cuda=(16384, 4096), cpu=(8192, 512), tiny=(64, 48)),
+    rope=dict(cuda=(8, 2048, 32, 128), cpu=(16, 256, 8, 64), tiny=(2, 9, 4, 16)),
+    swiglu=dict(cuda=(16384, 11008), cpu=(8192, 1376), tiny=(64, 48)),
+    decode_attention=dict(cuda=(64, 8, 4, 4096, 128), cpu=(64, 4, 2, 256, 64),
+                          tiny=(3, 2, 2, 20, 16)),
+    newton_schulz=dict(cuda=(12, 2048, 2048), cpu=(2, 1024, 1024), tiny=(2, 64, 80)),
+    newton_schulz_stack=dict(cuda=(48, 512, 512), cpu=(28, 64, 64), tiny=(3, 32, 32)),
+    **{kind: dict(cuda=(16384, 1), cpu=(1024, 1), tiny=(128, 1))
+       for kind in ("int4", "nm24", "armor", "vq")})
+
+
+def kernel_row(device, name, sizes=""):
+    """The Row of a kernel at the device's sizes, or at others of SIZES."""
+    return KERNELS[name](device, *SIZES[name][sizes or device])
+
 
 # --- end to end -----------------------------------------------------------------------------------
 
@@ -206,11 +254,12 @@ def model_of(size, vocab, context, device):
     return init(replace(preset(size, bytes_tokenizer(), context), vocab_size=vocab), 0).to(device)
 
 
-def flops_per_token(model, context):
-    """Both ways: 6 per weight of each matrix, 6·L·T·D for causal attention (half of 12·L·T·D)."""
+def flops_per_token(model, context, scored=1.0):
+    """Both ways: 6 per weight of each matrix, 6·L·T·D for causal attention (half of 12·L·T·D);
+    scored: the share of tokens that the head sees."""
     matrices = (sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2
-                    and "embed" not in n)
-                + model.head.numel())
+                    and n.startswith("layers."))
+                + scored * model.head.numel())
     return 6 * (matrices + model.config.num_hidden_layers * context * model.config.hidden_size)
 
 
@@ -358,6 +407,42 @@ def generation(device, samples=64, new=64, prompt=32):
                samples * new)
 
 
+def slots(device, rows=128, new=64, at_once=32, chunk=0):
+    """Prompts and completions of unequal length in so many slots, against that many rows a batch,
+    each batch until its last row has ended. Floor: every row-step's arithmetic.
+    """
+    model = model_of("4x128", 2048, 256, device)
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 2000, (n,), generator=g).tolist()
+               for n in torch.randint(4, 64, (rows,), generator=g).tolist()]
+    how = dict(stop=list(range(60)))                         # one token in 34 ends a completion
+
+    def run(some, **more):
+        return generate(model, some, new, generator=torch.Generator().manual_seed(0), **how, **more)
+    made = int(run(prompts).mask.sum())
+    return Row(lambda: run(prompts, slots=at_once, chunk=chunk),
+               lambda: [run(prompts[i:i + at_once]) for i in range(0, rows, at_once)],
+               (made + sum(map(len, prompts))) * flops_per_token(model, 64) / 3, tokens=made)
+
+
+def experts(device, tokens=1):
+    """One token through 128 experts of which it has eight, against asking every expert for its
+    tokens. Floor: the eight experts' weights are read."""
+    config = replace(preset("1x256", bytes_tokenizer(), model_type="qwen3_moe"), num_experts=128,
+                     num_experts_per_tok=8)
+    layer, x = MoE(config, 128).to(device), torch.randn(1, tokens, 256, device=device)
+
+    @torch.no_grad()
+    def one_by_one():
+        flat, out = x[0], torch.zeros_like(x[0])
+        weight, chosen = layer.route(layer.gate(flat).float())
+        for e, expert in enumerate(layer.experts):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(flat[token]) * weight[token, slot, None])
+        return out
+    return Row(torch.no_grad()(lambda: layer(x)), one_by_one, bytes=8 * 3 * 4 * 256 * 128)
+
+
 def speculation(device, new=64, prompt=32, gamma=4):
     """Greedy decoding of one row by drafts that are all kept, against plain decoding: what rounds
     cost.
@@ -416,9 +501,10 @@ UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
                update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
              sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo,
-             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation,
+             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation, slots=slots,
+             slots_sarathi=partial(slots, chunk=64), experts=experts,
              speculation=speculation)
-ROWS = KERNELS | UPDATES | STEPS
+ROWS = {name: partial(kernel_row, name=name) for name in KERNELS} | UPDATES | STEPS
 
 # --- the table ------------------------------------------------------------------------------------
 
@@ -453,15 +539,23 @@ def shares(device, steps=3):
     return [t / sum(took) for t in took]
 
 
-def peak_memory(name, side, device):
-    """MB that one call adds to the peak: the CUDA allocator's, or a new process's resident set."""
+def added(fn, device):
+    """Bytes that a call adds to the peak: the CUDA allocator's, or this process's resident set."""
     if device == "cuda":
-        fn = getattr(ROWS[name](device), side)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         fn()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return torch.cuda.max_memory_allocated() - before
+    before = resident("VmRSS")
+    fn()
+    return max(0.0, 1e6 * (resident("VmHWM") - before))
+
+
+def peak_memory(name, side, device):
+    """MB that one call adds to the peak: on CUDA here, on a CPU in a new process."""
+    if device == "cuda":
+        return added(getattr(ROWS[name](device), side), device) / 1e6
     out = subprocess.run([sys.executable, __file__, "--peak", name, side], capture_output=True,
                          text=True)
     return float(out.stdout) if out.returncode == 0 else math.nan
@@ -469,10 +563,7 @@ def peak_memory(name, side, device):
 
 def print_peak(name, side):
     """The child process of peak_memory."""
-    fn = getattr(ROWS[name]("cpu"), side)
-    before = resident("VmRSS")
-    fn()
-    print(max(0.0, resident("VmHWM") - before))
+    print(added(getattr(ROWS[name]("cpu"), side), "cpu") / 1e6)
 
 
 def resident(what):

@@ -1,5 +1,6 @@
 """Tests run from anywhere: the repository's root goes on the path; every test has another working
 directory, so that none reads or writes the checkout's own out/."""
+import json
 import os
 import sys
 from functools import partial
@@ -36,6 +37,14 @@ import data.run
 import kernels
 
 DATA_DIR = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
+
+
+def ring_pairs(path):
+    """A small file of pairs in the letters of the world Ring, which takes no evaluation by gold."""
+    letters = "qrnwsilvubgmdopej" * 3
+    rows = [dict(prompt=f"{a}{b}=", chosen=b * (n % 5 + 1), rejected=a * (n % 3 + 1))
+            for n, (a, b) in enumerate(zip(letters, letters[1:]))]
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
 
 
 def close(a, b, tol=1e-6):
@@ -154,12 +163,21 @@ def stories():
     return path
 
 
+def on_triton(item):
+    """Whether this is a test of a kernel's Triton path, which runs on a GPU where there is one."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("path") == "triton" and item.path.name.startswith("test_kernels")
+
+
+@pytest.hookimpl(tryfirst=True)                  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     """Skip what is marked gpu where there is none, and slow unless -m asks for it."""
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if torch.cuda.is_available() and on_triton(item):
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+        if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
 
 

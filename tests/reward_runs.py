@@ -115,7 +115,7 @@ STEPS = []
 
 ARMS = {"bt_rubrics", "big_router", "filler_style", "direct_style", "bt_style"}    # of claims
 METHODS = sorted({"bt", *RECIPES, *LOSSES, *(p for p in PRESETS if p not in ARMS)}
-                 - {"ring", "toyif", "tiny"})                    # worlds, and the size
+                 - {"ring", "toyif", "tiny", "lora"})           # worlds, size, and test_adapters.py
 SIZES = dict(
     advrm="--attack_steps 1 --rl_steps 1 --rounds 1 --prompts 32",
     polar="--pretrain 64 --labels 32",

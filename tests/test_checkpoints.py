@@ -221,7 +221,7 @@ WRONG = {
     "bias": (dict(bias="all"), {}, "bias = 'all'"),
     "pissa": (dict(init_lora_weights="pissa"), {}, "init_lora_weights = 'pissa'"),
     "kind": (dict(peft_type="IA3"), {}, "peft_type = 'IA3'"),
-    "task": (dict(task_type="SEQ_CLS"), {}, "task_type = 'SEQ_CLS'"),
+    "task": (dict(task_type="TOKEN_CLS"), {}, "task_type = 'TOKEN_CLS'"),
     "unknown": (dict(brand_new=[1]), {}, r"brand_new = \[1\] is not supported"),
     "rank": (dict(rank_pattern=dict(q_proj=3)), {}, "r = 3 does not fit the tensors of model.lay"),
     "no alpha": (dict(lora_alpha=None), {}, "lora_alpha is missing"),

@@ -46,9 +46,9 @@ class Watched:
         self.makings, self.evaluations, self.steps = [], [], []
         self.now, self.patch, opened = None, monkeypatch, dpo.open_models
 
-        def unequal(c, f, last):
+        def unequal(c, f, origin, run):
             self.c, self.f, self.init = c, f, dpo.initial(c, f)
-            self.policy, tok, self.models = opened(c, f, last)
+            self.policy, tok, self.models = opened(c, f, origin, run)
             moved_apart(self.policy)
             return self.policy, tok, self.models
         monkeypatch.setattr(dpo, "open_models", unequal)
@@ -60,7 +60,7 @@ class Watched:
         self.losses = catch(monkeypatch, dpo, "LOSSES", see=self.within)
         self.statistics = catch(monkeypatch, dpo, "STATISTICS")
         self.combined = catch(monkeypatch, optim, "COMBINE")
-        self.other = catch(monkeypatch, dpo, "generate", "clip_grad_norm_", "sample", "accepted",
+        self.other = catch(monkeypatch, dpo, "generate", "clip_gradients", "sample", "accepted",
                            "grow_trees", "step_pairs", see=self.within)
         self.result = dpo.main(merged(*argv))
         self.start, self.tok = load(self.init)
@@ -100,7 +100,7 @@ class Watched:
 
     def within(self, name, call):
         """A call of a moment: kept there, under its own name or as `loss`."""
-        if name == "clip_grad_norm_":
+        if name == "clip_gradients":
             self.now.grads = [p.grad.clone() for p in self.policy.parameters()]
         if name == "generate":
             call.weights = {key: p.clone() for key, p in call.model.state_dict().items()}
@@ -553,7 +553,7 @@ CALLS = dict(online=[(POLICY, 2)], lists=[(POLICY, 4)], spin=[(POLICY, 1)], rank
 
 # --- every preset, watched ------------------------------------------------------------------------
 
-ARMS = {"tiny", "few", "short", "plain_sgd", "flips20", "flips40", "no_eos"}
+ARMS = {"tiny", "lora", "few", "short", "plain_sgd", "flips20", "flips40", "no_eos"}
 PLAIN = [f"{side}_{x}" for side in ("chosen", "rejected") for x in (*dpo.READS, *dpo.PASS)]
 SINGLE = [k for k, fn in dpo.LOSSES.items() if k not in dpo.PRESETS and {*needs(fn)} <= {*PLAIN}]
 METHODS = [*SINGLE, "online", "mcts", *(k for k in dpo.PRESETS if k not in ARMS),
@@ -774,7 +774,7 @@ def check_rhythm(x):
     ys = [y for call in calls for own in call.out for y in own]
     assert last.get("sampled", 0) == len(ys)
     assert last.get("truncated", 0) == sum(y["ids"][-1] != x.tok.eos for y in ys)
-    assert all(call.max_norm == x.c.clip for s in x.steps for call in s.clip_grad_norm_)
+    assert all(call.most == x.c.clip for s in x.steps for call in s.clip_gradients)
     kept = sorted({*range(2, steps, 2), steps})[-2:]
     assert sorted(p.name for p in Path("run").glob("step-*")) == [f"step-{i:06d}" for i in kept]
     saved, _ = load(f"run/step-{steps:06d}")

@@ -161,21 +161,22 @@ def test_an_ejected_script_names_its_method_and_has_its_values(workdir):
 
 
 def test_an_ejected_script_is_nobody_else_s(workdir, monkeypatch):
-    """its runs go to a folder of its name, its help does not offer what it cannot, it runs on one
-    rank as its script does, and any text that a command line holds is a default"""
+    """its runs go to a folder of its name, its help does not offer what it cannot, any text that a
+    command line holds is a default, and a compression runs on one rank as its script does"""
     words = 'C:\\new\\x "quoted" \u2028'
     path = workdir / "mine_dapo.py"
     importlib.import_module("grpo").main(["--config", "dapo", "--watch", "", "--data", words,
                                           "--eject", str(path)])
     text = path.read_text()
-    assert 'Run(c, f, "mine_dapo", CURVES)' in text and 'refuse_ranks("mine_dapo.py")' in text
+    assert 'Run(c, f, "mine_dapo", CURVES)' in text and "refuse_ranks" not in text
     spec = importlib.util.spec_from_file_location("mine_dapo", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["mine_dapo"] = module
     spec.loader.exec_module(module)
     assert module.Config().data == words
+    module, text = ejected("compress", "wanda", workdir)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="mine_dapo.py runs on one rank"):
+    with pytest.raises(UserError, match="runs on one rank"):
         module.main([])
 
 

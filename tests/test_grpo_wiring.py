@@ -22,10 +22,10 @@ from data import tasks
 from data.run import configure, headings, needs, read_log, read_state, steps_of
 from model import Rollout, load
 
-TOPICS = {"refused", "measured"}
+TOPICS = {"refused", "measured", "lora"}
 CHAPTERS = [x for names, _ in headings(inspect.getsource(grpo)) for x in re.split(", *", names)]
 METHODS = ["grpo", *(x for x in CHAPTERS if x not in TOPICS)]
-CONTROLS = {"tiny", "wide", "tokens", "reverse", "replay", "on_sort"}       # of the claims
+CONTROLS = {"tiny", "lora", "wide", "tokens", "reverse", "replay", "on_sort"}     # and of claims
 TEACHER = ["--teacher", "base:chain_right"]
 # strong terms, so that a sign of theirs is seen beside the rest; prompts that come back
 OPTIONS = dict(
@@ -101,7 +101,7 @@ class Run:
         catch(monkeypatch, grpo, see=partial(self.see, "axis"))
         for table in ("FACTS", "BATCH", "MINIBATCH"):
             catch(monkeypatch, grpo, table, see=partial(self.see, table))
-        catch(monkeypatch, grpo, "backward", "generate", "optimiser", "clip_grad_norm_",
+        catch(monkeypatch, grpo, "backward", "generate", "optimiser", "clip_gradients",
               "evaluate", see=partial(self.see, ""))
         self.first, self.known = [], {}
         monkeypatch.setattr(grpo, "check_first_ratio", lambda x, _: self.first.append(x["worst"]))
@@ -124,7 +124,7 @@ class Run:
         if name == "backward":
             self.first_update.setdefault(self.step, self.update)
             self.weights.append(copy.deepcopy(self.policy).requires_grad_(False))
-        if name == "clip_grad_norm_":
+        if name == "clip_gradients":
             self.grads.append(torch.cat([p.grad.flatten() for p in self.policy.parameters()]))
             self.rates.append(self.opt.out.param_groups[0]["lr"])
         self.events.append((name, call))
@@ -622,8 +622,8 @@ def check_updates(run):
         loss, want, _ = loss_of(run, update)
         losses.append(loss)
         assert (got - want).norm() <= 1e-3 * want.norm() + 1e-6, update
-        clip, = run.of("clip_grad_norm_", "", update=update)
-        assert clip.max_norm == 1 and float(clip.out) == pytest.approx(
+        clip, = run.of("clip_gradients", "", update=update)
+        assert clip.most == 1 and float(clip.out) == pytest.approx(
             float(want.norm()), rel=1e-3, abs=1e-5)
         step = run.of("backward", "", update=update)[0].at["step"]
         assert run.rates[update] == pytest.approx(
@@ -661,7 +661,7 @@ def check_told(run, losses):
         want = dict(correct=seen.correct.mean(), reward=shaped.mean(),
                     flat=(shaped.max(1).values - shaped.min(1).values < 1e-6).float().mean(),
                     length=seen.length.mean(), truncated=seen.truncated.float().mean(), kl=kl,
-                    norm=run.of("clip_grad_norm_", "", update=updates[-1])[0].out,
+                    norm=run.of("clip_gradients", "", update=updates[-1])[0].out,
                     entropy=(entropy * mask).sum() / mask.sum().clamp(min=1),
                     groups=min(len(run.passed(step)), run.c.prompts), generated=seen.length.sum(),
                     loss=sum(losses[k] for k in updates) / len(updates),
@@ -752,7 +752,7 @@ def check_models(run):
 
 def rows_of_axes():
     """{row: function} of every axis."""
-    return {row: fn for axis, table in grpo.AXES.items() if axis != "kernels"
+    return {row: fn for axis, table in grpo.AXES.items() if axis not in ("kernels", "peft")
             for row, fn in table.items()}
 
 
@@ -773,7 +773,7 @@ def test_every_row_is_run():
     used = set()
     for argv in [["--config", x] for x in METHODS] + [*MORE.values()]:
         c, _ = configure(grpo.Config, grpo.PRESETS, grpo.AXES, argv=argv)
-        used |= {getattr(c, axis) for axis in grpo.AXES if axis != "kernels"}
+        used |= {getattr(c, axis) for axis in grpo.AXES if axis not in ("kernels", "peft")}
     assert used >= {*rows_of_axes()} - {"PATH", "latentseek"}
 
 

@@ -221,7 +221,7 @@ class Watch:
 
     def __init__(self, monkeypatch, argv):
         self.c, self.f = configure(sft.Config, sft.PRESETS, sft.AXES, "", argv)
-        names = "LOSSES", "FEEDBACK", "SCHEDULES", "provide", "clip_grad_norm_", "set_lr"
+        names = "LOSSES", "FEEDBACK", "SCHEDULES", "provide", "clip_gradients", "set_lr"
         self.calls = catch(monkeypatch, sft, *names, "generate", "evaluate", see=self.see)
         updates = SimpleNamespace(update=sft.AXES["update"])
         self.calls |= dict(update=catch(monkeypatch, updates, "update")["optimiser"])
@@ -237,7 +237,7 @@ class Watch:
             self.flags = [m.rounding for m in call.model.modules() if hasattr(m, "rounding")]
             if len(self.calls["provide"]) % self.chunks == 0:
                 self.weights = {n: p.detach().clone() for n, p in call.model.named_parameters()}
-        elif name == "clip_grad_norm_":
+        elif name == "clip_gradients":
             self.check_step(len(self.steps))
         elif name == "set_lr":
             self.check_clipped(call)

@@ -64,8 +64,8 @@ def catch(monkeypatch, script, *names, see=None):
     rows = [(getattr(script, x), row) for x in tables for row in getattr(script, x)]
     rows += [(getattr(script, x.split(".")[0]), x.split(".")[1]) for x in names if "." in x]
     if not names:
-        rows = [(table, row) for axis, table in script.AXES.items() if axis != "kernels"
-                for row in table]
+        tables_of = {axis: x for axis, x in script.AXES.items() if axis not in ("kernels", "peft")}
+        rows = [(table, row) for table in tables_of.values() for row in table]
     for table, row in rows:
         if callable(table[row]) and not inspect.isclass(table[row]):
             monkeypatch.setitem(table, row, caught(calls, row, table[row], see))
