@@ -949,7 +949,8 @@ def options(**own):
     return SimpleNamespace(**dict(rows=40, seed=0, noise=0.0, length_bias=0.0, eval_prompts=4,
                                   chat=False, val="", system="", ask="", answer="mark",
                                   data="ring", max_new=0, micro=2, device="cpu",
-                                  dtype="float32", source="kto", loss="kto", batch=4, refresh=1)
+                                  dtype="float32", source="kto", loss="kto", batch=4, refresh=1,
+                                  slots=9)
                            | own)
 
 
@@ -1156,7 +1157,8 @@ def test_samples_are_drawn_a_few_thousand_at_a_time(monkeypatch):
     """all problems, in order; those that were cut off are counted"""
     asked, counts = [], Counter()
 
-    def generate(model, prompts, room, *, samples, generator, temperature=1.0):
+    def generate(model, prompts, room, *, samples, generator, slots, temperature=1.0):
+        assert slots == 9
         asked.append((model, len(prompts) * samples, room, temperature))
         rows = [[*p, 7, 2] for p in prompts for _ in range(samples)]
         done = torch.tensor([p[0] > 1 for p in prompts for _ in range(samples)])

@@ -903,11 +903,12 @@ def test_samples_are_made_as_many_rows_at_once_as_a_step_has(monkeypatch):
     calls = []
     monkeypatch.setattr(grpo, "generate", lambda *a, **k: calls.append((a, k)) or len(calls))
     tok = SimpleNamespace(prompt=lambda p, chat: (p, chat))
-    c = grpo.Config(device="cpu", prompts=2, samples=6, max_new=9, temperature=.7, chat=True)
+    c = grpo.Config(device="cpu", prompts=2, samples=6, max_new=9, temperature=.7, chat=True,
+                    slots=7)
     got = list(grpo.rollouts("model", list("abcde"), tok, c, 4, "g"))
     assert got == [(["a", "b", "c"], 1), (["d", "e"], 2)]
     assert calls[1] == (("model", [("d", True), ("e", True)], 9),
-                        dict(samples=4, temperature=.7, generator="g"))
+                        dict(samples=4, temperature=.7, generator="g", slots=7))
 
 
 def test_rewards_are_of_their_own_problem_and_of_finished_responses(small):
