@@ -1924,6 +1924,11 @@ class ScalarModel(nn.Module):
         return (hidden.float() * self.score.weight[0].float()).sum(-1)
 
 
+def body_of(model):
+    """The transformer of a language model, or of a scalar one."""
+    return model.model if isinstance(model, ScalarModel) else model
+
+
 def token_values(critic, tokens):
     """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t - 1), 0 at
     t = 0."""
@@ -2449,7 +2454,7 @@ def reference(policy, c, origin):
 def with_peft(model, c, peft, adapter=(), apart=0):
     """What --peft makes of a model, with the saved adapter; a scalar model's head always trains.
     apart: of two models with one seed the second's draws are others."""
-    body = model.model if isinstance(model, ScalarModel) else model
+    body = body_of(model)
     peft(body, torch.Generator().manual_seed(c.seed + apart))
     model.load_state_dict(dict(adapter), strict=False)
     return recomputing(model, c.recompute)
@@ -2799,7 +2804,7 @@ def shard(model, dtype="float32"):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     # the final norm's output is a view, and nothing works on it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    body = model.model if isinstance(model, ScalarModel) else model
+    body = body_of(model)
     mesh = init_device_mesh(body.head.device.type, (dist.get_world_size(),))
     tensors = [*model.parameters(), *model.buffers()]
     frame = copy.deepcopy(model, {id(x): on_meta(x) for x in tensors})    # without a copy of any
@@ -2937,11 +2942,6 @@ def bytes_of(tensors):
     here = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]      # FSDP's
     storages = [x.untyped_storage() for x in here]
     return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
-
-
-def body_of(model):
-    """The transformer of a language model, or of a scalar one."""
-    return model.model if isinstance(model, ScalarModel) else model
 
 
 def kept(model, tokens):

@@ -205,9 +205,10 @@ MAX_RATIO, MAX_NORM = 10.0, 1.0  # beyond it a minibatch is skipped (TRL's); gra
 # --- roll out and decode --------------------------------------------------------------------------
 
 
-def sample(model, prompts, max_new, generator, *, eval_temperature=1.0):
+def sample(model, prompts, max_new, generator, slots, *, eval_temperature=1.0):
     """One completion a prompt at eval_temperature (0: greedy)."""
-    return generate(model, prompts, max_new, temperature=eval_temperature, generator=generator)
+    return generate(model, prompts, max_new, temperature=eval_temperature, generator=generator,
+                    slots=slots)
 
 
 DECODERS = dict(sample=sample)
@@ -286,7 +287,7 @@ def evaluate(policy, models, sets, task, tok, c, f, max_new):
         score = partial(score_of, models, task, problems, tok, c, f)
         known = dict(model=policy, base=models.get("base"), score=score, max_new=max_new,
                      prompts=[tok.prompt(p, c.chat) for p in problems],
-                     generator=torch.Generator().manual_seed(c.seed + 1))
+                     generator=torch.Generator().manual_seed(c.seed + 1), slots=c.slots)
         roll = f.decode(**{name: known[name] for name in needs(f.decode)})
         logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
                      for m in (policy, models["ref"]))                                   # [B, T]
@@ -541,7 +542,7 @@ def introduce(run, c, trained, models, opts, problems, sets, max_new, tok):
     prompts = [tok.prompt(p, c.chat) for some in (problems, *sets.values()) for p in some]
     width = max(map(len, prompts)) + max_new
     sampled = max(c.rollouts * c.samples, 8 * len(problems[:64]), *map(len, sets.values()))
-    work = Work(c.micro, width, c.batch, sampled=sampled, slots=width,
+    work = Work(c.micro, width, c.batch, sampled=min(sampled, c.slots or sampled), slots=width,
                 knob="--rollouts, --eval_prompts", recompute=c.recompute)
     frozen = [m for m in models.values() if isinstance(m, torch.nn.Module)]
     foresee(run, c, work, trained, frozen, sum(map(state_bytes, opts)))
@@ -753,9 +754,9 @@ PRESETS["half"] = dict(steps=0, eval_temperature=0.5)
 # === bon: 2009.01325, a control of srppo: the best of n samples by the run's own reward ===========
 
 
-def best_of_n(model, prompts, max_new, generator, score, *, n: Count = 16):
+def best_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 16):
     """The best of n samples by the run's own reward; one that does not end only if none does."""
-    roll = generate(model, prompts, max_new, samples=n, generator=generator)
+    roll = generate(model, prompts, max_new, samples=n, generator=generator, slots=slots)
     value = torch.where(roll.finished, score(roll), -torch.inf).view(-1, n)              # [P, n]
     pick = value.argmax(1) + torch.arange(len(value), device=value.device) * n           # [P]
     return rows_of(roll, pick)
@@ -768,9 +769,10 @@ PRESETS["bon"] = dict(steps=0, decode="bon", n=16)
 # === contrast: 2210.15097, a control of srppo: sampled from π_sft (π_sft / π_base)^alpha ==========
 
 
-def contrastive(model, base, prompts, max_new, generator, *, alpha=1.0):
+def contrastive(model, base, prompts, max_new, generator, slots, *, alpha=1.0):
     """Sample from π (π / π_base)^alpha: what srppo trains towards, without training."""
-    return generate(model, prompts, max_new, generator=generator, contrast=(base, alpha))
+    return generate(model, prompts, max_new, generator=generator, contrast=(base, alpha),
+                    slots=slots)
 
 
 DECODERS["contrast"] = contrastive

@@ -44,7 +44,7 @@ from data.run import (Count, Positive, Range, Run, Share, Training, UserError, b
                       checkpoint, cli, launch, needs, pyplot, ranks, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
 from model import (ADAPTERS, PEFT, ScalarModel, Work, adapter_readers, adapter_state, autocast,
-                   check_adapters, clip_gradients, collate, foresee, generate, init, load,
+                   body_of, check_adapters, clip_gradients, collate, foresee, generate, init, load,
                    load_frozen, lora, merge, passes, peek, preset, recomputing, save, save_trained,
                    sequence_score, shard, spread, summed, token_logprobs, with_peft)
 from optim import RULES, cosine, linear, optimiser, set_lr, state_bytes
@@ -743,8 +743,7 @@ def trained(run, name, model, rows, loss, c, tok, finish=None, **options):
 
 def last_hidden(model, tokens, end):
     """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    body = model.model if isinstance(model, ScalarModel) else model
-    return body(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
+    return body_of(model)(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 
 def ending(ids, pad, c):

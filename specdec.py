@@ -495,8 +495,8 @@ def check(c, f):
     if c.split not in tasks.held_out(c.data):
         raise UserError(f"--split {c.split}: {c.data} has {', '.join(tasks.held_out(c.data))}")
     sft.find(c.init, c.config, make=False)
-    alone = (c.decode, c.drafter, c.select, c.source) != ("speculative", "small", "every", "data")
-    if ranks() > 1 and (alone or not c.steps):
+    spread = (c.decode, c.drafter, c.select, c.source) == ("speculative", "small", "every", "data")
+    if ranks() > 1 and not (spread and c.steps):
         raise UserError("--decode speculative --drafter small --select every --source data with "
                         "--steps runs on several ranks: start others without torchrun")
     CHECKS[c.decode](c, f)

@@ -491,8 +491,9 @@ def refuse_alone(c, asked, alone):
     """UserError under torchrun for a row of an axis, or what its functions ask for, that runs on
     one rank. alone: {its name: why}."""
     used = {*asked, *(x for x in dataclasses.asdict(c).values() if isinstance(x, str))}
-    for name in [x for x in alone if x in used][:ranks() - 1]:
-        raise UserError(f"{name} runs on one rank ({alone[name]}): start it without torchrun")
+    for name, why in alone.items():
+        if ranks() > 1 and name in used:
+            raise UserError(f"{name} runs on one rank ({why}): start it without torchrun")
 
 
 def start_ranks(device):

@@ -68,6 +68,13 @@ def test_gradients_of_a_single_pass_come_as_its_activations_go():
     assert small["gradients"] + small["activations"] == pytest.approx(4 * COUNT)
 
 
+def test_a_model_that_recomputes_is_measured_like_one_that_does_not():
+    """what a block keeps is asked for in both cases; afterwards it recomputes as before"""
+    plain, again = tiny(), lm.recomputing(tiny(), True)
+    assert lm.growth(plain, SETTINGS) == lm.growth(again, SETTINGS)
+    assert again.recompute and not plain.recompute
+
+
 def test_keys_and_values_of_a_rollout_are_the_size_worked_by_hand():
     model = tiny()
     assert lm.cache_bytes(model.config, 6, 50, 4) == 2 * 6 * 50 * (2 * 2 * 8) * 4
