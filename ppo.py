@@ -1083,7 +1083,7 @@ def masked(policy, pool, tok, c, f, max_new, generator, step, masker, *, top: Sh
     return dict(problems=problems, roll=roll)
 
 
-def masked_sample(model, masker, prompts, max_new, generator, slots, c, f):
+def from_nuclei(model, masker, prompts, max_new, generator, slots, c, f):
     """Within the copy's nuclei, as in training."""
     return generate(model, prompts, max_new, temperature=c.temperature, generator=generator,
                     slots=slots, contrast=within(masker, c, f))
@@ -1091,15 +1091,15 @@ def masked_sample(model, masker, prompts, max_new, generator, slots, c, f):
 
 def unmasked(c):
     """Words against a copy's nuclei that no rollout samples from."""
-    return ("--decode masked: its copy is that of --rollout masked: give both" *
+    return ("--decode nuclei: its copy is that of --rollout masked: give both" *
             (c.rollout != "masked"))
 
 
-MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["masked"] = Masker, masked, masked_sample
-CHECKS["masked"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
+MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
+CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
 # 2210.01241's code: top 0.9, KL 0.1 with a target per token, a copy renewed every 5 (sentiment) to
 # 20 (summaries) iterations, 5 epochs; its 100 tokens at least are more than small vocabularies have
-PRESETS["nlpo"] = dict(rollout="masked", decode="masked", beta=0.1, refresh=5)
+PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", beta=0.1, refresh=5)
 
 
 # === masked_law: 2210.01241, a policy within its mask: log-probs for NLPO's ratio =================
