@@ -1192,8 +1192,8 @@ def log_ratio(logp, ref_logp, mask):
 
 def stretched(z, far):
     """exp(z) - 1, beyond `far` its tangent there (the authors' code)."""
-    near = z.clamp(max=far)
-    return torch.expm1(near) + near.new_tensor(far).exp() * (z - near)
+    beyond = z.new_tensor(far).exp() * (1 + z - far) - 1
+    return torch.where(z > far, beyond, torch.expm1(z.clamp(max=far)))
 
 
 def both_ways(L, far):
@@ -1321,11 +1321,14 @@ def feature(score, f):
 
 
 def steer(score, tilt, f):
-    """λ, 0 where nothing is asked of moments."""
-    if tilt is None and f.advantage.keywords["aim"] == "moments":
-        return fitted(feature(score, f)[:, None], score.new_tensor([f.advantage.keywords["share"]]),
-                      near=1e-4).item()
-    return tilt or 0.0
+    """λ, 0 where nothing is asked of moments; UserError where π0 has no such text, or no other."""
+    options, phi = f.advantage.keywords, feature(score, f)[:, None]
+    if tilt is not None or options["aim"] != "moments":
+        return tilt or 0.0
+    if not 0 < phi.mean() < 1:
+        raise UserError(f"--above {options['above']}: {int(phi.sum())} of the first {len(phi)} "
+                        "responses score more: choose it where some do, or raise --rollouts")
+    return fitted(phi, score.new_tensor([options["share"]]), near=1e-4).item()
 
 
 def log_p(ref_logp, mask, score, steer, f):

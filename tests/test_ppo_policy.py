@@ -8,19 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close, merged, rand
-from wiring import catch
+from test_ppo_wiring import (SEED, TINY, Rolled, clipped, followed, law, logp_of, near,
+                             pretend, same_weights, scores_of, two_models, white, world_of)
 
 import kernels
 import model as models
 import ppo
-from data.run import UserError, batch_indices, checkpoint, configure, needs, read_log
-from model import Rollout, generate, load, preset, save
+import sft
+from data.run import UserError, batch_indices, checkpoint, read_log
+from model import Rollout, load, preset, save
 from ppo import (PSEUDO, Partition, Proposal, Recent, Tilt, Unfinished, assured, both_ways,
                  chi2_loss, chi2_rewards, discriminate, egae, extended_gae, fdpg, fitted, gae, gdc,
                  kl_loss, log_p, log_ratio, log_t, log_weight, log_z, masses, nucleus,
                  occupancy_reward, pseudo, resumed, soup_of, stretched, when_ended, whole_response)
 
+assert two_models                                        # the fixture of the other file, used here
 T = partial(torch.tensor, dtype=torch.float64)
 BASE, NEAR = T([.5, .3, .2]), T([.2, .3, .5])                    # π0 and a policy of three outcomes
 
@@ -40,8 +44,8 @@ def test_extended_gae_takes_the_last_value_for_what_lies_behind_a_cut():
     assert close(adv, [[.2925, .15, 0], [-.15875, -.325, -.5]])
     wide = torch.nn.functional.pad(v, (1, 2), value=9.0)                # prompt and padding
     inside = torch.nn.functional.pad(ones, (1, 2))
-    assert close(egae(torch.zeros(2, 6).double(), wide, inside, torch.tensor([False, True]))[:, 1:4],
-                 adv)
+    padded = egae(torch.zeros(2, 6).double(), wide, inside, torch.tensor([False, True]))
+    assert close(padded[:, 1:4], adv)
     assert close(egae(zero, v, ones, torch.tensor([False] * 2), 0.5, 0.0)[0],
                  [.5 * .35 - .2, .5 * .5 - .35, .5 * .5 - .5])
 
@@ -270,7 +274,7 @@ def test_a_discriminator_at_its_best_says_the_ratio_of_occupancies():
     assert close(occupancy_reward(T([-1., -2])), torch.expm1(T([-1., -2])))      # no root of these
 
 
-# --- f-DPG: the target, its normaliser, six divergences --------------------------------------------
+# --- f-DPG: the target, its normaliser, six divergences -------------------------------------------
 
 EXACT = dict(
     kl=lambda pi, p: (p * (p / pi).log()).sum(), rkl=lambda pi, p: (pi * (pi / p).log()).sum(),
@@ -361,8 +365,8 @@ def by_token(theta, first, second):
 
 
 def ascended(reward, world, steps=250):
-    """The law of responses [9] after exact policy gradient steps from π0 on reward(log-probs [9, 2]).
-    """
+    """The law of responses [9] after exact policy gradient steps, from π0 on, where reward gives
+    what each is worth by its log-probs [9, 2]."""
     first, second, *_ = world
     theta, mask = rand(4, 3).requires_grad_(), torch.ones(9, 2).double()
     opt = torch.optim.Adam([theta], lr=0.1)
@@ -417,6 +421,8 @@ def test_a_share_of_texts_with_a_feature_is_a_tilt():
     assert lam == pytest.approx(math.log(9), abs=2e-3)
     assert tilt.note(lam) == dict(steer=lam) and ppo.steer(-score, tilt.tell(), f) == lam
     assert ppo.steer(score, None, options(aim="reward", above=0.0, share=0.5)) == 0
+    with pytest.raises(UserError, match="--above 2.0: 0 of the first 100 responses score more"):
+        ppo.steer(score, None, options(aim="moments", above=2.0, share=0.5))
 
 
 def test_the_three_targets():
@@ -501,3 +507,469 @@ def test_a_soup_is_the_average_of_the_weights():
     frozen = soup_of(a.requires_grad_(False), b, 0.5)
     assert all(x.equal(before[k]) for k, x in a.state_dict().items())
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+# --- runs, followed: what reaches each function, computed apart from the ids ----------------------
+
+
+def follow(monkeypatch, two_models, config, *more, steps=3):
+    """A run of ppo.py on the toy world by the task's own reward, 16 responses a step; -> what is
+    known of it apart, its iterations, its log."""
+    base, init = two_models
+    pretend(monkeypatch)
+    critic = [] if "dpg" in config or "gdc" in config else ["--critic_lr", "1e-2"]
+    argv = merged("--config", f"toyif,ppo,{config},tiny", *TINY, "--lr", "1e-3", *critic, "--steps",
+                  str(steps), "--eval_every", str(steps), *more, "--out", "run")
+    _, events = followed(monkeypatch, argv, init, base)
+    w = world_of(argv, init, base, "")
+    scale = next(call.out for name, call in events if name == "calibrate")
+    w.mean, w.std, w.no_eos = scale["mean"], scale["std"], -1.0
+    starts = [i for i, (name, _) in enumerate(events) if name == w.c.rollout]
+    scenes = []
+    for a, b in zip(starts, [*starts[1:], len(events)]):
+        scene = {}
+        for name, call in events[a:b]:
+            scene.setdefault(name, []).append(call)
+        scenes.append(scene)
+    assert len(scenes) == steps
+    w.evaluations = [call for name, call in events if name == "evaluate"]
+    return w, scenes, [row for row in read_log("run") if "loss" in row]
+
+
+def responses(w, scene):
+    """A rollout by its ids alone: problems, masks, scores and log-probs of each response."""
+    out = scene[w.c.rollout][0].out
+    s = Rolled(w, out["problems"], w.samples, out["roll"], scene[w.c.rollout][0].policy,
+               scene["critic_values"][0].critic if "critic_values" in scene else None)
+    i = w.steps.append(s) or len(w.steps) - 1
+    assert out["problems"] == [w.train[j] for j in batch_indices(len(w.train), 8, i, SEED)]
+    return s
+
+
+def check_gradients(net, loss, found):
+    """d loss / d parameters, as they were found, to a ten-thousandth of their length."""
+    for a, b in zip(torch.autograd.grad(loss, list(net.parameters())), found, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
+
+
+def check_policy(w, s, scene, loss):
+    """The gradient of every minibatch is that of `loss`: a function of the policy's new log-probs,
+    and of the rows -> a number."""
+    for update in scene["update"]:
+        new = logp_of(update.nets[0], s.tokens, s.mask, w.temperature)
+        check_gradients(update.nets[0], loss(new, update.rows), update.grads[0])
+
+
+def expect(call, **wanted):
+    """Arguments of a call, each near what it must be."""
+    for name, x in wanted.items():
+        assert near(getattr(call, name), x), name
+
+
+def response_of(w, problem, ids, logp, row, room):
+    """A response that goes on by up to `room` tokens of a row of ids.   -> a namespace"""
+    n = len(w.tok.prompt(problem["prompt"]))
+    assert row[:n] == w.tok.prompt(problem["prompt"]) and row[n:n + len(ids)] == ids
+    new = row[n + len(ids):n + len(ids) + room]
+    done = w.tok.eos in new
+    ids = ids + (new[:new.index(w.tok.eos) + 1] if done else new)
+    text = w.tok.decode(ids[:-1] if done else ids)
+    score = w.task.reward(problem, text, True) if done else w.no_eos
+    return SimpleNamespace(problem=problem, ids=ids, logp=logp, begin=n, end=n + len(ids),
+                           done=done, fresh=n + len(logp), ended=done or len(ids) == 6,
+                           score=score)
+
+
+def window_of(w, rows, scene):
+    """A step's responses [problem, ids, log-probs of then], gone on by its rollout's ids: masks,
+    log-probs, rewards, values, each by its definition."""
+    call = scene["windowed"][0]
+    roll = call.out["roll"]
+    ys = [response_of(w, *y, ids, min(2, 6 - len(y[1])))
+          for y, ids in zip(rows, roll.tokens.tolist(), strict=True)]
+    s = SimpleNamespace(ys=ys, tokens=roll.tokens, ended=torch.tensor([y.ended for y in ys]))
+    s.mask, s.trained, s.valued, then = (torch.zeros(roll.tokens.shape) for _ in range(4))
+    s.unit = torch.tensor([(y.score - w.mean) / w.std if y.ended else 0.0 for y in ys])
+    for b, y in enumerate(ys):
+        s.mask[b, y.begin:y.end], s.trained[b, y.fresh:y.end] = 1, 1
+        s.valued[b, y.begin:y.end] = float(y.ended)
+        then[b, y.begin:y.fresh] = torch.tensor(y.logp)
+    now = logp_of(call.policy, s.tokens, s.mask, 1.0).detach()
+    s.old = torch.where(s.trained > 0, now, then)
+    s.sft = logp_of(w.ref, s.tokens, s.mask, 1.0).detach()
+    s.rewards = -w.beta / w.std * (s.old - s.sft) * s.mask
+    for b, y in enumerate(ys):
+        s.rewards[b, y.end - 1] += s.unit[b]
+    critic = scene["critic_values"][0].critic
+    s.values = F.pad(scores_of(critic, s.tokens)[:, :-1], (1, 0)).detach() * s.mask
+    s.adv, s.returns = torch.zeros(s.mask.shape), torch.zeros(s.mask.shape)
+    for b, y in enumerate(ys):
+        after, last, total = 0.0 if y.ended else s.values[b, y.end - 1], 0.0, 0.0
+        for t in reversed(range(y.begin, y.end)):
+            last = s.rewards[b, t] + after - s.values[b, t] + 0.8 * last
+            total = total + s.rewards[b, t]
+            after, s.adv[b, t], s.returns[b, t] = s.values[b, t], last, total
+    s.adv = white(s.adv, s.trained)
+    return s
+
+
+def check_window(s, scene, row):
+    """What a step's functions got, the gradients of policy and critic, the logged numbers."""
+    out = scene["windowed"][0].out
+    assert out["problems"] == [y.problem for y in s.ys]
+    expect(SimpleNamespace(**out), trained=s.trained, valued=s.valued)
+    expect(SimpleNamespace(**out["roll"]._asdict()), mask=s.mask, logp=s.old,
+           prompt_len=[y.begin for y in s.ys], finished=[y.done for y in s.ys])
+    shaped, advantage = scene["ended"][0], scene["extended"][0]
+    assert near(shaped.unit[s.ended], s.unit[s.ended])
+    expect(shaped, logp=s.old, ref_logp=s.sft, mask=s.mask, valued=s.valued)
+    expect(advantage, rewards=s.rewards, values=s.values, mask=s.mask, trained=s.trained,
+           valued=s.valued)
+    assert near(advantage.out[0], s.adv)
+    assert near(advantage.out[1] * s.valued, s.returns * s.valued)
+    for update in scene["update"]:
+        (policy, critic), some = update.nets, update.rows
+        new = logp_of(policy, s.tokens, s.mask, 1.0)
+        n, n_valued = (x[some].sum().clamp(min=1) for x in (s.trained, s.valued))
+        check_gradients(policy, (clipped(new, s.old, s.adv) * s.trained)[some].sum() / n,
+                        update.grads[0])
+        seen = F.pad(scores_of(critic, s.tokens)[:, :-1], (1, 0))
+        near_old = s.values + (seen - s.values).clamp(-.2, .2)
+        error = torch.maximum((seen - s.returns) ** 2, (near_old - s.returns) ** 2) / 2
+        check_gradients(critic, (error * s.valued)[some].sum() / n_valued, update.grads[1])
+    assert near(row["generated"], s.trained.sum()) and near(row["ended"], s.ended.float().mean())
+    if s.ended.any():
+        assert near(row["reward"], sum(y.score for y in s.ys if y.ended) / int(s.ended.sum()))
+
+
+def test_a_window_trains_its_own_tokens_and_the_critic_those_of_what_ended(
+        two_models, workdir, monkeypatch):
+    """rows go on where they were cut, with the log-probs of then; new prompts take free places"""
+    w, scenes, log = follow(monkeypatch, two_models, "tppo,window=2", "--beta", "0.3", "--lam",
+                            "0.8", steps=5)
+    stream = torch.cat([batch_indices(len(w.train), 8, i, SEED) for i in range(10)])
+    waiting, begun, ages = [], 0, set()
+    for scene, row in zip(scenes, log):
+        count = 16 - len(waiting)
+        some = stream[[k // 2 for k in range(begun, begun + count)]].tolist()
+        s = window_of(w, [*waiting, *((w.train[i], [], []) for i in some)], scene)
+        check_window(s, scene, row)
+        begun += count
+        ages |= {(len(y.ids), y.fresh - y.begin, y.ended) for y in s.ys}
+        waiting = [(y.problem, y.ids, s.old[b, y.begin:y.end].tolist())
+                   for b, y in enumerate(s.ys) if not y.ended]
+    assert {(2, 0, False), (4, 2, False), (6, 4, True)} <= ages and begun > 24
+
+
+def weights(folder):
+    """All tensors of a run's last checkpoint, policy and critic."""
+    return [*load(folder)[0].state_dict().values(),
+            *load(checkpoint(folder) / "critic")[0].state_dict().values()]
+
+
+def alike(a, b):
+    """Whether two runs ended with the same weights, bit for bit."""
+    return all(x.equal(y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def go(monkeypatch, two_models, config, out, *more):
+    """A short run, its models those of the toy world; -> its result."""
+    base, init = two_models
+    pretend(monkeypatch)
+    monkeypatch.setattr(sft, "find", lambda path, like, make=True, option="--init", **changes: (
+        64 if not make else base if "_base" in path or option == "--other" else init))
+    return ppo.main(merged("--config", f"toyif,ppo,{config},tiny", *TINY, "--lr", "2e-3",
+                           *more, "--out", out))
+
+
+def test_where_every_response_ends_in_its_window_t_ppo_is_ppo(two_models, workdir, monkeypatch):
+    """with a critic of λ = 1: bit for bit"""
+    tppo = "tppo,window=6", "one"
+    plain = "tppo,rollout=fresh", "other"
+    results = [go(monkeypatch, two_models, *x) for x in (tppo, plain)]
+    assert results[0] == results[1] and alike("one", "other")
+
+
+@pytest.mark.parametrize("config", ["tppo,window=2", "nlpo,refresh=2", "fdpg_js", "gdc,above=1"])
+def test_a_memory_goes_on_where_it_was(config, two_models, workdir, monkeypatch):
+    """3 steps = 1 + --resume + 2, bit for bit"""
+    more = "--steps", "3", "--save_every", "1", "--eval_every", "3"
+    whole = go(monkeypatch, two_models, config, "whole", *more)
+    go(monkeypatch, two_models, config, "half", *more, "--stop", "1")
+    again = go(monkeypatch, two_models, config, "half", *more, "--resume")
+    assert whole == again and alike("whole", "half")
+
+
+# --- NLPO in a run --------------------------------------------------------------------------------
+
+
+def inside(net, tokens, top, least, special):
+    """What the nucleus of the law of each token keeps, one token at a time.   [B, T-1, V]"""
+    p = law(net, tokens, 1.0).exp()
+    keep = torch.zeros(p.shape, dtype=torch.bool)
+    for b, t in itertools.product(*map(range, p.shape[:2])):
+        mass = 0.0
+        for rank, k in enumerate(p[b, t].argsort(descending=True).tolist()):
+            keep[b, t, k] = mass <= top or rank < least
+            mass += p[b, t, k].item()
+    keep[..., special] = True
+    return keep
+
+
+def masked_logp(net, keep, tokens, mask):
+    """log π_m of each token, and the entropy of π_m.   [B, T] each"""
+    logits = (net(tokens) @ net.head.T)[:, :-1].masked_fill(~keep, -1e9)
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    hit = logp.gather(2, tokens[:, 1:, None]).squeeze(2)
+    return [F.pad(x, (1, 0)) * mask for x in (hit, entropy)]
+
+
+def test_nlpo_samples_and_scores_within_the_nuclei_of_a_copy(two_models, workdir, monkeypatch):
+    """refreshed after every second step; the KL in the reward is that of the whole laws"""
+    w, scenes, log = follow(monkeypatch, two_models, "nlpo,refresh=2,top=0.6,least=2,entropy=0.1",
+                            "--beta", "0.4", steps=3)
+    special = [x for x in (*w.ref.config.eos_token_id, w.ref.config.pad_token_id,
+                           w.ref.config.bos_token_id) if x >= 0]
+    policies = [scene["masked"][0].policy for scene in scenes]
+    for i, (scene, row) in enumerate(zip(scenes, log)):
+        call = scene["masked"][0]
+        assert same_weights(call.masker, policies[2 * (i // 2)], 0)
+        s = responses(w, scene)
+        keep = inside(call.masker, s.tokens, 0.6, 2, special)
+        n = keep.sum(-1)[s.mask[:, 1:] > 0]
+        assert n.min() < w.ref.config.vocab_size / 3 and len(n) > 20
+        assert keep.gather(2, s.tokens[:, 1:, None])[s.mask[:, 1:] > 0].all()
+        old = masked_logp(call.policy, keep, s.tokens, s.mask)[0].detach()
+        assert near(scene["generate"][0].out.logp, old)
+        assert not near(s.logp, old, 1e-2)
+        expect(scene["ends"][0], logp=s.logp, ref_logp=s.sft)
+        expect(scene["clip"][0], old_logp=old[scene["update"][0].rows[:5]][:, :scene["clip"][0]
+                                                                           .old_logp.size(1)])
+        adv = s.adv[0]
+        for update in scene["update"]:
+            policy, some = update.nets[0], update.rows
+            new, entropy = masked_logp(policy, keep, s.tokens, s.mask)
+            loss = ((clipped(new, old, adv) - 0.1 * entropy) * s.mask)[some].sum()
+            check_gradients(policy, loss / s.mask[some].sum(), update.grads[0])
+            assert near(update.out["entropy"], entropy[some].sum() / s.mask[some].sum())
+        assert near(row["kl"], (s.logp - s.sft).sum(1).mean())
+    last = scenes[-1]["nuclei"][0]
+    assert same_weights(last.masker, policies[2], 0)
+    assert not same_weights(last.model, policies[2], 0)
+    tokens, mask = last.out.tokens, last.out.mask
+    keep = inside(last.masker, tokens, 0.6, 2, special)
+    assert near(last.out.logp, masked_logp(last.model, keep, tokens, mask)[0])
+
+
+def test_a_mask_of_everything_is_ppo(two_models, workdir, monkeypatch):
+    """top 1: the same responses, and weights that differ by rounding alone"""
+    go(monkeypatch, two_models, "nlpo,top=1", "masked")
+    go(monkeypatch, two_models, "nlpo,rollout=fresh,decode=sample", "plain")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights("masked"), weights("plain")))
+
+
+def test_a_masked_law_holds_a_chunk_of_logits_at_a_time(monkeypatch):
+    """three rows at a time or all: the same numbers and gradients"""
+    policy, masker = small(0), small(1)
+    tokens = torch.randint(24, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 7)
+    mask[:, :2] = mask[1, 5:] = 0
+    c, f = SimpleNamespace(temperature=0.7), options("rollout", top=0.5, least=3)
+    found, sizes = [], []
+    monkeypatch.setattr(ppo, "law_within", lambda *a, fn=ppo.law_within, **k: (
+        sizes.append(len(a[0])) or fn(*a, **k)))
+    for rows in (256, 3):
+        monkeypatch.setattr(kernels, "slices", lambda N, V, path, rows=rows: [
+            slice(i, min(i + rows, N)) for i in range(0, N, rows)])
+        logp, entropy = ppo.masked_law(policy, masker, tokens, mask, c, f)
+        up = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+        found.append([logp, entropy, *torch.autograd.grad((up * (logp + entropy)).sum(),
+                                                          [*policy.parameters()])])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
+    assert max(sizes[2:]) == 3 and (found[0][0][mask == 0] == 0).all()
+    keep = nucleus(law(masker, tokens, 0.7), 0.5, 3)
+    logits = ((policy(tokens) @ policy.head.T)[:, :-1] / 0.7).masked_fill(~keep, -1e9)
+    hit = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    allowed = keep.gather(2, tokens[:, 1:, None]).squeeze(2) & (mask[:, 1:] > 0)
+    assert allowed.any() and near(found[0][0][:, 1:][allowed], hit[allowed])
+
+
+# --- χ², f-DPG, GDC and SALSA in runs -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["chi2", "chi2,root=false", "chi2_kl"])
+def test_a_minibatch_pays_for_its_own_chi2(config, two_models, workdir, monkeypatch):
+    """the gradient is that of the whole minibatch's formula, whatever the micro-batches"""
+    w, scenes, log = follow(monkeypatch, two_models, config, "--weight", "0.5", steps=2)
+    for scene, row in zip(scenes, log):
+        s = responses(w, scene)
+        adv = s.adv[0]
+
+        def loss(new, rows):
+            ratio = (new - s.logp).exp()
+            token = -torch.minimum(adv * ratio, adv * ratio.clamp(0.6, 1.4))
+            L = ((new - s.sft) * s.mask).sum(1)[rows]
+            chi2 = (L.exp() - 1 + (-L).exp() - 1).mean()
+            more = dict(chi2=chi2.clamp(min=1e-4).sqrt(), chi2_kl=(L + (-L).exp() - 1).mean())
+            more["chi2,root=false"] = chi2
+            return (token * s.mask)[rows].sum() / s.mask[rows].sum() + 0.5 * more[config]
+        assert all(call.grad == {"logp"} for call in scene[w.c.regulariser])
+        check_policy(w, s, scene, loss)
+        L = (s.logp - s.sft).sum(1)
+        assert near(row["chi2"], (L.exp() + (-L).exp() - 2).mean()) and row["far"] == 0
+    assert row["chi2"] > 1e-3
+
+
+def test_chi2_is_taken_off_the_score(two_models, workdir, monkeypatch):
+    """(e^L - 1)/sqrt(χ²) of the rollout, in the score's unit, on the last token; no KL beside it"""
+    w, scenes, _ = follow(monkeypatch, two_models, "chi2_exact", "--beta", "0.7", steps=2)
+    for scene in scenes:
+        s = responses(w, scene)
+        L = (s.logp - s.sft).sum(1)
+        chi2 = (L.exp() + (-L).exp() - 2).mean().clamp(min=1e-4)
+        unit = (s.ended - w.mean) / w.std - 0.7 / w.std * (L.exp() - 1) / chi2.sqrt()
+        wanted = torch.zeros(s.mask.shape)
+        for b, m in enumerate(s.mask):
+            wanted[b, int(m.nonzero().max())] = unit[b]
+        expect(scene["gae"][0], rewards=wanted)
+
+
+DIVERGENCE = dict(js=lambda t: -(math.log(2) - math.log1p(math.exp(-t))), kl=lambda t: math.exp(-t))
+
+
+@pytest.mark.parametrize("config, per", [("fdpg_js", "prompt"), ("fdpg_kl,per=all", "all")])
+def test_f_dpg_s_pseudo_rewards_in_a_run(config, per, two_models, workdir, monkeypatch):
+    """β .5 of the shaping row; Z of all samples so far; the baseline of earlier rollouts"""
+    w, scenes, log = follow(monkeypatch, two_models, f"{config},most=0.9", "--beta", "0.5",
+                            "--rollouts", "8", "--samples", "2", "--batch", "8", "--epochs", "2",
+                            steps=3)
+    sums, earlier = {}, []
+    for scene, row in zip(scenes, log):
+        s = responses(w, scene)
+        L, weight = s.logp.sum(1), (s.sft.sum(1) + s.ended / 0.5 - s.logp.sum(1)).tolist()
+        keys = [p["prompt"] if per == "prompt" else "" for p in s.problems]
+        for key, x in zip(keys, weight):
+            sums.setdefault(key, []).append(math.exp(x))
+        t = torch.tensor([math.log(sum(sums[k]) / len(sums[k])) - x for k, x in zip(keys, weight)])
+        t = t.clamp(min=t.quantile(0.1))
+        reward = [DIVERGENCE[config[5:7]](x) for x in t.tolist()]
+        base = sum(earlier) / len(earlier) if earlier else 0.0
+        A = torch.tensor(reward) - base
+        earlier += reward
+        assert near(scene["fdpg"][0].pseudo, reward) and near(scene["fdpg"][0].recent, base)
+
+        def loss(new, rows):
+            total = (new * s.mask).sum(1)
+            return -((total - L).exp().detach() * A * total)[rows].mean()
+        check_policy(w, s, scene, loss)
+        q = torch.tensor(weight).exp()
+        assert near(row["ess"], q.sum() ** 2 / (q ** 2).sum() / 16)
+        assert "value" not in scene and all(g is None for u in scene["update"] for g in u.grads[1])
+
+
+@pytest.mark.parametrize("aim", ["moments", "pointwise", "reward"])
+def test_gdc_weighs_a_proposal_s_samples(aim, two_models, workdir, monkeypatch):
+    """P/(Z q), q the copy that sampled; λ is that of the first rollout, π0's"""
+    w, scenes, log = follow(monkeypatch, two_models, f"gdc,aim={aim}", "--above", "1.0", "--share",
+                            "0.7", "--most", "0.9", "--batch", "8", "--beta", "2", steps=3)
+    sums, gain = [], 0.0
+    for i, (scene, row) in enumerate(zip(scenes, log)):
+        call = scene["proposed"][0]
+        assert same_weights(call.proposal, w.ref, 0)
+        out = call.out
+        s = Rolled(w, out["problems"], w.samples, out["roll"], w.ref)
+        L = logp_of(scene["update"][0].nets[0], s.tokens, s.mask, 1.0).sum(1).detach()
+        phi = (s.ended > 1.0).float()
+        if i == 0 and aim == "moments":
+            k, lam = phi.mean().item(), row["steer"]
+            assert near(lam, math.log(0.7 / 0.3 * (1 - k) / k), 2e-3) and 0 < k < 1
+        tilt = dict(pointwise=phi.log(), reward=s.ended / 2).get(aim)
+        tilt = lam * phi if tilt is None else tilt
+        P = s.sft.sum(1) + tilt
+        q = s.logp.sum(1)                                  # the proposal is still the first model
+        weight = (P - q).exp()
+        sums += weight.tolist()
+        weight = weight / (sum(sums) / len(sums))
+        gain += (weight * (L - q)).mean().item()
+        assert near(row["kl_gain"], gain, 1e-3)
+        assert row["steer"] == (lam if aim == "moments" else 0)
+        cut = weight.clamp(max=weight.quantile(0.9))
+        assert near(scene["gdc"][0].out[0], cut[:, None] * s.mask, 1e-3)
+
+        def loss(new, rows):
+            return -(cut[:, None] * new * s.mask)[rows].sum() / s.mask[rows].sum()
+        check_policy(w, s, scene, loss)
+
+
+def test_a_proposal_is_renewed_where_the_policy_is_nearer():
+    """every ten steps, if E_p log π/q was above 0 in sum"""
+    policy, other = small(0), small(1)
+    memory = Proposal(policy)
+    roll = Rollout(None, None, torch.tensor([[0., -1], [0, -2]]), None, None)
+    note = partial(memory.note, policy=other, roll=roll, mask=torch.tensor([[0., 1]] * 2),
+                   log_weight=torch.tensor([0., -torch.inf]),
+                   log_z=torch.tensor([0., -torch.inf]))
+    for better, renewed in ((-.5, False), (.5, True)):
+        for step in range(1, 11):
+            row = note(step, logp=roll.logp + better)
+            assert row["renewed"] == float(step == 10 and renewed)
+            assert row["kl_gain"] == pytest.approx(better / 2 * step)
+        assert same_weights(memory.tell(), other if renewed else policy, 0)
+
+
+def test_salsa_s_kl_is_to_the_average_of_two_models(two_models, workdir, monkeypatch, capsys):
+    """and the KL that is evaluated to the SFT model; both models stay as they are"""
+    w, scenes, log = follow(monkeypatch, two_models, "salsa,share=0.7", "--other", "second_base",
+                            "--beta", "0.3", steps=2)
+    soup = copy.deepcopy(w.ref)
+    with torch.no_grad():
+        for a, b in zip(soup.parameters(), w.base.parameters()):
+            a.mul_(0.7).add_(0.3 * b)
+    for scene, row in zip(scenes, log):
+        s = responses(w, scene)
+        anchor = s.by(soup).detach()
+        expect(scene["ends"][0], ref_logp=anchor, logp=s.logp)
+        assert near(row["kl"], (s.logp - anchor).sum(1).mean(), 1e-3)
+    assert abs(log[0]["kl"]) > 0.01                   # the policy is not where the soup is
+    first, last = w.evaluations
+    assert first.out[0]["val_kl"] == 0 and same_weights(last.known["ref"], w.ref, 0)
+    said = capsys.readouterr().out
+    rows = [(w.tok.prompt(p), [*w.tok.encode(w.task.demo(p)), w.tok.eos])
+            for p in w.task.problems("val", 128, SEED)]
+    tokens, mask = models.collate(rows, 0)
+    nats = [-(logp_of(m, tokens, mask, 1.0).sum() / mask.sum()).item()
+            for m in (soup, w.ref, w.base)]
+    assert "{:.4f} nats a token of val demonstrations, its parents {:.4f} and {:.4f}".format(
+        *nats) in said
+    assert ("WARNING: the soup is worse" in said) == (nats[0] > max(nats[1:]))
+
+
+def test_salsa_of_one_model_is_ppo(two_models, workdir, monkeypatch, capsys):
+    """bit for bit, and it says so; so is a share of 1"""
+    base, init = two_models
+    go(monkeypatch, (init, init), "salsa", "soup")
+    assert "--other is --init itself" in capsys.readouterr().out
+    go(monkeypatch, two_models, "salsa,reference=own", "plain")
+    go(monkeypatch, two_models, "salsa,share=1", "first")
+    assert "--other is" not in capsys.readouterr().out
+    assert alike("soup", "plain") and alike("first", "plain")
+
+
+@pytest.mark.parametrize("config, words", [
+    ("tppo,advantage=gae", "--rollout windowed leaves responses that have not ended"),
+    ("tppo,shaping=ends", "--rollout windowed leaves responses that have not ended"),
+    ("nlpo,rollout=fresh", "--decode nuclei: its copy is that of --rollout masked"),
+    ("fdpg_rkl,aim=pointwise", "--aim pointwise: p is 0 for most texts"),
+    ("fdpg_js,shaping=chi2_exact,divergence=rchi2,aim=pointwise", "--aim pointwise"),
+    ("salsa,other=", "--other FOLDER is missing")])
+def test_what_does_not_go_together_is_told(config, words, two_models, workdir, monkeypatch):
+    with pytest.raises(UserError, match=words):
+        go(monkeypatch, two_models, config, "run")
+
+
+def test_a_soup_of_two_shapes_is_refused(two_models, workdir, monkeypatch):
+    net, tok = load(two_models[1])
+    save(models.init(preset("2x64", tok, 64)), tok, "deeper")
+    with pytest.raises(UserError, match="--other second_base and --init .* different shapes"):
+        go(monkeypatch, ("deeper", two_models[1]), "salsa,other=second_base", "run")
