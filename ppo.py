@@ -22,6 +22,7 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -30,15 +31,16 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import tasks
-from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, ask, asked_by,
-                      batch_indices, call, check_first_ratio, checkpoint, cli, launch, needs,
-                      refuse_alone, report, rows_used, start_ranks)
+from data.run import (Count, MeanOf, Positive, Run, Share, Signed, Training, UserError, ask,
+                      asked_by, batch_indices, call, check_first_ratio, checkpoint, cli, launch,
+                      needs, refuse_alone, report, rows_used, start_ranks)
 from data.stats import explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
-                   autocast, check_adapters, clip_gradients, critic_values, foresee, generate, load,
-                   load_frozen, logprobs, masked_whiten, open_trained, passes, peek, plain_model,
-                   recomputing, reference, rows_of, save, save_trained, sequence_scores, shard,
-                   summed, token_logprobs, token_values, with_peft)
+                   autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
+                   generate, joined, load, load_frozen, logprobs, masked_whiten, open_trained,
+                   passes, peek, plain_model, recomputing, reference, rows_of, save, save_trained,
+                   sequence_scores, shard, snapshot, spread, summed, token_logprobs, token_values,
+                   with_peft)
 from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def credited(batch, critic, scale, factor, asked, f):
     c, roll, mask = batch["c"], batch["roll"], batch["mask"]
     _, score = worth(batch, f)                                                           # [B]
     batch |= dict(score=score, unit=(score - scale["mean"]) / scale["std"], tokens=roll.tokens,
-                  coefficient=factor / scale["std"], logp=roll.logp, old_logp=roll.logp,
+                  coefficient=factor / scale["std"], **log_probs(batch),
                   ref_logp=logprobs(batch["anchor"], roll.tokens, mask, c),              # [B, T]
                   ends=roll.prompt_len + mask.sum(1).long())                             # [B]
     if "values" in asked:
@@ -592,7 +594,7 @@ def open_models(c, f, folders, init, run):
                 raise UserError(f"--{MODELS[name][0]} {folder} and --init {init} have different "
                                 "tokenizers: both must score the same ids")
         models[name] = opened[folder]
-    models["anchor"] = call(f.reference, models | dict(c=c))
+    models["anchor"] = call(f.reference, models | dict(c=c, run=run, tok=tok))
     for model in {id(m): m for m in models.values()}.values():
         shard(model, c.dtype)                                      # over torchrun's ranks
     return policy, open_critic(c, f, models["ref"], run.last, other), tok, models
@@ -681,9 +683,10 @@ def recalled(memories):
 def numbers(batch, done):
     """What an iteration's log says of its rollout and its minibatches."""
     roll, mask, score, per = (batch[k] for k in ("roll", "mask", "score", "samples"))
-    kl = (k1(roll.logp, batch["ref_logp"]) * mask).sum(1).mean().item()      # nats per response
+    logp, ref_logp = batch["logp"], batch["ref_logp"]
+    kl = (k1(logp, ref_logp) * mask).sum(1).mean().item()                    # nats per response
     row = dict(reward=score.mean(), kl=kl, entropy=done[0]["entropy"],
-               k3=(k3(roll.logp, batch["ref_logp"]) * mask).sum(1).mean(),
+               k3=(k3(logp, ref_logp) * mask).sum(1).mean(),
                truncated=1 - roll.finished.float().mean(), length=mask.sum(1).mean(),
                quality=batch["quality"].mean(),
                work=roll.row_steps / (len(mask) * max(1, int(mask.sum(1).max()) - 1)))
@@ -906,6 +909,688 @@ def k3_loss(logp, ref_logp, *, kl_coef: Positive = 0.05):
 
 
 REGULARISERS["k2"], REGULARISERS["k3"] = k2_loss, k3_loss
+
+
+# === laws: ours, whose log-probs a rollout's tokens have ==========================================
+
+
+def log_probs(batch):
+    """logp, the policy's own, and old_logp, by the law that its tokens are scored with: the
+    sampler's, but where the rollout has another one in LAWS (decoding rounds otherwise)."""
+    c, roll = batch["c"], batch["roll"]
+    if c.rollout not in LAWS:
+        return dict(logp=roll.logp, old_logp=roll.logp)
+
+    def law(tokens, mask):
+        return call(LAWS[c.rollout], batch | dict(tokens=tokens, mask=mask))[0]
+    return dict(logp=logprobs(batch["policy"], roll.tokens, roll.mask, c),
+                old_logp=spread(law, c, roll.tokens, roll.mask, models=[batch["policy"]]))
+
+
+# === tppo: 2506.15050, a window of new tokens a step; what has not ended goes on in the next ======
+
+
+class Unfinished:
+    """Responses that go on in the next step, each [problem, ids, their log-probs]; how many began.
+    """
+
+    def __init__(self):
+        self.rows, self.begun = [], 0
+
+    def tell(self):
+        """Itself."""
+        return self
+
+    def note(self, problems, roll, trained, valued, score):
+        """Keep what goes on. reward, length, truncated: of what ended, if anything did."""
+        ended = valued.sum(1) > 0                                                        # [B]
+        self.begun += int((trained.sum(1) == roll.mask.sum(1)).sum())
+        rows = zip(problems, roll.completions(), roll.logp, roll.mask, ended.tolist())
+        self.rows = [[problem, ids, logp[mask > 0].tolist()]
+                     for problem, ids, logp, mask, done in rows if not done]
+        row = dict(generated=trained.sum(), ended=ended.float().mean())
+        if ended.any():
+            row |= dict(reward=score[ended].mean(), length=roll.mask.sum(1)[ended].mean(),
+                        truncated=1 - roll.finished[ended].float().mean())
+        return row
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return dict(rows=self.rows, begun=self.begun)
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.rows, self.begun = state["rows"], state["begun"]
+
+
+def resumed(roll, rows):
+    """Completions of prompts that ended with earlier ids, whose log-probs are those of the moment
+    when they were drawn: the ids are the response's again.   rows: [problem, ids, log-probs] each
+    """
+    mask, logp, start = roll.mask.clone(), roll.logp.clone(), roll.prompt_len.clone()
+    for i, (_, ids, old) in enumerate(rows):
+        end = int(start[i])
+        start[i] = begin = end - len(ids)
+        mask[i, begin:end], logp[i, begin:end] = 1.0, torch.tensor(old).to(logp)
+    return roll._replace(mask=mask, logp=logp, prompt_len=start)
+
+
+def windowed(policy, pool, tok, c, max_new, generator, unfinished, *, window: Count = 8):
+    """T-PPO (2506.15050): so many more tokens of every response, new prompts in the free places.
+
+    trained: the tokens of this step; valued: those of the responses that ended in it.
+    """
+    rows = list(unfinished.rows)
+    for i in range(unfinished.begun, unfinished.begun + c.rollouts * c.samples - len(rows)):
+        rows.append([pool[int(batch_indices(len(pool), 1, i // c.samples, c.seed))], [], []])
+    room = torch.tensor([min(window, max_new - len(ids)) for _, ids, _ in rows])         # [B]
+    parts, order = [], []
+    for new in room.unique().tolist():                  # a response's last window may be shorter
+        order.append((room == new).nonzero().squeeze(1))
+        texts = [[*tok.prompt(rows[i][0], c.chat), *rows[i][1]] for i in order[-1].tolist()]
+        with autocast(c.device, c.dtype):
+            parts.append(generate(policy, texts, new, temperature=c.temperature,
+                                  generator=generator, slots=c.slots))
+    roll = joined(parts, max(policy.config.pad_token_id, 0))
+    roll = rows_of(roll, torch.cat(order).argsort().to(roll.tokens.device))
+    trained, roll = roll.mask, resumed(roll, rows)
+    ended = roll.finished | (roll.mask.sum(1) >= max_new)                                # [B]
+    return dict(problems=[problem for problem, _, _ in rows], roll=roll, trained=trained,
+                valued=roll.mask * ended[:, None])
+
+
+MEMORIES["unfinished"], ROLLOUTS["windowed"] = Unfinished, windowed
+
+
+# === egae: 2506.15050, what a response that has not ended is worth to policy and critic ===========
+
+
+def egae(rewards, values, mask, ended, gamma=1.0, lam=0.95):
+    """Extended GAE (2506.15050): behind the last token of a response that goes on lies the value
+    before it, behind that of one that ended 0.   [B, T], ended [B] -> advantages [B, T]"""
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                # 1 on the last token
+    return gae(rewards + gamma * values * last * ~ended[:, None], values, mask, gamma, lam)[0]
+
+
+def extended_gae(rewards, values, mask, trained, valued, *, gamma: Share = 1.0, lam: Share = 0.95):
+    """EGAE, whitened over the tokens of this step; the critic's targets are the sums of rewards
+    (λ = 1), of responses that ended.   -> [B, T] each"""
+    adv = egae(rewards, values, mask, valued.sum(1) > 0, gamma, lam)
+    return masked_whiten(adv, trained), gae(rewards, values, mask, gamma, 1.0)[1]
+
+
+def when_ended(unit, logp, ref_logp, mask, coefficient, valued, *, beta=0.0):
+    """token_rewards, the score only for a response that ended: half a text has none.   [B, T]"""
+    unit = unit.where(valued.sum(1) > 0, 0.0)
+    return token_rewards(unit, logp, ref_logp, mask, coefficient, beta=beta)
+
+
+def half(c):
+    """Words against rows that take a response that goes on for one that ended."""
+    if (c.advantage, c.shaping) != ("extended", "ended"):
+        return ("--rollout windowed leaves responses that have not ended: it goes with --advantage "
+                "extended --shaping ended")
+
+
+ADVANTAGES["extended"], SHAPINGS["ended"], CHECKS["windowed"] = extended_gae, when_ended, half
+# 2506.15050: no KL, a window of a third of the longest response (8k of 24k tokens); λ of the policy
+# is 2503.01491's, the paper's own we do not know
+PRESETS["tppo"] = dict(rollout="windowed", advantage="extended", shaping="ended", beta=0.0,
+                       window=8)
+
+
+# === nlpo: 2210.01241, sampled within the nuclei of a lagged copy, scored within the same ones ====
+
+
+class Masker:
+    """A copy of the policy, renewed every so many iterations: its nuclei are what may be said."""
+
+    def __init__(self, policy, f):
+        self.model, self.every = snapshot(policy), f.rollout.keywords["refresh"]
+        self.trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+
+    def tell(self):
+        """The copy."""
+        return self.model
+
+    @torch.no_grad()
+    def note(self, done, policy):
+        """Only rollouts that come later see the policy as it is now."""
+        if done % self.every == 0:
+            for name in self.trained:
+                self.model.get_parameter(name).copy_(policy.get_parameter(name))
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return {name: self.model.get_parameter(name).data for name in self.trained}
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.model.load_state_dict(state, strict=False)
+
+
+def masked(policy, pool, tok, c, f, max_new, generator, step, masker, *, top: Share = 0.9,
+           least=0, refresh: Count = 20):
+    """NLPO (2210.01241): completions within nuclei of mass `top` of a copy that lags behind.
+
+    least: so many tokens are always inside (0: an eighth of the vocabulary).
+    """
+    problems = [pool[i] for i in batch_indices(len(pool), c.rollouts, step, c.seed).tolist()]
+    with autocast(c.device, c.dtype):
+        roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new,
+                        samples=c.samples, temperature=c.temperature, generator=generator,
+                        slots=c.slots, contrast=within(masker, c, f))
+    return dict(problems=problems, roll=roll)
+
+
+def from_nuclei(model, masker, prompts, max_new, generator, slots, c, f):
+    """Within the copy's nuclei, as in training."""
+    return generate(model, prompts, max_new, temperature=c.temperature, generator=generator,
+                    slots=slots, contrast=within(masker, c, f))
+
+
+def unmasked(c):
+    """Words against a copy's nuclei that no rollout samples from."""
+    return ("--decode nuclei: its copy is that of --rollout masked: give both" *
+            (c.rollout != "masked"))
+
+
+MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
+CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
+# 2210.01241's code: top 0.9, KL 0.1 with a target per token, a copy renewed every 5 (sentiment) to
+# 20 (summaries) iterations, 5 epochs; its 100 tokens at least are more than small vocabularies have
+PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", beta=0.1, refresh=5)
+
+
+# === masked_law: 2210.01241, a policy within its mask: log-probs for NLPO's ratio =================
+
+
+def nucleus(logits, p, least, special=()):
+    """What a nucleus keeps (2210.01241): the likeliest tokens, of mass p with the first one over
+    it, `least` at least, and the special ones.   logits [n, V] -> bool [n, V]"""
+    probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    inside = (probs.cumsum(-1) - probs <= p) | (p >= 1)                                  # [n, V]
+    inside[..., :least] = True
+    kept = torch.zeros_like(inside).scatter(-1, order, inside)
+    kept[..., list(special)] = True
+    return kept
+
+
+def kept_by(masker, c, f):
+    """nucleus() as a function of the copy's logits; it always keeps what ends a text."""
+    config, options = masker.config, f.rollout.keywords
+    special = [i for i in (*config.eos_token_id, config.pad_token_id, config.bos_token_id)
+               if i >= 0]
+    least = options["least"] or max(4, config.vocab_size // 8)
+    return lambda theirs: nucleus(theirs / c.temperature, options["top"], least, special)
+
+
+def within(masker, c, f):
+    """generate's contrast: sample from the policy within the copy's nuclei."""
+    keep = kept_by(masker, c, f)
+    return masker, lambda mine, theirs: mine.masked_fill(~keep(theirs), -torch.inf)
+
+
+def law_within(mine, theirs, target, policy, masker, keep, temperature):
+    """log π_m(target) and the entropy of π_m, which is π within what the copy keeps. A target that
+    rounding puts outside is inside.   states [n, D] of both, ids [n] -> [n], [n]"""
+    kept = keep(masker.logits(theirs)).scatter(1, target[:, None], True)                 # [n, V]
+    logits = (policy.logits(mine) / temperature).masked_fill(~kept, -torch.inf)
+    logp = logits.log_softmax(-1)                                                        # [n, V]
+    entropy = -(logp.exp() * logp.masked_fill(~kept, 0.0)).sum(-1)
+    return logp.gather(1, target[:, None]).squeeze(1), entropy
+
+
+def masked_law(policy, masker, tokens, mask, c, f):
+    """own_law of the masked policy. Logits are made a chunk at a time, and in the backward pass
+    again.   [b, T], [b, T]"""
+    where, keep = mask[:, 1:] > 0, kept_by(masker, c, f)
+    mine, target = policy(tokens)[:, :-1][where], tokens[:, 1:][where]                   # [N, D]
+    with torch.no_grad():
+        theirs = masker(tokens)[:, :-1][where]
+    again = partial(torch.utils.checkpoint.checkpoint, law_within, policy=policy, masker=masker,
+                    keep=keep, temperature=c.temperature, use_reentrant=False,
+                    preserve_rng_state=False)
+    parts = [again(mine[s], theirs[s], target[s])
+             for s in kernels.slices(len(mine), policy.config.vocab_size, "torch")]
+
+    def aligned(x):
+        out = torch.zeros_like(tokens, dtype=x.dtype)                                    # [b, T]
+        return out.masked_scatter(mask * (torch.arange(out.size(1), device=out.device) > 0) > 0, x)
+    return tuple(aligned(torch.cat(x)) for x in zip(*parts))
+
+
+LAWS["masked"] = masked_law
+
+# === chi2, chi2_kl, chi2_exact: 2403.03185, χ² of whole responses in the place of KL ==============
+
+
+class Far:
+    """Where exp goes on as a line, and what is seen of χ²: an estimate that a few responses rule
+    once KL is above 3 nats."""
+
+    def tell(self):
+        """The logarithm of a ratio from which on it is far."""
+        return 10.0
+
+    def note(self, logp, ref_logp, mask, far):
+        """chi2 of a rollout, and the share of responses that are far to either side."""
+        L = log_ratio(logp, ref_logp, mask)                                              # [B]
+        return dict(chi2=both_ways(L, far).mean(), far=(L.abs() > far).float().mean())
+
+    def state(self):
+        """Nothing."""
+
+    def load(self, state):
+        """Nothing."""
+
+
+def log_ratio(logp, ref_logp, mask):
+    """log π(y)/π0(y) of whole responses.   [B, T] -> [B]"""
+    return ((logp - ref_logp) * mask).sum(1)
+
+
+def stretched(z, far):
+    """exp(z) - 1, beyond `far` its tangent there (the authors' code)."""
+    beyond = z.new_tensor(far).exp() * (1 + z - far) - 1
+    return torch.where(z > far, beyond, torch.expm1(z.clamp(max=far)))
+
+
+def both_ways(L, far):
+    """χ²(π||π0) of each response (2403.03185):  e^L - 1 + e^-L - 1, the second of mean 0 under π
+    (a control variate, whose gradient is that of KL(π0||π)).   [B]"""
+    return stretched(L, far) + stretched(-L, far)
+
+
+def chi2_now(policy, tokens, mask, ref_logp, far, c):
+    """χ² of a whole minibatch under the policy as it is, without a gradient.   -> a number"""
+    return both_ways(log_ratio(logprobs(policy, tokens, mask, c), ref_logp, mask), far).mean()
+
+
+def chi2_loss(logp, ref_logp, mask, chi2_now, far, *, weight: Positive = 0.01, root=True):
+    """2403.03185's code:  w sqrt(max(χ², 1e-4)) of a minibatch, or w χ².   [b]
+
+    A root of a mean parts into no micro-batches: its value is the minibatch's, its slope a row's.
+    """
+    chi2 = both_ways(log_ratio(logp, ref_logp, mask), far)                               # [b]
+    if not root:
+        return weight * chi2
+    floor = chi2_now.clamp(min=1e-4).sqrt()
+    slope = (chi2_now > 1e-4) / (2 * floor)
+    return weight * (floor + slope * (chi2 - chi2.detach()))
+
+
+def kl_loss(logp, ref_logp, mask, far, *, weight: Positive = 0.01):
+    """The KL of the same code, w (L + e^-L - 1): its gradient is that of KL(π0||π).   [b]"""
+    L = log_ratio(logp, ref_logp, mask)                                                  # [b]
+    return weight * (L + stretched(-L, far))
+
+
+MEMORIES["far"], MINIBATCH["chi2_now"] = Far, chi2_now
+REGULARISERS["chi2"], REGULARISERS["kl_whole"] = chi2_loss, kl_loss
+# clips, one KL less in the reward and 4 epochs are the paper's; its weight 8e-4 is for 256 tokens
+PRESETS["chi2"] = dict(regulariser="chi2", beta=0.0, eps=0.4, eps_v=0.4)
+PRESETS["chi2_kl"] = dict(regulariser="kl_whole", beta=0.0, eps=0.4, eps_v=0.4)
+
+
+# === chi2_exact, occupancy: 2403.03185, χ² in the score, what it assures, its discriminator =======
+
+
+def chi2_rewards(unit, logp, ref_logp, mask, coefficient, far, *, beta=0.1, root=True):
+    """The score less β (e^L - 1)/sqrt(χ²), or 2 β (e^L - 1), on the last token: its policy gradient
+    is that of β sqrt(χ²(π||π0)), or of β χ².   -> [B, T]
+
+    ours: less 1, which has no gradient, so that the penalty is 0 where π is π0.
+    """
+    L = log_ratio(logp, ref_logp, mask)                                                  # [B]
+    chi2 = both_ways(L, far).mean().clamp(min=1e-4)
+    penalty = torch.expm1(L.clamp(max=far)) * (chi2.rsqrt() if root else 2.0)
+    return token_rewards(unit - beta * coefficient * penalty, logp, ref_logp, mask, 0.0)
+
+
+def assured(gain, corr, chi2):
+    """What a proxy's gain assures of the true reward's (2403.03185), both in standard deviations
+    under π0, where their correlation is corr:  r g - sqrt((1 - r²) (χ² - g²)), g² <= χ²."""
+    return corr * gain - ((1 - corr ** 2) * (chi2 - gain ** 2)).clamp(min=0).sqrt()
+
+
+def discriminate(policy, base):
+    """A discriminator's loss on state-action pairs of the policy and of π0; at best its output d is
+    log μ/μ0, the ratio of their occupancies.   [N], [M]"""
+    softplus = torch.nn.functional.softplus
+    return softplus(-policy).mean() + softplus(base).mean()
+
+
+def occupancy_reward(d, kind="sqrt_chi2"):
+    """What a pair costs (to be weighed and subtracted): d for KL, e^d - 1 for χ², and for its root
+    that over the root of its mean without the 1 % at either end.   [N]"""
+    if kind == "kl":
+        return d
+    chi2 = torch.expm1(d)
+    cut = int(0.01 * len(d))
+    trimmed = chi2.sort().values[cut:len(d) - cut].mean()
+    return chi2 / trimmed.sqrt() if kind == "sqrt_chi2" and trimmed > 0 else chi2
+
+
+SHAPINGS["chi2_exact"] = chi2_rewards
+PRESETS["chi2_exact"] = dict(shaping="chi2_exact", beta=0.1)               # beta is ours
+
+
+# === target: 2205.11275, the distribution that a reward stands for, p = P/Z =======================
+
+
+class Tilt:
+    """GDC's λ for a share of responses that have a feature, fitted on the first rollout: π0's."""
+
+    def __init__(self):
+        self.steer = None
+
+    def tell(self):
+        """λ, or None before the first rollout."""
+        return self.steer
+
+    def note(self, steer):
+        """Keep it."""
+        self.steer = steer
+        return dict(steer=steer)
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.steer
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.steer = state
+
+
+def fitted(phi, share, rate=0.5, most=1000, near=0.01):
+    """λ with which features φ of samples of π0 have the means `share` under π0 exp(λ φ), by
+    self-normalised importance sampling (2012.11635, its code).   [N, K], [K] -> [K]"""
+    lam = torch.zeros_like(share)
+    for _ in range(most):
+        gap = share - (phi @ lam).softmax(0) @ phi                                       # [K]
+        if gap.norm() < near:
+            break
+        lam = lam + rate * gap
+    return lam
+
+
+def feature(score, f):
+    """Whether a response scores above --above.   [B] -> [B] of 0 and 1"""
+    return (score > f.advantage.keywords["above"]).to(score)
+
+
+def steer(score, tilt, f):
+    """λ, 0 where nothing is asked of moments; UserError where π0 has no such text, or no other."""
+    options, phi = f.advantage.keywords, feature(score, f)[:, None]
+    if tilt is not None or options["aim"] != "moments":
+        return tilt or 0.0
+    if not 0 < phi.mean() < 1:
+        raise UserError(f"--above {options['above']}: {int(phi.sum())} of the first {len(phi)} "
+                        "responses score more: choose it where some do, or raise --rollouts")
+    return fitted(phi, score.new_tensor([options["share"]]), near=1e-4).item()
+
+
+def log_p(ref_logp, mask, score, steer, f):
+    """log P(y) of p = P/Z: π0 exp(score/β), which KL-regularised RL converges to (2205.11275); π0
+    of texts with the feature alone; or π0 exp(λ φ).   [B]"""
+    aim, own = f.advantage.keywords["aim"], (ref_logp * mask).sum(1)                     # [B]
+    if aim == "reward":
+        return own + score / f.shaping.keywords["beta"]
+    return own + (feature(score, f).log() if aim == "pointwise" else steer * feature(score, f))
+
+
+MEMORIES["tilt"], BATCH["steer"], BATCH["log_p"] = Tilt, steer, log_p
+
+
+# === log_z: 2302.08215, Z by importance sampling, of a prompt or of all ===========================
+
+
+class Partition:
+    """Each prompt's sum of P/q over its samples so far, or of all prompts': Z is their mean."""
+
+    def __init__(self):
+        self.masses = {}
+
+    def tell(self):
+        """{prompt, "" for all: (logarithm of the sum, how many)}."""
+        return self.masses
+
+    def note(self, masses, log_weight):
+        """log_weight [B], log P/q. ess: how many samples of p a rollout of q is worth, its share.
+        """
+        self.masses = masses
+        ess = (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
+        return dict(ess=ess.nan_to_num(0.0) / len(log_weight))
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.masses
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.masses = state
+
+
+def log_weight(roll, mask, log_p):
+    """log P(y)/q(y), q who sampled.   [B]"""
+    return log_p - (roll.logp * mask).sum(1)
+
+
+def keys_of(problems, f):
+    """Which Z each prompt has: its own, or all the same."""
+    return [p["prompt"] if f.advantage.keywords["per"] == "prompt" else "" for p in problems]
+
+
+def masses(partition, log_weight, problems, f):
+    """The partition with this rollout's samples."""
+    out, rows = dict(partition), log_weight.view(len(problems), -1).double()             # [P, G]
+    for key, total in zip(keys_of(problems, f), rows.logsumexp(1)):
+        before, count = out.get(key, (-torch.inf, 0))
+        out[key] = torch.logaddexp(total, total.new_tensor(before)).item(), count + rows.size(1)
+    return out
+
+
+def log_z(masses, log_weight, problems, f):
+    """log Z of each response's prompt: the mean of P/q over all samples so far.   [B]"""
+    found = [masses[key] for key in keys_of(problems, f)]
+    total, count = log_weight.new_tensor(found).T                                        # [P] each
+    return (total - count.log()).repeat_interleave(len(log_weight) // len(found))
+
+
+MEMORIES["partition"], BATCH["log_weight"] = Partition, log_weight
+BATCH["masses"], BATCH["log_z"] = masses, log_z
+
+
+# === fdpg_kl, fdpg_rkl, fdpg_tv, fdpg_js, fdpg_chi2, fdpg_rchi2: 2302.08215, any f-divergence =====
+
+# -f'(π/p), a response's reward, by log(π/p) (2302.08215 table 1); JS without its factor of a half
+PSEUDO = dict(
+    kl=lambda log_t: torch.exp(-log_t),                                        # KL(p||π): DPG, GDC
+    rkl=lambda log_t: -(log_t + 1),                                            # KL(π||p): RLHF
+    tv=lambda log_t: -log_t.sign() / 2,
+    js=lambda log_t: torch.log((1 + torch.exp(-log_t)) / 2),
+    chi2=lambda log_t: torch.expm1(-2 * log_t),                                # χ²(p||π)
+    rchi2=lambda log_t: -2 * torch.expm1(log_t))                               # χ²(π||p)
+
+
+class Recent:
+    """The mean of the last 1024 pseudo-rewards, 0 before there are any."""
+
+    def __init__(self):
+        self.seen = torch.zeros(0)
+
+    def tell(self):
+        """The baseline."""
+        return self.seen.mean().item() if len(self.seen) else 0.0
+
+    def note(self, pseudo):
+        """A rollout's [B], but for those that nothing is known of."""
+        self.seen = torch.cat([self.seen, pseudo[pseudo.isfinite()].cpu()])[-1024:]
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.seen
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.seen = state
+
+
+def log_t(logp, mask, log_p, log_z, f):
+    """log π(y)/p(y), p = P/Z; weights p/π are clipped at a percentile of the rollout, NaN where Z
+    is not known.   [B]"""
+    t = (logp * mask).sum(1) - log_p + log_z                                             # [B]
+    known = t[t.isfinite()]
+    least = known.quantile(1 - f.advantage.keywords["most"]) if len(known) else -20.0
+    return t.clamp(min=least).clamp(-20, 20)
+
+
+def pseudo(log_t, f):
+    """-f'(π/p).   [B]"""
+    return PSEUDO[f.advantage.keywords["divergence"]](log_t)
+
+
+def fdpg(pseudo, mask, recent, *, divergence: Literal[tuple(PSEUDO)] = "js",
+         aim: Literal["reward", "pointwise", "moments"] = "reward", above: Signed = 0.0,
+         share: Share = 0.5, per: Literal["prompt", "all"] = "prompt", most: Share = 0.99):
+    """f-DPG (2302.08215):  -f'(π/p) less the mean of the last ones, on every token.   [B, T]"""
+    return (pseudo - recent).nan_to_num(0.0)[:, None] * mask, None
+
+
+def whole_response(logp, old_logp, adv, mask):
+    """-sg(π(y)/q(y)) A log π(y) of a whole response, whose A is on every token.   [b]"""
+    L, old = ((x * mask).sum(1) for x in (logp, old_logp))                               # [b]
+    A = (adv * mask).sum(1) / mask.sum(1)
+    return -(L - old).detach().clamp(-20, 20).exp() * A * L
+
+
+def unbounded(c, f):
+    """Words against a target that is 0 somewhere where π is not."""
+    if (f.advantage.keywords["aim"], f.advantage.keywords["divergence"]) in (
+            ("pointwise", "rkl"), ("pointwise", "rchi2")):
+        return "--aim pointwise: p is 0 for most texts, and this divergence infinite: take kl or js"
+
+
+MEMORIES["recent"], BATCH["log_t"], BATCH["pseudo"] = Recent, log_t, pseudo
+ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, unbounded
+# what one step a rollout is, of whole rollouts, is the paper's; sizes and lr are ours
+FDPG = dict(advantage="fdpg", surrogate="whole", epochs=1, batch=128, rollouts=16, samples=8)
+PRESETS["fdpg_kl"] = FDPG | dict(divergence="kl")
+PRESETS["fdpg_rkl"] = FDPG | dict(divergence="rkl")
+PRESETS["fdpg_tv"] = FDPG | dict(divergence="tv")
+PRESETS["fdpg_js"] = FDPG | dict(divergence="js")                  # the paper's recommendation
+PRESETS["fdpg_chi2"] = FDPG | dict(divergence="chi2")
+PRESETS["fdpg_rchi2"] = FDPG | dict(divergence="rchi2")
+
+
+# === gdc: 2012.11635, texts with a feature, or a share of them; a proposal samples ================
+
+
+class Proposal:
+    """The policy that samples: a copy, renewed where the policy is nearer to p."""
+
+    def __init__(self, policy):
+        self.model, self.gain = snapshot(policy), 0.0
+        self.trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+
+    def tell(self):
+        """The copy."""
+        return self.model
+
+    @torch.no_grad()
+    def note(self, done, policy, roll, mask, logp, log_weight, log_z):
+        """Every ten steps: was KL(p||q) - KL(p||π) = E_p log π/q above 0 on their samples?"""
+        share = (log_weight - log_z).exp().nan_to_num(0.0)                     # p/q             [B]
+        self.gain += (share * log_ratio(logp, roll.logp, mask)).mean().item()
+        row = dict(kl_gain=self.gain, renewed=0.0)
+        if done % 10 == 0:
+            if self.gain > 0:
+                row["renewed"] = 1.0
+                for name in self.trained:
+                    self.model.get_parameter(name).copy_(policy.get_parameter(name))
+            self.gain = 0.0
+        return row
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return dict(gain=self.gain, weights={name: self.model.get_parameter(name).data
+                                             for name in self.trained})
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.gain = state["gain"]
+        self.model.load_state_dict(state["weights"], strict=False)
+
+
+def proposed(proposal, pool, tok, c, max_new, generator, step):
+    """fresh(), of the proposal."""
+    return fresh(proposal, pool, tok, c, max_new, generator, step)
+
+
+def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments"] = "moments",
+        above: Signed = 0.0, share: Share = 0.5, per: Literal["prompt", "all"] = "all",
+        most: Share = 0.99):
+    """DPG's weights (2012.11635):  P/(Z q), clipped at a percentile, on every token.   [B, T]"""
+    weight = (log_weight - log_z).clamp(max=20).exp().nan_to_num(0.0)                    # [B]
+    return weight.clamp(max=weight.quantile(most))[:, None] * mask, None
+
+
+MEMORIES["proposal"], ROLLOUTS["proposed"], LAWS["proposed"] = Proposal, proposed, own_law
+ADVANTAGES["gdc"] = gdc
+ALONE["proposal"] = "a copy of sharded weights cannot be made"
+# one step a rollout and a proposal that is renewed every 10 steps are the paper's; sizes, lr ours
+PRESETS["gdc"] = dict(rollout="proposed", advantage="gdc", surrogate="nll", epochs=1, batch=128)
+
+
+# === salsa: 2411.01798, the KL is to the average of two SFT models' weights =======================
+
+
+def soup_of(first, second, share):
+    """A model with the weights a θ1 + (1 - a) θ2, exactly θ1 where the two agree or a is 1."""
+    mine, theirs = first.state_dict(), second.state_dict()
+    model = Transformer(first.config).to(first.head).requires_grad_(False)
+    model.load_state_dict({name: torch.lerp(theirs[name], x, share) for name, x in mine.items()})
+    return model
+
+
+def shapes_of(model):
+    """The shape of every tensor, by name; of integers, which have no average, themselves."""
+    return {name: x.shape if x.is_floating_point() else id(x)
+            for name, x in model.state_dict().items()}
+
+
+def nats(model, rows, pad, c):
+    """The mean negative log-prob of a token of demonstrations."""
+    tokens, mask = collate(rows, pad, c.device)                                          # [N, T]
+    return -(logprobs(model, tokens, mask, c).sum() / mask.sum()).item()
+
+
+def soup(ref, second, tok, run, c, *, other="base:sft+seed=1001", share: Share = 0.5):
+    """SALSA (2411.01798): the KL is to the average of the SFT model and a second one of the same
+    pre-trained model. Says whether it models demonstrations as well as its parents do."""
+    if shapes_of(ref) != shapes_of(second):
+        raise UserError(f"--other {other} and --init {c.init} have different shapes, or packed "
+                        "layers: only models of one pre-trained model have an average")
+    model, task = soup_of(ref, second, share), tasks.of_run(c)
+    split = next(iter(tasks.held_out(c.data)))
+    rows = tasks.demonstrations(task, task.problems(split, 128, c.seed), tok,
+                                ref.config.max_position_embeddings, c.chat)
+    loss = [nats(m, rows, max(ref.config.pad_token_id, 0), c) for m in (model, ref, second)]
+    run.say(f"  soup of --init and --other: {loss[0]:.4f} nats a token of {split} demonstrations, "
+            f"its parents {loss[1]:.4f} and {loss[2]:.4f}")
+    if loss[0] > max(loss[1:]):
+        run.say("  WARNING: the soup is worse than both of its parents: do they come from one "
+                "pre-trained model? A KL to it holds the policy to a broken model")
+    if all(x.equal(y) for x, y in zip(ref.state_dict().values(), second.state_dict().values())):
+        run.say("  WARNING: --other is --init itself: this is PPO")
+    return model
+
+
+MODELS["second"], REFERENCES["soup"] = ("other", Transformer), soup
+# share a half; beta and the second model's seed ours: the paper's KL per model we do not know.
+# --config toyif,salsa,other=base:toyif+seed=1001: a second SFT model of the same pre-trained one
+PRESETS["salsa"] = dict(reference="soup", beta=0.05)
 
 
 # === raft: 2304.06767, likelihood of the best of each prompt's samples by the reward ==============
