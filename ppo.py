@@ -1093,7 +1093,7 @@ def check_routed(c, f):
         return (f"--pair_model {folder} has no pair.safetensors: give the folder pm that "
                 "python reward.py --config router leaves")
     if reward == "routed" and c.data not in prefs.WORLDS:
-        return (f"--reward routed asks a judge that knows gold, of {' or '.join(prefs.WORLDS)}, not "
+        return (f"--reward routed asks a judge that knows gold: {' or '.join(prefs.WORLDS)}, not "
                 f"of --data {c.data}: give --reward routed_model --judge FOLDER")
     return in_groups(c)
 
