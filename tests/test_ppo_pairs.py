@@ -1,14 +1,24 @@
 """ppo.py's methods that compare the responses of a prompt: a routed judge, a judge that reasons,
 pairwise PPO. Every equation by hand, then what reaches each function in whole runs."""
+import copy
 import itertools
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import close, rand
+import torch.nn.functional as F
+from conftest import close, merged, rand
+from safetensors.torch import load_file, save_file
+from wiring import catch
 
+import model as models
 import ppo
+import reward
+from data import prefs, tasks
 from data.prefs import ToyIF
+from data.run import UserError, checkpoint, read_log
 from ppo import (at_random, by_margin, by_uncertainty, dual_clip, group_norm, judge_matrix,
                  of_routing, p3o, p3o_joint, pair_gap, pair_scores, pairwise_grpo, pairwise_rloo,
                  parse_verdict, ppo_clip, route, spoken, to_go)
@@ -327,3 +337,396 @@ def test_where_pairwise_ppo_is_clipped_it_has_no_gradient():
         logp.grad = None
         p3o_joint(*args).sum().backward()
         assert (logp.grad == 0).all() == flat
+
+
+# --- whole runs: what reaches each function, compared with the same quantity computed apart -------
+
+SEED = 3
+TINY = ["--steps", "2", "--rollouts", "4", "--samples", "3", "--batch", "12", "--micro", "5",
+        "--eval_every", "2", "--save_every", "1", "--max_new", "6", "--eval_prompts", "4",
+        "--calibrate", "2", "--seed", str(SEED), "--lr", "2e-3"]
+
+
+def near(a, b, tol=1e-4):
+    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tol, atol=tol)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Random models of the toy worlds' alphabet: init, which ends its texts now and then, writer, a
+    language model, and pm, a model of pairs that knows its features' covariance. -> their folders
+    """
+    tok, out = prefs.tokenizer(), {x: tmp_path_factory.mktemp(x) for x in ("init", "writer", "pm")}
+    net, g = models.init(models.preset("1x64", tok, 64)), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in ("writer", "init"):
+            for p in net.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+            usual = net(torch.arange(64)[None]).mean((0, 1))                             # [D]
+            net.embed_tokens.weight[tok.eos] = usual / usual.norm()
+            models.save(net, tok, out[name])
+    pm = reward.PairModel(net, 32, 0.3, True, g)
+    pm.w.data.mul_(60)
+    pm.add(torch.randint(3, 64, (40, 12), generator=g), torch.full((40,), 12))
+    reward.save_classifier(out["pm"], pm, tok, (3.0, 10.0, 0.1))
+    return {name: str(path) for name, path in out.items()}
+
+
+def argv(folders, config, *more):
+    return merged("--config", f"{config},tiny", *TINY, "--init", folders["init"], "--out", "run",
+                  *more)
+
+
+def run(monkeypatch, words, *names):
+    """ppo.py's own run -> its result, {name: calls} of rows, of these functions and of more."""
+    rows, named = catch(monkeypatch, ppo), catch(monkeypatch, ppo, "calibrate", *names)
+    monkeypatch.setattr(ppo, "rows_at_once", lambda c: 512)
+    plain, rolls, updates = ppo.generate, [], []
+
+    def generate(model, prompts, *args, **kw):
+        roll = plain(model, prompts, *args, **kw)
+        rolls.append(SimpleNamespace(model=model, prompts=prompts, out=roll, **kw))
+        return roll
+
+    def backward(policy, critic, batch, rows, known, f, plain=ppo.backward):
+        net = copy.deepcopy(policy)
+        out = plain(policy, critic, batch, rows, known, f)
+        grads = [p.grad.clone() for p in policy.parameters()]
+        frozen = [x for x in known.values() if isinstance(x, torch.nn.Module) and x is not policy]
+        frozen += [] if "returns" in batch else [critic]
+        assert all(p.grad is None for net in frozen for p in net.parameters())
+        updates.append(SimpleNamespace(net=net, batch=batch, rows=rows, grads=grads))
+        return out
+    monkeypatch.setattr(ppo, "generate", generate)
+    monkeypatch.setattr(ppo, "backward", backward)
+    out = ppo.main(words)
+    return out, rows | named | dict(generate=rolls, grads=updates)
+
+
+def logp_of(net, tokens, mask):
+    """log p(token t | before), 0 off the mask, from whole logits.   [B, T]"""
+    law = (net(tokens) @ net.head.T).float().log_softmax(-1)[:, :-1]
+    return F.pad(law.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
+
+
+def judged_apart(folder, tok, group):
+    """S and U of a group by reward.py's own classifier, a pair at a time."""
+    body = models.load(folder)[0]
+    own = load_file(f"{folder}/pair.safetensors")
+    own.pop("settings"), own.pop("marks")
+    pm = reward.PairModel(body.model, 32)
+    pm.load_state_dict(own | {f"body.{k}": x for k, x in body.model.state_dict().items()})
+    a, b = tok.encode("AB")
+    K = len(group.ys)
+    f, u = torch.zeros(2, K, K)
+    for i, j in itertools.permutations(range(K), 2):
+        ids = [*group.ids, a, *group.ys[i], b, *group.ys[j], tok.eos]
+        f[i, j], u[i, j] = pm.calibrated(torch.tensor([ids]), torch.tensor([len(ids)]), 3.0, 10.0)
+    return (f - f.T) / 2, (u + u.T) / 2
+
+
+def check_groups(groups, gen, tok, samples, ref):
+    """What is compared is what was sampled, a prompt's responses together; of a group of one, with
+    the greedy response of the SFT model."""
+    assert len(groups) * samples == len(gen.out.tokens)
+    ys = gen.out.completions()
+    for k, group in enumerate(groups):
+        assert group.ids == tok.prompt(group.problem["prompt"]) == gen.prompts[k]
+        assert group.ys[:samples] == ys[k * samples:(k + 1) * samples]
+        done = gen.out.finished.tolist()[k * samples:(k + 1) * samples]
+        if samples == 1:
+            rival = models.generate(ref, [group.ids], 6, temperature=0.0)
+            assert group.ys[1:] == rival.completions()
+            done += rival.finished.tolist()
+        assert group.done == done and group.texts == [tok.decode(y) for y in group.ys]
+
+
+def check_update(calls, k, score, no_eos, out, samples=3):
+    """A step's scores become advantages: EOS rule, unit, KL, rewards to go."""
+    scale, gen = calls["calibrate"][0].out, calls["fresh"][k].out["roll"]
+    ended = torch.where(gen.finished, score, torch.tensor(no_eos))
+    unit = (ended - scale["mean"]) / scale["std"]
+    assert near(calls["ends"][k].unit, unit)
+    rewards = calls["ends"][k].out
+    last = gen.mask * (gen.mask.cumsum(1) == gen.mask.sum(1, keepdim=True))
+    assert near((rewards * last).sum(1) + calls["ends"][k].beta * calls["ends"][k].coefficient
+                * ((gen.logp - calls["ends"][k].ref_logp) * last).sum(1), unit)
+    adv = torch.stack([rewards[:, t:].sum(1) for t in range(rewards.size(1))], 1) * gen.mask
+    assert near(calls["to_go"][k].out[0], adv)
+    assert near(calls["grads"][k].batch["adv"], adv)
+
+
+def gold_of_any(self, prompt, text, finished=True):
+    """A world that values any text: random ones earn nothing by its own."""
+    return dict(gold=sum(map(ord, prompt + text)) % 11 / 7 + finished)
+
+
+def test_a_routed_judge_is_asked_about_the_most_uncertain_pairs(folders, workdir, monkeypatch):
+    """both orders, a quarter of a step's pairs, gold's verdicts; in calibration and evaluation the
+    model of pairs alone, at last against the SFT model"""
+    monkeypatch.setattr(ToyIF, "judge", gold_of_any)
+    out, calls = run(monkeypatch, argv(folders, "toyif,route", "--pair_model", folders["pm"],
+                                       "--no_eos", "-2.5"), "route")
+    ref, tok = models.load(folders["init"])
+    judge, log = prefs.StrongJudge(ToyIF(), 0.1), [r for r in read_log("run") if "loss" in r]
+    assert [call.samples for call in calls["routed"]] == [8, 1, 1, 3, 3, 1, 1]
+    assert [call.training for call in calls["routed"]] == [call.samples == 3
+                                                           for call in calls["routed"]]
+    gens, k, asked = [x for x in calls["generate"] if x.temperature != 0], 0, 0
+    for call, gen in zip(calls["routed"], gens, strict=True):
+        n = call.samples
+        check_groups(call.groups, gen, tok, n, ref)
+        S, U = map(torch.stack, zip(*(judged_apart(folders["pm"], tok, g) for g in call.groups)))
+        assert near(call.beliefs[0], S) and near(call.beliefs[1], U)
+        assert U[0, 0, 1] > 1.001 and U.std() > 1e-3
+        if n == 3:
+            every = [(p, i, j) for p in range(4) for i, j in ((0, 1), (0, 2), (1, 2))]
+            where, agree, before = sorted(every, key=lambda x: -U[x])[:3], [], S.clone()
+            for p, i, j in where:
+                g = call.groups[p]
+                said = judge.judge(g.problem["prompt"], g.texts[i], g.texts[j], g.done[i],
+                                   g.done[j])
+                S[p, i, j] = {1: 2, 2: -2, 0: 0}[said]
+                S[p, j, i] = -S[p, i, j]
+                agree += [(before[p, i, j] > 0) == (said == 1)] if said else []
+            asked += 3
+            row = log[k]
+            assert row["asked"] == 0.25 and row["judge_calls"] == judge.calls == asked
+            assert row.get("agreement") == (sum(agree).item() / len(agree) if agree else None)
+            moved = S != before
+            assert near(row["std_routed"], S[moved].std(correction=0)) or not moved.any()
+            check_update(calls, k, S.sum(2).flatten() / 2, -2.5, out)
+            k += 1
+        assert near(call.out, S[:, 0, 1] if n == 1 else S.sum(2).flatten() / (n - 1))
+    assert out["val_reward"] == pytest.approx(calls["routed"][5].out.mean().item(), abs=1e-5)
+    assert calls["routed"][0].budget == 0.25 and {x.beta for x in calls["ends"]} == {0.01}
+
+
+def test_a_model_of_pairs_alone_scores_against_the_sft_model(folders, workdir, monkeypatch):
+    """--reward FOLDER of what the router left, less its mean over the SFT model's samples"""
+    _, calls = run(monkeypatch, argv(folders, "toyif,ppo", "--reward", folders["pm"]),
+                   "against_sft")
+    ref, tok = models.load(folders["init"])
+    for call, paid in list(zip(calls["against_sft"], calls["PATH"]))[1:3]:
+        ids = [row[:n] for row, n in zip(call.roll.tokens.tolist(), call.roll.prompt_len.tolist())]
+        rivals = models.generate(ref, ids, 6, temperature=0.0).completions()
+        groups = [ppo.Group(x, ys, {}, [], []) for x, *ys in zip(ids, call.roll.completions(),
+                                                                  rivals)]
+        want = torch.stack([judged_apart(folders["pm"], tok, g)[0][0, 1] for g in groups])
+        assert near(call.out, want)
+        assert near(paid.judged, want - calls["calibrate"][0].out["bias"])
+
+
+def pretended(text):
+    """A verdict that any text has."""
+    return (None, -3, -2, -1, 1, 2, 3)[sum(map(ord, text)) % 7]
+
+
+def said_of(written, tok, where, groups, question):
+    """The scores that the judge wrote, None where it did not end, which was asked about these pairs
+    in this order; the lengths of its texts; and the last of its calls."""
+    asked = [tok.prompt(question(groups[p].problem, groups[p].texts[i], groups[p].texts[j]))
+             for p, i, j in where]
+    prompts, texts, done = [], [], []
+    while len(prompts) < len(asked):
+        gen = written.pop(0)
+        prompts += gen.prompts
+        texts += map(tok.decode, gen.out.completions())
+        done += gen.out.finished.tolist()
+    assert prompts == asked
+    return [pretended(x) if d else None for x, d in zip(texts, done)], [*map(len, texts)], gen
+
+
+def test_a_checkpoint_as_the_judge_of_uncertain_pairs(folders, workdir, monkeypatch):
+    """it reads the pair as ToyIF's judges do; a negative score: the first is better; no verdict
+    leaves the score"""
+    monkeypatch.setitem(ppo.ASKED, "toyif", (ppo.symbols, pretended, 5))
+    words = argv(folders, "toyif,route", "--reward", "routed_model", "--budget", "0.75",
+                 "--pair_model", folders["pm"], "--judge", folders["writer"])
+    out, calls = run(monkeypatch, words, "route")
+    tok, log = prefs.tokenizer(), [r for r in read_log("run") if "loss" in r]
+    written = [x for x in calls["generate"] if near_weights(x.model, folders["writer"])]
+    training = [x for x in calls["routed_model"] if x.training]
+    for k, (call, routing) in enumerate(zip(training, calls["route"], strict=True)):
+        _, where, verdicts = routing.out
+        want, _, gen = said_of(written, tok, where, call.groups, lambda p, a, b: prefs.question(
+            dict(prompt=p["prompt"], chosen=a, rejected=b), ""))
+        assert gen.temperature == 0.6 and len(where) == 9
+        assert verdicts == [s and (1 if s < 0 else 2) for s in want]
+        assert log[k]["judge_calls"] == 9 * (k + 1)
+        assert log[k]["no_verdict"] == pytest.approx(sum(s is None for s in want) / 9)
+        S = call.beliefs[0].clone()
+        for (p, i, j), s in zip(where, want):
+            S[p, i, j] = S[p, i, j] if s is None else 2.0 if s < 0 else -2.0
+            S[p, j, i] = -S[p, i, j]
+        assert near(call.out, S.sum(2).flatten() / 2)
+    assert not written                                     # never in calibration, nor in evaluation
+
+
+def near_weights(model, folder):
+    """Whether a model is that of a folder."""
+    other = models.load(folder)[0].state_dict()
+    return all(torch.equal(x, other[k]) for k, x in model.state_dict().items() if k in other)
+
+
+@pytest.mark.parametrize("more", [[], ["--both_orders", "true", "--weight", "length"],
+                                  ["--points", "true", "--transform", "group"]])
+def test_a_reasoning_judge_s_verdicts_become_advantages(more, folders, workdir, monkeypatch):
+    """the bits of prompt and both responses, i first; sampled at .6 in training, greedy otherwise;
+    in evaluation against the SFT model's greedy response"""
+    monkeypatch.setitem(ppo.ASKED, "parity", (ppo.bit_by_bit, pretended, 5))
+    both, points = "--both_orders" in more, "--points" in more
+    out, calls = run(monkeypatch, argv(folders, "parity,thinkrm", "--judge", folders["writer"],
+                                       *more))
+    tok, k, asked = prefs.tokenizer(), 0, 0
+    log = [r for r in read_log("run") if "loss" in r]
+    written = [x for x in calls["generate"] if near_weights(x.model, folders["writer"])]
+    for call in calls["verdicts"]:
+        n = call.samples
+        K = max(n, 2)
+        orders = [(i, j) for i in range(K) for j in range(K) if (i != j if both else i < j)]
+        where = [(p, i, j) for p in range(len(call.groups)) for i, j in orders]
+        want, lengths, gen = said_of(written, tok, where, call.groups, bits_of)
+        assert gen.temperature == (0.6 if call.training else 0.0)
+        D, mean = torch.zeros(len(call.groups), K, K), sum(lengths) / len(lengths)
+        for (p, i, j), score, length in zip(where, want, lengths):
+            d = -(score or 0) / (1 + both)
+            d = math.copysign(mean / max(length, 1), d) / (1 + both) * (d != 0) if both else d
+            D[p, i, j] += d
+            D[p, j, i] -= d
+        A = D.mean(2) / ((D ** 2).sum((1, 2))[:, None] / (2 * K * (K - 1)) + 1e-6).sqrt()
+        A = D.sum(2) / (K - 1) if points else A
+        assert near(call.out, D[:, 0, 1] if n == 1 else A.flatten())
+        if n == 3:
+            asked += len(where)
+            assert log[k]["judge_calls"] == asked
+            score = call.out
+            if points:
+                ended = torch.where(calls["fresh"][k].out["roll"].finished, score, T(-3.0))
+                score = group_norm(ended, 3)
+                assert near(calls["group"][k + 1].score, ended)
+                assert near(calls["group"][k + 1].out, score)
+                assert near(calls["ends"][k].unit, (score - calls["calibrate"][0].out["mean"])
+                            / calls["calibrate"][0].out["std"])
+            else:
+                check_update(calls, k, score, -3.0, out)
+            k += 1
+    assert k == 2 and not written
+    assert {x.beta for x in calls["ends"]} == {0.0} and {x.kl_coef for x in calls["k3"]} == {1e-3}
+    assert len(calls["dual"]) == len(calls["k3"]) == 6
+
+
+def bits_of(problem, a, b):
+    """What a judge of parities reads; a response of another length is cut, or ends in m."""
+    x = problem["prompt"].rstrip("=")
+    return "".join(q + u + v for q, u, v in zip(x, a + 7 * "m", b + 7 * "m")) + "="
+
+
+def test_the_length_of_a_judgement_weighs_its_sign():
+    """binary verdicts, over lengths in units of the step's mean"""
+    says = iter([(-3, 10), (2, 30), (None, 20), (1, 20), (-1, 10), (-2, 30)])
+    panel = SimpleNamespace(scores=lambda groups, where, generator, training: [
+        next(says) for _ in where])
+    groups = [ppo.Group([], [[]] * 3, {}, [], [])] * 2
+    D = ppo.duels(panel, groups, None, True, both_orders=False, weight="length")
+    assert close(D, [[[0, 2, -2 / 3], [-2, 0, 0], [2 / 3, 0, 0]],
+                     [[0, -1, 2], [1, 0, 2 / 3], [-2, -2 / 3, 0]]])
+
+
+@pytest.mark.parametrize("preset", ["p3o", "p3o_joint"])
+def test_pairwise_ppo_s_step_is_on_whole_pairs(preset, folders, workdir, monkeypatch):
+    """rows of one prompt side by side in every minibatch; the first step's gradient is that of
+    -½ Σ w (log π(y) - log π(y')), KL within w"""
+    out, calls = run(monkeypatch, argv(folders, f"toyif,{preset}", "--samples", "4", "--batch", "8",
+                                       "--reward", folders["pm"]), "against_sft")
+    for k, (gap, ends) in enumerate(zip(calls["pair"], calls["ends"], strict=True)):
+        s = ends.unit - 0.05 * ends.coefficient * ((ends.logp - ends.ref_logp)
+                                                   * ends.mask).sum(1)                   # [B]
+        w = s - s.view(-1, 2)[:, [1, 0]].flatten()
+        assert near(gap.out[0], w[:, None] * ends.mask, 2e-4)
+        for step in calls["grads"][2 * k:2 * k + 2]:
+            pairs = step.rows.view(-1, 2)
+            assert (pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all()
+            assert near(step.batch["adv"], gap.out[0])
+        first = calls["grads"][2 * k]
+        tokens, mask = (first.batch[x][first.rows] for x in ("tokens", "mask"))
+        logp = logp_of(first.net, tokens, mask).sum(1)                                   # [b]
+        loss = -(w[first.rows] * logp).sum() / len(logp) if preset == "p3o" else -0.5 * (
+            w[first.rows] * (logp - logp.view(-1, 2)[:, [1, 0]].flatten())).sum() / len(logp)
+        wanted = torch.autograd.grad(loss, list(first.net.parameters()))
+        assert max(g.abs().max() for g in wanted) > 1e-4
+        assert all(near(a, b, 2e-3) for a, b in zip(first.grads, wanted))
+    assert {len(x.logp) for x in calls[preset]} == {4} and len(calls[preset]) == 8
+
+
+@pytest.mark.parametrize("config, more", [
+    ("toyif,route", ["--pair_model", "pm"]), ("parity,thinkrm", ["--judge", "writer"]),
+    ("toyif,p3o", ["--samples", "2", "--batch", "8", "--reward", "pm"])])
+def test_resume_is_exact_and_goes_on_counting(config, more, folders, workdir):
+    more = [folders.get(x, x) for x in more]
+    for name, tail in (("whole", []), ("half", ["--stop", "1"]), ("half", ["--resume"])):
+        ppo.main(merged(*argv(folders, config, *more), "--out", name, *tail))
+    whole, half = (models.load(x)[0].state_dict() for x in ("whole", "half"))
+    assert all(torch.equal(whole[k], half[k]) for k in whole)
+    results = [json.loads(open(f"{x}/run.json").read())["result"] for x in ("whole", "half")]
+    assert results[0] == results[1]
+    a, b = ([r.get("judge_calls") for r in read_log(x) if "loss" in r] for x in ("whole", "half"))
+    assert a == b and (a[0] is None or 0 < a[0] < a[1])
+    critic = models.load(checkpoint("whole") / "critic")[0].state_dict()       # nothing trains it
+    start = models.ScalarModel.from_lm(models.load(folders["init"])[0]).state_dict()
+    assert all(torch.equal(critic[k], start[k]) for k in start)
+
+
+@pytest.mark.parametrize("config, more, words", [
+    ("toyif,route", ["--samples", "1"], "--samples 1: --reward routed compares the responses"),
+    ("parity,thinkrm", ["--samples", "1"], "--samples 1: --reward verdicts compares"),
+    ("toyif,p3o", ["--samples", "3"], "give multiples of 2"),
+    ("toyif,route", ["--budget", "1.5"], "budget"),
+    ("toyif,route", ["--budget", "-0.1"], "budget"),
+    ("toyif,route", ["--pair_model", ""], "--pair_model FOLDER is missing"),
+    ("toyif,route", ["--pair_model", "nowhere"], "nowhere does not exist"),
+    ("toyif,route", ["--pair_model", "writer"], "has no pair.safetensors"),
+    ("parity,route", [], "knows gold: ring or toyif, not of --data parity"),
+    ("parity,thinkrm", ["--judge", ""], "--judge FOLDER is missing"),
+    ("parity,thinkrm", ["--judge", "pm"], "need a language model"),
+    ("parity,thinkrm", ["--judge", "other"], "have different tokenizers"),
+    ("parity,thinkrm", ["--judge_tokens", "60"], "leaves room for 60"),
+    ("toyif,route", ["--pair_model", "broken"], "are NaN or infinite"),
+    ("toyif,p3o", ["--samples", "2", "--batch", "8", "--reward", "broken"], "are NaN or infinite")])
+def test_bad_input_is_one_line(config, more, words, folders, workdir):
+    if "other" in more:
+        tok = prefs.ring_tokenizer()
+        models.save(models.init(models.preset("1x64", tok, 64)), tok, "other")
+    if "broken" in more:
+        copy_of_pm(folders["pm"])
+    needed = dict(route=["--pair_model", folders["pm"]], thinkrm=["--judge", folders["writer"]])
+    more = [folders.get(x, x) for x in more]
+    with pytest.raises(UserError, match=words) as error:
+        ppo.main(merged(*argv(folders, config), *needed.get(config.split(",")[1], []), *more))
+    assert "\n" not in str(error.value)
+
+
+def copy_of_pm(folder):
+    """A model of pairs whose head is no number."""
+    net, tok = models.load(folder)
+    models.save(net, tok, "broken")
+    own = load_file(f"{folder}/pair.safetensors")
+    save_file(own | dict(w=own["w"] * math.nan), "broken/pair.safetensors")
+
+
+def test_a_judge_that_fails_on_a_long_pair_has_no_verdict(folders):
+    """only what fits is asked; a judgement that does not end says nothing"""
+    net, tok = models.load(folders["writer"])
+    c = SimpleNamespace(chat=False, micro=2, slots=0, device="cpu", dtype="float32")
+    f = SimpleNamespace(reward=SimpleNamespace(keywords=dict(judge_tokens=20,
+                                                             judge_temperature=0.6)))
+    panel = ppo.Panel(net, tasks.task("toyif"), tok, c, f)
+    groups = [ppo.Group([], [[], []], dict(prompt="<Fc="), ["ab", "c" * n], [True, True])
+              for n in (1, 60)]
+    g = torch.Generator().manual_seed(0)
+    found = panel.scores(groups, [(0, 0, 1), (1, 0, 1), (1, 1, 0)], g)
+    assert found[1] == found[2] == (None, 0) and panel.calls == 3
+    assert panel.note()["no_verdict"] >= 2 / 3 and panel.note()["judge_calls"] == 3
+    panel.scores(groups, [(0, 0, 1)], g, training=False)
+    assert panel.calls == 3
