@@ -288,7 +288,7 @@ def evaluate(policy, known, sets, f):
             logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
                          for m in (policy, known["ref"]))                                # [B, T]
             here = rolled(known, some, roll)
-            found.append({"reward": scored(here, f), task.metric: here["quality"],
+            found.append({"reward": scored(here, f), **measured(task, here["quality"]),
                           "kl": (logp - ref).sum(1), "length": roll.mask.sum(1),
                           "truncated": ~roll.finished})                                  # [B] each
             if len(found) == 1:
@@ -802,8 +802,18 @@ def gated(judge, own, roll, c, ref, max_new):
     return (torch.softmax(x / 10, -1) * own["gate.scale"] * (h @ own["ratings"].T)).sum(1)
 
 
-BESIDE = {"armo.safetensors": gated}                             # what reward.py leaves
 REWARDS["PATH"], FACTS["judged"], MODELS["judge"] = learned, judged, ("reward", ScalarModel)
+
+
+# === measured: ours, what a task's quality also tells ==============================================
+
+MEASURES = {}                    # of tasks: {a metric: a function of the quality [B]}
+
+
+def measured(task, truth):
+    """A task's quality under its name, and what else is measured by it.   {name: [B]}"""
+    more = MEASURES.get(task.name, {})
+    return {task.metric: truth} | {name: fn(truth) for name, fn in more.items()}
 
 
 # === rivals: ours, what the responses of a prompt are compared with ===============================
@@ -942,7 +952,7 @@ def against_sft(judge, own, roll, c, ref, max_new):
     return believed(judge, factored(own), groups, c)[0][:, 0, 1]
 
 
-BESIDE["pair.safetensors"] = against_sft                         # what reward.py's router leaves
+BESIDE = {"armo.safetensors": gated, "pair.safetensors": against_sft}    # what reward.py leaves
 
 
 # === oracle: ours, the strong judge of a world whose gold reward is known =========================
@@ -1000,11 +1010,11 @@ def at_random(score, u, generator):
 ROUTERS = dict(uncertainty=by_uncertainty, margin=by_margin, random=at_random)
 
 
-def route(S, U, priority, judge, *, budget=1.0, threshold=0.0, logit=2.0):
+def route(S, U, priority, referee, *, budget=1.0, threshold=0.0, logit=2.0):
     """Ask the judge about pairs i < j of all groups: as many as have u_ij > threshold, at most the
     share `budget` of all, by priority(s [N], u [N]).
 
-    judge([(p, i, j)]) -> a verdict each: 1, 2, 0 (a tie) or None (failed: the score stays). S, U
+    referee([(p, i, j)]) -> a verdict each: 1, 2, 0 (a tie) or None (failed: the score stays). S, U
     [P, K, K] -> S with ±logit or 0 in the routed places, antisymmetric; where; the verdicts
     """
     K, S = S.size(-1), S.clone()
@@ -1013,7 +1023,7 @@ def route(S, U, priority, judge, *, budget=1.0, threshold=0.0, logit=2.0):
     n = min(round(budget * len(s)), int((u > threshold).sum()))
     first = priority(s, u).argsort(descending=True, stable=True)[:n].tolist()
     where = [(k // len(i), int(i[k % len(i)]), int(j[k % len(i)])) for k in first]
-    verdicts = judge(where) if where else []
+    verdicts = referee(where) if where else []
     for (p, a, b), verdict in zip(where, verdicts):
         if verdict is not None:
             S[p, a, b] = {1: logit, 2: -logit, 0: 0.0}[verdict]
@@ -1028,7 +1038,7 @@ def pairwise_rloo(S, scale=1.0):
     return scale * S.sum(-1) / max(1, S.size(-1) - 1)
 
 
-def of_routing(S, mixed, where, verdicts):
+def of_routing(S, mixed, where, answers):
     """What is worth knowing of a step's routing: the share of pairs asked, how often judge and
     model agree, and how far scores spread where the judge spoke and where the model did (a
     confident model's are larger)."""
@@ -1039,7 +1049,7 @@ def of_routing(S, mixed, where, verdicts):
     out = dict(asked=len(where) / (len(S) * K * (K - 1) / 2))
     for name, some in dict(routed=asked, unrouted=off & ~asked).items():
         out |= {f"std_{name}": mixed[some].std(correction=0).item()} if some.any() else {}
-    agree = [(S[w] > 0).item() == (v == 1) for w, v in zip(where, verdicts) if v]
+    agree = [(S[w] > 0).item() == (v == 1) for w, v in zip(where, answers) if v]
     return out | (dict(agreement=sum(agree) / len(agree)) if agree else {})
 
 
@@ -1056,13 +1066,13 @@ def beliefs(pair_model, groups, c, f):
     return finite(S, c), U
 
 
-def mixed(beliefs, judge, groups, generator, router, **limits):
+def mixed(beliefs, referee, groups, generator, router, **limits):
     """The pair model's scores, those that are routed replaced by the judge's.   -> [P, K, K]"""
-    (S, U), clock, judge.seen = beliefs, time.perf_counter(), {}
+    (S, U), clock, referee.seen = beliefs, time.perf_counter(), {}
     out, where, verdicts = route(S, U, partial(ROUTERS[router], generator=generator),
-                                 lambda where: judge.verdicts(groups, where, generator), **limits)
-    judge.seen |= of_routing(S, out, where, verdicts)
-    judge.seen |= dict(t_pair=(time.perf_counter() - clock) / len(where)) if where else {}
+                                 lambda where: referee.verdicts(groups, where, generator), **limits)
+    referee.seen |= of_routing(S, out, where, verdicts)
+    referee.seen |= dict(t_pair=(time.perf_counter() - clock) / len(where)) if where else {}
     return out
 
 
@@ -1273,9 +1283,9 @@ def duels(panel, groups, generator, training, *, both_orders, weight):
     return torch.stack(out)
 
 
-def verdicts(panel, groups, generator, training, samples, c, *, judge="", both_orders=False,
-             points=False, weight: Literal["one", "length"] = "one",
-             judge_temperature: NonNegative = 0.6, judge_tokens=0):
+def by_verdicts(panel, groups, generator, training, samples, c, *, judge="", both_orders=False,
+                points=False, weight: Literal["one", "length"] = "one",
+                judge_temperature: NonNegative = 0.6, judge_tokens=0):
     """The advantage of a response by a reasoning judge's verdicts on its group's pairs.   [B]
 
     judge: a language model's folder, as reward.py --config thinkrm leaves it; both_orders: each
@@ -1295,8 +1305,13 @@ def dual_clip(logp, old_logp, adv, *, eps: Positive = 0.2, dual: Positive = 3.0)
     return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss)
 
 
-REWARDS["verdicts"], SURROGATES["dual"] = verdicts, dual_clip
-CHECKS["verdicts"] = in_groups
+def exact(truth):
+    """1 where all bits are right.   [B]"""
+    return (truth == 1).float()
+
+
+REWARDS["verdicts"], SURROGATES["dual"] = by_verdicts, dual_clip
+CHECKS["verdicts"], MEASURES["parity"] = in_groups, dict(exact=exact)
 PRESETS["parity"] = dict(data="parity", init="base:parity", base="base:parity", rollouts=32,
                          steps=60, eval_every=20, save_every=1000, keep=1)
 # 2505.16265, G 4, dual clip 3, k3 in the loss, judge at .6, one sample: the released code's; 1e-3
@@ -1308,7 +1323,7 @@ PRESETS["thinkrm"] = dict(reward="verdicts", advantage="to_go", surrogate="dual"
 # === p3o, p3o_joint: 2310.00212, pairwise PPO: only the difference of two responses' rewards ======
 
 
-def other(x):
+def partner(x):
     """The number of the other response of the pair: rows 0 and 1, 2 and 3, ….   [B] -> [B]"""
     return x.view(-1, 2).flip(1).flatten()
 
@@ -1317,7 +1332,7 @@ def pair_gap(rewards, mask):
     """w = s - s', s = Σ_t r_t the reward of a whole response, its KL within, s' that of the other:
     on every token of the response, since an advantage is.   [B, T] -> [B, T], None"""
     s = (rewards * mask).sum(1)                                                          # [B]
-    return (s - other(s))[:, None] * mask, None
+    return (s - partner(s))[:, None] * mask, None
 
 
 def gaps_and_ratios(logp, old_logp, adv, mask):
@@ -1331,7 +1346,7 @@ def p3o(logp, old_logp, adv, mask, *, eps: Positive = 0.2):
     -> [b]: the mean over rows is -½ Σ over a pair's two. Unclipped its gradient is E[s]'s,
     w ∇(log π(y) - log π(y'))/2 under ρ ρ'. ours: the paper's printed form was not at hand."""
     w, d = gaps_and_ratios(logp, old_logp, adv, mask)
-    w, ratio = w * other(d).exp().detach(), d.exp()
+    w, ratio = w * partner(d).exp().detach(), d.exp()
     return -torch.minimum(w * ratio, w * ratio.clamp(1 - eps, 1 + eps))
 
 
@@ -1339,7 +1354,7 @@ def p3o_joint(logp, old_logp, adv, mask, *, eps: Positive = 0.2):
     """P3O V2, the pair clipped:  -½ min(W D, W clip(D, ±ε)),  D = log ρ - log ρ',  W = w ρ ρ' a
     constant.   -> [b], the same for both of a pair"""
     w, d = gaps_and_ratios(logp, old_logp, adv, mask)
-    W, D = w * (d + other(d)).exp().detach(), d - other(d)
+    W, D = w * (d + partner(d)).exp().detach(), d - partner(d)
     return -0.5 * torch.minimum(W * D, W * D.clamp(-eps, eps))
 
 

@@ -613,8 +613,16 @@ def test_a_reasoning_judge_s_verdicts_become_advantages(more, folders, workdir, 
                 check_update(calls, k, score, -3.0, out)
             k += 1
     assert k == 2 and not written
+    assert out["val_exact"] == 0 <= out["val_gold"]
     assert {x.beta for x in calls["ends"]} == {0.0} and {x.kl_coef for x in calls["k3"]} == {1e-3}
     assert len(calls["dual"]) == len(calls["k3"]) == 6
+
+
+def test_the_quality_of_parities_is_also_how_many_are_wholly_right():
+    truth = T([1.0, 6 / 7, 0.0, 1.0])
+    assert {k: x.tolist() for k, x in ppo.measured(tasks.task("parity"), truth).items()} == dict(
+        gold=truth.tolist(), exact=[1, 0, 0, 1])
+    assert ppo.measured(tasks.task("toyif"), truth).keys() == {"gold"}
 
 
 def bits_of(problem, a, b):
