@@ -19,9 +19,10 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
          ood_reward are without that rule. work is the share of rows x longest completion that
          decoding computed: finished rows leave.
 """
+import re
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -30,10 +31,10 @@ from tqdm import tqdm
 
 import kernels
 import sft
-from data import tasks
-from data.run import (Count, MeanOf, Positive, Run, Share, Signed, Training, UserError, ask,
-                      asked_by, batch_indices, call, check_first_ratio, checkpoint, cli, launch,
-                      needs, refuse_alone, report, rows_used, start_ranks)
+from data import prefs, tasks
+from data.run import (Count, MeanOf, NonNegative, Positive, Run, Share, Signed, Training, UserError,
+                      ask, asked_by, batch_indices, call, check_first_ratio, checkpoint, cli,
+                      launch, needs, refuse_alone, report, rows_used, start_ranks)
 from data.stats import explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
@@ -288,7 +289,7 @@ def evaluate(policy, known, sets, f):
             logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
                          for m in (policy, known["ref"]))                                # [B, T]
             here = rolled(known, some, roll)
-            found.append({"reward": scored(here, f), task.metric: here["quality"],
+            found.append({"reward": scored(here, f), **measured(task, here["quality"]),
                           "kl": (logp - ref).sum(1), "length": roll.mask.sum(1),
                           "truncated": ~roll.finished})                                  # [B] each
             if len(found) == 1:
@@ -803,49 +804,567 @@ def gated(judge, own, roll, c, ref, max_new):
     return (torch.softmax(x / 10, -1) * own["gate.scale"] * (h @ own["ratings"].T)).sum(1)
 
 
-def against_sft(judge, own, roll, c, ref, max_new):
-    """A model of pairs (2510.20369) as a reward:  s(y, y') = (g(y, y') - g(y', y)) / 2,  y' the SFT
-    model's greedy response to the prompt. [B]
-
-    ours: the paper's reward of y is its mean s against the other samples of a group, an advantage
-    that sums to 0. A fixed y' differs by a constant of the prompt where s is a difference of
-    rewards; it needs no group, and its 0 is the SFT model."""
-    *marks, eos = own["marks"].tolist()
-    ids = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())]
-    theirs = generate(ref, ids, max_new, temperature=0.0).completions()
-    rows = []
-    for x, y, other in zip(ids, roll.completions(), theirs):
-        room = (judge.config.max_position_embeddings - len(x) - 3) // 2
-        for a, b in ((y, other), (other, y)):
-            rows.append([*x, marks[0], *a[:room], marks[1], *b[:room], eos])
-    g = []
-    for i in range(0, len(rows), c.micro):
-        part = [torch.tensor(row, device=c.device) for row in rows[i:i + c.micro]]
-        end = torch.tensor([len(row) for row in part], device=c.device)
-        tokens = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)                 # [b, T]
-        g.append(pair_logit(judge, own, tokens, end))
-    g = torch.cat(g).view(-1, 2)                 # the response first, then second       # [B, 2]
-    return (g[:, 0] - g[:, 1]) / 2
+REWARDS["PATH"], FACTS["judged"], MODELS["judge"] = learned, judged, ("reward", ScalarModel)
 
 
-def pair_logit(model, own, tokens, end):
-    """The logit that a pair's first response is better, over its uncertainty u (SNGP).   -> [B]"""
-    h = last_hidden(model, tokens, end)                                                  # [B, D]
+# === measured: ours, what a task's quality also tells ==============================================
+
+MEASURES = {}                    # of tasks: {a metric: a function of the quality [B]}
+
+
+def measured(task, truth):
+    """A task's quality under its name, and what else is measured by it.   {name: [B]}"""
+    more = MEASURES.get(task.name, {})
+    return {task.metric: truth} | {name: fn(truth) for name, fn in more.items()}
+
+
+# === rivals: ours, what the responses of a prompt are compared with ===============================
+
+
+@dataclass
+class Group:
+    """The K responses to a prompt."""
+    ids: list        # of the prompt
+    ys: list         # the responses' ids
+    problem: dict
+    texts: list      # the responses'
+    done: list       # whether each has ended
+
+
+def rivals(problems, roll, samples, tok, ref, max_new):
+    """A rollout's groups. One of a single response gets the SFT model's greedy one for a rival."""
+    prompts = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())][::samples]
+    ys, done = roll.completions(), roll.finished.tolist()
+    if samples == 1:
+        theirs = generate(ref, prompts, max_new, temperature=0.0)
+        ys = [y for pair in zip(ys, theirs.completions()) for y in pair]
+        done = [x for pair in zip(done, theirs.finished.tolist()) for x in pair]
+    K = len(ys) // len(prompts)
+    out = []
+    for k, (problem, ids) in enumerate(zip(problems, prompts)):
+        own = slice(k * K, (k + 1) * K)
+        texts = [tok.decode(y) for y in ys[own]]
+        out.append(Group(ids, ys[own], problem, texts, done[own]))
+    return out
+
+
+def ordered_pairs(K):
+    """(0, 1), (0, 2), …, (1, 0), …: all pairs of K, in both orders."""
+    return [(i, j) for i in range(K) for j in range(K) if i != j]
+
+
+def in_groups(c):
+    """Words against groups of one, in which a response has no other to be compared with."""
+    return "" if c.samples > 1 else (f"--samples {c.samples}: --reward {c.reward} compares the "
+                                     "responses of a prompt with each other: give at least 2")
+
+
+FACTS["groups"] = rivals
+
+
+# === to_go, group: 2402.14740, 2402.03300, without a critic: rewards to go, and a group as baseline
+
+
+def to_go(rewards, mask):
+    """A_t = Σ_{s >= t} r_s, GAE without a critic at γ = λ = 1: a score at the end, already an
+    advantage, reaches every token whole.   [B, T] -> [B, T], None"""
+    return (rewards * mask).flip(1).cumsum(1).flip(1) * mask, None
+
+
+def group_norm(score, samples, *, group_eps=1e-6):
+    """GRPO (2402.03300):  (R - mean) / (std + eps) of a prompt's responses, unbiased std.   [B]"""
+    if samples == 1:
+        return score
+    R = score.view(-1, samples)                                                          # [P, G]
+    centred = R - R[:, :1] - (R - R[:, :1]).mean(1, keepdim=True)        # equals: exactly 0
+    return (centred / (R.std(1, keepdim=True) + group_eps)).flatten()
+
+
+ADVANTAGES["to_go"], TRANSFORMS["group"] = to_go, group_norm
+
+
+# === pair: 2510.20369, a model of pairs and its uncertainty; alone, against the SFT model =========
+
+
+def factored(own):
+    """What a model of pairs has beside its body, with the Cholesky factor L of what it has seen."""
+    if not len(own["W"]):
+        return own
+    ridge, *_ = own["settings"].tolist()
+    P = (own["P"] + own["P"].T).double() / 2
+    return own | dict(L=torch.linalg.cholesky(P + ridge * torch.eye(len(P), device=P.device)))
+
+
+def pair_logits(h, own):
+    """The logit that a pair's first response is better, over its uncertainty u >= 1 (SNGP), and u.
+
+    h [B, D], the body's state after the pair -> [B], [B]"""
     if "pool.weight" in own:                     # no larger than its spectral bound, 1
         W, u = own["pool.weight"], own["u"]
         norm = (W.T @ u).norm()                  # u is the left singular vector, of length 1
         h = h @ (W / norm.clamp(min=1.0)).T + own["pool.bias"]
-    if not len(own["W"]):
-        return h @ own["w"]
+    if not len(own["W"]):                        # a plain head knows no uncertainty
+        return h @ own["w"], torch.ones_like(h[:, 0])
     phi = (2 / len(own["W"])) ** 0.5 * torch.cos(h @ own["W"].T + own["b"])              # [B, R]
     ridge, lam, _ = own["settings"].tolist()
-    P = own["P"].double() + ridge * torch.eye(len(own["P"]), device=h.device)
-    var = ridge * (phi.double() * torch.linalg.solve(P, phi.double().T).T).sum(1)        # [B]
-    return phi @ own["w"] / (1 + lam * var).sqrt().float()
+    solved = torch.cholesky_solve(phi.double().T, own["L"]).T                            # [B, R]
+    u = (1 + lam * ridge * (phi.double() * solved).sum(1)).sqrt().float()                # [B]
+    return phi @ own["w"] / u, u
+
+
+def pair_scores(F12, U):
+    """Both orders of all pairs -> antisymmetric scores and symmetric uncertainty.   [.., K, K] each
+
+    s_ij = (f(i,j) - f(j,i)) / 2,  u_ij = (u(i,j) + u(j,i)) / 2, diagonals 0."""
+    off = 1 - torch.eye(F12.size(-1), dtype=F12.dtype, device=F12.device)
+    return (F12 - F12.mT) / 2 * off, (U + U.mT) / 2 * off
+
+
+def believed(model, own, groups, c):
+    """What a model of pairs says of all pairs of each group, in both orders.
+
+    -> S, U [P, K, K]: s_ij > 0 if i is better than j, and how uncertain that is"""
+    (*marks, eos), K = own["marks"].tolist(), len(groups[0].ys)
+    orders, rows, found = ordered_pairs(K), [], []
+    for group in groups:
+        room = (model.config.max_position_embeddings - len(group.ids) - 3) // 2
+        for i, j in orders:
+            a, b = group.ys[i][:room], group.ys[j][:room]
+            rows.append([*group.ids, marks[0], *a, marks[1], *b, eos])
+    for k in range(0, len(rows), c.micro):
+        tokens, mask = collate([((), row) for row in rows[k:k + c.micro]], 0, c.device)  # [b, T]
+        with autocast(c.device, c.dtype):
+            h = last_hidden(model, tokens, mask.sum(1).long())                           # [b, D]
+        found.append(torch.stack(pair_logits(h, own)))                                   # [2, b]
+    i, j = zip(*orders)
+    F12, U = torch.zeros(2, len(groups), K, K, device=c.device)
+    F12[:, i, j], U[:, i, j] = torch.cat(found, 1).view(2, len(groups), -1)
+    return pair_scores(F12, U)
+
+
+def against_sft(judge, own, roll, c, ref, max_new):
+    """A model of pairs as a reward: s(y, y'), y' the SFT model's greedy response to the prompt. [B]
+
+    ours: the paper's reward of y is its mean s against the other samples of a group (chapter
+    route), an advantage that sums to 0. A fixed y' differs by a constant of the prompt where s is a
+    difference of rewards; it needs no group, and its 0 is the SFT model."""
+    prompts = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())]
+    theirs = generate(ref, prompts, max_new, temperature=0.0).completions()
+    groups = [Group(x, ys, {}, [], []) for x, *ys in zip(prompts, roll.completions(), theirs)]
+    return believed(judge, factored(own), groups, c)[0][:, 0, 1]
 
 
 BESIDE = {"armo.safetensors": gated, "pair.safetensors": against_sft}    # what reward.py leaves
-REWARDS["PATH"], FACTS["judged"], MODELS["judge"] = learned, judged, ("reward", ScalarModel)
+
+
+# === oracle: ours, the strong judge of a world whose gold reward is known =========================
+
+
+class Oracle:
+    """The judge of a toy world, dear and right nine times in ten: it knows gold, and counts."""
+
+    def __init__(self, task, f):
+        self.judge, self.seen = prefs.StrongJudge(task, f.reward.keywords["judge_error"]), {}
+
+    def tell(self):
+        return self
+
+    def verdicts(self, groups, where, generator):
+        """1, 2 or 0 (a tie) for each (group, i, j)."""
+        out = []
+        for p, i, j in where:
+            g = groups[p]
+            out.append(self.judge.judge(g.problem["prompt"], g.texts[i], g.texts[j], g.done[i],
+                                        g.done[j]))
+        return out
+
+    def note(self):
+        return self.seen | dict(judge_calls=self.judge.calls)
+
+    def state(self):
+        return self.judge.calls
+
+    def load(self, state):
+        self.judge.calls = state
+
+
+MEMORIES["oracle"] = Oracle
+
+
+# === route: 2510.20369, online RLHF whose uncertain pairs a dear judge decides ====================
+
+
+def by_uncertainty(score, u, generator):
+    """The most uncertain pairs first.   -> priority [N]"""
+    return u
+
+
+def by_margin(score, u, generator):
+    """Those of the smallest |s| first: a control that needs no Gaussian process."""
+    return -score.abs()
+
+
+def at_random(score, u, generator):
+    """Any: the control of as many calls."""
+    return torch.rand(len(u), generator=generator).to(u.device)
+
+
+ROUTERS = dict(uncertainty=by_uncertainty, margin=by_margin, random=at_random)
+
+
+def route(S, U, priority, referee, *, budget=1.0, threshold=0.0, logit=2.0):
+    """Ask the judge about pairs i < j of all groups: as many as have u_ij > threshold, at most the
+    share `budget` of all, by priority(s [N], u [N]).
+
+    referee([(p, i, j)]) -> a verdict each: 1, 2, 0 (a tie) or None (failed: the score stays). S, U
+    [P, K, K] -> S with ±logit or 0 in the routed places, antisymmetric; where; the verdicts
+    """
+    K, S = S.size(-1), S.clone()
+    i, j = torch.triu_indices(K, K, 1, device=S.device)
+    s, u = S[:, i, j].flatten(), U[:, i, j].flatten()                                    # [N]
+    n = min(round(budget * len(s)), int((u > threshold).sum()))
+    first = priority(s, u).argsort(descending=True, stable=True)[:n].tolist()
+    where = [(k // len(i), int(i[k % len(i)]), int(j[k % len(i)])) for k in first]
+    verdicts = referee(where) if where else []
+    for (p, a, b), verdict in zip(where, verdicts):
+        if verdict is not None:
+            S[p, a, b] = {1: logit, 2: -logit, 0: 0.0}[verdict]
+            S[p, b, a] = -S[p, a, b]
+    return S, where, verdicts
+
+
+def pairwise_rloo(S, scale=1.0):
+    """A_i = scale/(K-1) Σ_j s_ij: RLOO when s_ij = r_i - r_j (2510.20369).
+
+    [.., K, K] -> [.., K]"""
+    return scale * S.sum(-1) / max(1, S.size(-1) - 1)
+
+
+def of_routing(S, mixed, where, answers):
+    """What is worth knowing of a step's routing: the share of pairs asked, how often judge and
+    model agree, and how far scores spread where the judge spoke and where the model did (a
+    confident model's are larger)."""
+    K, asked = S.size(-1), torch.zeros_like(S, dtype=torch.bool)
+    for p, a, b in where:
+        asked[p, a, b] = asked[p, b, a] = True
+    off = ~torch.eye(K, dtype=torch.bool, device=S.device)
+    out = dict(asked=len(where) / (len(S) * K * (K - 1) / 2))
+    for name, some in dict(routed=asked, unrouted=off & ~asked).items():
+        out |= {f"std_{name}": mixed[some].std(correction=0).item()} if some.any() else {}
+    agree = [(S[w] > 0).item() == (v == 1) for w, v in zip(where, answers) if v]
+    return out | (dict(agreement=sum(agree) / len(agree)) if agree else {})
+
+
+@cache
+def seen_by(folder, device):
+    """What the model of pairs of a folder has seen: read once."""
+    return factored(load_file(checkpoint(folder) / "pair.safetensors", device))
+
+
+def beliefs(pair_model, groups, c, f):
+    """What the model of pairs says of all pairs.   -> S, U [P, K, K]"""
+    own = seen_by(f.reward.keywords["pair_model"], str(c.device))
+    S, U = believed(pair_model, own, groups, c)
+    return finite(S, c), U
+
+
+def mixed(beliefs, referee, groups, generator, router, **limits):
+    """The pair model's scores, those that are routed replaced by the judge's.   -> [P, K, K]"""
+    (S, U), clock, referee.seen = beliefs, time.perf_counter(), {}
+    out, where, verdicts = route(S, U, partial(ROUTERS[router], generator=generator),
+                                 lambda where: referee.verdicts(groups, where, generator), **limits)
+    referee.seen |= of_routing(S, out, where, verdicts)
+    referee.seen |= dict(t_pair=(time.perf_counter() - clock) / len(where)) if where else {}
+    return out
+
+
+def routed(beliefs, oracle, groups, generator, training, samples, *, pair_model="",
+           router: Literal[*ROUTERS] = "uncertainty", budget: Share = 0.25,
+           threshold: NonNegative = 0.0, logit: Positive = 2.0, judge_error: Share = 0.1):
+    """RLOO's advantage of a response in its group, by pairwise scores: the pair model's; where it
+    was asked the judge's, ± logit. In evaluation the model alone.   [B]
+
+    pair_model: the folder pm that reward.py --config router leaves; budget: the share of a step's
+    pairs; threshold: below which u none is asked; judge_error: the share of wrong verdicts."""
+    if not training:
+        return spoken(beliefs[0], samples)
+    limits = dict(budget=budget, threshold=threshold, logit=logit)
+    return spoken(mixed(beliefs, oracle, groups, generator, router, **limits), samples)
+
+
+def spoken(S, samples):
+    """Pairwise scores as a number a response: its advantage, or its score against the SFT model's
+    greedy one in a group of one.   [P, K, K] -> [B]"""
+    return S[:, 0, 1] if samples == 1 else pairwise_rloo(S).flatten()
+
+
+def check_routed(c, f):
+    """What is wrong with a run that routes, or ""."""
+    folder, reward = f.reward.keywords["pair_model"], c.reward
+    if folder and not (checkpoint(folder) / "pair.safetensors").exists():
+        return (f"--pair_model {folder} has no pair.safetensors: give the folder pm that "
+                "python reward.py --config router leaves")
+    if reward == "routed" and c.data not in prefs.WORLDS:
+        return (f"--reward routed asks a judge that knows gold: {' or '.join(prefs.WORLDS)}, not "
+                f"of --data {c.data}: give --reward routed_model --judge FOLDER")
+    return in_groups(c)
+
+
+FACTS["beliefs"] = beliefs
+REWARDS["routed"], CHECKS["routed"] = routed, check_routed
+MODELS["pair_model"] = "pair_model", ScalarModel
+# 2510.20369, RLOO, β .01, judge ±2: the released code's; budget, samples, epochs, lr: ours. A
+# response that does not end is one that lost to all others.
+PRESETS["route"] = dict(reward="routed", advantage="to_go", eos="replace", no_eos=-2.0, beta=0.01,
+                        samples=4, rollouts=32, epochs=1)
+
+
+# === judge: 2505.16265, a language model that reads two responses, reasons and gives a verdict ====
+
+QUESTION = """Which response to the prompt is better, A or B? Reason first. Then answer with one
+number from -3 (A is much better) to 3 (B is much better), not 0, as <answer>-1</answer>.
+
+Prompt:
+{}
+
+Response A:
+{}
+
+Response B:
+{}
+"""
+
+
+def in_words(problem, a, b):
+    """What a judge of texts reads."""
+    return QUESTION.format(problem["prompt"], a, b)
+
+
+def parse_verdict(text):
+    """Think-RM's score (2505.16265): the last of ±1..±3 in the last <answer> block, negative if A
+    is better; None if there is no such block or number."""
+    blocks = re.findall(r"<answer>(.*?)</answer>", text, re.S)
+    hits = re.findall(r"(?<!\d)(?<!\d\.)-?[123](?!\d|\.\d)", blocks[-1]) if blocks else []
+    return int(hits[-1]) if hits else None
+
+
+def bit_by_bit(problem, a, b):
+    """What ParityJudge's judges read; a response that is too long is cut, one that is too short
+    ends in what is no bit."""
+    x = problem["prompt"][:-1]
+    a, b = (y[:len(x)].ljust(len(x), tasks.NEUTRAL) for y in (a, b))
+    return tasks.judging(x, a, b)["prompt"]
+
+
+def symbols(problem, a, b):
+    """What ToyIF's judges read, without a rubric."""
+    return prefs.question(dict(prompt=problem["prompt"], chosen=a, rejected=b), "")
+
+
+def winner(text):
+    """The winner that ToyIF's judges name, as a score."""
+    return dict(A=-1, B=1).get(prefs.parse_winner(text))
+
+
+# how a judge of a task is asked, how it is read, how much it writes at most; else as of texts
+IN_WORDS = in_words, parse_verdict, 2048                       # 2505.16265
+ASKED = dict(parity=(bit_by_bit, tasks.ParityJudge.parse, 25), toyif=(symbols, winner, 24))
+
+
+# === panel: ours, a judge's checkpoint at work: its texts, its verdicts, its calls ================
+
+
+class Panel:
+    """A judge that writes, and how often it was asked."""
+
+    def __init__(self, writer, task, tok, c, f):
+        self.writer, self.tok, self.c, self.options = writer, tok, c, f.reward.keywords
+        self.ask, self.parse, most = ASKED.get(task.name, IN_WORDS)
+        self.most = self.options["judge_tokens"] or most
+        self.calls, self.seen = 0, {}
+
+    def tell(self):
+        return self
+
+    def scores(self, groups, where, generator, training=True):
+        """Of each (group, i, j) the score, negative if i is better, None for no verdict; and the
+        judgement's length in characters. In training sampled, and counted; else greedy."""
+        room, out = self.writer.config.max_position_embeddings - self.most, {}
+        prompts = [self.tok.prompt(self.ask(groups[p].problem, groups[p].texts[i],
+                                            groups[p].texts[j]), self.c.chat) for p, i, j in where]
+        fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= room]
+        if not fits:
+            raise UserError(f"--judge: no pair of {min(map(len, prompts))} tokens and more leaves "
+                            f"room for {self.most} of judgement in its context: --judge_tokens N")
+        for n in range(0, len(fits), 4 * self.c.micro):
+            some = fits[n:n + 4 * self.c.micro]
+            heat = self.options["judge_temperature"] if training else 0.0
+            with autocast(self.c.device, self.c.dtype):
+                roll = generate(self.writer, [prompts[k] for k in some], self.most,
+                                temperature=heat, generator=generator, slots=self.c.slots)
+            for k, y, done in zip(some, roll.completions(), roll.finished.tolist()):
+                text = self.tok.decode(y)
+                out[k] = (self.parse(text) if done else None), len(text)
+        found = [out.get(k, (None, 0)) for k in range(len(where))]
+        self.calls += len(where) * training
+        self.seen = dict(no_verdict=sum(s is None for s, _ in found) / len(where),
+                         judge_length=sum(n for _, n in found) / len(where))
+        return found
+
+    def verdicts(self, groups, where, generator):
+        """1 or 2, the better of each (group, i, j); None for no verdict."""
+        found = self.scores(groups, where, generator)
+        return [s and (1 if s < 0 else 2) for s, _ in found]
+
+    def note(self):
+        return self.seen | dict(judge_calls=self.calls)
+
+    def state(self):
+        return self.calls
+
+    def load(self, state):
+        self.calls = state
+
+
+def routed_model(beliefs, panel, groups, generator, training, samples, *, pair_model="", judge="",
+                 router: Literal[*ROUTERS] = "uncertainty", budget: Share = 0.25,
+                 threshold: NonNegative = 0.0, logit: Positive = 2.0,
+                 judge_temperature: NonNegative = 0.6, judge_tokens=0):
+    """routed(), whose judge is a checkpoint, a folder --judge, that writes.   [B]"""
+    if not training:
+        return spoken(beliefs[0], samples)
+    limits = dict(budget=budget, threshold=threshold, logit=logit)
+    return spoken(mixed(beliefs, panel, groups, generator, router, **limits), samples)
+
+
+MODELS["writer"], MEMORIES["panel"] = ("judge", Transformer), Panel
+REWARDS["routed_model"], CHECKS["routed_model"] = routed_model, check_routed
+
+
+# === thinkrm, parity: 2505.16265, RLHF from a reasoning judge's verdicts on pairs, never on points
+
+
+def judge_matrix(says, G, length=None):
+    """Verdicts s_ij (negative: i is better) -> d [G, G] with d_ij = -s_ij, d_ji = s_ij.
+
+    Of a pair judged in both orders the mean counts. None counts as 0; length {pair: how long the
+    judgement is}: binary verdicts weigh 1/length.
+    """
+    D, n = torch.zeros(2, G, G)
+    for (i, j), score in says.items():
+        score = score or 0
+        d = -score if not length else ((score < 0) - (score > 0)) / length[i, j]
+        D[i, j], D[j, i] = D[i, j] + d, D[j, i] - d
+        n[i, j], n[j, i] = n[i, j] + 1, n[j, i] + 1
+    return D / n.clamp(min=1)
+
+
+def pairwise_grpo(D, eps=1e-6):
+    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.
+
+    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps as in the released code.
+    [.., G, G] -> [.., G]"""
+    G = D.size(-1)
+    return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
+
+
+def duels(panel, groups, generator, training, *, both_orders, weight):
+    """A judge's verdicts on all pairs of each group, i < j, or both orders, as d_ij > 0 if i is
+    better.   -> [P, G, G]"""
+    G = len(groups[0].ys)
+    pairs = [(i, j) for i, j in ordered_pairs(G) if both_orders or i < j]
+    where = [(p, i, j) for p in range(len(groups)) for i, j in pairs]
+    found = panel.scores(groups, where, generator, training)
+    mean = max(1, sum(n for _, n in found)) / len(found)
+    out = []
+    for k in range(0, len(where), len(pairs)):
+        mine = dict(zip(pairs, found[k:k + len(pairs)]))
+        length = {pair: max(1, n) / mean for pair, (_, n) in mine.items()}
+        says = {pair: score for pair, (score, _) in mine.items()}
+        out.append(judge_matrix(says, G, length if weight == "length" else None))
+    return torch.stack(out)
+
+
+def by_verdicts(panel, groups, generator, training, samples, c, *, judge="", both_orders=False,
+                points=False, weight: Literal["one", "length"] = "one",
+                judge_temperature: NonNegative = 0.6, judge_tokens=0):
+    """The advantage of a response by a reasoning judge's verdicts on its group's pairs.   [B]
+
+    judge: a language model's folder, as reward.py --config thinkrm leaves it; both_orders: each
+    pair is judged twice, A and B exchanged; weight length: the sign over the judgement's length
+    (ours: over the step's mean, so that eps stays small); points: a response's mean verdict, for
+    --transform group to compare. In evaluation a greedy verdict."""
+    D = duels(panel, groups, generator, training, both_orders=both_orders, weight=weight)
+    D = D.to(c.device)                                                                # [P, G, G]
+    if samples == 1:
+        return D[:, 0, 1]
+    return (D.sum(-1) / (samples - 1) if points else pairwise_grpo(D)).flatten()
+
+
+def dual_clip(logp, old_logp, adv, *, eps: Positive = 0.2, dual: Positive = 3.0):
+    """PPO's clipped loss, and where A < 0 at most -A dual, however large the ratio.   [b, T]"""
+    loss = ppo_clip(logp, old_logp, adv, eps=eps)
+    return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss)
+
+
+def exact(truth):
+    """1 where all bits are right.   [B]"""
+    return (truth == 1).float()
+
+
+REWARDS["verdicts"], SURROGATES["dual"] = by_verdicts, dual_clip
+CHECKS["verdicts"], MEASURES["parity"] = in_groups, dict(exact=exact)
+PRESETS["parity"] = dict(data="parity", init="base:parity", base="base:parity", rollouts=32,
+                         steps=60, eval_every=20, save_every=1000, keep=1)
+# 2505.16265, G 4, dual clip 3, k3 in the loss, judge at .6, one sample: the released code's; 1e-3
+# and the sizes: ours
+PRESETS["thinkrm"] = dict(reward="verdicts", advantage="to_go", surrogate="dual", regulariser="k3",
+                          kl_coef=1e-3, beta=0.0, eos="replace", no_eos=-3.0, samples=4, epochs=1)
+
+
+# === p3o, p3o_joint: 2310.00212, pairwise PPO: only the difference of two responses' rewards ======
+
+
+def partner(x):
+    """The number of the other response of the pair: rows 0 and 1, 2 and 3, ….   [B] -> [B]"""
+    return x.view(-1, 2).flip(1).flatten()
+
+
+def pair_gap(rewards, mask):
+    """w = s - s', s = Σ_t r_t the reward of a whole response, its KL within, s' that of the other:
+    on every token of the response, since an advantage is.   [B, T] -> [B, T], None"""
+    s = (rewards * mask).sum(1)                                                          # [B]
+    return (s - partner(s))[:, None] * mask, None
+
+
+def gaps_and_ratios(logp, old_logp, adv, mask):
+    """Of whole responses the gap w and log ρ, which is capped against overflow.   [b], [b]"""
+    return (adv * mask).sum(1) / mask.sum(1), ((logp - old_logp) * mask).sum(1).clamp(-10, 10)
+
+
+def p3o(logp, old_logp, adv, mask, *, eps: Positive = 0.2):
+    """P3O V1, each ratio clipped:  -min(w ρ' ρ, w ρ' clip(ρ, 1±ε)),  ρ' the other's, a constant.
+
+    -> [b]: the mean over rows is -½ Σ over a pair's two. Unclipped its gradient is E[s]'s,
+    w ∇(log π(y) - log π(y'))/2 under ρ ρ'. ours: the paper's printed form was not at hand."""
+    w, d = gaps_and_ratios(logp, old_logp, adv, mask)
+    w, ratio = w * partner(d).exp().detach(), d.exp()
+    return -torch.minimum(w * ratio, w * ratio.clamp(1 - eps, 1 + eps))
+
+
+def p3o_joint(logp, old_logp, adv, mask, *, eps: Positive = 0.2):
+    """P3O V2, the pair clipped:  -½ min(W D, W clip(D, ±ε)),  D = log ρ - log ρ',  W = w ρ ρ' a
+    constant.   -> [b], the same for both of a pair"""
+    w, d = gaps_and_ratios(logp, old_logp, adv, mask)
+    W, D = w * (d + partner(d)).exp().detach(), d - partner(d)
+    return -0.5 * torch.minimum(W * D, W * D.clamp(-eps, eps))
+
+
+ADVANTAGES["pair"] = pair_gap
+SURROGATES["p3o"], SURROGATES["p3o_joint"] = p3o, p3o_joint
+TOGETHER["p3o"] = TOGETHER["p3o_joint"] = 2
+PRESETS["p3o"] = dict(advantage="pair", surrogate="p3o", samples=2, epochs=1, beta=0.05)
+PRESETS["p3o_joint"] = PRESETS["p3o"] | dict(surrogate="p3o_joint")     # one epoch: the paper's
 
 
 # === likelihood: 2510.21090, a control of srppo: log π_sft alone. Does the base model matter? =====

@@ -687,6 +687,13 @@ PRESETS["toyif"] = dict(                                 # few good ones: where 
     data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
     weight_decay=0.0, save_every=1000, eval_every=1000, keep=1)
 
+# === parity: running parities of mixed quality, where ppo.py starts under a reasoning judge =======
+
+PRESETS["parity"] = dict(
+    data="parity", init="", tokenizer="toyif", model="2x64", context=32, rows=20000, steps=1500,
+    batch=64, micro=64, optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50, schedule="linear",
+    eval_every=500, save_every=1500, keep=1)
+
 # === chain_right, chain, chain_sort, arena_right, arena: chains of digits, where grpo.py starts ===
 
 CHAIN = dict(init="base:chain_right", context=96, rows=20000, batch=64, micro=64, lr=1e-3,

@@ -878,6 +878,51 @@ def answer(x, rng):
     return "".join(y)
 
 
+class Parity:
+    """Running parities, answered with mixed quality: what a policy improves by ParityJudge's
+    verdicts.
+
+    "1011010=" -> "1101100". Gold is the share of right positions, 0 for what is no string of as
+    many bits. val has one prompt in four.
+    """
+    name, metric, splits = "parity", "gold", ("train", "val")
+
+    def __init__(self, bits=7):
+        if not 2 <= bits <= 10:
+            raise UserError(f"parity of {bits} bits: expected 2 to 10")
+        self.bits, self.max_new = bits, bits + 1               # EOS
+
+    def sample(self, rng, split="train"):
+        """A problem {"prompt", "seed"} drawn by rng; the seed fixes its demonstration."""
+        check_split(split, self.splits)
+        while True:
+            x = "".join(rng.choices("01", k=self.bits))
+            problem = dict(prompt=x + SEP, seed=rng.getrandbits(32))
+            if (int(digest(x)[:8], 16) % 4 == 0) == (split == "val"):
+                return problem
+
+    def problems(self, split, n=0, seed=0):
+        """n problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("parity makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"parity/answers/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    def demo(self, problem):
+        """A response of mixed quality, see answer(); the problem's seed fixes it."""
+        return answer(problem["prompt"][:-1], random.Random(f"answer/{problem['seed']}"))
+
+    def well_formed(self, text):
+        """Whether a response is a string of as many bits: only those can be judged bit by bit."""
+        return len(text) == self.bits and set(text) <= {"0", "1"}
+
+    def reward(self, problem, completion, finished=True):
+        """The share of right positions, in [0, 1]."""
+        right = zip(parity(problem["prompt"][:-1]), completion)
+        sound = finished and self.well_formed(completion)
+        return sum(p == y for p, y in right) / self.bits if sound else 0.0
+
+
 def strength(x, a, b):
     """The gold verdict on responses a and b, -3 .. 3: NEGATIVE if a is better, 0 for a tie.
 
@@ -1175,7 +1220,7 @@ def second_looks(task, text):
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
-             toyif_principles=partial(Checks, 0.3),
+             toyif_principles=partial(Checks, 0.3), parity=Parity,
              **{kind: partial(Chain, kind) for kind in KINDS},
              **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS
                 for x in ("wordy", "good")},
