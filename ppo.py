@@ -884,7 +884,8 @@ MEASURES = {}                    # row of REWARDS: {name: function of a rollout'
 
 def measured(known):
     """The run's own measures of a rollout, by name.   [B] each"""
-    return {name: call(fn, known) for name, fn in MEASURES.get(known["c"].reward, {}).items()}
+    c = known["c"]
+    return {name: call(fn, known) for name, fn in MEASURES.get(c.reward, {}).items()}
 
 
 # === panel: ours, several reward models, each in units of how the SFT model's own samples differ ==
@@ -921,7 +922,7 @@ class Panel:
         for folder, model in self.models.items():
             c = replace(self.known["c"], reward=folder)
             own = self.known | dict(c=c, judge=model, roll=roll, bias=0.0)
-            out.append(finite(call(FACTS["judged"], own), c))
+            out.append(finite(call(judged, own), c))
         return torch.stack(out, 1)
 
     @torch.no_grad()
@@ -1013,7 +1014,8 @@ def other_gold(task, tok, problems, roll):
 
 
 REWARDS["weighted"], CHECKS["weighted"] = weighted, panel_is_there
-MEASURES["weighted"] = dict(gold_b=other_gold, flattery=flattery)
+IN_RING = dict(gold_b=other_gold, flattery=flattery)
+MEASURES["weighted"] = IN_RING
 # ours: --weights 0.6,0.3,0.1 of help, safety and love; the paper's are unknown, 0 to 0.3 for love
 PRESETS["rluf"] = dict(reward="weighted", beta=0.05, eos="subtract", no_eos=1.0)
 
@@ -1059,12 +1061,12 @@ def gae_each(rewards, values, mask, gamma, lam):
     return tuple(torch.stack(x, -1) for x in zip(*parts))
 
 
-def goes_with(c, **rows):
-    """Words where one of the axes has none of these rows (several stand apart by a space)."""
-    for axis, row in rows.items():
-        if getattr(c, axis) not in row.split():
-            return (f"--{axis} {getattr(c, axis)} does not go with the rest of this method: it "
-                    f"needs --{axis} {row.replace(' ', ' or ')}")
+def goes_with(f, **functions):
+    """Words where one of the axes named has another function: what needs each other is together."""
+    for axis, fn in functions.items():
+        if getattr(f, axis).func is not fn:
+            rows = [row for row, other in AXES[axis].items() if other is fn]
+            return f"--{axis}: the rest of this method needs --{axis} {' or '.join(rows)}"
     return ""
 
 
@@ -1205,21 +1207,27 @@ def satisfying(components, c, f, *, rewards="", thresholds=""):
 
 
 def has_points(c, f):
-    """Words against constraints that are not whole; UserError for thresholds that do not fit."""
-    wrong = panel_is_there(c, f) if "rewards" in f.reward.keywords else ""
-    if c.reward != "satisfying":
-        rows = dict.fromkeys(("shaping", "critic", "value"), "constraints")
-        wrong = wrong or goes_with(c, advantage="mu xi all", reward="weighted", **rows)
+    """Words against reward models that are not there; UserError for thresholds that do not fit."""
+    wrong = panel_is_there(c, f)
     if not wrong:
         points_of(c, f)
     return wrong
 
 
+def is_constrained(c, f):
+    """Words against constraints that are not whole."""
+    wrong = goes_with(f, reward=weighted, advantage=lagrangian, shaping=minus_kl_first,
+                      critic=head_and_kl, value=squared_each)
+    if not wrong and f.advantage.keywords["segment"] and ranks() > 1:
+        wrong = "--segment keeps the best policy of a search on one rank: leave torchrun out"
+    return wrong or has_points(c, f)
+
+
 SHAPINGS["constraints"], CRITICS["constraints"] = minus_kl_first, head_and_kl
 VALUES["constraints"], REWARDS["satisfying"] = squared_each, satisfying
-CHECKS["mu"] = CHECKS["xi"] = CHECKS["all"] = has_points
-CHECKS["constraints"] = CHECKS["satisfying"] = has_points
-MEASURES["satisfying"] = MEASURES["weighted"]
+CHECKS["mu"] = CHECKS["xi"] = CHECKS["all"] = CHECKS["constraints"] = is_constrained
+CHECKS["satisfying"] = has_points
+MEASURES["satisfying"] = IN_RING
 PRESETS["ppo_sat"] = dict(reward="satisfying", beta=0.2, eos="subtract", no_eos=1.0)
 
 
@@ -1348,16 +1356,15 @@ def clipped_each(values, old_values, returns, *, eps_v=0.2):
 
 def serves_groups(c, f):
     """Words against rows that do not go together, or no reward models."""
-    wrong = goes_with(c, reward="egalitarian", **dict.fromkeys(
-        ("shaping", "critic", "advantage", "value"), "groups"))
-    return wrong or panel_is_there(c, f)
+    return goes_with(f, reward=egalitarian, shaping=a_group_each, critic=head_a_group,
+                     advantage=gae_served, value=clipped_each) or panel_is_there(c, f)
 
 
 FACTS["served"], REWARDS["egalitarian"] = served, egalitarian
 SHAPINGS["groups"], CRITICS["groups"] = a_group_each, head_a_group
 ADVANTAGES["groups"], VALUES["groups"] = gae_served, clipped_each
 CHECKS["egalitarian"] = CHECKS["groups"] = serves_groups
-MEASURES["egalitarian"] = MEASURES["weighted"]
+MEASURES["egalitarian"] = IN_RING
 # rewards: the groups of reward.py --recipe maxmin, --rewards out/reward/maxmin
 PRESETS["maxmin"] = dict(reward="egalitarian", shaping="groups", critic="groups",
                          advantage="groups", value="groups", eos="subtract", no_eos=1.0)
@@ -1408,7 +1415,7 @@ def tri_weighted(components, tri_weights, *, rewards="", risks="", bound: Positi
 
 
 MEMORIES["tri_weights"], REWARDS["tri"] = TriWeights, tri_weighted
-CHECKS["tri"], MEASURES["tri"] = panel_is_there, MEASURES["weighted"]
+CHECKS["tri"], MEASURES["tri"] = panel_is_there, IN_RING
 PRESETS["quark"] = dict(reward="tri", beta=0.05, eos="subtract", no_eos=1.0)        # beta is ours
 
 
@@ -1464,7 +1471,13 @@ def huber_pair(values, old_values, returns, *, pessimism: Positive = 0.3, eps_v=
     return 0.5 * sum(huber(x, returns, reduction="none", delta=0.5) for x in (v, near))
 
 
+def is_pessimistic(f):
+    """Words against a critic with two heads whose advantages or loss are for one."""
+    return goes_with(f, critic=twin, advantage=gae_pessimistic, value=huber_pair)
+
+
 CRITICS["safe"], ADVANTAGES["safe"], VALUES["safe"] = twin, gae_pessimistic, huber_pair
+CHECKS["safe"] = is_pessimistic
 
 
 # === control: 2602.04651, SAFE's KL threshold, which the reward, its phase and entropy move =======
@@ -1572,12 +1585,12 @@ def inert(logp, kl_penalty, *, floor: Positive = 2.0):
     return torch.zeros_like(logp) + kl_penalty
 
 
-REGULARISERS["safe"], REGULARISERS["safe_literal"] = safe_kl, inert
+REGULARISERS["safe_kl"], REGULARISERS["safe_literal"] = safe_kl, inert
 MINIBATCH["drift"], MINIBATCH["kl_slope"], MINIBATCH["kl_penalty"] = drift, kl_slope, kl_penalty
 MEMORIES["safe"] = Safe
 # beta 0: the KL is in the loss. The authors' lr is 1e-5 for both, of a model of billions
-PRESETS["safe"] = dict(critic="safe", advantage="safe", value="safe", regulariser="safe",
-                       beta=0.0, entropy=0.01)
+PRESETS["safe"] = dict(critic="safe", advantage="safe", value="safe",
+                       regulariser="safe_kl", beta=0.0, entropy=0.01)
 PRESETS["safe_literal"] = PRESETS["safe"] | dict(regulariser="safe_literal")
 
 
