@@ -1064,7 +1064,7 @@ def gae_each(rewards, values, mask, gamma, lam):
 def goes_with(f, **functions):
     """Words where one of the axes named has another function: what needs each other is together."""
     for axis, fn in functions.items():
-        if getattr(f, axis).func is not fn:
+        if getattr(f, axis).func.__name__ != fn.__name__:
             rows = [row for row, other in AXES[axis].items() if other is fn]
             return f"--{axis}: the rest of this method needs --{axis} {' or '.join(rows)}"
     return ""

@@ -1,22 +1,27 @@
 """ppo.py's chapters of several rewards: their equations by hand, then what reaches them in runs."""
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
+from conftest import close, merged
+from test_ppo_wiring import entropy_of, gae_of, logp_of
+from wiring import catch
 
+import model as models
 import ppo
+from data import tasks
+from data.prefs import Ring, ring_tokenizer
+from data.run import read_log
+from model import ScalarModel, load, preset, save
 from ppo import (Heads, TriWeights, TwinHeads, clipped_each, gae, gae_each, gae_pessimistic, gae_served,
                  huber_pair, inert, lagrangian, mixture, multiplier_step, nelder_mead_step, on_last, phase_of,
                  proxy_points, safe_gate, safe_kl, safe_pid, satisfying, soft_min, squared_each,
                  tri_factor, weighted, worst_served)
 
 T = torch.tensor
-
-
-def close(a, b, tol=1e-6):
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    return a.shape == b.shape and torch.allclose(a, b, atol=tol, rtol=0)
 
 
 def masks(B=5, T_=7):
@@ -129,10 +134,10 @@ def test_squared_values_by_hand():
 def test_proxy_points_stand_where_gold_peaks():
     gold = [0, 1, 3, 4, 3, 1, 0, -2]
     rows = [dict(step=i, quality=q, reward_1=i / 10, reward_2=-i) for i, q in enumerate(gold)]
-    assert close(proxy_points([dict(step=0, val_gold=9), *rows], window=3), [.3, -3])
-    assert close(proxy_points(rows, window=1), [.3, -3])
-    assert close(proxy_points(rows[:2], window=5), [.05, -.5])             # a short run: all of it
-    assert proxy_points([dict(step=0)]) == []
+    assert close(proxy_points([dict(step=0, val_gold=9), *rows], 2, 3), [.3, -3])
+    assert close(proxy_points(rows, 2, 1), [.3, -3]) and close(proxy_points(rows, 1, 1), [.3])
+    assert close(proxy_points(rows[:2], 2), [.05, -.5])             # a short run: all of it
+    assert proxy_points([dict(step=0)], 2) == [] == proxy_points(rows, 3)
 
 
 # --- Nelder-Mead ----------------------------------------------------------------------------------
@@ -299,3 +304,270 @@ def test_twin_heads_differ_though_both_say_zero_at_first():
     x = F.layer_norm(hidden, (8,))
     want = [w * F.gelu(x @ h[0].weight.T + h[0].bias).sum(-1) for h, w in ((a, 1), (b, 2))]
     assert close(heads(hidden).detach(), torch.stack(want, -1).detach(), 1e-5)
+
+
+# --- whole runs: a random model of Ring that ends its texts now and then, and two reward models ---
+
+TINY = ["--steps", "2", "--rollouts", "8", "--samples", "2", "--batch", "8", "--micro", "5",
+        "--eval_every", "2", "--save_every", "99", "--max_new", "6", "--eval_prompts", "8",
+        "--calibrate", "2", "--lr", "2e-3", "--critic_lr", "1e-2", "--seed", "3", "--eos",
+        "subtract", "--no_eos", "0.7"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """The policy's checkpoint and two reward models'."""
+    tok, g = ring_tokenizer(), torch.Generator().manual_seed(0)
+    net = models.init(preset("1x64", tok, 64))
+    out = [str(tmp_path_factory.mktemp(x)) for x in ("init", "one", "two")]
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+        usual = net(torch.arange(40)[None]).mean((0, 1))                                 # [D]
+        net.embed_tokens.weight[tok.eos] = usual / usual.norm()
+    save(net, tok, out[0])
+    for seed, folder in enumerate(out[1:]):
+        torch.manual_seed(seed)
+        save(ScalarModel.from_lm(net, std=0.3), tok, folder)
+    return out
+
+
+def run(monkeypatch, folders, config, *names, extra=(), see=None):
+    """A tiny run of a method: what reached these of its functions, and the log of its steps."""
+    calls = catch(monkeypatch, ppo, *names, see=see)
+    argv = ["--config", f"ring,{config},tiny", *TINY, "--init", folders[0], "--out", "run"]
+    ppo.main(merged(*argv, "--rewards", ",".join(folders[1:]), *extra))
+    return calls, [row for row in read_log("run") if "loss" in row]
+
+
+def numbered(row, name, n=2):
+    """The numbers that a row of the log has of each reward model."""
+    return [row[f"{name}_{k + 1}"] for k in range(n)]
+
+
+def said(folder, roll):
+    """A reward model's number after each response's last token, pads that it wrote apart.   [B]"""
+    net, length = load(folder)[0], roll.prompt_len + roll.mask.sum(1).long()
+    ends = [int(row[:n].nonzero().max()) for row, n in zip(roll.tokens, length)]
+    return (net.model(roll.tokens)[torch.arange(len(ends)), ends] @ net.score.weight[0]).detach()
+
+
+def scores_of(folders, roll):
+    """Both reward models' scores, in units of 8 samples of the SFT model for each of the first two
+    training prompts.   [B, 2]"""
+    net, tok = load(folders[0])
+    prompts = [tok.prompt(p) for p in tasks.task("ring").problems("train", 2, 1003)]
+    base = models.generate(net, prompts, 6, samples=8, generator=torch.Generator().manual_seed(6))
+    raw = [(said(x, roll), said(x, base)) for x in folders[1:]]
+    return torch.stack([(x - usual.mean()) / usual.std() for x, usual in raw], 1)
+
+
+def test_each_reward_model_scores_each_response_in_its_own_unit(workdir, monkeypatch, folders):
+    """and held-out ones, whose gold for the other group and whose flattery are counted"""
+    calls, log = run(monkeypatch, folders, "rluf,weights=0.9,0.1", "FACTS.components",
+                     "REWARDS.weighted", "measured")
+    assert [len(x.out) for x in calls["components"]] == [16, 8, 8, 16, 16, 8, 8]
+    for call, later in zip(calls["components"], calls["weighted"], strict=True):
+        want = scores_of(folders, call.roll)
+        assert close(call.out, want, 1e-4) and close(later.components, want, 1e-4)
+        assert close(later.out, want @ T([.9, .1]), 1e-4)
+    for row, call in zip(log, calls["components"][3:5], strict=True):
+        assert close(numbered(row, "reward"), call.out.mean(0), 1e-5)
+    tok, held = ring_tokenizer(), [row for row in read_log("run") if "val_gold_b" in row][-1]
+    for split, call in zip(("val", "ood"), calls["measured"][-2:]):
+        texts = [tok.decode(ids) for ids in call.known["roll"].completions()]
+        done = call.known["finished"].tolist()
+        gold = [Ring("B").reward(p, x, d) for p, x, d in zip(call.known["problems"], texts, done)]
+        assert held[f"{split}_gold_b"] == pytest.approx(sum(gold) / 8, abs=1e-5)
+        assert held[f"{split}_flattery"] == sum(x.count("+") for x in texts) / 8
+    assert len({held["val_gold_b"], held["val_gold"]}) == 2
+
+
+def snapshot(name, call):
+    """A critic as it is when it is asked."""
+    if name == "critic_values":
+        call.critic = copy.deepcopy(call.critic)
+
+
+def check_heads(w, calls, i, score, kl, weights, gamma, whiten):
+    """Step i of a critic with several heads: token rewards, values before each token, advantages
+    mixed by the weights, what the critic is to say.
+
+    score [B, K] on the last token, of the last K heads, kl of every token; whiten: each head's advantages,
+    before they are mixed, or what they come to. w: the names of the rows."""
+    roll, critic = calls["components"][3 + i].roll, calls["critic_values"][i].critic
+    mask, call = roll.mask, calls[w.advantage][i]
+    last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)                                  # [B, T]
+    rewards = kl + last[..., None] * F.pad(score, (kl.size(2) - score.size(1), 0))[:, None]
+    values = (critic.model(roll.tokens) @ critic.score.weight.T)[:, :-1].detach()
+    values = F.pad(values, (0, 0, 1, 0)) * mask[..., None]
+    assert close(calls[w.shaping][i].out, rewards, 1e-4) and close(call.rewards, rewards, 1e-4)
+    assert close(call.values, values, 1e-4) and values.any() == (i > 0)
+    parts = [gae_of(*(x[..., k] for x in (rewards, values)), mask, gamma, 0.95)
+             for k in range(rewards.size(2))]
+
+    def white(x):
+        inside = x[mask > 0]
+        return (x - inside.mean()) / (inside.var(correction=0) + 1e-8).sqrt() * mask
+    adv = sum(w * (white(a) if whiten else a) for w, (a, _) in zip(weights, parts))
+    adv, returns = adv if whiten else white(adv), torch.stack([b for _, b in parts], -1)
+    assert close(call.out[0], adv, 2e-3) and close(call.out[1], returns, 2e-3)
+    for trained, name, want in (("clip", "adv", adv), (w.value, "returns", returns),
+                                (w.value, "old_values", values)):
+        part = vars(calls[trained][i * len(calls[trained]) // 2])
+        if name in part:                                                       # some of the rows
+            rows = [want[:, :part[name].size(1)] for _ in part[name]]
+            near = [(r - x).abs().flatten(1).amax(1).min() for r, x in zip(rows, part[name])]
+            assert max(near) < 2e-3, name
+    first = calls[w.value][0]
+    assert first.grad == {"values"} and first.values.shape[2] == rewards.size(2)
+
+
+def kl_of(folders, roll):
+    """log π / π_SFT of each token.   [B, T]"""
+    return roll.logp - logp_of(load(folders[0])[0], roll.tokens, roll.mask, 1.0).detach()
+
+
+def under_eos(score, roll):
+    """Scores less .7 where a response has not ended.   [B, K]"""
+    return score - 0.7 * (~roll.finished).float()[:, None]
+
+
+@pytest.mark.parametrize("kind", ["xi", "mu", "all"])
+def test_constraints_reach_policy_critic_and_multipliers(kind, workdir, monkeypatch, folders):
+    w = SimpleNamespace(advantage=kind, shaping="constraints", value="constraints_loss")
+    monkeypatch.setitem(ppo.VALUES, "constraints_loss", ppo.VALUES["constraints"])
+    monkeypatch.setitem(ppo.CHECKS, "constraints_loss", ppo.CHECKS["constraints"])
+    calls, log = run(monkeypatch, folders, f"{kind}_ppo,value=constraints_loss,gamma=0.9",
+                     "FACTS.components", f"ADVANTAGES.{kind}", "SHAPINGS.constraints",
+                     "VALUES.constraints_loss", "SURROGATES.clip", "critic_values",
+                     extra=["--thresholds", "0.9,-0.4"], see=snapshot)
+    u = 0.01 * torch.randn(2, generator=torch.Generator().manual_seed(7))
+    velocity, theta = torch.zeros(2), T([.9, -.4])
+    for i in range(2):
+        roll = calls["components"][3 + i].roll
+        score = under_eos(scores_of(folders, roll), roll)
+        g, slope = u.sigmoid(), u.sigmoid() * (1 - u.sigmoid())
+        if kind == "xi":
+            g, slope = u.tanh(), 1 - u.tanh() ** 2
+        weights = [0, *(1 - g)] if kind == "all" else [2 - g.sum(), *g]
+        kl = torch.stack([-kl_of(folders, roll), *[0 * roll.mask] * 2], -1)
+        check_heads(w, calls, i, score, kl, weights, 0.9, True)
+        away = (score.mean(0) - theta) * (-1 if kind == "all" else 1)
+        for _ in range(4):                                 # two epochs of two minibatches
+            gradient = slope * away
+            velocity = 0.1 * velocity + gradient * min(1, 0.5 / gradient.norm())
+            u = u - 0.1 * velocity
+            g, slope = ((u.tanh(), 1 - u.tanh() ** 2) if kind == "xi" else
+                        (u.sigmoid(), u.sigmoid() * (1 - u.sigmoid())))
+        assert close(numbered(log[i], "weight"), 1 - g if kind == "all" else g, 1e-4)
+        assert close(numbered(log[i], "violation"), score.mean(0) - theta, 1e-4)
+        assert close(numbered(log[i], "threshold"), theta)
+
+
+def test_the_worst_served_group_s_reward_reaches_policy_and_critic(workdir, monkeypatch, folders):
+    w = SimpleNamespace(advantage="groups", shaping="shapes", value="losses")
+    for table, row in ((ppo.SHAPINGS, "shapes"), (ppo.VALUES, "losses")):
+        monkeypatch.setitem(table, row, table["groups"])
+    calls, log = run(monkeypatch, folders, "maxmin,shaping=shapes,value=losses,beta=0.2",
+                     "FACTS.components", "REWARDS.egalitarian", "SHAPINGS.shapes",
+                     "ADVANTAGES.groups", "VALUES.losses", "SURROGATES.clip", "critic_values",
+                     extra=["--softness", "0.3"], see=snapshot)
+    for call, later in zip(calls["components"], calls["egalitarian"], strict=True):
+        score = scores_of(folders, call.roll)
+        served = (-score.mean(0) / 0.3).softmax(0)
+        assert close(later.out, score @ served, 1e-4) and not close(served, [.5, .5], 1e-2)
+    before = calls["components"][0]
+    std = (under_eos(calls["egalitarian"][0].out[:, None], before.roll)).std()
+    for i in range(2):
+        roll = calls["components"][3 + i].roll
+        score = scores_of(folders, roll)
+        kl = -0.2 / std * kl_of(folders, roll)[..., None].expand(-1, -1, 2)
+        served = (-score.mean(0) / 0.3).softmax(0)
+        check_heads(w, calls, i, under_eos(score, roll), kl, served, 1.0, False)
+
+
+def test_the_group_that_is_served_is_the_worst(workdir, monkeypatch, folders):
+    calls, _ = run(monkeypatch, folders, "maxmin", "REWARDS.egalitarian")
+    for call in calls["egalitarian"]:
+        worst = min((0, 1), key=lambda u: call.components[:, u].mean())
+        assert close(call.out, call.components[:, worst])
+
+
+def test_ppo_sat_wants_each_reward_at_its_point(workdir, monkeypatch, folders):
+    calls, _ = run(monkeypatch, folders, "ppo_sat,thresholds=0.9,-0.4", "FACTS.components",
+                   "REWARDS.satisfying", "SHAPINGS.ends")
+    for call, later in zip(calls["components"], calls["satisfying"], strict=True):
+        score = scores_of(folders, call.roll)
+        assert close(later.out, -(score[:, 0] - .9) ** 2 - (score[:, 1] + .4) ** 2, 1e-3)
+    assert calls["ends"][0].beta == 0.2
+
+
+def test_three_factors_follow_the_rollouts(workdir, monkeypatch, folders):
+    calls, log = run(monkeypatch, folders, "quark,bound=0.8", "FACTS.components", "REWARDS.tri",
+                     extra=["--risks", "2,1"])
+    mean, corr, seen, n = torch.zeros(2), 0.0, [], 0
+    for k, (call, later) in enumerate(zip(calls["components"], calls["tri"], strict=True)):
+        weak = 1 / (1 + (2 * mean).exp()) * T([2., 1]) / (1 + max(0.0, corr))
+        score = scores_of(folders, call.roll).clamp(-.8, .8)
+        assert close(later.tri_weights, 2 * weak / weak.sum(), 1e-4)
+        assert close(later.out, score @ (2 * weak / weak.sum()), 1e-4)
+        if k in (3, 4):                                                        # what is trained on
+            mean = 0.9 * mean + 0.1 * score.mean(0)
+            seen.append(score)
+            corr = float(torch.corrcoef(torch.cat(seen).T)[0, 1])
+            weak = 1 / (1 + (2 * mean).exp()) * T([2., 1]) / (1 + max(0.0, corr))
+            assert close(numbered(log[n], "weight"), 2 * weak / weak.sum(), 1e-4)
+            n += 1
+
+
+@pytest.mark.parametrize("name", ["safe", "safe_literal"])
+def test_the_controller_sees_each_minibatch_before_its_gradient(name, workdir, monkeypatch,
+                                                                folders):
+    row, fact = ("safe_kl", "kl_slope") if name == "safe" else ("safe_literal", "kl_penalty")
+    policies, plain = [], ppo.Safe.__init__
+
+    def far(self):                                         # so that there is something to pay
+        plain(self)
+        self.kl = 3.0
+
+    def see(called, call):
+        snapshot(called, call)
+        if called == "drift":
+            policies.append(copy.deepcopy(call.policy))
+    monkeypatch.setattr(ppo.Safe, "__init__", far)
+    argv = ["--reward", folders[1]]
+    calls = catch(monkeypatch, ppo, "MINIBATCH.drift", f"MINIBATCH.{fact}", f"REGULARISERS.{row}",
+                  "ADVANTAGES.safe", "VALUES.safe", "critic_values", see=see)
+    ppo.main(merged("--config", f"ring,{name},tiny", *TINY, "--init", folders[0], "--out", "run",
+                    *argv))
+    log, ref = [x for x in read_log("run") if "loss" in x], load(folders[0])[0]
+    kl, ema, total, error, seen = 3.0, None, 0.0, 0.0, []
+    assert len(policies) == 8                              # two steps, two epochs, two minibatches
+    for k, (net, call, later) in enumerate(zip(policies, calls["drift"], calls[fact])):
+        logp, off = (logp_of(x, call.tokens, call.mask, 1.0).detach() for x in (net, ref))
+        entropy = entropy_of(net, call.tokens, 1.0).detach()
+        want = torch.stack([((logp - off) * call.mask).sum(1), (entropy * call.mask).sum(1)], 1)
+        assert close(call.out, want, 1e-3) and close(later.drift, want, 1e-3)
+        assert (k == 0) == bool(want[:, 0].abs().max() < 1e-4)
+        now, H = (want.sum(0) / call.mask.sum()).tolist()
+        reward = later.unit.sigmoid().mean().item()
+        seen.append(reward)
+        adjust = 0.0
+        if ema is None:
+            ema = reward
+        else:
+            after = 0.95 * ema + 0.05 * reward
+            new = after - ema - 0.001
+            total, adjust = total + new, 0.3 * new + 0.01 * (total + new) + 0.05 * (new - error)
+            ema, error = after, new
+        kl = 0.9 * kl + 0.1 * now
+        threshold = min(0.6, 1.5 * (0.3 + adjust))
+        g = max(0.5, 2 / (H + 0.1))
+        pays = dict(kl_slope=0.2 * g * (kl - threshold), kl_penalty=0.1 * g * (kl - threshold) ** 2)
+        assert close(later.out, pays[fact], 1e-5)
+        for one in [x for x in calls[row] if close(getattr(x, fact), pays[fact], 1e-9)]:
+            assert one.grad == {"logp"}
+    assert len({round(x, 6) for x in seen}) > 2            # the score of the minibatch at hand
+    assert close([log[-1][x] for x in ("kl_short", "kl_threshold")], [kl, threshold], 1e-4)
+    assert log[-1]["kl_penalty"] == pytest.approx(pays["kl_penalty"], rel=1e-3)
