@@ -19,10 +19,12 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
          ood_reward are without that rule. work is the share of rows x longest completion that
          decoding computed: finished rows leave.
 """
+import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -34,7 +36,7 @@ import sft
 from data import prefs, tasks
 from data.run import (Count, MeanOf, NonNegative, Positive, Run, Share, Signed, Training, UserError,
                       ask, asked_by, batch_indices, call, check_first_ratio, checkpoint, cli,
-                      launch, needs, refuse_alone, report, rows_used, start_ranks)
+                      launch, needs, ranks, read_log, refuse_alone, report, rows_used, start_ranks)
 from data.stats import explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
@@ -291,7 +293,7 @@ def evaluate(policy, known, sets, f):
             here = rolled(known, some, roll)
             found.append({"reward": scored(here, f), **measured(task, here["quality"]),
                           "kl": (logp - ref).sum(1), "length": roll.mask.sum(1),
-                          "truncated": ~roll.finished})                                  # [B] each
+                          "truncated": ~roll.finished} | measured(here))                 # [B] each
             if len(found) == 1:
                 shown += examples(task, tok, some, roll, c)
         for key in found[0]:
@@ -563,15 +565,16 @@ def open_critic(c, f, ref, last, adapter):
     adapter: of a resumed run."""
     if trunk_is_shared(c):
         return with_peft(f.critic(ref, True), c, f.peft, adapter, 1)
-    critic = load(last / "critic", c.device)[0] if last else f.critic(ref, False)
+    critic = load(last / "critic", c.device)[0] if last and not adapter else f.critic(ref, False)
+    critic.load_state_dict(dict(adapter), strict=False)
     return recomputing(critic, c.recompute)
 
 
 def write(c, policy, critic, tok, init, folder):
-    """A checkpoint's folders: the policy's, and in it the critic's, unless it is kept as
-    adapters."""
+    """A checkpoint's folders: the policy's, and in it the critic's, unless it is kept as adapters
+    or has heads of its own, which a folder does not hold."""
     save_trained(policy, tok, folder, c, init)
-    if c.merge or not trunk_is_shared(c):
+    if type(critic.score) is torch.nn.Linear and (c.merge or not trunk_is_shared(c)):
         save(plain_model(critic, "cpu"), tok, folder / "critic")
 
 
@@ -1393,6 +1396,724 @@ def eos_ignore(score, finished):
 
 
 EOS["subtract"], EOS["ignore"] = eos_subtract, eos_ignore
+
+
+# === measured: ours, what else held-out samples are measured by, as a reward's chapter asks =======
+
+
+MEASURES = {}                    # row of REWARDS: {name: function of a rollout's facts -> [B]}
+
+
+def measured(known):
+    """The run's own measures of a rollout, by name.   [B] each"""
+    c = known["c"]
+    return {name: call(fn, known) for name, fn in MEASURES.get(c.reward, {}).items()}
+
+
+# === panel: ours, several reward models, each in units of how the SFT model's own samples differ ==
+
+
+def reward_folders(rewards):
+    """The folders of --rewards a,b,c. A run that left a model for each group of a mixture stands
+    for those of its last round."""
+    out = []
+    for folder in filter(None, rewards.split(",")):
+        groups = sorted(Path(folder).glob("round-*-group-*"))
+        rounds = [int(x.name.split("-")[1]) for x in groups]
+        out += [str(x) for x, r in zip(groups, rounds) if r == max(rounds)] or [folder]
+    return out
+
+
+class Panel:
+    """The reward models of --rewards, and the mean and std [2, K] of what each says of samples of
+    the SFT model for a fixed set of prompts, measured before the first step and frozen."""
+
+    def __init__(self, c, f, tok, ref, pool, max_new):
+        self.known, self.problems = dict(c=c, tok=tok, ref=ref, max_new=max_new), pool[:c.calibrate]
+        self.models, self.unit = {}, None
+        for folder in reward_folders(f.reward.keywords["rewards"]):
+            self.models[folder], other = load_frozen(folder, c)
+            if other.tokens != tok.tokens:
+                raise UserError(f"--rewards {folder} and --init {c.init} have different "
+                                "tokenizers: both must score the same ids")
+            shard(self.models[folder], c.dtype)
+
+    def raw(self, roll):
+        """What each model says of a rollout's responses, in its own unit.   [B, K]"""
+        out = []
+        for folder, model in self.models.items():
+            c = replace(self.known["c"], reward=folder)
+            own = self.known | dict(c=c, judge=model, roll=roll, bias=0.0)
+            out.append(finite(call(judged, own), c))
+        return torch.stack(out, 1)
+
+    @torch.no_grad()
+    def tell(self, samples=8):
+        """Itself, once it knows its unit."""
+        c, tok, ref, max_new = (self.known[k] for k in ("c", "tok", "ref", "max_new"))
+        raw, g = [], torch.Generator().manual_seed(c.seed + 3)
+        for some in pieces(self.problems, c, "rewards", samples) if self.unit is None else ():
+            with autocast(c.device, c.dtype):
+                roll = generate(ref, [tok.prompt(p, c.chat) for p in some], max_new, generator=g,
+                                samples=samples, temperature=c.temperature, slots=c.slots)
+            raw.append(self.raw(roll))
+        if raw:
+            self.unit = torch.stack([torch.cat(raw).mean(0), torch.cat(raw).std(0)])
+        for folder, std in zip(self.models, self.unit[1].tolist()):
+            if std < 1e-6:
+                raise UserError(f"--rewards {folder} says the same of all samples of {c.init}: "
+                                "leave it out")
+        return self
+
+    def note(self, components):
+        """The means of a rollout, numbered as --rewards names the models."""
+        return {f"reward_{k + 1}": x for k, x in enumerate(components.mean(0).tolist())}
+
+    def state(self):
+        return self.unit
+
+    def load(self, state):
+        self.unit = state
+
+
+def components(panel, roll):
+    """Each reward model's score of each response, SFT samples having mean 0 and std 1.   [B, K]"""
+    mean, std = panel.unit.to(roll.mask)
+    return (panel.raw(roll) - mean) / std
+
+
+MEMORIES["panel"], FACTS["components"] = Panel, components
+
+
+# === weighted, rluf: 2505.14946, a weighted sum of rewards, one of them what users will love ======
+
+
+def numbers_of(text, n, option, usual=()):
+    """The n numbers of an option "0.5,2"; `usual` if it is empty."""
+    try:
+        out = [float(x) for x in text.split(",")] if text else list(usual)
+    except ValueError:
+        out = []
+    if len(out) != n or not all(map(math.isfinite, out)):
+        raise UserError(f"{option} {text or '(empty)'}: give {n} numbers, one for each reward "
+                        f"model, for example {','.join(['0.5'] * n)}")
+    return out
+
+
+def weighted(components, *, rewards="", weights=""):
+    """Σ_k w_k r_k of the reward models of --rewards, without --weights their mean. [B, K] -> [B]"""
+    K = components.size(1)
+    return components @ components.new_tensor(numbers_of(weights, K, "--weights", [1 / K] * K))
+
+
+def panel_is_there(c, f):
+    """Words against reward models that are not named; UserError for numbers that do not fit."""
+    given = f.reward.keywords
+    folders = reward_folders(given["rewards"])
+    for folder in folders:
+        peek(folder, scalar=True, option="--rewards")
+    for option in sorted({"weights", "risks"} & given.keys()) if folders else ():
+        numbers_of(given[option], len(folders), f"--{option}", [1.0] * len(folders))
+    return f"--reward {c.reward}: name its reward models, --rewards FOLDER,FOLDER" * (not folders)
+
+
+def flattery(task, tok, roll):
+    """How many of Ring's flattering tokens are in each response, 0 elsewhere: what a model of rare
+    reactions likes, and an optimiser finds (2505.14946: closing phrases).   [B]"""
+    there = task.name == "ring"
+    count = [tok.decode(ids).count(prefs.FLAT) * there for ids in roll.completions()]
+    return torch.tensor(count, dtype=torch.float32)
+
+
+def other_gold(task, tok, problems, roll):
+    """In Ring the gold reward of group B, whose annotators are few; elsewhere 0.   [B]"""
+    if task.name != "ring":
+        return torch.zeros(len(roll.tokens))
+    per, done = len(roll.tokens) // len(problems), roll.finished.tolist()
+    texts = [tok.decode(ids) for ids in roll.completions()]
+    return torch.tensor([task.judge(problems[i // per]["prompt"], x, done[i], group="B")["gold"]
+                         for i, x in enumerate(texts)])
+
+
+REWARDS["weighted"], CHECKS["weighted"] = weighted, panel_is_there
+IN_RING = dict(gold_b=other_gold, flattery=flattery)
+MEASURES["weighted"] = IN_RING
+# ours: --weights 0.6,0.3,0.1 of help, safety and love; the paper's are unknown, 0 to 0.3 for love
+PRESETS["rluf"] = dict(reward="weighted", beta=0.05, eos="subtract", no_eos=1.0)
+
+
+# === heads: ours, a critic with several values a token, one for each part of the reward ===========
+
+
+class Heads(torch.nn.Module):
+    """K linear heads, 0 at first."""
+    merged = None        # adapter_state() keeps all that trains of such a critic: see write()
+
+    def __init__(self, width, heads, device):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(heads, width, device=device))
+
+    def forward(self, hidden):
+        """States [..., D] -> [..., K], a sum, so never in bfloat16."""
+        return (hidden.float()[..., None, :] * self.weight.float()).sum(-1)
+
+
+def with_heads(ref, share, heads):
+    """A critic on the SFT model's body, or on its very tensors, with these heads."""
+    critic = ScalarModel.from_lm(ref, share=share)
+    critic.score = heads
+    return critic
+
+
+def ended(components, finished, f):
+    """Each reward model's scores under the EOS rule.   [B, K]"""
+    return torch.stack([f.eos(x, finished) for x in components.unbind(1)], 1)
+
+
+def on_last(score, mask):
+    """A response's scores on its last token.   [B, K], [B, T] -> [B, T, K]"""
+    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                          # [B, T]
+    return last[..., None] * score[:, None]
+
+
+def gae_each(rewards, values, mask, gamma, lam):
+    """GAE of every head apart, not whitened.   [B, T, K] three times -> advantages, returns"""
+    parts = [gae(rewards[..., k], values[..., k], mask, gamma, lam)
+             for k in range(rewards.size(-1))]
+    return tuple(torch.stack(x, -1) for x in zip(*parts))
+
+
+def goes_with(f, **functions):
+    """Words where one of the axes named has another function: what needs each other is together."""
+    for axis, fn in functions.items():
+        if getattr(f, axis).func.__name__ != fn.__name__:
+            rows = [row for row, other in AXES[axis].items() if other is fn]
+            return f"--{axis}: the rest of this method needs --{axis} {' or '.join(rows)}"
+    return ""
+
+
+BATCH["ended"] = ended
+
+
+# === mu_ppo, xi_ppo, all_ppo: 2310.04373, each reward model held where it still tells the truth ===
+
+
+def mixture(u, kind):
+    """Weights of the advantages of -KL and of N reward models, by their multipliers u [N].
+
+    mu, v_i >= θ_i: (N - Σ g, g_1 … g_N), g = σ(u).   xi, v_i = θ_i: g = tanh(u), which can push
+    back.   all, max Σ v_i under v_i <= θ_i: (0, 1 - σ(u_1) …), no KL.   -> [N + 1]"""
+    g = torch.tanh(u) if kind == "xi" else torch.sigmoid(u)
+    first = 0 * g.sum() if kind == "all" else len(g) - g.sum()
+    return torch.cat([first[None], 1 - g if kind == "all" else g])
+
+
+def multiplier_step(u, velocity, away, kind, lr=0.1, momentum=0.1, most=0.5):
+    """SGD on Σ g(u_i) away_i, away = v - θ (all: θ - v): what misses its point gains weight.
+
+    most: the largest norm of the gradient (the authors' code).   [N] -> u, velocity
+    """
+    g = torch.tanh(u) if kind == "xi" else torch.sigmoid(u)
+    grad = (1 - g * g if kind == "xi" else g * (1 - g)) * away
+    velocity = momentum * velocity + grad * min(1.0, most / max(grad.norm().item(), 1e-12))
+    return u - lr * velocity, velocity
+
+
+class Multipliers:
+    """u [N], a step for each of the policy's, up to a cap (ours), of which it tells."""
+
+    def __init__(self, c, f, run, policy):
+        self.points, g = Points(c, f, policy), torch.Generator().manual_seed(c.seed + 4)
+        self.u = 0.01 * torch.randn(len(self.points.theta), generator=g)
+        self.c, self.run, self.given = c, run, f.advantage.keywords
+        self.velocity, self.capped = torch.zeros_like(self.u), []
+
+    def tell(self):
+        return mixture(self.u, self.c.advantage)
+
+    def note(self, ended, quality, done):
+        value, kind, cap = ended.mean(0).cpu(), self.c.advantage, self.given["cap"]      # [N]
+        points = self.points.theta
+        away = points - value if kind == "all" else value - points
+        for _ in range(self.c.epochs * -(-len(ended) // self.c.batch)):
+            self.u, self.velocity = multiplier_step(self.u, self.velocity, away, kind,
+                                                    self.given["multiplier_lr"])
+        self.u = self.u.clamp(-cap, cap)
+        for i, u in enumerate(self.u.tolist()):
+            if i not in self.capped and (u >= cap or u <= -cap and kind == "xi"):
+                self.capped.append(i)
+                self.run.say(f"  WARNING: step {done}: reward model {i + 1} is at {value[i]:.2f}, "
+                             f"its threshold {points[i]:.2f}, its multiplier at --cap {cap:g}: "
+                             "this constraint cannot be met, choose another of --thresholds")
+        shown = dict(weight=self.tell()[1:], threshold=points, violation=value - points)
+        self.points.note(quality, done)
+        return {f"{k}_{i + 1}": y for k, x in shown.items() for i, y in enumerate(x.tolist())}
+
+    def state(self):
+        own = {k: getattr(self, k) for k in ("u", "velocity", "capped")}
+        return own | dict(points=self.points.state())
+
+    def load(self, state):
+        self.points.load(state["points"])
+        vars(self).update({k: x for k, x in state.items() if k != "points"})
+
+
+def lagrangian(rewards, values, mask, mixture, *, thresholds="", segment=0, spread: Positive = 0.5,
+               gamma: Share = 0.99, lam: Share = 0.95, multiplier_lr: Positive = 0.1,
+               cap: Positive = 2.0):
+    """GAE of every head, whitened apart, then mixed.   [B, T, N + 1] -> [B, T], [B, T, N + 1]"""
+    adv, returns = gae_each(rewards, values, mask, gamma, lam)
+    white = torch.stack([masked_whiten(x, mask) for x in adv.unbind(-1)], -1)
+    return white @ mixture.to(white), returns
+
+
+ADVANTAGES["mu"] = ADVANTAGES["xi"] = ADVANTAGES["all"] = lagrangian
+MEMORIES["mixture"] = Multipliers
+# lr .1, momentum .1, gamma .99, value coefficients .5 and .2: the authors' code; thresholds: yours
+CONSTRAINED = dict(reward="weighted", eos="subtract", no_eos=1.0, shaping="constraints",
+                   critic="constraints", value="constraints")
+PRESETS["mu_ppo"] = dict(advantage="mu", **CONSTRAINED)
+PRESETS["xi_ppo"] = dict(advantage="xi", **CONSTRAINED)
+PRESETS["all_ppo"] = dict(advantage="all", **CONSTRAINED)
+
+
+# === ppo_sat, constraints: 2310.04373, rewards that want a certain value; what the others stand on
+
+
+def head_and_kl(ref, share, *, rewards=""):
+    """A head for -KL, and one for each reward model."""
+    K = len(reward_folders(rewards)) + 1
+    return with_heads(ref, share, Heads(ref.config.hidden_size, K, ref.head.device))
+
+
+def minus_kl_first(ended, logp, ref_logp, mask):
+    """-k1 of each token first, then each reward model's score on the last.   [B, T, N + 1]"""
+    return torch.cat([-(k1(logp, ref_logp) * mask)[..., None], on_last(ended, mask)], -1)
+
+
+def squared_each(values, returns):
+    """½ Σ_i (V_i - R_i)² + ⅕ (V_0 - R_0)², without a clip (the authors').   [b, T, K] -> [b, T]"""
+    error = (values - returns) ** 2
+    return 0.2 * error[..., 0] + 0.5 * error[..., 1:].sum(-1)
+
+
+def proxy_points(rows, n, window=5):
+    """What each of n reward models says where gold peaks in a run's log, the most that is still a
+    proxy: of one model alone, or of several whose sum was optimised (2310.04373 §4).   -> [n]
+
+    window: iterations of a moving mean (ours: the paper fits a curve).
+    """
+    keys = ["quality", *(f"reward_{k + 1}" for k in range(n))]
+    seen = torch.tensor([list(map(row.get, keys)) for row in rows if keys[-1] in row])
+    if not len(seen):
+        return []
+    mean = seen.unfold(0, min(window, len(seen)), 1).mean(-1)                        # [i, n + 1]
+    return mean[mean[:, 0].argmax(), 1:].tolist()
+
+
+def points_of(c, f):
+    """--thresholds 1.5,0.8, or a run's folder whose log says them.   -> [N]"""
+    where = {**f.reward.keywords, **f.advantage.keywords}["thresholds"]
+    n = len(reward_folders(f.reward.keywords["rewards"]))
+    if not where or not Path(where).is_dir():
+        return torch.tensor(numbers_of(where, n, "--thresholds"))
+    if not (found := proxy_points(read_log(where), n)):
+        raise UserError(f"--thresholds {where}: its log says nothing of {n} reward models; give a "
+                        "run of --reward weighted with the same --rewards, or numbers")
+    return torch.tensor(found)
+
+
+def satisfying(components, c, f, *, rewards="", thresholds=""):
+    """PPO-SAT:  -Σ (r_i - θ_i)², no multipliers.   [B, N] -> [B]"""
+    return -((components - points_of(c, f).to(components)) ** 2).sum(1)
+
+
+def has_points(c, f):
+    """Words against reward models that are not there; UserError for thresholds that do not fit."""
+    wrong = panel_is_there(c, f)
+    if not wrong:
+        points_of(c, f)
+    return wrong
+
+
+def is_constrained(c, f):
+    """Words against constraints that are not whole."""
+    wrong = goes_with(f, reward=weighted, advantage=lagrangian, shaping=minus_kl_first,
+                      critic=head_and_kl, value=squared_each)
+    if not wrong and f.advantage.keywords["segment"] and ranks() > 1:
+        wrong = "--segment keeps the best policy of a search on one rank: leave torchrun out"
+    return wrong or has_points(c, f)
+
+
+SHAPINGS["constraints"], CRITICS["constraints"] = minus_kl_first, head_and_kl
+VALUES["constraints"], REWARDS["satisfying"] = squared_each, satisfying
+CHECKS["mu"] = CHECKS["xi"] = CHECKS["all"] = CHECKS["constraints"] = is_constrained
+CHECKS["satisfying"] = has_points
+MEASURES["satisfying"] = IN_RING
+PRESETS["ppo_sat"] = dict(reward="satisfying", beta=0.2, eos="subtract", no_eos=1.0)
+
+
+# === nm_ppo: 2310.04373, thresholds that Nelder and Mead's simplex finds within a run =============
+
+
+def nelder_mead_step(simplex, scores, tried, *, alpha=1.0, gamma=2.0, rho=0.5, sigma=0.5):
+    """Nelder and Mead's next point, to maximise; α reflects, γ expands, ρ contracts, σ shrinks.
+
+    simplex [n + 1, n] and scores [n + 1]; tried: the scores of the points of this step so far.
+    -> (the next point to try, or None: the step is done), simplex, scores, best first
+    """
+    order = scores.argsort(descending=True, stable=True)
+    x, y, n = simplex[order], scores[order], len(tried)
+    center, (best, second, worst) = x[:-1].mean(0), (y[0], y[-2], y[-1])
+    far = center + alpha * (center - x[-1])
+    if n == 0:
+        return far, x, y
+
+    def put(point, score):
+        return None, torch.cat([x[:-1], point[None]]), torch.cat([y[:-1], y.new_tensor([score])])
+    if tried[0] > best:
+        further = center + gamma * (far - center)
+        if n == 1:
+            return further, x, y
+        return put(further, tried[1]) if tried[1] > tried[0] else put(far, tried[0])
+    if tried[0] > second:
+        return put(far, tried[0])
+    near = center + rho * (x[-1] - center)
+    if n == 1:
+        return near, x, y
+    if n == 2 and tried[1] > worst:
+        return put(near, tried[1])
+    small = x[0] + sigma * (x - x[0])
+    if n < len(x) + 1:
+        return small[n - 1], x, y
+    return None, small, torch.cat([y[:1], y.new_tensor(tried[2:])])
+
+
+class Points:
+    """The thresholds θ [N]. With --segment they are vertices of a search, each trained towards for
+    so many steps from the policy that was best by gold, which is asked once a vertex, of its last
+    rollout. (The authors' code goes on from the last policy.)"""
+
+    def __init__(self, c, f, policy):
+        self.theta, given = points_of(c, f), f.advantage.keywords
+        self.every, around = given["segment"], given["spread"] * torch.eye(len(self.theta))
+        self.simplex = torch.cat([self.theta[None], self.theta + around])         # [N + 1, N]
+        self.scores, self.tried, self.best, self.weights = torch.zeros(0), [], -math.inf, []
+        self.trained = [p for p in policy.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def note(self, quality, done):
+        if not self.every or done % self.every:
+            return
+        score = quality.mean().item()
+        if score > self.best:
+            self.best, self.weights = score, [p.clone() for p in self.trained]
+        for p, best in zip(self.trained, self.weights):
+            p.copy_(best)
+        self.tried.append(score)
+        if not len(self.scores) and len(self.tried) < len(self.simplex):
+            self.theta = self.simplex[len(self.tried)]
+            return
+        if not len(self.scores):
+            self.scores, self.tried = torch.tensor(self.tried), []
+        point = None
+        while point is None:
+            point, self.simplex, self.scores = nelder_mead_step(self.simplex, self.scores,
+                                                                self.tried)
+            self.tried = self.tried if point is not None else []
+        self.theta = point
+
+    def state(self):
+        return {k: x for k, x in vars(self).items() if k != "trained"}
+
+    def load(self, state):
+        vars(self).update(state)
+
+
+PRESETS["nm_ppo"] = PRESETS["xi_ppo"] | dict(segment=10)         # a tenth of a run, as the authors'
+
+
+# === maxmin: 2402.08925, the policy that serves the worst served group best =======================
+
+
+def worst_served(utility, softness=0.0):
+    """Weights of the groups: all on argmin F_u, or softmax(-F / softness).   [U] -> [U]"""
+    if softness:
+        return torch.softmax(-utility / softness, 0)
+    return torch.zeros_like(utility).scatter(0, utility.argmin(0, keepdim=True), 1.0)
+
+
+def served(components, f):
+    """Each group's weight in this batch; β KL is the same for all, so it is not in F_u.   [U]"""
+    return worst_served(components.mean(0), f.reward.keywords["softness"])
+
+
+def egalitarian(components, served, *, rewards="", softness=0.0):
+    """Each response's reward by the group that the batch serves worst.   [B, U] -> [B]"""
+    return components @ served
+
+
+def a_group_each(ended, logp, ref_logp, mask, coefficient, *, beta=0.05):
+    """PPO's token rewards by every group.   [B, T, U]"""
+    kl = beta * coefficient * k1(logp, ref_logp) * mask                                  # [B, T]
+    return on_last(ended, mask) - kl[..., None]
+
+
+def head_a_group(ref, share, *, rewards=""):
+    """A head for each group: the one that is served changes, what each head predicts does not."""
+    U = len(reward_folders(rewards))
+    return with_heads(ref, share, Heads(ref.config.hidden_size, U, ref.head.device))
+
+
+def gae_served(rewards, values, mask, served, *, gamma: Share = 1.0, lam: Share = 0.95):
+    """GAE of the group that is served, or of a mean of groups, whitened.   -> [B, T], [B, T, U]"""
+    adv, returns = gae_each(rewards, values, mask, gamma, lam)
+    return masked_whiten(adv @ served, mask), returns
+
+
+def clipped_each(values, old_values, returns, *, eps_v=0.2):
+    """PPO's value loss, the mean of all heads.   [b, T, U] -> [b, T]"""
+    return value_loss(values, old_values, returns, eps_v=eps_v).mean(-1)
+
+
+def serves_groups(c, f):
+    """Words against rows that do not go together, or no reward models."""
+    return goes_with(f, reward=egalitarian, shaping=a_group_each, critic=head_a_group,
+                     advantage=gae_served, value=clipped_each) or panel_is_there(c, f)
+
+
+FACTS["served"], REWARDS["egalitarian"] = served, egalitarian
+SHAPINGS["groups"], CRITICS["groups"] = a_group_each, head_a_group
+ADVANTAGES["groups"], VALUES["groups"] = gae_served, clipped_each
+CHECKS["egalitarian"] = CHECKS["groups"] = serves_groups
+MEASURES["egalitarian"] = IN_RING
+# rewards: the groups of reward.py --recipe maxmin, --rewards out/reward/maxmin
+PRESETS["maxmin"] = dict(reward="egalitarian", shaping="groups", critic="groups",
+                         advantage="groups", value="groups", eos="subtract", no_eos=1.0)
+
+
+# === quark: 2602.11661, rewards on one frozen scale, weighed by weakness, risk and redundancy =====
+
+
+def tri_factor(mean, risk, corr):
+    """w_k = K weak_k risk_k red_k / Σ_j …:  weak = σ(-m / .5),  red = 1 / (1 + Σ_{j≠k} corr+_kj).
+
+    ours: the paper's forms of the three factors are unknown.   [K], [K], [K, K] -> [K]"""
+    weak = torch.sigmoid(-mean / 0.5)
+    shared = corr.clamp(min=0).fill_diagonal_(0).sum(1)                                  # [K]
+    w = weak * risk / (1 + shared)
+    return len(w) * w / w.sum()
+
+
+class TriWeights:
+    """Each reward's moving mean, and how the last 1024 scores correlate."""
+
+    def __init__(self, f):
+        n = len(reward_folders(f.reward.keywords["rewards"]))
+        self.risk = torch.tensor(numbers_of(f.reward.keywords["risks"], n, "--risks", [1.0] * n))
+        self.mean, self.last = torch.zeros(n), torch.zeros(0, n)
+
+    def tell(self):
+        n = len(self.mean)
+        corr = torch.corrcoef(self.last.T).view(n, n) if len(self.last) > 1 else torch.eye(n)
+        return tri_factor(self.mean, self.risk, corr.nan_to_num())
+
+    def note(self, components, f):
+        scores = components.clamp(-f.reward.keywords["bound"], f.reward.keywords["bound"]).cpu()
+        self.mean = 0.9 * self.mean + 0.1 * scores.mean(0)
+        self.last = torch.cat([self.last, scores])[-1024:]
+        return {f"weight_{k + 1}": x for k, x in enumerate(self.tell().tolist())}
+
+    def state(self):
+        return dict(mean=self.mean, last=self.last)
+
+    def load(self, state):
+        vars(self).update(state)
+
+
+def tri_weighted(components, tri_weights, *, rewards="", risks="", bound: Positive = 5.0):
+    """Σ_k w_k r_k, each r_k within ±bound.   [B, K] -> [B]"""
+    return components.clamp(-bound, bound) @ tri_weights.to(components)
+
+
+MEMORIES["tri_weights"], REWARDS["tri"] = TriWeights, tri_weighted
+CHECKS["tri"], MEASURES["tri"] = panel_is_there, IN_RING
+PRESETS["quark"] = dict(reward="tri", beta=0.05, eos="subtract", no_eos=1.0)        # beta is ours
+
+
+# === twin: 2602.04651, SAFE's critic: two small networks, of which the lower counts more ==========
+
+
+class TwinHeads(torch.nn.Module):
+    """Two small networks on the normalised state; their last layers are 0 at first (ours)."""
+    merged = None                                                              # see Heads
+
+    def __init__(self, width, device):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            nn, inner = torch.nn, width // 4
+            self.norm = nn.LayerNorm(width)
+            self.heads = nn.ModuleList(nn.Sequential(nn.Linear(width, inner), nn.GELU(),
+                                                     nn.Linear(inner, 1)) for _ in range(2))
+        for p in (p for head in self.heads for p in head[2].parameters()):
+            nn.init.zeros_(p)
+        self.to(device)
+
+    def forward(self, hidden):
+        """States [..., D] -> [..., 2], in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = self.norm(hidden.float())
+            return torch.cat([head(x) for head in self.heads], -1)
+
+
+def twin(ref, share):
+    """A critic with two heads, on a network of its own (the authors' reads the policy's)."""
+    return with_heads(ref, share, TwinHeads(ref.config.hidden_size, ref.head.device))
+
+
+def soft_min(values, alpha=0.3):
+    """-α (log Σ_i exp(-v_i / α) - log K): the minimum (α -> 0) to the mean.   [..., K] -> [...]"""
+    return -alpha * (torch.logsumexp(-values / alpha, -1) - math.log(values.size(-1)))
+
+
+def gae_pessimistic(rewards, values, mask, *, pessimism: Positive = 0.3, gamma: Share = 1.0,
+                    lam: Share = 0.95):
+    """GAE on the soft minimum. ours: the authors' code has one value a response, read after it.
+
+    values [B, T, 2] -> [B, T], [B, T]"""
+    return whitened_gae(rewards, soft_min(values, pessimism), mask, gamma=gamma, lam=lam)
+
+
+def huber_pair(values, old_values, returns, *, pessimism: Positive = 0.3, eps_v=0.2):
+    """½ (huber(V, R) + huber(V_old + clip(V - V_old), R)), δ ½: a sum, not a max.   -> [b, T]"""
+    v, old = soft_min(values, pessimism), soft_min(old_values, pessimism)
+    huber = torch.nn.functional.huber_loss
+    near = old + (v - old).clamp(-eps_v, eps_v)
+    return 0.5 * sum(huber(x, returns, reduction="none", delta=0.5) for x in (v, near))
+
+
+def is_pessimistic(f):
+    """Words against a critic with two heads whose advantages or loss are for one."""
+    return goes_with(f, critic=twin, advantage=gae_pessimistic, value=huber_pair)
+
+
+CRITICS["safe"], ADVANTAGES["safe"], VALUES["safe"] = twin, gae_pessimistic, huber_pair
+CHECKS["safe"] = is_pessimistic
+
+
+# === control: 2602.04651, SAFE's KL threshold, which the reward, its phase and entropy move =======
+
+
+def safe_pid(state, reward):
+    """A controller of the reward's velocity, which should be .001 an update.   -> state, adjustment
+
+    state: moving mean of the reward, sum of errors, last error; () at first."""
+    if not state:
+        return (reward, 0.0, 0.0), 0.0
+    ema, total, before = state
+    error = 0.05 * (reward - ema) - 0.001
+    total = max(-1.0, min(1.0, total + error))
+    return (0.95 * ema + 0.05 * reward, total, error), (
+        0.3 * error + 0.01 * total + 0.05 * (error - before))
+
+
+def phase_of(rewards):
+    """The threshold's factor by how the last 50 of the rewards compare with the 50 before."""
+    if len(rewards) < 50:
+        return 1.5                                                             # warming up
+    now = torch.tensor(rewards[-50:])
+    past = torch.tensor(rewards[-100:-50]) if len(rewards) >= 100 else now
+    if now.mean() > past.mean() + 0.01:
+        return 1.2                                                             # climbing
+    steady = now.std(correction=0) < 0.02 and now.mean() > 0.7
+    return 1.0 if steady else 0.8                                              # converged; plateau
+
+
+def safe_gate(kl, threshold, entropy, floor=2.0):
+    """Penalty .1 g (kl - thr)²₊ and its slope in kl, g = max(.5, floor / (entropy + .1)): what is
+    sure of itself pays more.   -> penalty, slope"""
+    over, g = max(0.0, kl - threshold), max(0.5, floor / (entropy + 0.1))
+    return 0.1 * g * over ** 2, 0.2 * g * over
+
+
+class Safe:
+    """SAFE's controller, asked before every update: KL and entropy in nats a token, reward in
+    [0, 1]."""
+
+    def __init__(self):
+        self.kl, self.pid, self.rewards, self.shown = 0.0, (), [], {}
+
+    def step(self, kl, entropy, reward, floor):
+        """-> penalty, slope"""
+        self.kl = 0.9 * self.kl + 0.1 * kl
+        self.rewards = [*self.rewards, reward][-100:]
+        self.pid, adjustment = safe_pid(self.pid, reward)
+        threshold = max(0.1, min(0.6, (0.3 + adjustment) * phase_of(self.rewards)))
+        out = safe_gate(self.kl, threshold, entropy, floor)
+        self.shown = dict(kl_short=self.kl, kl_threshold=threshold, kl_penalty=out[0])
+        return out
+
+    def tell(self):
+        return self
+
+    def note(self):
+        return self.shown
+
+    def state(self):
+        return dict(kl=self.kl, pid=self.pid, rewards=self.rewards)
+
+    def load(self, state):
+        vars(self).update(state)
+
+
+# === safe, safe_literal: 2602.04651, a KL above the threshold costs; as released it has no gradient
+
+
+def drift(policy, tokens, mask, trained, ref_logp, c):
+    """Each response's sums of k1 and entropy under the policy as it is, without gradient. [b, 2]"""
+    def says(tokens, mask, trained, ref_logp):
+        logp, entropy = token_logprobs(policy, tokens, mask, temperature=c.temperature,
+                                       entropy=True)
+        return torch.stack([((logp - ref_logp) * trained).sum(1), (entropy * trained).sum(1)], 1)
+    with torch.no_grad():
+        return spread(says, c, tokens, mask, trained, ref_logp, models=[policy])
+
+
+def controlled(drift, trained, unit, safe, f):
+    """The controller's penalty and slope for a minibatch; σ of the score is in [0, 1] (ours)."""
+    kl, entropy = (drift.sum(0) / trained.sum().clamp(min=1)).tolist()
+    reward = torch.sigmoid(unit).mean().item()
+    return safe.step(kl, entropy, reward, f.regulariser.keywords["floor"])
+
+
+def kl_slope(drift, trained, unit, safe, f):
+    """What a nat a token above the threshold costs.   scalar"""
+    return drift.new_tensor(controlled(drift, trained, unit, safe, f)[1])
+
+
+def kl_penalty(drift, trained, unit, safe, f):
+    """The penalty itself.   scalar"""
+    return drift.new_tensor(controlled(drift, trained, unit, safe, f)[0])
+
+
+def safe_kl(logp, ref_logp, kl_slope, *, floor: Positive = 2.0):
+    """The penalty's derivative times ½ (log π/π_ref)², whose gradient is the KL's.   [b, T]"""
+    return kl_slope * 0.5 * (logp - ref_logp) ** 2
+
+
+def inert(logp, kl_penalty, *, floor: Positive = 2.0):
+    """As the authors released it: the penalty is a number, so that it has no gradient.   [b, T]"""
+    return torch.zeros_like(logp) + kl_penalty
+
+
+REGULARISERS["safe_kl"], REGULARISERS["safe_literal"] = safe_kl, inert
+MINIBATCH["drift"], MINIBATCH["kl_slope"], MINIBATCH["kl_penalty"] = drift, kl_slope, kl_penalty
+MEMORIES["safe"] = Safe
+# beta 0: the KL is in the loss. The authors' lr is 1e-5 for both, of a model of billions
+PRESETS["safe"] = dict(critic="safe", advantage="safe", value="safe",
+                       regulariser="safe_kl", beta=0.0, entropy=0.01)
+PRESETS["safe_literal"] = PRESETS["safe"] | dict(regulariser="safe_literal")
 
 
 # === adaptive: 1909.08593, a KL coefficient that aims at a number of nats =========================

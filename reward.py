@@ -1223,6 +1223,66 @@ def maxmin(c, run, base, encoded, loss, rows, noise, *, groups: Count = 2, round
 RECIPES["maxmin"], WORLDS_OF["maxmin"] = maxmin, ("ring",)
 
 
+# === love: 2505.14946, RLUF's P[Love]: how likely a response is to get a rare reaction ============
+
+def bce_love(reaction, love, kept):
+    """-log σ(±z), z = logit - log(kept) (2505.14946): binary cross-entropy of a reaction, with a
+    share `kept` of those without one in the data, so that the logit alone is of all.   [B]"""
+    z = reaction - kept.log()
+    return F.binary_cross_entropy_with_logits(z, love, reduction="none")
+
+
+def reactions(batch):
+    """The score of single responses, the logit of P[Love], at their last token.   [B]"""
+    part = batch.of("answer")
+    hidden = batch.model(part.tokens, states=True)                                    # [B, T, D]
+    last = part.start + part.length - 1
+    return dict(reaction=batch.model.read(hidden[torch.arange(len(last)), last]))
+
+
+def loved(world, n, seed, split, tok, kept=1.0, slope=1.5, shift=-2.5):
+    """n demonstrations with the reactions of Ring's group C, P[Love] = σ(slope z + shift) of its
+    standardised gold z; only a share `kept` of those without a reaction is among the rows."""
+    rng = random.Random(f"love/{split}/{seed}")
+    texts = [(x["prompt"], world.draw(x["prompt"], rng)) for x in world.problems(split, n, seed)]
+    gold = torch.tensor([world.judge(*text, group="C")["gold"] for text in texts])       # [n]
+    usual = torch.tensor([world.judge(p, y, group="C")["gold"]
+                          for p, *pair in prefs.reference(world) for y in pair])
+    chance = torch.sigmoid(slope * (gold - usual.mean()) / usual.std() + shift).tolist()
+    rows = []
+    for (prompt, y), p in zip(texts, chance):
+        love, lucky = rng.random() < p, rng.random() < kept
+        if love or lucky:
+            rows.append(dict(prompt=tok.prompt(dict(prompt=prompt)), love=float(love), kept=kept,
+                             answer=[*tok.encode(y), tok.eos], chance=p))
+    return rows
+
+
+def love(c, run, base, rows, last, *, kept: Range("(0, 1]") = 0.25):
+    """RLUF's reward of users' reactions (2505.14946): rare ones all, others in part, corrected.
+
+    Held out are all, at their natural rate: auroc, ece, the mean probability and the true rate. The
+    score of the checkpoint is the logit of P[Love]."""
+    model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
+    train = loved(base.world, rows or 12000, 1000 + c.seed, "train", base.tok, kept)
+    if not fit(model, train, bce_love, c, run, base.tok, seed=c.seed,
+               write=lambda net, folder: save(net, base.tok, folder)):
+        return {}
+    test = loved(base.world, 2000, c.seed, "val", base.tok)
+    p = torch.sigmoid(score_rows(scalar_reward(model, c), test, "answer", c, base.pad))  # [N]
+    hit = torch.tensor([r["love"] for r in test])
+    fine = torch.tensor([r["chance"] for r in test])
+    bins = torch.chunk(p.argsort(), 10)              # of equal size: P[Love] is small nearly always
+    error = [(p[b].mean() - hit[b].mean()).abs().item() for b in bins]
+    return listed(run, dict(auroc=auroc(p, hit > 0.5), ece=statistics.fmean(error),
+                            predicted=p.mean().item(), rate=hit.mean().item(),
+                            spearman=spearman(p, fine), rows=len(train)))
+
+
+FACTS["reaction"] = reactions
+RECIPES["love"], WORLDS_OF["love"] = love, ("ring",)
+
+
 # === rl: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ==========
 
 def rloo(r):
