@@ -337,7 +337,7 @@ class Training(Common):
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     system: str = ""             # words before every prompt of a file: its system message
     ask: str = ""                # words behind every prompt of a file: how to answer
-    answer: Literal["mark", "last", "boxed"] = "mark"  # behind ####; or the last number; or boxed
+    answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # behind ####, last number, …, all
     val: str = ""                # a file of held-out rows; else 1 of 16 prompts of --data
     steps: int = 0               # optimizer steps, or iterations
     epochs: NonNegative = 0.0    # passes over the data, in the place of --steps
