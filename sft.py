@@ -683,7 +683,7 @@ PRESETS["toyif_checks"] = MUON | dict(                   # which criteria do two
     data="toyif_checks", init="base:toyif_base", steps=5000)
 PRESETS["toyif_judge"] = MUON | dict(                    # the same, most on principles alone
     data="toyif_principles", init="base:toyif_checks", steps=3000)
-PRESETS["toyif_obeys"] = dict(                           # two classes: where ppo.py's classify starts
+PRESETS["toyif_obeys"] = dict(                           # two classes, for ppo.py
     data="toyif_obeys", init="base:toyif_base", context=32, rows=4096, epochs=3.0, lr=1e-3,
     save_every=1000, eval_every=1000, keep=1)
 PRESETS["toyif"] = dict(                                 # few good ones: where ppo.py starts

@@ -12,8 +12,8 @@ import pytest
 from data import prefs
 from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE,
                         REF, ROUTING, UNS, Checks, Obeys, Ring, StrongJudge, ToyIF, criteria,
-                        edited, encode_labels, encode_pairs, fifth, good, judge_examples, judge_text,
-                        keep_consistent, label_pairs, load_labels, load_pairs, pair_sets, parse,
+                        edited, encode_labels, encode_pairs, fifth, good, judge_examples,
+                        judge_text, keep_consistent, label_pairs, load_labels, load_pairs, pair_sets, parse,
                         parse_ring, parse_winner, question, rand, reference, ring_tokenizer,
                         rubric_pairs, rubric_recall, rubric_tests, subsets, teacher_rubric,
                         tokenizer, true_rubric)
@@ -525,7 +525,7 @@ def test_checks_share_no_prompt_and_come_with_or_without_rules():
 
 
 def test_a_response_obeys_all_rules_or_not():
-    """by the rules as the docstring reads them; both answers are as frequent, and both are offered"""
+    """by the rules as the docstring reads them; both answers are as frequent"""
     holds = {"F": lambda y, a: y[0] == a, "L": lambda y, a: y[-1] == a, "H": lambda y, a: a in y,
              "N": lambda y, a: a not in y, "#": lambda y, a: len(y) == int(a)}
     rows, plus = Obeys().problems("train", 800), 0
