@@ -13,10 +13,10 @@ from data import prefs
 from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE,
                         REF, ROUTING, UNS, Checks, Obeys, Ring, StrongJudge, ToyIF, criteria,
                         edited, encode_labels, encode_pairs, fifth, good, judge_examples,
-                        judge_text, keep_consistent, label_pairs, load_labels, load_pairs, pair_sets, parse,
-                        parse_ring, parse_winner, question, rand, reference, ring_tokenizer,
-                        rubric_pairs, rubric_recall, rubric_tests, subsets, teacher_rubric,
-                        tokenizer, true_rubric)
+                        judge_text, keep_consistent, label_pairs, load_labels, load_pairs,
+                        pair_sets, parse, parse_ring, parse_winner, question, rand, reference,
+                        ring_tokenizer, rubric_pairs, rubric_recall, rubric_tests, subsets,
+                        teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
 WORLD, RING = ToyIF(), Ring()
