@@ -1112,12 +1112,13 @@ def scorer(spec, task):
     return partial(checked, user_function(spec), spec)
 
 
-def user_function(spec):
-    """The function that PATH.py:FUNCTION names; UserError if it cannot be had or called."""
+def user_function(spec, option="--reward", takes=("problem", "text", "finished")):
+    """The function that an option's PATH.py:FUNCTION names; UserError if it cannot be had or called
+    with what it takes."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a "
-                        "file that exists")
+        known = f"{', '.join(REWARDS)}, or " * (option == "--reward")
+        raise UserError(f"{option} {spec}: give {known}PATH.py:FUNCTION of a file that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module                           # dataclasses look there
@@ -1126,16 +1127,16 @@ def user_function(spec):
     except KeyboardInterrupt:
         raise
     except BaseException as e:
-        raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
+        raise UserError(f"{option} {spec}: the file does not run: {blame(e)}") from None
     fn = getattr(module, name, None)
     if not callable(fn) or inspect.iscoroutinefunction(fn):
-        raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and "
+        raise UserError(f"{option} {spec}: {path} has no function {name!r} that is called and "
                         "returns")
     try:
         with contextlib.suppress(ValueError):  # a built-in function tells no signature
-            inspect.signature(fn).bind("problem", "text", True)
+            inspect.signature(fn).bind(*takes)
     except TypeError as e:
-        raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): "
+        raise UserError(f"{option} {spec}: it is called as {name}({', '.join(takes)}): "
                         f"{e}") from None
     return fn
 
