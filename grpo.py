@@ -33,9 +33,9 @@ import torch.nn.functional as F
 import kernels
 import sft
 from data import tasks
-from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, cli, in_passes, launch, needs, rank, read_log,
-                      refuse_alone, report, rows_used, share, start_ranks)
+from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, ask, asked_by,
+                      batch_indices, call, check_first_ratio, cli, in_passes, launch, needs, rank,
+                      read_log, refuse_alone, report, rows_used, share, start_ranks)
 from data.stats import of_samples
 from data.tasks import MARK
 from model import (PEFT, Transformer, Work, adapter_readers, adapter_state, autocast,
@@ -201,19 +201,6 @@ AXES = dict(prepare=PREPARATIONS, draw=DRAWS, actor=ACTORS, reward=REWARDS, nois
             penalty=PENALTIES, weight=WEIGHTS, filter=FILTERS, peft=PEFT, kernels=kernels.MODES)
 
 # --- what functions ask for -----------------------------------------------------------------------
-
-
-def call(fn, known):
-    """A function of what its positional arguments name."""
-    return fn(**{name: known[name] for name in needs(fn)})
-
-
-def ask(names, table, known):
-    """Add to `known` what a table's functions say under these names, and what they ask for."""
-    for name in sorted(names & table.keys()):
-        if name not in known:
-            ask(set(needs(table[name])), table, known)
-            known[name] = call(table[name], known)
 
 
 FACTS = {}                       # of responses, before the filter: P or N numbers
@@ -477,15 +464,10 @@ PRESETS["lora"] = dict(peft="lora", lr=4e-4)                 # ours: four times 
 # === refused: what does not go together, told before anything is made =============================
 
 
-def asked_by(f):
+def asked_for(f):
     """The names that a run's functions ask for, and those that what answers them asks for."""
-    names, more = set(), {k for axis in AXES if axis != "kernels" for k in needs(getattr(f, axis))}
-    while more - names:
-        names |= more
-        answers = [table[name] for table in (FACTS, BATCH, MINIBATCH, MEMORIES)
-                   for name in sorted(names & table.keys())]
-        more = set().union(*map(needs, answers))
-    return names
+    functions = [getattr(f, axis) for axis in AXES if axis != "kernels"]
+    return asked_by(functions, [FACTS, BATCH, MINIBATCH, MEMORIES])
 
 
 def readers(c, f):
@@ -498,7 +480,7 @@ def readers(c, f):
                 shaper=(shaped or c.filter != "every", "an --advantage of rewards"),
                 kl_reward=(shaped, "an --advantage of rewards"),
                 reward=(score, "a --shaper of scores"), noise=(score, "a --shaper of scores"),
-                teacher=("teacher" in asked_by(f), "what learns from one: kdrl, rlad, opd"),
+                teacher=("teacher" in asked_for(f), "what learns from one: kdrl, rlad, opd"),
                 **tasks.file_readers(c), **adapter_readers(c))
 
 
@@ -514,7 +496,7 @@ ALONE = {}                       # what is asked for and torchrun cannot spread:
 def check(c, f, task):
     """The names that a run asks for; UserError where its parts do not fit together, and for all
     that can be known before anything is made: files, folders, a reward of your own."""
-    asked, known = asked_by(f), dict(c=c, f=f, task=task)
+    asked, known = asked_for(f), dict(c=c, f=f, task=task)
     rows = dict.fromkeys(rows_used(c, AXES).values())
     words = [call(CHECKS[row], known) for row in rows if row in CHECKS]
     words += [f"--prompts {c.prompts} does not part into --minibatches {c.minibatches} of whole "

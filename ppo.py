@@ -22,16 +22,17 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
 import time
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import kernels
 import sft
 from data import tasks
-from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, batch_indices,
-                      check_first_ratio, checkpoint, cli, launch, needs, report, start_ranks)
+from data.run import (Count, MeanOf, Positive, Run, Share, Training, UserError, ask, asked_by,
+                      batch_indices, call, check_first_ratio, checkpoint, cli, launch, needs,
+                      refuse_alone, report, rows_used, start_ranks)
 from data.stats import explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, critic_values, foresee, generate, load,
@@ -49,12 +50,18 @@ class Config(Training):
     data: str = "signatures"     # a task, or a JSONL of prompts and completions (for the quality)
     init: str = "base:sft"       # the SFT model, where policy, critic and reference start
     base: str = "base:pretrain"  # the model before SFT: the coherent reward's divisor
+    rollout: str = "fresh"       # which row of ROLLOUTS: whose completions, and which tokens train
     reward: str = "coherent"     # which row of REWARDS, or the folder of a reward model
-    advantage: str = "gae"       # which row of ADVANTAGES
-    surrogate: str = "clip"      # which row of SURROGATES
     eos: str = "replace"         # which row of EOS: what a completion that never ends is worth
-    controller: str = "fixed"    # which row of CONTROLLERS: how the KL's coefficient moves
+    transform: str = "plain"     # which row of TRANSFORMS: what becomes of that number
+    reference: str = "own"       # which row of REFERENCES: the model that the KL is to
+    shaping: str = "ends"        # which row of SHAPINGS: the reward of each token
+    critic: str = "scalar"       # which row of CRITICS
+    advantage: str = "gae"       # which row of ADVANTAGES
+    value: str = "clipped"       # which row of VALUES: the critic's loss
+    surrogate: str = "clip"      # which row of SURROGATES
     regulariser: str = "none"    # which row of REGULARISERS: KL in the loss
+    controller: str = "fixed"    # which row of CONTROLLERS: how the KL's coefficient moves
     decode: str = "sample"       # which row of DECODERS: how evaluation samples
     steps: int = 40              # rollout-and-update iterations
     rollouts: Count = 32         # prompts per iteration
@@ -68,6 +75,7 @@ class Config(Training):
     temperature: Positive = 1.0  # of sampling and, the same, of every log-prob
     max_new: int = 0             # longest completion in tokens (0: the task says)
     eval_every: Count = 10       # iterations between evaluations on held-out prompts
+    calibrate: Count = 64        # prompts whose SFT samples give the reward its unit
     eval_prompts: int = 0        # of each held-out split (0: 512 in a world, 256 otherwise)
     save_every: Count = 20       # iterations between checkpoints
 
@@ -76,10 +84,6 @@ PRESETS = dict(
     # lr of srppo, likelihood, raft: each the best of a grid by val_gold on ToyIF, seeds 100 and 101
     srppo=dict(reward="coherent", beta=1.0, no_eos=-5.0),        # ours: the paper's are unknown
     docs=dict(),                                                 # the defaults
-    toyif=dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128, samples=1,
-               steps=60, eval_every=20, save_every=1000, keep=1),
-    ring=dict(data="ring", init="base:ring", base="base:ring", rollouts=96, samples=1, steps=100,
-              eval_every=20),
     tiny=dict(steps=4, rollouts=8, samples=2, batch=8, micro=8, eval_every=2, eval_prompts=32,
               save_every=2, max_new=16))
 
@@ -88,7 +92,18 @@ CURVES = {"reward": ["reward", "val_reward", "ood_reward"], "KL, nats per respon
                       "ood_accuracy"],
           "length, tokens": ["length"], "critic": ["ev"]}
 
-# --- the reward: positional arguments name what is computed of a rollout, see PROVIDE -------------
+# --- PPO: the plain row of every axis; positional arguments name what a function is given ---------
+
+
+def fresh(policy, pool, tok, c, max_new, generator, step):
+    """Completions of the next prompts by the policy as it is; every token trains."""
+    where = batch_indices(len(pool), c.rollouts, step, c.seed).tolist()
+    problems = [pool[i] for i in where]
+    with autocast(c.device, c.dtype):
+        roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new,
+                        samples=c.samples, temperature=c.temperature, generator=generator,
+                        slots=c.slots)
+    return dict(problems=problems, roll=roll)
 
 
 def coherent(sft_logp, base_logp, mask, *, per_token=False):
@@ -101,17 +116,19 @@ def coherent(sft_logp, base_logp, mask, *, per_token=False):
     return ratio / mask.sum(1).clamp(min=1) if per_token else ratio
 
 
-REWARDS = dict(coherent=coherent)
-
-
 def eos_replace(score, finished, *, no_eos=-5.0):
     """A response without EOS scores no_eos, whatever the reward says (2403.17031).   [B] -> [B]"""
     return torch.where(finished, score, torch.full_like(score, no_eos))
 
 
-EOS = dict(replace=eos_replace)
+def plain(score):
+    """The score as it is.   [B]"""
+    return score
 
-# --- KL -------------------------------------------------------------------------------------------
+
+def own(ref):
+    """The KL is to the SFT model."""
+    return ref
 
 
 def k1(logp, ref_logp):
@@ -119,34 +136,18 @@ def k1(logp, ref_logp):
     return logp - ref_logp
 
 
-def k3(logp, ref_logp):
-    """exp(-d) - 1 + d >= 0, unbiased like k1; as a loss its gradient is KL(π_ref||π)'s.   [B, T]"""
-    return torch.expm1(ref_logp - logp) + logp - ref_logp
+def token_rewards(unit, logp, ref_logp, mask, coefficient, *, beta=1.0):
+    """r_t = -β k1_t, and the response's score on its last token.   -> [B, T]
 
-
-def fixed(beta):
-    """The KL's coefficient as it is."""
-    return beta
-
-
-def token_rewards(score, logp, ref_logp, mask, coefficient, *, beta=1.0):
-    """r_t = -β k1_t, and the response's score on its last token.   score [B], the rest [B, T]
-
-    coefficient: the controller's current factor on beta.   -> [B, T]
+    unit [B]: the score in units of the SFT model's; coefficient: the controller's factor on beta.
     """
     last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                # 1 on the last token
-    return -beta * coefficient * k1(logp, ref_logp) * mask + score[:, None] * last
+    return -beta * coefficient * k1(logp, ref_logp) * mask + unit[:, None] * last
 
 
-def no_regulariser(logp):
-    """No KL in the loss: it is in the reward.   [B, T]"""
-    return torch.zeros_like(logp)
-
-
-CONTROLLERS = dict(fixed=fixed)
-REGULARISERS = dict(none=no_regulariser)
-
-# --- advantages -----------------------------------------------------------------------------------
+def scalar(ref, share):
+    """A linear head on the SFT model's body, or on its very tensors; it says 0 at first."""
+    return ScalarModel.from_lm(ref, share=share)
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -166,28 +167,12 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95,
                  whiten_rewards=False):
-    """GAE; advantages whitened over the whole rollout, returns never (2403.17031).
-
-    -> [B, T], [B, T]
+    """GAE; advantages whitened over the whole rollout, returns never (2403.17031).   [B, T] each
     """
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift=False)
     adv, returns = gae(rewards, values, mask, gamma, lam)
     return masked_whiten(adv, mask), returns
-
-
-ADVANTAGES = dict(gae=whitened_gae)
-
-# --- losses: per token, [B, T]; the loop divides by the tokens of the whole minibatch -------------
-
-
-def ppo_clip(logp, old_logp, adv, *, eps: Positive = 0.2, cap: Positive = 20.0):
-    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old.   [B, T]
-
-    |log ρ| is capped against overflow.
-    """
-    ratio = (logp - old_logp).clamp(-cap, cap).exp()                                     # [B, T]
-    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
 
 
 def value_loss(values, old_values, returns, *, eps_v=0.2):
@@ -199,10 +184,23 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
     return 0.5 * loss
 
 
-SURROGATES = dict(clip=ppo_clip)
-MAX_RATIO, MAX_NORM = 10.0, 1.0  # beyond it a minibatch is skipped (TRL's); gradient norm
+def ppo_clip(logp, old_logp, adv, *, eps: Positive = 0.2, cap: Positive = 20.0):
+    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old.   [B, T]
 
-# --- roll out and decode --------------------------------------------------------------------------
+    |log ρ| is capped against overflow.
+    """
+    ratio = (logp - old_logp).clamp(-cap, cap).exp()                                     # [B, T]
+    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
+
+
+def no_regulariser(logp):
+    """No KL in the loss: it is in the reward.   [B, T]"""
+    return torch.zeros_like(logp)
+
+
+def fixed(beta):
+    """The KL's coefficient as it is."""
+    return beta
 
 
 def sample(model, prompts, max_new, generator, slots, *, eval_temperature=1.0):
@@ -211,210 +209,222 @@ def sample(model, prompts, max_new, generator, slots, *, eval_temperature=1.0):
                     slots=slots)
 
 
+ROLLOUTS = dict(fresh=fresh)
+REWARDS = dict(coherent=coherent)
+EOS = dict(replace=eos_replace)
+TRANSFORMS = dict(plain=plain)
+REFERENCES = dict(own=own)
+SHAPINGS = dict(ends=token_rewards)
+CRITICS = dict(scalar=scalar)
+ADVANTAGES = dict(gae=whitened_gae)
+VALUES = dict(clipped=value_loss)
+SURROGATES = dict(clip=ppo_clip)
+REGULARISERS = dict(none=no_regulariser)
+CONTROLLERS = dict(fixed=fixed)
 DECODERS = dict(sample=sample)
-AXES = dict(reward=REWARDS, advantage=ADVANTAGES, surrogate=SURROGATES, eos=EOS, decode=DECODERS,
-            controller=CONTROLLERS, regulariser=REGULARISERS,
-            shaping=dict(shaping=token_rewards), value=dict(value=value_loss),
-            peft=PEFT, kernels=kernels.MODES)
+AXES = dict(rollout=ROLLOUTS, reward=REWARDS, eos=EOS, transform=TRANSFORMS, reference=REFERENCES,
+            shaping=SHAPINGS, critic=CRITICS, advantage=ADVANTAGES, value=VALUES,
+            surrogate=SURROGATES, regulariser=REGULARISERS, controller=CONTROLLERS,
+            decode=DECODERS, peft=PEFT, kernels=kernels.MODES)
+MAX_RATIO, MAX_NORM = 10.0, 1.0  # beyond it a minibatch is skipped (TRL's); gradient norm
+
+# --- what functions ask for by name ---------------------------------------------------------------
+
+# frozen checkpoints: the option that names it, what it must be
+MODELS = dict(base=("base", Transformer))
+FACTS = dict(                    # of a rollout, before its score
+    sft_logp=lambda ref, roll, c: logprobs(ref, roll.tokens, roll.mask, c),
+    base_logp=lambda base, roll, c: logprobs(base, roll.tokens, roll.mask, c))
+BATCH = {}                       # of the batch, once it is scored
+MINIBATCH = {}                   # of a minibatch, before its gradient
+MEMORIES = {}                    # classes: tell() before a step, note(…) after, state(), load()
+TOGETHER = {}                    # surrogates that compare: how many rows in a row stay together
+LAWS = {}                        # rollouts whose tokens have another law than own_law
+
+# --- score and evaluate ---------------------------------------------------------------------------
 
 
-def quality(task, problems, roll, tok):
-    """The task's own reward of every completion's text.   [B]"""
-    per = len(roll.tokens) // len(problems)
-    texts = [tok.decode(ids) for ids in roll.completions()]
-    return torch.tensor([task.reward(problems[i // per], x, done)
-                         for i, (x, done) in enumerate(zip(texts, roll.finished.tolist()))])
-
-
-# --- the frozen models, and what a reward asks of them --------------------------------------------
-
-# what a function asks for: the option that names the checkpoint which it takes, what that must be
-MODELS = dict(base_logp=("base", Transformer), base=("base", Transformer))
-# what a reward asks for: a function of (models, roll, quality [B], c)
-PROVIDE = dict(
-    mask=lambda models, roll, truth, c: roll.mask,
-    sft_logp=lambda models, roll, truth, c: logprobs(models["ref"], roll.tokens, roll.mask, c),
-    base_logp=lambda models, roll, truth, c: logprobs(models["base"], roll.tokens, roll.mask, c))
-
-
-def wanted(f):
-    """{option: what its checkpoint must be} of the models that the reward and the decoder take."""
-    asked = {*needs(f.reward), *needs(f.decode)}
-    return dict(MODELS[name] for name in MODELS if name in asked)
+def rolled(known, problems, roll, trained=None, valued=None):
+    """What is known of a rollout, by name. trained, valued: the tokens that train policy and
+    critic, if not all."""
+    truth = quality(known["task"], problems, roll, known["tok"]).to(roll.mask.device)    # [B]
+    return known | dict(problems=problems, roll=roll, mask=roll.mask, finished=roll.finished,
+                        samples=len(roll.tokens) // len(problems), quality=truth,
+                        trained=roll.mask if trained is None else trained,
+                        valued=roll.mask if valued is None else valued)
 
 
 @torch.no_grad()
-def scored(models, roll, truth, c, f):
-    """The run's reward of a rollout, without the EOS rule. truth: the quality.   [B] -> [B]"""
-    return f.reward(**{name: PROVIDE[name](models, roll, truth, c) for name in needs(f.reward)})
+def scored(known, f):
+    """The run's reward of a rollout, without the EOS rule.   -> [B]"""
+    ask(set(needs(f.reward)), FACTS, known)
+    return finite(call(f.reward, known), known["c"])
 
 
-def score_of(models, task, problems, tok, c, f, roll):
-    """scored(), of a rollout of these problems.   -> [B]"""
-    return scored(models, roll, quality(task, problems, roll, tok), c, f)
+@torch.no_grad()
+def worth(known, f):
+    """A rollout's reward; and under the EOS rule, transformed: what is trained on.  -> [B], [B]"""
+    raw = scored(known, f)
+    known["score"] = f.eos(raw, known["finished"])
+    ask(set(needs(f.transform)), FACTS, known)
+    return raw, call(f.transform, known)
 
 
-def open_models(c, f, init, base, run):
-    """Policy, critic, tokenizer, and {name: frozen model} that the reward and the KL penalty read.
-
-    The critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
-    (ours).
-    """
-    adapter, own = ((run.state or {}).get(name, {}) for name in ("adapter", "critic"))
-    policy, tok = open_trained(c, f.peft, init, run.last, adapter)
-    ref = reference(policy, c, init)
-    models = dict(ref=ref, bias=0.0)
-    for option in wanted(f):
-        path = base if option == "base" else getattr(c, option)
-        models[option], other = load_frozen(path, c)
-        if other.tokens != tok.tokens:
-            raise UserError(f"--{option} {path} and --init {init} have different tokenizers: "
-                            "both must score the same ids")
-    return policy, open_critic(c, f, ref, run.last, own), tok, models
-
-
-# --- evaluate -------------------------------------------------------------------------------------
-
-
-def evaluate(policy, models, sets, task, tok, c, f, max_new):
+def evaluate(policy, known, sets, f):
     """Held-out prompts, always the same, with the same draws: reward, quality, KL to SFT, length.
 
     reward is without the EOS rule. kl is k1 of the policy's weights, summed per response, however
     it is decoded. -> {split_key: mean}, [(prompt, text, reference)].
     """
-    out, shown = {}, []
+    out, shown, c, task, tok = {}, [], known["c"], known["task"], known["tok"]
     for split, problems in sets.items():
-        score = partial(score_of, models, task, problems, tok, c, f)
-        known = dict(model=policy, base=models.get("base"), score=score, max_new=max_new,
-                     prompts=[tok.prompt(p, c.chat) for p in problems],
-                     generator=torch.Generator().manual_seed(c.seed + 1), slots=c.slots)
-        roll = f.decode(**{name: known[name] for name in needs(f.decode)})
-        logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
-                     for m in (policy, models["ref"]))                                   # [B, T]
-        out |= {f"{split}_reward": score(roll),
-                f"{split}_{task.metric}": quality(task, problems, roll, tok),
-                f"{split}_kl": (logp - ref).sum(1),
-                f"{split}_length": roll.mask.sum(1),
-                f"{split}_truncated": ~roll.finished}                                    # [B] each
-        texts = [tok.decode(ids) for ids in roll.completions()[:2]]
-        shown += [(tok.shown(p, c.chat), text, task.demo(p)) for p, text in zip(problems, texts)]
-    return {k: MeanOf(v) for k, v in out.items()}, shown
+        g, found = torch.Generator().manual_seed(c.seed + 1), []
+        for some in pieces(problems, c, split):
+            roll = call(f.decode, known | dict(
+                model=policy, prompts=[tok.prompt(p, c.chat) for p in some], slots=c.slots,
+                generator=g, score=partial(score_of, known, some, f)))
+            logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
+                         for m in (policy, known["ref"]))                                # [B, T]
+            here = rolled(known, some, roll)
+            found.append({"reward": scored(here, f), task.metric: here["quality"],
+                          "kl": (logp - ref).sum(1), "length": roll.mask.sum(1),
+                          "truncated": ~roll.finished})                                  # [B] each
+            if len(found) == 1:
+                shown += examples(task, tok, some, roll, c)
+        for key in found[0]:
+            out[f"{split}_{key}"] = MeanOf(torch.cat([x[key] for x in found]))
+    return out, shown
 
 
 # --- train ----------------------------------------------------------------------------------------
 
 
-def backward(policy, critic, batch, rows, c, f):
+def own_law(policy, tokens, mask, c):
+    """The policy's log-probs of the tokens, and its entropy there.   [b, T], [b, T]"""
+    return token_logprobs(policy, tokens, mask, temperature=c.temperature, entropy=True)
+
+
+def mean_of(loss, mask, tokens, rows):
+    """A part of a minibatch's mean: of a loss [b, T] over its tokens, of one [b] over its rows."""
+    return (loss * mask).sum() / tokens if loss.dim() == 2 else loss.sum() / rows
+
+
+def some_rows(mini, part):
+    """A minibatch's tensors of some of its rows, cut to the longest of them."""
+    aligned, width = mini["mask"].shape, int(mini["ends"][part].max())
+    return {k: x[part][:, :width] if x.shape[:2] == aligned else x[part] for k, x in mini.items()}
+
+
+def backward(policy, critic, batch, rows, known, f):
     """Gradients of one minibatch, over its micro-batches -> {name: what happened}.
 
-    batch: tokens, mask, old_logp, ref_logp, adv and, with a critic, old_values, returns [B, T];
-    length [B]. Losses are sums over tokens divided by the tokens of the whole minibatch, so --micro
-    changes nothing.
+    batch: tensors of the rollout's rows, by name. Losses are divided by the tokens of the whole
+    minibatch, so --micro changes nothing.
     """
+    c, mini = known["c"], {k: x[rows] for k, x in batch.items()}
+    asked = known | mini | dict(policy=policy)
+    ask({*needs(f.surrogate), *needs(f.regulariser)}, MINIBATCH, asked)
+    known = known | {k: asked[k] for k in MINIBATCH if k in asked}
+    mini |= {k: x for k, x in known.items() if k in MINIBATCH and x.dim()}
+    law, beside = LAWS.get(c.rollout, own_law), TOGETHER.get(c.surrogate, 1)
+    n, n_valued = (mini[k].sum().clamp(min=1) for k in ("trained", "valued"))
     metrics = dict(loss=0.0, ratio=0.0, off=0.0, clipped=0.0, entropy=0.0, worst=0.0)
-    n = batch["mask"][rows].sum()
-    for part, weight in passes(rows, c.micro):
-        width = int(batch["length"][part].max())                            # cut the common padding
-        b = SimpleNamespace(**{k: x[part, :width] for k, x in batch.items() if x.dim() == 2})
+    order = torch.arange(len(rows), device=rows.device).view(-1, beside)
+    for part, weight in passes(order, max(1, c.micro // beside)):
+        b = known | some_rows(mini, part.flatten()) | dict(policy=policy)
+        mask = b["trained"]
         with autocast(c.device, c.dtype):
-            logp, entropy = token_logprobs(policy, b.tokens, b.mask, temperature=c.temperature,
-                                           entropy=True)
-        known = dict(logp=logp, ref_logp=b.ref_logp)
-        more = f.regulariser(**{name: known[name] for name in needs(f.regulariser)})     # [b, T]
-        more = more - c.entropy * entropy if c.entropy else more
-        loss = ((f.surrogate(logp, b.old_logp, b.adv) + more) * b.mask).sum() / n
+            logp, entropy = call(law, b)
+        loss = sum(mean_of(call(fn, b | dict(logp=logp)), mask, n, len(rows))
+                   for fn in (f.surrogate, f.regulariser))
+        if c.entropy:
+            loss = loss - c.entropy * mean_of(entropy, mask, n, len(rows))
         (loss * weight).backward()
-        if "returns" in batch:
+        if "returns" in b:
             with autocast(c.device, c.dtype):
-                values = token_values(critic, b.tokens)                                  # [b, T]
-            value = (f.value(values, b.old_values, b.returns) * b.mask).sum() / n
-            (value * weight).backward()
+                values = token_values(critic, b["tokens"])                               # [b, T]
+            value = call(f.value, b | dict(values=values))
+            (mean_of(value, b["valued"], n_valued, len(rows)) * weight).backward()
         if not weight:
             continue
-        ratio = (logp.detach() - b.old_logp).clamp(-20, 20).exp()                        # [b, T]
-        off = (ratio - 1).abs() * b.mask
+        ratio = (logp.detach() - b["old_logp"]).clamp(-20, 20).exp()                     # [b, T]
+        off = (ratio - 1).abs() * mask
         metrics["loss"] += loss.item()
         metrics["worst"] = max(metrics["worst"], off.max().item())
         for key, x in dict(ratio=ratio, off=off, entropy=entropy.detach(),
                            clipped=off > f.surrogate.keywords.get("eps", 0.2)).items():
-            metrics[key] += ((x * b.mask).sum() / n).item()
+            metrics[key] += ((x * mask).sum() / n).item()
     return summed(metrics, largest=["worst"])
+
+
+def credited(batch, critic, scale, factor, asked, f):
+    """A scored rollout's batch: adds what its tokens are worth to policy and critic."""
+    c, roll, mask = batch["c"], batch["roll"], batch["mask"]
+    _, score = worth(batch, f)                                                           # [B]
+    batch |= dict(score=score, unit=(score - scale["mean"]) / scale["std"], tokens=roll.tokens,
+                  coefficient=factor / scale["std"], logp=roll.logp, old_logp=roll.logp,
+                  ref_logp=logprobs(batch["anchor"], roll.tokens, mask, c),              # [B, T]
+                  ends=roll.prompt_len + mask.sum(1).long())                             # [B]
+    if "values" in asked:
+        batch["values"] = batch["old_values"] = critic_values(critic, roll.tokens, mask, c)
+    ask(asked, BATCH, batch)
+    batch["rewards"] = call(f.shaping, batch)                                            # [B, T]
+    batch["adv"], returns = call(f.advantage, batch)                                     # [B, T]
+    return batch | (dict(returns=returns) if returns is not None else {})
 
 
 def train(c, f):
     """One run: load, roll out, score, update, tell. -> the last evaluation, and SFT's (sft_…)."""
     start_ranks(c.device)                                # alone without torchrun
-    check(c, f)
+    asked = check(c, f)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)  # made before the clock starts
-    base = sft.find(c.base, c.config, device=c.device) if "base" in wanted(f) else ""
+    folders = folders_of(c, f, asked)
     kernels.use(c.kernels)
     with Run(c, f, "ppo", CURVES) as run:
-        policy, critic, tok, models = open_models(c, f, init, base, run)
-        whole, whole_critic = shard(policy, c.dtype), shard(critic, c.dtype)     # over the ranks
-        for name in ("ref", *wanted(f)):
-            shard(models[name], c.dtype)
-        task = tasks.of_run(c)
-        problems = task.problems("train", 4096, 1000 + c.seed)
-        size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
-        sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
-        max_new, problems, sets = tasks.fitting(c, tok, problems, sets, task.max_new,
-                                                policy.config.max_position_embeddings)
+        policy, critic, tok, models = open_models(c, f, folders, init, run)
+        whole, whole_critic = (shard(m, c.dtype) for m in (policy, critic))      # over the ranks
+        task, pool, sets, max_new = questions(c, tok, policy.config.max_position_embeddings)
         opt, critic_opt = optimiser(policy, lr=c.lr), optimiser(critic, lr=c.critic_lr)
-        g, factor = torch.Generator().manual_seed(c.seed), 1.0
-        run.say(f"{run.folder}: {tasks.out_of(problems, task)}")
-        introduce(run, c, (policy, critic), models, (opt, critic_opt), problems, sets, max_new, tok)
-        if run.state:
-            opt.load_state_dict(run.state.pop("opt"))
-            critic_opt.load_state_dict(run.state.pop("critic_opt"))
-            g.set_state(run.state["rng"])
-            factor, scale, before = (run.state[k] for k in ("factor", "scale", "before"))
-            models["bias"] = scale["bias"]
-        else:
-            scale = calibrate(policy, models, problems[:64], task, tok, c, f, max_new, g)
-            run.say(f"  reward of SFT samples: mean {scale['mean']:.2f}, std {scale['std']:.2f}; "
-                    f"Spearman with {task.metric} within a prompt {scale['agreement']:.2f} (0: "
-                    "uninformative)")
-            if scale["cut"] == 1:
-                run.say(f"  WARNING: every SFT sample is cut off at {max_new} tokens: raise "
-                        "--max_new or use --eos ignore")
-            before, shown = evaluate(policy, models, sets, task, tok, c, f, max_new)
-            run.log(0, **before, show=True)
-        scores = before
+        g, saved = torch.Generator().manual_seed(c.seed), run.state or {}
+        known = models | dict(c=c, f=f, run=run, task=task, tok=tok, policy=policy, pool=pool,
+                              max_new=max_new, generator=g, training=False, bias=0.0)
+        introduce(known, (policy, critic), models, (opt, critic_opt), sets)
+        memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
+        if saved:
+            opt.load_state_dict(saved.pop("opt"))
+            critic_opt.load_state_dict(saved.pop("critic_opt"))
+            g.set_state(saved["rng"])
+            for name, memory in memories.items():
+                memory.load(saved["memories"][name])
+        known |= recalled(memories)
+        factor, scale = saved.get("factor", 1.0), saved.get("scale") or calibrate(known, f)
+        known["bias"] = scale["bias"]
+        if not saved:
+            scores, shown = evaluate(policy, known, sets, f)
+            run.log(0, **scores, show=True)
+        before = scores = saved.get("before") or scores
         train_policy, train_critic = (torch.compile(m) if c.compile else m
                                       for m in (policy, critic))
 
         for step in run.steps(c.steps):
             # 1. roll out --------------------------------------------------------------------------
             clock = time.perf_counter()
-            where = batch_indices(len(problems), c.rollouts, step, c.seed).tolist()
-            picked = [problems[i] for i in where]
-            with autocast(c.device, c.dtype):
-                roll = generate(policy, [tok.prompt(p, c.chat) for p in picked], max_new,
-                                samples=c.samples, temperature=c.temperature, generator=g,
-                                slots=c.slots)
-            mask, t_gen = roll.mask, time.perf_counter() - clock                         # [B, T]
+            known |= recalled(memories)
+            found = call(f.rollout, known | dict(step=step))
+            batch = rolled(known | dict(training=True), **found)
+            mask, t_gen = batch["mask"], time.perf_counter() - clock                      # [B, T]
             # 2. score -----------------------------------------------------------------------------
             clock = time.perf_counter()
-            truth = quality(task, picked, roll, tok)                                     # [B]
-            score = f.eos(scored(models, roll, truth, c, f), roll.finished)              # [B]
-            ref_logp = logprobs(models["ref"], roll.tokens, mask, c)                     # [B, T]
-            old_values = critic_values(critic, roll.tokens, mask, c)                       # [B, T]
-            unit = (score - scale["mean"]) / scale["std"]                                # [B]
-            rewards = f.shaping(unit, roll.logp, ref_logp, mask, factor / scale["std"])  # [B, T]
-            known = dict(rewards=rewards, values=old_values, mask=mask, score=score,
-                         samples=c.samples)
-            adv, returns = f.advantage(**{k: known[k] for k in needs(f.advantage)})      # [B, T]
-            batch = dict(tokens=roll.tokens, mask=mask, old_logp=roll.logp, ref_logp=ref_logp,
-                         adv=adv, length=roll.prompt_len + mask.sum(1).long())
-            batch |= dict(old_values=old_values, returns=returns) if returns is not None else {}
+            batch = credited(batch, critic, scale, factor, asked, f)
+            tensors = {k: x for k, x in batch.items() if is_of(x, mask)}
             t_score = time.perf_counter() - clock
             # 3. update ----------------------------------------------------------------------------
             clock, done, norm, skipped = time.perf_counter(), [], 0.0, 0
             set_lr(opt, c.lr * linear(step, c.steps))
             set_lr(critic_opt, c.critic_lr * linear(step, c.steps))
             for epoch in range(c.epochs):
-                for rows in torch.randperm(len(mask), generator=g).to(mask.device).split(c.batch):
-                    done.append(backward(train_policy, train_critic, batch, rows, c, f))
+                for rows in shuffled(mask, TOGETHER.get(c.surrogate, 1), g).split(c.batch):
+                    done.append(backward(train_policy, train_critic, tensors, rows, known, f))
                     if len(done) == 1:
                         check_first_ratio(done[0], c.dtype)
                     if done[-1]["ratio"] > MAX_RATIO:
@@ -427,39 +437,31 @@ def train(c, f):
                     opt.zero_grad()
                     critic_opt.zero_grad()
             # 4. tell ------------------------------------------------------------------------------
-            kl = (k1(roll.logp, ref_logp) * mask).sum(1).mean().item()       # nats per response
-            row = dict(reward=score.mean(), kl=kl, entropy=done[0]["entropy"],
-                       k3=(k3(roll.logp, ref_logp) * mask).sum(1).mean(),
-                       truncated=1 - roll.finished.float().mean(),
-                       length=mask.sum(1).mean(), quality=truth.mean(), norm=norm, skipped=skipped,
-                       work=roll.row_steps / (len(mask) * max(1, int(mask.sum(1).max()) - 1)))
-            for key in ("loss", "clipped"):
-                row[key] = sum(metrics[key] for metrics in done) / len(done)
-            if returns is not None:
-                row["ev"] = explained_variance(old_values, returns, mask)
-            if c.samples > 1:
-                row["flat"] = (score.view(-1, c.samples).std(1) < 1e-6).float().mean()
-            known = dict(beta=factor, kl=kl, n=len(mask))
-            factor = f.controller(**{k: known[k] for k in needs(f.controller)})
+            row = numbers(batch, done) | dict(norm=norm, skipped=skipped)
+            factor = call(f.controller, batch | dict(beta=factor, kl=row["kl"], n=len(mask)))
+            for memory in memories.values():
+                row |= call(memory.note, batch | dict(done=step + 1)) or {}
             run.log(step + 1, **row, beta_factor=factor, t_gen=t_gen, t_score=t_score,
                     t_update=time.perf_counter() - clock)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy, critic)
-                scores, shown = evaluate(policy, models, sets, task, tok, c, f, max_new)
+                known |= recalled(memories)
+                scores, shown = evaluate(policy, known, sets, f)
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 nets = whole(), whole_critic()                   # every rank takes part
                 run.save(step + 1, partial(write, c, *nets, tok, init), opt=opt.state_dict(),
                          critic_opt=critic_opt.state_dict(), adapter=adapter_state(nets[0]),
                          critic=adapter_state(nets[1]), rng=g.get_state(), factor=factor,
-                         before=before, scale=scale)
+                         before=before, scale=scale,
+                         memories={name: memory.state() for name, memory in memories.items()})
         if c.stop and c.stop < c.steps:
             return scores
-        if run.state and run.start >= c.steps:                     # resumed after its last step
-            scores, shown = evaluate(policy, models, sets, task, tok, c, f, max_new)
+        if saved and run.start >= c.steps:                         # resumed after its last step
+            scores, shown = evaluate(policy, known, sets, f)
         report(run, before, scores, shown)
-        sft_scores = {f"sft_{k}": v for k, v in before.items()}
-        return run.finish(**scores, **sft_scores, agreement=scale["agreement"])
+        return run.finish(**scores, **{f"sft_{k}": v for k, v in before.items()},
+                          agreement=scale["agreement"])
 
 
 def main(argv=None):
@@ -472,33 +474,73 @@ def main(argv=None):
 
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
-    return dict(base=("base" in wanted(f), "--reward coherent or --decode contrast"),
-                critic_lr=("values" in needs(f.advantage), "--advantage gae"),
+    asked = asked_for(f)
+    critic = "values" in needs(f.advantage), "--advantage gae"
+    return dict(base=("base" in asked, "--reward coherent or --decode contrast"),
+                critic_lr=critic, critic=critic, value=critic,
                 lr=(c.steps, "runs with --steps"),
                 warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"),
                 share_trunk=(c.peft in ADAPTERS, "--peft lora"), **adapter_readers(c),
                 **tasks.file_readers(c))
 
 
+def asked_for(f):
+    """The names that a run's functions ask for, and those that what answers them asks for."""
+    axes = AXES.keys() - {"kernels", "peft", "value", "critic"}       # the critic's ask for nothing
+    return asked_by([getattr(f, axis) for axis in axes], [FACTS, BATCH, MINIBATCH, MEMORIES])
+
+
+def paths_of(c, f, asked):
+    """{name: (option, its value, what it must be)} of the frozen checkpoints that a run opens."""
+    values = vars(c) | {k: x for axis in AXES for k, x in getattr(f, axis).keywords.items()}
+    return {name: (option, values[option], kind) for name, (option, kind) in MODELS.items()
+            if name in asked}
+
+
+def folders_of(c, f, asked):
+    """{name: folder} of those checkpoints; what base:… stands for is made."""
+    return {name: path if kind is ScalarModel else sft.find(path, c.config, device=c.device,
+                                                            option=f"--{option}")
+            for name, (option, path, kind) in paths_of(c, f, asked).items()}
+
+
+def compares(c):
+    """Words against groups in which nothing can be compared."""
+    return f"--samples {c.samples}: --advantage {c.advantage} takes the best of at least two" * (
+        c.samples < 2)
+
+
+CHECKS = {}                      # of rows of the axes: what is wrong, in words, or ""
+ALONE = {}                       # what is asked for and torchrun cannot spread: why
+
+
 def check(c, f):
-    """UserError for all that can be known before anything is made: files, folders, what does not
-    combine."""
+    """The names that a run asks for; UserError for all that can be known before anything is made:
+    files, folders, what does not combine."""
     tasks.check_data(c.data, is_text=False, needs="answers", **tasks.reading(c))
-    if "samples" in needs(f.advantage) and c.samples < 2:
-        raise UserError(f"--samples {c.samples}: --advantage {c.advantage} takes the best of at "
-                        "least two")
+    asked, beside = asked_for(f), TOGETHER.get(c.surrogate, 1)
+    for row in dict.fromkeys(rows_used(c, AXES).values()):
+        if row in CHECKS and (wrong := call(CHECKS[row], dict(c=c, f=f))):
+            raise UserError(wrong)
+    if c.samples % beside or c.batch % beside:
+        raise UserError(f"--samples {c.samples} and --batch {c.batch}: --surrogate {c.surrogate} "
+                        f"compares {beside} responses of a prompt: give multiples of {beside}")
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
+    refuse_alone(c, asked, ALONE)
     check_adapters(c, c.init)
-    for option, kind in wanted(f).items():
+    for option, value, kind in paths_of(c, f, asked).values():
         if option == "base" and tasks.is_own(c):
             raise UserError(f"--init {c.init} with --data {c.data}: give --base FOLDER too, the "
                             f"model that it was tuned from; {c.base} is that of the examples")
-        if option == "base":
-            sft.find(c.base, c.config, make=False, option="--base")
+        if not value:
+            raise UserError(f"--{option} FOLDER is missing: this run reads a checkpoint there")
+        if kind is ScalarModel:
+            peek(value, scalar=True, option=f"--{option}")
         else:
-            peek(getattr(c, option), scalar=kind is ScalarModel, option=f"--{option}")
+            sft.find(value, c.config, make=False, option=f"--{option}")
+    return asked
 
 
 # === lora: 2106.09685, adapters in the place of all weights; their base is the reference ==========
@@ -517,8 +559,8 @@ def open_critic(c, f, ref, last, adapter):
     """The critic: a copy of the SFT model with a head, or adapters and a head on its tensors; last,
     adapter: of a resumed run."""
     if trunk_is_shared(c):
-        return with_peft(ScalarModel.from_lm(ref, share=True), c, f.peft, adapter, 1)
-    critic = load(last / "critic", c.device)[0] if last else ScalarModel.from_lm(ref)
+        return with_peft(f.critic(ref, True), c, f.peft, adapter, 1)
+    critic = load(last / "critic", c.device)[0] if last else f.critic(ref, False)
     return recomputing(critic, c.recompute)
 
 
@@ -530,28 +572,148 @@ def write(c, policy, critic, tok, init, folder):
         save(plain_model(critic, "cpu"), tok, folder / "critic")
 
 
-# === held: ours, what a run is, and what it holds at its peak, said before step 0 =================
+# === opened: ours, the models of a run, its questions, and what it holds, said before step 0 ======
 
 
-def introduce(run, c, trained, models, opts, problems, sets, max_new, tok):
+def open_models(c, f, folders, init, run):
+    """Policy, critic, tokenizer, and {name: frozen model} that a run's functions ask for.
+
+    The critic starts from the SFT model, not from a reward model, whose units calibrate() leaves
+    (ours).
+    """
+    adapter, other = ((run.state or {}).get(name, {}) for name in ("adapter", "critic"))
+    policy, tok = open_trained(c, f.peft, init, run.last, adapter)
+    opened = {init: reference(policy, c, init)}                    # each folder is opened once
+    models = dict(ref=opened[init])
+    for name, folder in folders.items():
+        if folder not in opened:
+            opened[folder], theirs = load_frozen(folder, c)
+            if theirs.tokens != tok.tokens:
+                raise UserError(f"--{MODELS[name][0]} {folder} and --init {init} have different "
+                                "tokenizers: both must score the same ids")
+        models[name] = opened[folder]
+    models["anchor"] = call(f.reference, models | dict(c=c))
+    for model in {id(m): m for m in models.values()}.values():
+        shard(model, c.dtype)                                      # over torchrun's ranks
+    return policy, open_critic(c, f, models["ref"], run.last, other), tok, models
+
+
+def questions(c, tok, context):
+    """The task, its prompts to train on, {split: held-out ones}, and how many tokens an answer has
+    room for."""
+    task = tasks.of_run(c)
+    pool = task.problems("train", 4096, 1000 + c.seed)
+    size = c.eval_prompts or (512 if c.data in ("toyif", "ring") else 256)
+    sets = {s: task.problems(s, size, c.seed) for s in tasks.held_out(c.data)}
+    max_new, pool, sets = tasks.fitting(c, tok, pool, sets, task.max_new, context)
+    return task, pool, sets, max_new
+
+
+def introduce(known, trained, models, opts, sets):
     """Say what is trained, and what that holds: a micro-batch of the longest completions, and a
     rollout."""
+    run, c, tok, pool, max_new = (known[k] for k in ("run", "c", "tok", "pool", "max_new"))
     size = sum(p.numel() for p in trained[0].parameters()) / 1e6
-    run.say(f"  policy and critic of {size:.2f} M parameters, {c.steps} steps of {c.rollouts} x "
+    run.say(f"{run.folder}: {tasks.out_of(pool, known['task'])}\n"
+            f"  policy and critic of {size:.2f} M parameters, {c.steps} steps of {c.rollouts} x "
             f"{c.samples} completions, {c.device} {c.dtype}")
-    prompts = [tok.prompt(p, c.chat) for some in (problems, *sets.values()) for p in some]
-    width = max(map(len, prompts)) + max_new
-    sampled = max(c.rollouts * c.samples, 8 * len(problems[:64]), *map(len, sets.values()))
-    work = Work(c.micro, width, c.batch, sampled=min(sampled, c.slots or sampled), slots=width,
-                knob="--rollouts, --eval_prompts", recompute=c.recompute)
-    frozen = [m for m in models.values() if isinstance(m, torch.nn.Module)]
-    foresee(run, c, work, trained, frozen, sum(map(state_bytes, opts)))
+    prompts = [tok.prompt(p, c.chat) for some in (pool, *sets.values()) for p in some]
+    width, most = max(map(len, prompts)) + max_new, rows_at_once(c)
+    work = Work(c.micro, width, c.batch, sampled=min(most, c.slots or most), slots=width,
+                knob="--micro, --rollouts", recompute=c.recompute)
+    foresee(run, c, work, trained, [*{id(m): m for m in models.values()}.values()],
+            sum(map(state_bytes, opts)))
+
+
+# === told: ours, a run's rollouts in pieces, its numbers and its examples =========================
+
+
+def rows_at_once(c):
+    """How many completions are sampled at once: a step's, or --micro."""
+    return max(c.micro, c.rollouts * c.samples)
+
+
+def pieces(problems, c, name, samples=1):
+    """Problems, as many at a time as are sampled at once; with a bar where there are many."""
+    size = max(1, rows_at_once(c) // samples)
+    parts = [problems[i:i + size] for i in range(0, len(problems), size)]
+    return tqdm(parts, desc=name, delay=5, disable=None, leave=False)
+
+
+def quality(task, problems, roll, tok):
+    """The task's own reward of every completion's text.   [B]"""
+    per = len(roll.tokens) // len(problems)
+    texts = [tok.decode(ids) for ids in roll.completions()]
+    return torch.tensor([task.reward(problems[i // per], x, done)
+                         for i, (x, done) in enumerate(zip(texts, roll.finished.tolist()))])
+
+
+def score_of(known, problems, f, roll):
+    """scored(), of a rollout of these problems.   -> [B]"""
+    return scored(rolled(known, problems, roll), f)
+
+
+def finite(score, c):
+    """The scores as they are; UserError for one that is no number.   [B]"""
+    if torch.isfinite(score).all():
+        return score
+    n = int((~torch.isfinite(score)).sum())
+    raise UserError(f"--reward {c.reward}: {n} of {len(score)} scores are NaN or infinite: look at "
+                    "that model (python reward.py --eval); the last checkpoint is good")
+
+
+def is_of(x, mask):
+    """Whether it is a tensor of a rollout's rows."""
+    return torch.is_tensor(x) and x.dim() > 0 and len(x) == len(mask)
+
+
+def shuffled(mask, beside, generator):
+    """A rollout's rows in a random order, of which every `beside` neighbours stay together.  [B]"""
+    order = torch.randperm(len(mask) // beside, generator=generator)
+    return (order[:, None] * beside + torch.arange(beside)).flatten().to(mask.device)
+
+
+def recalled(memories):
+    """What each memory says now, by name."""
+    return {name: memory.tell() for name, memory in memories.items()}
+
+
+def numbers(batch, done):
+    """What an iteration's log says of its rollout and its minibatches."""
+    roll, mask, score, per = (batch[k] for k in ("roll", "mask", "score", "samples"))
+    kl = (k1(roll.logp, batch["ref_logp"]) * mask).sum(1).mean().item()      # nats per response
+    row = dict(reward=score.mean(), kl=kl, entropy=done[0]["entropy"],
+               k3=(k3(roll.logp, batch["ref_logp"]) * mask).sum(1).mean(),
+               truncated=1 - roll.finished.float().mean(), length=mask.sum(1).mean(),
+               quality=batch["quality"].mean(),
+               work=roll.row_steps / (len(mask) * max(1, int(mask.sum(1).max()) - 1)))
+    for key in ("loss", "clipped"):
+        row[key] = sum(metrics[key] for metrics in done) / len(done)
+    if "returns" in batch:
+        row["ev"] = explained_variance(batch["values"], batch["returns"], batch["valued"])
+    if per > 1:
+        row["flat"] = (score.view(-1, per).std(1) < 1e-6).float().mean()
+    return row
+
+
+def examples(task, tok, problems, roll, c):
+    """[(prompt, text, reference)] of the first two rows."""
+    texts = [tok.decode(ids) for ids in roll.completions()[:2]]
+    return [(tok.shown(p, c.chat), text, task.demo(p)) for p, text in zip(problems, texts)]
+
+
+# === toyif, ring: ours, synthetic worlds whose gold reward is known (data/prefs.py) ===============
+
+PRESETS["toyif"] = dict(data="toyif", init="base:toyif", base="base:toyif_base", rollouts=128,
+                        samples=1, steps=60, eval_every=20, save_every=1000, keep=1)
+PRESETS["ring"] = dict(data="ring", init="base:ring", base="base:ring", rollouts=96, samples=1,
+                       steps=100, eval_every=20)
 
 
 # === calibrate: 2009.01325, the reward in units of how the SFT model's own samples differ =========
 
 
-def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, samples=8):
+def calibrate(known, f, samples=8):
     """What the run's reward says of the SFT model's own samples, before any training -> {name: x}.
 
     mean, std of the score: token rewards are divided by std, and the score is centred first.
@@ -561,17 +723,35 @@ def calibrate(policy, models, problems, task, tok, c, f, max_new, generator, sam
     that has no zero of its own. agreement: rank_correlation with the quality. cut: the share of
     samples that did not end.
     """
-    with autocast(c.device, c.dtype):
-        roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new, samples=samples,
-                        temperature=c.temperature, generator=generator, slots=c.slots)
-    truth = quality(task, problems, roll, tok)                                           # [B]
+    c, tok, found = known["c"], known["tok"], []
+    for some in pieces(known["pool"][:c.calibrate], c, "calibrate", samples):
+        with autocast(c.device, c.dtype):
+            roll = generate(known["policy"], [tok.prompt(p, c.chat) for p in some],
+                            known["max_new"], samples=samples, temperature=c.temperature,
+                            generator=known["generator"], slots=c.slots)
+        found.append(rolled(known, some, roll))
+    bias = 0.0
     if "judged" in needs(f.reward):
-        models["bias"] = PROVIDE["judged"](models, roll, truth, c).mean().item()
-    raw = scored(models, roll, truth, c, f)                                              # [B]
-    score = f.eos(raw, roll.finished)                                                    # [B]
-    return dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
-                bias=models["bias"], cut=1 - roll.finished.float().mean().item(),
-                agreement=rank_correlation(raw.cpu().view(-1, samples), truth.view(-1, samples)))
+        with torch.no_grad():
+            for x in found:
+                ask({"judged"}, FACTS, x)
+        bias = torch.cat([x["judged"] for x in found]).mean().item()
+        for x in found:
+            x["judged"] = x["judged"] - bias
+    raw, score = map(torch.cat, zip(*[worth(x, f) for x in found]))                      # [B], [B]
+    truth = torch.cat([x["quality"] for x in found])                                     # [B]
+    done = torch.cat([x["finished"] for x in found])                                     # [B]
+    out = dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
+               bias=bias, cut=1 - done.float().mean().item(),
+               agreement=rank_correlation(raw.cpu().view(-1, samples),
+                                          truth.cpu().view(-1, samples)))
+    known["run"].say(f"  reward of SFT samples: mean {out['mean']:.2f}, std {out['std']:.2f}; "
+                     f"Spearman with {known['task'].metric} within a prompt "
+                     f"{out['agreement']:.2f} (0: uninformative)")
+    if out["cut"] == 1:
+        known["run"].say(f"  WARNING: every SFT sample is cut off at {known['max_new']} tokens: "
+                         "raise --max_new or use --eos ignore")
+    return out
 
 
 # === ppo: 1707.06347, with the details of 2403.17031, on the task's own reward ====================
@@ -583,7 +763,6 @@ def gold(quality):
 
 
 REWARDS["gold"] = gold
-PROVIDE["quality"] = lambda models, roll, truth, c: truth.to(roll.mask.device)
 PRESETS["ppo"] = dict(reward="gold", beta=0.05, no_eos=-1.0)     # 2403.17031; lr and epochs ours
 
 
@@ -595,13 +774,13 @@ def learned(judged, *, clamp=0.0):
     return judged.clamp(-clamp, clamp) if clamp else judged
 
 
-def judged(models, roll, truth, c):
+def judged(judge, roll, c, ref, max_new, bias):
     """What the reward model says of a rollout's responses.   -> [B]"""
     for file, says in BESIDE.items():
         if (path := checkpoint(c.reward) / file).exists():
-            return says(models, load_file(path, str(c.device)), roll, c) - models["bias"]
+            return says(judge, load_file(path, str(c.device)), roll, c, ref, max_new) - bias
     length = roll.prompt_len + roll.mask.sum(1).long()                                   # [B]
-    return sequence_scores(models["reward"], roll.tokens, length, c) - models["bias"]
+    return sequence_scores(judge, roll.tokens, length, c) - bias
 
 
 def last_hidden(model, tokens, end):
@@ -610,9 +789,9 @@ def last_hidden(model, tokens, end):
     return hidden[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 
-def gated(models, own, roll, c):
+def gated(judge, own, roll, c, ref, max_new):
     """ArmoRM (2406.12845): ratings of the response, weighed by a gate that reads the prompt. [B]"""
-    x, h = (last_hidden(models["reward"], roll.tokens, end) for end in (
+    x, h = (last_hidden(judge, roll.tokens, end) for end in (
         roll.prompt_len, roll.prompt_len + roll.mask.sum(1).long()))                     # [B, D]
     layers = sorted(k for k in own if k.endswith("weight"))
     for k in layers:
@@ -621,7 +800,7 @@ def gated(models, own, roll, c):
     return (torch.softmax(x / 10, -1) * own["gate.scale"] * (h @ own["ratings"].T)).sum(1)
 
 
-def against_sft(models, own, roll, c):
+def against_sft(judge, own, roll, c, ref, max_new):
     """A model of pairs (2510.20369) as a reward:  s(y, y') = (g(y, y') - g(y', y)) / 2,  y' the SFT
     model's greedy response to the prompt. [B]
 
@@ -630,11 +809,10 @@ def against_sft(models, own, roll, c):
     rewards; it needs no group, and its 0 is the SFT model."""
     *marks, eos = own["marks"].tolist()
     ids = [row[:n] for row, n in zip(roll.tokens.tolist(), roll.prompt_len.tolist())]
-    most = c.max_new or tasks.of_run(c).max_new
-    theirs = generate(models["ref"], ids, most, temperature=0.0).completions()
+    theirs = generate(ref, ids, max_new, temperature=0.0).completions()
     rows = []
     for x, y, other in zip(ids, roll.completions(), theirs):
-        room = (models["reward"].config.max_position_embeddings - len(x) - 3) // 2
+        room = (judge.config.max_position_embeddings - len(x) - 3) // 2
         for a, b in ((y, other), (other, y)):
             rows.append([*x, marks[0], *a[:room], marks[1], *b[:room], eos])
     g = []
@@ -642,7 +820,7 @@ def against_sft(models, own, roll, c):
         part = [torch.tensor(row, device=c.device) for row in rows[i:i + c.micro]]
         end = torch.tensor([len(row) for row in part], device=c.device)
         tokens = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)                 # [b, T]
-        g.append(pair_logit(models["reward"], own, tokens, end))
+        g.append(pair_logit(judge, own, tokens, end))
     g = torch.cat(g).view(-1, 2)                 # the response first, then second       # [B, 2]
     return (g[:, 0] - g[:, 1]) / 2
 
@@ -664,7 +842,7 @@ def pair_logit(model, own, tokens, end):
 
 
 BESIDE = {"armo.safetensors": gated, "pair.safetensors": against_sft}    # what reward.py leaves
-REWARDS["PATH"], PROVIDE["judged"], MODELS["judged"] = learned, judged, ("reward", ScalarModel)
+REWARDS["PATH"], FACTS["judged"], MODELS["judge"] = learned, judged, ("reward", ScalarModel)
 
 
 # === likelihood: 2510.21090, a control of srppo: log π_sft alone. Does the base model matter? =====
@@ -712,6 +890,11 @@ CONTROLLERS["adaptive"] = adaptive
 # === k2, k3: 2402.03300 (k3), KL in the loss beside that in the reward; kl_coef ours ============
 
 
+def k3(logp, ref_logp):
+    """exp(-d) - 1 + d >= 0, unbiased like k1; as a loss its gradient is KL(π_ref||π)'s.   [B, T]"""
+    return torch.expm1(ref_logp - logp) + logp - ref_logp
+
+
 def k2_loss(logp, ref_logp, *, kl_coef: Positive = 0.05):
     """Half the squared log-ratio: on-policy its gradient is that of KL(π||π_ref).   [B, T]"""
     return kl_coef * 0.5 * (logp - ref_logp) ** 2
@@ -740,7 +923,7 @@ def weighted_nll(logp, old_logp, adv):
     return -adv * logp
 
 
-ADVANTAGES["best"], SURROGATES["nll"] = best_of_group, weighted_nll
+ADVANTAGES["best"], CHECKS["best"], SURROGATES["nll"] = best_of_group, compares, weighted_nll
 PRESETS["raft"] = dict(advantage="best", surrogate="nll", rollouts=8, samples=16, lr=1e-5)
 
 

@@ -226,6 +226,29 @@ def needs(fn):
             if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
+def call(fn, known):
+    """A function of what its positional arguments name."""
+    return fn(**{name: known[name] for name in needs(fn)})
+
+
+def ask(names, table, known):
+    """Add to `known` what a table's functions say under these names, and what they ask for."""
+    for name in sorted(names & table.keys()):
+        if name not in known:
+            ask(set(needs(table[name])), table, known)
+            known[name] = call(table[name], known)
+
+
+def asked_by(functions, tables):
+    """The names that functions ask for, and those that what answers them in the tables asks for."""
+    names, more = set(), {name for fn in functions for name in needs(fn)}
+    while more - names:
+        names |= more
+        answers = [table[name] for table in tables for name in sorted(names & table.keys())]
+        more = {name for fn in answers for name in needs(fn)}
+    return names
+
+
 def parse(argv, fields):
     """['--lr', '1e-3', '--steps=5', '--resume'] -> [('lr', '1e-3'), ('steps', '5'), ('resume',
     'true')]."""

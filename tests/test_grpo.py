@@ -786,7 +786,7 @@ def test_only_what_is_asked_for_is_computed():
 def test_what_a_run_asks_for_in_the_end():
     def names(*argv):
         _, f = configure(grpo.Config, grpo.PRESETS, grpo.AXES, argv=["--config", *argv])
-        return grpo.asked_by(f)
+        return grpo.asked_for(f)
     assert {"records", "best"} <= names("hapo") and not {"slow", "cuts", "now"} & names("hapo")
     assert {"slow", "roll"} <= names("care") and {"cuts", "belief"} <= names("spae")
     assert {"losses", "priority", "objective"} <= names("recap") and "now" in names("drpo")

@@ -170,7 +170,9 @@ ORACLE = dict(
     reward=dict(sft_logp=lambda s: s.sft, base_logp=lambda s: s.base, mask=lambda s: s.mask,
                 quality=lambda s: s.truth, judged=lambda s: s.judged - s.w.bias),
     eos=dict(score=lambda s: s.raw, finished=lambda s: s.finished),
-    shaping=dict(score=lambda s: (s.ended - s.w.mean) / s.w.std, logp=lambda s: s.logp,
+    rollout=dict(step=lambda s: len(s.w.steps) - 1),
+    transform=dict(score=lambda s: s.ended),
+    shaping=dict(unit=lambda s: (s.ended - s.w.mean) / s.w.std, logp=lambda s: s.logp,
                  ref_logp=lambda s: s.sft, mask=lambda s: s.mask,
                  coefficient=lambda s: s.w.factor / s.w.std),
     advantage=dict(rewards=lambda s: s.rewards, values=lambda s: s.values, mask=lambda s: s.mask,
@@ -188,16 +190,20 @@ AXIS = {name: axis for axis, table in ppo.AXES.items() if axis not in ("kernels"
 
 
 def test_every_argument_of_every_row_is_a_quantity_that_is_computed_apart():
-    """a decoder's are those that check_evaluation draws with again"""
+    """a decoder's are those that check_evaluation draws with again; what a rollout is drawn with,
+    and the models, are looked at where they are used"""
+    seen = {"policy", "pool", "tok", "c", "max_new", "generator", "ref", "share"}
     for axis, table in ppo.AXES.items():
         if axis not in ("kernels", "peft", "decode"):
-            assert all(set(needs(fn)) <= ORACLE[axis].keys() for fn in table.values())
+            assert all(set(needs(fn)) - seen <= ORACLE.get(axis, {}).keys()
+                       for fn in table.values())
 
 
 def followed(monkeypatch, argv, init, base):
     """Run ppo.py; -> its result, and all that happened, in order: [(name, call)]. Models are copies
     of what they were at that moment; an "update" has a minibatch's gradients too."""
     events, found, plain = [], [], ppo.backward
+    monkeypatch.setattr(ppo, "rows_at_once", lambda c: 512)          # pieces have their own test
 
     def see(name, call):
         for key, x in vars(call).items():
@@ -205,11 +211,11 @@ def followed(monkeypatch, argv, init, base):
                 setattr(call, key, copy.deepcopy(x))
         events.append((name, call))
 
-    def update(policy, critic, batch, rows, c, f):
+    def update(policy, critic, batch, rows, known, f):
         nets = copy.deepcopy((policy, critic))
         call = SimpleNamespace(nets=nets, batch=batch, rows=rows)
         events.append(("update", call))
-        call.out = plain(policy, critic, batch, rows, c, f)
+        call.out = plain(policy, critic, batch, rows, known, f)
         call.grads = [[None if p.grad is None else p.grad.clone() for p in net.parameters()]
                       for net in (policy, critic)]
         return call.out
@@ -245,15 +251,20 @@ def world_of(argv, init, base, judge):
 
 def scenes(events):
     """The run's rollouts, each with all that was made of it."""
-    out, kind, decode = [], "", None
+    out, kind, decode, rollout = [], "", None, None
     for name, call in events:
-        if AXIS.get(name) == "decode":
+        if AXIS.get(name) in ("reference", "critic"):
+            continue
+        if AXIS.get(name) == "rollout":
+            rollout = call
+        elif AXIS.get(name) == "decode":
             kind, decode = "evaluate", call
         elif name == "calibrate":
             kind = name
         elif name == "generate":
-            out.append(SimpleNamespace(kind=kind or "train", gen=call, decode=decode, rows=[]))
-            kind, decode = "", None
+            out.append(SimpleNamespace(kind=kind or "train", gen=call, decode=decode, rows=[],
+                                       rollout=rollout))
+            kind, decode, rollout = "", None, None
         elif name != "evaluate":
             out[-1].rows.append((name, call))
     return out
@@ -342,7 +353,7 @@ def check_update(w, s, update, calls):
     definition.   -> the loss, and the share of tokens whose ratio is clipped"""
     (policy, critic), rows = update.nets, update.rows
     s.new = logp_of(policy, s.tokens, s.mask, w.temperature)
-    s.now = F.pad(scores_of(critic, s.tokens)[:, :-1], (1, 0)) * s.mask
+    s.now = F.pad(scores_of(critic, s.tokens)[:, :-1], (1, 0)) * s.mask if s.critic else None
     parts = list(rows.split(w.c.micro))
     seen = {axis: [call for name, call in calls if AXIS[name] == axis]
             for axis in ("surrogate", "regulariser", "value")}
@@ -384,11 +395,15 @@ def check_step(w, scene, row):
     """One iteration: rollout, rewards, advantages, updates, the controller, the logged row."""
     i, gen = len(w.steps), scene.gen
     problems = [w.train[j] for j in batch_indices(len(w.train), w.c.rollouts, i, SEED)]
-    critic = next(call.critic for name, call in scene.rows if name == "critic_values")
+    critics = [call.critic for name, call in scene.rows if name == "critic_values"]
+    critic = critics[0] if critics else None
     s = Rolled(w, problems, w.samples, gen.out, gen.model, critic)
     w.steps.append(s)
     assert near(gen.out.logp, s.logp) and (i == 0) == near(s.logp, s.sft)
-    assert (i == 0) == near(s.values, 0 * s.values) or s.adv[1] is None
+    assert scene.rollout.step == i and scene.rollout.pool == w.train
+    assert scene.rollout.out["problems"] == problems
+    assert len(critics) == ("values" in needs(w.f.advantage))
+    assert critic is None or (i == 0) == near(s.values, 0 * s.values)
     compare_rewards(scene, [s])
     order = [call.rows for name, call in scene.rows if name == "update"]
     assert {len(rows) for rows in order} == {w.c.batch}
@@ -540,7 +555,10 @@ def test_every_row_of_every_preset_gets_what_it_names(config, two_models, workdi
     told_log = [r for r in log if "val_kl" in r]
     assert [{k: r[k] for k in told[0]} for r in told_log] == told
     assert [r["step"] for r in told_log] == ([0, 2] if steps else [0])
-    frozen = [net for net in evaluations[0].models.values() if isinstance(net, torch.nn.Module)]
+    known = evaluations[0].known
+    frozen = [known[name] for name in ("ref", "anchor", "base", "judge") if name in known]
+    assert same_weights(known["anchor"], w.ref, 0) and "base" not in known or same_weights(
+        known["base"], w.base, 0)
     assert not any(p.requires_grad for net in frozen for p in net.parameters())
     updates = [call for name, call in events if name == "update"]
     if updates:
