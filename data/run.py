@@ -1934,12 +1934,16 @@ def claims_of(script):
     return importlib.import_module(f"claims.{script}")
 
 
-def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, ranks=False):
+def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, ranks=False,
+           instead={}):
     """A script's main: train one run, with --claim NAME every arm of a claim, or --eject FILE.
 
-    readers: see configure; ranks: torchrun may start it.
+    readers: see configure; ranks: torchrun may start it. instead: {a first word: what it calls with
+    the words that follow}.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in instead:
+        return instead[argv[0]](argv[1:])
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
     flags = {x.name: x.default for x in dataclasses.fields(Config)} | dict(power=False)
     options = dict(parse(argv, flags))
