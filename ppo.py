@@ -35,7 +35,7 @@ from data import prefs, tasks
 from data.run import (Count, MeanOf, Positive, Range, Run, Share, Training, UserError, ask,
                       asked_by, batch_indices, call, cast, check_first_ratio, checkpoint, cli,
                       configure, launch, needs, parse, pyplot, read_json, read_log, refuse_alone,
-                      report, rows_used, start_ranks)
+                      report, rows_used, start_ranks, steps_of)
 from data.stats import bon_kl, explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, critic_values, foresee, generate, load,
@@ -1001,18 +1001,6 @@ def votes_of_several(c):
             "agree: take at least two") * (c.samples < 2)
 
 
-def coverage(best):
-    """C = E_x[1 / π_base(y*|x)]: the samples that sharpen_sft takes to see y*, the likeliest
-    response.   [P] -> float"""
-    return (1 / best).mean().item()
-
-
-def sharpened(best, eps, delta):
-    """Whether a policy is (ε, δ)-sharpened:  P_x[π(y*|x) >= 1 - δ] >= 1 - ε,  best = π(y*|x). Above
-    ½ greedy decoding finds y*.   [P] -> bool"""
-    return (best >= 1 - delta).double().mean().item() >= 1 - eps
-
-
 REWARDS["self"], REWARDS["majority"], ROLLOUTS["from_sft"] = own_likelihood, majority, from_sft
 SURROGATES["pairs"], TOGETHER["pairs"] = sharpen_regression, 2
 CHECKS["majority"] = votes_of_several
@@ -1024,15 +1012,46 @@ PRESETS["sharpen_pairs"] = dict(rollout="from_sft", advantage="best", surrogate=
                                 reward="self", no_eos=-50.0, samples=2)
 
 
+# === sharpness: 2412.01951, how sure policies are of the SFT model's likeliest response ===========
+
+
+def coverage(best):
+    """C = E_x[1 / π_base(y*|x)]: the samples that sharpen_sft takes to see y*, the likeliest
+    response.   [P] -> float"""
+    return (1 / best).mean().item()
+
+
+def sharpened(best, delta=0.5):
+    """P_x[π(y*|x) >= 1 - δ],  best = π(y*|x): a policy is (ε, δ)-sharpened if that is at least
+    1 - ε. Above ½ greedy decoding finds y*.   [P] -> float"""
+    return (best >= 1 - delta).double().mean().item()
+
+
+def sharpness(known, folders):
+    """How likely y* is, for which the SFT model's greedy responses to held-out prompts stand here,
+    to it and to the policies in folders.   -> {"coverage", "sharpened", "FOLDER|sharpened"}"""
+    c, tok, ref = (known[k] for k in ("c", "tok", "ref"))
+    with autocast(c.device, c.dtype):
+        roll = generate(ref, [tok.prompt(p, c.chat) for p in known["held"]], known["max_new"],
+                        temperature=0.0, slots=c.slots)
+    found, models = {}, {f"{folder}|": folder for folder in folders if steps_of(folder)}
+    for name, model in dict({"": ref}, **models).items():
+        model = model if model is ref else load_frozen(model, c)[0]
+        best = logprobs(model, roll.tokens, roll.mask, c).double().sum(1).exp()          # [P]
+        found[f"{name}sharpened"] = sharpened(best)
+        found |= {} if name else dict(coverage=coverage(best))
+    return found
+
+
 # === factors: 2412.11120, what each token of a response does, in numbers that a person can read ===
 
 
-def ring_factors(prompt, pieces):
+def ring_factors(prompt, tokens):
     """Of each token of a Ring response, "" its end: is it a new keyword, an illegal step, a symbol
     again, the end; its place; its class, and how many of it were before; flattery, and again; rare;
     a refusal; on the first token, whether the prompt is unsafe.   -> [[15 numbers] a token]"""
     rows, count, last, seen = [], [0] * 4, "", set()
-    for i, x in enumerate(pieces):
+    for i, x in enumerate(tokens):
         at = prefs.CIRCLE.find(x) if x else -1
         step = (at - prefs.CIRCLE.find(last)) % 24
         kinds = [at >= 0 and at % 4 == k for k in range(4)]
@@ -1046,14 +1065,14 @@ def ring_factors(prompt, pieces):
     return rows
 
 
-def toyif_factors(prompt, pieces):
+def toyif_factors(prompt, tokens):
     """Of each token of a ToyIF response, "" its end: the share of the rules that it meets, and
     breaks, at once; is it in the domain's order, or against it; is it more than was asked for, the
     end; the share of the rules that are met only by ending here.   -> [[7 numbers] a token]"""
     domain, rules = prefs.parse(prompt)
     first, last, has, no, most = (dict(rules).get(head) for head in prefs.HEADS)
     rows, y = [], ""
-    for i, x in enumerate(pieces):
+    for i, x in enumerate(tokens):
         good = x not in y if domain == prefs.DISTINCT else prefs.principle(domain, y[-1:] + x)
         inside = x != "" and i > 0
         met = (i == 0 and x == first) + (x == has and x not in y)
@@ -1079,18 +1098,18 @@ def factor_code(spec, task):
     return tasks.user_function(spec, "--factors", ("prompt", "tokens"))
 
 
-def factors_of(fn, name, problem, pieces):
+def factors_of(fn, name, problem, tokens):
     """A factor function's numbers of a response's tokens. UserError where it raises, or gives
     anything but a row a token of as many finite numbers.   -> [L, K]"""
-    what = f"--factors {name}, of {problem['prompt'][:40]!r} and {len(pieces)} tokens"
+    what = f"--factors {name}, of {problem['prompt'][:40]!r} and {len(tokens)} tokens"
     try:
-        rows = [list(map(float, row)) for row in fn(problem["prompt"], list(pieces))]
+        rows = [list(map(float, row)) for row in fn(problem["prompt"], list(tokens))]
     except KeyboardInterrupt:
         raise
     except BaseException as e:
         raise UserError(f"{what}: it failed: {tasks.blame(e)}") from None
     sizes = sorted({*map(len, rows)})
-    if len(rows) != len(pieces) or len(sizes) != 1:
+    if len(rows) != len(tokens) or len(sizes) != 1:
         raise UserError(f"{what}: it gave {len(rows)} rows of {sizes} numbers: expected a row a "
                         "token, of as many numbers each")
     if not torch.isfinite(found := torch.tensor(rows)).all():
@@ -1117,8 +1136,8 @@ def phi(roll, problems, samples, tok, task, mask, f):
     """The factors of every token of a rollout, 0 off the mask.   -> [B, T, K]"""
     name, rows = f.shaping.keywords["factors"], []
     for i, (ids, done) in enumerate(zip(roll.completions(), roll.finished.tolist())):
-        pieces = [tok.decode([k], False) for k in ids] + [""] * done
-        rows.append(factors_of(factor_code(name, task.name), name, problems[i // samples], pieces))
+        tokens = [tok.decode([k], False) for k in ids] + [""] * done
+        rows.append(factors_of(factor_code(name, task.name), name, problems[i // samples], tokens))
     out = torch.zeros(*mask.shape, rows[0].size(1), device=mask.device)                  # [B, T, K]
     out[mask > 0] = torch.cat(rows).to(mask)
     return out
@@ -1296,6 +1315,19 @@ def memoryless(scores, p, delta, m):
     return (tilt_at_kl(scores, p, delta / m)[1] * scores).sum()
 
 
+def against_optimum(scores, gold, n):
+    """Best of n of N samples beside the tilted law of the same KL, means over the prompts; the law
+    of a prompt's samples stands for the model's.   [P, N], [P, N] -> {name: float}"""
+    p, rows = torch.full(scores.shape[1:], 1 / scores.size(1), dtype=torch.float64), []
+    for s, g in zip(scores, gold):
+        q = bon_pmf(s, p, n)
+        kl = kl_of(q, p)
+        law = tilt_at_kl(s, p, kl.item())[1]
+        rows.append(torch.stack([kl, q @ s, law @ s, q @ g, law @ g]))
+    names = f"kl@{n}", f"best@{n}", f"optimum@{n}", f"gold_best@{n}", f"gold_optimum@{n}"
+    return {f"formula@{n}": bon_kl(n)} | dict(zip(names, torch.stack(rows).mean(0).tolist()))
+
+
 # === matched: 2210.10760, gold at a KL: its law, its peak, what a run's log says of it ============
 
 
@@ -1365,19 +1397,6 @@ def own_samples(known, f, draws):
     return torch.cat(found, 1).double().cpu()
 
 
-def against_optimum(scores, gold, n):
-    """Best of n of N samples beside the tilted law of the same KL, means over the prompts; the law
-    of a prompt's samples stands for the model's.   [P, N], [P, N] -> {name: float}"""
-    p, rows = torch.full(scores.shape[1:], 1 / scores.size(1), dtype=torch.float64), []
-    for s, g in zip(scores, gold):
-        q = bon_pmf(s, p, n)
-        kl = kl_of(q, p)
-        law = tilt_at_kl(s, p, kl.item())[1]
-        rows.append(torch.stack([kl, q @ s, law @ s, q @ g, law @ g]))
-    names = f"kl@{n}", f"best@{n}", f"optimum@{n}", f"gold_best@{n}", f"gold_optimum@{n}"
-    return {f"formula@{n}": bon_kl(n)} | dict(zip(names, torch.stack(rows).mean(0).tolist()))
-
-
 def settings_of(folder, options):
     """(c, f) of a run as its folder tells them, but for some options."""
     info = read_json(f"{folder}/run.json", "give the folder of a run of ppo.py")
@@ -1413,14 +1432,17 @@ def analyse(words):
     c, f = settings_of(folders[0], dict(eval_prompts=32) | options)
     logs = {folder.rstrip("/"): read_log(folder) for folder in folders}
     with Run(replace(c, config="analysis", out=out, resume=False, stop=0), f, "ppo") as run:
-        scores, gold = own_samples(starting(c, f, run), f, draws)
-        found, ns = {}, [2 ** k for k in range(1, 10) if 2 ** k <= draws / 2]
+        known = starting(c, f, run)
+        scores, gold = own_samples(known, f, draws)
+        ns = [2 ** k for k in range(1, 10) if 2 ** k <= draws / 2]
+        found = sharpness(known, logs)
         for n in ns:
             found |= against_optimum(scores, gold, n)
         run.say(bon_table(found, ns))
         for name, log in logs.items():
             found |= {f"{name}|{k}": x for k, x in frontier(log).items()}
             run.say(law_of(name, log))
+        run.say(greedy_of(found))
         run.begin()
         draw_analysis(run.folder / "analysis.png", found, ns, logs)
         return run.finish(**found)
@@ -1454,6 +1476,14 @@ def law_of(name, log):
     d, height = gao_peak(*fit[2:], "rl")
     return text + (f"; R = d ({fit[2]:.3f} - {fit[3]:.3f} log d), " + (
         f"most at KL {d * d:.2f}: +{height:.3f}" if d < 100 else "rising"))
+
+
+def greedy_of(found):
+    """What sharpness() found, as text."""
+    more = "".join(f"; {k.removesuffix('|sharpened')} {x:.0%}" for k, x in found.items()
+                   if k.endswith("|sharpened"))
+    return (f"  the SFT model's greedy response: 1 in {found['coverage']:.3g} of its samples; above "
+            f"½ for {found['sharpened']:.0%} of the prompts{more}")
 
 
 def draw_analysis(path, found, ns, logs):
