@@ -1482,8 +1482,8 @@ def greedy_of(found):
     """What sharpness() found, as text."""
     more = "".join(f"; {k.removesuffix('|sharpened')} {x:.0%}" for k, x in found.items()
                    if k.endswith("|sharpened"))
-    return (f"  the SFT model's greedy response: 1 in {found['coverage']:.3g} of its samples; above "
-            f"½ for {found['sharpened']:.0%} of the prompts{more}")
+    return (f"  the SFT model's greedy response is 1 in {found['coverage']:.3g} of its samples, "
+            f"and above ½ for {found['sharpened']:.0%} of the prompts{more}")
 
 
 def draw_analysis(path, found, ns, logs):
