@@ -1077,7 +1077,7 @@ def toyif_factors(prompt, tokens):
         inside = x != "" and i > 0
         met = (i == 0 and x == first) + (x == has and x not in y)
         broken = (i == 0 and first not in (None, x)) + (x == no and x not in y)
-        ends = (i == most) + (last in (y[-1:],)) + (no is not None and no not in y)
+        ends = (i == most) + (y[-1:] == last) + (no is not None and no not in y)
         rows.append([met / len(rules), broken / len(rules), inside and good, inside and not good,
                      x != "" and i >= (most or 99), x == "", ends / len(rules) if x == "" else 0])
         y += x
@@ -1200,14 +1200,16 @@ class Decoder:
         return row | dict(lare_loss=loss.item())
 
     def state(self):
+        rows, scores = zip(*self.episodes) if self.episodes else ([], [])
         return dict(net=self.net.state_dict(), opt=self.opt.state_dict(), rng=self.g.get_state(),
-                    episodes=self.episodes)
+                    phi=torch.cat(rows) if rows else (), length=[*map(len, rows)], unit=[*scores])
 
     def load(self, state):
         self.net.load_state_dict(state["net"])
         self.opt.load_state_dict(state["opt"])
         self.g.set_state(state["rng"])
-        self.episodes = state["episodes"]
+        rows = state["phi"].split(state["length"]) if state["length"] else ()
+        self.episodes = list(zip(rows, state["unit"]))
 
 
 MEMORIES["decoder"] = Decoder
