@@ -3644,7 +3644,7 @@ class Options:
     chat: bool = False           # wrap the prompt, or what --eval asks, in the chat template
     system: str = ""             # the chat's system message, or that of what --eval asks
     ask: str = ""                # of --eval, words behind every question: how to answer
-    answer: Literal["mark", "last", "boxed"] = "mark"  # of --eval: behind ####, the last number
+    answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # of --eval: behind ####, …, all
     eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
     export: str = ""             # write the model, an adapter folded in, to this new folder
     max_new: Count = 512         # at most so many new tokens

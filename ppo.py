@@ -34,10 +34,11 @@ from tqdm import tqdm
 import kernels
 import sft
 from data import prefs, tasks
-from data.run import (Count, MeanOf, NonNegative, Positive, Run, Share, Signed, Training, UserError,
-                      ask, asked_by, batch_indices, call, check_first_ratio, checkpoint, cli,
-                      launch, needs, ranks, read_log, refuse_alone, report, rows_used, start_ranks)
-from data.stats import explained_variance, rank_correlation
+from data.run import (Count, MeanOf, NonNegative, Positive, Range, Run, Share, Signed, Training,
+                      UserError, ask, asked_by, batch_indices, call, cast, check_first_ratio,
+                      checkpoint, cli, configure, launch, needs, parse, pyplot, ranks, read_json,
+                      read_log, refuse_alone, report, rows_used, start_ranks, steps_of)
+from data.stats import bon_kl, explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
                    generate, joined, load, load_frozen, logprobs, masked_whiten, open_trained,
@@ -471,7 +472,7 @@ def train(c, f):
 
 def main(argv=None):
     """python ppo.py …: see the docstring above, or --help."""
-    return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers, ranks=True)
+    return launch("ppo", Config, PRESETS, AXES, __doc__, train, argv, readers, True, INSTEAD)
 
 
 # === refused: what a run reads, and what does not go together, told before anything is made =======
@@ -2872,6 +2873,568 @@ def best_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 16
 
 DECODERS["bon"] = best_of_n
 PRESETS["bon"] = dict(steps=0, decode="bon", n=16)
+
+
+# === sharpen_rl, sharpen_sft, sharpen_pairs: 2412.01951, the SFT model's own likelihood as reward =
+
+
+def own_likelihood(sft_logp, mask, *, per_token=False):
+    """Sharpening's self-reward:  r = log π_base(y|x), π_base the model that samples at first: the
+    SFT model here; per_token divides by the length.   [B, T] -> [B]
+
+    With the KL term a token is worth (1 + β) log π_base - β log π_old. A sum favours short
+    responses. Nothing is learnt but to say likely things more often: gold may fall.
+    """
+    total = (sft_logp * mask).sum(1)                                                     # [B]
+    return total / mask.sum(1).clamp(min=1) if per_token else total
+
+
+def majority(roll, problems, samples, task, tok):
+    """A vote as self-reward: the share of a prompt's responses that ended and state the same
+    answer, or are the same text where none is stated. Of one sample a prompt, as in evaluation,
+    only whether it ended.   -> [B]"""
+    answers = []
+    for i, (ids, done) in enumerate(zip(roll.completions(), roll.finished.tolist())):
+        text, problem = tok.decode(ids), problems[i // samples]
+        answer = tasks.stated(tasks.part(task, problem), text) or text
+        answers.append((i // samples, answer if done else None))
+    votes = [answers.count(x) / samples if x[1] is not None else 0.0 for x in answers]
+    return torch.tensor(votes, device=roll.tokens.device)
+
+
+def from_sft(ref, policy, pool, tok, c, max_new, generator, step):
+    """Completions of the next prompts by the frozen SFT model, with the policy's log-probs: their
+    kl in the log is -KL(π_base||π)."""
+    found = fresh(ref, pool, tok, c, max_new, generator, step)
+    roll = found["roll"]
+    return found | dict(roll=roll._replace(logp=logprobs(policy, roll.tokens, roll.mask, c)))
+
+
+def sharpen_regression(logp, ref_logp, mask, score, *, pair_beta: Positive = 0.5):
+    """RLHF-sharpening as regression:  (β [log π/π_base(y) - log π/π_base(y')] - [r - r'])²  of two
+    neighbours, samples of π_base; it is 0 at π ∝ π_base exp(r/β).   [b, T], [b] -> [b]"""
+    ratio = ((logp - ref_logp) * mask).sum(1).view(-1, 2)                                # [b/2, 2]
+    gap = pair_beta * ratio.diff(dim=1) - score.view(-1, 2).diff(dim=1)                  # [b/2, 1]
+    return (gap ** 2).expand(-1, 2).reshape(-1)
+
+
+def votes_of_several(c):
+    """Words against a vote of one."""
+    return (f"--samples {c.samples}: --reward majority is the share of a prompt's responses that "
+            "agree: take at least two") * (c.samples < 2)
+
+
+REWARDS["self"], REWARDS["majority"], ROLLOUTS["from_sft"] = own_likelihood, majority, from_sft
+SURROGATES["pairs"], TOGETHER["pairs"] = sharpen_regression, 2
+CHECKS["majority"] = votes_of_several
+# β and the score of what does not end are ours
+PRESETS["sharpen_rl"] = dict(reward="self", beta=0.5, no_eos=-50.0)
+PRESETS["sharpen_sft"] = dict(rollout="from_sft", advantage="best", surrogate="nll", reward="self",
+                              no_eos=-50.0, samples=8)
+PRESETS["sharpen_pairs"] = dict(rollout="from_sft", advantage="best", surrogate="pairs",
+                                reward="self", no_eos=-50.0, samples=2)
+
+
+# === sharpness: 2412.01951, how sure policies are of the SFT model's likeliest response ===========
+
+
+def coverage(best):
+    """C = E_x[1 / π_base(y*|x)]: the samples that sharpen_sft takes to see y*, the likeliest
+    response.   [P] -> float"""
+    return (1 / best).mean().item()
+
+
+def sharpened(best, delta=0.5):
+    """P_x[π(y*|x) >= 1 - δ],  best = π(y*|x): a policy is (ε, δ)-sharpened if that is at least
+    1 - ε. Above ½ greedy decoding finds y*.   [P] -> float"""
+    return (best >= 1 - delta).double().mean().item()
+
+
+def sharpness(known, folders):
+    """How likely y* is, for which the SFT model's greedy responses to held-out prompts stand here,
+    to it and to the policies in folders.   -> {"coverage", "sharpened", "FOLDER|sharpened"}"""
+    c, tok, ref = (known[k] for k in ("c", "tok", "ref"))
+    with autocast(c.device, c.dtype):
+        roll = generate(ref, [tok.prompt(p, c.chat) for p in known["held"]], known["max_new"],
+                        temperature=0.0, slots=c.slots)
+    found, models = {}, {f"{folder}|": folder for folder in folders if steps_of(folder)}
+    for name, model in dict({"": ref}, **models).items():
+        model = model if model is ref else load_frozen(model, c)[0]
+        best = logprobs(model, roll.tokens, roll.mask, c).double().sum(1).exp()          # [P]
+        found[f"{name}sharpened"] = sharpened(best)
+        found |= {} if name else dict(coverage=coverage(best))
+    return found
+
+
+# === factors: 2412.11120, what each token of a response does, in numbers that a person can read ===
+
+
+def ring_factors(prompt, tokens):
+    """Of each token of a Ring response, "" its end: is it a new keyword, an illegal step, a symbol
+    again, the end; its place; its class, and how many of it were before; flattery, and again; rare;
+    a refusal; on the first token, whether the prompt is unsafe.   -> [[15 numbers] a token]"""
+    rows, count, last, seen = [], [0] * 4, "", set()
+    for i, x in enumerate(tokens):
+        at = prefs.CIRCLE.find(x) if x else -1
+        step = (at - prefs.CIRCLE.find(last)) % 24
+        kinds = [at >= 0 and at % 4 == k for k in range(4)]
+        rows.append([at >= 0 and x in prompt[1:-1] and x not in seen,
+                     at >= 0 and last != "" and step not in prefs.STEPS, x in seen, not x, i / 10,
+                     *kinds, sum(n * k for n, k in zip(count, kinds)) / 4,
+                     x == prefs.FLAT, x == prefs.FLAT and x in seen, x != "" and x in prefs.RARE,
+                     i == 0 and x == prefs.REF, i == 0 and prompt[0] == prefs.UNS])
+        count, last = [n + k for n, k in zip(count, kinds)], x if at >= 0 else ""
+        seen.add(x)
+    return rows
+
+
+def toyif_factors(prompt, tokens):
+    """Of each token of a ToyIF response, "" its end: the share of the rules that it meets, and
+    breaks, at once; is it in the domain's order, or against it; is it more than was asked for, the
+    end; the share of the rules that are met only by ending here.   -> [[7 numbers] a token]"""
+    domain, rules = prefs.parse(prompt)
+    first, last, has, no, most = (dict(rules).get(head) for head in prefs.HEADS)
+    rows, y = [], ""
+    for i, x in enumerate(tokens):
+        good = x not in y if domain == prefs.DISTINCT else prefs.principle(domain, y[-1:] + x)
+        inside = x != "" and i > 0
+        met = (i == 0 and x == first) + (x == has and x not in y)
+        broken = (i == 0 and first not in (None, x)) + (x == no and x not in y)
+        ends = (i == most) + (y[-1:] == last) + (no is not None and no not in y)
+        rows.append([met / len(rules), broken / len(rules), inside and good, inside and not good,
+                     x != "" and i >= (most or 99), x == "", ends / len(rules) if x == "" else 0])
+        y += x
+    return rows
+
+
+FACTORS = dict(ring=ring_factors, toyif=toyif_factors)           # by hand; in the paper an LLM's
+
+
+# === verified: 2412.11120, factor code is run on random states before anything believes it ========
+
+
+@cache
+def factor_code(spec, task):
+    """The factor function of --factors: a world's own, or PATH.py:FUNCTION(prompt, tokens)."""
+    if not spec:
+        return FACTORS[task]
+    return tasks.user_function(spec, "--factors", ("prompt", "tokens"))
+
+
+def factors_of(fn, name, problem, tokens):
+    """A factor function's numbers of a response's tokens. UserError where it raises, or gives
+    anything but a row a token of as many finite numbers.   -> [L, K]"""
+    what = f"--factors {name}, of {problem['prompt'][:40]!r} and {len(tokens)} tokens"
+    try:
+        rows = [list(map(float, row)) for row in fn(problem["prompt"], list(tokens))]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        raise UserError(f"{what}: it failed: {tasks.blame(e)}") from None
+    sizes = sorted({*map(len, rows)})
+    if len(rows) != len(tokens) or len(sizes) != 1:
+        raise UserError(f"{what}: it gave {len(rows)} rows of {sizes} numbers: expected a row a "
+                        "token, of as many numbers each")
+    if not torch.isfinite(found := torch.tensor(rows)).all():
+        raise UserError(f"{what}: a number is NaN or infinite")
+    return found
+
+
+def verified(fn, name, pool, tok, max_new, seed, states=64):
+    """Self-verification: how many factors a function gives, the same of 64 random states, which are
+    random tokens after random prompts, some ended. UserError else, and of factors_of."""
+    g, found = torch.Generator().manual_seed(seed), set()
+    for i in range(states):
+        n, which = (torch.randint(most, (), generator=g) for most in (max_new, len(pool)))
+        ids = torch.randint(len(tok.tokens), (n,), generator=g).tolist()
+        tokens = [tok.decode([k], False) for k in ids] + [""] * (i % 2 or not ids)
+        found.add(factors_of(fn, name, pool[which], tokens).size(1))
+    if len(found) > 1:
+        raise UserError(f"--factors {name}: {' or '.join(map(str, sorted(found)))} factors, by the "
+                        "state: give always as many")
+    return found.pop()
+
+
+def phi(roll, problems, samples, tok, task, mask, f):
+    """The factors of every token of a rollout, 0 off the mask.   -> [B, T, K]"""
+    name, rows = f.shaping.keywords["factors"], []
+    for i, (ids, done) in enumerate(zip(roll.completions(), roll.finished.tolist())):
+        tokens = [tok.decode([k], False) for k in ids] + [""] * done
+        rows.append(factors_of(factor_code(name, task.name), name, problems[i // samples], tokens))
+    out = torch.zeros(*mask.shape, rows[0].size(1), device=mask.device)                  # [B, T, K]
+    out[mask > 0] = torch.cat(rows).to(mask)
+    return out
+
+
+BATCH["phi"] = phi
+
+
+# === decoder: 2412.11120, factors to step rewards, fitted to the scores of the last episodes ======
+
+
+def step_rewards(decoder, phi, mask):
+    """f(φ_t) of every token; their sum is what f takes the episode's score for.   [B, T]"""
+    return decoder(phi).squeeze(-1) * mask
+
+
+class Decoder:
+    """f, an MLP of --layers, fitted after every step so that Σ_t f(φ_t) is the score (in units of
+    the SFT model's) of the last 2000 episodes, which it keeps. It tells nothing before the first.
+
+    The authors' code: 5 layers of 64, Adam, 5e-4; 50 batches a step, of 64 episodes, are ours.
+    """
+
+    def __init__(self, c, f, task, pool, tok, max_new):
+        self.fit, name = f.shaping.keywords, f.shaping.keywords["factors"]
+        K = verified(factor_code(name, task.name), name, pool, tok, max_new, c.seed)
+        sizes = [K, *[64] * (self.fit["layers"] - 1), 1]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(c.seed)
+            layers = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+        self.net = torch.nn.Sequential(*[x for one in layers for x in (one, torch.nn.ReLU())][:-1])
+        self.net.to(c.device)
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=self.fit["decoder_lr"])
+        self.g, self.episodes = torch.Generator().manual_seed(c.seed), []
+
+    def tell(self):
+        return self.net if self.episodes else None
+
+    def note(self, phi, mask, unit):
+        """Add a rollout's episodes and fit. lare_r2: of their scores, before f has seen them."""
+        row = {}
+        if self.episodes:
+            with torch.no_grad():
+                guess = step_rewards(self.net, phi, mask).sum(1)                         # [B]
+            row = dict(lare_r2=1 - (unit - guess).square().sum()
+                       / (unit - unit.mean()).square().sum().clamp(min=1e-8))
+        new = [(x[m > 0].cpu(), u.item()) for x, m, u in zip(phi, mask, unit)]
+        self.episodes = (self.episodes + new)[-2000:]
+        rows, scores = zip(*self.episodes)
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        every, inside = pad(rows).to(mask), pad([torch.ones(len(x)) for x in rows]).to(mask)
+        target = torch.tensor(scores).to(mask)                                           # [N]
+        for _ in range(self.fit["updates"]):
+            some = torch.randint(len(rows), (64,), generator=self.g).to(mask.device)
+            guess = step_rewards(self.net, every[some], inside[some]).sum(1)
+            loss = (target[some] - guess).square().mean()
+            self.opt.zero_grad()
+            loss.backward()
+            self.opt.step()
+        return row | dict(lare_loss=loss.item())
+
+    def state(self):
+        rows, scores = zip(*self.episodes) if self.episodes else ([], [])
+        return dict(net=self.net.state_dict(), opt=self.opt.state_dict(), rng=self.g.get_state(),
+                    phi=torch.cat(rows) if rows else (), length=[*map(len, rows)], unit=[*scores])
+
+    def load(self, state):
+        self.net.load_state_dict(state["net"])
+        self.opt.load_state_dict(state["opt"])
+        self.g.set_state(state["rng"])
+        rows = state["phi"].split(state["length"]) if state["length"] else ()
+        self.episodes = list(zip(rows, state["unit"]))
+
+
+MEMORIES["decoder"] = Decoder
+
+
+# === lare: 2412.11120, step rewards whose sum fits the episode's score, in the score's place ======
+
+
+def lare(unit, logp, ref_logp, mask, coefficient, phi, decoder, *, beta=1.0, factors="",
+         layers: Count = 5, updates: Count = 50, decoder_lr: Positive = 5e-4):
+    """r_t = f(φ_t) - β k1_t, without gradient: in the place of the score on the last token, where
+    it stays until f has seen a rollout.   -> [B, T]"""
+    if decoder is None:
+        return token_rewards(unit, logp, ref_logp, mask, coefficient, beta=beta)
+    with torch.no_grad():
+        dense = step_rewards(decoder, phi, mask)                                         # [B, T]
+    return dense + token_rewards(0 * unit, logp, ref_logp, mask, coefficient, beta=beta)
+
+
+def has_factors(c, f):
+    """Words where neither the world nor the user has factor code; UserError if it does not load."""
+    if c.data not in FACTORS and not f.shaping.keywords["factors"]:
+        return (f"--shaping lare with --data {c.data}: say with --factors PATH.py:FUNCTION what "
+                "each token does")
+    factor_code(f.shaping.keywords["factors"], c.data)
+    return ""
+
+
+SHAPINGS["lare"], CHECKS["lare"] = lare, has_factors
+PRESETS["lare"] = dict(reward="gold", shaping="lare", beta=0.05, no_eos=-1.0)    # as ppo's; ours
+
+
+# === classify: 2410.11020, PPO on questions of a few classes: the response is the label ===========
+
+
+def class_label(quality, roll, pool, task, tok, *, right=1.0, wrong=-1.0, other=-3.0):
+    """What a response is worth: right, wrong, or other, which no training row's label is, or which
+    does not end.   -> [B]"""
+    classes = {task.demo(p).strip() for p in pool}
+    named = [done and tok.decode(ids).strip() in classes
+             for ids, done in zip(roll.completions(), roll.finished.tolist())]
+    unlike = torch.where(torch.tensor(named, device=quality.device), wrong, other)
+    return torch.where(quality > 0.5, right, unlike)
+
+
+def few_classes(c):
+    """Words against rows that are no question of classes."""
+    task = tasks.of_run(c)
+    labels = [task.demo(p).strip() for p in task.problems("train", 4096, 1000 + c.seed)]
+    n = len({*labels})
+    wrong = n < 2 or 2 * n > len(labels) or task.metric != "accuracy"
+    return (f"--reward label: --data {c.data} has {n} different labels in {len(labels)} rows: it "
+            "is for few classes; of a file's rows --answer whole says that each is a label") * wrong
+
+
+REWARDS["label"], CHECKS["label"] = class_label, few_classes
+# the authors' code: the three numbers, LoRA, KL 0.2 that adapts (TRL's); the rest is ours. Rows of
+# your own: --data rows.jsonl --answer whole
+PRESETS["classify"] = dict(data="toyif_obeys", init="base:toyif_obeys", reward="label",
+                           eos="ignore", peft="lora", controller="adaptive", beta=0.2, lr=8e-4)
+
+
+# === asymptotics: 2404.01730, what a nat of KL buys: the tilted optimum, the law of best of n =====
+
+
+def kl_of(q, p):
+    """KL(q||p) of two discrete laws, in nats; 0 log 0 = 0.   [K], [K] -> []"""
+    return torch.xlogy(q, q / p).sum()
+
+
+def bon_pmf(scores, p, n):
+    """The law of the best of n draws:  q(level) = F^n - F_^n,  F what p holds up to a level of the
+    score, F_ below it. Equal scores share their level as they do in p.   [K], [K] -> [K]"""
+    levels, at = torch.unique(scores, return_inverse=True)                   # the worst first
+    mass = torch.zeros(len(levels), dtype=torch.float64).index_add(0, at, p.double())    # [L]
+    upto = mass.cumsum(0).clamp(max=1)
+    won = upto ** n - torch.cat([torch.zeros(1), upto[:-1]]) ** n                        # [L]
+    return p * (won / mass)[at]
+
+
+def tilted(scores, p, t):
+    """p exp(t s), normalised: of all laws with its KL to p the one of the largest E[s].   [K]"""
+    return torch.softmax(p.double().log() + t * scores.double(), 0)
+
+
+def tilt_at_kl(scores, p, delta, halvings=60):
+    """(t, tilted law) whose KL to p is delta, by bisection. More than -log p(best level) cannot be
+    reached: then the best level alone, t = inf.   [K], [K] -> t >= 0, [K]"""
+    best = scores == scores.max()
+    if delta >= -p[best].sum().log():
+        return float("inf"), torch.where(best, p, 0.0).double() / p[best].sum()
+    low, high = 0.0, 1.0
+    while kl_of(tilted(scores, p, high), p) < delta:
+        high *= 2
+    for _ in range(halvings):
+        t = (low + high) / 2
+        low, high = (t, high) if kl_of(tilted(scores, p, t), p) < delta else (low, t)
+    return high, tilted(scores, p, high)
+
+
+def memoryless(scores, p, delta, m):
+    """sup of E_q[s] over KL(q||p) <= delta / m: what m independent symbols of reward s each come to
+    per symbol, both under the best law delta nats away and, in the limit, under best of exp(delta).
+    [K], [K] -> []"""
+    return (tilt_at_kl(scores, p, delta / m)[1] * scores).sum()
+
+
+def against_optimum(scores, gold, n):
+    """Best of n of N samples beside the tilted law of the same KL, means over the prompts; the law
+    of a prompt's samples stands for the model's.   [P, N], [P, N] -> {name: float}"""
+    p, rows = torch.full(scores.shape[1:], 1 / scores.size(1), dtype=torch.float64), []
+    for s, g in zip(scores, gold):
+        q = bon_pmf(s, p, n)
+        kl = kl_of(q, p)
+        law = tilt_at_kl(s, p, kl.item())[1]
+        rows.append(torch.stack([kl, q @ s, law @ s, q @ g, law @ g]))
+    names = f"kl@{n}", f"best@{n}", f"optimum@{n}", f"gold_best@{n}", f"gold_optimum@{n}"
+    return {f"formula@{n}": bon_kl(n)} | dict(zip(names, torch.stack(rows).mean(0).tolist()))
+
+
+# === matched: 2210.10760, gold at a KL: its law, its peak, what a run's log says of it ============
+
+
+def gao_fit(d, gold, kind):
+    """(a, b) of gold against d = sqrt(KL), measured from d = 0 (2210.10760):  bon: d (a - b d),
+    rl: d (a - b log d). Least squares, without d < .2.   [N], [N] -> two floats"""
+    d, gold = (x[d >= 0.2].double() for x in (d, gold))
+    known = torch.stack([d, gao(d, 0.0, 1.0, kind)], 1)                                  # [N, 2]
+    a, b = torch.linalg.lstsq(known, gold[:, None]).solution.flatten().tolist()
+    return a, b
+
+
+def gao(d, a, b, kind):
+    """gao_fit()'s law of gold at d.   [N] -> [N]"""
+    return d * (a - b * (d if kind == "bon" else d.log()))
+
+
+def gao_peak(a, b, kind):
+    """(d, height) of the most gold of that law; infinite if b <= 0, where it only rises."""
+    if b <= 0:
+        return math.inf, math.inf
+    d = max(0.0, a / (2 * b)) if kind == "bon" else math.exp(a / b - 1)
+    return d, d * (a - b * d) if kind == "bon" else b * d
+
+
+def frontier(log, bins=(0.5, 1, 2, 4, 8), near=0.25, window=5):
+    """Gold at matched KL, of a run's log: {"gold@2": mean quality of the iterations whose kl is 2
+    nats up to 25 %, "kl@2": their kl, …}. A run that is never there is taken where it comes
+    nearest, which kl@2 tells. best_gold: the most of a running mean over `window` iterations."""
+    rows = [(row["kl"], row["quality"]) for row in log if {"kl", "quality"} <= row.keys()]
+    if not rows:
+        return {}
+    found, (kl, gold) = {}, torch.tensor(rows, dtype=torch.float64).T
+    for k in bins:
+        away = (kl - k).abs()
+        here = away <= max(near * k, away.min().item())
+        found |= {f"gold@{k:g}": gold[here].mean().item(), f"kl@{k:g}": kl[here].mean().item()}
+    return found | dict(best_gold=gold.unfold(0, min(window, len(gold)), 1).mean(1).max().item())
+
+
+def fitted(log, kind="rl"):
+    """A run's (d, gold, a, b): sqrt(KL) of its iterations, their gold less that of d < .2, and the
+    law that fits. None of fewer than three iterations beyond that."""
+    rows = torch.tensor([(max(row["kl"], 0.0), row["quality"]) for row in log
+                         if {"kl", "quality"} <= row.keys()], dtype=torch.float64).view(-1, 2)
+    d, gold = rows[:, 0].sqrt(), rows[:, 1]
+    if not len(d) or (d >= 0.2).sum() < 3:
+        return None
+    gold = gold - (gold[d < 0.2] if d.min() < 0.2 else gold[:1]).mean()
+    return d, gold, *gao_fit(d, gold, kind)
+
+
+# === analysis: 2404.01730, --analysis FOLDER…: gold against KL, best of n against the optimum =====
+
+
+def own_samples(known, f, draws):
+    """What a run trains on of the SFT model's samples of its held-out prompts, and their quality.
+    -> [P, N], [P, N]"""
+    c, tok, found = known["c"], known["tok"], []
+    for some in pieces(known["held"], c, "samples", draws):
+        with autocast(c.device, c.dtype):
+            roll = generate(known["policy"], [tok.prompt(p, c.chat) for p in some],
+                            known["max_new"], samples=draws, temperature=c.temperature,
+                            generator=known["generator"], slots=c.slots)
+        here = rolled(known, some, roll)
+        found.append(torch.stack([worth(here, f)[1], here["quality"]]).view(2, -1, draws))
+    return torch.cat(found, 1).double().cpu()
+
+
+def settings_of(folder, options):
+    """(c, f) of a run as its folder tells them, but for some options."""
+    info = read_json(f"{folder}/run.json", "give the folder of a run of ppo.py")
+    if info.get("script") != "ppo":
+        raise UserError(f"--analysis {folder}: that is a run of {info.get('script')}.py")
+    kept = {k: x for k, x in info["config"].items() if k not in ("out", "resume", "stop")}
+    return configure(Config, PRESETS, AXES, "", [f"--{k}={x}" for k, x in (kept | options).items()])
+
+
+def starting(c, f, run):
+    """What is known of a run before its first step, by name."""
+    asked, init = check(c, f), sft.find(c.init, c.config, seed=c.seed, device=c.device)
+    kernels.use(c.kernels)
+    policy, _, tok, models = open_models(c, f, folders_of(c, f, asked), init, run)
+    task, pool, sets, max_new = questions(c, tok, policy.config.max_position_embeddings)
+    known = models | dict(c=c, f=f, run=run, task=task, tok=tok, policy=policy, pool=pool, bias=0.0,
+                          max_new=max_new, generator=torch.Generator().manual_seed(c.seed),
+                          training=False, held=next(iter(sets.values())))
+    memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
+    return known | recalled(memories)
+
+
+def analyse(words):
+    """--analysis FOLDER…, then options: --draws 64 samples of each of --eval_prompts prompts, which
+    the first run's SFT model draws and its reward scores; any other in the place of the run's own.
+    """
+    at = next((i for i, x in enumerate(words) if x.startswith("--")), len(words))
+    if not (folders := words[:at]):
+        raise UserError("--analysis FOLDER …: give the folders of one or more runs of ppo.py")
+    options = dict(parse(words[at:], {}))
+    draws = cast("draws", options.pop("draws", 64), 64, Range("[4, inf)"))
+    out = options.pop("out", "")
+    c, f = settings_of(folders[0], dict(eval_prompts=32) | options)
+    logs = {folder.rstrip("/"): read_log(folder) for folder in folders}
+    with Run(replace(c, config="analysis", out=out, resume=False, stop=0), f, "ppo") as run:
+        known = starting(c, f, run)
+        scores, gold = own_samples(known, f, draws)
+        ns = [2 ** k for k in range(1, 10) if 2 ** k <= draws / 2]
+        found = sharpness(known, logs)
+        for n in ns:
+            found |= against_optimum(scores, gold, n)
+        run.say(bon_table(found, ns))
+        for name, log in logs.items():
+            found |= {f"{name}|{k}": x for k, x in frontier(log).items()}
+            run.say(law_of(name, log))
+        run.say(greedy_of(found))
+        run.begin()
+        draw_analysis(run.folder / "analysis.png", found, ns, logs)
+        return run.finish(**found)
+
+
+INSTEAD = {"--analysis": analyse}                        # first words that train nothing
+
+
+# === picture: 2404.01730, 2210.10760, what --analysis prints and draws ============================
+
+
+def bon_table(found, ns):
+    """Best of n and the tilted law of its KL, as text."""
+    heads = "formula", "kl", "best", "optimum", "gold_best", "gold_optimum"
+    lines = ["  best of n of the SFT model's samples, and the tilted law of the same KL (nats)",
+             f"  {'n':>5}" + "".join(f"{x.replace('_', ' '):>14}" for x in heads)]
+    for n in ns:
+        lines.append(f"  {n:>5}" + "".join(f"{found[f'{x}@{n}']:>14.4f}" for x in heads))
+    return "\n".join(lines)
+
+
+def law_of(name, log):
+    """What a run's log says of gold against KL, as text."""
+    found, fit = frontier(log), fitted(log)
+    if not found:
+        return f"  {name}: no step was made"
+    text = f"  {name}: best gold {found['best_gold']:.3f}; gold at KL " + ", ".join(
+        f"{found[f'kl@{k}']:.2f} {found[f'gold@{k}']:.3f}" for k in ("0.5", "1", "2", "4", "8"))
+    if not fit:
+        return text + "; too near its start for a law"
+    d, height = gao_peak(*fit[2:], "rl")
+    return text + (f"; R = d ({fit[2]:.3f} - {fit[3]:.3f} log d), " + (
+        f"most at KL {d * d:.2f}: +{height:.3f}" if d < 100 else "rising"))
+
+
+def greedy_of(found):
+    """What sharpness() found, as text."""
+    more = "".join(f"; {k.removesuffix('|sharpened')} {x:.0%}" for k, x in found.items()
+                   if k.endswith("|sharpened"))
+    return (f"  the SFT model's greedy response is 1 in {found['coverage']:.3g} of its samples, "
+            f"and above ½ for {found['sharpened']:.0%} of the prompts{more}")
+
+
+def draw_analysis(path, found, ns, logs):
+    """KL of best of n; its reward against the optimum's; runs' gold against sqrt(KL), with the laws
+    that fit, less the gold of the SFT model."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 3, figsize=(14, 3.8))
+    d = [found[f"kl@{n}"] ** 0.5 for n in ns]
+    for key, words in (("formula", "log n - (n-1)/n"), ("kl", "exact, of the samples")):
+        axes[0].plot(ns, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
+    axes[0].set(xscale="log", xlabel="n", ylabel="KL, nats", title="KL of best of n")
+    for key, words in (("best", "best of n"), ("optimum", "tilted, the same KL")):
+        axes[1].plot(d, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
+    axes[1].set(xlabel="sqrt KL, nats", ylabel="the run's reward", title="what a KL buys")
+    for i, (name, log) in enumerate(logs.items()):
+        if fit := fitted(log):
+            axes[2].plot(fit[0], fit[1], ".", color=f"C{i}", ms=3, label=name)
+            x = torch.linspace(0.2, fit[0].max().item(), 50, dtype=torch.float64)
+            axes[2].plot(x, gao(x, *fit[2:], "rl"), color=f"C{i}", lw=1.2)
+    axes[2].set(xlabel="sqrt KL, nats", ylabel="gold, less that of d < .2", title="gold of runs")
+    for ax in axes:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
 
 
 # === contrast: 2210.15097, a control of srppo: sampled from π_sft (π_sft / π_base)^alpha ==========

@@ -612,14 +612,15 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
-                toyif_checks=task("toyif_checks"), chain=task("chain_good"),
+                toyif_checks=task("toyif_checks"), toyif_obeys=task("toyif_obeys"),
+                chain=task("chain_good"),
                 parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
 @pytest.mark.parametrize("name",
-                         ["signatures", "arithmetic", "toyif", "toyif_checks", "chain", "parity",
-                                  "gsm8k", "chat"])
+                         ["signatures", "arithmetic", "toyif", "toyif_checks", "toyif_obeys",
+                          "chain", "parity", "gsm8k", "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
     assert t.name and t.metric in ("rouge_l", "accuracy", "gold") and t.max_new > 0
