@@ -22,7 +22,9 @@ from data.stats import rank_correlation
 from data.tokenizer import Tokenizer
 from model import ScalarModel, load, preset, save
 
-METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny", "lora"}]
+APART = {*"""par centered tanh sigmoid sgfc lsc ceil meanstd clip minmax rto ptx rpo infalign_id
+         infalign_bon infalign_won infalign_log infalign_best""".split()}      # test_ppo_shaped.py
+METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny", "lora", *APART}]
 SEED = 3
 TINY = ["--steps", "2", "--rollouts", "8", "--batch", "8", "--micro", "5", "--eval_every", "2",
         "--save_every", "99", "--max_new", "6", "--eval_prompts", "8", "--seed", str(SEED)]
@@ -196,7 +198,7 @@ def test_every_argument_of_every_row_is_a_quantity_that_is_computed_apart():
     for axis, table in ppo.AXES.items():
         if axis not in ("kernels", "peft", "decode"):
             assert all(set(needs(fn)) - seen <= ORACLE.get(axis, {}).keys()
-                       for fn in table.values())
+                       for row, fn in table.items() if row not in APART)
 
 
 def followed(monkeypatch, argv, init, base):
