@@ -19,6 +19,7 @@ Watch    reward should rise while kl stays a few nats per response; ev (the crit
          ood_reward are without that rule. work is the share of rows x longest completion that
          decoding computed: finished rows leave.
 """
+import copy
 import math
 import re
 import time
@@ -38,13 +39,13 @@ from data.run import (Count, MeanOf, NonNegative, Positive, Range, Run, Share, S
                       UserError, ask, asked_by, batch_indices, call, cast, check_first_ratio,
                       checkpoint, cli, configure, launch, needs, parse, pyplot, ranks, read_json,
                       read_log, refuse_alone, report, rows_used, start_ranks, steps_of)
-from data.stats import bon_kl, explained_variance, rank_correlation
+from data.stats import accuracy, bon_kl, explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
                    generate, joined, load, load_frozen, logprobs, masked_whiten, open_trained,
                    passes, peek, plain_model, recomputing, reference, rows_of, save, save_trained,
-                   sequence_scores, shard, snapshot, spread, summed, token_logprobs, token_values,
-                   with_peft)
+                   sequence_score, sequence_scores, shard, snapshot, spread, summed, token_logprobs,
+                   token_values, with_peft)
 from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
@@ -236,8 +237,7 @@ MAX_RATIO, MAX_NORM = 10.0, 1.0  # beyond it a minibatch is skipped (TRL's); gra
 
 # --- what functions ask for by name ---------------------------------------------------------------
 
-# frozen checkpoints: the option that names it, what it must be
-MODELS = dict(base=("base", Transformer))
+MODELS = dict(base=("base", Transformer))    # frozen: the option that names it, what it must be
 FACTS = dict(                    # of a rollout, before its score
     sft_logp=lambda ref, roll, c: logprobs(ref, roll.tokens, roll.mask, c),
     base_logp=lambda base, roll, c: logprobs(base, roll.tokens, roll.mask, c))
@@ -251,11 +251,10 @@ LAWS = {}                        # rollouts whose tokens have another law than o
 
 
 def rolled(known, problems, roll, trained=None, valued=None):
-    """What is known of a rollout, by name. trained, valued: the tokens that train policy and
-    critic, if not all."""
+    """What is known of a rollout, by name. trained, valued: the policy's tokens, the critic's."""
     truth = quality(known["task"], problems, roll, known["tok"]).to(roll.mask.device)    # [B]
     return known | dict(problems=problems, roll=roll, mask=roll.mask, finished=roll.finished,
-                        samples=len(roll.tokens) // len(problems), quality=truth,
+                        samples=len(roll.tokens) // len(problems), quality=truth, common=known,
                         trained=roll.mask if trained is None else trained,
                         valued=roll.mask if valued is None else valued)
 
@@ -731,26 +730,21 @@ def calibrate(known, f, samples=8):
     that has no zero of its own. agreement: rank_correlation with the quality. cut: the share of
     samples that did not end.
     """
-    c, tok, found = known["c"], known["tok"], []
+    c, tok, rolls = known["c"], known["tok"], []
     for some in pieces(known["pool"][:c.calibrate], c, "calibrate", samples):
         with autocast(c.device, c.dtype):
-            roll = generate(known["policy"], [tok.prompt(p, c.chat) for p in some],
-                            known["max_new"], samples=samples, temperature=c.temperature,
-                            generator=known["generator"], slots=c.slots)
-        found.append(rolled(known, some, roll))
-    bias = 0.0
+            rolls.append(generate(known["policy"], [tok.prompt(p, c.chat) for p in some],
+                                  known["max_new"], samples=samples, temperature=c.temperature,
+                                  generator=known["generator"], slots=c.slots))
+    found = rolled(known, known["pool"][:c.calibrate], joined(rolls, tok.pad or 0))
     if "judged" in needs(f.reward):
         with torch.no_grad():
-            for x in found:
-                ask({"judged"}, FACTS, x)
-        bias = torch.cat([x["judged"] for x in found]).mean().item()
-        for x in found:
-            x["judged"] = x["judged"] - bias
-    raw, score = map(torch.cat, zip(*[worth(x, f) for x in found]))                      # [B], [B]
-    truth = torch.cat([x["quality"] for x in found])                                     # [B]
-    done = torch.cat([x["finished"] for x in found])                                     # [B]
+            ask({"judged"}, FACTS, found)
+        known["bias"] = found["judged"].mean().item()
+        found["judged"] = found["judged"] - known["bias"]
+    (raw, score), truth = worth(found, f), found["quality"]                              # [B]
     out = dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
-               bias=bias, cut=1 - done.float().mean().item(),
+               bias=known["bias"], cut=1 - found["finished"].float().mean().item(),
                agreement=rank_correlation(raw.cpu().view(-1, samples),
                                           truth.cpu().view(-1, samples)))
     known["run"].say(f"  reward of SFT samples: mean {out['mean']:.2f}, std {out['std']:.2f}; "
@@ -2851,6 +2845,485 @@ def weighted_nll(logp, old_logp, adv):
 
 ADVANTAGES["best"], CHECKS["best"], SURROGATES["nll"] = best_of_group, compares, weighted_nll
 PRESETS["raft"] = dict(advantage="best", surrogate="nll", rollouts=8, samples=16, lr=1e-5)
+
+
+# === references: 2502.18770, what the SFT model's own responses to a prompt score =================
+
+
+class References:
+    """Scores of M responses of the SFT model to a prompt of training, under the run's EOS rule.
+
+    A block of prompts is sampled when its first is asked for, with draws of its own: calibration's
+    prompts, then those that an iteration of the first epoch adds. So a prompt's scores depend on
+    the seed alone, whatever is asked for first.
+    """
+
+    def __init__(self, c, f, tok, pool):
+        self.count, self.scores = f.transform.keywords["references"], {}
+        self.blocks, self.place = [], {}     # lists of prompts; where a prompt's ids stand in them
+        epoch = batch_indices(len(pool), len(pool), 0, c.seed).tolist()
+        parts = [epoch[i:i + c.rollouts] for i in range(0, len(pool), c.rollouts)]
+        for part in [range(min(c.calibrate, len(pool))), *parts]:
+            added = []
+            for problem in (pool[i] for i in part):
+                ids = tuple(tok.prompt(problem, c.chat))
+                if ids not in self.place:
+                    self.place[ids] = len(self.blocks), len(added)
+                    added.append(problem)
+            self.blocks.append(added)
+
+    def tell(self):
+        """Itself: it makes what it is asked for."""
+        return self
+
+    def make(self, block, common):
+        """The scores of a block's prompts, by what is known of the run.   [P, M]"""
+        c, f, tok, found = (*(common[k] for k in ("c", "f", "tok")), [])
+        draws = torch.Generator().manual_seed(c.seed * 1_000_003 + block)
+        for some in pieces(self.blocks[block], c, "references", self.count):
+            with autocast(c.device, c.dtype):
+                roll = generate(common["ref"], [tok.prompt(p, c.chat) for p in some],
+                                common["max_new"], samples=self.count, temperature=c.temperature,
+                                generator=draws, slots=c.slots)
+            found.append(f.eos(score_of(common, some, f, roll), roll.finished))
+        return torch.cat(found).view(-1, self.count)
+
+    def note(self):
+        """Nothing is learned from a step."""
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.scores
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.scores = state
+
+
+def sft_scores(references, common, problems, samples, tok, c):
+    """The scores of the SFT model's responses to each row's prompt.   [B, M]"""
+    where = [references.place[tuple(tok.prompt(p, c.chat))] for p in problems]
+    missing = sorted({block for block, _ in where} - references.scores.keys())
+    for block in tqdm(missing, desc="references", delay=5, disable=None, leave=False):
+        references.scores[block] = references.make(block, common)
+    rows = torch.stack([references.scores[block][i] for block, i in where])              # [P, M]
+    return rows.repeat_interleave(samples, 0)
+
+
+MEMORIES["references"], FACTS["sft_scores"] = References, sft_scores
+
+
+# === par, centered, tanh, sigmoid, sgfc, lsc, ceil: 2502.18770 (lsc 2402.00742), bounded rewards ==
+# s [B] the score, q_i [B, M] those of SFT responses to the same prompt. Each is monotone in s; what
+# calibration makes of it is affine, so its shape stays. The length penalty of the authors' code,
+# from 300 tokens on, is not here.
+
+
+def par(score, sft_scores, *, references: Count = 10, k: Positive = 1.0):
+    """PAR (2502.18770):  mean_i σ(k (s - q_i)), how likely the reward model thinks a win.   [B]"""
+    return torch.sigmoid(k * (score[:, None] - sft_scores)).mean(1)
+
+
+def centered(score, sft_scores, *, references: Count = 10):
+    """s - mean q: without a bound.   [B]"""
+    return score - sft_scores.mean(1)
+
+
+def tanh(score, sft_scores, *, references: Count = 10):
+    """mean_i tanh(s - q_i).   [B]"""
+    return torch.tanh(score[:, None] - sft_scores).mean(1)
+
+
+def sigmoid(score, *, k: Positive = 1.0):
+    """σ(k s), blind to the prompt.   [B]"""
+    return torch.sigmoid(k * score)
+
+
+def sgfc(score, sft_scores, *, references: Count = 10, k: Positive = 3.0, late=3.0):
+    """A control that grows slowly and saturates fast: PAR, `late` units of reward to the right."""
+    return par(score - late, sft_scores, k=k)
+
+
+def lsc(score, sft_scores, *, references: Range("[2, inf)") = 10):
+    """log σ(s - q85),  q85 = mean q + z (std q + 1e-5): the 85th of 100 under a normal law.   [B]
+
+    z = 1.036433; the standard deviation is the unbiased one.
+    """
+    q85 = sft_scores.mean(1) + 1.036433 * (sft_scores.std(1) + 1e-5)                     # [B]
+    return torch.nn.functional.logsigmoid(score - q85)
+
+
+def ceil(score, *, ceiling: Signed = 3.0):
+    """min(s, ceiling).   [B]"""
+    return score.clamp(max=ceiling)
+
+
+TRANSFORMS["par"], TRANSFORMS["centered"], TRANSFORMS["tanh"] = par, centered, tanh
+TRANSFORMS["sigmoid"], TRANSFORMS["sgfc"], TRANSFORMS["lsc"] = sigmoid, sgfc, lsc
+TRANSFORMS["ceil"] = ceil
+for name in ("par", "centered", "tanh", "lsc"):
+    PRESETS[name] = dict(transform=name, beta=0.1)
+
+
+# === meanstd, clip, minmax: 2502.18770's baselines, by statistics of all scores so far ============
+
+
+class Running:
+    """Number, mean, Σ (x - mean)², least and greatest of the scores of all iterations so far."""
+
+    def __init__(self):
+        self.seen = 0, 0.0, 0.0, float("inf"), -float("inf")
+
+    def tell(self):
+        """The five numbers."""
+        return self.seen
+
+    def note(self, seen):
+        """Those that the step's own scores are in."""
+        self.seen = seen
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.seen
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.seen = state
+
+
+def seen(running, score):
+    """The statistics with these scores in them, before any is used (Chan's update).   of [B]"""
+    (n, mean, square, low, high), m, x = running, len(score), score.double()
+    away = x.mean().item() - mean
+    square += x.var(correction=0).item() * m + away ** 2 * n * m / (n + m)
+    return (n + m, mean + away * m / (n + m), square, min(low, x.min().item()),
+            max(high, x.max().item()))
+
+
+def meanstd(score, seen):
+    """(s - mean) / std of all scores so far; std 1 of equal ones.   [B]"""
+    n, mean, square, *_ = seen
+    return (score - mean) / ((square / n) ** 0.5 or 1.0)
+
+
+def clip_reward(score, seen):
+    """s, no further than a standard deviation from the mean of all scores so far.   [B]"""
+    n, mean, square, *_ = seen
+    return score.clamp(mean - (square / n) ** 0.5, mean + (square / n) ** 0.5)
+
+
+def minmax(score, seen):
+    """(s - least) / (greatest - least) of all scores so far; ½ of equal ones.   [B]"""
+    *_, low, high = seen
+    return (score - low) / (high - low) if high > low else torch.full_like(score, 0.5)
+
+
+MEMORIES["running"], FACTS["seen"] = Running, seen
+TRANSFORMS["meanstd"], TRANSFORMS["clip"], TRANSFORMS["minmax"] = meanstd, clip_reward, minmax
+
+
+# === infalign_bon, infalign_won, infalign_id, infalign_log, infalign_best: 2412.19792, decoding ===
+# Where decoding takes the best of N samples, or an attacker the worst, PPO is to have a function of
+# u, the calibrated score, as its reward. 100 references and t 10 are second-hand.
+
+
+def calibrated(score, sft_scores):
+    """u = mean_i 1[s > q_i] + ½ 1[s = q_i]: uniform under the SFT model, whatever s is.   [B]"""
+    s = score[:, None]
+    return ((s > sft_scores).float() + 0.5 * (s == sft_scores).float()).mean(1)
+
+
+def infalign_id(score, sft_scores, *, references: Count = 100):
+    """φ(u) = u: best for the win rate of one sample.   [B]"""
+    return calibrated(score, sft_scores)
+
+
+def infalign_bon(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
+    """φ(u) = exp(t u), for the best of N: a sample counts if it may be the best.   [B]"""
+    return torch.exp(t * calibrated(score, sft_scores))
+
+
+def infalign_won(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
+    """φ(u) = -exp(-t u), for the worst of N: a sample counts if it may be the worst.   [B]"""
+    return -torch.exp(-t * calibrated(score, sft_scores))
+
+
+def infalign_log(score, sft_scores, *, references: Count = 100):
+    """φ(u) = log u, with u no less than half a reference (ours): towards a best of N.   [B]"""
+    return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log()
+
+
+@cache
+def infalign_fixed_point(n, beta, worst=False, points=2000):
+    """The law f of u and its best reward R, each made by the other.   -> f, R [points], float64
+
+    The win rate of the best of n, W = 1 - ∫ F^n n u^(n-1) du, has in f the derivative
+    R'(u) = n² (u F(u))^(n-1); under a KL of weight β the best law is f ~ exp(R/β). worst: 1 - u and
+    1 - F in the places of u and F. On a grid's midpoints; the damping is halved and less where the
+    iteration goes to and fro (ours).
+    """
+    u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    law, step, last, change = torch.ones_like(u), 0.5, 0.0, 1.0
+    while change > 1e-9:
+        F = (law.cumsum(0) - law / 2) / points
+        slope = n * n * ((1 - u) * (1 - F) if worst else u * F) ** (n - 1)
+        R = (slope.cumsum(0) - slope / 2) / points
+        away = torch.softmax(R / beta, 0) * points - law
+        last, change = change, away.abs().mean().item()
+        step *= 0.9 if change > 0.99 * last else 1.0
+        law = law + step * away
+    return law, R
+
+
+def infalign_best(score, sft_scores, *, references: Count = 100, n: Range("[2, inf)") = 4,
+                  beta: Positive = 0.2, worst=False):
+    """φ of the fixed point for n samples and the KL weight of --beta: what bon, won come near."""
+    _, R = infalign_fixed_point(n, beta, worst)
+    place = (calibrated(score, sft_scores) * len(R)).long().clamp(max=len(R) - 1)        # [B]
+    return R.to(score)[place]
+
+
+def worst_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 16):
+    """The worst of n samples by the run's own reward; one that does not end only if none does."""
+    return best_of_n(model, prompts, max_new, generator, slots, lambda roll: -score(roll), n=n)
+
+
+TRANSFORMS["infalign_id"], TRANSFORMS["infalign_bon"] = infalign_id, infalign_bon
+TRANSFORMS["infalign_won"], TRANSFORMS["infalign_log"] = infalign_won, infalign_log
+TRANSFORMS["infalign_best"], DECODERS["won"] = infalign_best, worst_of_n
+
+
+# === rto: 2404.18922, a DPO policy's log-ratio as a reward of every token =========================
+
+
+def rto(unit, logp, ref_logp, dpo_logp, mask, coefficient, *, beta=0.01, dpo_scale=0.05,
+        dpo_clip: Positive = 0.05, dpo=""):
+    """r_t = clamp(b (log π_dpo - log π_ref), ±c) - β k1_t, the score on the last token.   [B, T]
+
+    b, c: dpo_scale, dpo_clip, in units of the score, which is itself within ±10 of SFT's mean: the
+    authors' code divides by the standard deviation that its reward model's evaluation left, where
+    ours has calibration's. There β is in that unit too, here in the reward's own.
+    """
+    dense = (dpo_scale * k1(dpo_logp, ref_logp)).clamp(-dpo_clip, dpo_clip) * mask       # [B, T]
+    return dense + token_rewards(unit.clamp(-10, 10), logp, ref_logp, mask, coefficient, beta=beta)
+
+
+def dpo_logp(dpo, roll, c):
+    """Log-probs of the tokens under the DPO policy.   [B, T]"""
+    return logprobs(dpo, roll.tokens, roll.mask, c)
+
+
+SHAPINGS["rto"], BATCH["dpo_logp"], MODELS["dpo"] = rto, dpo_logp, ("dpo", Transformer)
+
+
+# === pairs: ours, preference pairs beside a run: of a file, or of the run's own world =============
+
+
+def pairs_of_run(c, tok, options, model):
+    """(pairs to learn, held-out ones) as ids, which fit the model.
+
+    options: --pairs, a file or "" for the world's, and --pair_noise, the share of its flipped
+    labels.
+    """
+    name, context = options["pairs"] or c.data, model.config.max_position_embeddings
+    rows, held = prefs.pair_sets(name, noise=options["pair_noise"], seed=c.seed, system=c.system,
+                                 ask=c.ask)
+    encode = partial(prefs.encode_pairs, tok=tok, context=context, chat=c.chat)
+    return encode(rows, what="pairs"), encode(held["val"], what="held-out pairs")
+
+
+def without_pairs(c, options):
+    """Words against a run that has no pairs; UserError for a file of them that cannot be read."""
+    if not options["pairs"] and c.data not in prefs.WORLDS:
+        return (f"--data {c.data} has no preference pairs: give --pairs FILE.jsonl, or a world as "
+                f"--data ({', '.join(prefs.WORLDS)})")
+    prefs.check_pairs(options["pairs"] or c.data)
+    return ""
+
+
+def both_sides(rows, c):
+    """Tokens and lengths of the chosen responses, then of the rejected.   [2n, T], [2n]"""
+    parts = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
+    length = torch.tensor([len(x) + len(y) for x, y in parts], device=c.device)
+    return collate(parts, 0, c.device)[0], length              # nothing behind the end is read
+
+
+# === ptx: 2203.02155, the likelihood of chosen responses beside PPO; 2405.16436's short form ======
+
+
+class Demonstrations:
+    """The chosen responses of pairs; where they stand in their shuffled order."""
+
+    def __init__(self, c, f, tok, ref):
+        self.taken, (self.rows, _) = 0, pairs_of_run(c, tok, f.regulariser.keywords, ref)
+
+    def tell(self):
+        """Itself."""
+        return self
+
+    def note(self):
+        """An iteration has taken as many as its rollout has rows."""
+        self.taken += 1
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return self.taken
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.taken = state
+
+
+def demos(demonstrations, mask, tok, c):
+    """A chosen response for each row of a rollout, with its prompt: tokens, and 1 on the response.
+
+    [B, 1, 2, t]: of a shape that no tensor of the rollout has, whose columns are cut.
+    """
+    rows = demonstrations.rows
+    picked = batch_indices(len(rows), len(mask), demonstrations.taken, c.seed).tolist()
+    parts = [(rows[i]["prompt"], rows[i]["chosen"]) for i in picked]
+    tokens, inside = collate(parts, tok.pad or 0, c.device)                              # [B, t]
+    return torch.stack([tokens, inside.long()], 1)[:, None]
+
+
+def ptx(policy, demos, c, *, mu: Positive = 0.1, pairs="", pair_noise: Share = 0.0):
+    """μ times a chosen response's negative log-likelihood, by token as PPO's loss is.   [b]"""
+    tokens, mask = demos[:, 0, 0], demos[:, 0, 1].float()                                # [b, t]
+    with autocast(c.device, c.dtype):
+        logp = token_logprobs(policy, tokens, mask, temperature=c.temperature)
+    return -mu * (logp * mask).sum(1) / mask.sum(1)
+
+
+def check_ptx(c, f):
+    """Words against demonstrations from nowhere."""
+    return without_pairs(c, f.regulariser.keywords)
+
+
+MEMORIES["demonstrations"], BATCH["demos"], REGULARISERS["ptx"] = Demonstrations, demos, ptx
+CHECKS["ptx"] = check_ptx
+
+
+# === lesson: 2405.16436, a reward model's step on its pairs and against the policy's samples ======
+
+
+def adversarial(chosen, rejected, sampled, *, eta):
+    """The reward model's side of max_π min_r:  -log σ(r_c - r_r) + η (r(y_π) - r_c).   all [n]
+
+    The base policy's responses are the chosen ones.
+    """
+    return torch.nn.functional.softplus(rejected - chosen) + eta * (sampled - chosen)
+
+
+def ends_of(roll):
+    """The length of each row, prompt and response.   [B]"""
+    return roll.prompt_len + roll.mask.sum(1).long()
+
+
+def lesson(model, opt, pairs, roll, number, eta, c):
+    """The optimizer step of this number, on --batch pairs and as many of a rollout's rows."""
+    where = batch_indices(len(pairs), c.batch, number, c.seed)
+    sampled = batch_indices(len(roll.tokens), c.batch, number, c.seed + 1).to(c.device)
+    for part in torch.arange(c.batch).split(c.micro):
+        rows, ours = [pairs[i] for i in where[part].tolist()], sampled[part.to(c.device)]
+        with autocast(c.device, c.dtype):
+            both = sequence_score(model, *both_sides(rows, c))                           # [2b]
+            theirs = sequence_score(model, roll.tokens[ours], ends_of(roll)[ours])       # [b]
+        loss = adversarial(*both.chunk(2), theirs, eta=eta)                              # [b]
+        (loss.sum() / c.batch).backward()
+    clip_gradients(model, MAX_NORM)
+    opt.step()
+    opt.zero_grad()
+
+
+def sft_samples(c, tok, ref, pool, max_new):
+    """The SFT model's samples that calibration has, in pieces, drawn again.   -> [Rollout]"""
+    draws, out = torch.Generator().manual_seed(c.seed), []
+    for some in pieces(pool[:c.calibrate], c, "samples", 8):
+        with autocast(c.device, c.dtype):
+            out.append(generate(ref, [tok.prompt(p, c.chat) for p in some], max_new, samples=8,
+                                temperature=c.temperature, generator=draws, slots=c.slots))
+    return out
+
+
+# === rpo: 2405.16436, PPO against a reward model that goes on learning, and doubts the policy =====
+
+
+class Adversary:
+    """A run's own reward model: every few iterations it has lessons on its pairs and the policy's
+    samples, and then again the mean and std of SFT samples that it began with."""
+
+    def __init__(self, c, f, tok, ref, pool, max_new, first_judge, run):
+        self.c, self.run, self.options = c, run, f.reward.keywords
+        self.model = copy.deepcopy(first_judge).float().requires_grad_()
+        self.opt = optimiser(self.model, lr=self.options["lesson_lr"])
+        self.rows, held = pairs_of_run(c, tok, self.options, self.model)
+        self.held, self.samples = both_sides(held, c), sft_samples(c, tok, ref, pool, max_new)
+        self.accuracy, mean, self.std = self.measured()
+        self.now = dict(mean=mean, scale=1.0, steps=0, ended=False)
+
+    def tell(self):
+        """Itself."""
+        return self
+
+    def measured(self):
+        """Its accuracy on held-out pairs; mean and std of its scores of SFT samples."""
+        c, held = self.c, sequence_scores(self.model, *self.held, self.c)
+        scores = torch.cat([sequence_scores(self.model, roll.tokens, ends_of(roll), c)
+                            for roll in self.samples])
+        return accuracy(*held.chunk(2)), scores.mean().item(), scores.std().item()
+
+    def note(self, roll, done):
+        """The lessons that are due. If they cost two points of accuracy, none of it happened."""
+        count, every, eta = (self.options[k] for k in ("lessons", "lesson_every", "eta"))
+        if self.now["ended"] or not count or done % every:
+            return {}
+        before = copy.deepcopy(self.model.state_dict())
+        for number in range(self.now["steps"], self.now["steps"] + count):
+            lesson(self.model, self.opt, self.rows, roll, number, eta, self.c)
+        found, mean, std = self.measured()
+        if found < self.accuracy - 0.02:
+            self.model.load_state_dict(before)
+            self.now["ended"] = True
+            self.run.say("  the reward model's accuracy on held-out pairs fell from "
+                         f"{self.accuracy:.3f} to {found:.3f}: no more lessons, the last undone")
+        else:
+            self.now |= dict(mean=mean, scale=self.std / max(std, 1e-6), steps=number + 1)
+        return dict(judge_accuracy=found, judge_scale=self.now["scale"])
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return dict(model=self.model.state_dict(), opt=self.opt.state_dict(), now=self.now)
+
+    def load(self, state):
+        """Go on from what a checkpoint kept."""
+        self.model.load_state_dict(state["model"])
+        self.opt.load_state_dict(state["opt"])
+        self.now = state["now"]
+
+
+def contested(contest, roll, c):
+    """The adversary's score, SFT samples at 0 and as far apart as at first.   [B]"""
+    score = sequence_scores(contest.model, roll.tokens, ends_of(roll), c)                # [B]
+    return (score - contest.now["mean"]) * contest.now["scale"]
+
+
+def rpo(contested, *, adversary="", eta=0.005, lesson_every: Count = 10, lessons=10,
+        lesson_lr: Positive = 1e-4, pairs="", pair_noise: Share = 0.0):
+    """The score of a reward model that --adversary FOLDER begins and lessons change.   [B]"""
+    return contested
+
+
+def check_rpo(c, f):
+    """Words against pairs from nowhere, and against a reward that is more than one model."""
+    folder = f.reward.keywords["adversary"]
+    if folder and any((checkpoint(folder) / file).exists() for file in BESIDE):
+        return f"--adversary {folder}: --reward rpo trains a model of one score; give bt's"
+    return without_pairs(c, f.reward.keywords)
+
+
+MEMORIES["contest"], FACTS["contested"], REWARDS["rpo"] = Adversary, contested, rpo
+MODELS["first_judge"], CHECKS["rpo"] = ("adversary", ScalarModel), check_rpo
+ALONE["contest"] = "its reward model learns on one"
 
 
 # === sft, greedy, half: 2510.21090, baselines of srppo: no step at all, sampled or sharpened ======
