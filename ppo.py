@@ -174,8 +174,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def whitened_gae(rewards, values, mask, *, gamma: Share = 1.0, lam: Share = 0.95,
                  whiten_rewards=False):
-    """GAE; advantages whitened over the whole rollout, returns never (2403.17031).   [B, T] each
-    """
+    """GAE; advantages whitened over the rollout, returns never (2403.17031).   [B, T] each"""
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift=False)
     adv, returns = gae(rewards, values, mask, gamma, lam)
@@ -192,10 +191,7 @@ def value_loss(values, old_values, returns, *, eps_v=0.2):
 
 
 def ppo_clip(logp, old_logp, adv, *, eps: Positive = 0.2, cap: Positive = 20.0):
-    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old.   [B, T]
-
-    |log ρ| is capped against overflow.
-    """
+    """1707.06347 eq. 7:  max(-A ρ, -A clip(ρ, 1-ε, 1+ε)),  ρ = π/π_old, capped.   [B, T]"""
     ratio = (logp - old_logp).clamp(-cap, cap).exp()                                     # [B, T]
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
 
@@ -291,7 +287,7 @@ def evaluate(policy, known, sets, f):
             logp, ref = (logprobs(m, roll.tokens, roll.mask, c)
                          for m in (policy, known["ref"]))                                # [B, T]
             here = rolled(known, some, roll)
-            found.append({"reward": scored(here, f), **measured(task, here["quality"]),
+            found.append({"reward": scored(here, f), task.metric: here["quality"],
                           "kl": (logp - ref).sum(1), "length": roll.mask.sum(1),
                           "truncated": ~roll.finished} | measured(here))                 # [B] each
             if len(found) == 1:
@@ -321,11 +317,8 @@ def some_rows(mini, part):
 
 
 def backward(policy, critic, batch, rows, known, f):
-    """Gradients of one minibatch, over its micro-batches -> {name: what happened}.
-
-    batch: tensors of the rollout's rows, by name. Losses are divided by the tokens of the whole
-    minibatch, so --micro changes nothing.
-    """
+    """Gradients of one minibatch of the batch's tensors -> {name: what happened}. Losses are parts
+    of the whole minibatch's, so --micro changes nothing."""
     c, mini = known["c"], {k: x[rows] for k, x in batch.items()}
     asked = known | mini | dict(policy=policy)
     ask({*needs(f.surrogate), *needs(f.regulariser)}, MINIBATCH, asked)
@@ -805,15 +798,15 @@ def gated(judge, own, roll, c, ref, max_new):
 REWARDS["PATH"], FACTS["judged"], MODELS["judge"] = learned, judged, ("reward", ScalarModel)
 
 
-# === measured: ours, what a task's quality also tells ==============================================
+# === measured: ours, what else held-out samples are measured by ===================================
 
-MEASURES = {}                    # of tasks: {a metric: a function of the quality [B]}
+MEASURES = {}                    # a row of REWARDS, or a task: {name: a function of facts -> [B]}
 
 
-def measured(task, truth):
-    """A task's quality under its name, and what else is measured by it.   {name: [B]}"""
-    more = MEASURES.get(task.name, {})
-    return {task.metric: truth} | {name: fn(truth) for name, fn in more.items()}
+def measured(known):
+    """The run's own measures of a rollout, by name.   [B] each"""
+    rows = MEASURES.get(known["c"].reward, {}) | MEASURES.get(known["task"].name, {})
+    return {name: call(fn, known) for name, fn in rows.items()}
 
 
 # === rivals: ours, what the responses of a prompt are compared with ===============================
@@ -1305,9 +1298,9 @@ def dual_clip(logp, old_logp, adv, *, eps: Positive = 0.2, dual: Positive = 3.0)
     return torch.where(adv < 0, torch.minimum(loss, -adv * dual), loss)
 
 
-def exact(truth):
+def exact(quality):
     """1 where all bits are right.   [B]"""
-    return (truth == 1).float()
+    return (quality == 1).float()
 
 
 REWARDS["verdicts"], SURROGATES["dual"] = by_verdicts, dual_clip
@@ -1393,19 +1386,7 @@ def eos_ignore(score, finished):
 EOS["subtract"], EOS["ignore"] = eos_subtract, eos_ignore
 
 
-# === measured: ours, what else held-out samples are measured by, as a reward's chapter asks =======
-
-
-MEASURES = {}                    # row of REWARDS: {name: function of a rollout's facts -> [B]}
-
-
-def measured(known):
-    """The run's own measures of a rollout, by name.   [B] each"""
-    c = known["c"]
-    return {name: call(fn, known) for name, fn in MEASURES.get(c.reward, {}).items()}
-
-
-# === panel: ours, several reward models, each in units of how the SFT model's own samples differ ==
+# === several: ours, reward models, each in units of how the SFT model's own samples differ ========
 
 
 def reward_folders(rewards):
@@ -1419,7 +1400,7 @@ def reward_folders(rewards):
     return out
 
 
-class Panel:
+class Several:
     """The reward models of --rewards, and the mean and std [2, K] of what each says of samples of
     the SFT model for a fixed set of prompts, measured before the first step and frozen."""
 
@@ -1471,13 +1452,13 @@ class Panel:
         self.unit = state
 
 
-def components(panel, roll):
+def components(several, roll):
     """Each reward model's score of each response, SFT samples having mean 0 and std 1.   [B, K]"""
-    mean, std = panel.unit.to(roll.mask)
-    return (panel.raw(roll) - mean) / std
+    mean, std = several.unit.to(roll.mask)
+    return (several.raw(roll) - mean) / std
 
 
-MEMORIES["panel"], FACTS["components"] = Panel, components
+MEMORIES["several"], FACTS["components"] = Several, components
 
 
 # === weighted, rluf: 2505.14946, a weighted sum of rewards, one of them what users will love ======
@@ -1501,7 +1482,7 @@ def weighted(components, *, rewards="", weights=""):
     return components @ components.new_tensor(numbers_of(weights, K, "--weights", [1 / K] * K))
 
 
-def panel_is_there(c, f):
+def rewards_are_there(c, f):
     """Words against reward models that are not named; UserError for numbers that do not fit."""
     given = f.reward.keywords
     folders = reward_folders(given["rewards"])
@@ -1530,7 +1511,7 @@ def other_gold(task, tok, problems, roll):
                          for i, x in enumerate(texts)])
 
 
-REWARDS["weighted"], CHECKS["weighted"] = weighted, panel_is_there
+REWARDS["weighted"], CHECKS["weighted"] = weighted, rewards_are_there
 IN_RING = dict(gold_b=other_gold, flattery=flattery)
 MEASURES["weighted"] = IN_RING
 # ours: --weights 0.6,0.3,0.1 of help, safety and love; the paper's are unknown, 0 to 0.3 for love
@@ -1725,7 +1706,7 @@ def satisfying(components, c, f, *, rewards="", thresholds=""):
 
 def has_points(c, f):
     """Words against reward models that are not there; UserError for thresholds that do not fit."""
-    wrong = panel_is_there(c, f)
+    wrong = rewards_are_there(c, f)
     if not wrong:
         points_of(c, f)
     return wrong
@@ -1874,7 +1855,7 @@ def clipped_each(values, old_values, returns, *, eps_v=0.2):
 def serves_groups(c, f):
     """Words against rows that do not go together, or no reward models."""
     return goes_with(f, reward=egalitarian, shaping=a_group_each, critic=head_a_group,
-                     advantage=gae_served, value=clipped_each) or panel_is_there(c, f)
+                     advantage=gae_served, value=clipped_each) or rewards_are_there(c, f)
 
 
 FACTS["served"], REWARDS["egalitarian"] = served, egalitarian
@@ -1932,7 +1913,7 @@ def tri_weighted(components, tri_weights, *, rewards="", risks="", bound: Positi
 
 
 MEMORIES["tri_weights"], REWARDS["tri"] = TriWeights, tri_weighted
-CHECKS["tri"], MEASURES["tri"] = panel_is_there, IN_RING
+CHECKS["tri"], MEASURES["tri"] = rewards_are_there, IN_RING
 PRESETS["quark"] = dict(reward="tri", beta=0.05, eos="subtract", no_eos=1.0)        # beta is ours
 
 
@@ -3766,7 +3747,7 @@ def frontier(log, bins=(0.5, 1, 2, 4, 8), near=0.25, window=5):
     return found | dict(best_gold=gold.unfold(0, min(window, len(gold)), 1).mean(1).max().item())
 
 
-def fitted(log, kind="rl"):
+def fitted_curve(log, kind="rl"):
     """A run's (d, gold, a, b): sqrt(KL) of its iterations, their gold less that of d < .2, and the
     law that fits. None of fewer than three iterations beyond that."""
     rows = torch.tensor([(max(row["kl"], 0.0), row["quality"]) for row in log
@@ -3864,7 +3845,7 @@ def bon_table(found, ns):
 
 def law_of(name, log):
     """What a run's log says of gold against KL, as text."""
-    found, fit = frontier(log), fitted(log)
+    found, fit = frontier(log), fitted_curve(log)
     if not found:
         return f"  {name}: no step was made"
     text = f"  {name}: best gold {found['best_gold']:.3f}; gold at KL " + ", ".join(
@@ -3897,7 +3878,7 @@ def draw_analysis(path, found, ns, logs):
         axes[1].plot(d, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
     axes[1].set(xlabel="sqrt KL, nats", ylabel="the run's reward", title="what a KL buys")
     for i, (name, log) in enumerate(logs.items()):
-        if fit := fitted(log):
+        if fit := fitted_curve(log):
             axes[2].plot(fit[0], fit[1], ".", color=f"C{i}", ms=3, label=name)
             x = torch.linspace(0.2, fit[0].max().item(), 50, dtype=torch.float64)
             axes[2].plot(x, gao(x, *fit[2:], "rl"), color=f"C{i}", lw=1.2)

@@ -717,8 +717,8 @@ def test_a_fit_of_a_run_s_log():
     gold = 0.5 + torch.where(d > 0, d * (1.3 - .4 * d.clamp(min=1e-9).log()), 0.0)
     log = [dict(kl=x.item() ** 2, quality=g.item()) for x, g in zip(d, gold)]
     log[1] = dict(kl=.01, quality=0.5)
-    found = ppo.fitted(log)
+    found = ppo.fitted_curve(log)
     assert close(found[0], d) and close(found[1], gold - 0.5 - (d == 0.1) * (gold - 0.5), 1e-9)
     assert close(found[2:], [1.3, .4], 1e-6)
-    assert ppo.fitted(log[:4]) is None and ppo.fitted([]) is None
-    assert ppo.fitted([dict(kl=-.2, quality=1.)]) is None
+    assert ppo.fitted_curve(log[:4]) is None and ppo.fitted_curve([]) is None
+    assert ppo.fitted_curve([dict(kl=-.2, quality=1.)]) is None
