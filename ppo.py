@@ -1786,7 +1786,7 @@ class Points:
             self.best, self.weights = score, [p.clone() for p in self.trained]
         for p, best in zip(self.trained, self.weights):
             p.copy_(best)
-        self.tried.append(score)
+        self.tried = [*self.tried, score]
         if not len(self.scores) and len(self.tried) < len(self.simplex):
             self.theta = self.simplex[len(self.tried)]
             return
