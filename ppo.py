@@ -3386,7 +3386,7 @@ PRESETS["sharpen_rl"] = dict(reward="self", beta=0.5, no_eos=-50.0)
 PRESETS["sharpen_sft"] = dict(rollout="from_sft", advantage="best", surrogate="nll", reward="self",
                               no_eos=-50.0, samples=8)
 PRESETS["sharpen_pairs"] = dict(rollout="from_sft", advantage="best", surrogate="pairs",
-                                reward="self", no_eos=-50.0, samples=2)
+                                reward="self", no_eos=-50.0, samples=2, lr=2e-5)
 
 
 # === sharpness: 2412.01951, how sure policies are of the SFT model's likeliest response ===========
