@@ -1011,11 +1011,11 @@ def route(S, U, priority, referee, *, budget=1.0, threshold=0.0, logit=2.0):
     [P, K, K] -> S with ±logit or 0 in the routed places, antisymmetric; where; the verdicts
     """
     K, S = S.size(-1), S.clone()
-    i, j = torch.triu_indices(K, K, 1, device=S.device)
+    i, j = torch.triu_indices(K, K, 1).tolist()
     s, u = S[:, i, j].flatten(), U[:, i, j].flatten()                                    # [N]
     n = min(round(budget * len(s)), int((u > threshold).sum()))
     first = priority(s, u).argsort(descending=True, stable=True)[:n].tolist()
-    where = [(k // len(i), int(i[k % len(i)]), int(j[k % len(i)])) for k in first]
+    where = [(k // len(i), i[k % len(i)], j[k % len(i)]) for k in first]
     verdicts = referee(where) if where else []
     for (p, a, b), verdict in zip(where, verdicts):
         if verdict is not None:
@@ -1127,8 +1127,8 @@ Response B:
 
 
 def in_words(problem, a, b):
-    """What a judge of texts reads."""
-    return QUESTION.format(problem["prompt"], a, b)
+    """What a judge of texts reads; of a conversation not the words that wait for an answer."""
+    return QUESTION.format(problem["prompt"].removesuffix("\nassistant: "), a, b)
 
 
 def parse_verdict(text):
@@ -1307,10 +1307,10 @@ REWARDS["verdicts"], SURROGATES["dual"] = by_verdicts, dual_clip
 CHECKS["verdicts"], MEASURES["parity"] = in_groups, dict(exact=exact)
 PRESETS["parity"] = dict(data="parity", init="base:parity", base="base:parity", rollouts=32,
                          steps=60, eval_every=20, save_every=1000, keep=1)
-# 2505.16265, G 4, dual clip 3, k3 in the loss, judge at .6, one sample: the released code's; 1e-3
-# and the sizes: ours
+# 2505.16265, G 4, dual clip 3, k3 in the loss, judge at .6, one sample: the released code's; its
+# kl_coef 1e-4; lr, sizes: ours. A response that does not end is worse than all others.
 PRESETS["thinkrm"] = dict(reward="verdicts", advantage="to_go", surrogate="dual", regulariser="k3",
-                          kl_coef=1e-3, beta=0.0, eos="replace", no_eos=-3.0, samples=4, epochs=1)
+                          kl_coef=1e-3, beta=0.0, no_eos=-3.0, samples=4, epochs=1, lr=1e-3)
 
 
 # === p3o, p3o_joint: 2310.00212, pairwise PPO: only the difference of two responses' rewards ======
@@ -1351,7 +1351,15 @@ def p3o_joint(logp, old_logp, adv, mask, *, eps: Positive = 0.2):
     return -0.5 * torch.minimum(W * D, W * D.clamp(-eps, eps))
 
 
-ADVANTAGES["pair"] = pair_gap
+def shifted(score, problems, samples, *, shift: Positive = 10.0):
+    """A control: δ(x) in [-shift, shift), a number of the prompt alone, added to its responses'
+    scores: no preference changes, nor what P3O learns.   [B]"""
+    numbers = [int.from_bytes(p["prompt"].encode(), "big") % 1009 for p in problems]
+    delta = torch.tensor(numbers).to(score).repeat_interleave(samples) / 1009            # [B]
+    return score + shift * (2 * delta - 1)
+
+
+ADVANTAGES["pair"], TRANSFORMS["shifted"] = pair_gap, shifted
 SURROGATES["p3o"], SURROGATES["p3o_joint"] = p3o, p3o_joint
 TOGETHER["p3o"] = TOGETHER["p3o_joint"] = 2
 PRESETS["p3o"] = dict(advantage="pair", surrogate="p3o", samples=2, epochs=1, beta=0.05)

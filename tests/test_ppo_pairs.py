@@ -50,7 +50,8 @@ def test_both_orders_by_hand():
     assert close(S, [[0, .8, -.6], [-.8, 0, .7], [.6, -.7, 0]])
     assert close(U, [[0, 1.25, 1.55], [1.25, 0, 1.25], [1.55, 1.25, 0]])
     assert close(pairwise_rloo(S), [.1, -.05, -.05])
-    both = pair_scores(torch.stack([F12, F12.T]) + 5 * torch.eye(3), torch.stack([U12, U12]))
+    own = 5 * torch.eye(3)                                         # a pair with itself: nothing
+    both = pair_scores(torch.stack([F12, F12.T]) + own, torch.stack([U12, U12]) + own)
     assert close(both[0], torch.stack([S, -S])) and close(both[1], torch.stack([U, U]))
 
 
@@ -151,6 +152,8 @@ def test_what_routing_tells():
     out = of_routing(S[None], mixed, where, verdicts)
     assert where == [(0, 0, 1), (0, 0, 2)] and out["agreement"] == 0.5
     assert close([out["asked"], out["std_routed"], out["std_unrouted"]], [2 / 3, 2, .7])
+    most = of_routing(S[None], mixed, [*where, (0, 1, 2)], [1, 1, 1])
+    assert most["agreement"] == pytest.approx(2 / 3) and "std_unrouted" not in most
     none = of_routing(S[None], S[None], [], [])
     assert none.keys() == {"asked", "std_unrouted"} and none["asked"] == 0
     tie = of_routing(S[None], mixed, where, [0, None])
@@ -249,6 +252,18 @@ def test_verdicts_are_parsed(text, score):
     assert parse_verdict(text) == score
 
 
+def test_what_judges_of_each_world_read_and_say():
+    asked = ppo.in_words(dict(prompt="user: Why?\nassistant: "), "No.", "Yes.")
+    assert asked == ppo.QUESTION.format("user: Why?", "No.", "Yes.")
+    assert asked.index("Why?") < asked.index("A:\nNo.") < asked.index("B:\nYes.")
+    assert ppo.in_words(dict(prompt="2+2="), "4", "5") == ppo.QUESTION.format("2+2=", "4", "5")
+    assert [ppo.winner(x) for x in ("(", ")", "a(b)", "", "~")] == [-1, 1, 1, None, None]
+    assert ppo.bit_by_bit(dict(prompt="101="), "11011", "1") == tasks.judging(
+        "101", "110", "1mm")["prompt"] == "11101m10m="
+    assert ppo.ASKED["parity"][1](tasks.task("parity_long").demo(tasks.judging(
+        "101", "110", "100", 3))) == -1                                     # the first is better
+
+
 def test_the_dual_clip_by_hand():
     """ρ 5 with A = -1 costs 3 and not 5, and has no gradient; elsewhere it is PPO's"""
     logp = T([[5.0, 2.0, 5.0, 0.5, 1.0]]).log().requires_grad_()
@@ -303,6 +318,14 @@ def test_pairwise_ppo_s_invariances(fn):
     same = [x[[0, 0]] for x in (logp, old, pair_gap(r[[0, 0]], mask[[0, 0]])[0], mask)]
     assert fn(*same).tolist() == [0, 0]
     assert torch.isfinite(fn(logp + 999 * mask, old, pair_gap(r, mask)[0], mask)).all()
+
+
+def test_a_shift_of_a_prompt_s_rewards_moves_both_of_a_pair():
+    problems = [dict(prompt=x) for x in ("a", "b", "ab")]
+    score = T([1., 2, 3, 4, 5, 6])
+    got = ppo.shifted(score, problems, 2, shift=10.0) - score
+    assert close(got[::2], [20 * n / 1009 - 10 for n in (97, 98, (97 * 256 + 98) % 1009)], 1e-4)
+    assert close(got[::2], got[1::2], 1e-5) and got.abs().max() < 10
 
 
 def in_expectation(fn, theta, old, s):
@@ -368,6 +391,7 @@ def folders(tmp_path_factory):
             models.save(net, tok, out[name])
     pm = reward.PairModel(net, 32, 0.3, True, g)
     pm.w.data.mul_(60)
+    pm.pool.weight.data.mul_(0.5)
     pm.add(torch.randint(3, 64, (40, 12), generator=g), torch.full((40,), 12))
     reward.save_classifier(out["pm"], pm, tok, (3.0, 10.0, 0.1))
     return {name: str(path) for name, path in out.items()}
@@ -494,13 +518,29 @@ def test_a_routed_judge_is_asked_about_the_most_uncertain_pairs(folders, workdir
             row = log[k]
             assert row["asked"] == 0.25 and row["judge_calls"] == judge.calls == asked
             assert row.get("agreement") == (sum(agree).item() / len(agree) if agree else None)
-            moved = S != before
-            assert near(row["std_routed"], S[moved].std(correction=0)) or not moved.any()
+            routed = [S[w].item() for w in where]
+            assert near(row["std_routed"], T([*routed, *(-x for x in routed)]).std(correction=0))
             check_update(calls, k, S.sum(2).flatten() / 2, -2.5, out)
             k += 1
         assert near(call.out, S[:, 0, 1] if n == 1 else S.sum(2).flatten() / (n - 1))
     assert out["val_reward"] == pytest.approx(calls["routed"][5].out.mean().item(), abs=1e-5)
     assert calls["routed"][0].budget == 0.25 and {x.beta for x in calls["ends"]} == {0.01}
+
+
+@pytest.mark.parametrize("size", [0.5, 3.0])
+def test_the_pool_brings_states_no_further_apart(size, folders):
+    """its largest singular value is at most 1: a bound, by which a smaller one is not raised"""
+    own = load_file(f"{folders['pm']}/pair.safetensors")
+    own |= {"pool.weight": size * own["pool.weight"] / own["pool.weight"].norm() * 8}
+    own["u"] = torch.linalg.svd(own["pool.weight"])[0][:, 0]
+    h = rand(6, 64).float()
+    W = own["pool.weight"] / max(1.0, torch.linalg.matrix_norm(own["pool.weight"], 2).item())
+    wide = own | {"pool.weight": W, "u": own["u"] * 0}
+    assert near(torch.stack(ppo.pair_logits(h, ppo.factored(own))),
+                torch.stack(ppo.pair_logits(h, ppo.factored(wide))))
+    plain = {"W": torch.zeros(0, 64), "w": rand(64).float(), "b": torch.zeros(0)}
+    g, u = ppo.pair_logits(h, ppo.factored(plain))
+    assert near(g, h @ plain["w"]) and u.tolist() == [1] * 6
 
 
 def test_a_model_of_pairs_alone_scores_against_the_sft_model(folders, workdir, monkeypatch):
