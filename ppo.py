@@ -943,9 +943,10 @@ class Panel:
                                 "leave it out")
         return self
 
-    def note(self, components):
-        """The means of a rollout, numbered as --rewards names the models."""
-        return {f"reward_{k + 1}": x for k, x in enumerate(components.mean(0).tolist())}
+    def note(self, components, finished, f):
+        """A rollout's means under the EOS rule, numbered as --rewards names the models."""
+        means = ended(components, finished, f).mean(0).tolist()
+        return {f"reward_{k + 1}": x for k, x in enumerate(means)}
 
     def state(self):
         return self.unit
