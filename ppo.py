@@ -806,7 +806,8 @@ MEASURES = {}                    # a row of REWARDS, or a task: {name: a functio
 def measured(known):
     """The run's own measures of a rollout, by name.   [B] each"""
     rows = MEASURES.get(known["c"].reward, {}) | MEASURES.get(known["task"].name, {})
-    return {name: call(fn, known) for name, fn in rows.items()}
+    found = {name: call(fn, known) for name, fn in rows.items()}
+    return {name: x for name, x in found.items() if x is not None}             # of another world
 
 
 # === rivals: ours, what the responses of a prompt are compared with ===============================
@@ -1449,9 +1450,10 @@ class Several:
                                 "leave it out")
         return self
 
-    def note(self, components):
-        """The means of a rollout, numbered as --rewards names the models."""
-        return {f"reward_{k + 1}": x for k, x in enumerate(components.mean(0).tolist())}
+    def note(self, components, finished, f):
+        """A rollout's means under the EOS rule, numbered as --rewards names the models."""
+        means = ended(components, finished, f).mean(0).tolist()
+        return {f"reward_{k + 1}": x for k, x in enumerate(means)}
 
     def state(self):
         return self.unit
@@ -1502,17 +1504,17 @@ def rewards_are_there(c, f):
 
 
 def flattery(task, tok, roll):
-    """How many of Ring's flattering tokens are in each response, 0 elsewhere: what a model of rare
-    reactions likes, and an optimiser finds (2505.14946: closing phrases).   [B]"""
-    there = task.name == "ring"
-    count = [tok.decode(ids).count(prefs.FLAT) * there for ids in roll.completions()]
-    return torch.tensor(count, dtype=torch.float32)
+    """How many of Ring's flattering tokens are in each response: what a model of rare reactions
+    likes, and an optimiser finds (2505.14946: closing phrases).   [B]"""
+    if task.name != "ring":
+        return None
+    return torch.tensor([float(tok.decode(ids).count(prefs.FLAT)) for ids in roll.completions()])
 
 
 def other_gold(task, tok, problems, roll):
-    """In Ring the gold reward of group B, whose annotators are few; elsewhere 0.   [B]"""
+    """Ring's gold reward of group B, whose annotators are few.   [B]"""
     if task.name != "ring":
-        return torch.zeros(len(roll.tokens))
+        return None
     per, done = len(roll.tokens) // len(problems), roll.finished.tolist()
     texts = [tok.decode(ids) for ids in roll.completions()]
     return torch.tensor([task.judge(problems[i // per]["prompt"], x, done[i], group="B")["gold"]
@@ -1642,7 +1644,7 @@ class Multipliers:
         vars(self).update({k: x for k, x in state.items() if k != "points"})
 
 
-def lagrangian(rewards, values, mask, mixture, *, thresholds="", segment=0, spread: Positive = 0.5,
+def lagrangian(rewards, values, mask, mixture, *, thresholds="", segment=0, edge: Positive = 0.5,
                gamma: Share = 0.99, lam: Share = 0.95, multiplier_lr: Positive = 0.1,
                cap: Positive = 2.0):
     """GAE of every head, whitened apart, then mixed.   [B, T, N + 1] -> [B, T], [B, T, N + 1]"""
@@ -1780,7 +1782,7 @@ class Points:
 
     def __init__(self, c, f, policy):
         self.theta, given = points_of(c, f), f.advantage.keywords
-        self.every, around = given["segment"], given["spread"] * torch.eye(len(self.theta))
+        self.every, around = given["segment"], given["edge"] * torch.eye(len(self.theta))
         self.simplex = torch.cat([self.theta[None], self.theta + around])         # [N + 1, N]
         self.scores, self.tried, self.best, self.weights = torch.zeros(0), [], -math.inf, []
         self.trained = [p for p in policy.parameters() if p.requires_grad]

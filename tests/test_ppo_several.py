@@ -379,7 +379,8 @@ def test_each_reward_model_scores_each_response_in_its_own_unit(workdir, monkeyp
         assert close(call.out, want, 1e-4) and close(later.components, want, 1e-4)
         assert close(later.out, want @ T([.9, .1]), 1e-4)
     for row, call in zip(log, calls["components"][3:5], strict=True):
-        assert close(numbered(row, "reward"), call.out.mean(0), 1e-5)
+        want = under_eos(call.out, call.roll)
+        assert close(numbered(row, "reward"), want.mean(0), 1e-5) and not close(want, call.out)
     tok, held = ring_tokenizer(), [row for row in read_log("run") if "val_gold_b" in row][-1]
     for split, call in zip(("val", "ood"), calls["measured"][-2:]):
         texts = [tok.decode(ids) for ids in call.known["roll"].completions()]
@@ -400,8 +401,8 @@ def check_heads(w, calls, i, score, kl, weights, gamma, whiten):
     """Step i of a critic with several heads: token rewards, values before each token, advantages
     mixed by the weights, what the critic is to say.
 
-    score [B, K] on the last token, of the last K heads, kl of every token; whiten: each head's advantages,
-    before they are mixed, or what they come to. w: the names of the rows."""
+    score [B, K] on the last token, of the last K heads, kl of every token; whiten: each head's
+    advantages, before they are mixed, or what they come to. w: the names of the rows."""
     roll, critic = calls["components"][3 + i].roll, calls["critic_values"][i].critic
     mask, call = roll.mask, calls[w.advantage][i]
     last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)                                  # [B, T]
@@ -586,7 +587,7 @@ def fake(**advantage):
 def test_a_search_goes_on_from_the_policy_that_was_best_by_gold():
     """three vertices of two steps each, then the worst reflected; gold is asked once a vertex"""
     policy = torch.nn.Linear(1, 1, bias=False)
-    points = Points(None, fake(segment=2, spread=0.5), policy)
+    points = Points(None, fake(segment=2, edge=0.5), policy)
     seen, golds = [], iter([.3, .9, .1, .7])
     for done in range(1, 9):
         seen.append(points.theta.tolist())
@@ -596,7 +597,7 @@ def test_a_search_goes_on_from_the_policy_that_was_best_by_gold():
             best = {2: 2, 4: 4, 6: 4, 8: 4}[done]                              # .9 after step 4
             assert policy.weight.item() == best
     assert close(seen, [[1., 2]] * 2 + [[1.5, 2]] * 2 + [[1., 2.5]] * 2 + [[1.5, 1.5]] * 2)
-    copied = Points(None, fake(segment=2, spread=0.5), policy)
+    copied = Points(None, fake(segment=2, edge=0.5), policy)
     copied.load(points.state())
     for one in (points, copied):
         one.note(T([.95]), 10)                       # .7 was between: taken; this expands or not
@@ -604,7 +605,7 @@ def test_a_search_goes_on_from_the_policy_that_was_best_by_gold():
 
 
 def test_fixed_thresholds_stay_and_ask_no_gold():
-    points = Points(None, fake(segment=0, spread=0.5), torch.nn.Linear(1, 1))
+    points = Points(None, fake(segment=0, edge=0.5), torch.nn.Linear(1, 1))
     points.note(T([math.nan]), 2)
     assert close(points.theta, [1, 2]) and points.tried == []
 
@@ -621,7 +622,8 @@ def test_weights_of_a_resumed_run_are_the_same():
 
 
 @pytest.mark.parametrize("config, extra", [
-    ("nm_ppo,lora,rank=2", ["--thresholds", "0.1,0.2", "--segment", "1"]), ("safe,critic_lr=1e-2", [])])
+    ("nm_ppo,lora,rank=2", ["--thresholds", "0.1,0.2", "--segment", "1"]),
+    ("safe,critic_lr=1e-2", [])])
 def test_a_resumed_run_ends_where_the_whole_one_does(config, extra, workdir, folders):
     """its memories, its heads and their optimiser"""
     argv = merged("--config", f"ring,{config},tiny", *TINY, "--init", folders[0], "--out", "run",
@@ -645,7 +647,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does(config, extra, workdir, fol
 def test_a_constraint_that_cannot_be_met_is_told_once(workdir, monkeypatch, folders, capsys):
     """as is a threshold that another run's log says"""
     Path("sum").mkdir()
-    rows = [dict(step=i, time=0.0, quality=-abs(i - 2), reward_1=9.0, reward_2=-i) for i in range(5)]
+    rows = [dict(step=i, time=0.0, quality=-abs(i - 2), reward_1=9.0, reward_2=-i)
+            for i in range(5)]
     Path("sum/log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(monkeypatch, folders, "xi_ppo,multiplier_lr=50", extra=["--thresholds", "sum"])
     out = capsys.readouterr().out
@@ -740,14 +743,15 @@ def test_reactions_are_those_of_group_c():
 
 
 def test_a_model_of_reactions_reads_the_answer_s_end(workdir, monkeypatch, folders):
-    calls = catch(monkeypatch, reward, "bce_love", "FACTS.reaction")
-    reward.main(["--recipe", "love", "--data", "ring", "--init", folders[0], "--rows", "60", "--steps",
-                 "2", "--batch", "6", "--micro", "4", "--out", "run", "--kept", "0.5"])
+    before = []
+    calls = catch(monkeypatch, reward, "bce_love", "FACTS.reaction", see=lambda name, call:
+                  name == "reaction" and before.append(copy.deepcopy(call.batch.model)))
+    reward.main(["--recipe", "love", "--data", "ring", "--init", folders[0], "--rows", "60",
+                 "--steps", "2", "--batch", "6", "--micro", "4", "--out", "run", "--kept", "0.5"])
     out = json.loads(Path("run/run.json").read_text())["result"]
     assert 0 <= out["auroc"] <= 1 and .05 < out["rate"] < .3
     call, batch = calls["bce_love"][-1], calls["reaction"][-1].batch
     assert call.grad == {"reaction"} and close(call.kept, T([.5] * len(call.love)))
     for logit, love, row in zip(call.reaction, call.love, batch.rows, strict=True):
-        assert love == row["love"]
-    net = load("run")[0]
-    assert not torch.equal(net.score.weight, torch.zeros_like(net.score.weight))
+        ids = torch.tensor([[*row["prompt"], *row["answer"]]])
+        assert love == row["love"] and close(logit, before[-1](ids)[0, -1].detach(), 1e-4)
