@@ -1008,8 +1008,8 @@ MEMORIES["unfinished"], ROLLOUTS["windowed"] = Unfinished, windowed
 def egae(rewards, values, mask, ended, gamma=1.0, lam=0.95):
     """Extended GAE (2506.15050): behind the last token of a response that goes on lies the value
     before it, behind that of one that ended 0.   [B, T], ended [B] -> advantages [B, T]"""
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                # 1 on the last token
-    return gae(rewards + gamma * values * last * ~ended[:, None], values, mask, gamma, lam)[0]
+    end = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                 # 1 on the last token
+    return gae(rewards + gamma * values * end * ~ended[:, None], values, mask, gamma, lam)[0]
 
 
 def extended_gae(rewards, values, mask, trained, valued, *, gamma: Share = 1.0, lam: Share = 0.95):
@@ -1078,7 +1078,7 @@ def masked(policy, pool, tok, c, f, max_new, generator, step, masker, *, top: Sh
     problems = [pool[i] for i in batch_indices(len(pool), c.rollouts, step, c.seed).tolist()]
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new,
-                        samples=c.samples, temperature=c.temperature, generator=generator,
+                        temperature=c.temperature, samples=c.samples, generator=generator,
                         slots=c.slots, contrast=within(masker, c, f))
     return dict(problems=problems, roll=roll)
 
