@@ -941,8 +941,8 @@ class Unfinished:
         """Itself."""
         return self
 
-    def note(self, problems, roll, trained, valued, score):
-        """Keep what goes on. reward, length, truncated: of what ended, if anything did."""
+    def note(self, problems, roll, trained, valued, score, quality):
+        """Keep what goes on. reward, quality, length, truncated: of what ended, if anything did."""
         ended = valued.sum(1) > 0                                                        # [B]
         self.begun += int((trained.sum(1) == roll.mask.sum(1)).sum())
         rows = zip(problems, roll.completions(), roll.logp, roll.mask, ended.tolist())
@@ -950,7 +950,8 @@ class Unfinished:
                      for problem, ids, logp, mask, done in rows if not done]
         row = dict(generated=trained.sum(), ended=ended.float().mean())
         if ended.any():
-            row |= dict(reward=score[ended].mean(), length=roll.mask.sum(1)[ended].mean(),
+            row |= dict(reward=score[ended].mean(), quality=quality[ended].mean(),
+                        length=roll.mask.sum(1)[ended].mean(),
                         truncated=1 - roll.finished[ended].float().mean())
         return row
 
@@ -1097,9 +1098,11 @@ def unmasked(c):
 
 MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
 CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
-# 2210.01241's code: top 0.9, KL 0.1 with a target per token, a copy renewed every 5 (sentiment) to
-# 20 (summaries) iterations, 5 epochs; its 100 tokens at least are more than small vocabularies have
-PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", beta=0.1, refresh=5)
+# 2210.01241's code: top 0.9, a copy renewed every 5 (sentiment) to 20 (summaries) iterations, KL 0.1
+# steered by a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens at least are
+# more than small vocabularies have
+PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", refresh=5, beta=0.1,
+                       controller="adaptive", target=1.0, horizon=1000)
 
 
 # === masked_law: 2210.01241, a policy within its mask: log-probs for NLPO's ratio =================

@@ -88,14 +88,14 @@ def test_a_resumed_response_is_one_response_again():
     assert out.logp[1].tolist() == [0, 0, 0, -1.5, -2.5, -.25] and out.prompt_len.tolist() == [2, 3]
     assert roll.mask[1].sum() == 1 and out.completions() == [[], [1, 2, 3]]
     memory = Unfinished()
-    memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]),
-                torch.tensor([3., 9.]))
+    score, quality = torch.tensor([3., 9.]), torch.tensor([1., 2.])
+    memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]), score, quality)
     assert memory.rows == [["b", [1, 2, 3], [-1.5, -2.5, -.25]]] and memory.begun == 1
-    row = memory.note(["a", "b"], out, roll.mask, out.mask, torch.tensor([3., 9.]))
+    row = memory.note(["a", "b"], out, roll.mask, out.mask, score, quality)
     assert memory.rows == [] and memory.begun == 2
     assert {k: float(x) for k, x in row.items()} == dict(
-        generated=2, ended=1, reward=6, length=2, truncated=.5)
-    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, torch.tensor([3., 9.]))
+        generated=2, ended=1, reward=6, quality=1.5, length=2, truncated=.5)
+    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, score, quality)
     assert nothing.keys() == {"generated", "ended"} and nothing["ended"] == 0
 
 
