@@ -747,6 +747,7 @@ def test_nlpo_samples_and_scores_within_the_nuclei_of_a_copy(two_models, workdir
     for i, (scene, row) in enumerate(zip(scenes, log)):
         call = scene["masked"][0]
         assert same_weights(call.masker, policies[2 * (i // 2)], 0)
+        w.factor = log[i - 1]["beta_factor"] if i else 1.0
         s = responses(w, scene)
         keep = inside(call.masker, s.tokens, 0.6, 2, special)
         n = keep.sum(-1)[s.mask[:, 1:] > 0]
@@ -765,7 +766,9 @@ def test_nlpo_samples_and_scores_within_the_nuclei_of_a_copy(two_models, workdir
             loss = ((clipped(new, old, adv) - 0.1 * entropy) * s.mask)[some].sum()
             check_gradients(policy, loss / s.mask[some].sum(), update.grads[0])
             assert near(update.out["entropy"], entropy[some].sum() / s.mask[some].sum())
-        assert near(row["kl"], (s.logp - s.sft).sum(1).mean())
+        kl = (s.logp - s.sft).sum(1).mean().item()
+        assert near(row["kl"], kl)
+        assert near(row["beta_factor"], w.factor * (1 + max(-.2, min(.2, kl - 1)) * 16 / 1000))
     last = scenes[-1]["nuclei"][0]
     assert same_weights(last.masker, policies[2], 0)
     assert not same_weights(last.model, policies[2], 0)
