@@ -428,7 +428,7 @@ def train(c, f):
                 for rows in shuffled(mask, TOGETHER.get(c.surrogate, 1), g).split(c.batch):
                     done.append(backward(train_policy, train_critic, tensors, rows, known, f))
                     if len(done) == 1:
-                        check_first_ratio(done[0], c.dtype)
+                        check_first_ratio(done[0], "bfloat16" if c.rollout in LAWS else c.dtype)
                     if done[-1]["ratio"] > MAX_RATIO:
                         skipped += 1
                     else:
@@ -1318,29 +1318,39 @@ def fitted(phi, share, rate=0.5, most=1000, near=0.01):
     return lam
 
 
-def feature(score, f):
-    """Whether a response scores above --above.   [B] -> [B] of 0 and 1"""
-    return (score > f.advantage.keywords["above"]).to(score)
+def feature(unit, f):
+    """Whether a response scores more than so many standard deviations above the SFT model's mean.
+    [B] -> [B] of 0 and 1"""
+    return (unit > f.advantage.keywords["above"]).to(unit)
 
 
-def steer(score, tilt, f):
+def steer(unit, tilt, f):
     """λ, 0 where nothing is asked of moments; UserError where π0 has no such text, or no other."""
-    options, phi = f.advantage.keywords, feature(score, f)[:, None]
+    options, phi = f.advantage.keywords, feature(unit, f)[:, None]
     if tilt is not None or options["aim"] != "moments":
         return tilt or 0.0
     if not 0 < phi.mean() < 1:
         raise UserError(f"--above {options['above']}: {int(phi.sum())} of the first {len(phi)} "
                         "responses score more: choose it where some do, or raise --rollouts")
-    return fitted(phi, score.new_tensor([options["share"]]), near=1e-4).item()
+    return fitted(phi, unit.new_tensor([options["share"]]), near=1e-4).item()
 
 
-def log_p(ref_logp, mask, score, steer, f):
+def log_p(ref_logp, mask, score, unit, steer, f):
     """log P(y) of p = P/Z: π0 exp(score/β), which KL-regularised RL converges to (2205.11275); π0
     of texts with the feature alone; or π0 exp(λ φ).   [B]"""
     aim, own = f.advantage.keywords["aim"], (ref_logp * mask).sum(1)                     # [B]
     if aim == "reward":
         return own + score / f.shaping.keywords["beta"]
-    return own + (feature(score, f).log() if aim == "pointwise" else steer * feature(score, f))
+    return own + (feature(unit, f).log() if aim == "pointwise" else steer * feature(unit, f))
+
+
+def untargeted(f):
+    """Words against a target that is none, or 0 where π is not and the divergence infinite."""
+    options = f.advantage.keywords
+    if options["aim"] == "reward" and not f.shaping.keywords.get("beta"):
+        return "--beta 0: the target π0 exp(score/β) has a β above 0"
+    if options["aim"] == "pointwise" and options.get("divergence") in ("rkl", "rchi2"):
+        return "--aim pointwise: p is 0 for most texts, and this divergence infinite: take kl or js"
 
 
 MEMORIES["tilt"], BATCH["steer"], BATCH["log_p"] = Tilt, steer, log_p
@@ -1456,7 +1466,7 @@ def pseudo(log_t, f):
 
 def fdpg(pseudo, mask, recent, *, divergence: Literal[tuple(PSEUDO)] = "js",
          aim: Literal["reward", "pointwise", "moments"] = "reward", above: Signed = 0.0,
-         share: Share = 0.5, per: Literal["prompt", "all"] = "prompt", most: Share = 0.99):
+         share: Share = 0.8, per: Literal["prompt", "all"] = "prompt", most: Share = 0.99):
     """f-DPG (2302.08215):  -f'(π/p) less the mean of the last ones, on every token.   [B, T]"""
     return (pseudo - recent).nan_to_num(0.0)[:, None] * mask, None
 
@@ -1468,15 +1478,8 @@ def whole_response(logp, old_logp, adv, mask):
     return -(L - old).detach().clamp(-20, 20).exp() * A * L
 
 
-def unbounded(c, f):
-    """Words against a target that is 0 somewhere where π is not."""
-    if (f.advantage.keywords["aim"], f.advantage.keywords["divergence"]) in (
-            ("pointwise", "rkl"), ("pointwise", "rchi2")):
-        return "--aim pointwise: p is 0 for most texts, and this divergence infinite: take kl or js"
-
-
 MEMORIES["recent"], BATCH["log_t"], BATCH["pseudo"] = Recent, log_t, pseudo
-ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, unbounded
+ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, untargeted
 # what one step a rollout is, of whole rollouts, is the paper's; sizes and lr are ours
 FDPG = dict(advantage="fdpg", surrogate="whole", epochs=1, batch=128, rollouts=16, samples=8)
 PRESETS["fdpg_kl"] = FDPG | dict(divergence="kl")
@@ -1532,7 +1535,7 @@ def proposed(proposal, pool, tok, c, max_new, generator, step):
 
 
 def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments"] = "moments",
-        above: Signed = 0.0, share: Share = 0.5, per: Literal["prompt", "all"] = "all",
+        above: Signed = 0.0, share: Share = 0.8, per: Literal["prompt", "all"] = "all",
         most: Share = 0.99):
     """DPG's weights (2012.11635):  P/(Z q), clipped at a percentile, on every token.   [B, T]"""
     weight = (log_weight - log_z).clamp(max=20).exp().nan_to_num(0.0)                    # [B]
@@ -1540,7 +1543,7 @@ def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments
 
 
 MEMORIES["proposal"], ROLLOUTS["proposed"], LAWS["proposed"] = Proposal, proposed, own_law
-ADVANTAGES["gdc"] = gdc
+ADVANTAGES["gdc"], CHECKS["gdc"] = gdc, untargeted
 ALONE["proposal"] = "a copy of sharded weights cannot be made"
 # one step a rollout and a proposal that is renewed every 10 steps are the paper's; sizes, lr ours
 PRESETS["gdc"] = dict(rollout="proposed", advantage="gdc", surrogate="nll", epochs=1, batch=128)
@@ -1558,8 +1561,8 @@ def soup_of(first, second, share):
 
 
 def shapes_of(model):
-    """The shape of every tensor, by name; of integers, which have no average, themselves."""
-    return {name: x.shape if x.is_floating_point() else id(x)
+    """The shape of every tensor, by name; integers, which have no average, are like no others."""
+    return {name: x.shape if x.is_floating_point() else id(model)
             for name, x in model.state_dict().items()}
 
 
