@@ -1292,10 +1292,10 @@ class Tilt:
         """λ, or None before the first rollout."""
         return self.steer
 
-    def note(self, steer):
-        """Keep it."""
+    def note(self, steer, unit, f):
+        """Keep it. share: of the rollout's responses with the feature."""
         self.steer = steer
-        return dict(steer=steer)
+        return dict(steer=steer, share=feature(unit, f).mean())
 
     def state(self):
         """What a checkpoint keeps."""

@@ -420,7 +420,7 @@ def test_a_share_of_texts_with_a_feature_is_a_tilt():
     f = options(aim="moments", above=0.0, share=0.5)
     lam = ppo.steer(unit, tilt.tell(), f)
     assert lam == pytest.approx(math.log(9), abs=2e-3)
-    assert tilt.note(lam) == dict(steer=lam) and ppo.steer(-unit, tilt.tell(), f) == lam
+    assert close(list(tilt.note(lam, unit, f).values()), [lam, .1]) and ppo.steer(-unit, tilt.tell(), f) == lam
     assert ppo.steer(unit, None, options(aim="reward", above=0.0, share=0.5)) == 0
     with pytest.raises(UserError, match="--above 2.0: 0 of the first 100 responses score more"):
         ppo.steer(unit, None, options(aim="moments", above=2.0, share=0.5))
@@ -906,7 +906,7 @@ def test_gdc_weighs_a_proposal_s_samples(aim, two_models, workdir, monkeypatch):
         weight = weight / (sum(sums) / len(sums))
         gain += (weight * (L - q)).mean().item()
         assert near(row["kl_gain"], gain, 1e-3)
-        assert row["steer"] == (lam if aim == "moments" else 0)
+        assert row["steer"] == (lam if aim == "moments" else 0) and near(row["share"], phi.mean())
         cut = weight.clamp(max=weight.quantile(0.9))
         assert near(scene["gdc"][0].out[0], cut[:, None] * s.mask, 1e-3)
 
