@@ -420,7 +420,8 @@ def test_a_share_of_texts_with_a_feature_is_a_tilt():
     f = options(aim="moments", above=0.0, share=0.5)
     lam = ppo.steer(unit, tilt.tell(), f)
     assert lam == pytest.approx(math.log(9), abs=2e-3)
-    assert close(list(tilt.note(lam, unit, f).values()), [lam, .1]) and ppo.steer(-unit, tilt.tell(), f) == lam
+    assert close(list(tilt.note(lam, unit, f).values()), [lam, .1])
+    assert ppo.steer(-unit, tilt.tell(), f) == lam
     assert ppo.steer(unit, None, options(aim="reward", above=0.0, share=0.5)) == 0
     with pytest.raises(UserError, match="--above 2.0: 0 of the first 100 responses score more"):
         ppo.steer(unit, None, options(aim="moments", above=2.0, share=0.5))
