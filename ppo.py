@@ -424,7 +424,7 @@ def train(c, f):
                 for rows in shuffled(mask, TOGETHER.get(c.surrogate, 1), g).split(c.batch):
                     done.append(backward(train_policy, train_critic, tensors, rows, known, f))
                     if len(done) == 1:
-                        check_first_ratio(done[0], c.dtype)
+                        check_first_ratio(done[0], "bfloat16" if c.rollout in LAWS else c.dtype)
                     if done[-1]["ratio"] > MAX_RATIO:
                         skipped += 1
                     else:
@@ -2167,8 +2167,8 @@ class Unfinished:
         """Itself."""
         return self
 
-    def note(self, problems, roll, trained, valued, score):
-        """Keep what goes on. reward, length, truncated: of what ended, if anything did."""
+    def note(self, problems, roll, trained, valued, score, quality):
+        """Keep what goes on. reward, quality, length, truncated: of what ended, if anything did."""
         ended = valued.sum(1) > 0                                                        # [B]
         self.begun += int((trained.sum(1) == roll.mask.sum(1)).sum())
         rows = zip(problems, roll.completions(), roll.logp, roll.mask, ended.tolist())
@@ -2176,7 +2176,8 @@ class Unfinished:
                      for problem, ids, logp, mask, done in rows if not done]
         row = dict(generated=trained.sum(), ended=ended.float().mean())
         if ended.any():
-            row |= dict(reward=score[ended].mean(), length=roll.mask.sum(1)[ended].mean(),
+            row |= dict(reward=score[ended].mean(), quality=quality[ended].mean(),
+                        length=roll.mask.sum(1)[ended].mean(),
                         truncated=1 - roll.finished[ended].float().mean())
         return row
 
@@ -2234,8 +2235,8 @@ MEMORIES["unfinished"], ROLLOUTS["windowed"] = Unfinished, windowed
 def egae(rewards, values, mask, ended, gamma=1.0, lam=0.95):
     """Extended GAE (2506.15050): behind the last token of a response that goes on lies the value
     before it, behind that of one that ended 0.   [B, T], ended [B] -> advantages [B, T]"""
-    last = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                # 1 on the last token
-    return gae(rewards + gamma * values * last * ~ended[:, None], values, mask, gamma, lam)[0]
+    end = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))                 # 1 on the last token
+    return gae(rewards + gamma * values * end * ~ended[:, None], values, mask, gamma, lam)[0]
 
 
 def extended_gae(rewards, values, mask, trained, valued, *, gamma: Share = 1.0, lam: Share = 0.95):
@@ -2304,7 +2305,7 @@ def masked(policy, pool, tok, c, f, max_new, generator, step, masker, *, top: Sh
     problems = [pool[i] for i in batch_indices(len(pool), c.rollouts, step, c.seed).tolist()]
     with autocast(c.device, c.dtype):
         roll = generate(policy, [tok.prompt(p, c.chat) for p in problems], max_new,
-                        samples=c.samples, temperature=c.temperature, generator=generator,
+                        temperature=c.temperature, samples=c.samples, generator=generator,
                         slots=c.slots, contrast=within(masker, c, f))
     return dict(problems=problems, roll=roll)
 
@@ -2323,9 +2324,11 @@ def unmasked(c):
 
 MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
 CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
-# 2210.01241's code: top 0.9, KL 0.1 with a target per token, a copy renewed every 5 (sentiment) to
-# 20 (summaries) iterations, 5 epochs; its 100 tokens at least are more than small vocabularies have
-PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", beta=0.1, refresh=5)
+# 2210.01241's code: top 0.9, a copy renewed every 5 (sentiment) to 20 (summaries) iterations, KL
+# 0.1, steered by a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens at
+# least are more than small vocabularies have
+PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", refresh=5, beta=0.1,
+                       controller="adaptive", target=1.0, horizon=1000)
 
 
 # === masked_law: 2210.01241, a policy within its mask: log-probs for NLPO's ratio =================
@@ -2515,10 +2518,10 @@ class Tilt:
         """λ, or None before the first rollout."""
         return self.steer
 
-    def note(self, steer):
-        """Keep it."""
+    def note(self, steer, unit, f):
+        """Keep it. share: of the rollout's responses with the feature."""
         self.steer = steer
-        return dict(steer=steer)
+        return dict(steer=steer, share=feature(unit, f).mean())
 
     def state(self):
         """What a checkpoint keeps."""
@@ -2541,29 +2544,39 @@ def fitted(phi, share, rate=0.5, most=1000, near=0.01):
     return lam
 
 
-def feature(score, f):
-    """Whether a response scores above --above.   [B] -> [B] of 0 and 1"""
-    return (score > f.advantage.keywords["above"]).to(score)
+def feature(unit, f):
+    """Whether a response scores more than so many standard deviations above the SFT model's mean.
+    [B] -> [B] of 0 and 1"""
+    return (unit > f.advantage.keywords["above"]).to(unit)
 
 
-def steer(score, tilt, f):
+def steer(unit, tilt, f):
     """λ, 0 where nothing is asked of moments; UserError where π0 has no such text, or no other."""
-    options, phi = f.advantage.keywords, feature(score, f)[:, None]
+    options, phi = f.advantage.keywords, feature(unit, f)[:, None]
     if tilt is not None or options["aim"] != "moments":
         return tilt or 0.0
     if not 0 < phi.mean() < 1:
         raise UserError(f"--above {options['above']}: {int(phi.sum())} of the first {len(phi)} "
                         "responses score more: choose it where some do, or raise --rollouts")
-    return fitted(phi, score.new_tensor([options["share"]]), near=1e-4).item()
+    return fitted(phi, unit.new_tensor([options["share"]]), near=1e-4).item()
 
 
-def log_p(ref_logp, mask, score, steer, f):
+def log_p(ref_logp, mask, score, unit, steer, f):
     """log P(y) of p = P/Z: π0 exp(score/β), which KL-regularised RL converges to (2205.11275); π0
     of texts with the feature alone; or π0 exp(λ φ).   [B]"""
     aim, own = f.advantage.keywords["aim"], (ref_logp * mask).sum(1)                     # [B]
     if aim == "reward":
         return own + score / f.shaping.keywords["beta"]
-    return own + (feature(score, f).log() if aim == "pointwise" else steer * feature(score, f))
+    return own + (feature(unit, f).log() if aim == "pointwise" else steer * feature(unit, f))
+
+
+def untargeted(f):
+    """Words against a target that is none, or 0 where π is not and the divergence infinite."""
+    options = f.advantage.keywords
+    if options["aim"] == "reward" and not f.shaping.keywords.get("beta"):
+        return "--beta 0: the target π0 exp(score/β) has a β above 0"
+    if options["aim"] == "pointwise" and options.get("divergence") in ("rkl", "rchi2"):
+        return "--aim pointwise: p is 0 for most texts, and this divergence infinite: take kl or js"
 
 
 MEMORIES["tilt"], BATCH["steer"], BATCH["log_p"] = Tilt, steer, log_p
@@ -2679,7 +2692,7 @@ def pseudo(log_t, f):
 
 def fdpg(pseudo, mask, recent, *, divergence: Literal[tuple(PSEUDO)] = "js",
          aim: Literal["reward", "pointwise", "moments"] = "reward", above: Signed = 0.0,
-         share: Share = 0.5, per: Literal["prompt", "all"] = "prompt", most: Share = 0.99):
+         share: Share = 0.8, per: Literal["prompt", "all"] = "prompt", most: Share = 0.99):
     """f-DPG (2302.08215):  -f'(π/p) less the mean of the last ones, on every token.   [B, T]"""
     return (pseudo - recent).nan_to_num(0.0)[:, None] * mask, None
 
@@ -2691,15 +2704,8 @@ def whole_response(logp, old_logp, adv, mask):
     return -(L - old).detach().clamp(-20, 20).exp() * A * L
 
 
-def unbounded(c, f):
-    """Words against a target that is 0 somewhere where π is not."""
-    if (f.advantage.keywords["aim"], f.advantage.keywords["divergence"]) in (
-            ("pointwise", "rkl"), ("pointwise", "rchi2")):
-        return "--aim pointwise: p is 0 for most texts, and this divergence infinite: take kl or js"
-
-
 MEMORIES["recent"], BATCH["log_t"], BATCH["pseudo"] = Recent, log_t, pseudo
-ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, unbounded
+ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, untargeted
 # what one step a rollout is, of whole rollouts, is the paper's; sizes and lr are ours
 FDPG = dict(advantage="fdpg", surrogate="whole", epochs=1, batch=128, rollouts=16, samples=8)
 PRESETS["fdpg_kl"] = FDPG | dict(divergence="kl")
@@ -2755,7 +2761,7 @@ def proposed(proposal, pool, tok, c, max_new, generator, step):
 
 
 def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments"] = "moments",
-        above: Signed = 0.0, share: Share = 0.5, per: Literal["prompt", "all"] = "all",
+        above: Signed = 0.0, share: Share = 0.8, per: Literal["prompt", "all"] = "all",
         most: Share = 0.99):
     """DPG's weights (2012.11635):  P/(Z q), clipped at a percentile, on every token.   [B, T]"""
     weight = (log_weight - log_z).clamp(max=20).exp().nan_to_num(0.0)                    # [B]
@@ -2763,7 +2769,7 @@ def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments
 
 
 MEMORIES["proposal"], ROLLOUTS["proposed"], LAWS["proposed"] = Proposal, proposed, own_law
-ADVANTAGES["gdc"] = gdc
+ADVANTAGES["gdc"], CHECKS["gdc"] = gdc, untargeted
 ALONE["proposal"] = "a copy of sharded weights cannot be made"
 # one step a rollout and a proposal that is renewed every 10 steps are the paper's; sizes, lr ours
 PRESETS["gdc"] = dict(rollout="proposed", advantage="gdc", surrogate="nll", epochs=1, batch=128)
@@ -2781,8 +2787,8 @@ def soup_of(first, second, share):
 
 
 def shapes_of(model):
-    """The shape of every tensor, by name; of integers, which have no average, themselves."""
-    return {name: x.shape if x.is_floating_point() else id(x)
+    """The shape of every tensor, by name; integers, which have no average, are like no others."""
+    return {name: x.shape if x.is_floating_point() else id(model)
             for name, x in model.state_dict().items()}
 
 

@@ -88,14 +88,14 @@ def test_a_resumed_response_is_one_response_again():
     assert out.logp[1].tolist() == [0, 0, 0, -1.5, -2.5, -.25] and out.prompt_len.tolist() == [2, 3]
     assert roll.mask[1].sum() == 1 and out.completions() == [[], [1, 2, 3]]
     memory = Unfinished()
-    memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]),
-                torch.tensor([3., 9.]))
+    score, quality = torch.tensor([3., 9.]), torch.tensor([1., 2.])
+    memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]), score, quality)
     assert memory.rows == [["b", [1, 2, 3], [-1.5, -2.5, -.25]]] and memory.begun == 1
-    row = memory.note(["a", "b"], out, roll.mask, out.mask, torch.tensor([3., 9.]))
+    row = memory.note(["a", "b"], out, roll.mask, out.mask, score, quality)
     assert memory.rows == [] and memory.begun == 2
     assert {k: float(x) for k, x in row.items()} == dict(
-        generated=2, ended=1, reward=6, length=2, truncated=.5)
-    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, torch.tensor([3., 9.]))
+        generated=2, ended=1, reward=6, quality=1.5, length=2, truncated=.5)
+    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, score, quality)
     assert nothing.keys() == {"generated", "ended"} and nothing["ended"] == 0
 
 
@@ -305,7 +305,7 @@ def test_f_dpg_s_gradient_is_that_of_its_divergence(name):
             logp = torch.log_softmax(theta, 0)
         (mine, mask), theirs = rows(logp), rows(base)[0]
         f = options(divergence=name, aim="reward", most=1.0)
-        P = log_p(theirs, mask, score, 0.0, f)
+        P = log_p(theirs, mask, score, None, 0.0, f)
         t = log_t(mine.detach(), mask, P, P.logsumexp(0), f)
         assert close(t, logp.detach() - p.log())
         adv, returns = fdpg(pseudo(t, f), mask, 0.7)
@@ -329,7 +329,7 @@ def test_f_dpg_with_the_reverse_kl_is_ppo_without_clip():
     theta, logp, base = softmax_world(4)
     s, f = rand(3, seed=5), options(divergence="rkl", aim="reward", most=1.0)
     (mine, mask), theirs = rows(logp), rows(base)[0]
-    got = pseudo(log_t(mine.detach(), mask, log_p(theirs, mask, s, 0.0, f), 0.0, f), f)
+    got = pseudo(log_t(mine.detach(), mask, log_p(theirs, mask, s, None, 0.0, f), 0.0, f), f)
     ppo_s = ppo.token_rewards(s, mine.detach(), theirs, mask, 1.0, beta=0.5).sum(1) / 0.5
     assert close(got - ppo_s, [-1.0] * 3)
 
@@ -394,7 +394,7 @@ def test_every_divergence_ends_at_the_posterior(name):
     def reward(logp):
         if name == "ppo":
             return ppo.token_rewards(s, logp, ref, mask, 1.0, beta=0.5).sum(1)
-        return pseudo(log_t(logp, mask, log_p(ref, mask, s, 0.0, f), z, f), f)
+        return pseudo(log_t(logp, mask, log_p(ref, mask, s, None, 0.0, f), z, f), f)
     pi = ascended(reward, world)
     assert close(pi, p, 0.02 if name == "tv" else 5e-3), (pi, p)
 
@@ -416,23 +416,24 @@ def test_a_share_of_texts_with_a_feature_is_a_tilt():
     assert close((two @ lam).softmax(0) @ two, [.3, .6])
     loose = fitted(phi, T([.5]))
     assert 0 < (loose - math.log(9)).abs().item() < 0.1
-    tilt, score = Tilt(), torch.cat([torch.ones(10), -torch.ones(90)]).double()
+    tilt, unit = Tilt(), torch.cat([torch.ones(10), -torch.ones(90)]).double()
     f = options(aim="moments", above=0.0, share=0.5)
-    lam = ppo.steer(score, tilt.tell(), f)
+    lam = ppo.steer(unit, tilt.tell(), f)
     assert lam == pytest.approx(math.log(9), abs=2e-3)
-    assert tilt.note(lam) == dict(steer=lam) and ppo.steer(-score, tilt.tell(), f) == lam
-    assert ppo.steer(score, None, options(aim="reward", above=0.0, share=0.5)) == 0
+    assert close(list(tilt.note(lam, unit, f).values()), [lam, .1])
+    assert ppo.steer(-unit, tilt.tell(), f) == lam
+    assert ppo.steer(unit, None, options(aim="reward", above=0.0, share=0.5)) == 0
     with pytest.raises(UserError, match="--above 2.0: 0 of the first 100 responses score more"):
-        ppo.steer(score, None, options(aim="moments", above=2.0, share=0.5))
+        ppo.steer(unit, None, options(aim="moments", above=2.0, share=0.5))
 
 
 def test_the_three_targets():
-    """log P = log π0 + s/β, + log [s > above], + λ [s > above]"""
+    """log P = log π0 + s/β, + log [unit > above], + λ [unit > above]"""
     ref, mask = T([[7., -1, -2], [7, -3, -4]]), T([[0., 1, 1]] * 2)
-    f = partial(options, above=0.5)
-    assert close(log_p(ref, mask, T([1., 0]), 9.0, f(aim="reward")), [-1, -7])
-    assert log_p(ref, mask, T([1., 0]), 9.0, f(aim="pointwise")).tolist() == [-3, -math.inf]
-    assert close(log_p(ref, mask, T([1., 0.5]), 9.0, f(aim="moments")), [6, -7])
+    P, f = partial(log_p, ref, mask, T([1., 0])), partial(options, above=0.5)
+    assert close(P(None, 9.0, f(aim="reward")), [-1, -7])
+    assert P(T([1., 0]), 9.0, f(aim="pointwise")).tolist() == [-3, -math.inf]
+    assert close(P(T([1., 0.5]), 9.0, f(aim="moments")), [6, -7])
 
 
 def test_a_normaliser_is_the_mean_of_all_weights_so_far():
@@ -701,7 +702,7 @@ def test_where_every_response_ends_in_its_window_t_ppo_is_ppo(two_models, workdi
 
 
 @pytest.mark.parametrize("config", [
-    "tppo,window=2", "gdc,above=1",
+    "tppo,window=2", "gdc",
     "nlpo,refresh=1,advantage=fdpg,surrogate=whole,regulariser=chi2"])
 def test_a_memory_goes_on_where_it_was(config, two_models, workdir, monkeypatch):
     """2 steps = 1 + --resume + 1, bit for bit; nlpo's, f-DPG's and χ²'s memories in one run"""
@@ -747,6 +748,7 @@ def test_nlpo_samples_and_scores_within_the_nuclei_of_a_copy(two_models, workdir
     for i, (scene, row) in enumerate(zip(scenes, log)):
         call = scene["masked"][0]
         assert same_weights(call.masker, policies[2 * (i // 2)], 0)
+        w.factor = log[i - 1]["beta_factor"] if i else 1.0
         s = responses(w, scene)
         keep = inside(call.masker, s.tokens, 0.6, 2, special)
         n = keep.sum(-1)[s.mask[:, 1:] > 0]
@@ -765,7 +767,9 @@ def test_nlpo_samples_and_scores_within_the_nuclei_of_a_copy(two_models, workdir
             loss = ((clipped(new, old, adv) - 0.1 * entropy) * s.mask)[some].sum()
             check_gradients(policy, loss / s.mask[some].sum(), update.grads[0])
             assert near(update.out["entropy"], entropy[some].sum() / s.mask[some].sum())
-        assert near(row["kl"], (s.logp - s.sft).sum(1).mean())
+        kl = (s.logp - s.sft).sum(1).mean().item()
+        assert near(row["kl"], kl)
+        assert near(row["beta_factor"], w.factor * (1 + max(-.2, min(.2, kl - 1)) * 16 / 1000))
     last = scenes[-1]["nuclei"][0]
     assert same_weights(last.masker, policies[2], 0)
     assert not same_weights(last.model, policies[2], 0)
@@ -882,7 +886,7 @@ def test_f_dpg_s_pseudo_rewards_in_a_run(config, per, two_models, workdir, monke
 @pytest.mark.parametrize("aim", ["moments", "pointwise"])
 def test_gdc_weighs_a_proposal_s_samples(aim, two_models, workdir, monkeypatch):
     """P/(Z q), q the copy that sampled; λ is that of the first rollout, π0's"""
-    w, scenes, log = follow(monkeypatch, two_models, f"gdc,aim={aim}", "--above", "1.0", "--share",
+    w, scenes, log = follow(monkeypatch, two_models, f"gdc,aim={aim}", "--above", "0.3", "--share",
                             "0.7", "--most", "0.9", "--batch", "8", steps=2)
     sums, gain = [], 0.0
     for i, (scene, row) in enumerate(zip(scenes, log)):
@@ -891,7 +895,7 @@ def test_gdc_weighs_a_proposal_s_samples(aim, two_models, workdir, monkeypatch):
         out = call.out
         s = Rolled(w, out["problems"], w.samples, out["roll"], w.ref)
         L = logp_of(scene["update"][0].nets[0], s.tokens, s.mask, 1.0).sum(1).detach()
-        phi = (s.ended > 1.0).float()
+        phi = ((s.ended - w.mean) / w.std > 0.3).float()
         if i == 0 and aim == "moments":
             k, lam = phi.mean().item(), row["steer"]
             assert near(lam, math.log(0.7 / 0.3 * (1 - k) / k), 2e-3) and 0 < k < 1
@@ -903,7 +907,7 @@ def test_gdc_weighs_a_proposal_s_samples(aim, two_models, workdir, monkeypatch):
         weight = weight / (sum(sums) / len(sums))
         gain += (weight * (L - q)).mean().item()
         assert near(row["kl_gain"], gain, 1e-3)
-        assert row["steer"] == (lam if aim == "moments" else 0)
+        assert row["steer"] == (lam if aim == "moments" else 0) and near(row["share"], phi.mean())
         cut = weight.clamp(max=weight.quantile(0.9))
         assert near(scene["gdc"][0].out[0], cut[:, None] * s.mask, 1e-3)
 
@@ -969,7 +973,8 @@ def test_salsa_of_one_model_is_ppo(two_models, workdir, monkeypatch, capsys):
     ("tppo,shaping=ends", "--rollout windowed leaves responses that have not ended"),
     ("nlpo,rollout=fresh", "--decode nuclei: its copy is that of --rollout masked"),
     ("fdpg_rkl,aim=pointwise", "--aim pointwise: p is 0 for most texts"),
-    ("fdpg_js,shaping=chi2_exact,divergence=rchi2,aim=pointwise", "--aim pointwise"),
+    ("fdpg_rchi2,aim=pointwise", "--aim pointwise: p is 0 for most texts"),
+    ("fdpg_js,beta=0", "--beta 0: the target"), ("gdc,aim=reward,beta=0", "--beta 0: the target"),
     ("salsa,other=", "--other FOLDER is missing")])
 def test_what_does_not_go_together_is_told(config, words, two_models, workdir, monkeypatch):
     with pytest.raises(UserError, match=words):
