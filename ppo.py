@@ -3662,7 +3662,8 @@ REWARDS["label"], CHECKS["label"] = class_label, few_classes
 # the authors' code: the three numbers, LoRA, KL 0.2 that adapts (TRL's); the rest is ours. Rows of
 # your own: --data rows.jsonl --answer whole
 PRESETS["classify"] = dict(data="toyif_obeys", init="base:toyif_obeys", reward="label",
-                           eos="ignore", peft="lora", controller="adaptive", beta=0.2, lr=8e-4)
+                           eos="ignore", peft="lora", controller="adaptive", beta=0.2, lr=3e-3,
+                           rollouts=256, samples=1, batch=128, steps=100, eval_every=50)
 
 
 # === asymptotics: 2404.01730, what a nat of KL buys: the tilted optimum, the law of best of n =====

@@ -1942,8 +1942,9 @@ def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, r
     the words that follow}.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in instead:
-        return instead[argv[0]](argv[1:])
+    word, equals, first = argv[0].partition("=") if argv else ("", "", "")
+    if word in instead:
+        return instead[word]([first] * bool(equals) + argv[1:])
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
     flags = {x.name: x.default for x in dataclasses.fields(Config)} | dict(power=False)
     options = dict(parse(argv, flags))
