@@ -1103,29 +1103,40 @@ TRANSFORMS["meanstd"], TRANSFORMS["clip"], TRANSFORMS["minmax"] = meanstd, clip_
 
 
 def calibrated(score, sft_scores):
-    """u = mean_i 1[s > q_i] + ½ 1[s = q_i]: uniform under the SFT model, whatever s is.   [B]"""
-    s = score[:, None]
-    return ((s > sft_scores).float() + 0.5 * (s == sft_scores).float()).mean(1)
+    """u = mean_i 1[s > q_i] + ½ 1[s = q_i]: uniform under the SFT model, whatever s is.   [B]
+
+    What differs by rounding is equal (ours): one response in two batches, of different widths.
+    """
+    lead = score[:, None] - sft_scores                                                   # [B, M]
+    lead = torch.where(lead.abs() <= 1e-5 * (1 + score.abs()[:, None]), 0.0, lead)
+    return (0.5 + 0.5 * lead.sign()).mean(1)
+
+
+def exponential(x, t):
+    """exp(t x), x = u - 1 or -u, less its mean, over its standard deviation under the SFT model."""
+    t = torch.tensor(t, dtype=torch.float64)
+    mean, square = -torch.expm1(-t) / t, -torch.expm1(-2 * t) / (2 * t)
+    return (torch.exp(t * x) - mean) / (square - mean ** 2).sqrt()
 
 
 def infalign_id(score, sft_scores, *, references: Count = 100):
-    """φ(u) = u: best for the win rate of one sample.   [B]"""
-    return calibrated(score, sft_scores)
+    """φ(u) = u, for the win rate of one sample, standardised as the others are.   [B]"""
+    return (calibrated(score, sft_scores) - 0.5) * 12 ** 0.5
 
 
 def infalign_bon(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
     """φ(u) = exp(t u), for the best of N: a sample counts if it may be the best.   [B]"""
-    return torch.exp(t * calibrated(score, sft_scores))
+    return exponential(calibrated(score, sft_scores) - 1, t)
 
 
 def infalign_won(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
     """φ(u) = -exp(-t u), for the worst of N: a sample counts if it may be the worst.   [B]"""
-    return -torch.exp(-t * calibrated(score, sft_scores))
+    return -exponential(-calibrated(score, sft_scores), t)
 
 
 def infalign_log(score, sft_scores, *, references: Count = 100):
     """φ(u) = log u, with u no less than half a reference (ours): towards a best of N.   [B]"""
-    return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log()
+    return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log() + 1
 
 
 @cache
@@ -1320,7 +1331,7 @@ def sft_samples(c, tok, ref, pool, max_new):
     return out
 
 
-# === rpo: 2405.16436, PPO against a reward model that goes on learning, and doubts the policy =====
+# === adversary: 2405.16436, a reward model that goes on learning, and doubts the policy ===========
 
 
 class Adversary:
@@ -1376,6 +1387,9 @@ class Adversary:
         self.now = state["now"]
 
 
+# === rpo: 2405.16436, PPO against that reward model ===============================================
+
+
 def contested(contest, roll, c):
     """The adversary's score, SFT samples at 0 and as far apart as at first.   [B]"""
     score = sequence_scores(contest.model, roll.tokens, ends_of(roll), c)                # [B]
@@ -1389,10 +1403,12 @@ def rpo(contested, *, adversary="", eta=0.005, lesson_every: Count = 10, lessons
 
 
 def check_rpo(c, f):
-    """Words against pairs from nowhere, and against a reward that is more than one model."""
+    """Words against pairs from nowhere, a reward that is not one model, scores that are kept."""
     folder = f.reward.keywords["adversary"]
     if folder and any((checkpoint(folder) / file).exists() for file in BESIDE):
-        return f"--adversary {folder}: --reward rpo trains a model of one score; give bt's"
+        return f"--adversary {folder}: --reward rpo trains one scalar model; give reward.py's bt"
+    if "sft_scores" in needs(f.transform):
+        return f"--transform {c.transform} keeps scores that --reward rpo would learn to change"
     return without_pairs(c, f.reward.keywords)
 
 
