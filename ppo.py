@@ -1036,8 +1036,11 @@ def ceil(score, *, ceiling: Signed = 3.0):
 TRANSFORMS["par"], TRANSFORMS["centered"], TRANSFORMS["tanh"] = par, centered, tanh
 TRANSFORMS["sigmoid"], TRANSFORMS["sgfc"], TRANSFORMS["lsc"] = sigmoid, sgfc, lsc
 TRANSFORMS["ceil"] = ceil
-for name in ("par", "centered", "tanh", "lsc"):
-    PRESETS[name] = dict(transform=name, beta=0.1)
+# betas ours: 0.15 of the shaped score's std on Ring (the authors' is 0.005, of 2 B models)
+PRESETS["par"] = dict(transform="par", references=4, beta=0.02)        # "one reference is enough"
+PRESETS["centered"] = dict(transform="centered", references=4, beta=0.1)
+PRESETS["tanh"] = dict(transform="tanh", references=4, beta=0.06)
+PRESETS["lsc"] = dict(transform="lsc", references=10, beta=0.06)
 
 
 # === meanstd, clip, minmax: 2502.18770's baselines, by statistics of all scores so far ============
@@ -1095,9 +1098,11 @@ def minmax(score, seen):
 
 MEMORIES["running"], FACTS["seen"] = Running, seen
 TRANSFORMS["meanstd"], TRANSFORMS["clip"], TRANSFORMS["minmax"] = meanstd, clip_reward, minmax
+PRESETS["clip"] = dict(transform="clip", beta=0.1)                     # betas as for par
+PRESETS["minmax"] = dict(transform="minmax", beta=0.04)
 
 
-# === infalign_bon, infalign_won, infalign_id, infalign_log, infalign_best: 2412.19792, decoding ===
+# === infalign_bon, infalign_won, infalign_id, infalign_log: 2412.19792, for how it is decoded =====
 # Where decoding takes the best of N samples, or an attacker the worst, PPO is to have a function of
 # u, the calibrated score, as its reward. 100 references and t 10 are second-hand.
 
@@ -1139,6 +1144,17 @@ def infalign_log(score, sft_scores, *, references: Count = 100):
     return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log() + 1
 
 
+TRANSFORMS["infalign_id"], TRANSFORMS["infalign_bon"] = infalign_id, infalign_bon
+TRANSFORMS["infalign_won"], TRANSFORMS["infalign_log"] = infalign_won, infalign_log
+# 32 references and the betas ours
+PRESETS["infalign_id"] = dict(transform="infalign_id", references=32, beta=0.1)
+PRESETS["infalign_bon"] = dict(transform="infalign_bon", references=32, beta=0.2, decode="bon", n=4)
+PRESETS["infalign_won"] = dict(transform="infalign_won", references=32, beta=0.1, decode="won", n=4)
+
+
+# === infalign_best, won: 2412.19792, the best such function, a fixed point; the worst of n ========
+
+
 @cache
 def infalign_fixed_point(n, beta, worst=False, points=2000):
     """The law f of u and its best reward R, each made by the other.   -> f, R [points], float64
@@ -1150,7 +1166,7 @@ def infalign_fixed_point(n, beta, worst=False, points=2000):
     """
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     law, step, last, change = torch.ones_like(u), 0.5, 0.0, 1.0
-    while change > 1e-9:
+    while change > 1e-9 and step > 1e-3:
         F = (law.cumsum(0) - law / 2) / points
         slope = n * n * ((1 - u) * (1 - F) if worst else u * F) ** (n - 1)
         R = (slope.cumsum(0) - slope / 2) / points
@@ -1174,8 +1190,6 @@ def worst_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 1
     return best_of_n(model, prompts, max_new, generator, slots, lambda roll: -score(roll), n=n)
 
 
-TRANSFORMS["infalign_id"], TRANSFORMS["infalign_bon"] = infalign_id, infalign_bon
-TRANSFORMS["infalign_won"], TRANSFORMS["infalign_log"] = infalign_won, infalign_log
 TRANSFORMS["infalign_best"], DECODERS["won"] = infalign_best, worst_of_n
 
 
@@ -1200,6 +1214,7 @@ def dpo_logp(dpo, roll, c):
 
 
 SHAPINGS["rto"], BATCH["dpo_logp"], MODELS["dpo"] = rto, dpo_logp, ("dpo", Transformer)
+PRESETS["rto"] = dict(shaping="rto", beta=0.1)     # and --dpo FOLDER, of dpo.py; beta ours
 
 
 # === pairs: ours, preference pairs beside a run: of a file, or of the run's own world =============
@@ -1287,6 +1302,7 @@ def check_ptx(c, f):
 
 MEMORIES["demonstrations"], BATCH["demos"], REGULARISERS["ptx"] = Demonstrations, demos, ptx
 CHECKS["ptx"] = check_ptx
+PRESETS["ptx"] = dict(regulariser="ptx", mu=0.1)   # ours
 
 
 # === lesson: 2405.16436, a reward model's step on its pairs and against the policy's samples ======
@@ -1346,6 +1362,7 @@ class Adversary:
         self.held, self.samples = both_sides(held, c), sft_samples(c, tok, ref, pool, max_new)
         self.accuracy, mean, self.std = self.measured()
         self.now = dict(mean=mean, scale=1.0, steps=0, ended=False)
+        run.say(f"  the reward model is right in {self.accuracy:.1%} of {len(held)} held-out pairs")
 
     def tell(self):
         """Itself."""
@@ -1415,6 +1432,7 @@ def check_rpo(c, f):
 MEMORIES["contest"], FACTS["contested"], REWARDS["rpo"] = Adversary, contested, rpo
 MODELS["first_judge"], CHECKS["rpo"] = ("adversary", ScalarModel), check_rpo
 ALONE["contest"] = "its reward model learns on one"
+PRESETS["rpo"] = dict(reward="rpo", eta=0.005, beta=0.05)    # eta: the paper's DPO form's
 
 
 # === sft, greedy, half: 2510.21090, baselines of srppo: no step at all, sampled or sharpened ======
