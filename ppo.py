@@ -2958,8 +2958,11 @@ def ceil(score, *, ceiling: Signed = 3.0):
 TRANSFORMS["par"], TRANSFORMS["centered"], TRANSFORMS["tanh"] = par, centered, tanh
 TRANSFORMS["sigmoid"], TRANSFORMS["sgfc"], TRANSFORMS["lsc"] = sigmoid, sgfc, lsc
 TRANSFORMS["ceil"] = ceil
-for name in ("par", "centered", "tanh", "lsc"):
-    PRESETS[name] = dict(transform=name, beta=0.1)
+# betas ours: 0.15 of the shaped score's std on Ring (the authors' is 0.005, of 2 B models)
+PRESETS["par"] = dict(transform="par", references=4, beta=0.02)        # "one reference is enough"
+PRESETS["centered"] = dict(transform="centered", references=4, beta=0.1)
+PRESETS["tanh"] = dict(transform="tanh", references=4, beta=0.06)
+PRESETS["lsc"] = dict(transform="lsc", references=10, beta=0.06)
 
 
 # === meanstd, clip, minmax: 2502.18770's baselines, by statistics of all scores so far ============
@@ -3017,37 +3020,61 @@ def minmax(score, seen):
 
 MEMORIES["running"], FACTS["seen"] = Running, seen
 TRANSFORMS["meanstd"], TRANSFORMS["clip"], TRANSFORMS["minmax"] = meanstd, clip_reward, minmax
+PRESETS["clip"] = dict(transform="clip", beta=0.1)                     # betas as for par
+PRESETS["minmax"] = dict(transform="minmax", beta=0.04)
 
 
-# === infalign_bon, infalign_won, infalign_id, infalign_log, infalign_best: 2412.19792, decoding ===
+# === infalign_bon, infalign_won, infalign_id, infalign_log: 2412.19792, for how it is decoded =====
 # Where decoding takes the best of N samples, or an attacker the worst, PPO is to have a function of
 # u, the calibrated score, as its reward. 100 references and t 10 are second-hand.
 
 
 def calibrated(score, sft_scores):
-    """u = mean_i 1[s > q_i] + ½ 1[s = q_i]: uniform under the SFT model, whatever s is.   [B]"""
-    s = score[:, None]
-    return ((s > sft_scores).float() + 0.5 * (s == sft_scores).float()).mean(1)
+    """u = mean_i 1[s > q_i] + ½ 1[s = q_i]: uniform under the SFT model, whatever s is.   [B]
+
+    What differs by rounding is equal (ours): one response in two batches, of different widths.
+    """
+    lead = score[:, None] - sft_scores                                                   # [B, M]
+    lead = torch.where(lead.abs() <= 1e-5 * (1 + score.abs()[:, None]), 0.0, lead)
+    return (0.5 + 0.5 * lead.sign()).mean(1)
+
+
+def exponential(x, t):
+    """exp(t x), x = u - 1 or -u, less its mean, over its standard deviation under the SFT model."""
+    t = torch.tensor(t, dtype=torch.float64)
+    mean, square = -torch.expm1(-t) / t, -torch.expm1(-2 * t) / (2 * t)
+    return (torch.exp(t * x) - mean) / (square - mean ** 2).sqrt()
 
 
 def infalign_id(score, sft_scores, *, references: Count = 100):
-    """φ(u) = u: best for the win rate of one sample.   [B]"""
-    return calibrated(score, sft_scores)
+    """φ(u) = u, for the win rate of one sample, standardised as the others are.   [B]"""
+    return (calibrated(score, sft_scores) - 0.5) * 12 ** 0.5
 
 
 def infalign_bon(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
     """φ(u) = exp(t u), for the best of N: a sample counts if it may be the best.   [B]"""
-    return torch.exp(t * calibrated(score, sft_scores))
+    return exponential(calibrated(score, sft_scores) - 1, t)
 
 
 def infalign_won(score, sft_scores, *, references: Count = 100, t: Positive = 10.0):
     """φ(u) = -exp(-t u), for the worst of N: a sample counts if it may be the worst.   [B]"""
-    return -torch.exp(-t * calibrated(score, sft_scores))
+    return -exponential(-calibrated(score, sft_scores), t)
 
 
 def infalign_log(score, sft_scores, *, references: Count = 100):
     """φ(u) = log u, with u no less than half a reference (ours): towards a best of N.   [B]"""
-    return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log()
+    return calibrated(score, sft_scores).clamp(min=0.5 / sft_scores.size(1)).log() + 1
+
+
+TRANSFORMS["infalign_id"], TRANSFORMS["infalign_bon"] = infalign_id, infalign_bon
+TRANSFORMS["infalign_won"], TRANSFORMS["infalign_log"] = infalign_won, infalign_log
+# 32 references and the betas ours
+PRESETS["infalign_id"] = dict(transform="infalign_id", references=32, beta=0.1)
+PRESETS["infalign_bon"] = dict(transform="infalign_bon", references=32, beta=0.2, decode="bon", n=4)
+PRESETS["infalign_won"] = dict(transform="infalign_won", references=32, beta=0.1, decode="won", n=4)
+
+
+# === infalign_best, won: 2412.19792, the best such function, a fixed point; the worst of n ========
 
 
 @cache
@@ -3061,7 +3088,7 @@ def infalign_fixed_point(n, beta, worst=False, points=2000):
     """
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     law, step, last, change = torch.ones_like(u), 0.5, 0.0, 1.0
-    while change > 1e-9:
+    while change > 1e-9 and step > 1e-3:
         F = (law.cumsum(0) - law / 2) / points
         slope = n * n * ((1 - u) * (1 - F) if worst else u * F) ** (n - 1)
         R = (slope.cumsum(0) - slope / 2) / points
@@ -3085,8 +3112,6 @@ def worst_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 1
     return best_of_n(model, prompts, max_new, generator, slots, lambda roll: -score(roll), n=n)
 
 
-TRANSFORMS["infalign_id"], TRANSFORMS["infalign_bon"] = infalign_id, infalign_bon
-TRANSFORMS["infalign_won"], TRANSFORMS["infalign_log"] = infalign_won, infalign_log
 TRANSFORMS["infalign_best"], DECODERS["won"] = infalign_best, worst_of_n
 
 
@@ -3111,6 +3136,7 @@ def dpo_logp(dpo, roll, c):
 
 
 SHAPINGS["rto"], BATCH["dpo_logp"], MODELS["dpo"] = rto, dpo_logp, ("dpo", Transformer)
+PRESETS["rto"] = dict(shaping="rto", beta=0.1)     # and --dpo FOLDER, of dpo.py; beta ours
 
 
 # === pairs: ours, preference pairs beside a run: of a file, or of the run's own world =============
@@ -3198,6 +3224,7 @@ def check_ptx(c, f):
 
 MEMORIES["demonstrations"], BATCH["demos"], REGULARISERS["ptx"] = Demonstrations, demos, ptx
 CHECKS["ptx"] = check_ptx
+PRESETS["ptx"] = dict(regulariser="ptx", mu=0.1)   # ours
 
 
 # === lesson: 2405.16436, a reward model's step on its pairs and against the policy's samples ======
@@ -3242,7 +3269,7 @@ def sft_samples(c, tok, ref, pool, max_new):
     return out
 
 
-# === rpo: 2405.16436, PPO against a reward model that goes on learning, and doubts the policy =====
+# === adversary: 2405.16436, a reward model that goes on learning, and doubts the policy ===========
 
 
 class Adversary:
@@ -3257,6 +3284,7 @@ class Adversary:
         self.held, self.samples = both_sides(held, c), sft_samples(c, tok, ref, pool, max_new)
         self.accuracy, mean, self.std = self.measured()
         self.now = dict(mean=mean, scale=1.0, steps=0, ended=False)
+        run.say(f"  the reward model is right in {self.accuracy:.1%} of {len(held)} held-out pairs")
 
     def tell(self):
         """Itself."""
@@ -3298,6 +3326,9 @@ class Adversary:
         self.now = state["now"]
 
 
+# === rpo: 2405.16436, PPO against that reward model ===============================================
+
+
 def contested(contest, roll, c):
     """The adversary's score, SFT samples at 0 and as far apart as at first.   [B]"""
     score = sequence_scores(contest.model, roll.tokens, ends_of(roll), c)                # [B]
@@ -3311,16 +3342,19 @@ def rpo(contested, *, adversary="", eta=0.005, lesson_every: Count = 10, lessons
 
 
 def check_rpo(c, f):
-    """Words against pairs from nowhere, and against a reward that is more than one model."""
+    """Words against pairs from nowhere, a reward that is not one model, scores that are kept."""
     folder = f.reward.keywords["adversary"]
     if folder and any((checkpoint(folder) / file).exists() for file in BESIDE):
-        return f"--adversary {folder}: --reward rpo trains a model of one score; give bt's"
+        return f"--adversary {folder}: --reward rpo trains one scalar model; give reward.py's bt"
+    if "sft_scores" in needs(f.transform):
+        return f"--transform {c.transform} keeps scores that --reward rpo would learn to change"
     return without_pairs(c, f.reward.keywords)
 
 
 MEMORIES["contest"], FACTS["contested"], REWARDS["rpo"] = Adversary, contested, rpo
 MODELS["first_judge"], CHECKS["rpo"] = ("adversary", ScalarModel), check_rpo
 ALONE["contest"] = "its reward model learns on one"
+PRESETS["rpo"] = dict(reward="rpo", eta=0.005, beta=0.05)    # eta: the paper's DPO form's
 
 
 # === sft, greedy, half: 2510.21090, baselines of srppo: no step at all, sampled or sharpened ======
