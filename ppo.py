@@ -2462,7 +2462,7 @@ PRESETS["chi2"] = dict(regulariser="chi2", beta=0.0, weight=0.01, eps=0.4, eps_v
 PRESETS["chi2_kl"] = dict(regulariser="kl_whole", beta=0.0, weight=0.1, eps=0.4, eps_v=0.4)
 
 
-# === chi2_exact, occupancy: 2403.03185, χ² in the score, what it assures, its discriminator =======
+# === occupancy: 2403.03185, χ² in the score, what it assures, its discriminator ===================
 
 
 def chi2_rewards(unit, logp, ref_logp, mask, coefficient, far, *, beta=0.1, root=True):
