@@ -587,7 +587,7 @@ def response_of(w, problem, ids, logp, row, room):
     text = w.tok.decode(ids[:-1] if done else ids)
     score = w.task.reward(problem, text, True) if done else w.no_eos
     return SimpleNamespace(problem=problem, ids=ids, logp=logp, begin=n, end=n + len(ids),
-                           done=done, fresh=n + len(logp), ended=done or len(ids) == 6,
+                           done=done, fresh=n + len(logp), ended=done or len(ids) == 7,
                            score=score)
 
 
@@ -596,7 +596,7 @@ def window_of(w, rows, scene):
     log-probs, rewards, values, each by its definition."""
     call = scene["windowed"][0]
     roll = call.out["roll"]
-    ys = [response_of(w, *y, ids, min(2, 6 - len(y[1])))
+    ys = [response_of(w, *y, ids, min(3, 7 - len(y[1])))
           for y, ids in zip(rows, roll.tokens.tolist(), strict=True)]
     s = SimpleNamespace(ys=ys, tokens=roll.tokens, ended=torch.tensor([y.ended for y in ys]))
     s.mask, s.trained, s.valued, then = (torch.zeros(roll.tokens.shape) for _ in range(4))
@@ -655,9 +655,10 @@ def check_window(s, scene, row):
 
 def test_a_window_trains_its_own_tokens_and_the_critic_those_of_what_ended(
         two_models, workdir, monkeypatch):
-    """rows go on where they were cut, with the log-probs of then; new prompts take free places"""
-    w, scenes, log = follow(monkeypatch, two_models, "tppo,window=2", "--beta", "0.3", "--lam",
-                            "0.8", steps=5)
+    """rows go on where they were cut, with the log-probs of then; new prompts take free places;
+    seven tokens are windows of three, three and one"""
+    w, scenes, log = follow(monkeypatch, two_models, "tppo,window=3", "--beta", "0.3", "--lam",
+                            "0.8", "--max_new", "7", steps=5)
     stream = torch.cat([batch_indices(len(w.train), 8, i, SEED) for i in range(10)])
     waiting, begun, ages = [], 0, set()
     for scene, row in zip(scenes, log):
@@ -669,7 +670,7 @@ def test_a_window_trains_its_own_tokens_and_the_critic_those_of_what_ended(
         ages |= {(len(y.ids), y.fresh - y.begin, y.ended) for y in s.ys}
         waiting = [(y.problem, y.ids, s.old[b, y.begin:y.end].tolist())
                    for b, y in enumerate(s.ys) if not y.ended]
-    assert {(2, 0, False), (4, 2, False), (6, 4, True)} <= ages and begun > 24
+    assert {(3, 0, False), (6, 3, False), (7, 6, True)} <= ages and begun > 24
 
 
 def weights(folder):
