@@ -1497,7 +1497,8 @@ def draw_analysis(path, found, ns, logs):
     d = [found[f"kl@{n}"] ** 0.5 for n in ns]
     for key, words in (("formula", "log n - (n-1)/n"), ("kl", "exact, of the samples")):
         axes[0].plot(ns, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
-    axes[0].set(xscale="log", xlabel="n", ylabel="KL, nats", title="KL of best of n")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set(xlabel="n", ylabel="KL, nats", title="KL of best of n")
     for key, words in (("best", "best of n"), ("optimum", "tilted, the same KL")):
         axes[1].plot(d, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
     axes[1].set(xlabel="sqrt KL, nats", ylabel="the run's reward", title="what a KL buys")
