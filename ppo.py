@@ -3586,7 +3586,7 @@ class Decoder:
     """f, an MLP of --layers, fitted after every step so that Σ_t f(φ_t) is the score (in units of
     the SFT model's) of the last 2000 episodes, which it keeps. It tells nothing before the first.
 
-    The authors' code: 5 layers of 64, Adam, 5e-4; 50 batches a step, of 64 episodes, are ours.
+    The authors' code: 5 layers of 64, Adam, 5e-4; 20 batches a step, of 64 episodes, are ours.
     """
 
     def __init__(self, c, f, task, pool, tok, max_new):
@@ -3647,7 +3647,7 @@ MEMORIES["decoder"] = Decoder
 
 
 def lare(unit, logp, ref_logp, mask, coefficient, phi, decoder, *, beta=1.0, factors="",
-         layers: Count = 5, updates: Count = 50, decoder_lr: Positive = 5e-4):
+         layers: Count = 5, updates: Count = 20, decoder_lr: Positive = 5e-4):
     """r_t = f(φ_t) - β k1_t, without gradient: in the place of the score on the last token, where
     it stays until f has seen a rollout.   -> [B, T]"""
     if decoder is None:
@@ -3661,7 +3661,7 @@ def has_factors(c, f):
     """Words where neither the world nor the user has factor code; UserError if it does not load."""
     if c.data not in FACTORS and not f.shaping.keywords["factors"]:
         return (f"--shaping lare with --data {c.data}: say with --factors PATH.py:FUNCTION what "
-                "each token does")
+                "each token does, or take --config ring,lare")
     factor_code(f.shaping.keywords["factors"], c.data)
     return ""
 
@@ -3925,7 +3925,8 @@ def draw_analysis(path, found, ns, logs):
     d = [found[f"kl@{n}"] ** 0.5 for n in ns]
     for key, words in (("formula", "log n - (n-1)/n"), ("kl", "exact, of the samples")):
         axes[0].plot(ns, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
-    axes[0].set(xscale="log", xlabel="n", ylabel="KL, nats", title="KL of best of n")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set(xlabel="n", ylabel="KL, nats", title="KL of best of n")
     for key, words in (("best", "best of n"), ("optimum", "tilted, the same KL")):
         axes[1].plot(d, [found[f"{key}@{n}"] for n in ns], marker="o", ms=3, label=words)
     axes[1].set(xlabel="sqrt KL, nats", ylabel="the run's reward", title="what a KL buys")

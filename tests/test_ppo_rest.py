@@ -668,7 +668,7 @@ def test_an_analysis_reads_runs_and_samples_the_first_one_s_model(two_models, wo
     assert drawn.prompts == [tok.prompt(p) for p in problems] and drawn.samples == 8
     assert same(drawn.model, ref)
     roll, gold = drawn.out, []
-    score = logp_of(ref, roll.tokens, roll.mask, 1.0).sum(1)
+    score = logp_of(ref, roll.tokens, roll.mask, 1.0).sum(1).detach()
     score = torch.where(roll.finished, score, -30.0).view(3, 8).double()
     for i, (ids, done) in enumerate(zip(roll.completions(), roll.finished.tolist())):
         gold.append(ppo.tasks.task("toyif").reward(problems[i // 8], tok.decode(ids), done))
