@@ -458,6 +458,9 @@ def test_a_prompt_s_references_depend_on_the_seed_alone(judges):
     assert torch.equal(twice, forth[[0, 0, 1, 1, 2, 2]])
 
 
+ELSEWHERE = {"plain", "group", "shifted"}      # the spine's, and of pairs of responses
+
+
 def by_hand(row, score, q):
     """A row's function, called with what its shape depends on."""
     fn = getattr(ppo, dict(clip="clip_reward").get(row, row))
@@ -465,7 +468,7 @@ def by_hand(row, score, q):
     return fn(*[known[name] for name in needs(fn)])
 
 
-@pytest.mark.parametrize("row", [row for row in ppo.TRANSFORMS if row != "plain"])
+@pytest.mark.parametrize("row", [row for row in ppo.TRANSFORMS if row not in ELSEWHERE])
 def test_every_shape_has_its_row(row, judges):
     """of the reward model's score under the EOS rule, as a run asks for it"""
     memory, common = references_of(judges, f"transform={row}")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -753,6 +754,26 @@ def test_a_claim_runs_every_arm_and_concludes(workdir):
     claims.run_claim("c", claim, "t", claim_setup, claim_train, seeds=3,
                   jobs=1)                                                 # finished arms are reused
     assert (workdir / "out/claims/c/ours-s0/run.json").stat().st_mtime_ns == stamp
+
+
+def test_the_models_of_a_claim_are_made_once_for_every_seed(workdir, monkeypatch):
+    asked = []
+
+    def main(argv):
+        asked.append(argv)
+        folder = Path(argv[-1])
+        folder.mkdir()
+        (folder / "run.json").write_text('{"result": {}}')
+
+    monkeypatch.setitem(sys.modules, "maker", SimpleNamespace(main=main))
+    claim = Claim("none", "none", arms={}, metric="score", tests={},
+                  models=dict(rm=("maker", "ring,rows=3")))
+    for seed in (4, 7, 4):
+        claims.make_model(("rm", "maker", "ring,rows=3", seed, 1))
+    assert [argv[:-1] for argv in asked] == [
+        ["--config", "ring,rows=3", "--seed", seed, "--out"] for seed in ("4", "7")]
+    assert claims.with_models("ring,reward={rm}/a", claim, 7) == f"ring,reward={asked[1][-1]}/a"
+    assert claims.with_models("ring,reward={rm}", claim) == "ring,reward=."
 
 
 def tuned_train(c, f):

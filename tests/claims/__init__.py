@@ -10,6 +10,8 @@ HEADLINES.
 """
 import contextlib
 import dataclasses
+import hashlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -66,7 +68,9 @@ class Claim:
     claim's. conclude({label: verdict}) may give the claim's own word; by default every test must
     hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
     "theirs|gold": …}. smallest: for each metric of a test the least difference that would matter,
-    and `why`: the published one translated, or what a user would notice.
+    and `why`: the published one translated, or what a user would notice. models: checkpoints that
+    arms read, {name: (script, its --config)}, each made once for every seed; "{name}" in an arm is
+    its folder.
     """
     text: str
     paper: str
@@ -79,6 +83,7 @@ class Claim:
     also: tuple = ()                 # further metrics to tabulate
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
+    models: dict = dataclasses.field(default_factory=dict)
     curve: str = ""  # a key of the log to draw against steps and seconds of training
     sweep: tuple = ()  # (x's name, metrics): draw each arm's results "metric@x" against x
 
@@ -126,6 +131,36 @@ def run_arm(job):
         return train(c, f)
 
 
+def model_folder(name, script, config, seed):
+    """Where a claim's model stands: of one code and one configuration."""
+    mark = hashlib.sha256(f"{script} {config} {source()}".encode()).hexdigest()[:8]
+    return Path("out/claims/models", f"{name}-{script}-{mark}-s{seed}")
+
+
+def make_model(job):
+    """One model of a claim, one seed, in its own process, if it is not there already."""
+    name, script, config, seed, threads = job
+    folder = model_folder(name, script, config, seed)
+    if "result" in (read_json(folder / "run.json") if (folder / "run.json").exists() else {}):
+        return
+    torch.set_num_threads(threads)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        set_aside(folder)
+    with open(f"{folder}.txt", "w") as out, contextlib.redirect_stdout(out):
+        argv = ["--config", config, "--seed", str(seed), "--out", str(folder)]
+        importlib.import_module(script).main(argv)
+
+
+def with_models(config, claim, seed=None):
+    """An arm's --config with the folders of the models that it names, of a seed; without one, for a
+    look at its options, with any folder."""
+    for name, (script, options) in claim.models.items():
+        folder = "." if seed is None else model_folder(name, script, options, seed)
+        config = config.replace(f"{{{name}}}", str(folder))
+    return config
+
+
 TUNING_SEED = 1000  # of data order and initialisation while tuning: never one that is reported
 
 
@@ -148,7 +183,7 @@ def tune_arms(claim, configure_arm, job, pool, widest=6):
     Lower is better.
     """
     key, ratio, metric = claim.tune
-    centre = {arm: vars(configure_arm(["--config", config])[0])[key]
+    centre = {arm: vars(configure_arm(["--config", with_models(config, claim)])[0])[key]
               for arm, config in claim.arms.items()}
     grids = {arm: {} for arm in claim.arms}
     todo = [(arm, i) for arm in grids for i in (-1, 0, 1)]
@@ -184,7 +219,7 @@ def measure(name, claim, configure_arm, train, seeds, *, jobs=0, extra=(), confi
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
 
     def job(arm, seed, changes, tag=tag):
-        presets = ",".join(filter(None, (claim.arms[arm], config)))
+        presets = ",".join(filter(None, (with_models(claim.arms[arm], claim, seed), config)))
         return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
                 f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
                 1 if jobs > 1 else torch.get_num_threads())
@@ -195,6 +230,12 @@ def measure(name, claim, configure_arm, train, seeds, *, jobs=0, extra=(), confi
           sep="\n", flush=True)
     got, tuned = [], {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        models = [(model, *what, seed, 1 if jobs > 1 else torch.get_num_threads())
+                  for seed in [*seeds, *[TUNING_SEED] * bool(claim.tune)]
+                  for model, what in claim.models.items()]
+        for _ in tqdm(pool.map(make_model, models), total=len(models), desc=f"{name}: models",
+                      disable=not models, dynamic_ncols=True):
+            pass
         if claim.tune:
             tuned = tune_arms(claim, configure_arm, job, pool)
         work = [job(arm, seed, [f"--{claim.tune[0]}={tuned[arm]['value']}"] if tuned else [])
@@ -303,7 +344,7 @@ def run_from_options(script, claims, setup, known, train, options):
     more = options.pop("config", "")
     extra = [f"--{k}={v}" for k, v in options.items()]
     for arm in claim.arms.values():                              # all options, before any arm runs
-        setup(["--config", ",".join(filter(None, (arm, more))), *extra])
+        setup(["--config", ",".join(filter(None, (with_models(arm, claim), more))), *extra])
     job = run_pilot if pilot else run_claim
     return job(name, claim, script, setup, train, seeds=seeds, jobs=jobs, extra=extra, config=more)
 
