@@ -3345,7 +3345,8 @@ def rpo(contested, *, adversary="", eta=0.005, lesson_every: Count = 10, lessons
 def check_rpo(c, f):
     """Words against pairs from nowhere, a reward that is not one model, scores that are kept."""
     folder = f.reward.keywords["adversary"]
-    if folder and any((checkpoint(folder) / file).exists() for file in BESIDE):
+    weights = checkpoint(folder).glob("*.safetensors") if folder else ()
+    if any(not file.name.startswith("model") for file in weights):       # what else scores with it
         return f"--adversary {folder}: --reward rpo trains one scalar model; give reward.py's bt"
     if "sft_scores" in needs(f.transform):
         return f"--transform {c.transform} keeps scores that --reward rpo would learn to change"

@@ -91,7 +91,7 @@ def test_rows_keep_their_own_references():
 
 
 def test_running_statistics_are_those_of_all_batches_together():
-    memory, x = ppo.Running(), torch.cat([rand(7) + 3, 9 * rand(1, seed=1), rand(20, seed=2) - 5])
+    memory, x = ppo.Running(), torch.cat([rand(7) - 5, T([9.]), rand(20, seed=2)])
     for part in x.split([7, 1, 20]):
         now = ppo.seen(memory.tell(), part)
         memory.note(now)
@@ -113,7 +113,7 @@ def test_shapes_by_running_statistics_by_hand():
     assert close(ppo.clip_reward(T([-9.]), now), [3 - std])
     more = ppo.seen(now, T([11.]))                                    # (1, 2, 6, 11): mean 5
     assert close(ppo.meanstd(T([11.]), more), [6 / math.sqrt(62 / 4)])
-    assert close(ppo.minmax(T([6.]), more), [.5])
+    assert close(ppo.minmax(T([2., 6]), more), [.1, .5])
 
 
 def test_equal_scores_divide_by_nothing():
@@ -268,6 +268,23 @@ def test_the_adversary_s_loss_without_eta_is_bradley_terry_and_knows_no_constant
     grads = torch.autograd.grad(ppo.adversarial(c, r, y, eta=.3).sum(), (c, r, y))
     assert close(sum(grads), torch.zeros(8), 1e-12)                   # of a shift of all scores
     assert close(grads[2], torch.full((8,), .3))                      # the policy's samples go down
+
+
+def test_without_pairs_a_lesson_only_lowers_the_policy_below_the_base(judges):
+    """pairs of one response with itself teach nothing"""
+    (model, tok), (policy, _), task = load(judges[2]), load(judges[1]), tasks.task("toyif")
+    problems = task.problems("train", 8, 1)
+    roll = generate(policy, [tok.prompt(p) for p in problems], 6,
+                    generator=torch.Generator().manual_seed(0))
+    demos = [[*tok.encode(task.demo(p)), tok.eos] for p in problems]
+    pairs = [dict(prompt=tok.prompt(p), chosen=y, rejected=y) for p, y in zip(problems, demos)]
+    c = SimpleNamespace(batch=8, micro=3, seed=0, device="cpu", dtype="float32")
+    opt, gaps = ppo.optimiser(model.requires_grad_(), lr=1e-3), []
+    for number in range(6):
+        base = torch.stack([model(torch.tensor([x["prompt"] + x["chosen"]]))[0, -1] for x in pairs])
+        gaps.append((said(model, roll).mean() - base.mean()).item())
+        ppo.lesson(model, opt, pairs, roll, number, 0.5, c)
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] - gaps[-1] > 1e-3
 
 
 # --- the script's own runs, followed --------------------------------------------------------------
