@@ -1050,12 +1050,12 @@ def of_routing(S, mixed, where, answers):
 @cache
 def seen_by(folder, device):
     """What the model of pairs of a folder has seen: read once."""
-    return factored(load_file(checkpoint(folder) / "pair.safetensors", device))
+    return factored(load_file(folder / "pair.safetensors", device))
 
 
 def beliefs(pair_model, groups, c, f):
     """What the model of pairs says of all pairs.   -> S, U [P, K, K]"""
-    own = seen_by(f.reward.keywords["pair_model"], str(c.device))
+    own = seen_by(checkpoint(f.reward.keywords["pair_model"]).resolve(), str(c.device))
     S, U = believed(pair_model, own, groups, c)
     return finite(S, c), U
 

@@ -406,6 +406,7 @@ def run(monkeypatch, words, *names):
     """ppo.py's own run -> its result, {name: calls} of rows, of these functions and of more."""
     rows, named = catch(monkeypatch, ppo), catch(monkeypatch, ppo, "calibrate", *names)
     monkeypatch.setattr(ppo, "rows_at_once", lambda c: 512)
+    monkeypatch.setitem(ppo.BESIDE, "pair.safetensors", ppo.against_sft)
     plain, rolls, updates = ppo.generate, [], []
 
     def generate(model, prompts, *args, **kw):
@@ -548,7 +549,9 @@ def test_a_model_of_pairs_alone_scores_against_the_sft_model(folders, workdir, m
     _, calls = run(monkeypatch, argv(folders, "toyif,ppo", "--reward", folders["pm"]),
                    "against_sft")
     ref, tok = models.load(folders["init"])
-    for call, paid in list(zip(calls["against_sft"], calls["PATH"]))[1:3]:
+    scored = list(zip(calls["against_sft"], calls["PATH"], strict=True))
+    assert len(scored) == 7
+    for call, paid in scored[1:4]:
         ids = [row[:n] for row, n in zip(call.roll.tokens.tolist(), call.roll.prompt_len.tolist())]
         rivals = models.generate(ref, ids, 6, temperature=0.0).completions()
         groups = [ppo.Group(x, ys, {}, [], []) for x, *ys in zip(ids, call.roll.completions(),
