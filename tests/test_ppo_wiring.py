@@ -23,9 +23,6 @@ from data.tokenizer import Tokenizer
 from model import ScalarModel, load, preset, save
 
 METHODS = [p for p in ppo.PRESETS if p not in {"toyif", "ring", "docs", "tiny", "lora"}]
-SEVERAL = {"rluf", "mu_ppo", "xi_ppo", "all_ppo", "ppo_sat", "nm_ppo", "maxmin", "quark", "safe",
-           "safe_literal"}                                               # see test_ppo_several.py
-METHODS = [p for p in METHODS if p not in SEVERAL]
 SEED = 3
 TINY = ["--steps", "2", "--rollouts", "8", "--batch", "8", "--micro", "5", "--eval_every", "2",
         "--save_every", "99", "--max_new", "6", "--eval_prompts", "8", "--seed", str(SEED)]
