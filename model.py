@@ -443,7 +443,8 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
 
     Each distinct prompt is read once. Row b's i-th draw is a number fixed beforehand: which other
     rows still run changes nothing. stop: ids that end a completion (default: the model's eos).
-    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' logits.
+    contrast=(other, alpha) samples from softmax(l + alpha (l - l_other)), l the two models' logits,
+    or of what alpha(l, l_other) says.
     cache: what makes the cache of keys and values, with Cache's methods. slots, chunk: Queue's.
     Raises UserError for an empty prompt, or one that does not leave max_new_tokens of context.
     """
@@ -458,8 +459,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
 
     def choose(logits, u):
         """Each model's logits [n, V], u [n] -> tokens and their log-probs [n]."""
-        first, *others = logits
-        mixed = first + contrast[1] * (first - others[0]) if contrast else first
+        mixed = against(*logits, contrast[1]) if contrast else logits[0]
         return pick(mixed, u, temperature, top_k, top_p)
 
     loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(queue, stop))]
@@ -608,6 +608,14 @@ def top_p(logits, p):
 
 
 CUTS["top_k"], CUTS["top_p"] = top_k, top_p
+
+
+# === against: 2210.15097, what is sampled where another model speaks, too =========================
+
+
+def against(first, other, alpha):
+    """l + α (l - l_other) of two models' logits, or what a function of both says.   [n, V]"""
+    return alpha(first, other) if callable(alpha) else first + alpha * (first - other)
 
 
 # === reading: 2308.16369, prompts in parts, tokens that follow a cache's ==========================
@@ -3636,7 +3644,7 @@ class Options:
     chat: bool = False           # wrap the prompt, or what --eval asks, in the chat template
     system: str = ""             # the chat's system message, or that of what --eval asks
     ask: str = ""                # of --eval, words behind every question: how to answer
-    answer: Literal["mark", "last", "boxed"] = "mark"  # of --eval: behind ####, the last number
+    answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # of --eval: behind ####, …, all
     eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
     export: str = ""             # write the model, an adapter folded in, to this new folder
     max_new: Count = 512         # at most so many new tokens

@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import random
-import re
 import statistics
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -1557,15 +1556,7 @@ def pair_logit(batch):
 FACTS["logit"] = pair_logit
 
 
-# === routing: 2510.20369, scores of pairs, whom to ask about them, and what asking is worth =======
-
-def pair_scores(F12, U):
-    """Both orders of all pairs -> antisymmetric scores and symmetric uncertainty.   [K, K] each
-
-    s_ij = (f(i,j) - f(j,i)) / 2,  u_ij = (u(i,j) + u(j,i)) / 2, diagonals 0."""
-    off = 1 - torch.eye(len(F12), dtype=F12.dtype)
-    return (F12 - F12.T) / 2 * off, (U + U.T) / 2 * off
-
+# === routing: 2510.20369, whom to ask about pairs, and what asking is worth =======================
 
 def by_uncertainty(score, u, wrong):
     """Ask about the pairs of highest uncertainty.   -> priority [N], higher is asked first"""
@@ -1588,13 +1579,6 @@ def by_oracle(score, u, wrong):
 
 
 ROUTERS = dict(uncertainty=by_uncertainty, margin=by_margin, both=by_both, oracle=by_oracle)
-
-
-def pairwise_rloo(S, scale=1.0):
-    """A_i = scale/(K-1) Σ_j s_ij: RLOO when s_ij = r_i - r_j (2510.20369).
-
-    [.., K, K] -> [.., K]"""
-    return scale * S.sum(-1) / max(1, S.size(-1) - 1)
 
 
 def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 1)):
@@ -1634,23 +1618,6 @@ def curves_of(priorities, right, judged, ood, g):
 
 
 # === route, router, big_router: 2510.20369, ask a dear judge where the cheap one is uncertain =====
-
-def route(S, U, judge, threshold=0.0, budget=None, logit=2.0):
-    """Ask the judge about pairs i < j with u_ij > threshold, at most `budget` of them, most
-    uncertain first.
-
-    judge(i, j) -> 1, 2, 0 (tie) or None (failed: the score stays). S, U [K, K] -> S with ±logit or
-    0 in the routed places, antisymmetric, and the number of calls."""
-    pairs = [(i, j) for i in range(len(S)) for j in range(i + 1, len(S)) if U[i, j] > threshold]
-    pairs = sorted(pairs, key=lambda p: -U[p].item())[:budget]
-    S = S.clone()
-    for i, j in pairs:
-        verdict = judge(i, j)
-        if verdict is not None:
-            S[i, j] = {1: logit, 2: -logit, 0: 0.0}[verdict]
-            S[j, i] = -S[i, j]
-    return S, len(pairs)
-
 
 def pair_ids(tok, prompt, a, b):
     """A pair as the classifier reads it."""
@@ -2009,16 +1976,6 @@ PRESETS["bt_rubrics"] = dict(recipe="bt", data="rubrics", lr=1e-3)   # the claim
 
 # === thinkrm, filler_style, direct_style, bt_style: 2505.16265, Think-RM: reasons, then its verdict
 
-def parse_verdict(text):
-    """Think-RM's score (2505.16265): the last of ±1..±3 in the last <answer> block; negative: A is
-    better.
-
-    None if there is no such block or number. (ParityJudge has its own: tasks.ParityJudge.parse.)"""
-    blocks = re.findall(r"<answer>(.*?)</answer>", text, re.S)
-    hits = re.findall(r"(?<!\d)(?<!\d\.)-?[123](?!\d|\.\d)", blocks[-1]) if blocks else []
-    return int(hits[-1]) if hits else None
-
-
 def graded(score, label):
     """Think-RM's multiclass rule reward: 1 for the very score, 0.5 for its sign, else 0."""
     return 0.0 if score is None else 1.0 if score == label else 0.5 if score * label > 0 else 0.0
@@ -2045,28 +2002,6 @@ def verdict_rates(samples, greedy, labels):
             "_greedy": map(right_sign, greedy, labels),
             "_graded": map(graded, [v[0] for v in samples], labels)}
     return {k: statistics.fmean(v) for k, v in each.items()}
-
-
-def judge_matrix(says, G, length=None):
-    """Verdicts s_ij (negative: i is better) of pairs i < j -> d [G, G] with d_ij = -s_ij, d_ji =
-    s_ij.
-
-    None counts as 0; length {pair: tokens of the judgement}: binary verdicts weigh 1/length."""
-    D = torch.zeros(G, G)
-    for (i, j), score in says.items():
-        score = score or 0
-        D[i, j] = -score if not length else ((score < 0) - (score > 0)) / length[i, j]
-        D[j, i] = -D[i, j]
-    return D
-
-
-def pairwise_grpo(D, eps=1e-6):
-    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.
-
-    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps as in the released code.
-    [.., G, G] -> [.., G]"""
-    G = D.size(-1)
-    return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
 
 
 def verdicts(judge, task, tok, sets, c, votes):

@@ -360,6 +360,9 @@ def test_contrast_samples_the_product_of_powers():
     plain, zero = (generate(net, PROMPTS, 8, generator=torch.Generator().manual_seed(0), **kw)
                    for kw in ({}, dict(contrast=(other, 0.0))))
     assert torch.equal(plain.tokens, zero.tokens)
+    same = generate(net, PROMPTS, 8, stop=[], generator=torch.Generator().manual_seed(0),
+                    contrast=(other, lambda mine, theirs: mine + 0.7 * (mine - theirs)))
+    assert torch.equal(same.tokens, roll.tokens) and torch.equal(same.logp, roll.logp)
 
 
 @pytest.mark.parametrize("prompts, n, words", [
