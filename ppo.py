@@ -1399,9 +1399,9 @@ EOS["subtract"], EOS["ignore"] = eos_subtract, eos_ignore
 
 
 def reward_folders(rewards):
-    """The folders of --rewards a,b,c. A run that left a model for each group of a mixture stands
-    for those of its last round."""
-    out = []
+    """The folders of --rewards a,b,c (or a+b+c, where a comma parts options). A run that left a
+    model for each group of a mixture stands for those of its last round."""
+    out, rewards = [], rewards if Path(rewards).exists() else rewards.replace("+", ",")
     for folder in filter(None, rewards.split(",")):
         groups = sorted(Path(folder).glob("round-*-group-*"))
         rounds = [int(x.name.split("-")[1]) for x in groups]

@@ -271,6 +271,8 @@ def test_the_controller_of_the_reward_s_velocity_by_hand():
     assert adjustment == 0 and state == (.5, 0, 0)
     state, adjustment = safe_pid(state, .6)
     assert close(adjustment, .00144) and close(state, [.505, .004, .004])
+    state, adjustment = safe_pid(state, .405)                              # e = -.005 - .001
+    assert close(adjustment, .3 * -.006 + .01 * -.002 + .05 * -.010) and close(state[1], -.002)
     assert close(safe_pid((0., 0., 0.), 1e9)[0][1], 1.0)                   # the sum is bounded
 
 
@@ -611,12 +613,18 @@ def test_fixed_thresholds_stay_and_ask_no_gold():
 
 
 def test_weights_of_a_resumed_run_are_the_same():
-    f = SimpleNamespace(reward=SimpleNamespace(keywords=dict(rewards="a,b", risks="", bound=5.0)))
+    """three rewards, the first two correlated: of two it would not tell"""
+    f = SimpleNamespace(reward=SimpleNamespace(keywords=dict(rewards="a,b,c", risks="", bound=5.0)))
     one, two = TriWeights(f), TriWeights(f)
-    assert close(one.tell(), [1, 1])
-    one.note(noise(700, 2) + 1, f)
-    one.note(noise(700, 2, seed=1), f)
-    assert len(one.last) == 1024
+    assert close(one.tell(), [1, 1, 1])
+    first, second = noise(700, 3) + 1, noise(700, 1, seed=1) * T([1., 2, 0]) + noise(700, 3, seed=2)
+    one.note(first, f)
+    one.note(second, f)
+    joint = torch.cat([first[-324:], second]).clamp(-5, 5)                 # the last 1024
+    mean = 0.9 * 0.1 * first.clamp(-5, 5).mean(0) + 0.1 * second.clamp(-5, 5).mean(0)
+    want = tri_factor(mean, torch.ones(3), torch.corrcoef(joint.T))
+    assert close(one.tell(), want, 1e-5)
+    assert not close(want, tri_factor(mean, torch.ones(3), torch.corrcoef(second.T)), 1e-3)
     two.load(one.state())
     assert torch.equal(one.tell(), two.tell())
 
@@ -642,6 +650,9 @@ def test_a_resumed_run_ends_where_the_whole_one_does(config, extra, workdir, fol
     for key, x in state["critic"].items():
         assert torch.equal(x, again["critic"][key])
     assert any("score" in key for key in state["critic"])
+    if "safe" in config:
+        seen = state["memories"]["safe"]
+        assert len(seen["rewards"]) == 8 and seen["kl"] and len(seen["pid"]) == 3
 
 
 def test_a_constraint_that_cannot_be_met_is_told_once(workdir, monkeypatch, folders, capsys):
@@ -650,7 +661,8 @@ def test_a_constraint_that_cannot_be_met_is_told_once(workdir, monkeypatch, fold
     rows = [dict(step=i, time=0.0, quality=-abs(i - 2), reward_1=9.0, reward_2=-i)
             for i in range(5)]
     Path("sum/log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, folders, "xi_ppo,multiplier_lr=50", extra=["--thresholds", "sum"])
+    _, log = run(monkeypatch, folders, "xi_ppo,multiplier_lr=50", extra=["--thresholds", "sum"])
+    assert max(map(abs, numbered(log[-1], "weight"))) == pytest.approx(math.tanh(2))
     out = capsys.readouterr().out
     assert out.count("WARNING") == len(set(re.findall(r"reward model (\d) is at", out))) >= 1
     assert "reward model 1 is at" in out and "its threshold 9.00" in out and "cannot be met" in out
@@ -700,7 +712,9 @@ def test_a_mixture_s_last_groups_are_its_reward_models(workdir):
                  "round-10-group-1"):
         Path("em", name).mkdir(parents=True)
     assert reward_folders("em") == ["em/round-10-group-0", "em/round-10-group-1"]
-    assert reward_folders("x,em/pooled") == ["x", "em/pooled"] and reward_folders("") == []
+    assert reward_folders("x,em/pooled") == ["x", "em/pooled"] == reward_folders("x+em/pooled")
+    Path("a+b").mkdir()
+    assert reward_folders("a+b") == ["a+b"] and reward_folders("") == []
     assert numbers_of("", 2, "--weights", [.5, .5]) == [.5, .5]
 
 
