@@ -1928,8 +1928,10 @@ class ScalarModel(nn.Module):
         return hidden if states else self.read(hidden)
 
     def read(self, hidden):
-        """The score that a state [..., D] stands for: a sum, not a matmul, so never in bfloat16."""
-        return (hidden.float() * self.score.weight[0].float()).sum(-1)
+        """The score that a state [..., D] stands for: a sum, never in bfloat16; or what a script's
+        own module in the head's place says, [..., K]."""
+        return (hidden.float() * self.score.weight[0].float()).sum(-1) if isinstance(
+            self.score, nn.Linear) else self.score(hidden)
 
 
 def body_of(model):
@@ -1938,9 +1940,9 @@ def body_of(model):
 
 
 def token_values(critic, tokens):
-    """The critic's estimates [B, T], out[:, t] BEFORE token t is chosen (read after t - 1), 0 at
-    t = 0."""
-    return F.pad(critic(tokens)[:, :-1], (1, 0))
+    """The critic's estimates [B, T(, K)], out[:, t] BEFORE token t, read after t - 1; 0 first."""
+    values = critic(tokens)[:, :-1]
+    return F.pad(values, (*[0, 0] * (values.dim() - 2), 1, 0))
 
 
 def sequence_score(reward_model, tokens, length):
@@ -2893,8 +2895,9 @@ def sequence_scores(reward_model, tokens, length, c):
 
 
 def critic_values(critic, tokens, mask, c):
-    """token_values of many rows; 0 outside the mask.   [N, T]"""
-    return spread(partial(token_values, critic), c, tokens, models=[critic]) * mask
+    """token_values of many rows; 0 outside the mask.   [N, T(, K)]"""
+    values = spread(partial(token_values, critic), c, tokens, models=[critic])
+    return values * mask.view(*mask.shape, *[1] * (values.dim() - 2))
 
 
 # === passes: ours, a step's rows and numbers, parted among torchrun's ranks and put together ======
@@ -3641,7 +3644,7 @@ class Options:
     chat: bool = False           # wrap the prompt, or what --eval asks, in the chat template
     system: str = ""             # the chat's system message, or that of what --eval asks
     ask: str = ""                # of --eval, words behind every question: how to answer
-    answer: Literal["mark", "last", "boxed"] = "mark"  # of --eval: behind ####, the last number
+    answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # of --eval: behind ####, …, all
     eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
     export: str = ""             # write the model, an adapter folded in, to this new folder
     max_new: Count = 512         # at most so many new tokens

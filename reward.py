@@ -21,7 +21,6 @@ import copy
 import json
 import math
 import random
-import re
 import statistics
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -1224,6 +1223,66 @@ def maxmin(c, run, base, encoded, loss, rows, noise, *, groups: Count = 2, round
 RECIPES["maxmin"], WORLDS_OF["maxmin"] = maxmin, ("ring",)
 
 
+# === love: 2505.14946, RLUF's P[Love]: how likely a response is to get a rare reaction ============
+
+def bce_love(reaction, love, kept):
+    """-log σ(±z), z = logit - log(kept) (2505.14946): binary cross-entropy of a reaction, with a
+    share `kept` of those without one in the data, so that the logit alone is of all.   [B]"""
+    z = reaction - kept.log()
+    return F.binary_cross_entropy_with_logits(z, love, reduction="none")
+
+
+def reactions(batch):
+    """The score of single responses, the logit of P[Love], at their last token.   [B]"""
+    part = batch.of("answer")
+    hidden = batch.model(part.tokens, states=True)                                    # [B, T, D]
+    last = part.start + part.length - 1
+    return dict(reaction=batch.model.read(hidden[torch.arange(len(last)), last]))
+
+
+def loved(world, n, seed, split, tok, kept=1.0, slope=1.5, shift=-2.5):
+    """n demonstrations with the reactions of Ring's group C, P[Love] = σ(slope z + shift) of its
+    standardised gold z; only a share `kept` of those without a reaction is among the rows."""
+    rng = random.Random(f"love/{split}/{seed}")
+    texts = [(x["prompt"], world.draw(x["prompt"], rng)) for x in world.problems(split, n, seed)]
+    gold = torch.tensor([world.judge(*text, group="C")["gold"] for text in texts])       # [n]
+    usual = torch.tensor([world.judge(p, y, group="C")["gold"]
+                          for p, *pair in prefs.reference(world) for y in pair])
+    chance = torch.sigmoid(slope * (gold - usual.mean()) / usual.std() + shift).tolist()
+    rows = []
+    for (prompt, y), p in zip(texts, chance):
+        love, lucky = rng.random() < p, rng.random() < kept
+        if love or lucky:
+            rows.append(dict(prompt=tok.prompt(dict(prompt=prompt)), love=float(love), kept=kept,
+                             answer=[*tok.encode(y), tok.eos], chance=p))
+    return rows
+
+
+def love(c, run, base, rows, last, *, kept: Range("(0, 1]") = 0.25):
+    """RLUF's reward of users' reactions (2505.14946): rare ones all, others in part, corrected.
+
+    Held out are all, at their natural rate: auroc, ece, the mean probability and the true rate. The
+    score of the checkpoint is the logit of P[Love]."""
+    model = load(last, c.device)[0] if last else new_scalar(base.policy, c.seed)
+    train = loved(base.world, rows or 12000, 1000 + c.seed, "train", base.tok, kept)
+    if not fit(model, train, bce_love, c, run, base.tok, seed=c.seed,
+               write=lambda net, folder: save(net, base.tok, folder)):
+        return {}
+    test = loved(base.world, 2000, c.seed, "val", base.tok)
+    p = torch.sigmoid(score_rows(scalar_reward(model, c), test, "answer", c, base.pad))  # [N]
+    hit = torch.tensor([r["love"] for r in test])
+    fine = torch.tensor([r["chance"] for r in test])
+    bins = torch.chunk(p.argsort(), 10)              # of equal size: P[Love] is small nearly always
+    error = [(p[b].mean() - hit[b].mean()).abs().item() for b in bins]
+    return listed(run, dict(auroc=auroc(p, hit > 0.5), ece=statistics.fmean(error),
+                            predicted=p.mean().item(), rate=hit.mean().item(),
+                            spearman=spearman(p, fine), rows=len(train)))
+
+
+FACTS["reaction"] = reactions
+RECIPES["love"], WORLDS_OF["love"] = love, ("ring",)
+
+
 # === rl: the smallest loop that attacks, steers and teaches (ppo.py has the whole of it) ==========
 
 def rloo(r):
@@ -1497,15 +1556,7 @@ def pair_logit(batch):
 FACTS["logit"] = pair_logit
 
 
-# === routing: 2510.20369, scores of pairs, whom to ask about them, and what asking is worth =======
-
-def pair_scores(F12, U):
-    """Both orders of all pairs -> antisymmetric scores and symmetric uncertainty.   [K, K] each
-
-    s_ij = (f(i,j) - f(j,i)) / 2,  u_ij = (u(i,j) + u(j,i)) / 2, diagonals 0."""
-    off = 1 - torch.eye(len(F12), dtype=F12.dtype)
-    return (F12 - F12.T) / 2 * off, (U + U.T) / 2 * off
-
+# === routing: 2510.20369, whom to ask about pairs, and what asking is worth =======================
 
 def by_uncertainty(score, u, wrong):
     """Ask about the pairs of highest uncertainty.   -> priority [N], higher is asked first"""
@@ -1528,13 +1579,6 @@ def by_oracle(score, u, wrong):
 
 
 ROUTERS = dict(uncertainty=by_uncertainty, margin=by_margin, both=by_both, oracle=by_oracle)
-
-
-def pairwise_rloo(S, scale=1.0):
-    """A_i = scale/(K-1) Σ_j s_ij: RLOO when s_ij = r_i - r_j (2510.20369).
-
-    [.., K, K] -> [.., K]"""
-    return scale * S.sum(-1) / max(1, S.size(-1) - 1)
 
 
 def routing_curve(priority, right, judged, shares=(0, 0.1, 0.25, 0.4, 0.6, 0.8, 1)):
@@ -1574,23 +1618,6 @@ def curves_of(priorities, right, judged, ood, g):
 
 
 # === route, router, big_router: 2510.20369, ask a dear judge where the cheap one is uncertain =====
-
-def route(S, U, judge, threshold=0.0, budget=None, logit=2.0):
-    """Ask the judge about pairs i < j with u_ij > threshold, at most `budget` of them, most
-    uncertain first.
-
-    judge(i, j) -> 1, 2, 0 (tie) or None (failed: the score stays). S, U [K, K] -> S with ±logit or
-    0 in the routed places, antisymmetric, and the number of calls."""
-    pairs = [(i, j) for i in range(len(S)) for j in range(i + 1, len(S)) if U[i, j] > threshold]
-    pairs = sorted(pairs, key=lambda p: -U[p].item())[:budget]
-    S = S.clone()
-    for i, j in pairs:
-        verdict = judge(i, j)
-        if verdict is not None:
-            S[i, j] = {1: logit, 2: -logit, 0: 0.0}[verdict]
-            S[j, i] = -S[i, j]
-    return S, len(pairs)
-
 
 def pair_ids(tok, prompt, a, b):
     """A pair as the classifier reads it."""
@@ -1949,16 +1976,6 @@ PRESETS["bt_rubrics"] = dict(recipe="bt", data="rubrics", lr=1e-3)   # the claim
 
 # === thinkrm, filler_style, direct_style, bt_style: 2505.16265, Think-RM: reasons, then its verdict
 
-def parse_verdict(text):
-    """Think-RM's score (2505.16265): the last of ±1..±3 in the last <answer> block; negative: A is
-    better.
-
-    None if there is no such block or number. (ParityJudge has its own: tasks.ParityJudge.parse.)"""
-    blocks = re.findall(r"<answer>(.*?)</answer>", text, re.S)
-    hits = re.findall(r"(?<!\d)(?<!\d\.)-?[123](?!\d|\.\d)", blocks[-1]) if blocks else []
-    return int(hits[-1]) if hits else None
-
-
 def graded(score, label):
     """Think-RM's multiclass rule reward: 1 for the very score, 0.5 for its sign, else 0."""
     return 0.0 if score is None else 1.0 if score == label else 0.5 if score * label > 0 else 0.0
@@ -1985,28 +2002,6 @@ def verdict_rates(samples, greedy, labels):
             "_greedy": map(right_sign, greedy, labels),
             "_graded": map(graded, [v[0] for v in samples], labels)}
     return {k: statistics.fmean(v) for k, v in each.items()}
-
-
-def judge_matrix(says, G, length=None):
-    """Verdicts s_ij (negative: i is better) of pairs i < j -> d [G, G] with d_ij = -s_ij, d_ji =
-    s_ij.
-
-    None counts as 0; length {pair: tokens of the judgement}: binary verdicts weigh 1/length."""
-    D = torch.zeros(G, G)
-    for (i, j), score in says.items():
-        score = score or 0
-        D[i, j] = -score if not length else ((score < 0) - (score > 0)) / length[i, j]
-        D[j, i] = -D[i, j]
-    return D
-
-
-def pairwise_grpo(D, eps=1e-6):
-    """Think-RM's pairwise advantage (2505.16265): GRPO when d_ij = r_i - r_j.
-
-    A_i = (1/G) Σ_j d_ij / sqrt(Σ d²/(2G(G-1)) + eps), eps as in the released code.
-    [.., G, G] -> [.., G]"""
-    G = D.size(-1)
-    return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
 
 
 def verdicts(judge, task, tok, sets, c, votes):

@@ -672,7 +672,7 @@ PRESETS["draft32"] = TARGET | dict(model="1x32")
 PRESETS["target_docs"] = dict(                           # the target of one task
     init="base:target", data="signatures", context=320, epochs=0.5, batch=16, micro=16)
 
-# === toyif_base, toyif_checks, toyif_judge, toyif: the world ToyIF ================================
+# === toyif_base, toyif_checks, toyif_judge, toyif_obeys, toyif: the world ToyIF ===================
 
 MUON = dict(optimiser="muon", lr=3.5e-3, aux_lr=2e-3, warmup=50, schedule="linear",
             context=64, rows=60000, batch=64, micro=64, eval_every=1000, save_every=1000, keep=1)
@@ -683,9 +683,19 @@ PRESETS["toyif_checks"] = MUON | dict(                   # which criteria do two
     data="toyif_checks", init="base:toyif_base", steps=5000)
 PRESETS["toyif_judge"] = MUON | dict(                    # the same, most on principles alone
     data="toyif_principles", init="base:toyif_checks", steps=3000)
+PRESETS["toyif_obeys"] = dict(                           # two classes, for ppo.py
+    data="toyif_obeys", init="base:toyif_base", context=32, rows=4096, epochs=3.0, lr=1e-3,
+    save_every=1000, eval_every=1000, keep=1)
 PRESETS["toyif"] = dict(                                 # few good ones: where ppo.py starts
     data="toyif", init="base:toyif_base", context=32, epochs=4.0, rows=512, lr=3e-4, warmup=0,
     weight_decay=0.0, save_every=1000, eval_every=1000, keep=1)
+
+# === parity: running parities of mixed quality, where ppo.py starts under a reasoning judge =======
+
+PRESETS["parity"] = dict(
+    data="parity", init="", tokenizer="toyif", model="2x64", context=32, rows=20000, steps=1500,
+    batch=64, micro=64, optimiser="muon", lr=0.02, aux_lr=5e-3, warmup=50, schedule="linear",
+    eval_every=500, save_every=1500, keep=1)
 
 # === chain_right, chain, chain_sort, arena_right, arena: chains of digits, where grpo.py starts ===
 

@@ -710,6 +710,38 @@ class Checks:
         return float(finished and completion == problem["answer"])
 
 
+class Obeys:
+    """A question of two classes: does a response obey every hard rule of its prompt, + or -?
+    "<Fc#4=Acddh?+-" -> "+"
+
+    Both classes are good responses with one or two edits, and as frequent; splits share no prompt
+    of ToyIF's.
+    """
+    name, metric, max_new, splits = "toyif_obeys", "accuracy", 2, ("train", "val")
+
+    @staticmethod
+    def sample(rng, split="train"):
+        """A problem {"prompt", "answer"} drawn by rng (random.Random)."""
+        one_of(split, Obeys.splits, "toyif_obeys has no split")
+        world, obeys = ToyIF(), rng.random() < 0.5
+        while True:
+            prompt = world.sample(rng, split)["prompt"]
+            y = edited(prompt, rng)
+            if (world.judge(prompt, y)["hard"] == 1) == obeys:
+                options = JUDGE["YES"] + JUDGE["NO_"]
+                return dict(prompt=f"{prompt}{JUDGE['A']}{y}{JUDGE['THINK']}{options}",
+                            answer=options[not obeys])
+
+    def problems(self, split, n=0, seed=0):
+        """n fresh problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("toyif_obeys makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"toyif_obeys/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    demo, reward = staticmethod(Checks.demo), staticmethod(Checks.reward)
+
+
 def parse_winner(text):
     """"A" or "B", by the last ( or ) of a judgement; None if it has neither."""
     a, b = text.rfind(JUDGE["WIN_A"]), text.rfind(JUDGE["WIN_B"])

@@ -360,7 +360,7 @@ class Training(Common):
     chat: bool = False           # wrap prompts in the checkpoint's chat template
     system: str = ""             # words before every prompt of a file: its system message
     ask: str = ""                # words behind every prompt of a file: how to answer
-    answer: Literal["mark", "last", "boxed"] = "mark"  # behind ####; or the last number; or boxed
+    answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # behind ####, last number, …, all
     val: str = ""                # a file of held-out rows; else 1 of 16 prompts of --data
     steps: int = 0               # optimizer steps, or iterations
     epochs: NonNegative = 0.0    # passes over the data, in the place of --steps
@@ -1934,12 +1934,17 @@ def claims_of(script):
     return importlib.import_module(f"claims.{script}")
 
 
-def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, ranks=False):
+def launch(script, Config, presets, axes, doc, train, argv=None, readers=None, ranks=False,
+           instead={}):
     """A script's main: train one run, with --claim NAME every arm of a claim, or --eject FILE.
 
-    readers: see configure; ranks: torchrun may start it.
+    readers: see configure; ranks: torchrun may start it. instead: {a first word: what it calls with
+    the words that follow}.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    word, equals, first = argv[0].partition("=") if argv else ("", "", "")
+    if word in instead:
+        return instead[word]([first] * bool(equals) + argv[1:])
     setup = partial(configure, Config, presets, axes, doc, readers=readers)
     flags = {x.name: x.default for x in dataclasses.fields(Config)} | dict(power=False)
     options = dict(parse(argv, flags))

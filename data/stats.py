@@ -68,8 +68,10 @@ def rank_correlation(a, b):
 def explained_variance(values, returns, mask):
     """1 - Var(R - V) / Var(R) over the mask: 0 for a constant critic, 1 for a perfect one.
 
-    values, returns, mask [B, T]
+    values, returns, mask [B, T]; of a critic with several heads [B, T, K] their means.
     """
+    values, returns = (x.mean(-1) if x.dim() > mask.dim() else x for x in (values, returns))
+
     def mean(x):
         return (x * mask).sum() / mask.sum().clamp(min=1)
 

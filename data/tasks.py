@@ -36,7 +36,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Ring, ToyIF
+from data.prefs import FILLER, JUDGE, SCORES, SEP, Checks, Obeys, Ring, ToyIF
 from data.run import HUGE, UserError, nearest
 from data.text import (NAMED, SCHEMAS, at, check_split, digest, documents, examples, framed,
                        is_corpus, locate, places, reading, rouge_l, signatures, split_rows, tell)
@@ -118,7 +118,13 @@ def boxed_answer(text):
     return whole(boxed(text))
 
 
-STATES = dict(mark=extract_answer, last=partial(extract_answer, last=True), boxed=boxed_answer)
+def label(text):
+    """The whole response, without blanks at its ends: a class's name."""
+    return text.strip()
+
+
+STATES = dict(mark=extract_answer, last=partial(extract_answer, last=True), boxed=boxed_answer,
+              whole=label)
 
 
 def value(answer):
@@ -186,21 +192,23 @@ class Jsonl:
     0.0 for another and for an unfinished response, and a row that states none is not posed, which
     is told. Else it is ROUGE-L, or the user's alone if there are no completions. strip removes
     GSM8K's annotations <<48/2=24>> from demonstrations in its own schema. answer: a row of STATES,
-    what a response is read for. system, ask: words around every question, see framed.
+    what a response is read for; whole: rows are labelled, a row's answer, or else its completion,
+    is its class, and a response is that or wrong. system, ask: words around every question, see
+    framed.
     """
     splits = ("train", "val")
 
     def __init__(self, path="gsm8k", strip=True, answer="mark", max_new=320, val="", system="",
                  ask=""):
         self.name, self.max_new, file = Path(path).stem, max_new, locate(path)
-        self.stated = STATES[answer]
+        self.stated, self.truth = STATES[answer], label_of if answer == "whole" else truth
         rows, held = good_rows(file, strip), good_rows(locate(val), strip) if val else None
         if val:
             rows = split_rows(rows, "train", held=held, of=file)
         every = rows + (held or [])
-        self.metric = ("accuracy" if 2 * sum(map(bool, map(truth, every))) > len(every) else
+        self.metric = ("accuracy" if 2 * sum(map(bool, map(self.truth, every))) > len(every) else
                        "rouge_l" if any(map(has_completion, every)) else "reward")
-        graded = dict(accuracy=truth, rouge_l=has_completion, reward=bool)[self.metric]
+        graded = dict(accuracy=self.truth, rouge_l=has_completion, reward=bool)[self.metric]
         posed = list(filter(graded, rows))
         self.rows = (dict(train=posed, val=list(filter(graded, held))) if val else
                      {x: split_rows(posed, x) for x in self.splits})         # what can be graded
@@ -212,6 +220,8 @@ class Jsonl:
             raise UserError(f"{file}: one prompt cannot be split into train and val: add a second, "
                             "or give --val FILE")
         self.report(every)
+        if self.truth is label_of:                             # a token is at least a byte; EOS
+            self.max_new = 1 + max(len(label_of(row).encode()) for row in every)
         for row in every:
             row |= framed(row, system, ask)
 
@@ -239,6 +249,8 @@ class Jsonl:
 
     def demo(self, problem, style="good"):
         """The real completion, the only style there is; of a row without one its answer."""
+        if self.truth is label_of:
+            return label_of(problem)
         answer = f"{MARK} {problem['answer']}" if "answer" in problem else ""
         return problem.get("completion", answer)
 
@@ -249,7 +261,7 @@ class Jsonl:
                             "grade by: give --reward PATH.py:FUNCTION")
         if self.metric == "rouge_l":
             return rouge_l(problem["completion"], completion)
-        return float(finished and same_answer(self.stated(completion), truth(problem)))
+        return float(finished and same_answer(self.stated(completion), self.truth(problem)))
 
 
 def has_completion(row):
@@ -283,6 +295,11 @@ def truth(problem):
         return extract_answer(column)
     short = len(column) <= 100 and "\n" not in column and whole(column)
     return short if short and (text is None or value(short) is not None) else ""
+
+
+def label_of(problem):
+    """The class of a labelled row: its answer column, or all of its completion."""
+    return label(problem.get("answer") or problem.get("completion", ""))
 
 
 Gsm8k = Jsonl  # with its default path; a copy of the file is Gsm8k("path/to/train.jsonl")
@@ -878,6 +895,51 @@ def answer(x, rng):
     return "".join(y)
 
 
+class Parity:
+    """Running parities, answered with mixed quality: what a policy improves by ParityJudge's
+    verdicts.
+
+    "1011010=" -> "1101100". Gold is the share of right positions, 0 for what is no string of as
+    many bits. val has one prompt in four.
+    """
+    name, metric, splits = "parity", "gold", ("train", "val")
+
+    def __init__(self, bits=7):
+        if not 2 <= bits <= 10:
+            raise UserError(f"parity of {bits} bits: expected 2 to 10")
+        self.bits, self.max_new = bits, bits + 1               # EOS
+
+    def sample(self, rng, split="train"):
+        """A problem {"prompt", "seed"} drawn by rng; the seed fixes its demonstration."""
+        check_split(split, self.splits)
+        while True:
+            x = "".join(rng.choices("01", k=self.bits))
+            problem = dict(prompt=x + SEP, seed=rng.getrandbits(32))
+            if (int(digest(x)[:8], 16) % 4 == 0) == (split == "val"):
+                return problem
+
+    def problems(self, split, n=0, seed=0):
+        """n problems; the first n of a longer list with the same seed are the same."""
+        if n < 1:
+            raise UserError("parity makes its problems: say how many (n >= 1)")
+        rng = random.Random(f"parity/answers/{split}/{seed}")
+        return [self.sample(rng, split) for _ in range(n)]
+
+    def demo(self, problem):
+        """A response of mixed quality, see answer(); the problem's seed fixes it."""
+        return answer(problem["prompt"][:-1], random.Random(f"answer/{problem['seed']}"))
+
+    def well_formed(self, text):
+        """Whether a response is a string of as many bits: only those can be judged bit by bit."""
+        return len(text) == self.bits and set(text) <= {"0", "1"}
+
+    def reward(self, problem, completion, finished=True):
+        """The share of right positions, in [0, 1]."""
+        right = zip(parity(problem["prompt"][:-1]), completion)
+        sound = finished and self.well_formed(completion)
+        return sum(p == y for p, y in right) / self.bits if sound else 0.0
+
+
 def strength(x, a, b):
     """The gold verdict on responses a and b, -3 .. 3: NEGATIVE if a is better, 0 for a tie.
 
@@ -1095,12 +1157,13 @@ def scorer(spec, task):
     return partial(checked, user_function(spec), spec)
 
 
-def user_function(spec):
-    """The function that PATH.py:FUNCTION names; UserError if it cannot be had or called."""
+def user_function(spec, option="--reward", takes=("problem", "text", "finished")):
+    """The function that an option's PATH.py:FUNCTION names; UserError if it cannot be had or called
+    with what it takes."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--reward {spec}: give {', '.join(REWARDS)}, or PATH.py:FUNCTION of a "
-                        "file that exists")
+        known = f"{', '.join(REWARDS)}, or " * (option == "--reward")
+        raise UserError(f"{option} {spec}: give {known}PATH.py:FUNCTION of a file that exists")
     found = importlib.util.spec_from_file_location("reward_of_the_user", path)
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module                           # dataclasses look there
@@ -1109,16 +1172,16 @@ def user_function(spec):
     except KeyboardInterrupt:
         raise
     except BaseException as e:
-        raise UserError(f"--reward {spec}: the file does not run: {blame(e)}") from None
+        raise UserError(f"{option} {spec}: the file does not run: {blame(e)}") from None
     fn = getattr(module, name, None)
     if not callable(fn) or inspect.iscoroutinefunction(fn):
-        raise UserError(f"--reward {spec}: {path} has no function {name!r} that is called and "
+        raise UserError(f"{option} {spec}: {path} has no function {name!r} that is called and "
                         "returns")
     try:
         with contextlib.suppress(ValueError):  # a built-in function tells no signature
-            inspect.signature(fn).bind("problem", "text", True)
+            inspect.signature(fn).bind(*takes)
     except TypeError as e:
-        raise UserError(f"--reward {spec}: it is called as {name}(problem, text, finished): "
+        raise UserError(f"{option} {spec}: it is called as {name}({', '.join(takes)}): "
                         f"{e}") from None
     return fn
 
@@ -1175,7 +1238,7 @@ def second_looks(task, text):
 
 TASKS = dict(signatures=Signatures, arithmetic=Arithmetic, toyif=ToyIF, ring=Ring, gsm8k=Gsm8k,
              toyif_base=partial(ToyIF, "mixture"), toyif_checks=Checks,
-             toyif_principles=partial(Checks, 0.3),
+             toyif_principles=partial(Checks, 0.3), toyif_obeys=Obeys, parity=Parity,
              **{kind: partial(Chain, kind) for kind in KINDS},
              **{f"{kind}_{x}": partial(Chain, kind, x) for kind in KINDS
                 for x in ("wordy", "good")},

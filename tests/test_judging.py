@@ -13,95 +13,14 @@ from data.prefs import CIRCLE, Ring, encode_pairs, ring_tokenizer
 from data.stats import (accuracy, auroc, best_of_n, bon_kl, explained_variance, rank_correlation,
                         ranks, spearman)
 from reward import (PENALTIES, ROUTERS, assign, attacks, best_ridge, draw_evaluation, ece, examine,
-                    expected_score, grade, graded, group_norm, json_rubric, judge_matrix, majority,
-                    null_attack, pair_scores, pairwise_grpo, pairwise_rloo, parse_verdict, pushed,
-                    ridge_weights, right_sign, rloo, route, routing_curve, routing_table, study,
+                    expected_score, grade, graded, group_norm, json_rubric, majority, null_attack,
+                    pushed, ridge_weights, right_sign, rloo, routing_curve, routing_table, study,
                     tagged, verbosity_penalties, verdict_rates)
 
 T = torch.tensor
 
 
 # --- whom to ask (2510.20369) ---------------------------------------------------------------------
-
-F12 = T([[0, 1, -.4], [-.6, 0, .5], [.8, -.9, 0]])
-U12 = T([[0, 1.2, 1.6], [1.3, 0, 1.1], [1.5, 1.4, 0]])
-NEVER, ALWAYS = math.inf, 0.0
-
-
-def test_both_orders_by_hand():
-    S, U = pair_scores(F12, U12)
-    assert close(S, [[0, .8, -.6], [-.8, 0, .7], [.6, -.7, 0]])
-    assert close(U, [[0, 1.25, 1.55], [1.25, 0, 1.25], [1.55, 1.25, 0]])
-    assert close(pairwise_rloo(S), [.1, -.05, -.05])
-    S, U = pair_scores(F12 + 5 * torch.eye(3), U12 + 5 * torch.eye(3))
-    assert S.diag().abs().sum() == U.diag().abs().sum() == 0       # a pair with itself: nothing
-
-
-def test_routing_by_hand():
-    """only (1, 3) is above 1.45; the judge says that the first is better"""
-    asked = []
-    S, calls = route(*pair_scores(F12, U12), lambda i, j: asked.append((i, j)) or 1, threshold=1.45)
-    assert asked == [(0, 2)] and calls == 1 and close(pairwise_rloo(S), [1.4, -.05, -1.35])
-
-
-@pytest.mark.parametrize("said, logit", [(1, 2.0), (2, -2.0), (0, 0.0), (None, -.6)])
-def test_what_the_judge_says_replaces_the_score(said, logit):
-    S, _ = route(*pair_scores(F12, U12), lambda i, j: said, threshold=1.45)
-    assert close(S[0, 2], logit) and close(S + S.T, torch.zeros(3, 3))
-    S, _ = route(*pair_scores(F12, U12), lambda i, j: said, threshold=1.45, logit=5.0)
-    assert close(S[0, 2], logit if said is None else 2.5 * logit)
-
-
-def test_a_budget_goes_to_the_most_uncertain_pairs():
-    S, U = pair_scores(rand(4, 4), rand(4, 4, seed=1).exp() + 1)
-    order = sorted(itertools.combinations(range(4), 2), key=lambda p: -U[p])
-    for budget in range(7):
-        asked = []
-        _, calls = route(S, U, lambda i, j: asked.append((i, j)), budget=budget)
-        assert asked == order[:budget] and calls == budget
-
-
-def test_limits_of_routing():
-    """no budget, or a threshold that nothing passes: the model alone. u >= 1 > 0: the judge on
-    all"""
-    S, U = pair_scores(rand(5, 5), 1 + rand(5, 5, seed=1).abs())
-    gold = rand(5, seed=2)
-    for options in (dict(threshold=NEVER), dict(budget=0)):
-        same, calls = route(S, U, lambda i, j: 1, **options)
-        assert calls == 0 and torch.equal(same, S)
-    judged, calls = route(S, U, lambda i, j: 1 if gold[i] > gold[j] else 2, threshold=ALWAYS)
-    assert calls == 10 and close(judged, 2 * torch.sign(gold[:, None] - gold))
-    assert torch.equal(pairwise_rloo(judged).argsort(), gold.argsort())
-    kept, calls = route(S, U, lambda i, j: None)  # every call failed, and was paid for
-    assert calls == 10 and torch.equal(kept, S)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_advantages_sum_to_zero_and_move_with_the_responses(seed):
-    Fs, Us = rand(4, 4, seed=seed), 1 + rand(4, 4, seed=seed + 9).abs()
-    gold = rand(4, seed=seed + 19)
-    new = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-
-    def advantages(fn, p):
-        S, U = pair_scores(Fs[p][:, p], Us[p][:, p])
-        return fn(route(S, U, lambda i, j: 1 if gold[p[i]] > gold[p[j]] else 2, threshold=1.6)[0])
-    for fn in (pairwise_rloo, pairwise_grpo):
-        A = advantages(fn, torch.arange(4))
-        assert A.sum().abs() < 1e-9 and close(advantages(fn, new), A[new])
-
-
-R4 = T([[1, 0, -.5, 2]], dtype=torch.float64)
-D4 = R4[0][:, None] - R4[0]
-
-
-@pytest.mark.parametrize("shift", [0.0, 7.0])
-def test_differences_of_rewards_are_rloo(shift):
-    r = R4 + shift
-    want = [.5, -.833333, -1.5, 1.833333]
-    assert close(pairwise_rloo(r[0][:, None] - r[0]), want) and close(rloo(r)[0], want)
-    assert close(pairwise_rloo(D4, scale=3.0), 3 * rloo(R4)[0])
-    assert close(pairwise_rloo(torch.stack([D4, -D4])), torch.stack([rloo(R4)[0], -rloo(R4)[0]]))
-
 
 def test_routers_by_their_definitions():
     s, u, wrong = T([.5, -2., .1]), T([1., 3., 2.]), T([False, True, False])
@@ -111,54 +30,22 @@ def test_routers_by_their_definitions():
     assert got["oracle"][0] == 1
 
 
-# --- advantages (2505.16265, 2402.14740, 2402.03300) ----------------------------------------------
+# --- advantages (2402.14740, 2402.03300) ----------------------------------------------------------
+
+
+R4 = T([[1, 0, -.5, 2]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shift", [0.0, 7.0])
+def test_a_group_s_rewards_less_the_others_mean(shift):
+    assert close(rloo(R4 + shift), [[.5, -.833333, -1.5, 1.833333]])
 
 
 @pytest.mark.parametrize("scale, shift", [(1, 0), (5, 0), (1, 3), (.01, -2)])
-def test_differences_of_rewards_are_grpo(scale, shift):
-    """the denominator is the unbiased std, 1.108678; with eps 0 neither shift nor scale matters"""
-    r = scale * R4 + shift
-    want = [.338241, -.563734, -1.014722, 1.240216]
-    assert close(pairwise_grpo(r[0][:, None] - r[0], eps=0.0), want)
-    assert close(group_norm(r, eps=0.0)[0], want)
-    assert close(R4.std(1), [1.108678])
-
-
-def test_pairwise_grpo_by_hand():
-    D = judge_matrix({(0, 1): -2, (0, 2): 1, (1, 2): -3}, 3)
-    assert D.tolist() == [[0, 2, -1], [-2, 0, 3], [1, -3, 0]]        # negative: the first is better
-    assert close(pairwise_grpo(D), [.218218, .218218, -.436436])
-    assert close((D ** 2).sum() / 12, 1.527525 ** 2, 1e-5)
-    cycle = judge_matrix({(0, 1): -2, (1, 2): -2, (0, 2): 2}, 3)
-    assert close(pairwise_grpo(cycle), torch.zeros(3))
-
-
-def test_invalid_verdicts_count_as_nothing():
-    D = judge_matrix({(0, 1): None, (0, 2): None, (1, 2): None}, 3)
-    assert close(D, torch.zeros(3, 3)) and close(pairwise_grpo(D), torch.zeros(3))      # and no NaN
-    assert close(judge_matrix({(0, 1): None}, 2, {(0, 1): 40}), torch.zeros(2, 2))
-    some = judge_matrix({(0, 1): 3, (0, 2): None}, 3)
-    assert some.tolist() == judge_matrix({(0, 1): 3}, 3).tolist()
-
-
-def test_the_order_of_display_changes_nothing():
-    says, length = {(0, 1): 2, (0, 2): -1, (1, 2): 3}, {(0, 1): 5, (0, 2): 7, (1, 2): 9}
-    turned = {(j, i): -s for (i, j), s in says.items()}, {(j, i): n for (i, j), n in length.items()}
-    assert torch.equal(judge_matrix(says, 3), judge_matrix(turned[0], 3))
-    assert torch.equal(judge_matrix(says, 3, length), judge_matrix(turned[0], 3, turned[1]))
-
-
-def test_short_verdicts_weigh_more_and_eps_is_not_harmless():
-    """lengths 1200 800 2000, 1 > 2, 1 > 3, 3 > 2: Σd²/12 = 4.2e-7 is below eps: half the
-    advantages"""
-    says, length = {(0, 1): -1, (0, 2): -1, (1, 2): 1}, {(0, 1): 1200, (0, 2): 800, (1, 2): 2000}
-    D = judge_matrix(says, 3, length)
-    assert close(D, [[0, 1 / 1200, 1 / 800], [-1 / 1200, 0, -1 / 2000], [-1 / 800, 1 / 2000, 0]])
-    assert close(pairwise_grpo(D), [.583212, -.373256, -.209956], 2e-6)
-    assert close(pairwise_grpo(D, eps=0.0), [1.074338, -.687576, -.386762], 2e-6)
-    over_mean = {k: 3 * n / 4000 for k, n in length.items()}
-    relative = judge_matrix(says, 3, over_mean)
-    assert close(pairwise_grpo(relative), [1.074338, -.687576, -.386762], 1e-5)
+def test_a_group_s_rewards_in_its_own_unit(scale, shift):
+    """the unbiased std is 1.108678; with eps 0 neither shift nor scale matters"""
+    assert close(group_norm(scale * R4 + shift, eps=0.0),
+                 [[.338241, -.563734, -1.014722, 1.240216]])
 
 
 @pytest.mark.parametrize("rewards, want", [
@@ -179,22 +66,6 @@ def test_group_norm_by_hand():
 
 
 # --- written verdicts -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text, score", [
-    ("<answer>-2</answer>", -2), ("thoughts 3 <answer> 1 </answer>", 1),
-    ("<answer>3</answer> no: <answer>-1</answer>", -1),                      # the last block counts
-    ("<answer>2 ... -3</answer>", -3),
-    ("<answer>\nfrom 1\nto 2\n</answer>", 2),                                  # and its last number
-    ("<answer>+2</answer>", 2), ("<answer>score:-3</answer>", -3),
-    ("<answer>2.</answer>", 2), ("<answer>The score is -3.</answer>", -3),       # a full stop
-    ("<answer>so...-3</answer>", -3), ("<answer>2...-3</answer>", -3),   # dots leave the sign alone
-    ("<answer>0</answer>", None), ("<answer>10</answer>", None), ("<answer>-12</answer>", None),
-    ("<answer>4</answer>", None), ("<answer>1.5</answer>", None), ("<answer>0.3</answer>", None),
-    ("<answer></answer>", None), ("2", None), ("", None), ("<answer>2", None),
-    ("<answer>2</answer><answer>0</answer>", None)])                   # it says nothing, but counts
-def test_verdicts_are_parsed(text, score):
-    assert parse_verdict(text) == score
 
 
 @pytest.mark.parametrize("said, exact, sign", [(2, 1, 1), (3, .5, 1), (1, .5, 1), (-1, 0, 0),

@@ -11,12 +11,12 @@ import pytest
 
 from data import prefs
 from data.prefs import (ALPHABET, ATTRIBUTES, BEHAVIOURS, CONTENT, FLAT, HAS, MIXTURE, NO, RARE,
-                        REF, ROUTING, UNS, Checks, Ring, StrongJudge, ToyIF, criteria, edited,
-                        encode_labels, encode_pairs, fifth, good, judge_examples, judge_text,
-                        keep_consistent, label_pairs, load_labels, load_pairs, pair_sets, parse,
-                        parse_ring, parse_winner, question, rand, reference, ring_tokenizer,
-                        rubric_pairs, rubric_recall, rubric_tests, subsets, teacher_rubric,
-                        tokenizer, true_rubric)
+                        REF, ROUTING, UNS, Checks, Obeys, Ring, StrongJudge, ToyIF, criteria,
+                        edited, encode_labels, encode_pairs, fifth, good, judge_examples,
+                        judge_text, keep_consistent, label_pairs, load_labels, load_pairs,
+                        pair_sets, parse, parse_ring, parse_winner, question, rand, reference,
+                        ring_tokenizer, rubric_pairs, rubric_recall, rubric_tests, subsets,
+                        teacher_rubric, tokenizer, true_rubric)
 from data.run import UserError
 
 WORLD, RING = ToyIF(), Ring()
@@ -522,6 +522,22 @@ def test_checks_share_no_prompt_and_come_with_or_without_rules():
     rows = Checks(0.3).problems("train", 1000)
     assert sum(len(p["answer"]) > 4 for p in rows) / 1000 == pytest.approx(0.3, abs=0.05)
     assert all(len(p["answer"]) < Checks.max_new for p in rows)  # and EOS
+
+
+def test_a_response_obeys_all_rules_or_not():
+    """by the rules as the docstring reads them; both answers are as frequent"""
+    holds = {"F": lambda y, a: y[0] == a, "L": lambda y, a: y[-1] == a, "H": lambda y, a: a in y,
+             "N": lambda y, a: a not in y, "#": lambda y, a: len(y) == int(a)}
+    rows, plus = Obeys().problems("train", 800), 0
+    for p in rows:
+        prompt, y = p["prompt"].removesuffix("?+-").split("=A")
+        rules = zip(prompt[1::2], prompt[2::2])
+        assert p["answer"] == "-+"[all(holds[head](y, a) for head, a in rules)]
+        assert Obeys.demo(p) == p["answer"] and Obeys.reward(p, p["answer"]) == 1
+        assert Obeys.reward(p, "+-".replace(p["answer"], "")) == 0
+        assert Obeys.reward(p, p["answer"], finished=False) == 0
+        plus += p["answer"] == "+"
+    assert plus / len(rows) == pytest.approx(0.5, abs=0.06)
 
 
 def test_the_last_winner_decides():

@@ -90,6 +90,23 @@ def test_answer_says_what_a_response_is_read_for(answer, right, tmp_path):
     assert tasks.stated(task, texts[2]) == ("12" if answer == "last" else "")
 
 
+@pytest.mark.parametrize("column", ["completion", "answer"])
+def test_rows_of_classes_are_right_as_a_whole_or_wrong(column, tmp_path):
+    """a column "answer" or the completion is the class; the longest decides how many tokens"""
+    names = ["good", "not good", "bad"]
+    rows = [{"prompt": f"text {i}", column: f" {names[i % 3]}\n"} for i in range(30)]
+    task = tasks.task(lines(tmp_path / "labels.jsonl", rows), answer="whole")
+    assert task.metric == "accuracy" and task.max_new == 9
+    problems = task.problems("train") + task.problems("val")
+    p = next(p for p in problems if p["prompt"] == "text 4")
+    assert task.demo(p) == "not good" and len(problems) == 30
+    texts = ["not good", " not good\n", "good", "not", "not good at all", "Not good", ""]
+    assert [task.reward(p, x) for x in texts] == [1, 1, 0, 0, 0, 0, 0]
+    assert task.reward(p, "not good", finished=False) == 0
+    assert tasks.task(str(tmp_path / "labels.jsonl")).metric == (
+        "accuracy" if column == "answer" else "rouge_l")
+
+
 def test_a_run_hands_on_what_it_sets_and_nothing_else():
     c = sft.Config(data="a.jsonl")
     assert tasks.reading(c) == {}

@@ -456,6 +456,23 @@ def chance(rewrites):
     return sum(share / 2**k for k, share in enumerate(left))
 
 
+def test_parity_as_a_policy_s_task():
+    """gold is the share of right bits; what is no string of seven bits has none, nor what did not
+    end"""
+    t, p = task("parity"), dict(prompt="1011010=", seed=0)                        # 1101100
+    assert t.reward(p, "1101100") == 1 and t.reward(p, "0101100") == pytest.approx(6 / 7)
+    assert t.reward(p, "0010011") == 0 == t.reward(p, "1101100", finished=False)
+    assert {t.reward(p, y) for y in ("", "110110", "11011001", "110110a", "1101100 ")} == {0}
+    assert task("parity", bits=3).reward(dict(prompt="101="), "110") == 1
+    assert (t.max_new, task("parity", bits=3).max_new, t.metric) == (8, 4, "gold")
+    assert t.demo(p) == answer("1011010", random.Random("answer/0"))
+    seen = {x: {q["prompt"] for q in t.problems(x, 2000)} for x in t.splits}
+    assert not seen["train"] & seen["val"] and len(seen["train"] | seen["val"]) == 128
+    assert abs(len(seen["val"]) - 32) < 8 and t.problems("val", 3, 1) == t.problems("val", 9, 1)[:3]
+    right = [t.reward(q, t.demo(q)) == 1 for q in t.problems("train", 2000)]
+    assert abs(sum(right) / 2000 - 0.3 - 0.7 * sum(chance(n) for n in range(1, 8)) / 7) < 0.04
+
+
 def test_a_trace_by_hand():
     p = judging("1011010", "1101001", "1001010")               # the parity is 1101100
     text, tally = ParityJudge.trace(p, 7, random.Random(0), error=0)
@@ -595,14 +612,15 @@ def tasks(tmp_path_factory):
               dict(role="assistant", content=f"word {i}")] for i in range(40)]
     chat = write(folder / "chat.jsonl", [dict(messages=pair) for pair in turns])
     return dict(signatures=task("signatures"), arithmetic=task("arithmetic"), toyif=task("toyif"),
-                toyif_checks=task("toyif_checks"), chain=task("chain_good"),
+                toyif_checks=task("toyif_checks"), toyif_obeys=task("toyif_obeys"),
+                chain=task("chain_good"),
                 parity=task("parity_long"),
                 gsm8k=task("gsm8k", path=write(folder / "gsm.jsonl", gsm)), chat=task(str(chat)))
 
 
 @pytest.mark.parametrize("name",
-                         ["signatures", "arithmetic", "toyif", "toyif_checks", "chain", "parity",
-                                  "gsm8k", "chat"])
+                         ["signatures", "arithmetic", "toyif", "toyif_checks", "toyif_obeys",
+                          "chain", "parity", "gsm8k", "chat"])
 def test_every_task_keeps_the_interface(tasks, name):
     t = tasks[name]
     assert t.name and t.metric in ("rouge_l", "accuracy", "gold") and t.max_new > 0
@@ -665,6 +683,8 @@ def test_conversations_become_text(tasks):
     (lambda: task("parity_lnog"), "no task 'parity_lnog'; did you mean 'parity_long'"),
     (lambda: task("parity_last", eror=0.1), "no option 'eror'; did you mean 'error'"),
     (lambda: task("parity_long", error=0.9), "from 0 to 0.5"),
+    (lambda: task("parity", bits=1), "parity of 1 bits: expected 2 to 10"),
+    (lambda: task("parity").problems("val"), "say how many"),
     (lambda: Arithmetic().demo(Arithmetic().problems("train", 1)[0],
                                "shrot"), "did you mean 'short'")])
 def test_wrong_names_get_the_nearest(call, message):
