@@ -2210,16 +2210,15 @@ def windowed(policy, pool, tok, c, max_new, generator, unfinished, *, window: Co
     rows = list(unfinished.rows)
     for i in range(unfinished.begun, unfinished.begun + c.rollouts * c.samples - len(rows)):
         rows.append([pool[int(batch_indices(len(pool), 1, i // c.samples, c.seed))], [], []])
-    room = torch.tensor([min(window, max_new - len(ids)) for _, ids, _ in rows])         # [B]
-    parts, order = [], []
-    for new in room.unique().tolist():                  # a response's last window may be shorter
-        order.append((room == new).nonzero().squeeze(1))
-        texts = [[*tok.prompt(rows[i][0], c.chat), *rows[i][1]] for i in order[-1].tolist()]
+    room = [min(window, max_new - len(ids)) for _, ids, _ in rows]
+    parts = []
+    for new in sorted(set(room)):         # a last window may be shorter: of the oldest, the first
+        texts = [[*tok.prompt(problem, c.chat), *ids]
+                 for (problem, ids, _), n in zip(rows, room) if n == new]
         with autocast(c.device, c.dtype):
             parts.append(generate(policy, texts, new, temperature=c.temperature,
                                   generator=generator, slots=c.slots))
     roll = joined(parts, max(policy.config.pad_token_id, 0))
-    roll = rows_of(roll, torch.cat(order).argsort().to(roll.tokens.device))
     trained, roll = roll.mask, resumed(roll, rows)
     ended = roll.finished | (roll.mask.sum(1) >= max_new)                                # [B]
     return dict(problems=[problem for problem, _, _ in rows], roll=roll, trained=trained,
