@@ -3087,13 +3087,15 @@ def infalign_fixed_point(n, beta, worst=False, points=2000):
     iteration goes to and fro (ours).
     """
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    law, step, last, change = torch.ones_like(u), 0.5, 0.0, 1.0
-    while change > 1e-9 and step > 1e-3:
+    law, step, change = torch.ones_like(u), 0.5, 1.0
+    for _ in range(3000):
         F = (law.cumsum(0) - law / 2) / points
         slope = n * n * ((1 - u) * (1 - F) if worst else u * F) ** (n - 1)
         R = (slope.cumsum(0) - slope / 2) / points
         away = torch.softmax(R / beta, 0) * points - law
         last, change = change, away.abs().mean().item()
+        if change < 1e-9:
+            break
         step *= 0.9 if change > 0.99 * last else 1.0
         law = law + step * away
     return law, R
