@@ -592,9 +592,10 @@ def open_models(c, f, folders, init, run):
                                 "tokenizers: both must score the same ids")
         models[name] = opened[folder]
     models["anchor"] = call(f.reference, models | dict(c=c, run=run, tok=tok))
+    critic = open_critic(c, f, models["ref"], run.last, other)    # a copy of ref while it is whole
     for model in {id(m): m for m in models.values()}.values():
         shard(model, c.dtype)                                      # over torchrun's ranks
-    return policy, open_critic(c, f, models["ref"], run.last, other), tok, models
+    return policy, critic, tok, models
 
 
 def questions(c, tok, context):
