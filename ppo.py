@@ -592,9 +592,10 @@ def open_models(c, f, folders, init, run):
                                 "tokenizers: both must score the same ids")
         models[name] = opened[folder]
     models["anchor"] = call(f.reference, models | dict(c=c, run=run, tok=tok))
+    critic = open_critic(c, f, models["ref"], run.last, other)    # a copy of ref while it is whole
     for model in {id(m): m for m in models.values()}.values():
         shard(model, c.dtype)                                      # over torchrun's ranks
-    return policy, open_critic(c, f, models["ref"], run.last, other), tok, models
+    return policy, critic, tok, models
 
 
 def questions(c, tok, context):
@@ -1673,8 +1674,13 @@ def head_and_kl(ref, share, *, rewards=""):
 
 
 def minus_kl_first(ended, logp, ref_logp, mask):
-    """-k1 of each token first, then each reward model's score on the last.   [B, T, N + 1]"""
-    return torch.cat([-(k1(logp, ref_logp) * mask)[..., None], on_last(ended, mask)], -1)
+    """-k1 of each token first, then each reward model's score on the last.   [B, T, N + 1]
+
+    Where both are one model k1 is rounding, of which whitening would make much: there it is 0.
+    """
+    kl = k1(logp, ref_logp) * mask                                                       # [B, T]
+    kl = torch.where(kl.abs() < 1e-5, 0.0, kl)
+    return torch.cat([-kl[..., None], on_last(ended, mask)], -1)
 
 
 def squared_each(values, returns):

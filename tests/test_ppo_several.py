@@ -413,6 +413,8 @@ def check_heads(w, calls, i, score, kl, weights, gamma, whiten):
     values = F.pad(values, (0, 0, 1, 0)) * mask[..., None]
     assert close(calls[w.shaping][i].out, rewards, 1e-4) and close(call.rewards, rewards, 1e-4)
     assert close(call.values, values, 1e-4) and values.any() == (i > 0)
+    if whiten and i == 0:                                  # the policy is the SFT model still
+        assert not call.rewards[..., 0].any()
     parts = [gae_of(call.rewards[..., k], call.values[..., k], mask, gamma, 0.95)
              for k in range(rewards.size(2))]
 
