@@ -83,9 +83,11 @@ ORACLE = dict(
     identifiers=lambda model, r: model.logits(states(model, r["prompt"])[-1])[r["identifier_ids"]],
     logit=lambda model, r: features(model, r["pair"], 1) @ model.w,
     strength=given("strength"), tie=given("tie"), ratings=given("ratings"), ranks=given("ranks"),
-    label=given("label"))
+    label=given("label"), love=given("love"), kept=given("kept"),
+    reaction=lambda model, r: score(model, r, "answer"))
 APART = {"early", "late", "wrong"}                       # of a draw: see the test of goal's states
-NAMED = {*LOSSES, "regression", "nll", "listwise", "preference", "autoregressive", "bt_scaled"}
+NAMED = {*LOSSES, "regression", "nll", "listwise", "preference", "autoregressive", "bt_scaled",
+         "bce_love"}
 FEW, SKIP = 3, 3             # passes of a fit, and every how many rows, that are computed apart
 
 
@@ -108,7 +110,7 @@ WATCHED = ("fit", "provide", "regression", "nll", "listwise", "preference", "aut
            "combined", "samples_of", "generate", "ROUTERS", "assign", "rl", "sampled_pairs",
            "both_orders", "pairs_against", "steer", "referred", "struck", "adversarial",
            "findings", "scored_samples", "rubric_votes", "write_rubrics",
-           "pair_accuracy")
+           "pair_accuracy", "bce_love")
 STEPS = []
 
 # --- the runs -------------------------------------------------------------------------------------

@@ -757,7 +757,7 @@ def equal(a, b):
 
 
 SAID = dict(                     # one number of each recipe's result
-    arm="guided_gold", maxmin="pooled_min_accuracy", polar="scratch_accuracy",
+    arm="guided_gold", love="auroc", maxmin="pooled_min_accuracy", polar="scratch_accuracy",
     overopt="wco|RL gold@4",
     router="uncertainty|accuracy@0.25", rubrics="oracle|accuracy_vote", thinkrm="hard_graded",
     rmr1="id_vote",
@@ -1046,10 +1046,10 @@ def ppo_reads(folder, model, problems, samples=2):
     sft_model, tok = load(sft.base("ring" if model == "armo" else "toyif", like="tiny"))
     g = torch.Generator().manual_seed(0)
     roll = generate(sft_model, [tok.prompt(p) for p in problems], 12, samples=samples, generator=g)
-    models = dict(ref=sft_model, reward=load(folder)[0], bias=.25)
-    c = context(reward=folder, max_new=0, data="ring" if model == "armo" else "toyif", micro=3)
+    c = context(reward=folder, micro=3)
     with torch.no_grad():
-        return ppo.judged(models, roll, None, c), roll, sft_model, tok
+        got = ppo.judged(load(folder)[0], roll, c, sft_model, ToyIF.max_new, .25)
+    return got, roll, sft_model, tok
 
 
 def test_ppo_reads_the_gate_that_armo_has_left(quick):

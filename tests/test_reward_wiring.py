@@ -3,6 +3,7 @@ apart; what the runs say, from the checkpoints that they leave."""
 import copy
 import math
 import os
+import re
 import statistics
 from functools import partial
 from types import SimpleNamespace
@@ -227,7 +228,7 @@ def test_a_pointwise_judge_learns_levels_of_gold(quick):
 def test_a_listwise_judge_learns_the_ranking_by_gold(quick):
     for r in calls_of("first").steps[0].fit.rows:
         x, _, rest = TTOK.decode(r["prompt"]).partition("=")
-        ys = reward.re.split("[1234]", rest[:-1])[1:]
+        ys = re.split("[1234]", rest[:-1])[1:]
         gold = [TOYIF.judge(f"{x}=", y)["gold"] for y in ys]
         assert close(gold, r["gold"], 1e-5) and rest[-1] == "!"
         order = [int(d) - 1 for d in TTOK.decode(r["answer"])]
