@@ -459,7 +459,7 @@ def train(c, f):
             scores, shown = evaluate(policy, known, sets, f)
         report(run, before, scores, shown)
         return run.finish(**scores, **{f"sft_{k}": v for k, v in before.items()},
-                          agreement=scale["agreement"])
+                          agreement=scale["agreement"], **frontier(read_log(run.folder)))
 
 
 def main(argv=None):

@@ -22,7 +22,7 @@ TEACHER, OTHER = "--teacher=base:toyif_base", "--other=base:toyif_base"
 MORE = dict(dckd=[TEACHER], adpa=[TEACHER, OTHER], aligndistil=[TEACHER, OTHER],
             **dict.fromkeys(("rlad", "kdrl", "opd", "exopd"), ["--teacher=base:chain_right"]))
 # a spine of a draft, its costs and a race; one of thirteen axes, and a target's normaliser
-LINES = dict.fromkeys(SCRIPTS, 650) | dict(specdec=900, ppo=900)
+LINES = dict.fromkeys(SCRIPTS, 650) | dict(specdec=900, ppo=1000)
 
 SCRIPT = textwrap.dedent('''
     """mini.py - a spine and two chapters.

@@ -288,8 +288,8 @@ def test_sharpening_rewards_what_the_sft_model_finds_likely(reward, heat, two_mo
     of the texts"""
     init = two_models[1]
     calls = catch(monkeypatch, ppo, "REWARDS", "rolled")
-    small("sharpen_rl", init, "run", "--reward", reward, "--samples", "4", "--temperature",
-          str(heat))
+    out = small("sharpen_rl", init, "run", "--reward", reward, "--samples", "4", "--temperature",
+                str(heat))
     (ref, tok), seen = load(init), calls[reward]
     assert [len(x.out) for x in seen] == [32, 4, 4, 16, 16, 4, 4]
     for x, found in zip(seen, calls["rolled"], strict=True):
@@ -301,7 +301,10 @@ def test_sharpening_rewards_what_the_sft_model_finds_likely(reward, heat, two_mo
             zip(found.roll.completions(), found.roll.finished.tolist()))]
         assert near(x.out, T([texts.count(t) / n * t[2] for t in texts]))
     assert reward == "self" or seen[0].out.unique().numel() > 2
-    told = [row["reward"] for row in read_log("run") if "loss" in row]
+    log = read_log("run")
+    assert ppo.frontier(log).items() <= out.items() and out["best_gold"] == sum(
+        row["quality"] for row in log if "loss" in row) / 2
+    told = [row["reward"] for row in log if "loss" in row]
     trained = [torch.where(found.roll.finished, x.out, -50.0).mean()
                for x, found in zip(seen[3:5], calls["rolled"][3:5])]
     assert near(T(told), torch.stack(trained), 1e-3)

@@ -552,7 +552,7 @@ def test_every_row_of_every_preset_gets_what_it_names(config, two_models, workdi
     assert f"mean {w.mean:.2f}," in said or abs(w.mean) < 1e-3
     assert all(f"  {k:<18} {told[0][k]:>11.3f} {told[-1][k]:>10.3f}" in said for k in told[0])
     assert out == {**told[-1], **{f"sft_{k}": x for k, x in told[0].items()},
-                   "agreement": out["agreement"]}
+                   "agreement": out["agreement"], **ppo.frontier(log)}
     told_log = [r for r in log if "val_kl" in r]
     assert [{k: r[k] for k in told[0]} for r in told_log] == told
     assert [r["step"] for r in told_log] == ([0, 2] if steps else [0])
