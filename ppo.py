@@ -3795,16 +3795,21 @@ def gao_peak(a, b, kind):
 def frontier(log, bins=(0.5, 1, 2, 4, 8), near=0.25, window=5):
     """Gold at matched KL, of a run's log: {"gold@2": mean quality of the iterations whose kl is 2
     nats up to 25 %, "kl@2": their kl, …}. A run that is never there is taken where it comes
-    nearest, which kl@2 tells. best_gold: the most of a running mean over `window` iterations."""
-    rows = [(row["kl"], row["quality"]) for row in log if {"kl", "quality"} <= row.keys()]
+    nearest, which kl@2 tells. best_gold: the most of a running mean over `window` iterations;
+    early_gold: the mean of the first quarter of them; end_entropy: of a token, in the last."""
+    rows = [(row["kl"], row["quality"], row.get("entropy", math.nan)) for row in log
+            if {"kl", "quality"} <= row.keys()]
     if not rows:
         return {}
-    found, (kl, gold) = {}, torch.tensor(rows, dtype=torch.float64).T
+    found, (kl, gold, entropy) = {}, torch.tensor(rows, dtype=torch.float64).T
+    quarter = max(1, len(rows) // 4)
     for k in bins:
         away = (kl - k).abs()
         here = away <= max(near * k, away.min().item())
         found |= {f"gold@{k:g}": gold[here].mean().item(), f"kl@{k:g}": kl[here].mean().item()}
-    return found | dict(best_gold=gold.unfold(0, min(window, len(gold)), 1).mean(1).max().item())
+    best = gold.unfold(0, min(window, len(gold)), 1).mean(1).max().item()
+    return found | dict(best_gold=best, early_gold=gold[:quarter].mean().item(),
+                        end_entropy=entropy[-quarter:].mean().item())
 
 
 def fitted_curve(log, kind="rl"):

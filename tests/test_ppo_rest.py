@@ -246,10 +246,13 @@ def test_gold_at_matched_kl_by_hand():
     """of the rows of training: those within a quarter of 2 nats are 1.6 and 2.3, whose gold is 4
     and 6; nobody is near 8: the nearest, 3, stands there and says so"""
     log = [dict(step=0, val_kl=0., val_gold=1.)]
-    log += [dict(step=i + 1, kl=k, quality=g) for i, (k, g) in enumerate(
+    log += [dict(step=i + 1, kl=k, quality=g, entropy=i / 4) for i, (k, g) in enumerate(
         [(0., 1.), (1.6, 4.), (2.3, 6.), (3., 2.), (2.9, 0.)])]
     found = ppo.frontier(log, bins=(2, 8), window=2)
-    assert found == {"gold@2": 5.0, "kl@2": 1.95, "gold@8": 2.0, "kl@8": 3.0, "best_gold": 5.0}
+    assert found == {"gold@2": 5.0, "kl@2": 1.95, "gold@8": 2.0, "kl@8": 3.0, "best_gold": 5.0,
+                     "early_gold": 1.0, "end_entropy": 1.0}
+    assert ppo.frontier(log + log[1:4], window=1) == pytest.approx(
+        ppo.frontier(log + log[1:4]) | dict(best_gold=6.0, early_gold=2.5, end_entropy=0.375))
     assert ppo.frontier(log[:1]) == {}
     assert ppo.frontier(log)["best_gold"] == pytest.approx(13 / 5)
     assert list(ppo.frontier(log))[:4] == ["gold@0.5", "kl@0.5", "gold@1", "kl@1"]

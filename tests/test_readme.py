@@ -116,6 +116,14 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.parametrize("name", claims.SCRIPTS)
+def test_claims_of_one_home_mean_one_run_by_one_arm_s_name(name):
+    known = {}
+    for claim in claims.claims_of(name).values():
+        for what, made in (claim.arms | claim.models).items() if claim.home else ():
+            assert known.setdefault((claim.home, what), made) == made, what
+
+
+@pytest.mark.parametrize("name", claims.SCRIPTS)
 def test_claims_without_a_result_are_said_to_be_without_one(name):
     line = re.search(r"^Defined, and not measured yet: (.*)$", PAGES[RESULTS / f"{name}.md"], re.M)
     waiting = set(re.findall(rf"python {name}\.py --claim (\w+)", line[1] if line else ""))

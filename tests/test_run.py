@@ -766,14 +766,27 @@ def test_the_models_of_a_claim_are_made_once_for_every_seed(workdir, monkeypatch
         (folder / "run.json").write_text('{"result": {}}')
 
     monkeypatch.setitem(sys.modules, "maker", SimpleNamespace(main=main))
-    claim = Claim("none", "none", arms={}, metric="score", tests={},
-                  models=dict(rm=("maker", "ring,rows=3")))
+    def claim_of(rows):
+        return Claim("none", "none", arms={}, metric="score", tests={},
+                     models=dict(rm=("maker", f"ring,rows={rows}"), late=("maker", "x,on={rm}")))
+
+    def make(claim, model, seed):
+        script, options = claim.models[model]
+        claims.make_model((script, claims.with_models(options, claim, seed), seed,
+                           claims.model_folder(claim, model, seed), 1))
+
+    claim = claim_of(3)
     for seed in (4, 7, 4):
-        claims.make_model(("rm", "maker", "ring,rows=3", seed, 1))
+        make(claim, "rm", seed)
     assert [argv[:-1] for argv in asked] == [
         ["--config", "ring,rows=3", "--seed", seed, "--out"] for seed in ("4", "7")]
     assert claims.with_models("ring,reward={rm}/a", claim, 7) == f"ring,reward={asked[1][-1]}/a"
-    assert claims.with_models("ring,reward={rm}", claim) == "ring,reward=."
+    assert claims.with_models("rewards={rm}/a+{late}/b,c=1", claim) == "rewards=.+.,c=1"
+    make(claim, "late", 7)
+    make(claim, "late", 7)
+    make(claim_of(5), "late", 7)                    # of another model: another
+    first, second = asked[2:]
+    assert first[1] == f"x,on={asked[1][-1]}" != second[1] and first[-1] != second[-1]
 
 
 def tuned_train(c, f):

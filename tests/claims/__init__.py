@@ -69,8 +69,8 @@ class Claim:
     hold. Arms of the same config share one run, whose result names them: {"ours|gold": …,
     "theirs|gold": …}. smallest: for each metric of a test the least difference that would matter,
     and `why`: the published one translated, or what a user would notice. models: checkpoints that
-    arms read, {name: (script, its --config)}, each made once for every seed; "{name}" in an arm is
-    its folder.
+    arms read, {name: (script, its --config)}, each made once for every seed; "{name}" in an arm, or
+    in a later model, is its folder. home: claims of one home share the runs of arms of one name.
     """
     text: str
     paper: str
@@ -84,8 +84,14 @@ class Claim:
     conclude: object = None
     tune: tuple = ()                 # (key, ratio, metric): tune the key first, see tune_arms
     models: dict = dataclasses.field(default_factory=dict)
+    home: str = ""
     curve: str = ""  # a key of the log to draw against steps and seconds of training
     sweep: tuple = ()  # (x's name, metrics): draw each arm's results "metric@x" against x
+
+
+def versus(ours, *others, on="", tag=""):
+    """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
+    return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
 
 
 def conclude_all(verdicts):
@@ -131,16 +137,17 @@ def run_arm(job):
         return train(c, f)
 
 
-def model_folder(name, script, config, seed):
+def model_folder(claim, name, seed):
     """Where a claim's model stands: of one code and one configuration."""
+    script, config = claim.models[name]
+    config = with_models(config, claim, seed)
     mark = hashlib.sha256(f"{script} {config} {source()}".encode()).hexdigest()[:8]
     return Path("out/claims/models", f"{name}-{script}-{mark}-s{seed}")
 
 
 def make_model(job):
     """One model of a claim, one seed, in its own process, if it is not there already."""
-    name, script, config, seed, threads = job
-    folder = model_folder(name, script, config, seed)
+    script, config, seed, folder, threads = job
     if "result" in (read_json(folder / "run.json") if (folder / "run.json").exists() else {}):
         return
     torch.set_num_threads(threads)
@@ -153,11 +160,13 @@ def make_model(job):
 
 
 def with_models(config, claim, seed=None):
-    """An arm's --config with the folders of the models that it names, of a seed; without one, for a
-    look at its options, with any folder."""
-    for name, (script, options) in claim.models.items():
-        folder = "." if seed is None else model_folder(name, script, options, seed)
-        config = config.replace(f"{{{name}}}", str(folder))
+    """A --config, of an arm or of another model, with the folders of the models that it names, of a
+    seed; without one, for a look at its options, with any folder that there is."""
+    for name in claim.models:
+        if seed is None:
+            config = re.sub(rf"{{{name}}}[^,+]*", ".", config)
+        elif f"{{{name}}}" in config:
+            config = config.replace(f"{{{name}}}", str(model_folder(claim, name, seed)))
     return config
 
 
@@ -215,14 +224,15 @@ def measure(name, claim, configure_arm, train, seeds, *, jobs=0, extra=(), confi
     configure_arm(argv) -> (c, f); `extra` goes to each arm's command line, `config` to its presets.
     -> {(arm, seed): result}, {(arm, seed): the run's folder}, what tuning found.
     """
-    Path("out/claims", name).mkdir(parents=True, exist_ok=True)
+    home = claim.home or name
+    Path("out/claims", home).mkdir(parents=True, exist_ok=True)
     jobs = jobs or max(1, min(4, os.cpu_count() or 1))
+    threads = 1 if jobs > 1 else torch.get_num_threads()
 
     def job(arm, seed, changes, tag=tag):
         presets = ",".join(filter(None, (with_models(claim.arms[arm], claim, seed), config)))
         return (configure_arm, train, ["--config", presets, "--seed", str(seed), *changes, *extra],
-                f"out/claims/{name}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}",
-                1 if jobs > 1 else torch.get_num_threads())
+                f"out/claims/{home}/{re.sub(r'[^A-Za-z0-9._-]+', '_', arm)}-s{seed}{tag}", threads)
 
     runs = who_runs(claim)
     todo = [(arm, seed) for seed in seeds for arm in claim.arms if runs[arm] == arm]
@@ -230,12 +240,13 @@ def measure(name, claim, configure_arm, train, seeds, *, jobs=0, extra=(), confi
           sep="\n", flush=True)
     got, tuned = [], {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        models = [(model, *what, seed, 1 if jobs > 1 else torch.get_num_threads())
-                  for seed in [*seeds, *[TUNING_SEED] * bool(claim.tune)]
-                  for model, what in claim.models.items()]
-        for _ in tqdm(pool.map(make_model, models), total=len(models), desc=f"{name}: models",
-                      disable=not models, dynamic_ncols=True):
-            pass
+        for model, (script, options) in claim.models.items():    # in turn: one may read another
+            made = [(script, with_models(options, claim, seed), seed,
+                     model_folder(claim, model, seed), threads)
+                    for seed in [*seeds, *[TUNING_SEED] * bool(claim.tune)]]
+            for _ in tqdm(pool.map(make_model, made), total=len(made), desc=f"{name}: {model}",
+                          dynamic_ncols=True):
+                pass
         if claim.tune:
             tuned = tune_arms(claim, configure_arm, job, pool)
         work = [job(arm, seed, [f"--{claim.tune[0]}={tuned[arm]['value']}"] if tuned else [])

@@ -1,6 +1,6 @@
 """The claims of ppo.py: arms as --config strings, contrasts, what was published; and their
 headlines."""
-from claims import Claim
+from claims import Claim, in_parts, versus
 
 
 def srppo_arms():
@@ -58,6 +58,169 @@ CLAIMS = dict(
                 smallest={"ood_gold": 0.02},
                 why="the least of the published +2 to +4 points of a hundred; gold runs to about "
                     "1"))
+
+# Arms on Ring, trained on a reward model of noisy labels that every seed learns anew. Each strength
+# (beta, weight) is the best of three or four, a factor of about two apart, by val_gold on the
+# development seeds 2000 and 2001; gold judges only.
+LEARNED = "ring,ppo,reward={rm}"
+RM = dict(rm=("reward", "ring,noise=0.25"))
+TWO = "samples=2,rollouts=48"                               # as many responses, in pairs
+SOUP = "init=base:ring+init=base:ring"                      # its second model differs by its seed
+RING = dict(models=RM, home="ppo-ring")
+# gold of the SFT model's responses has a standard deviation of 1.5
+FIFTH = dict.fromkeys(("val_gold", "best_gold", "early_gold", "gold@1", "gold@2", "gold@4"), 0.3)
+WHY = ("a fifth of the spread of gold between responses of the SFT model, which wins 56 of 100 "
+       "comparisons")
+ON_RING = dict(
+    shaping=Claim(
+        "PAR, a sigmoid of the reward relative to the SFT model's, beats other shapes of a reward",
+        "2502.18770: the best of ten shapes by win rate after RLHF; without a KL penalty it resists "
+        "hacking longest",
+        dict(par=f"{LEARNED},par,beta=0.02", raw=f"{LEARNED},beta=0.1",
+             centered=f"{LEARNED},centered,beta=0.1", clip=f"{LEARNED},clip,beta=0.1",
+             tanh=f"{LEARNED},tanh,beta=0.06", lsc=f"{LEARNED},lsc,beta=0.06",
+             minmax=f"{LEARNED},minmax,beta=0.02") | {
+            "par, no KL": f"{LEARNED},par,beta=0", "raw, no KL": f"{LEARNED},beta=0"}, "val_gold",
+        versus("par", "raw", "centered", "clip", "tanh", "lsc", "minmax", tag="end: ")
+        | versus("par", "raw", "centered", on="gold@2", tag="at 2 nats: ")
+        | versus("par, no KL", "raw, no KL", on="best_gold", tag="no KL: "),
+        also=("ood_gold", "gold@2", "best_gold", "val_kl"),
+        conclude=in_parts("end", "at 2 nats", "no KL"), smallest=FIFTH, why=WHY, **RING),
+    chi2=Claim(
+        "A penalty on the χ² divergence of whole responses keeps more gold than one on their KL",
+        "2403.03185: higher true reward at the best coefficient in each of four settings, RLHF "
+        "among them",
+        {"chi2": f"{LEARNED},chi2,weight=0.01", "exact": f"{LEARNED},chi2_exact,beta=0.1",
+         "whole KL": f"{LEARNED},chi2_kl,weight=0.1", "raw": f"{LEARNED},beta=0.1"},
+        "val_gold", versus("chi2", "raw", "whole KL", tag="end: ")
+        | versus("exact", "raw", tag="end: ")
+        | versus("chi2", "raw", "whole KL", on="gold@2", tag="at 2 nats: "),
+        also=("ood_gold", "gold@2", "best_gold", "val_kl"),
+        conclude=in_parts("end", "at 2 nats"), smallest=FIFTH, why=WHY, **RING),
+    fdpg=Claim(
+        "Among f-divergences to the tilted SFT model, Jensen-Shannon gains most and reverse KL "
+        "keeps the least diversity",
+        "2302.08215: JS on or near the best frontier of alignment and entropy in all tasks",
+        {x: f"{LEARNED},fdpg_{x},beta={beta}" for x, beta in dict(
+            js=0.2, kl=0.2, rkl=0.2, tv=0.2).items()}
+        | dict(raw=f"{LEARNED},beta=0.1"), "val_gold",
+        versus("js", "kl", "rkl", "tv", "raw", tag="gold: ")
+        | versus("kl", "rkl", on="end_entropy", tag="entropy: ")
+        | versus("js", "rkl", on="end_entropy", tag="entropy: "),
+        also=("ood_gold", "end_entropy", "gold@2", "val_kl"), conclude=in_parts("gold", "entropy"),
+        smallest=FIFTH | dict(end_entropy=0.1),
+        why=f"{WHY}; entropy: a tenth of a nat a token, of about 2.5", **RING),
+    tppo=Claim(
+        "Truncated PPO, on windows of a third of a response, ends as high as PPO",
+        "2506.15050: 62 on AIME 24 where PPO has 50 to 57, with 2.5 times the efficiency",
+        {"raw": f"{LEARNED},beta=0.1", "windows": f"{LEARNED},tppo,beta=0.1",
+         "windows, equal tokens": f"{LEARNED},tppo,beta=0.1,steps=170"}, "val_gold",
+        versus("windows", "raw", tag="equal steps: ")
+        | versus("windows, equal tokens", "raw", tag="equal tokens: "),
+        also=("ood_gold", "early_gold", "gold@2", "val_kl"),
+        conclude=in_parts("equal steps", "equal tokens"), smallest=FIFTH, why=WHY, **RING),
+    p3o=Claim(
+        "Pairwise PPO has PPO's frontier without a critic, and does not see what is added to all of "
+        "a prompt's scores",
+        "2310.00212: KL-reward frontier above PPO's; invariant to prompt-level shifts of the reward",
+        dict(p3o=f"{LEARNED},p3o,{TWO},beta=0.1", joint=f"{LEARNED},p3o_joint,{TWO},beta=0.1",
+             pairs=f"{LEARNED},{TWO},beta=0.1") | {
+            "p3o, shifted": f"{LEARNED},p3o,{TWO},beta=0.1,transform=shifted",
+            "pairs, shifted": f"{LEARNED},{TWO},beta=0.1,transform=shifted"}, "val_gold",
+        versus("p3o", "pairs", tag="end: ") | versus("joint", "pairs", tag="end: ")
+        | versus("p3o", "pairs", on="gold@2", tag="at 2 nats: ")
+        | versus("p3o, shifted", "pairs, shifted", tag="shifted scores: ")
+        | {"invariance: p3o = p3o, shifted": {"p3o, shifted": 1, "p3o": -1}},
+        also=("ood_gold", "gold@2", "best_gold", "val_kl"),
+        conclude=in_parts("end", "at 2 nats", "shifted", "invariance"), smallest=FIFTH, why=WHY,
+        **RING),
+    rto=Claim(
+        "A DPO policy's log-ratio as a token reward makes PPO faster and better",
+        "2404.18922: 7.5 points of AlpacaEval 2 over PPO, and PPO's level with an eighth of the "
+        "data",
+        dict(rto=f"{LEARNED},rto,dpo={{dpo}},beta=0.1", raw=f"{LEARNED},beta=0.1"), "val_gold",
+        versus("rto", "raw", on="early_gold", tag="first quarter: ")
+        | versus("rto", "raw", tag="end: ") | versus("rto", "raw", on="gold@2", tag="at 2 nats: "),
+        also=("ood_gold", "early_gold", "gold@2", "val_kl"),
+        conclude=in_parts("first quarter", "end", "at 2 nats"), smallest=FIFTH, why=WHY,
+        **RING | dict(models=RM | dict(dpo=("dpo", "dpo,noise=0.25")))),
+    salsa=Claim(
+        "A KL to the average of two SFT models lets PPO go further and higher",
+        "2411.01798: 54 to 57 % wins over PPO on MT-Bench, Arena-Hard, UltraFeedback",
+        dict(salsa=f"{LEARNED},salsa,{SOUP},other=base:ring+init=base:ring+seed=1001,beta=0.1",
+             one=f"{LEARNED},{SOUP},beta=0.1"), "val_gold",
+        versus("salsa", "one", tag="end: ") | versus("salsa", "one", on="best_gold", tag="peak: ")
+        | versus("salsa", "one", on="gold@4", tag="at 4 nats: "),
+        also=("ood_gold", "gold@4", "best_gold", "val_kl"),
+        conclude=in_parts("end", "peak", "at 4 nats"), smallest=FIFTH, why=WHY, **RING),
+    infalign=Claim(
+        "PPO on a tilt of the calibrated reward for how it is decoded wins under that decoding",
+        "2412.19792: 3 to 8 % over the untransformed reward, for best and worst of 4",
+        {f"{x}, {how} of 4": f"{LEARNED},infalign_{x},beta={beta},decode={row},n=4"
+         for x, beta in dict(bon=0.2, id=0.1, won=0.05).items()
+         for how, row in (("best", "bon"), ("worst", "won"))},
+        "val_gold", versus("bon, best of 4", "id, best of 4", "won, best of 4", tag="best: ")
+        | versus("won, worst of 4", "id, worst of 4", "bon, worst of 4", tag="worst: "),
+        also=("ood_gold", "best_gold", "val_kl"), conclude=in_parts("best: ", "worst: "),
+        smallest=FIFTH, why=WHY, **RING))
+
+SEVERAL = "ring,weighted,rewards={rm}+{love},eos=subtract,no_eos=1.0"
+POINTS = "rewards={rm}+{love},thresholds={sum}"
+JUDGED = "toyif,route,pair_model={pm}/pm"
+PARITY = "parity,thinkrm"
+APART = dict(
+    constrained=Claim(
+        "Reward models held at the values that they had where gold peaked end there, where a "
+        "weighted sum goes past it",
+        "2310.04373: xi-PPO stays at the peak of the evaluation metric, PPO on the sum falls",
+        {"xi": f"ring,xi_ppo,{POINTS}", "mu": f"ring,mu_ppo,{POINTS}",
+         "sum": f"{SEVERAL},beta=0.1", "sum, less KL": f"{SEVERAL},beta=0.02"}, "val_gold",
+        versus("xi", "sum", tag="tuned sum: ") | versus("mu", "sum", tag="tuned sum: ")
+        | versus("xi", "sum, less KL", tag="loose sum: ")
+        | versus("mu", "sum, less KL", tag="loose sum: "),
+        also=("ood_gold", "best_gold", "val_kl", "val_flattery"),
+        conclude=in_parts("tuned sum", "loose sum"), smallest=FIFTH, why=WHY,
+        models=RM | dict(love=("reward", "recipe=love"), sum=("ppo", f"{SEVERAL},beta=0.02"))),
+    maxmin=Claim(
+        "A policy for the worst-served of the groups found by EM serves the minority better than "
+        "one for the pooled reward",
+        "2402.08925: 33 % more wins for minority groups, 16 % on average",
+        dict(maxmin="ring,maxmin,rewards={em},beta=0.05", pooled="ring,weighted,eos=subtract,"
+             "no_eos=1.0,rewards={em}/pooled,beta=0.05"), "val_gold_b",
+        versus("maxmin", "pooled", tag="minority: ")
+        | versus("maxmin", "pooled", on="val_gold", tag="majority: "),
+        also=("val_gold", "ood_gold", "val_kl", "val_flattery"),
+        conclude=in_parts("minority", "majority"),
+        smallest=FIFTH | dict(val_gold_b=0.3), why=WHY,
+        models=dict(em=("reward", "recipe=maxmin,rows=8000,lr=1e-3"))),
+    routing_rl=Claim(
+        "RLHF on pairs of which the uncertain ones go to a judge beats as many at random",
+        "2510.20369: ahead of random routing downstream (second-hand, no number)",
+        {"no judge": f"{JUDGED},budget=0,beta=0.05", "random": f"{JUDGED},router=random,beta=0.05",
+         "uncertainty": f"{JUDGED},beta=0.05", "margin": f"{JUDGED},router=margin,beta=0.05",
+         "all": f"{JUDGED},budget=1,beta=0.05"}, "val_gold",
+        versus("uncertainty", "random", "no judge", "margin", tag="trained kinds: ")
+        | versus("uncertainty", "random", "no judge", "margin", on="ood_gold", tag="unseen kinds: ")
+        | {"control: all > no judge": {"all": 1, "no judge": -1}},
+        also=("ood_gold", "val_kl"), conclude=in_parts("trained kinds", "unseen kinds", "control"),
+        smallest=dict(val_gold=0.05, ood_gold=0.05),
+        why="a twentieth of what gold of a right response is",
+        models=dict(pm=("reward", "router,big_router"))),
+    thinkrm_rl=Claim(
+        "A policy trained on the verdicts of a judge that reasons at length beats one trained on "
+        "Bradley-Terry's scores or on a judge that reasons little",
+        "2505.16265: 47.2 % wins on AlpacaEval 2, 40.3 with short reasoning, 33.1 with "
+        "Bradley-Terry (second-hand)",
+        dict(long=f"{PARITY},judge={{long}}/sft,lr=1e-3", short=f"{PARITY},judge={{short}}/sft,"
+             "lr=1e-3", points=f"{PARITY},judge={{long}}/sft,points=true,transform=group,lr=1e-3",
+             bt=f"{PARITY},reward={{bt}}/bt,transform=group,lr=1e-3"), "val_gold",
+        versus("long", "bt", "short", tag="judges: ") | versus("long", "points", tag="pairs: "),
+        also=("val_exact", "val_kl"), conclude=in_parts("judges", "pairs"),
+        smallest=dict(val_gold=0.03, val_exact=0.1),
+        why="a fifth of what is left between the start and a policy that is always right",
+        models={x: ("reward", f"thinkrm,{y}") for x, y in dict(
+            long="rl_steps=0", short="style=short,rl_steps=0", bt="bt_style").items()}))
+CLAIMS |= ON_RING | APART
 
 # claim: (the test that judges the headline, method, baseline, statement, what is measured, as
 # published). Method and baseline are arms, "arm|metric" for another metric than the claim's,

@@ -1,11 +1,6 @@
 """The claims of reward.py: arms as --config strings, contrasts, what was published; and their
 headlines."""
-from claims import Claim, gated, in_parts
-
-
-def versus(ours, *others, on="", tag=""):
-    """Tests 'ours > other' on the claim's metric, or on another: {label: contrast}."""
-    return {f"{tag}{ours} > {x}": {f"{ours}|{on}": 1, f"{x}|{on}": -1} for x in others}
+from claims import Claim, gated, in_parts, versus
 
 
 NOISY, ENSEMBLES = ", 25% noise", ("mean", "wco", "uwo")
