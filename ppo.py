@@ -242,6 +242,7 @@ MINIBATCH = {}                   # of a minibatch, before its gradient
 MEMORIES = {}                    # classes: tell() before a step, note(…) after, state(), load()
 TOGETHER = {}                    # surrogates that compare: how many rows in a row stay together
 LAWS = {}                        # rollouts whose tokens have another law than own_law
+RELATIVE = {}                    # rewards that compare the responses of a prompt: by what
 
 # --- score and evaluate ---------------------------------------------------------------------------
 
@@ -360,7 +361,7 @@ def credited(batch, critic, scale, factor, asked, f):
     c, roll, mask = batch["c"], batch["roll"], batch["mask"]
     _, score = worth(batch, f)                                                           # [B]
     batch |= dict(score=score, unit=(score - scale["mean"]) / scale["std"], tokens=roll.tokens,
-                  coefficient=factor / scale["std"], **log_probs(batch),
+                  coefficient=factor / scale["std"], spread=scale["std"], **log_probs(batch),
                   ref_logp=logprobs(batch["anchor"], roll.tokens, mask, c),              # [B, T]
                   ends=roll.prompt_len + mask.sum(1).long())                             # [B]
     if "values" in asked:
@@ -717,7 +718,8 @@ PRESETS["ring"] = dict(data="ring", init="base:ring", base="base:ring", rollouts
 def calibrate(known, f, samples=8):
     """What the run's reward says of the SFT model's own samples, before any training -> {name: x}.
 
-    mean, std of the score: token rewards are divided by std, and the score is centred first.
+    mean, std of the score: token rewards are divided by std, and the score is centred first, but
+    for one that compares the responses of a prompt (RELATIVE): its 0 means as good as the others.
     Neither changes what is optimised (the KL term is scaled along); both matter to the critic,
     which starts at 0 and moves at most eps_v a rollout: one that lags behind credits late tokens
     more than early ones, and the policy learns to stop early. bias: the mean raw score of a reward
@@ -737,7 +739,8 @@ def calibrate(known, f, samples=8):
         known["bias"] = found["judged"].mean().item()
         found["judged"] = found["judged"] - known["bias"]
     (raw, score), truth = worth(found, f), found["quality"]                              # [B]
-    out = dict(mean=score.mean().item(), std=score.std().item() if score.std() > 1e-3 else 1.0,
+    mean = 0.0 if c.reward in RELATIVE else score.mean().item()
+    out = dict(mean=mean, std=score.std().item() if score.std() > 1e-3 else 1.0,
                bias=known["bias"], cut=1 - found["finished"].float().mean().item(),
                agreement=rank_correlation(raw.cpu().view(-1, samples),
                                           truth.cpu().view(-1, samples)))
@@ -1086,9 +1089,9 @@ def routed(beliefs, oracle, groups, generator, training, samples, *, pair_model=
 
 
 def spoken(S, samples):
-    """Pairwise scores as a number a response: its advantage, or its score against the SFT model's
-    greedy one in a group of one.   [P, K, K] -> [B]"""
-    return S[:, 0, 1] if samples == 1 else pairwise_rloo(S).flatten()
+    """Pairwise scores as a number a response within ±10: its advantage, or its score against the
+    SFT model's greedy one in a group of one.   [P, K, K] -> [B]"""
+    return (S[:, 0, 1] if samples == 1 else pairwise_rloo(S).flatten()).clamp(-10, 10)
 
 
 def check_routed(c, f):
@@ -1105,9 +1108,10 @@ def check_routed(c, f):
 
 FACTS["beliefs"] = beliefs
 REWARDS["routed"], CHECKS["routed"] = routed, check_routed
+RELATIVE["routed"] = "pairwise scores"
 MODELS["pair_model"] = "pair_model", ScalarModel
 # 2510.20369, RLOO, β .01, judge ±2: the released code's; budget, samples, epochs, lr: ours. A
-# response that does not end is one that lost to all others.
+# response that does not end is one of which the judge said that it lost to all others.
 PRESETS["route"] = dict(reward="routed", advantage="to_go", eos="replace", no_eos=-2.0, beta=0.01,
                         samples=4, rollouts=32, epochs=1)
 
@@ -1232,6 +1236,7 @@ def routed_model(beliefs, panel, groups, generator, training, samples, *, pair_m
 
 MODELS["writer"], MEMORIES["panel"] = ("judge", Transformer), Panel
 REWARDS["routed_model"], CHECKS["routed_model"] = routed_model, check_routed
+RELATIVE["routed_model"] = "pairwise scores"
 
 
 # === thinkrm, parity: 2505.16265, RLHF from a reasoning judge's verdicts on pairs, never on points
@@ -1307,6 +1312,7 @@ def exact(quality):
 
 REWARDS["verdicts"], SURROGATES["dual"] = by_verdicts, dual_clip
 CHECKS["verdicts"], MEASURES["parity"] = in_groups, dict(exact=exact)
+RELATIVE["verdicts"] = "pairwise verdicts"
 PRESETS["parity"] = dict(data="parity", init="base:parity", base="base:parity", rollouts=32,
                          steps=60, eval_every=20, save_every=1000, keep=1)
 # 2505.16265, G 4, dual clip 3, k3 in the loss, judge at .6, one sample: the released code's; its
@@ -1835,9 +1841,9 @@ def worst_served(utility, softness=0.0):
     return torch.zeros_like(utility).scatter(0, utility.argmin(0, keepdim=True), 1.0)
 
 
-def served(components, f):
+def served(components, finished, f):
     """Each group's weight in this batch; β KL is the same for all, so it is not in F_u.   [U]"""
-    return worst_served(components.mean(0), f.reward.keywords["softness"])
+    return worst_served(ended(components, finished, f).mean(0), f.reward.keywords["softness"])
 
 
 def egalitarian(components, served, *, rewards="", softness=0.0):
@@ -1845,10 +1851,11 @@ def egalitarian(components, served, *, rewards="", softness=0.0):
     return components @ served
 
 
-def a_group_each(ended, logp, ref_logp, mask, coefficient, *, beta=0.05):
-    """PPO's token rewards by every group.   [B, T, U]"""
+def a_group_each(ended, logp, ref_logp, mask, coefficient, spread, *, beta=0.05):
+    """PPO's token rewards by every group, as token_rewards() in units of the score that mixes them,
+    whose standard deviation is `spread`.   [B, T, U]"""
     kl = beta * coefficient * k1(logp, ref_logp) * mask                                  # [B, T]
-    return on_last(ended, mask) - kl[..., None]
+    return on_last(ended / spread, mask) - kl[..., None]
 
 
 def head_a_group(ref, share, *, rewards=""):
@@ -1898,7 +1905,8 @@ def tri_factor(mean, risk, corr):
 
 
 class TriWeights:
-    """Each reward's moving mean, and how the last 1024 scores correlate."""
+    """Each reward's moving mean, and how the last 1024 scores correlate, up to the batch before
+    (ours: weights that do not depend on what they weigh)."""
 
     def __init__(self, f):
         n = len(reward_folders(f.reward.keywords["rewards"]))
@@ -2331,7 +2339,7 @@ def unmasked(c):
 MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
 CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
 # 2210.01241's code: top 0.9, a copy renewed every 5 (sentiment) to 20 (summaries) iterations, KL
-# 0.1, steered by a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens at
+# 0.1, steered by about a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens at
 # least are more than small vocabularies have
 PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", refresh=5, beta=0.1,
                        controller="adaptive", target=1.0, horizon=1000)
@@ -2600,12 +2608,12 @@ class Partition:
         """{prompt, "" for all: (logarithm of the sum, how many)}."""
         return self.masses
 
-    def note(self, masses, log_weight):
+    def note(self, masses, log_weight, log_z):
         """log_weight [B], log P/q. ess: how many samples of p a rollout of q is worth, its share.
         """
-        self.masses = masses
-        ess = (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp()
-        return dict(ess=ess.nan_to_num(0.0) / len(log_weight))
+        self.masses, w = masses, (log_weight - log_z).nan_to_num(-torch.inf)             # p/q
+        ess = (2 * w.logsumexp(0) - (2 * w).logsumexp(0)).exp()
+        return dict(ess=ess.nan_to_num(0.0) / len(w))
 
     def state(self):
         """What a checkpoint keeps."""
@@ -2652,8 +2660,8 @@ BATCH["masses"], BATCH["log_z"] = masses, log_z
 PSEUDO = dict(
     kl=lambda log_t: torch.exp(-log_t),                                        # KL(p||π): DPG, GDC
     rkl=lambda log_t: -(log_t + 1),                                            # KL(π||p): RLHF
-    tv=lambda log_t: -log_t.sign() / 2,
-    js=lambda log_t: torch.log((1 + torch.exp(-log_t)) / 2),
+    tv=lambda log_t: torch.where(log_t.isnan(), log_t, -log_t.sign() / 2),
+    js=lambda log_t: torch.nn.functional.softplus(-log_t) - math.log(2),
     chi2=lambda log_t: torch.expm1(-2 * log_t),                                # χ²(p||π)
     rchi2=lambda log_t: -2 * torch.expm1(log_t))                               # χ²(π||p)
 
@@ -2682,9 +2690,11 @@ class Recent:
 
 
 def log_t(logp, mask, log_p, log_z, f):
-    """log π(y)/p(y), p = P/Z; weights p/π are clipped at a percentile of the rollout, NaN where Z
-    is not known.   [B]"""
+    """log π(y)/p(y), p = P/Z, NaN where Z is not known; where it becomes a weight (kl, χ²), clipped
+    at a percentile of the rollout's p/π, and at ±20.   [B]"""
     t = (logp * mask).sum(1) - log_p + log_z                                             # [B]
+    if f.advantage.keywords["divergence"] not in ("kl", "chi2", "rchi2"):
+        return t
     known = t[t.isfinite()]
     least = known.quantile(1 - f.advantage.keywords["most"]) if len(known) else -20.0
     return t.clamp(min=least).clamp(-20, 20)
@@ -2761,8 +2771,13 @@ class Proposal:
 
 
 def proposed(proposal, pool, tok, c, max_new, generator, step):
-    """fresh(), of the proposal."""
+    """fresh(), of the proposal: so are quality and, under its samples, kl in the log."""
     return fresh(proposal, pool, tok, c, max_new, generator, step)
+
+
+def weighs(f):
+    """Words against an advantage that takes the proposal's samples for the policy's own."""
+    return goes_with(f, advantage=gdc)
 
 
 def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments"] = "moments",
@@ -2774,7 +2789,7 @@ def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments
 
 
 MEMORIES["proposal"], ROLLOUTS["proposed"], LAWS["proposed"] = Proposal, proposed, own_law
-ADVANTAGES["gdc"], CHECKS["gdc"] = gdc, untargeted
+ADVANTAGES["gdc"], CHECKS["gdc"], CHECKS["proposed"] = gdc, untargeted, weighs
 ALONE["proposal"] = "a copy of sharded weights cannot be made"
 # one step a rollout and a proposal that is renewed every 10 steps are the paper's; sizes, lr ours
 PRESETS["gdc"] = dict(rollout="proposed", advantage="gdc", surrogate="nll", epochs=1, batch=128)
@@ -3395,8 +3410,8 @@ def own_likelihood(sft_logp, mask, *, per_token=False):
     """Sharpening's self-reward:  r = log π_base(y|x), π_base the model that samples at first: the
     SFT model here; per_token divides by the length.   [B, T] -> [B]
 
-    With the KL term a token is worth (1 + β) log π_base - β log π_old. A sum favours short
-    responses. Nothing is learnt but to say likely things more often: gold may fall.
+    With the KL term a response is worth (1 + β) log π_base - β log π_old. A sum favours short
+    ones. Nothing is learnt but to say likely things more often: gold may fall.
     """
     total = (sft_logp * mask).sum(1)                                                     # [B]
     return total / mask.sum(1).clamp(min=1) if per_token else total
@@ -3423,6 +3438,11 @@ def from_sft(ref, policy, pool, tok, c, max_new, generator, step):
     return found | dict(roll=roll._replace(logp=logprobs(policy, roll.tokens, roll.mask, c)))
 
 
+def imitates(f):
+    """Words against an advantage that takes the SFT model's samples for the policy's own."""
+    return goes_with(f, advantage=best_of_group)
+
+
 def sharpen_regression(logp, ref_logp, mask, score, *, pair_beta: Positive = 0.5):
     """RLHF-sharpening as regression:  (β [log π/π_base(y) - log π/π_base(y')] - [r - r'])²  of two
     neighbours, samples of π_base; it is 0 at π ∝ π_base exp(r/β).   [b, T], [b] -> [b]"""
@@ -3439,7 +3459,7 @@ def votes_of_several(c):
 
 REWARDS["self"], REWARDS["majority"], ROLLOUTS["from_sft"] = own_likelihood, majority, from_sft
 SURROGATES["pairs"], TOGETHER["pairs"] = sharpen_regression, 2
-CHECKS["majority"] = votes_of_several
+CHECKS["majority"], CHECKS["from_sft"] = votes_of_several, imitates
 # β and the score of what does not end are ours
 PRESETS["sharpen_rl"] = dict(reward="self", beta=0.5, no_eos=-50.0)
 PRESETS["sharpen_sft"] = dict(rollout="from_sft", advantage="best", surrogate="nll", reward="self",
@@ -3714,7 +3734,7 @@ PRESETS["classify"] = dict(data="toyif_obeys", init="base:toyif_obeys", reward="
 
 def kl_of(q, p):
     """KL(q||p) of two discrete laws, in nats; 0 log 0 = 0.   [K], [K] -> []"""
-    return torch.xlogy(q, q / p).sum()
+    return torch.xlogy(q, torch.where(q > 0, q / p, 1.0)).sum()
 
 
 def bon_pmf(scores, p, n):
@@ -3724,7 +3744,7 @@ def bon_pmf(scores, p, n):
     mass = torch.zeros(len(levels), dtype=torch.float64).index_add(0, at, p.double())    # [L]
     upto = mass.cumsum(0).clamp(max=1)
     won = upto ** n - torch.cat([torch.zeros(1), upto[:-1]]) ** n                        # [L]
-    return p * (won / mass)[at]
+    return p * torch.where(mass > 0, won / mass, 0.0)[at]
 
 
 def tilted(scores, p, t):
@@ -3735,7 +3755,7 @@ def tilted(scores, p, t):
 def tilt_at_kl(scores, p, delta, halvings=60):
     """(t, tilted law) whose KL to p is delta, by bisection. More than -log p(best level) cannot be
     reached: then the best level alone, t = inf.   [K], [K] -> t >= 0, [K]"""
-    best = scores == scores.max()
+    best = scores == scores[p > 0].max()
     if delta >= -p[best].sum().log():
         return float("inf"), torch.where(best, p, 0.0).double() / p[best].sum()
     low, high = 0.0, 1.0
@@ -3785,8 +3805,9 @@ def gao(d, a, b, kind):
 
 
 def gao_peak(a, b, kind):
-    """(d, height) of the most gold of that law; infinite if b <= 0, where it only rises."""
-    if b <= 0:
+    """(d, height) of the most gold of that law; infinite where it only rises, b <= 0, or for as
+    long as floats go."""
+    if b <= 0 or kind != "bon" and a / b > 700:
         return math.inf, math.inf
     d = max(0.0, a / (2 * b)) if kind == "bon" else math.exp(a / b - 1)
     return d, d * (a - b * d) if kind == "bon" else b * d

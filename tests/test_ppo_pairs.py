@@ -142,6 +142,7 @@ def test_a_group_s_scores_become_a_number_a_response():
     """its advantage; in a group of one the score against its rival"""
     assert close(spoken(torch.stack([D4, -D4]), 4)[[0, 3, 4]], [.5, 1.833333, -.5])
     assert spoken(T([[[0., 3], [-3, 0]], [[0, -1], [1, 0]]]), 1).tolist() == [3, -1]
+    assert spoken(T([[[0., 13], [-13, 0]]]), 2).tolist() == [10, -10]              # as released
 
 
 def test_what_routing_tells():
@@ -470,6 +471,7 @@ def check_groups(groups, gen, tok, samples, ref):
 def check_update(calls, k, score, no_eos, out, samples=3):
     """A step's scores become advantages: EOS rule, unit, KL, rewards to go."""
     scale, gen = calls["calibrate"][0].out, calls["fresh"][k].out["roll"]
+    assert scale["mean"] == 0              # equals of a group train nothing, whatever others do
     ended = torch.where(gen.finished, score, torch.tensor(no_eos))
     unit = (ended - scale["mean"]) / scale["std"]
     assert near(calls["ends"][k].unit, unit)

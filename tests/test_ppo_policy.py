@@ -444,7 +444,7 @@ def test_a_normaliser_is_the_mean_of_all_weights_so_far():
         memory, f = Partition(), options(per=per)
         found = masses(memory.tell(), first, problems, f)
         assert memory.masses == {}
-        memory.note(found, first)
+        memory.note(found, first, torch.zeros(4))
         found = masses(memory.tell(), then, problems, f)
         assert close(log_z(found, then, problems, f).exp(), want)
     roll = Rollout(None, None, T([[9., -1, -2]]), None, None)
@@ -457,22 +457,29 @@ def test_a_normaliser_is_the_mean_of_all_weights_so_far():
 
 def test_how_many_samples_a_rollout_is_worth():
     memory = Partition()
-    assert close(memory.note({}, T([0., 0, 0, 0]))["ess"], 1)
-    assert close(memory.note({}, T([0., -math.inf, -math.inf, -math.inf]))["ess"], .25)
-    assert close(memory.note({}, T([1, 3]).log())["ess"], 16 / 10 / 2)
-    assert memory.note({}, T([-math.inf] * 2))["ess"] == 0
+    same = torch.zeros(4)
+    assert close(memory.note({}, same, same)["ess"], 1)
+    assert close(memory.note({}, T([0., -math.inf, -math.inf, -math.inf]), same)["ess"], .25)
+    assert close(memory.note({}, T([1, 3]).log(), T([0, 0]))["ess"], 16 / 10 / 2)
+    assert close(memory.note({}, T([0., 5.]), T([0., 5.]))["ess"], 1)           # q = p of each Z
+    assert memory.note({}, T([-math.inf] * 2), T([-math.inf] * 2))["ess"] == 0
 
 
 def test_weights_are_clipped_at_a_percentile_and_unknown_ones_train_nothing():
     t = torch.linspace(-10, 0, 101).double()
     mask = torch.ones(101, 1).double()
-    got = log_t(t[:, None], mask, 0 * t, 0 * t, options(most=.95))
+    got = log_t(t[:, None], mask, 0 * t, 0 * t, options(most=.95, divergence="chi2"))
     assert close(got[:5], [-9.5] * 5) and close(got[6:], t[6:])
-    bad = log_t(t[:3, None], mask[:3], T([-math.inf, -math.inf, 0]), T([-math.inf, 0, 0]),
-                options(most=1.0))
-    assert bad[0].isnan() and bad[1] == 20 and close(bad[2], t[2])
-    adv, _ = fdpg(pseudo(bad, options(divergence="js")), mask[:3], 0.25)
-    assert adv[0] == 0 and close(adv[1], [-math.log(2) - .25], 1e-6)
+    for name, most in (("kl", 20), ("js", math.inf), ("tv", math.inf)):
+        f = options(most=1.0, divergence=name)
+        bad = log_t(t[:3, None], mask[:3], T([-math.inf, -math.inf, 0]), T([-math.inf, 0, 0]), f)
+        assert bad[0].isnan() and bad[1] == most and close(bad[2], t[2])
+        adv, _ = fdpg(pseudo(bad, f), mask[:3], 0.25)
+        assert adv[0] == 0 and close(adv[1], [dict(kl=0, js=-math.log(2), tv=-.5)[name] - .25],
+                                     1e-6)
+    far = log_t(T([[0], [0], [0.]]), mask[:3], T([0, 30, 60]), T([0] * 3),
+                options(most=.5, divergence="rkl"))
+    assert far.tolist() == [0, -30, -60]               # RLHF's is linear: nothing is clipped
     weight, none = gdc(torch.arange(101).double().log(), torch.zeros(101).double(), mask, most=.9)
     assert close(weight[:, 0], torch.arange(101).clamp(max=90)) and none is None
     assert gdc(T([-math.inf, 0]), T([-math.inf, 0]), mask[:2])[0].tolist() == [[0], [.99]]
@@ -868,7 +875,7 @@ def test_f_dpg_s_pseudo_rewards_in_a_run(config, per, two_models, workdir, monke
         for key, x in zip(keys, weight):
             sums.setdefault(key, []).append(math.exp(x))
         t = torch.tensor([math.log(sum(sums[k]) / len(sums[k])) - x for k, x in zip(keys, weight)])
-        t = t.clamp(min=t.quantile(0.1))
+        t = t.clamp(min=t.quantile(0.1)) if "kl" in config else t
         reward = [DIVERGENCE[config[5:7]](x) for x in t.tolist()]
         base = sum(earlier) / len(earlier) if earlier else 0.0
         A = torch.tensor(reward) - base
@@ -879,7 +886,8 @@ def test_f_dpg_s_pseudo_rewards_in_a_run(config, per, two_models, workdir, monke
             total = (new * s.mask).sum(1)
             return -((total - L).exp().detach() * A * total)[rows].mean()
         check_policy(w, s, scene, loss)
-        q = torch.tensor(weight).exp()
+        z = [math.log(sum(sums[k]) / len(sums[k])) for k in keys]
+        q = (torch.tensor(weight) - torch.tensor(z)).exp()
         assert near(row["ess"], q.sum() ** 2 / (q ** 2).sum() / 16)
         assert "value" not in scene and all(g is None for u in scene["update"] for g in u.grads[1])
 

@@ -228,7 +228,27 @@ def test_peaks_of_gold_by_hand():
     assert close(ppo.gao_peak(1, .4, "rl"), [4.481689, 1.792676])
     assert close(ppo.gao(D(12.182494), 1, .4, "rl"), [0], 1e-6)
     assert ppo.gao_peak(1, -.1, "rl") == (math.inf, math.inf)
+    assert ppo.gao_peak(1, .001, "rl") == (math.inf, math.inf)             # e^999
     assert ppo.gao_peak(-1, .1, "bon") == (0, 0)
+
+
+def test_dead_symbols_are_never_drawn():
+    """of probability 0, the best of all among them: KL, best of n and the tilt leave them out"""
+    p, s = D(.5, .5, 0), D(1, 2, 3)
+    assert close(ppo.kl_of(D(.1, .9, 0), p), .1 * math.log(.2) + .9 * math.log(1.8))
+    assert close(ppo.bon_pmf(s, p, 4), [.0625, .9375, 0])
+    t, law = ppo.tilt_at_kl(s, p, .2)
+    assert 0 < t < 9 and close(ppo.kl_of(law, p), .2) and law[2] == 0
+    assert ppo.tilt_at_kl(s, p, 1.0)[1].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("words, method", [
+    ("ppo,rollout=proposed", "gdc"), ("fdpg_js,rollout=proposed", "gdc"),
+    ("fdpg_js,rollout=from_sft", "best"), ("ppo,rollout=from_sft", "best")])
+def test_other_samples_go_with_what_weighs_them(words, method, two_models):
+    """a ratio to the policy itself would take a proposal's samples for its own"""
+    with pytest.raises(UserError, match=f"the rest of this method needs --advantage {method}"):
+        ppo.main(["--config", f"toyif,{words},tiny", "--init", two_models[1]])
 
 
 @pytest.mark.parametrize("kind, law", [("bon", lambda d: d * (1.3 - .4 * d)),

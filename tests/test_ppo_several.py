@@ -488,16 +488,16 @@ def test_the_worst_served_group_s_reward_reaches_policy_and_critic(workdir, monk
                      extra=["--softness", "0.3"], see=snapshot)
     for call, later in zip(calls["components"], calls["egalitarian"], strict=True):
         score = scores_of(folders, call.roll)
-        served = (-score.mean(0) / 0.3).softmax(0)
+        served = (-under_eos(score, call.roll).mean(0) / 0.3).softmax(0)
         assert close(later.out, score @ served, 1e-4) and not close(served, [.5, .5], 1e-2)
     before = calls["components"][0]
     std = (under_eos(calls["egalitarian"][0].out[:, None], before.roll)).std()
     for i in range(2):
         roll = calls["components"][3 + i].roll
-        score = scores_of(folders, roll)
+        score = under_eos(scores_of(folders, roll), roll)
         kl = -0.2 / std * kl_of(folders, roll)[..., None].expand(-1, -1, 2)
         served = (-score.mean(0) / 0.3).softmax(0)
-        check_heads(w, calls, i, under_eos(score, roll), kl, served, 1.0, False)
+        check_heads(w, calls, i, score / std, kl, served, 1.0, False)
 
 
 def test_ppo_sat_wants_each_reward_at_its_point(workdir, monkeypatch, folders):
