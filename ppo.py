@@ -2339,8 +2339,8 @@ def unmasked(c):
 MEMORIES["masker"], ROLLOUTS["masked"], DECODERS["nuclei"] = Masker, masked, from_nuclei
 CHECKS["nuclei"], ALONE["masker"] = unmasked, "a copy of sharded weights cannot be made"
 # 2210.01241's code: top 0.9, a copy renewed every 5 (sentiment) to 20 (summaries) iterations, KL
-# 0.1, steered by about a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens at
-# least are more than small vocabularies have
+# 0.1, steered by about a tenth an iteration to 0.1 a token (1 a response is ours); its 100 tokens
+# at least are more than small vocabularies have
 PRESETS["nlpo"] = dict(rollout="masked", decode="nuclei", refresh=5, beta=0.1,
                        controller="adaptive", target=1.0, horizon=1000)
 
