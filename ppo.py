@@ -37,8 +37,8 @@ import sft
 from data import prefs, tasks
 from data.run import (Count, MeanOf, NonNegative, Positive, Range, Run, Share, Signed, Training,
                       UserError, ask, asked_by, batch_indices, call, cast, check_first_ratio,
-                      checkpoint, cli, configure, launch, needs, parse, pyplot, ranks, read_json,
-                      read_log, refuse_alone, report, rows_used, start_ranks, steps_of)
+                      checkpoint, cli, configure, entries, launch, needs, parse, pyplot, ranks,
+                      read_json, read_log, refuse_alone, report, rows_used, start_ranks, steps_of)
 from data.stats import accuracy, bon_kl, explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
@@ -449,7 +449,7 @@ def train(c, f):
                 run.log(step + 1, **scores, show=True)
             if (step + 1) % c.save_every == 0 or step + 1 in (c.steps, c.stop):
                 nets = whole(), whole_critic()                   # every rank takes part
-                run.save(step + 1, partial(write, c, *nets, tok, init), opt=opt.state_dict(),
+                run.save(step + 1, partial(write, c, f, *nets, tok, init), opt=opt.state_dict(),
                          critic_opt=critic_opt.state_dict(), adapter=adapter_state(nets[0]),
                          critic=adapter_state(nets[1]), rng=g.get_state(), factor=factor,
                          before=before, scale=scale,
@@ -474,7 +474,7 @@ def main(argv=None):
 def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     asked = asked_for(f)
-    critic = "values" in needs(f.advantage), "--advantage gae"
+    critic = has_critic(f), "--advantage gae"
     return dict(base=("base" in asked, "--reward coherent or --decode contrast"),
                 critic_lr=critic, critic=critic, value=critic,
                 lr=(c.steps, "runs with --steps"),
@@ -487,6 +487,11 @@ def asked_for(f):
     """The names that a run's functions ask for, and those that what answers them asks for."""
     axes = AXES.keys() - {"kernels", "peft", "value", "critic"}       # the critic's ask for nothing
     return asked_by([getattr(f, axis) for axis in axes], [FACTS, BATCH, MINIBATCH, MEMORIES])
+
+
+def has_critic(f):
+    """Whether a run's advantages read values."""
+    return "values" in asked_for(f)
 
 
 def paths_of(c, f, asked):
@@ -518,12 +523,12 @@ def check(c, f):
     files, folders, what does not combine."""
     tasks.check_data(c.data, is_text=False, needs="answers", **tasks.reading(c))
     asked, beside = asked_for(f), TOGETHER.get(c.surrogate, 1)
-    for row in dict.fromkeys(rows_used(c, AXES).values()):
-        if row in CHECKS and (wrong := call(CHECKS[row], dict(c=c, f=f))):
-            raise UserError(wrong)
     if c.samples % beside or c.batch % beside:
         raise UserError(f"--samples {c.samples} and --batch {c.batch}: --surrogate {c.surrogate} "
                         f"compares {beside} responses of a prompt: give multiples of {beside}")
+    for row in dict.fromkeys(rows_used(c, AXES).values()):
+        if row in CHECKS and (wrong := call(CHECKS[row], dict(c=c, f=f))):
+            raise UserError(wrong)
     most = sft.find(c.init, c.config, make=False)
     if c.max_new >= most:
         raise UserError(f"--max_new {c.max_new} does not fit the {most} tokens of {c.init}")
@@ -555,8 +560,10 @@ def trunk_is_shared(c):
 
 
 def open_critic(c, f, ref, last, adapter):
-    """The critic: a copy of the SFT model with a head, or adapters and a head on its tensors; last,
-    adapter: of a resumed run."""
+    """The critic: a copy of the SFT model with a head, or adapters and a head on its tensors, or
+    the head alone where nobody asks for values; last, adapter: of a resumed run."""
+    if not has_critic(f):
+        return ScalarModel.from_lm(ref, share=True)
     if trunk_is_shared(c):
         return with_peft(f.critic(ref, True), c, f.peft, adapter, 1)
     critic = load(last / "critic", c.device)[0] if last and not adapter else f.critic(ref, False)
@@ -564,11 +571,12 @@ def open_critic(c, f, ref, last, adapter):
     return recomputing(critic, c.recompute)
 
 
-def write(c, policy, critic, tok, init, folder):
-    """A checkpoint's folders: the policy's, and in it the critic's, unless it is kept as adapters
-    or has heads of its own, which a folder does not hold."""
+def write(c, f, policy, critic, tok, init, folder):
+    """A checkpoint's folders: the policy's, and in it the critic's if there is one, unless it is
+    kept as adapters or has heads of its own, which a folder does not hold."""
     save_trained(policy, tok, folder, c, init)
-    if type(critic.score) is torch.nn.Linear and (c.merge or not trunk_is_shared(c)):
+    whole = type(critic.score) is torch.nn.Linear and (c.merge or not trunk_is_shared(c))
+    if has_critic(f) and whole:
         save(plain_model(critic, "cpu"), tok, folder / "critic")
 
 
@@ -876,7 +884,12 @@ def group_norm(score, samples, *, group_eps=1e-6):
     return (centred / (R.std(1, keepdim=True) + group_eps)).flatten()
 
 
-ADVANTAGES["to_go"], TRANSFORMS["group"] = to_go, group_norm
+def of_several(c):
+    """Words against a group of one, which has no mean to be above."""
+    return f"--samples {c.samples}: --transform group compares at least 2" * (c.samples < 2)
+
+
+ADVANTAGES["to_go"], TRANSFORMS["group"], CHECKS["group"] = to_go, group_norm, of_several
 
 
 # === pair: 2510.20369, a model of pairs and its uncertainty; alone, against the SFT model =========
@@ -1178,7 +1191,7 @@ class Panel:
         self.writer, self.tok, self.c, self.options = writer, tok, c, f.reward.keywords
         self.ask, self.parse, most = ASKED.get(task.name, IN_WORDS)
         self.most = self.options["judge_tokens"] or most
-        self.calls, self.seen = 0, {}
+        self.calls, self.seen, self.silent = 0, {}, False
 
     def tell(self):
         return self
@@ -1213,7 +1226,11 @@ class Panel:
         found = self.scores(groups, where, generator)
         return [s and (1 if s < 0 else 2) for s, _ in found]
 
-    def note(self):
+    def note(self, run):
+        if self.seen.get("no_verdict") == 1 and not self.silent:
+            self.silent = True
+            run.say("  WARNING: the judge gave no verdict in a whole step: was it made for this "
+                    "task, and does --judge_tokens leave it room?")
         return self.seen | dict(judge_calls=self.calls)
 
     def state(self):
@@ -1367,7 +1384,15 @@ def shifted(score, problems, samples, *, shift: Positive = 10.0):
     return score + shift * (2 * delta - 1)
 
 
+def in_pairs(f):
+    """Words against half of P3O: gaps without its loss, or its loss of anything else."""
+    names = p3o.__name__, p3o_joint.__name__
+    return goes_with(f, advantage=pair_gap) if f.surrogate.func.__name__ in names else (
+        f"--advantage pair: the rest of this method needs --surrogate {' or '.join(names)}")
+
+
 ADVANTAGES["pair"], TRANSFORMS["shifted"] = pair_gap, shifted
+CHECKS["pair"] = CHECKS["p3o"] = CHECKS["p3o_joint"] = in_pairs
 SURROGATES["p3o"], SURROGATES["p3o_joint"] = p3o, p3o_joint
 TOGETHER["p3o"] = TOGETHER["p3o_joint"] = 2
 PRESETS["p3o"] = dict(advantage="pair", surrogate="p3o", samples=2, epochs=1, beta=0.05)
@@ -1505,6 +1530,8 @@ def rewards_are_there(c, f):
     folders = reward_folders(given["rewards"])
     for folder in folders:
         peek(folder, scalar=True, option="--rewards")
+        if folders.count(folder) > 1:
+            raise UserError(f"--rewards names {folder} twice: leave one out")
     for option in sorted({"weights", "risks"} & given.keys()) if folders else ():
         numbers_of(given[option], len(folders), f"--{option}", [1.0] * len(folders))
     return f"--reward {c.reward}: name its reward models, --rewards FOLDER,FOLDER" * (not folders)
@@ -1841,8 +1868,11 @@ def worst_served(utility, softness=0.0):
     return torch.zeros_like(utility).scatter(0, utility.argmin(0, keepdim=True), 1.0)
 
 
-def served(components, finished, f):
-    """Each group's weight in this batch; β KL is the same for all, so it is not in F_u.   [U]"""
+def served(components, finished, training, f):
+    """Each group's weight in this batch; β KL is the same for all, so it is not in F_u. All the
+    same where nothing is trained: an evaluation, in pieces, tells the groups' mean.   [U]"""
+    if not training:
+        return components.new_full((components.size(1),), 1 / components.size(1))
     return worst_served(ended(components, finished, f).mean(0), f.reward.keywords["softness"])
 
 
@@ -1894,6 +1924,16 @@ PRESETS["maxmin"] = dict(reward="egalitarian", shaping="groups", critic="groups"
 # === quark: 2602.11661, rewards on one frozen scale, weighed by weakness, risk and redundancy =====
 
 
+def has_risks(c, f):
+    """Words against reward models that are not there, or risks that are no weights."""
+    wrong, given = rewards_are_there(c, f), f.reward.keywords
+    if not wrong and given["risks"]:
+        risks = numbers_of(given["risks"], len(reward_folders(given["rewards"])), "--risks")
+        if min(risks) < 0 or max(risks) == 0:
+            wrong = f"--risks {given['risks']}: weights, at least 0 and not all of them"
+    return wrong
+
+
 def tri_factor(mean, risk, corr):
     """w_k = K weak_k risk_k red_k / Σ_j …:  weak = σ(-m / .5),  red = 1 / (1 + Σ_{j≠k} corr+_kj).
 
@@ -1937,7 +1977,7 @@ def tri_weighted(components, tri_weights, *, rewards="", risks="", bound: Positi
 
 
 MEMORIES["tri_weights"], REWARDS["tri"] = TriWeights, tri_weighted
-CHECKS["tri"], MEASURES["tri"] = rewards_are_there, IN_RING
+CHECKS["tri"], MEASURES["tri"] = has_risks, IN_RING
 PRESETS["quark"] = dict(reward="tri", beta=0.05, eos="subtract", no_eos=1.0)        # beta is ours
 
 
@@ -2127,7 +2167,15 @@ def adaptive(beta, kl, n, *, target: Positive = 6.0, horizon: Count = 10000):
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
-CONTROLLERS["adaptive"] = adaptive
+def is_slow(c, f):
+    """Words against a coefficient that one step could turn below 0."""
+    n, horizon = c.rollouts * c.samples, f.controller.keywords["horizon"]
+    if 0.2 * n >= horizon:
+        return (f"--horizon {horizon}: a step of {n} completions would change the KL's coefficient "
+                f"by its whole; give more than {n}")
+
+
+CONTROLLERS["adaptive"], CHECKS["adaptive"] = adaptive, is_slow
 
 
 # === k2, k3: 2402.03300 (k3), KL in the loss beside that in the reward; kl_coef ours ============
@@ -2267,6 +2315,9 @@ def when_ended(unit, logp, ref_logp, mask, coefficient, valued, *, beta=0.0):
 
 def half(c):
     """Words against rows that take a response that goes on for one that ended."""
+    if c.surrogate in TOGETHER:
+        return (f"--rollout windowed ends responses of a prompt in different steps: --surrogate "
+                f"{c.surrogate} compares them")
     if (c.advantage, c.shaping) != ("extended", "ended"):
         return ("--rollout windowed leaves responses that have not ended: it goes with --advantage "
                 "extended --shaping ended")
@@ -2681,11 +2732,9 @@ class Recent:
         self.seen = torch.cat([self.seen, pseudo[pseudo.isfinite()].cpu()])[-1024:]
 
     def state(self):
-        """What a checkpoint keeps."""
         return self.seen
 
     def load(self, state):
-        """Go on from what a checkpoint kept."""
         self.seen = state
 
 
@@ -2719,8 +2768,14 @@ def whole_response(logp, old_logp, adv, mask):
     return -(L - old).detach().clamp(-20, 20).exp() * A * L
 
 
+def is_whole(f):
+    """Words against half of f-DPG, or no target."""
+    return goes_with(f, advantage=fdpg, surrogate=whole_response) or untargeted(f)
+
+
 MEMORIES["recent"], BATCH["log_t"], BATCH["pseudo"] = Recent, log_t, pseudo
-ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"] = fdpg, whole_response, untargeted
+ADVANTAGES["fdpg"], SURROGATES["whole"], CHECKS["fdpg"], CHECKS["whole"] = (
+    fdpg, whole_response, is_whole, is_whole)
 # what one step a rollout is, of whole rollouts, is the paper's; sizes and lr are ours
 FDPG = dict(advantage="fdpg", surrogate="whole", epochs=1, batch=128, rollouts=16, samples=8)
 PRESETS["fdpg_kl"] = FDPG | dict(divergence="kl")
@@ -2777,7 +2832,7 @@ def proposed(proposal, pool, tok, c, max_new, generator, step):
 
 def weighs(f):
     """Words against an advantage that takes the proposal's samples for the policy's own."""
-    return goes_with(f, advantage=gdc)
+    return goes_with(f, advantage=gdc, surrogate=weighted_nll) or untargeted(f)
 
 
 def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments"] = "moments",
@@ -2789,7 +2844,7 @@ def gdc(log_weight, log_z, mask, *, aim: Literal["reward", "pointwise", "moments
 
 
 MEMORIES["proposal"], ROLLOUTS["proposed"], LAWS["proposed"] = Proposal, proposed, own_law
-ADVANTAGES["gdc"], CHECKS["gdc"], CHECKS["proposed"] = gdc, untargeted, weighs
+ADVANTAGES["gdc"], CHECKS["gdc"], CHECKS["proposed"] = gdc, weighs, weighs
 ALONE["proposal"] = "a copy of sharded weights cannot be made"
 # one step a rollout and a proposal that is renewed every 10 steps are the paper's; sizes, lr ours
 PRESETS["gdc"] = dict(rollout="proposed", advantage="gdc", surrogate="nll", epochs=1, batch=128)
@@ -3443,6 +3498,11 @@ def imitates(f):
     return goes_with(f, advantage=best_of_group)
 
 
+def regresses(f):
+    """Words against a regression on other samples than the SFT model's."""
+    return goes_with(f, rollout=from_sft)
+
+
 def sharpen_regression(logp, ref_logp, mask, score, *, pair_beta: Positive = 0.5):
     """RLHF-sharpening as regression:  (β [log π/π_base(y) - log π/π_base(y')] - [r - r'])²  of two
     neighbours, samples of π_base; it is 0 at π ∝ π_base exp(r/β).   [b, T], [b] -> [b]"""
@@ -3460,6 +3520,7 @@ def votes_of_several(c):
 REWARDS["self"], REWARDS["majority"], ROLLOUTS["from_sft"] = own_likelihood, majority, from_sft
 SURROGATES["pairs"], TOGETHER["pairs"] = sharpen_regression, 2
 CHECKS["majority"], CHECKS["from_sft"] = votes_of_several, imitates
+CHECKS["pairs"] = regresses
 # β and the score of what does not end are ours
 PRESETS["sharpen_rl"] = dict(reward="self", beta=0.5, no_eos=-50.0)
 PRESETS["sharpen_sft"] = dict(rollout="from_sft", advantage="best", surrogate="nll", reward="self",
@@ -3492,7 +3553,10 @@ def sharpness(known, folders):
                         temperature=0.0, slots=c.slots)
     found, models = {}, {f"{folder}|": folder for folder in folders if steps_of(folder)}
     for name, model in dict({"": ref}, **models).items():
-        model = model if model is ref else load_frozen(model, c)[0]
+        model, theirs = (model, tok) if model is ref else load_frozen(model, c)
+        if theirs.tokens != tok.tokens:
+            raise UserError(f"{name.rstrip('|')} and {c.init} have different tokenizers: both must "
+                            "score the same ids")
         best = logprobs(model, roll.tokens, roll.mask, c).double().sum(1).exp()          # [P]
         found[f"{name}sharpened"] = sharpened(best)
         found |= {} if name else dict(coverage=coverage(best))
@@ -3863,11 +3927,14 @@ def own_samples(known, f, draws):
 
 
 def settings_of(folder, options):
-    """(c, f) of a run as its folder tells them, but for some options."""
+    """(c, f) of a run as its folder tells them, but for some options; what its --config had beside
+    presets is told by the options already."""
     info = read_json(f"{folder}/run.json", "give the folder of a run of ppo.py")
     if info.get("script") != "ppo":
         raise UserError(f"--analysis {folder}: that is a run of {info.get('script')}.py")
-    kept = {k: x for k, x in info["config"].items() if k not in ("out", "resume", "stop")}
+    kept = {k: x for k, x in info["config"].items() if k not in ("out", "resume", "stop")
+            and k.split(".")[0] not in options}
+    kept["config"] = ",".join(x for x in entries(kept["config"]) if x in PRESETS)
     return configure(Config, PRESETS, AXES, "", [f"--{k}={x}" for k, x in (kept | options).items()])
 
 
@@ -3895,6 +3962,10 @@ def analyse(words):
     draws = cast("draws", options.pop("draws", 64), 64, Range("[4, inf)"))
     out = options.pop("out", "")
     c, f = settings_of(folders[0], dict(eval_prompts=32) | options)
+    for folder in folders[1:]:
+        if (theirs := settings_of(folder, {})[0]).data != c.data:
+            raise UserError(f"--analysis {folder} is a run on --data {theirs.data}, {folders[0]} "
+                            f"on {c.data}: analyse them apart")
     logs = {folder.rstrip("/"): read_log(folder) for folder in folders}
     with Run(replace(c, config="analysis", out=out, resume=False, stop=0), f, "ppo") as run:
         known = starting(c, f, run)

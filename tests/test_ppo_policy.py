@@ -3,6 +3,7 @@ equation by hand and against exact sums over small worlds; then what reaches it 
 import copy
 import itertools
 import math
+from pathlib import Path
 from functools import partial
 from types import SimpleNamespace
 
@@ -681,9 +682,9 @@ def test_a_window_trains_its_own_tokens_and_the_critic_those_of_what_ended(
 
 
 def weights(folder):
-    """All tensors of a run's last checkpoint, policy and critic."""
-    return [*load(folder)[0].state_dict().values(),
-            *load(checkpoint(folder) / "critic")[0].state_dict().values()]
+    """All tensors of a run's last checkpoint, policy and critic, if it has one."""
+    return [x for path in (folder, checkpoint(folder) / "critic") if Path(path).exists()
+            for x in load(path)[0].state_dict().values()]
 
 
 def alike(a, b):

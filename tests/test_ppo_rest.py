@@ -19,7 +19,7 @@ import ppo
 from data.prefs import ring_tokenizer, tokenizer
 from data.run import UserError, checkpoint, read_log
 from data.stats import bon_kl
-from model import Rollout, load, save
+from model import Rollout, ScalarModel, load, save
 
 T = torch.tensor
 
@@ -249,6 +249,29 @@ def test_other_samples_go_with_what_weighs_them(words, method, two_models):
     """a ratio to the policy itself would take a proposal's samples for its own"""
     with pytest.raises(UserError, match=f"the rest of this method needs --advantage {method}"):
         ppo.main(["--config", f"toyif,{words},tiny", "--init", two_models[1]])
+
+
+@pytest.mark.parametrize("words, error", [
+    ("advantage=pair,samples=1", "--advantage pair: the rest of this method needs --surrogate p3o"),
+    ("surrogate=p3o,samples=2", "--advantage: the rest of this method needs --advantage pair"),
+    ("surrogate=whole", "--advantage: the rest of this method needs --advantage fdpg"),
+    ("advantage=fdpg", "--surrogate: the rest of this method needs --surrogate whole"),
+    ("advantage=gdc", "--surrogate: the rest of this method needs --surrogate nll"),
+    ("surrogate=pairs", "--rollout: the rest of this method needs --rollout from_sft"),
+    ("transform=group,samples=1", "--samples 1: --transform group compares at least 2"),
+    ("tppo,p3o", "--rollout windowed ends responses of a prompt in different steps: --surrogate"),
+    ("controller=adaptive,horizon=3", "--horizon 3: a step of 16 completions would change"),
+    ("quark,risks=0,0", "--risks 0,0: weights, at least 0 and not all of them"),
+    ("quark,risks=-1,2", "--risks -1,2: weights, at least 0"),
+    ("rluf,twice", "--rewards names .*one twice: leave one out")])
+def test_half_a_method_is_refused(words, error, two_models, workdir):
+    """what would run as something else, without a word"""
+    if "quark" in words or "twice" in words:
+        for name in ("one", "two"):
+            save(ScalarModel.from_lm(load(two_models[1])[0]), load(two_models[1])[1], name)
+        words = words.replace(",twice", "") + f",rewards=one+{'one' if 'twice' in words else 'two'}"
+    with pytest.raises(UserError, match=error):
+        ppo.main(["--config", f"toyif,ppo,tiny,{words}", "--init", two_models[1]])
 
 
 @pytest.mark.parametrize("kind, law", [("bon", lambda d: d * (1.3 - .4 * d)),

@@ -489,7 +489,9 @@ def test_the_worst_served_group_s_reward_reaches_policy_and_critic(workdir, monk
     for call, later in zip(calls["components"], calls["egalitarian"], strict=True):
         score = scores_of(folders, call.roll)
         served = (-under_eos(score, call.roll).mean(0) / 0.3).softmax(0)
-        assert close(later.out, score @ served, 1e-4) and not close(served, [.5, .5], 1e-2)
+        assert not close(served, [.5, .5], 1e-2)
+        trains = later is calls["egalitarian"][3] or later is calls["egalitarian"][4]
+        assert close(later.out, score @ served if trains else score.mean(1), 1e-4)
     before = calls["components"][0]
     std = (under_eos(calls["egalitarian"][0].out[:, None], before.roll)).std()
     for i in range(2):

@@ -91,7 +91,7 @@ ON_RING = dict(
         "2403.03185: higher true reward at the best coefficient in each of four settings, RLHF "
         "among them",
         {"chi2": f"{LEARNED},chi2,weight=0.03", "exact": f"{LEARNED},chi2_exact,beta=0.01",
-         "whole KL": f"{LEARNED},chi2_kl,weight=0.2", "raw": f"{LEARNED},beta=0.2"},
+         "whole KL": f"{LEARNED},chi2_kl,weight=0.15", "raw": f"{LEARNED},beta=0.2"},
         "val_gold", versus("chi2", "raw", "whole KL", tag="end: ")
         | versus("exact", "raw", tag="end: ")
         | versus("chi2", "raw", "whole KL", on="gold@2", tag="at 2 nats: "),
@@ -157,7 +157,7 @@ ON_RING = dict(
         "PPO on a tilt of the calibrated reward for how it is decoded wins under that decoding",
         "2412.19792: 3 to 8 % over the untransformed reward, for best and worst of 4",
         {f"{x}, {how} of 4": f"{LEARNED},infalign_{x},beta={beta},decode={row},n=4"
-         for x, beta in dict(bon=0.2, id=0.1, won=0.05).items()
+         for x, beta in dict(bon=1.1, id=0.4, won=0.03).items()
          for how, row in (("best", "bon"), ("worst", "won"))},
         "val_gold", versus("bon, best of 4", "id, best of 4", "won, best of 4", tag="best: ")
         | versus("won, worst of 4", "id, worst of 4", "bon, worst of 4", tag="worst: ")
