@@ -748,6 +748,8 @@ def calibrate(known, f, samples=8):
         found["judged"] = found["judged"] - known["bias"]
     (raw, score), truth = worth(found, f), found["quality"]                              # [B]
     mean = 0.0 if c.reward in RELATIVE else score.mean().item()
+    if c.surrogate in TOGETHER:                            # only what tells its responses apart
+        score = (score.view(-1, samples) - score.view(-1, samples).mean(1, keepdim=True)).flatten()
     out = dict(mean=mean, std=score.std().item() if score.std() > 1e-3 else 1.0,
                bias=known["bias"], cut=1 - found["finished"].float().mean().item(),
                agreement=rank_correlation(raw.cpu().view(-1, samples),
@@ -1283,7 +1285,7 @@ def pairwise_grpo(D, eps=1e-6):
     return D.mean(-1) / ((D ** 2).sum((-1, -2))[..., None] / (2 * G * (G - 1)) + eps).sqrt()
 
 
-def duels(panel, groups, generator, training, *, both_orders, weight):
+def duels(panel, groups, generator, training, *, both_orders, votes):
     """A judge's verdicts on all pairs of each group, i < j, or both orders, as d_ij > 0 if i is
     better.   -> [P, G, G]"""
     G = len(groups[0].ys)
@@ -1296,20 +1298,20 @@ def duels(panel, groups, generator, training, *, both_orders, weight):
         mine = dict(zip(pairs, found[k:k + len(pairs)]))
         length = {pair: max(1, n) / mean for pair, (_, n) in mine.items()}
         says = {pair: score for pair, (score, _) in mine.items()}
-        out.append(judge_matrix(says, G, length if weight == "length" else None))
+        out.append(judge_matrix(says, G, length if votes == "length" else None))
     return torch.stack(out)
 
 
 def by_verdicts(panel, groups, generator, training, samples, c, *, judge="", both_orders=False,
-                points=False, weight: Literal["one", "length"] = "one",
+                points=False, votes: Literal["one", "length"] = "one",
                 judge_temperature: NonNegative = 0.6, judge_tokens=0):
     """The advantage of a response by a reasoning judge's verdicts on its group's pairs.   [B]
 
     judge: a language model's folder, as reward.py --config thinkrm leaves it; both_orders: each
-    pair is judged twice, A and B exchanged; weight length: the sign over the judgement's length
+    pair is judged twice, A and B exchanged; votes length: the sign over the judgement's length
     (ours: over the step's mean, so that eps stays small); points: a response's mean verdict, for
     --transform group to compare. In evaluation a greedy verdict."""
-    D = duels(panel, groups, generator, training, both_orders=both_orders, weight=weight)
+    D = duels(panel, groups, generator, training, both_orders=both_orders, votes=votes)
     D = D.to(c.device)                                                                # [P, G, G]
     if samples == 1:
         return D[:, 0, 1]
@@ -1817,7 +1819,7 @@ def nelder_mead_step(simplex, scores, tried, *, alpha=1.0, gamma=2.0, rho=0.5, s
 class Points:
     """The thresholds θ [N]. With --segment they are vertices of a search, each trained towards for
     so many steps from the policy that was best by gold, which is asked once a vertex, of its last
-    rollout. (The authors' code goes on from the last policy.)"""
+    rollout. (The authors' code goes on from the last policy.) It ends with the run (ours)."""
 
     def __init__(self, c, f, policy):
         self.theta, given = points_of(c, f), f.advantage.keywords
@@ -2229,8 +2231,9 @@ class Unfinished:
         """Itself."""
         return self
 
-    def note(self, problems, roll, trained, valued, score, quality):
-        """Keep what goes on. reward, quality, length, truncated: of what ended, if anything did."""
+    def note(self, problems, roll, trained, valued, score, quality, logp, ref_logp):
+        """Keep what goes on. reward, quality, length, truncated, kl, k3: of what ended, if anything
+        did."""
         ended = valued.sum(1) > 0                                                        # [B]
         self.begun += int((trained.sum(1) == roll.mask.sum(1)).sum())
         rows = zip(problems, roll.completions(), roll.logp, roll.mask, ended.tolist())
@@ -2240,7 +2243,9 @@ class Unfinished:
         if ended.any():
             row |= dict(reward=score[ended].mean(), quality=quality[ended].mean(),
                         length=roll.mask.sum(1)[ended].mean(),
-                        truncated=1 - roll.finished[ended].float().mean())
+                        truncated=1 - roll.finished[ended].float().mean(),
+                        **{name: (of(logp, ref_logp) * roll.mask).sum(1)[ended].mean()
+                           for name, of in (("kl", k1), ("k3", k3))})
         return row
 
     def state(self):
@@ -2318,6 +2323,8 @@ def half(c):
     if c.surrogate in TOGETHER:
         return (f"--rollout windowed ends responses of a prompt in different steps: --surrogate "
                 f"{c.surrogate} compares them")
+    if c.controller != "fixed":
+        return f"--controller {c.controller} would steer by the KL of what has not ended"
     if (c.advantage, c.shaping) != ("extended", "ended"):
         return ("--rollout windowed leaves responses that have not ended: it goes with --advantage "
                 "extended --shaping ended")
@@ -2566,7 +2573,7 @@ def occupancy_reward(d, kind="sqrt_chi2"):
 
 
 SHAPINGS["chi2_exact"] = chi2_rewards
-PRESETS["chi2_exact"] = dict(shaping="chi2_exact", beta=0.1)               # beta is ours
+PRESETS["chi2_exact"] = dict(shaping="chi2_exact", beta=0.03, eps=0.4, eps_v=0.4)   # beta is ours
 
 
 # === target: 2205.11275, the distribution that a reward stands for, p = P/Z =======================
@@ -2871,7 +2878,7 @@ def shapes_of(model):
 def nats(model, rows, pad, c):
     """The mean negative log-prob of a token of demonstrations."""
     tokens, mask = collate(rows, pad, c.device)                                          # [N, T]
-    return -(logprobs(model, tokens, mask, c).sum() / mask.sum()).item()
+    return -(logprobs(model, tokens, mask, c, temperature=1.0).sum() / mask.sum()).item()
 
 
 def soup(ref, second, tok, run, c, *, other="base:sft+seed=1001", share: Share = 0.5):
@@ -2895,7 +2902,16 @@ def soup(ref, second, tok, run, c, *, other="base:sft+seed=1001", share: Share =
     return model
 
 
+def of_one_kind(c, f):
+    """Words against an example's model that another one is to be averaged with."""
+    names = [x.partition("+")[0] for x in (c.init, f.reference.keywords["other"])]
+    if len({*names}) > 1 and all(x.startswith("base:") for x in names):
+        return (f"--other {f.reference.keywords['other']} is no model of {names[0]}: give --other "
+                f"{c.init}+seed=1001, or a folder")
+
+
 MODELS["second"], REFERENCES["soup"] = ("other", Transformer), soup
+CHECKS["soup"] = of_one_kind
 # share a half; beta and the second model's seed ours: the paper's KL per model we do not know.
 # --config toyif,salsa,other=base:toyif+seed=1001: a second SFT model of the same pre-trained one
 PRESETS["salsa"] = dict(reference="soup", beta=0.05)
@@ -3190,7 +3206,19 @@ def worst_of_n(model, prompts, max_new, generator, slots, score, *, n: Count = 1
     return best_of_n(model, prompts, max_new, generator, slots, lambda roll: -score(roll), n=n)
 
 
+def made_for(c, f):
+    """Words against a transform that is best for another decoding, or for another KL weight."""
+    own, decode, beta = (getattr(f, axis).keywords for axis in ("transform", "decode", "shaping"))
+    wanted = dict(beta=beta.get("beta"), worst=c.decode == "won")
+    wanted |= dict(n=decode["n"]) if c.decode in ("bon", "won") else {}
+    for key, value in wanted.items():
+        if own[key] != value:
+            return (f"--transform infalign_best is for {key} {own[key]}, this run has {value}: say "
+                    f"--transform.{key} {str(value).lower()}")
+
+
 TRANSFORMS["infalign_best"], DECODERS["won"] = infalign_best, worst_of_n
+CHECKS["infalign_best"] = made_for
 
 
 # === rto: 2404.18922, a DPO policy's log-ratio as a reward of every token =========================
@@ -3765,13 +3793,13 @@ PRESETS["lare"] = dict(reward="gold", shaping="lare", beta=0.05, no_eos=-1.0)   
 # === classify: 2410.11020, PPO on questions of a few classes: the response is the label ===========
 
 
-def class_label(quality, roll, pool, task, tok, *, right=1.0, wrong=-1.0, other=-3.0):
-    """What a response is worth: right, wrong, or other, which no training row's label is, or which
-    does not end.   -> [B]"""
+def class_label(quality, roll, pool, task, tok, *, right=1.0, wrong=-1.0, unknown=-3.0):
+    """What a response is worth: right, wrong, or unknown, which is no training row's label, or does
+    not end.   -> [B]"""
     classes = {task.demo(p).strip() for p in pool}
     named = [done and tok.decode(ids).strip() in classes
              for ids, done in zip(roll.completions(), roll.finished.tolist())]
-    unlike = torch.where(torch.tensor(named, device=quality.device), wrong, other)
+    unlike = torch.where(torch.tensor(named, device=quality.device), wrong, unknown)
     return torch.where(quality > 0.5, right, unlike)
 
 

@@ -329,6 +329,16 @@ def test_a_shift_of_a_prompt_s_rewards_moves_both_of_a_pair():
     assert close(got[::2], got[1::2], 1e-5) and got.abs().max() < 10
 
 
+def test_a_shift_of_a_prompt_s_rewards_is_not_in_the_unit_of_pairs(folders, workdir, monkeypatch):
+    """the gradient's norm would tell of it"""
+    calls = catch(monkeypatch, ppo, "calibrate")
+    for name, more in (("plain", []), ("moved", ["--transform", "shifted"])):
+        ppo.main(merged(*argv(folders, "toyif,p3o", "--reward", "gold"), *more, "--samples", "2",
+                        "--batch", "4", "--out", name))
+    plain, moved = (x.out for x in calls["calibrate"])
+    assert near(plain["std"], moved["std"]) and not near(plain["mean"], moved["mean"])
+
+
 def in_expectation(fn, theta, old, s):
     """The gradient of a loss over all pairs of arms, weighed by the law that drew them."""
     theta = theta.clone().requires_grad_()
@@ -615,7 +625,7 @@ def near_weights(model, folder):
     return all(torch.equal(x, other[k]) for k, x in model.state_dict().items() if k in other)
 
 
-@pytest.mark.parametrize("more", [[], ["--both_orders", "true", "--weight", "length"],
+@pytest.mark.parametrize("more", [[], ["--both_orders", "true", "--votes", "length"],
                                   ["--points", "true", "--transform", "group"]])
 def test_a_reasoning_judge_s_verdicts_become_advantages(more, folders, workdir, monkeypatch):
     """the bits of prompt and both responses, i first; sampled at .6 in training, greedy otherwise;
@@ -682,7 +692,7 @@ def test_the_length_of_a_judgement_weighs_its_sign():
     panel = SimpleNamespace(scores=lambda groups, where, generator, training: [
         next(says) for _ in where])
     groups = [ppo.Group([], [[]] * 3, {}, [], [])] * 2
-    D = ppo.duels(panel, groups, None, True, both_orders=False, weight="length")
+    D = ppo.duels(panel, groups, None, True, both_orders=False, votes="length")
     assert close(D, [[[0, 2, -2 / 3], [-2, 0, 0], [2 / 3, 0, 0]],
                      [[0, -1, 2], [1, 0, 2 / 3], [-2, -2 / 3, 0]]])
 

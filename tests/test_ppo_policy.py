@@ -89,14 +89,17 @@ def test_a_resumed_response_is_one_response_again():
     assert out.logp[1].tolist() == [0, 0, 0, -1.5, -2.5, -.25] and out.prompt_len.tolist() == [2, 3]
     assert roll.mask[1].sum() == 1 and out.completions() == [[], [1, 2, 3]]
     memory = Unfinished()
-    score, quality = torch.tensor([3., 9.]), torch.tensor([1., 2.])
-    memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]), score, quality)
+    told = dict(score=torch.tensor([3., 9.]), quality=torch.tensor([1., 2.]), logp=out.logp,
+                ref_logp=out.logp - torch.tensor([[.1], [.2]]))
+    row = memory.note(["a", "b"], out, roll.mask, out.mask * torch.tensor([[1.], [0]]), **told)
+    assert close(row["kl"], .1) and close(row["k3"], math.expm1(-.1) + .1)
     assert memory.rows == [["b", [1, 2, 3], [-1.5, -2.5, -.25]]] and memory.begun == 1
-    row = memory.note(["a", "b"], out, roll.mask, out.mask, score, quality)
+    row = memory.note(["a", "b"], out, roll.mask, out.mask, **told)
+    assert close(row.pop("kl"), .35) and row.pop("k3") > 0
     assert memory.rows == [] and memory.begun == 2
     assert {k: float(x) for k, x in row.items()} == dict(
         generated=2, ended=1, reward=6, quality=1.5, length=2, truncated=.5)
-    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, score, quality)
+    nothing = memory.note(["a", "b"], out, roll.mask, 0 * out.mask, **told)
     assert nothing.keys() == {"generated", "ended"} and nothing["ended"] == 0
 
 
@@ -659,6 +662,17 @@ def check_window(s, scene, row):
     assert near(row["generated"], s.trained.sum()) and near(row["ended"], s.ended.float().mean())
     if s.ended.any():
         assert near(row["reward"], sum(y.score for y in s.ys if y.ended) / int(s.ended.sum()))
+        d = ((s.old - s.sft) * s.mask)[s.ended]
+        assert near(row["kl"], d.sum(1).mean())                  # of whole responses
+        assert near(row["k3"], ((torch.expm1(-d) + d)).sum(1).mean())
+
+
+@pytest.mark.parametrize("words, error", [
+    ("tppo,controller=adaptive", "--controller adaptive would steer by the KL of what has not"),
+    ("salsa,other=base:sft+seed=3", "--other base:sft.seed=3 is no model of base:toyif: give")])
+def test_a_window_and_one_kind_of_model_are_asked_for(words, error):
+    with pytest.raises(UserError, match=error):
+        ppo.main(["--config", f"toyif,ppo,tiny,{words}"])
 
 
 def test_a_window_trains_its_own_tokens_and_the_critic_those_of_what_ended(
@@ -984,7 +998,7 @@ def test_a_soup_that_is_worse_than_both_parents_is_told(two_models, monkeypatch)
 def test_salsa_of_one_model_is_ppo(two_models, workdir, monkeypatch, capsys):
     """bit for bit, and it says so"""
     base, init = two_models
-    go(monkeypatch, (init, init), "salsa", "soup")
+    go(monkeypatch, (init, init), "salsa,other=base:toyif", "soup")
     assert "--other is --init itself" in capsys.readouterr().out
     go(monkeypatch, two_models, "salsa,reference=own", "plain")
     assert "--other is" not in capsys.readouterr().out and alike("soup", "plain")

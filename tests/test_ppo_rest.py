@@ -634,7 +634,7 @@ def test_a_label_is_right_wrong_or_none():
     quality = T([1., 0, 1, 0, 0, 0, 0])
     value = ppo.class_label(quality, roll, pool, task, tok)
     assert value.tolist() == [1, -1, 1, -3, -3, -3, -3]
-    value = ppo.class_label(quality, roll, pool, task, tok, right=2.0, wrong=0.5, other=0.0)
+    value = ppo.class_label(quality, roll, pool, task, tok, right=2.0, wrong=0.5, unknown=0.0)
     assert value.tolist() == [2, 0.5, 2, 0, 0, 0, 0]
 
 

@@ -230,6 +230,16 @@ def test_the_best_function_is_read_off_at_u():
     assert close(ppo.infalign_best(T([3.5]), q[:1], n=9, beta=.3, worst=True), R[[1000]])
 
 
+@pytest.mark.parametrize("words, key, own, value", [
+    ("transform.beta=0.3", "beta", 0.3, 0.2), ("decode=bon,decode.n=9", "n", 4, 9),
+    ("decode=won,n=4", "worst", False, True)])
+def test_the_best_function_is_made_for_the_run(words, key, own, value, two_models):
+    """its number of samples, its end, its KL weight: another's would be best for nothing here"""
+    with pytest.raises(UserError, match=f"is for {key} {own}, this run has {value}: say --transf"):
+        ppo.main(["--config", f"toyif,ppo,transform=infalign_best,beta=0.2,tiny,{words}",
+                  "--init", two_models[1]])
+
+
 # --- RTO ------------------------------------------------------------------------------------------
 
 DPO, REF, OLD = T([[-.8, -.4, -1.]]), T([[-1.2, -.5, -.7]]), T([[-1., -.6, -.9]])

@@ -59,9 +59,10 @@ CLAIMS = dict(
                 why="the least of the published +2 to +4 points of a hundred; gold runs to about "
                     "1"))
 
-# Arms on Ring, trained on a reward model of noisy labels that every seed learns anew. Each strength
-# (beta, weight) is the best of three to five, a factor of two or three apart, by val_gold on the
-# development seed 2000; gold judges only.
+# Arms on Ring, trained on a reward model of noisy labels that every seed learns anew. Of three to
+# five strengths (beta, weight) of each method, a factor of two or three apart, the best by val_gold
+# on the development seed 2000 ended 1 to 3 nats from the SFT model; the one here, between two of
+# the grid, ends there at 1.5: methods are compared at one KL. Gold judges only.
 LEARNED = "ring,ppo,reward={rm},eval_every=100"
 RM = dict(rm=("reward", "ring,noise=0.25"))
 TWO = "samples=2,rollouts=48"                               # as many responses, in pairs
@@ -76,25 +77,24 @@ ON_RING = dict(
         "PAR, a sigmoid of the reward relative to the SFT model's, beats other shapes of a reward",
         "2502.18770: the best of ten shapes by win rate after RLHF; without a KL penalty it "
         "resists hacking longest",
-        dict(par=f"{LEARNED},par,beta=0.02", raw=f"{LEARNED},beta=0.2",
-             centered=f"{LEARNED},centered,beta=0.1", clip=f"{LEARNED},clip,beta=0.1",
-             tanh=f"{LEARNED},tanh,beta=0.12", lsc=f"{LEARNED},lsc,beta=0.06",
-             minmax=f"{LEARNED},minmax,beta=0.04") | {
+        dict(par=f"{LEARNED},par,beta=0.04", raw=f"{LEARNED},beta=0.2",
+             centered=f"{LEARNED},centered,beta=0.19", clip=f"{LEARNED},clip,beta=0.16",
+             tanh=f"{LEARNED},tanh,beta=0.12", lsc=f"{LEARNED},lsc,beta=0.088",
+             minmax=f"{LEARNED},minmax,beta=0.051") | {
             "par, no KL": f"{LEARNED},par,beta=0", "raw, no KL": f"{LEARNED},beta=0"}, "val_gold",
         versus("par", "raw", "centered", "clip", "tanh", "lsc", "minmax", tag="end: ")
-        | versus("par", "raw", "centered", on="gold@2", tag="at 2 nats: ")
         | versus("par, no KL", "raw, no KL", on="best_gold", tag="no KL: "),
         also=("ood_gold", "gold@2", "best_gold", "val_kl"),
-        conclude=in_parts("end", "at 2 nats", "no KL"), smallest=FIFTH, why=WHY, **RING),
+        conclude=in_parts("end", "no KL"), smallest=FIFTH, why=WHY, **RING),
     chi2=Claim(
         "A penalty on the χ² divergence of whole responses keeps more gold than one on their KL",
         "2403.03185: higher true reward at the best coefficient in each of four settings, RLHF "
         "among them",
-        {"chi2": f"{LEARNED},chi2,weight=0.03", "exact": f"{LEARNED},chi2_exact,beta=0.01",
-         "whole KL": f"{LEARNED},chi2_kl,weight=0.15", "raw": f"{LEARNED},beta=0.2"},
-        "val_gold", versus("chi2", "raw", "whole KL", tag="end: ")
-        | versus("exact", "raw", tag="end: ")
-        | versus("chi2", "raw", "whole KL", on="gold@2", tag="at 2 nats: "),
+        {"chi2": f"{LEARNED},chi2,weight=0.041", "exact": f"{LEARNED},chi2_exact,beta=0.066",
+         "whole KL": f"{LEARNED},chi2_kl,weight=0.14",
+         "KL": f"{LEARNED},beta=0.2,eps=0.4,eps_v=0.4"},
+        "val_gold", versus("chi2", "KL", "whole KL", tag="end: ")
+        | versus("exact", "KL", tag="end: ") | versus("chi2", "KL", on="gold@2", tag="at 2 nats: "),
         also=("ood_gold", "gold@2", "best_gold", "val_kl"),
         conclude=in_parts("end", "at 2 nats"), smallest=FIFTH, why=WHY, **RING),
     fdpg=Claim(
@@ -102,7 +102,7 @@ ON_RING = dict(
         "keeps the least diversity",
         "2302.08215: JS on or near the best frontier of alignment and entropy in all tasks",
         {x: f"{LEARNED},fdpg_{x},beta={beta}" for x, beta in dict(
-            js=0.2, kl=0.2, rkl=0.2, tv=0.1).items()}
+            js=0.185, kl=0.18, rkl=0.19, tv=0.18).items()}
         | dict(raw=f"{LEARNED},beta=0.2"), "val_gold",
         versus("js", "kl", "rkl", "tv", "raw", tag="gold: ")
         | versus("kl", "rkl", on="end_entropy", tag="entropy: ")
@@ -113,8 +113,8 @@ ON_RING = dict(
     tppo=Claim(
         "Truncated PPO, on windows of a third of a response, ends as high as PPO",
         "2506.15050: 62 on AIME 24 where PPO has 50 to 57, with 2.5 times the efficiency",
-        {"raw": f"{LEARNED},beta=0.2", "windows": f"{LEARNED},tppo,beta=0.1",
-         "windows, equal tokens": f"{LEARNED},tppo,beta=0.1,steps=170"}, "val_gold",
+        {"raw": f"{LEARNED},beta=0.2", "windows": f"{LEARNED},tppo,beta=0.17",
+         "windows, equal tokens": f"{LEARNED},tppo,beta=0.17,steps=170"}, "val_gold",
         versus("windows", "raw", tag="equal steps: ")
         | versus("windows, equal tokens", "raw", tag="equal tokens: "),
         also=("ood_gold", "early_gold", "gold@2", "val_kl"),
@@ -128,36 +128,35 @@ ON_RING = dict(
             "p3o, shifted": f"{LEARNED},p3o,{TWO},beta=0.2,transform=shifted",
             "pairs, shifted": f"{LEARNED},{TWO},beta=0.2,transform=shifted"}, "val_gold",
         versus("p3o", "pairs", tag="end: ") | versus("joint", "pairs", tag="end: ")
-        | versus("p3o", "pairs", on="gold@2", tag="at 2 nats: ")
         | versus("p3o, shifted", "pairs, shifted", tag="shifted scores: ")
         | {"invariance: p3o = p3o, shifted": {"p3o, shifted": 1, "p3o": -1}},
         also=("ood_gold", "gold@2", "best_gold", "val_kl"),
-        conclude=in_parts("end", "at 2 nats", "shifted", "invariance"), smallest=FIFTH, why=WHY,
+        conclude=in_parts("end", "shifted", "invariance"), smallest=FIFTH, why=WHY,
         **RING),
     rto=Claim(
         "A DPO policy's log-ratio as a token reward makes PPO faster and better",
         "2404.18922: 7.5 points of AlpacaEval 2 over PPO, and PPO's level with an eighth of the "
         "data",
-        dict(rto=f"{LEARNED},rto,dpo={{dpo}},beta=0.2", raw=f"{LEARNED},beta=0.2"), "val_gold",
+        dict(rto=f"{LEARNED},rto,dpo={{dpo}},beta=0.215", raw=f"{LEARNED},beta=0.2"), "val_gold",
         versus("rto", "raw", on="early_gold", tag="first quarter: ")
-        | versus("rto", "raw", tag="end: ") | versus("rto", "raw", on="gold@2", tag="at 2 nats: "),
+        | versus("rto", "raw", tag="end: "),
         also=("ood_gold", "early_gold", "gold@2", "val_kl"),
-        conclude=in_parts("first quarter", "end", "at 2 nats"), smallest=FIFTH, why=WHY,
+        conclude=in_parts("first quarter", "end"), smallest=FIFTH, why=WHY,
         **RING | dict(models=RM | dict(dpo=("dpo", "dpo,noise=0.25")))),
     salsa=Claim(
         "A KL to the average of two SFT models lets PPO go further and higher",
         "2411.01798: 54 to 57 % wins over PPO on MT-Bench, Arena-Hard, UltraFeedback",
         dict(salsa=f"{LEARNED},salsa,{SOUP},other=base:ring+init=base:ring+seed=1001,beta=0.2",
-             one=f"{LEARNED},{SOUP},beta=0.2"), "val_gold",
+             one=f"{LEARNED},{SOUP},beta=0.21"), "val_gold",
         versus("salsa", "one", tag="end: ") | versus("salsa", "one", on="best_gold", tag="peak: ")
-        | versus("salsa", "one", on="gold@2", tag="at 2 nats: "),
-        also=("ood_gold", "gold@2", "best_gold", "val_kl"),
-        conclude=in_parts("end", "peak", "at 2 nats"), smallest=FIFTH, why=WHY, **RING),
+        | versus("salsa", "one", on="val_kl", tag="further: "),
+        also=("ood_gold", "best_gold", "val_kl"), conclude=in_parts("end", "peak", "further"),
+        smallest=FIFTH | dict(val_kl=0.3), why=f"{WHY}; KL: a fifth of what both have", **RING),
     infalign=Claim(
         "PPO on a tilt of the calibrated reward for how it is decoded wins under that decoding",
         "2412.19792: 3 to 8 % over the untransformed reward, for best and worst of 4",
         {f"{x}, {how} of 4": f"{LEARNED},infalign_{x},beta={beta},decode={row},n=4"
-         for x, beta in dict(bon=1.1, id=0.4, won=0.03).items()
+         for x, beta in dict(bon=1.16, id=0.59, won=0.05).items()
          for how, row in (("best", "bon"), ("worst", "won"))},
         "val_gold", versus("bon, best of 4", "id, best of 4", "won, best of 4", tag="best: ")
         | versus("won, worst of 4", "id, worst of 4", "bon, worst of 4", tag="worst: ")
@@ -201,10 +200,10 @@ APART = dict(
     routing_rl=Claim(
         "RLHF on pairs of which the uncertain ones go to a judge beats as many at random",
         "2510.20369: ahead of random routing downstream (second-hand, no number)",
-        {"no judge": f"{JUDGED},budget=0,beta=0.05",
-         "random": f"{JUDGED},router=random,beta=0.05",
-         "uncertainty": f"{JUDGED},beta=0.05",
-         "margin": f"{JUDGED},router=margin,beta=0.05",
+        {"no judge": f"{JUDGED},budget=0,beta=0.2",
+         "random": f"{JUDGED},router=random,beta=0.2",
+         "uncertainty": f"{JUDGED},beta=0.2",
+         "margin": f"{JUDGED},router=margin,beta=0.2",
          "all": f"{JUDGED},budget=1,beta=0.05"}, "val_gold",
         versus("uncertainty", "random", "no judge", "margin", tag="trained kinds: ")
         | versus("uncertainty", "random", "no judge", "margin", on="ood_gold", tag="unseen kinds: ")
