@@ -475,8 +475,11 @@ def readers(c, f):
     """{field: (whether this run reads it, what does)} of the fields that not every run reads."""
     asked = asked_for(f)
     critic = has_critic(f), "--advantage gae"
+    rewards = "rewards" in asked, "advantages made of token rewards"
     return dict(base=("base" in asked, "--reward coherent or --decode contrast"),
-                critic_lr=critic, critic=critic, value=critic,
+                critic_lr=critic, critic=critic, value=critic, controller=rewards,
+                shaping=(rewards[0] or "log_p" in asked
+                         and f.advantage.keywords["aim"] == "reward", rewards[1]),
                 lr=(c.steps, "runs with --steps"),
                 warmup=(False, "sft.py, grpo.py, dpo.py and specdec.py"),
                 share_trunk=(c.peft in ADAPTERS, "--peft lora"), **adapter_readers(c),

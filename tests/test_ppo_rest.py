@@ -260,6 +260,8 @@ def test_other_samples_go_with_what_weighs_them(words, method, two_models):
     ("surrogate=pairs", "--rollout: the rest of this method needs --rollout from_sft"),
     ("transform=group,samples=1", "--samples 1: --transform group compares at least 2"),
     ("tppo,p3o", "--rollout windowed ends responses of a prompt in different steps: --surrogate"),
+    ("gdc,beta=0.3", "--beta: this run does not read it; --shaping is for advantages made of tok"),
+    ("raft,controller=adaptive", "--controller: this run does not read it"),
     ("controller=adaptive,horizon=3", "--horizon 3: a step of 16 completions would change"),
     ("quark,risks=0,0", "--risks 0,0: weights, at least 0 and not all of them"),
     ("quark,risks=-1,2", "--risks -1,2: weights, at least 0"),
