@@ -2202,7 +2202,10 @@ def load(path, device="cpu", dtype=torch.float32, chat=False, matrices=None):
 def peek(path, scalar=False, option="--init"):
     """A checkpoint's ModelConfig, read without its weights: what is known before a run. UserError
     for what frame() refuses, and unless it is a language model (scalar: a reward model)."""
-    path = checkpoint(path)
+    try:
+        path = checkpoint(path)
+    except UserError as e:
+        raise UserError(f"{option} {e}") from None
     model = frame(base_of(path))[0]
     found = ScalarModel if is_classifier(path) else type(model)
     if (found is ScalarModel) != scalar:

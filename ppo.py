@@ -387,8 +387,8 @@ def train(c, f):
         g, saved = torch.Generator().manual_seed(c.seed), run.state or {}
         known = models | dict(c=c, f=f, run=run, task=task, tok=tok, policy=policy, pool=pool,
                               max_new=max_new, generator=g, training=False, bias=0.0)
-        introduce(known, (policy, critic), models, (opt, critic_opt), sets)
         memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
+        introduce(known, (policy, critic), models, (opt, critic_opt), sets)
         if saved:
             opt.load_state_dict(saved.pop("opt"))
             critic_opt.load_state_dict(saved.pop("critic_opt"))
