@@ -746,6 +746,24 @@ def test_an_analysis_reads_runs_and_samples_the_first_one_s_model(two_models, wo
     assert json.loads((workdir / "both" / "run.json").read_text())["result"] == out
 
 
+def test_any_run_is_analysed_by_another_reward_too(two_models, workdir):
+    """whose --config had options of its rows beside presets; runs of one world only, all runs"""
+    init = two_models[1]
+    idle(init, "one")
+    small("rluf,lam=0.9,eos=ignore", init, "row", "--reward", "self")
+    out = ppo.main(["--analysis", "row", "one", "--draws", "4", "--eval_prompts", "2", "--out",
+                    "other", "--reward", "gold"])
+    gold, best = out["gold_best@2"], out["best@2"]
+    assert gold == pytest.approx(best)                               # the reward is gold now
+    write = (workdir / "ring").mkdir() or (workdir / "ring/run.json").write_text
+    write((workdir / "one/run.json").read_text().replace('"data": "toyif"', '"data": "ring"'))
+    (workdir / "none").mkdir()
+    for name, error in (("ring", "ring is a run on --data ring, row on toyif"),
+                        ("none", "none/run.json does not exist")):
+        with pytest.raises(UserError, match=error):
+            ppo.main(["--analysis", "row", name, "--draws", "4", "--eval_prompts", "2"])
+
+
 def same(a, b):
     """Two models' weights."""
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
