@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -192,6 +193,17 @@ def test_the_worst_served_group_by_hand():
     F_u = T([.31, -.12, .05])
     assert close(worst_served(F_u), [0, 1, 0])
     assert close(worst_served(F_u, 0.1), [.011343, .835944, .152713])
+
+
+def test_the_eos_rule_counts_in_whom_a_batch_serves_worst():
+    """group 0 is worst served but for a text that never ended, which scores -1 for both; where
+    nothing is trained all groups count alike"""
+    score, done = T([[-5., .5], [.6, .5]]), torch.tensor([False, True])
+    f = SimpleNamespace(eos=partial(ppo.eos_replace, no_eos=-1.0),
+                        reward=SimpleNamespace(keywords=dict(softness=0.0)))
+    assert ppo.served(score, done, True, f).tolist() == [0, 1]
+    assert ppo.served(score, done | True, True, f).tolist() == [1, 0]
+    assert ppo.served(score, done, False, f).tolist() == [.5, .5]
 
 
 def test_a_single_group_is_ppo_and_their_order_is_no_matter():
