@@ -457,7 +457,7 @@ def check_weights(w, found, out):
     assert same_weights(found[0].nets[1].model, ScalarModel.from_lm(w.ref).model, 0)
     for k, (folder, lr) in enumerate(((out, w.c.lr), (checkpoint(out) / "critic", w.c.critic_lr))):
         if k and not ppo.has_critic(w.f):                              # a head that nobody asks
-            assert not folder.exists() and not any(g for u in found for g in u.grads[1])
+            assert not folder.exists() and all(g is None for u in found for g in u.grads[1])
             return
         net = copy.deepcopy(found[0].nets[k])
         opt = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
