@@ -44,7 +44,7 @@ from kernels import (PackedLinear, bitmap_state, column_scale, columns_state, li
                      linear_logprob, mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor,
                      pack_int, pack_nm24, pack_vq, packed, quantize, wide)
 from model import (Cache, Transformer, generate, load, own_fields, plain_linear, rope_table, save,
-                   tensors, token_logprobs)
+                   tensors, token_logprobs, use)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -369,7 +369,7 @@ def train(c, f):
     """One run: calibrate and compress, save, evaluate. -> the numbers of the table."""
     check(c, f)
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
-    kernels.use(c.kernels)
+    use(c)
     with Run(c, f, "compress", CURVES) as run:
         if "result" in run.info:
             run.say(f"  finished already: {run.last}")

@@ -44,7 +44,7 @@ from data.text import CACHE
 from model import (PEFT, Work, adapter_readers, adapter_state, all_parts, autocast, check_adapters,
                    clip_gradients, collate, foresee, gathered, generate, load_frozen, open_trained,
                    own_part, passes, peek, reference, save_trained, sequence_score, shard, snapshot,
-                   summed, token_logprobs)
+                   summed, token_logprobs, use)
 from optim import cosine, optimiser, set_lr, shares
 
 # --- config ---------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def train(c, f):
     check_files(c, f)
     world = tasks.task(c.data) if c.data in prefs.WORLDS else None
     origin = initial(c, f)                             # made before this run's clock starts
-    kernels.use(c.kernels)
+    use(c)
     with Run(c, f, "dpo", CURVES) as run:
         policy, tok, models = open_models(c, f, origin, run)
         whole = shard(policy, c.dtype)                 # over torchrun's ranks
@@ -369,8 +369,8 @@ def train(c, f):
         rows, fresh = make_rows(c, f, known) if static(f) else None, 0
         c = known["c"] = in_passes(c, len(rows or data), c.batch)
         size = sum(p.numel() for p in policy.parameters()) / 1e6
-        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, {c.device} "
-                f"{c.dtype}, {'with' if 'start' in models else 'without'} a reference")
+        run.say(f"{run.folder}: {size:.2f} M parameters, {len(data)} rows of {c.data}, "
+                f"{c.computes}, {'with' if 'start' in models else 'without'} a reference")
         outlook(run, known, rows, sets, opt)
         if run.state:
             opt.load_state_dict(run.state.pop("opt"))

@@ -41,7 +41,7 @@ from data.tasks import MARK
 from model import (PEFT, Transformer, Work, adapter_readers, adapter_state, autocast,
                    check_adapters, clip_gradients, collate, foresee, generate, joined, load,
                    logprobs, open_trained, passes, reference, rows_of, save_trained, shard,
-                   snapshot, summed, token_logprobs)
+                   snapshot, summed, token_logprobs, use)
 from optim import optimiser, set_lr, state_bytes
 
 
@@ -207,6 +207,7 @@ FACTS = {}                       # of responses, before the filter: P or N numbe
 BATCH = {}                       # of the batch that trains
 MINIBATCH = {}                   # of a minibatch, before its gradient
 MEMORIES = {}                    # classes: tell() before a step, note(…) after, state(), load()
+KL_EVERY = 5                     # iterations between the log's KLs where nothing else reads them
 
 # --- roll out, evaluate ---------------------------------------------------------------------------
 
@@ -344,7 +345,7 @@ def train(c, f):
     if task.metric == "reward":                  # a file of prompts: the user's is all there is
         task.reward = score_of
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)     # before the run's clock
-    kernels.use(c.kernels)
+    use(c)
     with Run(c, f, "grpo", CURVES) as run:
         saved = run.state or {}
         policy, tok = open_trained(c, f.peft, init, run.last, saved.get("adapter", ()))
@@ -365,8 +366,8 @@ def train(c, f):
         memories = {k: call(MEMORIES[k], known) for k in sorted(asked & MEMORIES.keys())}
         size = sum(p.numel() for p in policy.parameters()) / 1e6
         run.say(f"{run.folder}: {size:.2f} M parameters, {tasks.out_of(pool, task)}, {c.steps} "
-                f"steps of {c.prompts} x {c.samples} responses, temperature {heat:.3g}, {c.device} "
-                + c.dtype + "".join(f", {k} {x:.3f}" for k, x in found.items()))
+                f"steps of {c.prompts} x {c.samples} responses, temperature {heat:.3g}, "
+                + c.computes + "".join(f", {k} {x:.3f}" for k, x in found.items()))
         outlook(run, c, policy, [ref], opt, [*pool, *sum(posed.values(), [])], tok)
         if saved:
             opt.load_state_dict(saved.pop("opt"))
@@ -393,12 +394,16 @@ def train(c, f):
             # 2. score: [N, T], but [P, G] where it belongs to a response
             clock, roll = time.perf_counter(), batch["roll"]
             mask = roll.mask * (roll.mask.cumsum(1) <= batch["trained"].view(-1, 1))
-            ref_logp = logprobs(ref, roll.tokens, mask, c)
             old_logp = roll.logp if actor is policy else logprobs(policy, roll.tokens, mask, c)
-            batch |= f.weight.keywords | dict(mask=mask, old_logp=old_logp, ref_logp=ref_logp)
+            batch |= f.weight.keywords | dict(mask=mask, old_logp=old_logp)
+            away = {}
+            logged = step % KL_EVERY == 0 or step + 1 == c.steps
+            if logged or c.kl_reward or "ref_logp" in asked:
+                batch["ref_logp"] = logprobs(ref, roll.tokens, mask, c)
+                kl = ((old_logp - batch["ref_logp"]) * mask).sum(1)                      # [N]
+                batch["shaped"] = batch["shaped"] - c.kl_reward * kl.view(-1, c.samples)
+                away = dict(kl=kl.mean())
             ask(asked, BATCH, batch)
-            kl = ((old_logp - ref_logp) * mask).sum(1)                                   # [N]
-            batch["shaped"] = batch["shaped"] - c.kl_reward * kl.view(-1, c.samples)
             batch["adv"] = call(f.advantage, batch)
             batch["adv"] = call(f.credit, batch) * (batch["passed"] > 0)
             ends = (roll.prompt_len + roll.mask.sum(1).long())[:, None]                  # [N, 1]
@@ -421,7 +426,7 @@ def train(c, f):
             flat = seen["shaped"].std(1, correction=0) < 1e-6                            # [P]
             row = dict(correct=seen["correct"].mean(), reward=seen["shaped"].mean(),
                        flat=flat.float().mean(), length=seen["length"].mean(),
-                       truncated=seen["truncated"].float().mean(), kl=kl.mean(), norm=norm,
+                       truncated=seen["truncated"].float().mean(), **away, norm=norm,
                        entropy=updates[0]["entropy"], groups=min(batch["passed"], c.prompts),
                        generated=seen["length"].sum())
             for key in ("loss", "clipped"):
@@ -447,7 +452,7 @@ def train(c, f):
         report(run, before, scores, samples)
         rows = [row for row in read_log(run.folder) if "entropy" in row][-10:]
         for key in ("correct", "entropy", "length", "flat", "kl", "generated") if rows else ():
-            found[f"train_{key}"] = statistics.fmean(row[key] for row in rows)
+            found[f"train_{key}"] = statistics.fmean(row[key] for row in rows if key in row)
         return run.finish(**scores, **found, **{f"sft_{k}": x for k, x in before.items()})
 
 

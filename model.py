@@ -196,13 +196,9 @@ def attend(q, k, v, visible, window):
     if visible is not None:
         y = decode_attention(q[:, :, 0].to(k.dtype), k, v, visible, window)
         return y[:, :, None].to(q.dtype)
-    T, group = q.size(2), q.size(1) // k.size(1)
+    T = q.size(2)
     near = within(T, window, q.device) if 0 < window < T else None
-    k, v = (x[:, :, :T].to(q.dtype) for x in (k, v))
-    if group > 1 and not knows_groups(q, near):
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None,
-                                          enable_gqa=k.size(1) < q.size(1))
+    return look(q, *(x[:, :, :T].to(q.dtype) for x in (k, v)), near)
 
 
 class Attention(nn.Module):
@@ -362,14 +358,15 @@ def token_logprobs(model, tokens, mask=None, *, temperature=1.0, entropy=False):
     The one place where the shift by one is made; 0 at t = 0, and off the mask. [B, T, V] is never
     held: the head runs in chunks of rows. entropy=True: (logp, entropy of the prediction of t).
     """
-    hidden, target = model(tokens)[:, :-1], tokens[:, 1:]                  # [B, T-1, D], [B, T-1]
+    target = tokens[:, 1:]                                                            # [B, T-1]
     where = torch.ones_like(target, dtype=torch.bool) if mask is None else mask[:, 1:] > 0
+    hidden = states(model, tokens, F.pad(where, (0, 1)))                                 # [N, D]
 
     def aligned(x):
         """One number for each place where the mask is 1 -> [B, T]."""
         return F.pad(torch.zeros_like(where, dtype=x.dtype).masked_scatter(where, x), (1, 0))
 
-    out = linear_logprob(hidden[where], model.head, target[where], temperature, entropy)       # [N]
+    out = linear_logprob(hidden, model.head, target[where], temperature, entropy)              # [N]
     return tuple(map(aligned, out)) if entropy else aligned(out)
 
 
@@ -618,6 +615,26 @@ def against(first, other, alpha):
     return alpha(first, other) if callable(alpha) else first + alpha * (first - other)
 
 
+# === groups: 2305.13245, several heads' queries of one head's keys and values =====================
+
+
+def knows_groups(q, mask):
+    """Whether PyTorch's attention is to read a group's keys in place. On a GPU in two bytes and
+    without a mask, or it would hold all scores at once. On a CPU where nothing learns: gradients
+    would be summed in another order, and no run end where it did."""
+    return mask is None and q.element_size() == 2 if q.is_cuda else not torch.is_grad_enabled()
+
+
+def look(q, k, v, mask=None):
+    """PyTorch's attention of q [B, H, T, hd] over k, v [B, K, S, hd] where the mask is true, or, if
+    there is none, causal."""
+    group = q.size(1) // k.size(1)
+    if group > 1 and not knows_groups(q, mask):
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=k.size(1) < q.size(1))
+
+
 # === reading: 2308.16369, prompts in parts, tokens that follow a cache's ==========================
 
 PREFILL = 8192           # tokens that one forward reads at most
@@ -627,13 +644,6 @@ def precision(model):
     """The dtype of the model's keys and values: autocast's, or that of its weights."""
     kind = model.head.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.head.dtype
-
-
-def knows_groups(q, mask):
-    """Whether PyTorch's attention is to read a group's keys in place. On a GPU in two bytes and
-    without a mask, or it would hold all scores at once. On a CPU where nothing learns: gradients
-    would be summed in another order, and no run end where it did."""
-    return mask is None and q.element_size() == 2 if q.is_cuda else not torch.is_grad_enabled()
 
 
 def after(length, T, slots):
@@ -1011,6 +1021,127 @@ def can_ride(queue, stop):
 
 
 LOOPS[sarathi] = can_ride
+
+
+# === states: 2506.05433, no padding is computed, and a prompt that rows share is computed once ====
+
+LAYOUTS = dict(auto=0.1, true=-math.inf, false=math.inf)   # --share_prompts: the least share saved
+worth = LAYOUTS["auto"]
+
+
+def use(c):
+    """Set how a run computes, the same numbers: its --kernels and --share_prompts."""
+    global worth
+    worth = LAYOUTS[c.share_prompts]
+    kernels.use(c.kernels)
+
+
+def states(model, tokens, where, first=None, **asked):
+    """What the model says [n, …] after those of tokens [B, T] where `where` [B, T] is true, row by
+    row: a Transformer's states, a ScalarModel's scores, or what it is asked for.
+
+    Only what they depend on is computed, without padding, where that saves enough: see LAYOUTS. A
+    row's first so many tokens [B], or those up to its first state that is wanted, are its prompt:
+    one that several rows have is computed once, as in Prefix Grouper (2506.05433).
+    """
+    rigid = worth == math.inf or hasattr(model, "_orig_mod")            # compiled for [B, T]
+    rigid = rigid or any(getattr(m, "of_all_tokens", False) for m in model.modules())
+    flat = None if rigid else flattened(tokens, where, first)
+    if flat is None:
+        return model(tokens, **asked)[where]
+    return model(flat.tokens[:, None], flat, **asked)[:, 0].index_select(0, flat.place[where])
+
+
+def flattened(tokens, where, first=None):
+    """The layout of fewest tokens that states() may take, or None."""
+    at = torch.arange(1, tokens.size(1) + 1, device=tokens.device)                           # [T]
+    end = (at * where).amax(1)                                           # [B] after the last wanted
+    first = torch.minimum(where.long().argmax(1) + 1 if first is None else first, end)
+    least = 1 - worth
+    shared, whole = Flat(tokens, first, end), Flat(tokens, end, end)
+    best = shared if len(shared.tokens) <= least * len(whole.tokens) else whole
+    return best if 0 < len(best.tokens) <= least * tokens.numel() else None
+
+
+# === flat: ours, what a batch of tokens without padding is to a model, and its attention =========
+
+
+class Flat:
+    """Tokens of B rows as a batch of N rows of one token: every distinct prompt once, then what
+    follows them, row by row. In a Cache's place: it keeps nothing, its attention is the rows'.
+
+    first, end [B]: how many of a row's tokens are its prompt, and how many count. -> tokens [N],
+    and place [B, T], where among them each of the rows' is.
+    """
+    static, length = True, 0
+
+    def __init__(self, tokens, first, end):
+        at, first = torch.arange(tokens.size(1), device=tokens.device), first[:, None]       # [T]
+        prompts = torch.where(at < first, tokens, -1)                                    # [B, T]
+        prompts, self.which = prompts.unique(dim=0, return_inverse=True)             # [U, T], [B]
+        ahead, behind = prompts >= 0, (at >= first) & (at < end[:, None])        # [U, T], [B, T]
+        size, tail = ahead.sum(1), behind.sum(1)                                         # [U], [B]
+        self.tokens = torch.cat([prompts[ahead], tokens[behind]])                            # [N]
+        (u, i), (b, j) = (x.nonzero(as_tuple=True) for x in (ahead, behind))
+        self.position, self.n = torch.cat([i, j])[:, None], len(i)           # [N, 1]; of prompts n
+        begin, then = size.cumsum(0) - size, self.n + tail.cumsum(0) - tail              # [U], [B]
+        self.place = torch.where(at < first, begin[self.which, None], then[:, None] - first) + at
+        self.prompts = Slots(len(size), int(size.max()), u, i)
+        self.tails = Slots(len(tail), int(tail.max()), b, j - first[b, 0])
+        self.known, self.used = size[self.which], int(end.max()) - 1   # [B]; the last position
+        self.masks = {}                                                # of each window
+
+    def at(self, T):
+        """Cache's: positions [N, 1]; keys are not stored."""
+        return self.position, None
+
+    def sees(self, T):
+        """Cache's: attend's function."""
+        return self.attention
+
+    def put(self, layer, k, v, at):
+        """Cache's: keys and values as they came."""
+        return k, v
+
+    def attention(self, q, k, v, window):
+        """Attention of each token to its prompt's and its row's before it.   [N, H, 1, hd]"""
+        (q, q1), (k, k1), (v, v1) = ((self.prompts.fill(x[:self.n, :, 0]),
+                                      self.tails.fill(x[self.n:, :, 0])) for x in (q, k, v))
+        y = self.prompts.take(attend(q, k, v, None, window))                         # [n, H, hd]
+        if self.tails.width:
+            if window not in self.masks:
+                self.masks[window] = self.mask(window)
+            k, v = (torch.cat([x[self.which], x1], 2) for x, x1 in ((k, k1), (v, v1)))
+            y = torch.cat([y, self.tails.take(look(q1, k, v, self.masks[window]))])
+        return y[:, :, None]
+
+    def mask(self, window):
+        """What the tails see of the slots of their prompts and of themselves.   [B, 1, R, P + R]"""
+        P, R, device = self.prompts.width, self.tails.width, self.known.device
+        at, slot = torch.arange(R, device=device), torch.arange(P, device=device)
+        own = within(R, window or R, device).expand(len(self.known), R, R)
+        seen = (slot < self.known[:, None])[:, None].expand(-1, R, P)                 # [B, R, P]
+        if window:
+            seen = seen & (slot > (self.known[:, None] + at)[..., None] - window)
+        return torch.cat([seen, own], 2)[:, None]
+
+
+class Slots(NamedTuple):
+    """Where numbers of tokens stand in rows of one width: of the n-th token its row and slot."""
+    rows: int
+    width: int
+    row: torch.Tensor
+    slot: torch.Tensor
+
+    def fill(self, x):
+        """[n, H, hd] -> [rows, H, width, hd], 0 elsewhere."""
+        wide = x.new_zeros(self.rows * self.width, *x.shape[1:])
+        return wide.index_copy(0, self.row * self.width + self.slot, x).unflatten(
+            0, (self.rows, self.width)).transpose(1, 2)
+
+    def take(self, y):
+        """[rows, H, width, hd] -> [n, H, hd]."""
+        return y.transpose(1, 2).flatten(0, 1).index_select(0, self.row * self.width + self.slot)
 
 
 # === new: GPT-2, a model that is not trained yet ==================================================
@@ -1571,6 +1702,7 @@ def top_shares(c, logits):
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts. `router_logits` [N, E] of the last forward feed the balance
     loss. route: (config, logits) -> shares and numbers of the chosen experts [N, k]."""
+    of_all_tokens = True                     # see states(): a loss reads what each of [B, T] chose
 
     def __init__(self, c, width, route=top_shares):
         super().__init__()
@@ -1843,6 +1975,7 @@ class HeadRouter(nn.Module):
     Every head is computed, then weighted. `routing` (p, chosen) [B, T, R] of the last forward feeds
     a balance loss.
     """
+    of_all_tokens = True                     # see states(): a loss reads what each of [B, T] chose
 
     def __init__(self, c):
         super().__init__()
@@ -1921,10 +2054,10 @@ class ScalarModel(nn.Module):
         nn.init.normal_(model.score.weight, std=std) if std else nn.init.zeros_(model.score.weight)
         return model if share else model.requires_grad_()
 
-    def forward(self, tokens, states=False):
+    def forward(self, tokens, cache=None, states=False):
         """[B, T] tokens -> [B, T] scores in float32, each read after its token; or the body's
         states [B, T, D]."""
-        hidden = self.model(tokens)                                                      # [B, T, D]
+        hidden = self.model(tokens, cache)                                               # [B, T, D]
         return hidden if states else self.read(hidden)
 
     def read(self, hidden):
@@ -1939,19 +2072,31 @@ def body_of(model):
     return model.model if isinstance(model, ScalarModel) else model
 
 
-def token_values(critic, tokens):
-    """The critic's estimates [B, T(, K)], out[:, t] BEFORE token t, read after t - 1; 0 first."""
-    values = critic(tokens)[:, :-1]
-    return F.pad(values, (*[0, 0] * (values.dim() - 2), 1, 0))
+# === read: ours, what a scalar model says of sequences, and means of it ===========================
 
 
-def sequence_score(reward_model, tokens, length):
+def token_values(critic, tokens, mask):
+    """The critic's estimates [B, T(, K)], out[:, t] BEFORE token t, read after t - 1; 0 at t = 0,
+    and off the mask."""
+    where = F.pad(mask[:, 1:] > 0, (1, 0))                                               # [B, T]
+    says = states(critic, tokens, where.roll(-1, 1))                                     # [n(, K)]
+    return says.new_zeros(*where.shape, *says.shape[1:]).index_put((where,), says)
+
+
+def sequence_score(reward_model, tokens, length, prompt=None):
     """A reward model's score of each sequence, read where transformers reads it: at its last token
-    that is not the model's pad.   tokens [B, T], length [B] -> [B]"""
+    that is not the model's pad.   tokens [B, T], length, and of its prompt, [B] -> [B]"""
     place = torch.arange(tokens.size(1), device=tokens.device)                           # [T]
     read = (place < length[:, None]) & (tokens != reward_model.config.pad_token_id)      # [B, T]
     last = (place * read).argmax(1)                                                      # [B]
-    return reward_model(tokens).gather(1, last[:, None]).squeeze(1)
+    return states(reward_model, tokens, place == last[:, None], prompt)
+
+
+def last_hidden(model, tokens, length, prompt=None):
+    """The body's state after each sequence, in float32; arguments as in sequence_score.  [B, D]"""
+    last = torch.arange(tokens.size(1), device=tokens.device) == length[:, None] - 1     # [B, T]
+    body = dict(states=True) if isinstance(model, ScalarModel) else {}
+    return states(model, tokens, last, prompt, **body).float()
 
 
 def masked_mean(x, mask):
@@ -2892,15 +3037,15 @@ def logprobs(model, tokens, mask, c, temperature=0.0):
     return spread(says, c, tokens, mask, models=[model])
 
 
-def sequence_scores(reward_model, tokens, length, c):
+def sequence_scores(reward_model, tokens, length, c, *prompt):
     """sequence_score of many rows.   [N]"""
-    return spread(partial(sequence_score, reward_model), c, tokens, length, models=[reward_model])
+    says = partial(sequence_score, reward_model)
+    return spread(says, c, tokens, length, *prompt, models=[reward_model])
 
 
 def critic_values(critic, tokens, mask, c):
     """token_values of many rows; 0 outside the mask.   [N, T(, K)]"""
-    values = spread(partial(token_values, critic), c, tokens, models=[critic])
-    return values * mask.view(*mask.shape, *[1] * (values.dim() - 2))
+    return spread(partial(token_values, critic), c, tokens, mask, models=[critic])
 
 
 # === passes: ours, a step's rows and numbers, parted among torchrun's ranks and put together ======

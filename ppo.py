@@ -42,10 +42,10 @@ from data.run import (Count, MeanOf, NonNegative, Positive, Range, Run, Share, S
 from data.stats import accuracy, bon_kl, explained_variance, rank_correlation
 from model import (ADAPTERS, PEFT, ScalarModel, Transformer, Work, adapter_readers, adapter_state,
                    autocast, check_adapters, clip_gradients, collate, critic_values, foresee,
-                   generate, joined, load, load_frozen, logprobs, masked_whiten, open_trained,
-                   passes, peek, plain_model, recomputing, reference, rows_of, save, save_trained,
-                   sequence_score, sequence_scores, shard, snapshot, spread, summed, token_logprobs,
-                   token_values, with_peft)
+                   generate, joined, last_hidden, load, load_frozen, logprobs, masked_whiten,
+                   open_trained, passes, peek, plain_model, recomputing, reference, rows_of, save,
+                   save_trained, sequence_score, sequence_scores, shard, snapshot, spread, summed,
+                   token_logprobs, token_values, use, with_peft)
 from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def backward(policy, critic, batch, rows, known, f):
         (loss * weight).backward()
         if "returns" in b:
             with autocast(c.device, c.dtype):
-                values = token_values(critic, b["tokens"])                               # [b, T]
+                values = token_values(critic, b["tokens"], b["valued"])                  # [b, T]
             value = call(f.value, b | dict(values=values))
             (mean_of(value, b["valued"], n_valued, len(rows)) * weight).backward()
         if not weight:
@@ -378,7 +378,7 @@ def train(c, f):
     asked = check(c, f)
     init = sft.find(c.init, c.config, seed=c.seed, device=c.device)  # made before the clock starts
     folders = folders_of(c, f, asked)
-    kernels.use(c.kernels)
+    use(c)
     with Run(c, f, "ppo", CURVES) as run:
         policy, critic, tok, models = open_models(c, f, folders, init, run)
         whole, whole_critic = (shard(m, c.dtype) for m in (policy, critic))      # over the ranks
@@ -628,7 +628,7 @@ def introduce(known, trained, models, opts, sets):
     size = sum(p.numel() for p in trained[0].parameters()) / 1e6
     run.say(f"{run.folder}: {tasks.out_of(pool, known['task'])}\n"
             f"  policy and critic of {size:.2f} M parameters, {c.steps} steps of {c.rollouts} x "
-            f"{c.samples} completions, {c.device} {c.dtype}")
+            f"{c.samples} completions, {c.computes}")
     prompts = [tok.prompt(p, c.chat) for some in (pool, *sets.values()) for p in some]
     width, most = max(map(len, prompts)) + max_new, rows_at_once(c)
     work = Work(c.micro, width, c.batch, sampled=min(most, c.slots or most), slots=width,
@@ -791,14 +791,17 @@ def judged(judge, roll, c, ref, max_new, bias):
     for file, says in BESIDE.items():
         if (path := checkpoint(c.reward) / file).exists():
             return says(judge, load_file(path, str(c.device)), roll, c, ref, max_new) - bias
-    length = roll.prompt_len + roll.mask.sum(1).long()                                   # [B]
-    return sequence_scores(judge, roll.tokens, length, c) - bias
+    return scores_of(judge, roll, c) - bias
 
 
-def last_hidden(model, tokens, end):
-    """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    hidden = model(tokens, states=True)                                               # [B, T, D]
-    return hidden[torch.arange(len(tokens), device=tokens.device), end - 1].float()
+def scores_of(model, roll, c):
+    """A reward model's scores of a rollout's responses.   [B]"""
+    return sequence_scores(model, roll.tokens, ends_of(roll), c, roll.prompt_len)
+
+
+def ends_of(roll):
+    """The length of each row, prompt and response.   [B]"""
+    return roll.prompt_len + roll.mask.sum(1).long()
 
 
 def gated(judge, own, roll, c, ref, max_new):
@@ -3351,11 +3354,6 @@ def adversarial(chosen, rejected, sampled, *, eta):
     return torch.nn.functional.softplus(rejected - chosen) + eta * (sampled - chosen)
 
 
-def ends_of(roll):
-    """The length of each row, prompt and response.   [B]"""
-    return roll.prompt_len + roll.mask.sum(1).long()
-
-
 def lesson(model, opt, pairs, roll, number, eta, c):
     """The optimizer step of this number, on --batch pairs and as many of a rollout's rows."""
     where = batch_indices(len(pairs), c.batch, number, c.seed)
@@ -3406,8 +3404,7 @@ class Adversary:
     def measured(self):
         """Its accuracy on held-out pairs; mean and std of its scores of SFT samples."""
         c, held = self.c, sequence_scores(self.model, *self.held, self.c)
-        scores = torch.cat([sequence_scores(self.model, roll.tokens, ends_of(roll), c)
-                            for roll in self.samples])
+        scores = torch.cat([scores_of(self.model, roll, c) for roll in self.samples])
         return accuracy(*held.chunk(2)), scores.mean().item(), scores.std().item()
 
     def note(self, roll, done):
@@ -3444,7 +3441,7 @@ class Adversary:
 
 def contested(contest, roll, c):
     """The adversary's score, SFT samples at 0 and as far apart as at first.   [B]"""
-    score = sequence_scores(contest.model, roll.tokens, ends_of(roll), c)                # [B]
+    score = scores_of(contest.model, roll, c)                                            # [B]
     return (score - contest.now["mean"]) * contest.now["scale"]
 
 
@@ -3976,7 +3973,7 @@ def settings_of(folder, options):
 def starting(c, f, run):
     """What is known of a run before its first step, by name."""
     asked, init = check(c, f), sft.find(c.init, c.config, seed=c.seed, device=c.device)
-    kernels.use(c.kernels)
+    use(c)
     policy, _, tok, models = open_models(c, f, folders_of(c, f, asked), init, run)
     task, pool, sets, max_new = questions(c, tok, policy.config.max_position_embeddings)
     known = models | dict(c=c, f=f, run=run, task=task, tok=tok, policy=policy, pool=pool, bias=0.0,

@@ -43,9 +43,10 @@ from data.run import (Count, Positive, Range, Run, Share, Training, UserError, b
                       checkpoint, cli, launch, needs, pyplot, ranks, start_ranks)
 from data.stats import accuracy, auroc, best_of_n, bon_kl, spearman
 from model import (ADAPTERS, PEFT, ScalarModel, Work, adapter_readers, adapter_state, autocast,
-                   body_of, check_adapters, clip_gradients, collate, foresee, generate, init, load,
-                   load_frozen, lora, merge, passes, peek, preset, recomputing, save, save_trained,
-                   sequence_score, shard, spread, summed, token_logprobs, with_peft)
+                   check_adapters, clip_gradients, collate, foresee, generate, init,
+                   last_hidden, load, load_frozen, lora, merge, passes, peek, preset, recomputing,
+                   save, save_trained, sequence_score, shard, spread, summed, token_logprobs, use,
+                   with_peft)
 from optim import RULES, cosine, linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def chunked(fn, c, *models):
 
 def scalar_reward(model, c):
     """A reward model's score at the last token."""
-    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end), c, model)
+    return chunked(lambda tokens, start, end: sequence_score(model, tokens, end, start), c, model)
 
 
 def score_rows(reward, rows, side, c, pad):
@@ -135,24 +136,19 @@ class Batch:
         """Prompts with these sides, one after the other: tokens, mask [B, T], start, length [B]."""
         parts = [(r["prompt"], r[side]) for side in sides for r in self.rows]
         tokens, mask = collate(parts, self.pad, self.c.device)
-        return SimpleNamespace(tokens=tokens, mask=mask, start=mask.argmax(1),
-                               length=mask.sum(1).long())
+        start, length = mask.argmax(1), mask.sum(1).long()
+        return SimpleNamespace(tokens=tokens, mask=mask, start=start, length=length,
+                               ends=(tokens, start + length, start))
 
     @cached_property
     def pairs(self):
         """All chosen responses, then all rejected ones: one forward pass."""
         return self.of("chosen", "rejected")
 
-    @cached_property
-    def hidden(self):
-        """The body's states of the pairs.   [2B, T, D]"""
-        return self.model(self.pairs.tokens, states=True)
-
 
 def scores(batch):
     """A reward model's scores of both sides, at the last token, in float32.   [B] each"""
-    end = batch.pairs.start + batch.pairs.length - 1                                     # [2B]
-    score = batch.model.read(batch.hidden[torch.arange(len(end)), end])                  # [2B]
+    score = sequence_score(batch.model, *batch.pairs.ends)                               # [2B]
     return dict(zip(("chosen", "rejected"), score.chunk(2)))
 
 
@@ -164,9 +160,11 @@ def provide(model, rows, names, c, pad, generator):
     """What a loss names among its positional arguments, for these rows: {name: tensor}."""
     batch, known = Batch(model, rows, c, pad, generator), {}
     for name in names:
+        if name in known:
+            continue
         if name in FACTS:
             known |= FACTS[name](batch)
-        elif name not in known:
+        else:
             numbers = [r[name] for r in rows]
             known[name] = torch.tensor(numbers, dtype=torch.float32, device=c.device)
     return {k: known[k] for k in names}
@@ -379,7 +377,7 @@ def new_scalar(body, seed, share=False):
 def introduce(c, run, tok, model, rows):
     """Say what is trained, and show a pair."""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.device} {c.dtype}")
+    run.say(f"{run.folder}: {size:.2f} M parameters, {len(rows)} pairs, {c.computes}")
     for side in ("chosen", "rejected"):
         ids = rows[0]["prompt"] + rows[0][side]
         run.say(f"  {side:<9}{tok.decode(ids, skip_specials=False)[-300:]!r}")
@@ -444,7 +442,7 @@ def arguments(c, f, run):
 def train(c, f):
     """One run of a recipe, or with --eval only the table of a reward model -> the numbers."""
     start_ranks(c.device)                                      # alone without torchrun
-    kernels.use(c.kernels)
+    use(c)
     check(c, f)
     if starts_from_base(c, f):
         sft.find(c.init, c.config, device=c.device)            # made before this run's clock starts
@@ -692,7 +690,7 @@ LOSSES["win_tie"] = win_tie
 
 # === goal: 2407.13887, early states of a response point to where the chosen one ends ==============
 
-def goal(chosen, rejected, early, late, wrong, *, weight=0.5):
+def goal(early, late, wrong, chosen, rejected, *, weight=0.5):
     """Goal-conditioned contrastive term (2407.13887) on top of bt:  w (-log p+ - log(1 - p-)).
 
     early, late [B, S, D]: hidden states of the chosen response, wrong [B, S, D] of the rejected
@@ -718,9 +716,12 @@ def goal_states(hidden, start, n, generator, draws=16):
 
 
 def states_of(batch):
-    """goal_states of a batch, from the forward pass that gave its scores."""
-    return goal_states(batch.hidden.float(), batch.pairs.start, batch.pairs.length,
-                       batch.generator)
+    """goal_states of a batch, and its scores, of one forward pass."""
+    part, model = batch.pairs, batch.model
+    hidden = model(part.tokens, states=True)                                         # [2B, T, D]
+    last = hidden[torch.arange(len(hidden)), part.start + part.length - 1]               # [2B, D]
+    return goal_states(hidden.float(), part.start, part.length, batch.generator) | dict(
+        zip(("chosen", "rejected"), model.read(last).chunk(2)))
 
 
 LOSSES["goal"], FACTS["early"] = goal, states_of
@@ -738,11 +739,6 @@ def trained(run, name, model, rows, loss, c, tok, finish=None, **options):
         save(finish(model) if finish else model, tok, folder)
     model.to(c.device).requires_grad_()
     return load(run.stage(name, write), c.device)[0].requires_grad_(False)
-
-
-def last_hidden(model, tokens, end):
-    """The body's hidden state at the last token, in float32.   [B, T], [B] -> [B, D]"""
-    return body_of(model)(tokens)[torch.arange(len(tokens), device=tokens.device), end - 1].float()
 
 
 def ending(ids, pad, c):
@@ -790,7 +786,7 @@ def regression(predicted, ratings):
 def predictions(batch):
     """A rater's ratings of the answers, in float32.   [B, K]"""
     part = batch.of("answer")
-    h = last_hidden(batch.model, part.tokens, part.start + part.length)                  # [B, D]
+    h = last_hidden(batch.model, *part.ends)                                             # [B, D]
     return dict(predicted=(h[:, None] * batch.model.ratings.weight).sum(-1))
 
 
@@ -1235,9 +1231,7 @@ def bce_love(reaction, love, kept):
 def reactions(batch):
     """The score of single responses, the logit of P[Love], at their last token.   [B]"""
     part = batch.of("answer")
-    hidden = batch.model(part.tokens, states=True)                                    # [B, T, D]
-    last = part.start + part.length - 1
-    return dict(reaction=batch.model.read(hidden[torch.arange(len(last)), last]))
+    return dict(reaction=sequence_score(batch.model, *part.ends))
 
 
 def loved(world, n, seed, split, tok, kept=1.0, slope=1.5, shift=-2.5):

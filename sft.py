@@ -42,11 +42,11 @@ from data.run import (Count, Fraction, Positive, Range, Run, Share, Training, Us
                       needs, rank, read_json, read_log, result, rows_used, share, start_ranks)
 from kernels import (EXPONENTS, MX_GROUP, ROUNDINGS, PackedLinear, absmax, e2m1, grouped, hadamard,
                      linear_distill, power_of_two, quantize_activations, rotate, wide)
-from model import (ADAPTERS, FAMILIES, PEFT, LoRA, Transformer, adapter_readers, adapter_state,
-                   Work, adapters_of, autocast, check_adapters, clip_gradients, collate, foresee,
-                   gathered, generate, init, load, load_balance_loss, load_frozen, lora, merge,
-                   own_part, peek, preset, recomputing, reference, replace_linears, save,
-                   save_trained, shard, summed, token_logprobs, with_ends)
+from model import (ADAPTERS, FAMILIES, PEFT, LoRA, Transformer, Work, adapter_readers,
+                   adapter_state, adapters_of, autocast, check_adapters, clip_gradients, collate,
+                   foresee, gathered, generate, init, load, load_balance_loss, load_frozen, lora,
+                   merge, own_part, peek, preset, recomputing, reference, replace_linears, save,
+                   save_trained, shard, summed, token_logprobs, use, with_ends)
 from optim import (RULES, SCHEDULES, STORES, memory_report, name_of, optimiser, set_lr,
                    state_bytes)
 
@@ -349,7 +349,7 @@ def train(c, f):
     me, ranks = start_ranks(c.device)                            # (0, 1) without torchrun
     check(c, f, ranks)
     origin = find(c.init, c.config, device=c.device)     # made before this run's clock starts
-    kernels.use(c.kernels)
+    use(c)
     for name in asked(c, f):
         if name in INSTEAD:
             return INSTEAD[name](c, *start(c, origin))
@@ -619,7 +619,7 @@ def introduce(run, c, model, opt, total, data, tok, frozen):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     run.say(f"{run.folder}: {size / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), "
-            f"{len(data)} rows, {total} steps of {c.batch}, {c.device} {c.dtype}"
+            f"{len(data)} rows, {total} steps of {c.batch}, {c.computes}"
             + f" x {ranks} ranks" * (ranks > 1)
             + "; packed layers will be saved dense"
             * any(isinstance(m, PackedLinear) for m in model.modules()))
@@ -1517,7 +1517,7 @@ def flat_product(fn, x, W, bias):
 class HaloLinear(nn.Module):
     """A linear layer computed by halo_product(); its weight stays float32. Scales are those of the
     rows at hand, so --micro changes them a little."""
-
+    of_all_tokens = True                                 # see model.states()
     def __init__(self, linear, level=2, format="int8"):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -1607,6 +1607,7 @@ class QuartetLinear(nn.Module):
     """A linear layer computed by quartet_product(); its weight stays float32. Each step and each
     forward in it draws anew from the seed (begin), so that a resumed run draws what an
     uninterrupted one does."""
+    of_all_tokens = True                                 # see model.states()
 
     def __init__(self, linear, seed=0, exponent="quest", backward="stochastic"):
         super().__init__()

@@ -42,7 +42,7 @@ from data.text import is_corpus
 from model import (ADAPTERS, PEFT, Cache, Work, adapter_readers, adapter_state, check_adapters,
                    check_request, clip_gradients, collate, collect, foresee, generate, init, load,
                    passes, plain_model, precision, prefill, preset, save, save_trained, shard,
-                   summed, tempered, token_logprobs, with_peft)
+                   summed, tempered, token_logprobs, use, with_peft)
 from optim import linear, optimiser, set_lr, state_bytes
 
 # --- config ---------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def train(c, f):
     """One run: load the target, train what helps it, decode, measure. -> the table's numbers."""
     check(c, f)
     folder = sft.find(c.init, c.config, device=c.device, seed=c.seed)
-    kernels.use(c.kernels)
+    use(c)
     with Run(c, f, "specdec", CURVES) as run:
         if "result" in run.info:
             run.say(f"  finished already: {run.last or run.folder}")

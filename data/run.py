@@ -31,6 +31,7 @@ import platform
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -350,6 +351,7 @@ class Common:
     seed: int = 0                # of initialisation, data order and sampling
     device: str = "auto"         # cpu or cuda
     kernels: str = "auto"        # auto, or torch: the plain definition of every kernel
+    share_prompts: Literal["auto", "true", "false"] = "auto"  # rows without padding, prompts once
     keep: Count = 2              # checkpoints to keep
     resume: bool = False         # go on from the newest checkpoint of the run folder
 
@@ -374,8 +376,16 @@ class Training(Common):
     peft: str = "full"           # what is trained: a row of model.PEFT, such as lora
     merge: bool = True           # save adapters merged into whole models; false: PEFT's folders
     recompute: bool = False      # activations of a block made again in its backward pass
-    dtype: str = "auto"          # of the matmuls: float32, or bfloat16 (autocast, default on CUDA)
+    dtype: str = "auto"          # of the products: float32, or bfloat16 (autocast) where that pays
     compile: bool = False        # torch.compile the model that is trained
+
+    @property
+    def computes(self):
+        """Where, in what, and why where that was measured: "cpu float32 (…)"."""
+        why = ""
+        if self.device == "cpu" and bfloat16_gain.cache_info().currsize:
+            why = f" (a layer in bfloat16 is {bfloat16_gain():.1f} times as fast here)"
+        return f"{self.device} {self.dtype}{why}"
 
 
 def in_passes(c, rows, a_step):
@@ -458,10 +468,53 @@ def with_device(resolved):
         if out["device"].startswith("cuda:"):    # cuda:1 is then the device of every launch, too
             torch.cuda.set_device(out["device"])
     if out.get("dtype") == "auto":
-        out["dtype"] = "bfloat16" if out["device"].startswith("cuda") else "float32"
+        out["dtype"] = dtype_of(out["device"], out.get("init", ""))
     if out.get("dtype", "float32") not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {out['dtype']}: choose float32 or bfloat16")
     return out
+
+
+MANY, GAIN = 20_000_000, 1.3     # weights, and how much faster a layer is: bfloat16 pays (ours)
+
+
+def dtype_of(device, init):
+    """What --dtype auto comes to: bfloat16 on CUDA, and on a CPU whose products are GAIN times as
+    fast in it, for a checkpoint `init` of MANY weights or more; else float32."""
+    if device.startswith("cuda"):
+        return "bfloat16"
+    small = numbers_in(init) < MANY or number_of("WORLD_SIZE") > 1       # each rank would measure
+    return "float32" if small or bfloat16_gain() < GAIN else "bfloat16"
+
+
+def numbers_in(init):
+    """How many numbers a checkpoint's safetensors hold, an adapter's with its base's; 0 where there
+    are none."""
+    try:
+        folder = checkpoint(init) if init else Path("/nowhere")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "") if (
+            folder / "adapter_config.json").exists() else ""
+        count = numbers_in(base) if base else 0
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as stored:
+                count += sum(math.prod(stored.get_slice(k).get_shape()) for k in stored.keys())
+        return count
+    except (UserError, OSError, SafetensorError):
+        return 0                                      # a base:… to be made, or load() says why
+
+
+@functools.cache
+def bfloat16_gain(n=512, rounds=5):
+    """How many times as fast a linear layer is on this CPU in bfloat16 as in float32: medians of
+    rounds in turn, a fifth of a second at most."""
+    kinds, took = (torch.float32, torch.bfloat16), ([], [])
+    layers = [(torch.ones(n // 2, n, dtype=kind), torch.ones(n, n, dtype=kind)) for kind in kinds]
+    for _ in range(rounds + 1):
+        for layer, seconds in zip(layers, took):
+            start = time.perf_counter()
+            torch.nn.functional.linear(*layer)
+            seconds.append(time.perf_counter() - start)
+    slow, fast = (statistics.median(x[1:]) for x in took)      # the first ones choose their kernels
+    return slow / fast
 
 
 def comments_of(Config):
@@ -939,7 +992,7 @@ def source():
 
 FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")         # torch.save's words
 FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config",
-        "micro", "compile"}      # may change on --resume
+        "micro", "compile", "share_prompts"}  # may change on --resume
 
 
 def settings(c, f):

@@ -152,7 +152,7 @@ def states(plus, minus):
 def test_the_goal_term_by_hand():
     """cosines .6 and .1: .590942; at best 1 and -1: .313262"""
     def extra(*cosines, **options):
-        return (goal(WIN, LOSE, *states(*cosines), **options) - bt(WIN, LOSE))[0].item()
+        return (goal(*states(*cosines), WIN, LOSE, **options) - bt(WIN, LOSE))[0].item()
     assert [extra(.6, .1), extra(1, -1)] == pytest.approx([.590942, .313262], abs=1e-6)
     weighted = [extra(.6, .1, weight=w) for w in (1.0, 0.0)]
     assert weighted == pytest.approx([2 * .590942, 0], abs=2e-6)
@@ -165,8 +165,8 @@ def test_the_goal_term_is_the_log_of_a_mean():
     late[0], wrong[1] = early[0], early[1]                       # cosines 1 .6, and .1 1
     plus, minus = (torch.sigmoid(T(x)).mean() for x in ([1, .6], [.1, 1]))
     want = .5 * (-plus.log() - (1 - minus).log())
-    assert close(goal(WIN, LOSE, early, late, wrong) - bt(WIN, LOSE), want.expand(2))
-    assert not close(goal(WIN, LOSE, early, wrong, late), goal(WIN, LOSE, early, late, wrong))
+    assert close(goal(early, late, wrong, WIN, LOSE) - bt(WIN, LOSE), want.expand(2))
+    assert not close(goal(early, wrong, late, WIN, LOSE), goal(early, late, wrong, WIN, LOSE))
 
 
 def test_genarm_by_hand():
@@ -211,7 +211,7 @@ def test_text_losses_by_hand():
     (lambda c, r: bt_scaled(c, r, rand(5).abs()), [5, 5]), (bt_smooth, [5, 5]),
     (lambda c, r: win_tie(c, r, (rand(5) > 0).double()), [5, 5]),
     (lambda x: regression(x, torch.where(rand(4, 3) > .8, NAN, rand(4, 3, seed=1))), [(4, 3)]),
-    (goal, [2, 2, (2, 3, 4), (2, 3, 4), (2, 3, 4)]), (autoregressive, [5, 5]),
+    (goal, [(2, 3, 4), (2, 3, 4), (2, 3, 4), 2, 2]), (autoregressive, [5, 5]),
     (lambda g: preference(g, torch.rand(5), torch.rand(5)), [5]),
     (lambda logp, s: listwise(logp, s, T([[2., 1, 3], [1, 3, 2]])), [(2, 4), (2, 3)]),
     (uwo, [(4, 5)]), (lcb, [(4, 5)]), (wco, [(4, 5)])], ids=lambda x: getattr(x, "__name__", None))

@@ -933,3 +933,45 @@ def test_a_stage_s_loss_stops_the_run_too(workdir):
     c, f = conf("--out", "o")
     with Run(c, f, "x") as run, pytest.raises(UserError, match="member-0 loss became nan"):
         run.log(1, **{"member-0 loss": math.nan})
+
+
+# --- the dtype ------------------------------------------------------------------------------------
+
+
+def stored(folder, *shape, base=""):
+    """A checkpoint's folder with one tensor, or an adapter's on a base."""
+    folder.mkdir()
+    save_file({"w": torch.zeros(shape)}, folder / "model.safetensors")
+    name, d = ("adapter_config.json", dict(base_model_name_or_path=base)) if base else (
+        "config.json", {})
+    (folder / name).write_text(json.dumps(d))
+    return str(folder)
+
+
+def test_a_cpu_computes_in_bfloat16_where_it_is_faster_and_the_model_large(tmp_path, monkeypatch):
+    large, small = stored(tmp_path / "a", 101, 10), stored(tmp_path / "b", 99, 10)
+    adapter = stored(tmp_path / "c", 2, 10, base=large)
+    monkeypatch.setattr(run, "MANY", 1_000)
+    assert [run.numbers_in(x) for x in (large, small, adapter)] == [1010, 990, 1030]
+    assert run.numbers_in("base:toyif") == run.numbers_in("") == run.numbers_in("nowhere") == 0
+
+    def auto(gain, init):
+        monkeypatch.setattr(run, "bfloat16_gain", lambda: gain)
+        return run.with_device(dict(device="cpu", dtype="auto", init=init))["dtype"]
+    assert [auto(1.31, x) for x in (large, small, adapter, "")] == [
+        "bfloat16", "float32", "bfloat16", "float32"]
+    assert auto(1.29, large) == "float32"
+    monkeypatch.setattr(run, "bfloat16_gain", lambda: 1 / 0)           # nothing is measured for it
+    assert run.with_device(dict(device="cpu", dtype="auto", init=small))["dtype"] == "float32"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert auto(9.0, large) == "float32"
+
+
+def test_the_gain_of_bfloat16_is_a_ratio_of_layers(monkeypatch):
+    now = [0.0]
+
+    def layer(x, w):
+        now[0] += 3.0 if x.dtype == torch.float32 else 2.0
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.nn.functional, "linear", layer)
+    assert run.bfloat16_gain.__wrapped__() == 1.5
