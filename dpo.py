@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import trange
 
 import kernels
 import optim
@@ -242,10 +243,11 @@ GIVES = dict(none=(), pairs=("chosen", "rejected"), online=("chosen", "rejected"
 def make_rows(c, f, known):
     """Rows of the source, with what is frozen about them, such as reference log-probs."""
     rows, logprobs = ROWS[c.source](c, f, known)
-    here = known | dict(rows=rows, logprobs=logprobs)
+    some = met(c, f, rows)
+    here = known | dict(rows=some, logprobs=logprobs)
     for name in sorted(asked_by(c, f) & FACTS.keys()):
         if "rows" in needs(FACTS[name]):
-            for r, x in zip(rows, ask(FACTS[name], here)):
+            for r, x in zip(some, ask(FACTS[name], here)):
                 r[name] = x
     return rows
 
@@ -614,8 +616,9 @@ def outlook(run, known, rows, sets, opt):
 def response_logprobs(tok, c, rows, model):
     """A model's log-probs of a row's response tokens, side after side -> [n] a row, on the CPU"""
     out, mine = [], own_part(rows)
+    bar = dict(desc="log-probs of pairs", delay=5, disable=rank() > 0 or None, leave=False)
     with autocast(c.device, c.dtype), gathered(model):
-        for i in range(0, len(mine), c.micro):
+        for i in trange(0, len(mine), c.micro, **bar):
             part = mine[i:i + c.micro]
             here = measure(c, dict(policy=model, tok=tok), part)
             flat = here["logps"][here["mask"] > 0].cpu()
@@ -659,6 +662,17 @@ def means(totals, B):
 def once(c, f, known):
     """Rows that are made once, and log-probs of models that do not move, kept on disk."""
     return ask(f.source, dict(known)), partial(cached_logprobs, known["tok"], c)
+
+
+def met(c, f, rows):
+    """The rows that a run of less than a pass comes to; all of a longer one, or where rows are made
+    again."""
+    steps = in_passes(c, len(rows), c.batch).steps
+    if not static(f) or steps * c.batch >= len(rows):
+        return rows
+    picked = {i for step in range(steps)
+              for i in batch_indices(len(rows), c.batch, step, c.seed).tolist()}
+    return [rows[i] for i in sorted(picked)]
 
 
 def cached_logprobs(tok, c, rows, model):

@@ -805,13 +805,30 @@ def test_reference_log_probs_are_kept_on_disk(shared_bases, monkeypatch, tmp_pat
         return real(tok, c, rows, model)
     monkeypatch.setattr(dpo, "response_logprobs", counted)
     a = tiny("dpo", "a", "--steps=1")
-    n = sum(x == 64 for x in calls)
+    n = sum(x == 8 for x in calls)                             # the rows of one step
     files = list((tmp_path / "cache").iterdir())
     calls.clear()
     b = tiny("cdpo", "b", "--steps=1", "--flip=0")  # another loss, the same rows and weights
-    assert n == 1 and sum(x == 64 for x in calls) == 0 and a == b
+    assert n == 1 and sum(x == 8 for x in calls) == 0 and a == b
     tiny("dpo", "c", "--steps=1", "--noise=0.5")                   # other rows
     assert len(list((tmp_path / "cache").iterdir())) == len(files) + 1
+
+
+def test_references_are_made_of_the_rows_that_a_run_comes_to(shared_bases, monkeypatch):
+    """of less than a pass only those; the run is that with all of them"""
+    c = dpo.Config(steps=2, batch=3, seed=5)
+    f, rows = SimpleNamespace(source=partial(dpo.pairs)), list(range(20))
+    picked = {i for step in range(2) for i in dpo.batch_indices(20, 3, step, 5).tolist()}
+    assert dpo.met(c, f, rows) == sorted(picked) and len(picked) == 6
+    assert dpo.met(c, f, rows[:6]) == rows[:6]                         # a whole pass
+    assert len(dpo.met(dpo.Config(epochs=0.5, batch=3), f, rows)) == 12
+    made, asked = [], dpo.cached_logprobs
+    monkeypatch.setattr(dpo, "cached_logprobs", lambda tok, c, rows, model: (
+        made.append(len(rows)), asked(tok, c, rows, model))[1])
+    few = tiny("", "few", "--steps=2")
+    monkeypatch.setattr(dpo, "met", lambda c, f, rows: rows)
+    whole = tiny("", "whole", "--steps=2")
+    assert made[0] == 2 * 8 and made[1] == 64 and few == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
 def test_dpo_learns(shared_bases):
