@@ -78,6 +78,7 @@ class Config(Training):
     warmup: int = 20             # steps of linear warm-up
     weight_decay: float = 0.1    # on matrices, not on norms and biases
     clip: Positive = 1.0         # largest gradient norm
+    eval_prompts: int = 64       # held-out prompts that are answered at the end (0: none)
     linear: str = "plain"        # how the blocks' linear layers compute: a row of LINEARS
     prune: str = "none"          # which row of PRUNING cuts their weights while training
     store: str = "float32"       # how the matrices of the blocks are kept: a row of optim.STORES
@@ -287,8 +288,7 @@ def evaluate(model, tok, data, c, limit=256):
             of["count"] += mask.sum().item()
             scored = [t for t in tokens[mask > 0].tolist() if t not in tok.hidden]
             of["size"] += sum(len(tok.tokens[t]) for t in scored)
-    of = summed(of)
-    nats = of["nats"]
+    nats = (of := summed(of))["nats"]
     return dict(loss=nats / max(of["count"], 1), bpb=nats / math.log(2) / max(of["size"], 1))
 
 
@@ -330,8 +330,8 @@ def conclude(c, f, scores, memories, known):
         if name in REPORTS:
             scores |= REPORTS[name](**{key: known[key] for key in needs(REPORTS[name])})
     run, net, tok = known["run"], known["net"], known["tok"]
-    if not text.is_corpus(c.data) and net is not None:           # of several ranks the first
-        problems = tasks.of_run(c).problems("val", 64, c.seed)
+    if not text.is_corpus(c.data) and c.eval_prompts and net is not None:  # of ranks the first
+        problems = tasks.of_run(c).problems("val", c.eval_prompts, c.seed)
         with alone():
             quality = show(net, tok, problems, c, run, tag_of(f, tok)) if problems else {}
         run.say("  held out: " + "  ".join(f"{k} {v:.3f}" for k, v in (scores | quality).items()))
@@ -575,6 +575,7 @@ def readers(c, f):
         turns=(c.chat and c.feedback not in HELD, "runs with --chat, but for pairs"),
         **tasks.file_readers(c, c.feedback in HELD),
         epochs=(not c.steps, "runs without --steps"), **adapter_readers(c),
+        eval_prompts=(not corpus, demonstrated),
         slots=(False, "grpo.py, ppo.py and dpo.py"),
         warmup=("warmup" in needs(f.schedule), "other schedules"),
         teacher=by_loss("teacher"), other=by_loss("other"),

@@ -574,6 +574,19 @@ def test_the_metric_is_that_of_each_prompt_s_own_answer(monkeypatch, capsys):
     assert capsys.readouterr().out.count("prompt ") == 3
 
 
+def test_as_many_prompts_are_answered_as_are_asked_for(monkeypatch):
+    """none: nothing is sampled at the end of a run"""
+    seen = []
+    monkeypatch.setattr(sft, "show", lambda net, tok, problems, *_: seen.append(problems) or {})
+    task = tasks.task("toyif")
+    for n in (0, 3):
+        c = sft.Config(data="toyif", eval_prompts=n, seed=7)
+        known = dict(run=SimpleNamespace(say=print), net=1, tok=prefs.tokenizer())
+        f = SimpleNamespace(loss=sft.nll, feedback=SimpleNamespace(keywords={}))
+        sft.conclude(c, f, {}, {}, known)
+    assert seen == [task.problems("val", 3, 7)]
+
+
 def check_saved(w):
     """The last checkpoint is the model that was trained, whole and plain; memories are there."""
     c, state = w.c, torch.load("run/step-000002/state.pt", weights_only=True)
