@@ -45,6 +45,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 
 import kernels
 from data.run import (KINDS, Count, NonNegative, Positive, Range, UserError, bandwidth, cast,
@@ -448,7 +449,7 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
     config, device = model.config, model.head.device
     check_request(config, prompts, samples, max_new_tokens, temperature, top_k)
     stop = torch.tensor(config.eos_token_id if stop is None else stop, device=device).long()
-    pad = max(config.pad_token_id, 0)
+    pad, cut = max(config.pad_token_id, 0), (temperature, top_k, top_p)
     distinct, length, rows = prompts_apart(prompts, samples, pad, device)      # [U, T], [U], [B]
     u = torch.rand(len(rows), max_new_tokens, generator=generator).to(device)            # [B, new]
     models, mine = [model, contrast[0]] if contrast else [model], own_rows(len(rows)).to(device)
@@ -456,11 +457,12 @@ def generate(model, prompts, max_new_tokens, *, samples=1, temperature=1.0, top_
 
     def choose(logits, u):
         """Each model's logits [n, V], u [n] -> tokens and their log-probs [n]."""
+        bar.update()
         mixed = against(*logits, contrast[1]) if contrast else logits[0]
-        return pick(mixed, u, temperature, top_k, top_p)
+        return pick(mixed, u, *cut)
 
     loops = [decode, *(loop for loop, fits in LOOPS.items() if fits(queue, stop))]
-    with gathered(*models):                                  # of several ranks each has its rows
+    with gathered(*models), waiting("sampling", max_new_tokens) as bar:     # each rank its rows
         out, logp, row_steps = loops[-1](queue, u[mine], stop, choose)
     check_finite(logp)
     out, logp = (from_ranks(x, len(rows)) for x in (out, logp))
@@ -543,6 +545,11 @@ def check_slots(models, length, make, slots, chunk):
         raise UserError("slots: in this cache no row can take another's place; leave slots at 0")
     if chunk and int(length.max()) > min(m.switch for m in models):
         raise UserError("chunk: a prompt beyond longrope's switch is read at once; leave it at 0")
+
+
+def waiting(what, total):
+    """A bar for what takes more than five seconds, on a terminal, of the first rank."""
+    return tqdm(total=total, desc=what, delay=5, leave=False, disable=rank() > 0 or None)
 
 
 def check_finite(logp):

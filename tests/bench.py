@@ -264,9 +264,12 @@ def flops_per_token(model, context, scored=1.0):
 
 
 def plain_logprobs(model, tokens, mask):
-    """What everybody writes: all logits, log_softmax, gather.   -> [B, T], 0 outside the mask"""
-    logp = torch.log_softmax(model.logits(model(tokens))[:, :-1], -1)                  # [B, T-1, V]
-    return F.pad(logp.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
+    """What trainers write: whole rows through the model, logits where a token is scored, the
+    token's less their log-sum-exp.   -> [B, T], 0 outside the mask"""
+    where = mask[:, 1:] > 0                                                            # [B, T-1]
+    logits = model.logits(model(tokens)[:, :-1][where])                                  # [N, V]
+    logp = logits.gather(1, tokens[:, 1:][where][:, None]).squeeze(1) - logits.logsumexp(1)
+    return F.pad(torch.zeros_like(mask[:, 1:]).masked_scatter(where, logp), (1, 0))
 
 
 def step_row(device, rows, loss, extra=0.0, vocab=2048):
@@ -274,7 +277,8 @@ def step_row(device, rows, loss, extra=0.0, vocab=2048):
     against plain ones. rows: (prompt ids, completion ids); extra: FLOPs beyond forward and backward
     on each token."""
     sides = [model_of("4x128", vocab, 512, device) for _ in range(2)]
-    opts = [optimiser(m, lr=1e-3, weight_decay=0.1) for m in sides]
+    opts = [optimiser(sides[0], lr=1e-3, weight_decay=0.1),
+            torch.optim.AdamW(sides[1].parameters(), lr=1e-3, weight_decay=0.1, fused=True)]
     tokens, mask = collate(rows, 0, device)
 
     def step(model, opt, logprobs, mode):
@@ -285,10 +289,16 @@ def step_row(device, rows, loss, extra=0.0, vocab=2048):
         opt.zero_grad()
         kernels.use("auto")
 
-    count = sum(len(p) + len(r) for p, r in rows)
+    count = least_tokens(rows)
     return Row(lambda: step(sides[0], opts[0], token_logprobs, "auto"),
                lambda: step(sides[1], opts[1], plain_logprobs, "torch"),
                count * flops_per_token(sides[0], tokens.size(1)) + extra, tokens=count)
+
+
+def least_tokens(rows):
+    """What has to be computed of rows: every prompt once, and the completions."""
+    prompts = {tuple(torch.as_tensor(p).tolist()) for p, _ in rows}
+    return sum(map(len, prompts)) + sum(len(r) for _, r in rows)
 
 
 def demonstrations(B, seed=0):
@@ -347,16 +357,20 @@ def dpo(device):
         margin = (logprobs(model, tokens, mask).sum(1) - ref).view(2, -1)                # [2, P]
         return -F.logsigmoid(0.1 * (margin[0] - margin[1])).mean()
 
-    rows = demonstrations(32)
-    forward = sum(len(p) + len(r) for p, r in rows) * flops_per_token(reference, 96) / 3
+    chosen, rejected = demonstrations(16), demonstrations(16, seed=1)
+    rows = [*chosen, *((p, r) for (p, _), (_, r) in zip(chosen, rejected))]
+    forward = least_tokens(rows) * flops_per_token(reference, 96) / 3
     return step_row(device, rows, loss, extra=forward)
 
 
-def grpo(device, prompts=8, samples=8, new=32):
-    """A GRPO step: sample groups, score, one clipped update. Both sides sample with the cache."""
+def grpo(device, prompts=8, samples=8, new=32, length=0):
+    """A GRPO step: sample groups, score, one clipped update. Both sides sample with the cache.
+    length: of the prompts, instead of those of demonstrations."""
     rows = [p.tolist() for p, _ in demonstrations(prompts)]
+    rows = torch.randint(0, 2000, (prompts, length)).tolist() if length else rows
     sides = [model_of("4x128", 2048, 512, device) for _ in range(2)]
-    opts = [optimiser(m, lr=1e-5) for m in sides]
+    opts = [optimiser(sides[0], lr=1e-5),
+            torch.optim.AdamW(sides[1].parameters(), lr=1e-5, fused=True)]
 
     def step(model, opt, logprobs, mode):
         kernels.use(mode)
@@ -372,7 +386,7 @@ def grpo(device, prompts=8, samples=8, new=32):
         opt.zero_grad()
         kernels.use("auto")
 
-    count = samples * sum(len(p) + new for p in rows)
+    count = sum(len(p) + samples * new for p in rows)
     made = prompts * samples * new * flops_per_token(sides[0], 80) / 3
     return Row(lambda: step(sides[0], opts[0], token_logprobs, "auto"),
                lambda: step(sides[1], opts[1], plain_logprobs, "torch"),
@@ -501,7 +515,8 @@ UPDATES = dict(update_adamw=partial(update_row, rule=adamw, theirs=torch_adamw),
                update_normuon=partial(update_row, rule=normuon, theirs=our_muon, matrices=True))
 STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_completions,
              sft_large_vocabulary=sft_large_vocabulary, dpo=dpo, grpo=grpo,
-             grpo_64x8x64=partial(grpo, prompts=64, new=64), generation=generation, slots=slots,
+             grpo_64x8x64=partial(grpo, prompts=64, new=64),
+             grpo_256=partial(grpo, new=64, length=256), generation=generation, slots=slots,
              slots_sarathi=partial(slots, chunk=64), experts=experts,
              speculation=speculation)
 ROWS = {name: partial(kernel_row, name=name) for name in KERNELS} | UPDATES | STEPS
