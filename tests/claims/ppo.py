@@ -195,8 +195,8 @@ APART = dict(
         "A policy for the worst-served of the groups found by EM serves the minority better than "
         "one for the pooled reward",
         "2402.08925: 33 % more wins for minority groups, 16 % on average",
-        dict(maxmin="ring,maxmin,rewards={em},beta=0.05", pooled="ring,weighted,eos=subtract,"
-             "no_eos=1.0,rewards={em}/pooled,beta=0.05"), "val_gold_b",
+        dict(maxmin="ring,maxmin,rewards={em},beta=0.4", pooled="ring,weighted,eos=subtract,"
+             "no_eos=1.0,rewards={em}/pooled,beta=0.4"), "val_gold_b",
         versus("maxmin", "pooled", tag="minority: ")
         | versus("maxmin", "pooled", on="val_gold", tag="majority: "),
         also=("val_gold", "ood_gold", "val_kl", "val_flattery"),
