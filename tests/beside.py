@@ -65,11 +65,10 @@ def ours(folder, kind, shape, dtype):
     from data.run import read_log
     script = kind.partition("_")[0]
     options = dict(init=f"{folder}/model", data=f"{folder}/rows.jsonl", out=f"{folder}/run",
-                   steps=WARM + STEPS, eval_every=1000, save_every=1000, dtype=dtype, warmup=0,
-                   micro=64, lr=1e-5)
-    options |= {"sft": dict(batch=shape["rows"]), "dpo": dict(batch=shape["rows"]),
-                "reward": dict(batch=shape["rows"]),
-                "grpo": dict(prompts=shape["rows"], samples=shape.get("samples"), minibatches=1,
+                   steps=WARM + STEPS, save_every=1000, dtype=dtype, warmup=0, micro=64, lr=1e-5)
+    rare = dict(batch=shape["rows"], eval_every=1000)
+    options |= {"sft": rare, "dpo": rare, "reward": dict(batch=shape["rows"]),
+                "grpo": dict(eval_every=1000, prompts=shape["rows"], samples=shape.get("samples"), minibatches=1,
                              max_new=shape["response"], eval_prompts=1, eval_samples=1,
                              reward=f"{folder}/score.py:score")}[script]
     words = [f"--{k}={v}" for k, v in options.items()]
@@ -116,8 +115,8 @@ def theirs(folder, kind, shape, dtype):
         trainer = trl.SFTTrainer(model, trl.SFTConfig(max_length=512, **common), train_dataset=rows,
                                  processing_class=tok)
     elif script == "dpo":
-        trainer = trl.DPOTrainer(model, None, trl.DPOConfig(**common), train_dataset=rows,
-                                 processing_class=tok)
+        config = trl.DPOConfig(precompute_ref_log_probs=True, **common)      # as ours: once, before
+        trainer = trl.DPOTrainer(model, None, config, train_dataset=rows, processing_class=tok)
     elif script == "reward":
         trainer = trl.RewardTrainer(model, trl.RewardConfig(**common), train_dataset=rows,
                                     processing_class=tok)
