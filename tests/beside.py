@@ -66,11 +66,12 @@ def ours(folder, kind, shape, dtype):
     script = kind.partition("_")[0]
     options = dict(init=f"{folder}/model", data=f"{folder}/rows.jsonl", out=f"{folder}/run",
                    steps=WARM + STEPS, save_every=1000, dtype=dtype, warmup=0, micro=64, lr=1e-5)
-    rare = dict(batch=shape["rows"], eval_every=1000)
-    options |= {"sft": rare, "dpo": rare, "reward": dict(batch=shape["rows"]),
-                "grpo": dict(eval_every=1000, prompts=shape["rows"], samples=shape.get("samples"), minibatches=1,
-                             max_new=shape["response"], eval_prompts=1, eval_samples=1,
-                             reward=f"{folder}/score.py:score")}[script]
+    if script != "reward":                               # which has no held-out rows here
+        options |= dict(eval_every=1000)
+    options |= dict(
+        prompts=shape["rows"], samples=shape["samples"], minibatches=1, max_new=shape["response"],
+        eval_prompts=1, eval_samples=1, reward=f"{folder}/score.py:score",
+    ) if script == "grpo" else dict(batch=shape["rows"])
     words = [f"--{k}={v}" for k, v in options.items()]
     out = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *words],
                          capture_output=True, text=True)
