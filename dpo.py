@@ -678,6 +678,8 @@ def met(c, f, rows):
 def cached_logprobs(tok, c, rows, model):
     """response_logprobs, kept under data/cache by a hash of all that they depend on: the same rows,
     weights and precision are scored once, ever."""
+    if not rows:                                                             # of a run of 0 steps
+        return []
     mark = hashlib.sha256((repr([(r["prompt"], r["sides"]) for r in rows]) + c.dtype).encode())
     for name, p in model.state_dict().items():
         p = p.full_tensor() if hasattr(p, "full_tensor") else p              # spread over ranks

@@ -966,7 +966,7 @@ def test_a_finished_run_is_not_made_again_and_packed_weights_not_packed_twice(sh
 
 def test_more_bits_and_no_pruning_cost_less(shared_bases):
     loss = {bits: tiny("rtn", f"b{bits}", f"--bits={bits}")["loss_increase"] for bits in (2, 8)}
-    assert abs(loss[8]) < .01 < loss[2]
+    assert abs(loss[8]) < 1e-3 and loss[2] > 5e-3
     out = tiny("magnitude", "all", "--pattern=100%")
     assert abs(out["loss_increase"]) < 1e-6 and out["bits"] == 16              # stored as it was
 

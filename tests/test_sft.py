@@ -428,11 +428,11 @@ def test_a_run_reads_what_its_rows_need():
     assert reads("--init", "", "--data", "stdlib", "--steps", "3") == always | {
         "model", "family", "tokenizer", "vocab", "warmup"}
     assert reads("--init", "", "--tokenizer", "bytes") == always | {
-        "model", "family", "tokenizer", "rows", "chat", "epochs", "warmup"}
+        "model", "family", "tokenizer", "rows", "chat", "epochs", "warmup", "eval_prompts"}
     assert reads("--config", "adpa", "--steps", "0") == always | {
-        "rows", "chat", "epochs", "warmup", "teacher", "other"}
+        "rows", "chat", "epochs", "warmup", "teacher", "other", "eval_prompts"}
     assert reads("--config", "dckd") == always | {
-        "rows", "chat", "epochs", "warmup", "teacher"}
+        "rows", "chat", "epochs", "warmup", "teacher", "eval_prompts"}
     assert reads("--data", "stdlib", "--watch", "toyif") == always | {"chat", "epochs", "warmup"}
 
 
