@@ -13,10 +13,14 @@ L3 = 1.0986123                       # log 3: (log 3, 0) is the law (3/4, 1/4), 
 class Laws:
     """A model of two tokens whose hidden states, which are its logits, depend on the first token
     of a row and on the place."""
-    head = torch.eye(2)
+    head, of_all_tokens = torch.eye(2), True
 
     def __init__(self, *rules):
         self.rules = rules
+
+    def modules(self):
+        """Itself alone: rows stay whole, as their first token says the rule."""
+        return [self]
 
     def __call__(self, tokens):
         """The rule of a row's first token, for all of its places.   [N, T, 2]"""
