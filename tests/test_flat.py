@@ -72,10 +72,15 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_plain_pass(family):
                                                    temperature=0.7)))
 
 
-@pytest.mark.parametrize("window", [1, 3, 8, 40])
+@pytest.mark.parametrize("window", [1, 3, 8, 16])
 def test_a_window_ends_in_the_prompt_the_response_or_before_both(window):
-    net, (tokens, mask) = small("mistral", sliding_window=window), collate(rows(), 0)
+    net = small("mistral", sliding_window=window,
+                layer_types=("sliding_attention", "full_attention"))
+    tokens, mask = collate(rows(), 0)
+    far = token_logprobs(net, tokens, mask)
     assert agree(*both(net, lambda: token_logprobs(net, tokens, mask)))
+    net.layers[0].self_attn.window = 0
+    assert (far - token_logprobs(net, tokens, mask)).abs().max() > 1e-6        # the window bites
 
 
 @pytest.mark.parametrize("says", [
@@ -87,6 +92,12 @@ def test_values_scores_and_states_of_a_scalar_model(says):
     net, (tokens, mask) = ScalarModel.from_lm(small(), std=1.0).double(), collate(rows(), 0)
     start = mask.argmax(1)
     ends = start + mask.sum(1).long()
+    every, one = net(tokens), torch.arange(len(tokens))
+    assert torch.allclose(sequence_score(net, tokens, ends), every[one, ends - 1], atol=1e-5)
+    assert torch.allclose(last_hidden(net, tokens, ends),
+                          net(tokens, states=True)[one, ends - 1].float(), atol=1e-5)
+    before = torch.nn.functional.pad(every[:, :-1], (1, 0)) * mask
+    assert torch.allclose(token_values(net, tokens, mask), before, atol=1e-5)
     assert agree(*both(net, lambda: says(net, tokens, mask, start, ends)), 1e-5)   # float32 scores
 
 
