@@ -966,6 +966,17 @@ def test_memories_of_eleven_steps(shared_bases, monkeypatch):
     assert [call.usual for call in run.of("steady")] == pytest.approx([0] * 10 + usual[9:10])
 
 
+@pytest.mark.parametrize("asked, steps", [
+    ([], [1, 4]), (["--kl_reward", "0.05"], [1, 2, 3, 4]), (["--penalty", "k3"], [1, 2, 3, 4])])
+def test_the_reference_is_asked_where_its_log_probs_are_read(shared_bases, asked, steps):
+    grpo.main(merged("--config", "tiny", "--prompts", "2", "--samples", "2", "--minibatches", "1",
+                     "--max_new", "4", "--eval_prompts", "1", "--eval_samples", "1", "--out",
+                     "run", *asked))
+    log = [row for row in read_log("run") if "entropy" in row]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert [row["step"] for row in log if "kl" in row] == steps
+
+
 def test_steady_groups_are_those_of_the_usual_spread():
     """the filter's rule reads shaped rewards, the usual spread and its share of it"""
     score = torch.tensor([[0., 2], [0, 1], [.7, .7]])
