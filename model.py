@@ -1065,6 +1065,8 @@ def flattened(tokens, where, first=None):
     end = (at * where).amax(1)                                           # [B] after the last wanted
     first = torch.minimum(where.long().argmax(1) + 1 if first is None else first, end)
     least = 1 - worth
+    if (end - first).sum() > least * tokens.numel():                   # too much is nobody's prompt
+        return None
     shared, whole = Flat(tokens, first, end), Flat(tokens, end, end)
     best = shared if len(shared.tokens) <= least * len(whole.tokens) else whole
     return best if 0 < len(best.tokens) <= least * tokens.numel() else None

@@ -1516,9 +1516,9 @@ def flat_product(fn, x, W, bias):
 
 
 class HaloLinear(nn.Module):
-    """A linear layer computed by halo_product(); its weight stays float32. Scales are those of the
-    rows at hand, so --micro changes them a little."""
+    """A linear layer by halo_product(), its weight float32; scales are the micro-batch's."""
     of_all_tokens = True                                 # see model.states()
+
     def __init__(self, linear, level=2, format="int8"):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias

@@ -489,8 +489,10 @@ def dtype_of(device, init):
 def numbers_in(init):
     """How many numbers a checkpoint's safetensors hold, an adapter's with its base's; 0 where there
     are none."""
+    if not init:
+        return 0
     try:
-        folder = checkpoint(init) if init else Path("/nowhere")
+        folder = checkpoint(init)
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "") if (
             folder / "adapter_config.json").exists() else ""
         count = numbers_in(base) if base else 0

@@ -1,7 +1,6 @@
 """Rows without padding, prompts computed once: the same numbers and gradients as the plain pass,
 of fewer tokens."""
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -157,6 +156,14 @@ def test_another_layout_where_it_saves_a_tenth(n, saves):
     assert (flattened(tokens, where) is not None) == saves
 
 
+def test_a_prompt_in_common_is_saved_though_there_is_no_padding():
+    tokens, mask = collate([([7] * 16, [i, i + 1, i + 2]) for i in range(4)], 0)
+    flat = flattened(tokens, torch.nn.functional.pad(mask[:, 1:] > 0, (0, 1)))
+    assert len(flat.tokens) == 16 + 4 * 2
+    tokens, mask = collate([([i], [7] * 18) for i in range(4)], 0)     # nothing in common
+    assert flattened(tokens, torch.nn.functional.pad(mask[:, 1:] > 0, (0, 1))) is None
+
+
 def test_experts_and_compiled_models_keep_the_plain_pass(monkeypatch):
     monkeypatch.setattr(M, "flattened", lambda *_: 1 / 0)
     tokens, mask = collate(rows(), 0)
@@ -174,7 +181,3 @@ def test_a_context_that_is_too_short_is_told_of():
     M.worth = LAYOUTS["true"]
     with pytest.raises(M.UserError, match="109 tokens exceed the model's context of 96"):
         token_logprobs(net, tokens, mask)
-
-
-def test_the_share_that_is_worth_it():
-    assert LAYOUTS == dict(auto=0.1, true=-math.inf, false=math.inf)
