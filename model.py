@@ -1120,7 +1120,7 @@ class Flat:
         if self.tails.width:
             if window not in self.masks:
                 self.masks[window] = self.mask(window)
-            k, v = (torch.cat([x[self.which], x1], 2) for x, x1 in ((k, k1), (v, v1)))
+            k, v = (torch.cat([x[self.which], x1], 2).to(q.dtype) for x, x1 in ((k, k1), (v, v1)))
             y = torch.cat([y, self.tails.take(look(q1, k, v, self.masks[window]))])
         return y[:, :, None]
 

@@ -507,7 +507,7 @@ def numbers_in(init):
 @functools.cache
 def bfloat16_gain(n=512, rounds=5):
     """How many times as fast a linear layer is on this CPU in bfloat16 as in float32: medians of
-    rounds in turn, a fifth of a second at most."""
+    rounds in turn."""
     kinds, took = (torch.float32, torch.bfloat16), ([], [])
     layers = [(torch.ones(n // 2, n, dtype=kind), torch.ones(n, n, dtype=kind)) for kind in kinds]
     for _ in range(rounds + 1):

@@ -110,6 +110,18 @@ def test_recomputed_blocks_and_adapters(prepare):
     assert agree(*both(net, lambda: token_logprobs(net, tokens, mask)))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_in_bfloat16_it_is_the_plain_pass_to_rounding(family):
+    net, (tokens, mask) = small(family).float(), collate(rows(), 0)
+    out = []
+    for mode in ("false", "true"):
+        M.worth = LAYOUTS[mode]
+        with M.autocast(tokens.device, "bfloat16"):
+            out.append(token_logprobs(net, tokens, mask))
+        out[-1].sum().backward()
+    assert out[0].abs().max() > 3 and torch.allclose(*out, atol=0.3)
+
+
 def test_masks_with_holes_and_rows_where_nothing_is_wanted():
     net, (tokens, mask) = small(), collate(rows(), 0)
     mask[1], mask[4, ::2] = 0, 0
