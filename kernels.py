@@ -817,8 +817,14 @@ def decode_attention_cpu(q, k, v, length, window=0):
     """Two batched products over the slots that some row sees: a mask only where lengths differ."""
     (B, H, hd), K, (low, S) = q.shape, k.size(1), (int(n) for n in length.aminmax())
     first = max(low - window, 0) if window else 0                    # slots that no row sees go
-    q, k, v = q.reshape(B, K, H // K, hd), k[:, :, first:S], v[:, :, first:S]
     seen = None if low == S else slots_seen(S - first, length - first, window)
+    return over_slots(q, k[:, :, first:S], v[:, :, first:S], seen)
+
+
+def over_slots(q, k, v, seen=None):
+    """softmax(q kᵀ / sqrt(hd)) v over the slots of k, v that are seen [B, 1, 1, S], or all."""
+    (B, H, hd), K = q.shape, k.size(1)
+    q = q.reshape(B, K, H // K, hd)
     if q.element_size() == 2:            # scores must not be rounded, nor overflow float16
         return F.scaled_dot_product_attention(q, k, v, seen).reshape(B, H, hd)
     scores = (q * hd ** -0.5) @ k.mT                                                  # [B, K, G, S]
@@ -865,9 +871,8 @@ def decode_attention(q, k, v, length, window=0):
     if path == "triton":
         return decode_attention_triton(q, k, v, length, window)
     with torch.autocast(q.device.type, enabled=False):
-        if path == "cpu":
-            return decode_attention_cpu(q, k, v, length, window)
-        return decode_attention_ref(q, k, v, length, window)
+        attention = decode_attention_cpu if path == "cpu" else decode_attention_ref
+        return attention(q, k, v, length, window)
 
 
 # === xxt: a symmetric product, one triangle of it computed and mirrored ===========================

@@ -428,8 +428,8 @@ def decode(queue, u, stop, choose):
     out, logp, token = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u), None
     for i in range(u.size(1)):
         if i:
-            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(queue.models, caches)]
-        token, logp[:, i] = choose([m.logits(h) for m, h in zip(queue.models, hidden)], u[:, i])
+            hidden = [m(token[:, None], cache)[:, 0] for m, cache in zip(queue.steppers, caches)]
+        token, logp[:, i] = choose([m.logits(h) for m, h in zip(queue.steppers, hidden)], u[:, i])
         out[:, i] = token
     return out, logp, len(u) * max(u.size(1) - 1, 0)
 
@@ -732,6 +732,7 @@ class Queue:
             which, rows = which[longest], longest.argsort()[rows]
             self.order = rows.argsort(stable=True)
         self.models, self.make, self.new, self.chunk = models, make, new, chunk
+        self.steppers = [stepping(m, self.slots, new, make) for m in models]
         self.tokens, self.length, self.prompt = tokens[which], length[which], rows
         self.widths, self.ends = self.length.tolist(), [0, *rows.bincount().cumsum(0).tolist()]
         self.taken = self.first = self.last = 0    # rows with a slot; prompts first:last are held
@@ -789,7 +790,7 @@ class Batch:
     """
 
     def __init__(self, queue, u, stop, choose):
-        self.queue, self.models, self.choose = queue, queue.models, choose
+        self.queue, self.models, self.choose = queue, queue.steppers, choose
         self.u, self.stop, self.new = F.pad(u, (0, 1)), stop, u.size(1)
         self.out, self.logp = torch.zeros_like(self.u, dtype=torch.long), torch.zeros_like(self.u)
         self.row, hidden, self.caches = queue.start()
@@ -864,6 +865,111 @@ def can_stop(queue, stop):
 
 
 LOOPS[leave] = can_stop
+
+
+# === laid_out: ours, weights as oneDNN multiplies them; several layers' of one input as one =======
+
+LEAN = 32                # new tokens, from which on laying out takes less than it saves
+LEAN_BYTES = 1 << 32     # of weights at most, which are there twice meanwhile
+
+
+def laid_out(rows, dtype, *layers):
+    """x [n, in] -> what linear layers (or weights) of one input say of it, side by side [n, out].
+
+    The weights are copied into oneDNN's own layout for some number of rows, where it has one for
+    the dtype: F.linear would do that for a part of them on every call.
+    """
+    W, *others = (getattr(m, "weight", m).detach().to(dtype) for m in layers)
+    W = torch.cat([W, *others]) if others else W                                      # [out, in]
+    bias = [m.bias for m in layers if getattr(m, "bias", None) is not None]
+    bias = torch.cat(bias).to(dtype) if bias else None
+    if not lays_out(dtype):
+        return lambda x: F.linear(x.to(dtype), W, bias)
+    ops, W = torch.ops.mkldnn, torch.ops.mkldnn._reorder_linear_weight(W, rows)
+    return lambda x: ops._linear_pointwise(x.to(dtype), W, bias, "none", [], "")
+
+
+def lays_out(dtype):
+    """Whether oneDNN multiplies numbers of that dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def stepping(model, rows, new, make):
+    """What decodes in a model's place, `new` tokens of so many rows."""
+    return Lean(model, rows) if new >= LEAN and make is Cache and lean_fits(model) else model
+
+
+def lean_fits(model):
+    """Whether Lean knows a model: on a CPU, small enough, dense, every token sees all before it."""
+    if type(model) is not Transformer or kernels.route(model.head) != "cpu":
+        return False
+    c, family, usual = model.config, model.config.family, {nn.Embedding, RMSNorm, nn.Linear}
+    own = {type(m) for m in model.modules() if m._parameters}                 # adapters, packed, …
+    dense = family == Family(qkv_bias=family.qkv_bias, qk_norm=family.qk_norm)
+    odd = c.routed_heads or c.layer_widths or model.sources or c.partial_rotary_factor < 1
+    windows = any(window_of(c, i) for i in range(c.num_hidden_layers))
+    return dense and own <= usual and not (odd or windows or hasattr(model, "unshard")) and (
+        sum(x.nbytes for x in model.parameters()) <= LEAN_BYTES)
+
+
+# === lean: ours, a step of decoding on a CPU in few operations ====================================
+
+
+class Lean:
+    """A model whose steps of one token a row take few operations: q, k and v are one product, gate
+    and up another; what all layers share, angles and what is seen, is made once a step."""
+
+    def __init__(self, model, rows):
+        self.model, dtype = model, precision(model)
+        make = partial(laid_out, rows, dtype)
+        self.layers, self.head, self.dtype = [], make(model.head), dtype
+        for block in model.layers:
+            a, m = block.self_attn, block.mlp
+            self.layers.append((make(a.q_proj, a.k_proj, a.v_proj), make(a.o_proj),
+                                make(m.gate_proj, m.up_proj), make(m.down_proj)))
+
+    def logits(self, hidden):
+        """[n, D] -> float32 [n, V]."""
+        return self.head(hidden).float()
+
+    def __call__(self, tokens, cache):
+        """As of the model."""
+        if tokens.size(1) > 1 or type(cache) is not Cache:
+            return self.model(tokens, cache)
+        check_length(self.model, cache.used, cache.used + 1)
+        model, c, (positions, at) = self.model, self.model.config, cache.at(1)
+        cos, sin = (x[positions] for x in rope_table(
+            c, tokens.device, long=cache.used + 1 > model.switch))                # [n, 1, hd/2]
+        angles = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)              # [n, 1, hd]
+        low, S = (int(n) for n in (cache.length + 1).aminmax())
+        seen = None if low == S else kernels.slots_seen(S, cache.length + 1, 0)     # [n, 1, 1, S]
+        x = model.embed(tokens[:, 0])                                                    # [n, D]
+        for i, (block, (qkv, o, up, down)) in enumerate(zip(model.layers, self.layers)):
+            heads = qkv(block.input_layernorm(x)).view(len(x), -1, c.head_dim)  # [n, H + 2 K, hd]
+            q, k, v = turned_heads(block.self_attn, c, heads, *angles)
+            k, v = cache.put(i, k[:, :, None], v[:, :, None], at)                   # [n, K, S, hd]
+            x = x + o(kernels.over_slots(q, k[:, :, :S], v[:, :, :S], seen).flatten(1))
+            y = block.post_attention_layernorm(x)
+            x = x + down(block.mlp.act(*up(y).chunk(2, -1)))
+        cache.length += 1
+        cache.used += 0 if cache.static else 1
+        hidden = model.norm(x)[:, None]                                               # [n, 1, D]
+        return with_one(hidden) if model.bias else hidden
+
+
+def turned_heads(attention, c, heads, cos, sin):
+    """heads [n, H + 2 K, hd] -> q [n, H, hd] and k [n, K, hd], normed and turned, and v."""
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    both, v = heads.split([H + K, K], 1)
+    if attention.qk_norm:
+        q, k = both.split([H, K], 1)
+        both = torch.cat([attention.q_norm(q), attention.k_norm(k)], 1)
+    both = (both * cos + both.roll(c.head_dim // 2, -1) * sin).to(heads.dtype)
+    q, k = both.split([H, K], 1)
+    return q if attention.scale == 1 else q * attention.scale, k, v
 
 
 # === graphs: ours, decoding steps of fixed shape, recorded once and launched as one ===============

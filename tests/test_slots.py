@@ -9,7 +9,7 @@ import kernels
 import model as M
 from data.run import UserError
 from data.tokenizer import bytes_tokenizer
-from model import Cache, Transformer, generate, pick, preset
+from model import Cache, Lean, Transformer, generate, pick, preset
 
 STOP, NEW = list(range(0, 250, 16)), 12
 WINDOWED = dict(sliding_window=8, layer_types=("sliding_attention", "full_attention"))
@@ -68,8 +68,14 @@ def check(roll, prompts, want):
 
 
 def forwards(monkeypatch):
-    """The shapes of all forwards from here on."""
-    seen, forward = [], Transformer.forward
+    """The shapes of all forwards from here on, steps of Lean among them."""
+    seen, forward, step = [], Transformer.forward, Lean.__call__
+
+    def lean(self, t, cache):
+        if t.size(1) == 1 and type(cache) is Cache:
+            seen.append(tuple(t.shape))
+        return step(self, t, cache)
+    monkeypatch.setattr(Lean, "__call__", lean)
     monkeypatch.setattr(Transformer, "forward", lambda self, t, cache=None:
                         seen.append(tuple(t.shape)) or forward(self, t, cache))
     return seen
