@@ -390,15 +390,16 @@ def train(c, f):
 
         for step in run.steps(c.steps):
             # 1. rows ------------------------------------------------------------------------------
-            clock, known["step"] = time.perf_counter(), step
+            run.phase("rows")
+            known["step"] = step
             if rows is None or not static(f) and step - fresh >= c.refresh:
                 rows, fresh = make_rows(c, f, known), step
                 known["stage"] += 1
             order = batch_indices(len(rows), c.batch, step - fresh, c.seed + known["stage"])
             batch = [rows[i] for i in order.tolist()]
-            t_rows = time.perf_counter() - clock
             # 2. score and update ------------------------------------------------------------------
-            clock, metrics = time.perf_counter(), Counter()
+            run.phase("update")
+            metrics = Counter()
             if c.statistic in WHOLE:
                 batch = WHOLE[c.statistic](c, f, known, batch)
             loss = BACKWARD.get(c.loss, backward)(c, f, known, batch, metrics)
@@ -408,8 +409,7 @@ def train(c, f):
             opt.zero_grad()
             # 3. log -------------------------------------------------------------------------------
             run.log(step + 1, loss=loss, **means(metrics, len(batch)), norm=norm,
-                    **{k: n for k, n in counts.items() if n},
-                    t_rows=t_rows, t_update=time.perf_counter() - clock)
+                    **{k: n for k, n in counts.items() if n})
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy)
                 scores, _, samples = evaluate(c, f, known, sets, before)

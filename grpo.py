@@ -22,7 +22,6 @@ Watch    correct (of training samples, before shaping) should rise. flat is the 
 import itertools
 import random
 import statistics
-import time
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
@@ -382,7 +381,7 @@ def train(c, f):
 
         for step in run.steps(c.steps):
             # 1. roll out: rounds of groups, as many as the filter asks for
-            clock = time.perf_counter()
+            run.phase("gen")
             known |= {name: memory.tell() for name, memory in memories.items()}
             actor = known["actor"] = call(f.actor, known)
             fresh = (respond(known, f, asked, i) for i in itertools.count(cursor))
@@ -390,9 +389,9 @@ def train(c, f):
             cursor += len(seen["score"]) // c.prompts
             if step == 0 and (silence := tasks.no_signal(task, batch["texts"], seen)):
                 run.say(silence)
-            t_gen = time.perf_counter() - clock
             # 2. score: [N, T], but [P, G] where it belongs to a response
-            clock, roll = time.perf_counter(), batch["roll"]
+            run.phase("score")
+            roll = batch["roll"]
             mask = roll.mask * (roll.mask.cumsum(1) <= batch["trained"].view(-1, 1))
             old_logp = roll.logp if actor is policy else logprobs(policy, roll.tokens, mask, c)
             batch |= f.weight.keywords | dict(mask=mask, old_logp=old_logp)
@@ -409,9 +408,9 @@ def train(c, f):
             ends = (roll.prompt_len + roll.mask.sum(1).long())[:, None]                  # [N, 1]
             tensors = {k: x for k, x in batch.items() if torch.is_tensor(x)}
             tensors |= dict(tokens=roll.tokens, ends=ends)
-            t_score = time.perf_counter() - clock
             # 3. update: minibatches of whole groups
-            clock, updates = time.perf_counter(), []
+            run.phase("update")
+            updates = []
             set_lr(opt, c.lr * min(1.0, (step + 1) / max(1, c.warmup)))
             order = torch.randperm(len(batch["score"]), generator=g).to(mask.device)
             for groups in order.split(c.prompts // c.minibatches):
@@ -433,8 +432,7 @@ def train(c, f):
                 row[key] = sum(x[key] for x in updates) / len(updates)
             for memory in memories.values():
                 row |= call(memory.note, batch | seen | dict(done=step + 1)) or {}
-            run.log(step + 1, **row, t_gen=t_gen, t_score=t_score,
-                    t_update=time.perf_counter() - clock)
+            run.log(step + 1, **row)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy)
                 scores, samples = evaluate(policy, sets, tok, c)

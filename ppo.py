@@ -407,18 +407,18 @@ def train(c, f):
 
         for step in run.steps(c.steps):
             # 1. roll out --------------------------------------------------------------------------
-            clock = time.perf_counter()
+            run.phase("gen")
             known |= recalled(memories)
             found = call(f.rollout, known | dict(step=step))
             batch = rolled(known | dict(training=True), **found)
-            mask, t_gen = batch["mask"], time.perf_counter() - clock                      # [B, T]
+            mask = batch["mask"]                                                         # [B, T]
             # 2. score -----------------------------------------------------------------------------
-            clock = time.perf_counter()
+            run.phase("score")
             batch = credited(batch, critic, scale, factor, asked, f)
             tensors = {k: x for k, x in batch.items() if is_of(x, mask)}
-            t_score = time.perf_counter() - clock
             # 3. update ----------------------------------------------------------------------------
-            clock, done, norm, skipped = time.perf_counter(), [], 0.0, 0
+            run.phase("update")
+            done, norm, skipped = [], 0.0, 0
             set_lr(opt, c.lr * linear(step, c.steps))
             set_lr(critic_opt, c.critic_lr * linear(step, c.steps))
             for epoch in range(c.epochs):
@@ -440,8 +440,7 @@ def train(c, f):
             factor = call(f.controller, batch | dict(beta=factor, kl=row["kl"], n=len(mask)))
             for memory in memories.values():
                 row |= call(memory.note, batch | dict(done=step + 1)) or {}
-            run.log(step + 1, **row, beta_factor=factor, t_gen=t_gen, t_score=t_score,
-                    t_update=time.perf_counter() - clock)
+            run.log(step + 1, **row, beta_factor=factor)
             if (step + 1) % c.eval_every == 0 or step + 1 == c.steps:
                 run.check(step + 1, policy, critic)
                 known |= recalled(memories)

@@ -48,6 +48,9 @@ from typing import Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 try:
@@ -378,6 +381,7 @@ class Training(Common):
     recompute: bool = False      # activations of a block made again in its backward pass
     dtype: str = "auto"          # of the products: float32, or bfloat16 (autocast) where that pays
     compile: bool = False        # torch.compile the model that is trained
+    profile: bool = False        # at the end, where a step's time went, and the least it could take
 
     @property
     def computes(self):
@@ -866,6 +870,95 @@ def bandwidth(device):
     return 2 * x.nbytes / best
 
 
+def product_rate(device, dtype):
+    """FLOPs a second of a large matrix product on this device: what training is held to."""
+    n = 4096 if str(device).startswith("cuda") else 1024
+    x, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(6):
+        t = time.perf_counter()
+        torch.nn.functional.linear(x, x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - t)
+    return 2 * n ** 3 / best
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, attention among them, while it is entered: their FLOPs, and the least
+    seconds that they take at so many FLOPs and bytes a second, each the longer of the two."""
+
+    def __init__(self, rate, speed):
+        super().__init__()
+        self.rate, self.speed, self.flops, self.least = rate, speed, 0, 0.0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        count = flop_registry.get(op._overloadpacket)
+        if str(op._overloadpacket) == "mkldnn._linear_pointwise":          # the registry has it not
+            flops = 2 * out.numel() * args[0].size(-1)
+        else:
+            flops = count(*args, **kwargs or {}, out_val=out) if count else 0
+        if flops:
+            moved = sum(x.numel() * x.element_size() for x in tree_leaves((args, kwargs, out))
+                        if isinstance(x, torch.Tensor))
+            self.flops += flops
+            self.least += max(flops / self.rate, moved / self.speed)
+        return out
+
+
+class Clock:
+    """How long the parts of a run's steps take, and in one step, whose products are counted, how
+    long they had to."""
+
+    def __init__(self):
+        self.part, self.since, self.step = "", 0.0, {}     # of this step: {part: seconds}
+        self.steps, self.counts, self.products = [], {}, None
+
+    def next(self, part):
+        """The step's next part begins, "" for none: the one before has ended."""
+        now, p = time.perf_counter(), self.products
+        if self.part:
+            self.step[self.part] = self.step.get(self.part, 0.0) + now - self.since
+            if p:
+                self.counts[self.part] = (p.flops - self.at[0], p.least - self.at[1])
+        self.part, self.since, self.at = part, now, (p.flops, p.least) if p else None
+
+    def row(self):
+        """The step has a row: {t_part: seconds}."""
+        self.next("")
+        return {f"t_{k}": x for k, x in self.step.items()}
+
+    def end(self, seconds):
+        """The step is over, after so many seconds in all."""
+        self.next("")
+        if self.products:
+            self.counts["step"], self.products = (self.products.flops, self.products.least), None
+        else:                          # what is counted is not timed
+            self.steps.append(self.step | dict(step=seconds))
+        self.step = {}
+
+    def table(self):
+        """Lines of --profile: each part's median seconds, share, FLOPs, and the least seconds."""
+        if not self.counts or len(self.steps) < 2:
+            return ["profile: too few steps to time some and count one: give three or more"]
+        steps = self.steps[1:] if len(self.steps) > 2 else self.steps         # the first warms up
+        took = {}
+        for part in steps[-1]:
+            took[part] = statistics.median(x.get(part, 0.0) for x in steps)
+        whole = took.pop("step")
+        took |= dict(rest=max(0.0, whole - sum(took.values()))) if took else {}
+        counts, parts = dict(self.counts), [x for k, x in self.counts.items() if k != "step"]
+        counts["rest"] = [a - sum(x) for a, *x in zip(counts["step"], *parts)]
+        lines = [f"profile: median of {len(steps)} steps; least: of a step's matrix products, at "
+                 "this machine's speed in a large one and in a copy",
+                 f"  {'':<8}{'seconds':>9}{'share':>7}{'GFLOP':>10}{'least':>9}{'of it':>7}"]
+        for name, seconds in [*took.items(), ("step", whole)]:
+            flops, least = counts.get(name, (0, 0.0))
+            lines.append(f"  {name:<8}{seconds:>9.4f}{seconds / whole:>7.0%}{flops / 1e9:>10.2f}"
+                         f"{least:>9.4f}{least / max(seconds, 1e-9):>7.0%}")
+        return lines
+
+
 def read_log(folder):
     """The rows of a run's log.jsonl. A last line cut short by a kill is dropped; any other is a
     UserError."""
@@ -994,7 +1087,7 @@ def source():
 
 FULL_DISK = re.compile("writing file|file write|iostream|enforce fail")         # torch.save's words
 FREE = {"resume", "stop", "out", "steps", "keep", "save_every", "eval_every", "device", "config",
-        "micro", "compile", "share_prompts"}  # may change on --resume
+        "micro", "compile", "share_prompts", "profile"}  # may change on --resume
 
 
 def settings(c, f):
@@ -1035,6 +1128,7 @@ class Run:
         self.quiet, self.began, self.created = rank() > 0, False, []
         self.state, self.start, self.last = None, 0, None
         self.at, self.peak = 0, 0              # steps of a run's earlier stages; see outlook
+        self.clock = Clock()
         OUTLOOK.clear()
         self.release, rows, self.usual = (lambda: None), [], defaults(c, f)
         self.info = dict(script=script, config=settings(c, f), files=files_of(c), made={}, marks={},
@@ -1199,9 +1293,23 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, disable=True if self.quiet else None,
                         dynamic_ncols=True, leave=False)
         for step in range(self.start, end):
-            yield step
+            began, counted = time.perf_counter(), contextlib.nullcontext()
+            if getattr(self.c, "profile", False) and step == self.start + 1:
+                counted = self.clock.products = Products(*self.speeds())
+            with counted:
+                yield step
+            self.clock.end(time.perf_counter() - began)
             self.bar.update()
         self.bar.close()
+
+    def speeds(self):
+        """FLOPs and bytes a second of the run's device, in the dtype of its products."""
+        return product_rate(self.c.device, getattr(torch, self.c.dtype)), bandwidth(self.c.device)
+
+    def phase(self, part):
+        """A step's next part, until another one or the step's row, which says its seconds as
+        t_part."""
+        self.clock.next(part)
 
     def log(self, step, show=False, **metrics):
         """What is true after `step` steps: one row to log.jsonl, at most one aligned line in two
@@ -1209,7 +1317,7 @@ class Run:
         is not finite."""
         self.begin()
         row = ({"step": step, "time": round(time.time() - self.t0, 2)}
-               | {k: float(v) for k, v in metrics.items()})
+               | {k: float(v) for k, v in (metrics | self.clock.row()).items()})
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         bad = [k for k in row if re.search(r"(^|[ _])(loss|norm)$", k)
@@ -1362,6 +1470,8 @@ class Run:
             most = peak_bytes(self.c.device)
             self.info["memory"] = dict(peak=most, predicted=self.peak)
             self.say(f"  peak memory {most / 1e9:.2f} GB, predicted {self.peak / 1e9:.2f}")
+        if getattr(self.c, "profile", False):
+            self.say("\n".join(self.clock.table()))
         kept = {k: x.values for k, x in metrics.items() if isinstance(x, MeanOf)}
         if kept:
             write_text(self.folder / "values.json", json.dumps(kept))

@@ -1,13 +1,16 @@
 """
-beside.py - a step of our scripts beside TRL's trainers: one model, one data set, one machine.
+beside.py - our scripts beside what people would use instead: one model, one data set, one machine.
 
     python tests/beside.py                     # every row, ten minutes on two cores
     python tests/beside.py sft grpo            # rows whose name contains one of the words
     python tests/beside.py grpo --rounds 5
+    python tests/beside.py real --model FOLDER --dtype bfloat16       # of a checkpoint
 
 Needs transformers, trl and datasets beside requirements.txt. Each side is a process of its own, the
 two in turn; a step's time is the median of a process's steps, two of warm-up left out. The model is
 new, a Llama of 4 layers and width 256 with 2,048 words; texts are random letters, a token each.
+Rows "real" train and sample the checkpoint in FOLDER: sft.py beside TRL, generate beside
+transformers' own.
 """
 import argparse
 import json
@@ -31,7 +34,10 @@ SHAPES = dict(
                                                            rows=16),
     dpo=dict(prompt=(16, 112), response=(16, 112), rows=16),
     grpo=dict(prompt=64, response=64, rows=8, samples=8),
-    grpo_256=dict(prompt=256, response=64, rows=8, samples=8))
+    grpo_256=dict(prompt=256, response=64, rows=8, samples=8),
+    real_sft=dict(prompt=8, response=420, rows=4),                       # 4 x 256 tokens or so
+    real_sample_1=dict(prompt=24, response=64, rows=1),
+    real_sample_16=dict(prompt=24, response=64, rows=16))
 
 
 def words(rng, size):
@@ -40,13 +46,16 @@ def words(rng, size):
     return "".join(rng.choices(string.ascii_lowercase, k=n))
 
 
-def made(folder, shape, kind):
+def made(folder, shape, kind, checkpoint=""):
     """A model's folder and a file of rows, as both sides read them."""
     from data.tokenizer import bytes_tokenizer
     from model import init, preset, save
     tok, rng = bytes_tokenizer(), random.Random(0)
-    config = replace(preset("4x256", tok, 512, "llama"), vocab_size=2048)
-    save(init(config, 0), tok, folder / "model")
+    if checkpoint:
+        (folder / "model").symlink_to(Path(checkpoint).resolve())
+    else:
+        config = replace(preset("4x256", tok, 512, "llama"), vocab_size=2048)
+        save(init(config, 0), tok, folder / "model")
     rows = []
     for _ in range(shape["rows"] * (WARM + STEPS) + 16):
         row = dict(prompt=words(rng, shape["prompt"]))
@@ -60,14 +69,50 @@ def made(folder, shape, kind):
                                      "    return response.count('e') / 10\n")
 
 
+def our_samples(folder, prompts, new, dtype):
+    """Seconds of sampling `new` tokens after prompts, greedily, some times over."""
+    import torch
+
+    from model import generate, load
+    model, tok = load(folder / "model", "cpu", getattr(torch, dtype))
+    ids = [tok.prompt(x) for x in prompts]
+    return timed(lambda: generate(model, ids, new, temperature=0, stop=[]))
+
+
+def their_samples(folder, prompts, new, dtype):
+    """The same of transformers' generate."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
+    tok.pad_token = tok.pad_token or tok.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype))
+    ids = tok(prompts, return_tensors="pt", padding=True)
+    return timed(lambda: model.generate(**ids, max_new_tokens=new, min_new_tokens=new,
+                                        do_sample=False, pad_token_id=tok.pad_token_id))
+
+
+def timed(work, times=4):
+    """Seconds of work(), without those of the first time."""
+    out = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        work()
+        out.append(time.perf_counter() - begin)
+    return out[1:]
+
+
 def ours(folder, kind, shape, dtype):
     """Seconds of a step of our script."""
     from data.run import read_log
-    script = kind.partition("_")[0]
+    script = kind.removeprefix("real_").partition("_")[0]
+    if script == "sample":
+        return our_samples(folder, prompts_in(folder, shape["rows"]), shape["response"], dtype)
     options = dict(init=f"{folder}/model", data=f"{folder}/rows.jsonl", out=f"{folder}/run",
                    steps=WARM + STEPS, save_every=1000, dtype=dtype, warmup=0, micro=64, lr=1e-5)
     if script != "reward":                               # which has no held-out rows here
         options |= dict(eval_every=1000)
+    if kind.startswith("real"):
+        options |= dict(context=512, chat="false", eval_prompts=0)
     options |= dict(
         prompts=shape["rows"], samples=shape["samples"], minibatches=1, max_new=shape["response"],
         eval_prompts=1, eval_samples=1, reward=f"{folder}/score.py:score",
@@ -84,8 +129,22 @@ def ours(folder, kind, shape, dtype):
     return [b - a for a, b in zip(at[WARM - 1:], at[WARM:])]
 
 
+def prompts_in(folder, count):
+    """The first prompts of the rows, which differ."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:count]]
+
+
+def as_text(row):
+    """What TRL learns from with every token scored."""
+    return dict(text=row["prompt"] + row["completion"])
+
+
 def theirs(folder, kind, shape, dtype):
     """Seconds of a step of TRL's trainer."""
+    script = kind.removeprefix("real_").partition("_")[0]
+    if script == "sample":
+        return their_samples(folder, prompts_in(folder, shape["rows"]), shape["response"], dtype)
     import datasets
     import trl
     from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -94,7 +153,7 @@ def theirs(folder, kind, shape, dtype):
     tok.pad_token = tok.pad_token or tok.eos_token
     rows = datasets.load_dataset("json", data_files=f"{folder}/rows.jsonl", split="train",
                                  cache_dir=f"{folder}/cache")
-    at, script = [], kind.partition("_")[0]
+    at = []
 
     class Clock(TrainerCallback):
         """Notes when every step ends."""
@@ -111,8 +170,7 @@ def theirs(folder, kind, shape, dtype):
     model = lm.from_pretrained(folder / "model", dtype="float32", **more)
     model.config.pad_token_id = tok.pad_token_id
     if script == "sft":
-        rows = rows.map(lambda r: dict(text=r["prompt"] + r["completion"]),
-                        remove_columns=rows.column_names)
+        rows = rows.map(as_text, remove_columns=rows.column_names)
         trainer = trl.SFTTrainer(model, trl.SFTConfig(max_length=512, **common), train_dataset=rows,
                                  processing_class=tok)
     elif script == "dpo":
@@ -134,9 +192,10 @@ def theirs(folder, kind, shape, dtype):
     return [b - a for a, b in zip(at[WARM - 1:], at[WARM:])]
 
 
-def measured(side, kind, dtype):
+def measured(side, kind, dtype, checkpoint):
     """The median step of a side, in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, "--side", side, kind, dtype],
+    out = subprocess.run([sys.executable, __file__, "--side", side, kind, dtype,
+                          *["--model", checkpoint] * bool(checkpoint)],
                          capture_output=True, text=True)
     if out.returncode:
         raise SystemExit(f"{side} {kind}:\n{out.stdout[-1000:]}\n{out.stderr[-3000:]}")
@@ -150,25 +209,27 @@ def main(argv=None):
     parser.add_argument("words", nargs="*")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--model", default="", help="a checkpoint for the rows named real")
     parser.add_argument("--side", nargs=3)
     asked = parser.parse_args(argv)
     if asked.side:
         side, kind, dtype = asked.side
         with tempfile.TemporaryDirectory() as folder:
             folder, shape = Path(folder), SHAPES[kind]
-            made(folder, shape, kind)
+            made(folder, shape, kind, asked.model)
             print(statistics.median(dict(ours=ours, trl=theirs)[side](folder, kind, shape, dtype)))
         return
-    print(f"{'row':<12}{'ours, s':>10}{'TRL, s':>10}{'ratio':>8}   {asked.dtype}")
+    print(f"{'row':<15}{'ours, s':>10}{'theirs, s':>10}{'ratio':>8}   {asked.dtype}")
     for kind in SHAPES:
-        if asked.words and not any(w in kind for w in asked.words):
+        if asked.words and not any(w in kind for w in asked.words) or (
+                kind.startswith("real") != bool(asked.model)):
             continue
         took = dict(ours=[], trl=[])
         for i in range(asked.rounds):
             for side in (("ours", "trl"), ("trl", "ours"))[i % 2]:
-                took[side].append(measured(side, kind, asked.dtype))
+                took[side].append(measured(side, kind, asked.dtype, asked.model))
         a, b = (statistics.median(took[x]) for x in ("ours", "trl"))
-        print(f"{kind:<12}{a:>10.3f}{b:>10.3f}{b / a:>7.2f}x", flush=True)
+        print(f"{kind:<15}{a:>10.3f}{b:>10.3f}{b / a:>7.2f}x", flush=True)
 
 
 if __name__ == "__main__":

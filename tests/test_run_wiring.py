@@ -81,7 +81,7 @@ def test_a_base_is_known_by_what_changes_its_result():
 
 @pytest.mark.parametrize("key, value, free", [
     *((k, v, True) for k, v in (("steps", "9"), ("keep", "5"), ("micro", "3"), ("stop", "9"),
-                                ("eval_every", "3"), ("save_every", "3"))),
+                                ("eval_every", "3"), ("save_every", "3"), ("profile", "true"))),
     *((k, v, False) for k, v in (("seed", "1"), ("warmup", "2"), ("dtype", "bfloat16"),
                                  ("loss", "b"), ("kl.beta", "3"), ("chat", "true")))])
 def test_a_resume_may_change_what_changes_no_result(key, value, free, workdir):
@@ -100,7 +100,8 @@ def test_a_resume_may_change_what_changes_no_result(key, value, free, workdir):
 def test_a_resumed_run_has_the_newest_state_and_goes_on_from_its_step_and_time(workdir):
     clock = SimpleNamespace(now=100.0)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(run, "time", SimpleNamespace(time=lambda: clock.now))
+        m.setattr(run, "time", SimpleNamespace(time=lambda: clock.now,
+                                               perf_counter=time.perf_counter))
         for argv in (["--stop", "3"], ["--resume"]):
             with Run(*conf("--out", "o", "--save_every", "1", *argv), "t") as r:
                 seen = list(r.steps(6))
@@ -139,7 +140,8 @@ def test_a_loss_or_a_norm_that_is_not_finite_stops_the_run(key, stops, workdir):
 
 def test_a_line_is_shown_at_the_end_when_asked_and_every_two_seconds(workdir, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0],
+                                                     perf_counter=time.perf_counter))
     with Run(*conf("--out", "o"), "t") as r:
         for step in r.steps(5):
             now[0] = 100 + step / 2
@@ -277,6 +279,91 @@ def test_bandwidth_is_of_the_fastest_copy_both_ways(monkeypatch):
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     monkeypatch.setattr(run.torch, "empty", lambda n, device: empty(100, device=device))
     assert run.bandwidth("cpu") == 2 * 400
+
+
+def test_a_product_s_rate_is_of_the_fastest(monkeypatch):
+    ticks = iter([0, 8, 8, 12, 12, 20, 20, 30, 30, 40, 40, 50])
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert run.product_rate("cpu", torch.float32) == 2 * 1024 ** 3 / 4
+
+
+def test_products_are_counted_with_what_they_had_to_take():
+    a, b = torch.randn(6, 50), torch.randn(50, 4)
+    flops, moved = 2 * 6 * 50 * 4, 4 * (6 * 50 + 50 * 4 + 6 * 4)
+    for rate, speed, least in ((1e3, 1e9, flops / 1e3), (1e9, 1e3, moved / 1e3)):
+        with run.Products(rate, speed) as products:
+            a @ b
+            a + 1
+        assert products.flops == flops and products.least == pytest.approx(least)
+    with run.Products(1.0, 1e30) as products:           # each product the longer of its own two
+        torch.nn.functional.linear(a, b.T)
+        torch.bmm(a[None], b[None])
+        w = torch.ops.mkldnn._reorder_linear_weight(b.T.contiguous(), 6)
+        torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
+        (a.clone().requires_grad_() @ b).sum().backward()
+    assert products.flops == 5 * flops == products.least
+
+
+def clocked(monkeypatch, *steps, counted=None):
+    """A clock that has seen steps of [(part, seconds), …] and a rest of a second."""
+    clock, now = run.Clock(), [0.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for i, parts in enumerate(steps):
+        if i == counted:
+            clock.products = SimpleNamespace(flops=0, least=0.0)
+        begin = now[0]
+        for part, seconds in parts:
+            clock.next(part)
+            now[0] += seconds
+            if i == counted:
+                clock.products.flops += int(seconds * 1e9)
+                clock.products.least += seconds / 4
+        row = clock.row()
+        now[0] += 1
+        if i == counted:
+            clock.products.flops += 10 ** 9
+        clock.end(now[0] - begin)
+    return clock, row
+
+
+def test_a_step_s_parts_are_told_in_its_row(monkeypatch):
+    clock, row = clocked(monkeypatch, [("gen", 2), ("score", 3), ("gen", 4)])
+    assert row == dict(t_gen=6, t_score=3) and clock.row() == {}
+    assert clock.steps == [dict(gen=6, score=3, step=10)]
+
+
+def test_the_profile_is_of_medians_without_the_first_and_the_counted_step(monkeypatch):
+    """a tenth of a second of warm-up, and of counting, would be seen"""
+    usual = [("gen", 2), ("update", 5)]
+    clock, _ = clocked(monkeypatch, [("gen", 90), ("update", 9)], [("gen", 70), ("update", 8)],
+                       usual, usual, [("gen", 3), ("update", 7)], counted=1)
+    title, _, *lines = clock.table()
+    assert title.startswith("profile: median of 3 steps")
+    assert [line.split() for line in lines] == [
+        ["gen", "2.0000", "25%", "70.00", "17.5000", "875%"],
+        ["update", "5.0000", "62%", "8.00", "2.0000", "40%"],
+        ["rest", "1.0000", "12%", "1.00", "0.0000", "0%"],
+        ["step", "8.0000", "100%", "79.00", "19.5000", "244%"]]
+    assert "three or more" in clocked(monkeypatch, usual, usual, counted=1)[0].table()[0]
+    assert "three or more" in clocked(monkeypatch, usual, usual, usual)[0].table()[0]
+
+
+def test_profile_counts_the_second_step_and_says_so_at_the_end(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "speeds", lambda self: (1e9, 1e30))
+    x = torch.ones(10, 10)
+    for words, told in ((["--profile", "true"], True), ([], False)):
+        with Run(*conf("--out", f"o{told}", *words), "t") as r:
+            for step in r.steps(4):
+                r.phase("update")
+                for _ in range(step + 1):
+                    x @ x
+                r.log(step + 1, loss=1.0)
+            r.finish()
+        out = capsys.readouterr().out
+        assert ("GFLOP" in out) == told
+        assert r.clock.counts == (dict(update=(4000, 4e-6), step=(4000, 4e-6)) if told else {})
+        assert all(row.get("t_update", 0) > 0 for row in read_log(r.folder))
+        assert len(r.clock.steps) == 4 - told
 
 
 @pytest.mark.parametrize("changed, want", [("", "abc1"), (" M x.py", "abc1+")])
