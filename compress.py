@@ -644,76 +644,102 @@ def lowrank24(W, h, *, block: Count = 8):
 METHODS["lowrank24"] = lowrank24
 
 
-# === armor: 2510.05528, W = bd(A) S bd(B), S 2:4 between two block-diagonal wrappers, fitted ======
-# Tiles: A [P, a, a], B [Q, b, b], S, M, Wb [P, Q, a, b], h [Q, b]; given A and B they are
-# independent.
+# === wrapped: 2510.05528, blocks on a diagonal times a matrix, and one step of ARMOR's parts ======
+# A [P, a, a] are the blocks of bd(A) [m, m], B [Q, b, b] those of bd(B) [n, n]; S, its 0/1 mask M,
+# Wb [m, n]; h [n]. A tile is where a block of rows and one of columns cross: given A and B tiles
+# are independent of each other, and so of each one group of four may change.
 
 PAIRS = torch.tensor([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
 
 
+def left(A, X):
+    """bd(A) X.   [P, a, a], [m, n] -> [m, n]"""
+    return (A @ X.view(len(A), -1, X.size(1))).view(X.shape)
+
+
+def right(X, B):
+    """X bd(B).   [m, n], [Q, b, b] -> [m, n]"""
+    return torch.einsum("mqb,qbc->mqc", X.view(len(X), len(B), -1), B).reshape(X.shape)
+
+
 def armor_error(A, S, B, Wb):
-    """bd(A) S bd(B) - Wb, by tiles.   [P, Q, a, b]"""
-    return A[:, None] @ S @ B - Wb
+    """bd(A) S bd(B) - Wb."""
+    return right(left(A, S), B) - Wb
 
 
-def armor_loss(A, S, B, Wb, h):
+def armor_loss(error, h):
     """Σ h_j error²: the proxy loss, not normalised."""
-    return (armor_error(A, S, B, Wb) ** 2 * h[:, None]).sum()
+    return (error.square() @ h).sum()
 
 
-def core_step(A, S, M, B, Wb, h, group):
-    """The exact best 2 of 4 in one group a tile, with their values; group [P, Q] counts rows x
-    fours. -> S, M
+def core_step(A, S, M, B, error, h, group):
+    """The exact best 2 of 4 in one group a tile, with their values; group [P, Q] counts a tile's
+    rows x fours. -> S, M, the error with them, and by how much the loss falls
 
-    With the group zeroed and R = (ASB - Wb) √h:  v = B̃ Rᵀ a,  G = B̃ B̃ᵀ;  of the 6 pairs the one
-    with the largest vᵀ G⁻¹ v, at the values -G⁻¹ v / ‖a‖².
+    With the group zeroed, B̃ its rows of B times √h and R the error so:  v = B̃ Rᵀ a,  G = B̃ B̃ᵀ;
+    of the 6 pairs the one with the largest vᵀ G⁻¹ v, at the values -G⁻¹ v / ‖a‖².
     """
-    P, Q, a, b = S.shape
-    tile = torch.arange(P * Q, device=S.device)
-    flat, mask = S.reshape(P * Q, -1, 4).clone(), M.reshape(P * Q, -1, 4).clone()  # [PQ, groups, 4]
-    group = group.flatten()
-    flat[tile, group] = 0.0
-    S = flat.view_as(S)
-    row, four = group // (b // 4), group % (b // 4)
-    at = A.repeat_interleave(Q, 0)[tile, :, row]                                         # [PQ, a]
-    Bt = (B * h.sqrt()[:, None]).repeat(P, 1, 1).unflatten(1, (-1, 4))[tile, four]      # [PQ, 4, b]
-    R = (armor_error(A, S, B, Wb) * h.sqrt()[:, None]).flatten(0, 1)                    # [PQ, a, b]
-    v = torch.einsum("tkb,tab,ta->tk", Bt, R, at)                                        # [PQ, 4]
-    G = Bt @ Bt.mT + 1e-9 * torch.eye(4).to(S)
-    i, j = PAIRS.to(S.device).T
-    vi, vj, gii, gjj, gij = v[:, i], v[:, j], G[:, i, i], G[:, j, j], G[:, i, j]         # [PQ, 6]
+    (P, a, _), (Q, b, _) = A.shape, B.shape
+    p, q = torch.arange(P, device=S.device)[:, None], torch.arange(Q, device=S.device)
+    i, four, S, M = group // (b // 4), group % (b // 4), S.clone(), M.clone()
+    place = p * a + i, q * (b // 4) + four                        # of S [m, n/4, 4]: [P, Q] each
+    old = S.view(len(S), -1, 4)[place]                                                # [P, Q, 4]
+    at, fours = A.mT[p, i], B.view(Q, -1, 4, b)                            # [P, Q, a], [Q, ·, 4, b]
+    G = (fours * h.view(Q, 1, 1, b)) @ fours.mT                                    # [Q, b/4, 4, 4]
+    Bt, G = fours[q, four], G[q, four]                                          # [P, Q, 4, b or 4]
+    size = (at ** 2).sum(-1, keepdim=True)                                            # [P, Q, 1]
+    at = at.transpose(1, 2)[..., None]                                             # [P, a, Q, 1]
+    back = (error.view(P, a, Q, b) * at).sum(1) * h.view(Q, b)              # R̃ᵀ a, [P, Q, b]
+    v = (Bt * back[:, :, None]).sum(-1) - size * (G * old[:, :, None]).sum(-1)        # [P, Q, 4]
+    new, pair = best_pair(v, G + 1e-9 * torch.eye(4).to(S), size + 1e-8)
+    S.view(len(S), -1, 4)[place], M.view(len(S), -1, 4)[place] = new, pair.to(M)
+    change = (Bt * (new - old)[..., None]).sum(2)                                     # [P, Q, b]
+    fall = -(2 * (back * change).sum() + (size * change ** 2 * h.view(Q, b)).sum())
+    return S, M, (error.view(P, a, Q, b) + at * change[:, None]).view(error.shape), fall
+
+
+def best_pair(v, G, size):
+    """The pair of 4 with the largest vᵀ G⁻¹ v at its values -G⁻¹ v / size, and where it is: 0, 1.
+    v [P, Q, 4], G [P, Q, 4, 4], size [P, Q, 1]"""
+    i, j = PAIRS.to(v.device).T
+    vi, vj, gii, gjj, gij = v[..., i], v[..., j], G[..., i, i], G[..., j, j], G[..., i, j]  # [·, 6]
     det = (gii * gjj - gij ** 2).clamp(min=1e-30)
     si, sj = (gjj * vi - gij * vj) / det, (gii * vj - gij * vi) / det
-    best = (vi * si + vj * sj).argmax(1)                                                 # [PQ]
-    size = (at ** 2).sum(1) + 1e-8
-    mask[tile, group] = 0.0
-    for pick, value in ((i[best], si[tile, best]), (j[best], sj[tile, best])):
-        flat[tile, group, pick] = -value / size
-        mask[tile, group, pick] = 1.0
-    return flat.view_as(M), mask.view_as(M)
+    best = (vi * si + vj * sj).argmax(-1, keepdim=True)                               # [P, Q, 1]
+    pair = torch.stack([i[best], j[best]], -1).squeeze(-2)                            # [P, Q, 2]
+    values = torch.cat([si.gather(-1, best), sj.gather(-1, best)], -1) / -size
+    return torch.zeros_like(v).scatter(-1, pair, values), torch.zeros_like(v).scatter(-1, pair, 1.)
 
 
-def wrapper_step(x, M, Wb, h, total, moments, t, lr):
+# === armor: 2510.05528, W = bd(A) S bd(B), S 2:4 between two block-diagonal wrappers, fitted ======
+
+
+def wrapper_step(x, M, error, h, total, moments, t, lr):
     """Adam's t-th step on A, B and, within the mask, S: a trial {A, B, S}. moments: in place."""
     A, B, S = x["A"], x["B"], x["S"]
-    E = 2 * armor_error(A, S, B, Wb) * h[:, None] / total                             # [P, Q, a, b]
-    grad = dict(A=(E @ (S @ B).mT).sum(1), B=((A[:, None] @ S).mT @ E).sum(0),
-                S=(A.mT[:, None] @ E @ B.mT) * M)
+    E, (P, a, _), (Q, b, _) = error * (2 * h / total), A.shape, B.shape                  # [m, n]
+    grad = dict(A=E.view(P, a, -1) @ right(S, B).view(P, a, -1).mT,
+                B=torch.einsum("mqb,mqc->qbc", left(A, S).view(-1, Q, b), E.view(-1, Q, b)),
+                S=left(A.mT, right(E, B.mT)).mul_(M))
     (first, second), trial = moments, {}
     for k, g in grad.items():
-        first[k].mul_(0.9).add_(g, alpha=0.1)
+        first[k].lerp_(g, 0.1)
         second[k].mul_(0.999).addcmul_(g, g, value=0.001)
-        step = first[k] / (1 - 0.9 ** t) / ((second[k] / (1 - 0.999 ** t)).sqrt() + 1e-8)
-        trial[k] = x[k] - lr * (step * M if k == "S" else step)
+        scale = (second[k] / (1 - 0.999 ** t)).sqrt_().add_(1e-8)
+        trial[k] = torch.addcdiv(x[k], first[k], scale, value=-lr / (1 - 0.9 ** t))
+    trial["S"].mul_(M)
     return trial
 
 
-def drawn_group(x, Wb, h, total, generator):
+def drawn_group(x, error, h, total, generator):
     """One group of four a tile, by the gradient's size over all its entries.   [P, Q]"""
-    E = 2 * armor_error(x["A"], x["S"], x["B"], Wb) * h[:, None] / total
-    size = (x["A"].mT[:, None] @ E @ x["B"].mT).abs().unflatten(-1, (-1, 4)).sum(-1)
-    chance = size.flatten(0, 1).flatten(1).cpu() + 1e-30                              # [PQ, groups]
-    return torch.multinomial(chance, 1, generator=generator).view(size.shape[:2]).to(Wb.device)
+    A, B = x["A"], x["B"]
+    size = left(A.mT, right(error * (2 * h / total), B.mT)).abs().view(-1, 4).sum(1)
+    tiles = size.view(len(A), -1, len(B), B.size(1) // 4).transpose(1, 2)       # [P, Q, a, b / 4]
+    mass = (tiles.flatten(2) + 1e-30).cumsum(-1)                                # [P, Q, groups]
+    u = torch.rand(len(A), len(B), 1, generator=generator).to(mass)
+    drawn = torch.searchsorted(mass, u * mass[..., -1:], right=True).squeeze(-1)
+    return drawn.clamp(max=mass.size(-1) - 1)
 
 
 def armor(W, h, generator, trace, *, block: Count = 8, iterations: Count = 300,
@@ -728,34 +754,33 @@ def armor(W, h, generator, trace, *, block: Count = 8, iterations: Count = 300,
     Wb, r1, r2 = normalise(W)
     (m, n), h = W.shape, mend(h)
     a, b = block_of(m, block), block_of(n, block)
-    M = kept(Wb ** 2 * h, "2:4")
-    tiles = lambda X: X.view(m // a, a, n // b, b).transpose(1, 2).contiguous()       # [P, Q, a, b]
-    Wb, M, h, total = tiles(Wb), tiles(M), h.view(-1, b), (Wb ** 2 * h).sum().clamp(min=1e-30)
+    M, total = kept(Wb ** 2 * h, "2:4"), armor_loss(Wb, h).clamp(min=1e-30)
     x = dict(A=torch.eye(a).to(W).repeat(m // a, 1, 1), B=torch.eye(b).to(W).repeat(n // b, 1, 1),
              S=Wb * M)
     first = {k: torch.zeros_like(v) for k, v in x.items()}
     moments = first, copy.deepcopy(first)
-    loss = armor_loss(x["A"], x["S"], x["B"], Wb, h)
+    error = armor_error(**x, Wb=Wb)
+    loss = armor_loss(error, h)
     trace.append((loss / total).item())                          # NoWag-P's
     for t in range(1, iterations + 1):
-        trial = wrapper_step(x, M, Wb, h, total, moments, t, lr)
-        after = armor_loss(trial["A"], trial["S"], trial["B"], Wb, h)
+        trial = wrapper_step(x, M, error, h, total, moments, t, lr)
+        miss = armor_error(**trial, Wb=Wb)
+        after = armor_loss(miss, h)
         if after < loss:
-            x, loss = trial, after
+            x, error, loss = trial, miss, after
         else:
             lr /= 2
         # the sparse core is exact, so it never raises the loss
-        group = drawn_group(x, Wb, h, total, generator)
-        S, flipped = core_step(x["A"], x["S"], M, x["B"], Wb, h, group)
-        after = armor_loss(x["A"], S, x["B"], Wb, h)
-        if after <= loss:
+        group = drawn_group(x, error, h, total, generator)
+        S, flipped, miss, fall = core_step(**x, M=M, error=error, h=h, group=group)
+        if fall >= 0:
             for moment in moments:               # stale for an entry that comes back
-                moment["S"] = moment["S"] * (flipped * M)
-            x, M, loss = x | dict(S=S), flipped, after
+                moment["S"].mul_(flipped).mul_(M)
+            x, M, error, loss = x | dict(S=S), flipped, miss, loss - fall
         trace.append((loss / total).item())
     A = x["A"] * r2.view(-1, a)[:, :, None]                                         # fold the norms
     B = x["B"] * r1.view(-1, b)[:, None]
-    return pack_armor(A, x["S"].transpose(1, 2).reshape(m, n), B)
+    return pack_armor(A, x["S"], B)
 
 
 class Promise:

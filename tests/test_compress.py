@@ -182,35 +182,47 @@ def test_sparsegpt_by_its_definition(pattern):
 def test_core_step_by_hand():
     A, B = D([[[1., 0], [.5, 1]]]), torch.eye(4).double()[None].clone()
     B[0, 0, 1] = .5
-    h, Wb = D([[1., 1, 4, 1]]), D([[1., 2, .8, -1], [.5, 0, 1, 0]])[None, None]
-    S = D([[0., 2, 0, -1], [.5, 0, 1, 0]])[None, None]
-    assert close(compress.armor_loss(A, S, B, Wb, h), 5.3725)
-    new, mask = compress.core_step(A, S, (S != 0).double(), B, Wb, h, torch.tensor([[0]]))
-    assert close(mask[0, 0], [[0, 1, 1, 0], [1, 0, 1, 0]]) and close(new[0, 0, 0],
-                                                                     [0, 1.5, .64, 0], 1e-5)
-    assert close(new[0, 0, 1], S[0, 0, 1]) and close(compress.armor_loss(A, new, B, Wb, h), 3.762,
-                                                     1e-5)
+    h, Wb = D([1., 1, 4, 1]), D([[1., 2, .8, -1], [.5, 0, 1, 0]])
+    S = D([[0., 2, 0, -1], [.5, 0, 1, 0]])
+    error = compress.armor_error(A, S, B, Wb)
+    assert close(compress.armor_loss(error, h), 5.3725)
+    new, mask, after, fall = compress.core_step(A, S, (S != 0).double(), B, error, h,
+                                                torch.tensor([[0]]))
+    assert close(mask, [[0, 1, 1, 0], [1, 0, 1, 0]]) and close(new[0], [0, 1.5, .64, 0], 1e-5)
+    assert close(new[1], S[1]) and close(compress.armor_loss(after, h), 3.762, 1e-5)
+    assert close(after, compress.armor_error(A, new, B, Wb), 1e-9) and close(fall, 1.6105, 1e-5)
+
+
+def test_blocks_of_a_diagonal_multiply_from_both_sides():
+    A, B, X = rand(2, 4, 4), rand(3, 8, 8, seed=1), rand(8, 24, seed=2)
+    assert close(compress.left(A, X), torch.block_diag(*A) @ X, 1e-12)
+    assert close(compress.right(X, B), X @ torch.block_diag(*B), 1e-12)
 
 
 def test_groups_of_different_tiles_add_up():
     P, Q, a, b = 2, 3, 4, 8
-    A, B, h = rand(P, a, a), rand(Q, b, b, seed=1), rand(Q, b, seed=2).abs()
-    Wb = rand(P, Q, a, b, seed=3)
-    M = compress.kept(Wb.flatten(0, 2), "2:4").view_as(Wb)
+    A, B, h = rand(P, a, a), rand(Q, b, b, seed=1), rand(Q * b, seed=2).abs()
+    Wb = rand(P * a, Q * b, seed=3)
+    M = compress.kept(Wb, "2:4")
     S, group = Wb * M, torch.randint(a * b // 4, (P, Q), generator=torch.Generator().manual_seed(0))
 
     def loss(S):
-        return compress.armor_loss(A, S, B, Wb, h)
-    together, mask = compress.core_step(A, S, M, B, Wb, h, group)
+        return compress.armor_loss(compress.armor_error(A, S, B, Wb), h)
+    error = compress.armor_error(A, S, B, Wb)
+    together, mask, after, fall = compress.core_step(A, S, M, B, error, h, group)
     gain = 0.0
     for p in range(P):
         for q in range(Q):
-            one = S.clone()
-            one[p, q] = together[p, q]
+            one, tile = S.clone(), (slice(p * a, p * a + a), slice(q * b, q * b + b))
+            one[tile] = together[tile]
             gain += loss(S) - loss(one)
             assert loss(one) <= loss(S) + 1e-9
-    assert abs(loss(S) - loss(together) - gain) < 1e-6 and (mask.unflatten(-1, (-1, 4)).sum(-1)
-                                                            == 2).all()
+            row, four = group[p, q] // 2, group[p, q] % 2
+            changed = (together != S)[tile].view(a, 2, 4).any(-1).nonzero().tolist()
+            assert changed == [[row, four]]
+    assert abs(loss(S) - loss(together) - gain) < 1e-6 and close(fall, gain, 1e-6)
+    assert close(after, compress.armor_error(A, together, B, Wb), 1e-9)
+    assert (mask.view(-1, 4).sum(-1) == 2).all() and ((together != 0) == (mask == 1)).all()
 
 
 def test_armor_never_rises_and_ends_below_nowag_p():
@@ -241,20 +253,19 @@ def test_armor_never_rises_and_ends_below_nowag_p():
 
 @pytest.fixture
 def tiles():
-    """A, B, S within a mask M, the weight Wb, all in tiles, and h of their inputs."""
+    """A, B, S within a mask M, the weight Wb, and h of their inputs."""
     P, Q, a, b = 2, 3, 4, 8
-    Wb, h = rand(P, Q, a, b, seed=3), rand(Q, b, seed=2).abs() + .1
-    M = compress.kept(Wb.flatten(0, 2), "2:4").view_as(Wb)
+    Wb, h = rand(P * a, Q * b, seed=3), rand(Q * b, seed=2).abs() + .1
+    M = compress.kept(Wb, "2:4")
     x = dict(A=torch.eye(a).double() + .1 * rand(P, a, a), S=Wb * M,
              B=torch.eye(b).double() + .1 * rand(Q, b, b, seed=1))
-    return x, M, Wb, h, (Wb ** 2 * h[:, None]).sum()
+    return x, M, Wb, h, (Wb ** 2 * h).sum()
 
 
 def relative_loss(x, Wb, h, total):
-    """Σ h_j (bd(A) S bd(B) - Wb)² over its value for zeros, tile by tile."""
-    rows = [(h[q] * (x["A"][p] @ x["S"][p, q] @ x["B"][q] - Wb[p, q]) ** 2).sum()
-            for p in range(2) for q in range(3)]
-    return sum(rows) / total
+    """Σ h_j (bd(A) S bd(B) - Wb)² over its value for zeros."""
+    error = torch.block_diag(*x["A"]) @ x["S"] @ torch.block_diag(*x["B"]) - Wb
+    return (h * error ** 2).sum() / total
 
 
 def test_armor_s_wrappers_step_as_adam_does(tiles):
@@ -267,7 +278,8 @@ def test_armor_s_wrappers_step_as_adam_does(tiles):
         relative_loss(theirs, Wb, h, total).backward()
         theirs["S"].grad.mul_(M)
         opt.step()
-        x = compress.wrapper_step(x, M, Wb, h, total, moments, t, 1e-2)
+        error = compress.armor_error(**x, Wb=Wb)
+        x = compress.wrapper_step(x, M, error, h, total, moments, t, 1e-2)
         assert all(close(x[k], theirs[k].detach(), 1e-9) for k in x)
 
 
@@ -275,19 +287,21 @@ def test_armor_draws_a_group_by_the_gradient_of_all_its_entries(tiles, monkeypat
     x, _, Wb, h, total = tiles
     S = x["S"].clone().requires_grad_()
     relative_loss(x | dict(S=S), Wb, h, total).backward()
-    want = S.grad.abs().view(6, 8, 4).sum(-1)                            # groups: rows x fours
-    draws, draw = [], torch.multinomial
-    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **kw: draws.append(p) or draw(
-        p, *args, **kw))
-    group = compress.drawn_group(x, Wb, h, total, torch.Generator().manual_seed(0))
-    assert close(draws[0], want, 1e-12) and group.shape == (2, 3)
+    tiles = S.grad.abs().view(2, 4, 3, 8).transpose(1, 2).reshape(2, 3, 8, 4)
+    want = tiles.sum(-1)                                                 # groups: rows x fours
+    want = (want / want.sum(-1, keepdim=True)).cumsum(-1)
+    error = compress.armor_error(**x, Wb=Wb)
+    for u in (0.0, .1, .35, .5, .77, .999999, 1.0):                      # 1: by rounding, if at all
+        monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, u))
+        group = compress.drawn_group(x, error, h, total, torch.Generator())
+        assert torch.equal(group, (want <= torch.tensor(u)).sum(-1).clamp(max=7))
 
 
 def test_armor_takes_back_an_adam_step_that_rises_and_halves_its_rate(monkeypatch):
     """Steps that spoil A: what stays is NoWag-P's, the best core of wrappers that do nothing."""
     w, h, rates, trace = rand(8, 16).float(), rand(16, seed=1).abs().float() + .1, [], []
 
-    def worse(x, M, Wb, h, total, moments, t, lr):
+    def worse(x, M, error, h, total, moments, t, lr):
         rates.append(lr)
         assert t == len(rates)
         return x | dict(A=-x["A"])
@@ -301,7 +315,7 @@ def test_armor_forgets_adam_s_moments_of_what_comes_back(monkeypatch):
     w, h, step = rand(8, 16).float(), rand(16, seed=1).abs().float() + .1, compress.wrapper_step
     masks, back = [], 0
 
-    def see(x, M, Wb, h, total, moments, t, lr):
+    def see(x, M, error, h, total, moments, t, lr):
         nonlocal back
         if masks:
             new = (M == 1) & (masks[-1] == 0)
@@ -309,7 +323,7 @@ def test_armor_forgets_adam_s_moments_of_what_comes_back(monkeypatch):
             assert not any(moment["S"][new].any() for moment in moments)
             assert t < 3 or moments[0]["S"][(M == 1) & ~new].any()
         masks.append(M.clone())
-        return step(x, M, Wb, h, total, moments, t, lr)
+        return step(x, M, error, h, total, moments, t, lr)
     monkeypatch.setattr(compress, "wrapper_step", see)
     compress.armor(w, h, torch.Generator().manual_seed(0), [], iterations=60, lr=1e-2)
     assert back > 3
