@@ -769,7 +769,7 @@ def test_kmeans_by_hand():
     assert close(((X[0] - C[0]) ** 2 * weight[0]).sum(), 3.25)
     points = rand(5, 2, seed=4)
     cost = ((X[:, None] - points) ** 2 * weight[:, None]).sum(-1)
-    assert compress.nearest_code(X, weight, points, rows=1).tolist() == cost.argmin(1).tolist()
+    assert compress.nearest_code(X, weight, points).tolist() == cost.argmin(1).tolist()
     far = torch.cat([.01 * rand(50, 2), .01 * rand(50, 2, seed=1) + 9])
     for seed in range(8):                      # k-means++: the second centre is in the other cloud
         C = compress.seeds(far, torch.ones_like(far), 16, torch.Generator().manual_seed(seed))
@@ -777,6 +777,52 @@ def test_kmeans_by_hand():
     points = rand(7, 2).repeat(9, 1)
     C, code = compress.kmeans(points, torch.ones_like(points), 16, torch.Generator().manual_seed(0))
     assert close(C[code], points, 1e-6)                              # more codes than points: exact
+
+
+@pytest.mark.parametrize("K", [64, 128, 256, 200])
+def test_the_nearest_of_many_codes_is_the_first_of_the_least(K):
+    """in pieces, and in blocks of codes, half of which are the same"""
+    X, w, C = rand(90, 3), rand(90, 3, seed=1).abs() + .1, rand(K, 3, seed=2)
+    C[K // 2:] = C[:K - K // 2]
+    cost = ((X[:, None] - C) ** 2 * w[:, None]).sum(-1)
+    parts = torch.cat([*compress.distances(X, w, C)])
+    assert close(parts - parts[:, :1], cost - cost[:, :1], 1e-9)
+    code = compress.nearest_code(X, w, C)[:, None]           # of equal ones any: products round
+    assert close(cost.gather(1, code), cost.amin(1, keepdim=True), 1e-9)
+    assert torch.equal(compress.smallest(cost.float()), cost.float().argmin(1))
+
+
+def test_many_vectors_are_clustered_in_mini_batches(monkeypatch):
+    """nearly as well as all at once, from a part of the distances; the last rounds take all"""
+    X, w, sizes = rand(4000, 2), rand(4000, 2, seed=1).abs() + .1, []
+    nearest = compress.nearest_code
+    monkeypatch.setattr(compress, "nearest_code", lambda X, w, C: sizes.append(len(X)) or nearest(
+        X, w, C))
+
+    def lost(many, rounds=60, **how):
+        monkeypatch.setattr(compress, "MANY", many)
+        sizes.clear()
+        C, code = compress.kmeans(X, w, 64, torch.Generator().manual_seed(0), rounds, **how)
+        assert torch.equal(code, nearest(X, w, C))
+        return ((X - C[code]) ** 2 * w).sum().item()
+    whole, rounds = lost(4000 * 64), len(sizes)
+    assert set(sizes) == {4000} and 20 < rounds <= 61
+    some = lost(4000 * 64 - 1)
+    assert sizes == [256] * 55 + [4000] * 6
+    assert lost(0, 0) > 1.3 * whole and .97 * whole < some < 1.03 * whole
+    assert lost(0, 60, whole=0) < 1.12 * whole and sizes == [256] * 60 + [4000]
+
+
+def test_a_mini_batch_moves_centres_by_what_they_have_seen(monkeypatch):
+    """One centre, at 4, of weights 1: batches 1, 2 (mean 1.5), then 5, 8 (mean 6.5): masses 2 and
+    2 * .9 + 2, and so 1.5 and 1.5 + 2 / 3.8 * 5"""
+    draws = iter([torch.tensor([0, 1, 0, 1]), torch.tensor([2, 3, 2, 3])])
+    monkeypatch.setattr(torch, "randint", lambda *args, **how: next(draws))
+    monkeypatch.setattr(compress, "seeds", lambda X, w, K, generator: D([[4.]]))
+    monkeypatch.setattr(compress, "MANY", 0)
+    X = D([[1.], [2], [5], [8]])
+    C, _ = compress.kmeans(X, torch.ones_like(X), 1, None, rounds=2, whole=0)
+    assert close(C, [[1.5 + 4 / 7.6 * 5]], 1e-6)
 
 
 def test_an_empty_cluster_restarts_at_the_point_that_is_served_worst(monkeypatch):
