@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+import compress
 import kernels
 import specdec
 from data.tasks import chain_tokenizer
-from data.run import bandwidth, read_log
+from data.run import bandwidth, needs, read_log
 from data.tokenizer import bytes_tokenizer
 from model import MoE, collate, generate, init, pick, preset, save, token_logprobs
 from optim import Optimiser, adamw, muon, normuon, optimiser
@@ -521,6 +522,37 @@ STEPS = dict(token_logprobs=scoring, sft_packed=sft_packed, sft_completions=sft_
              speculation=speculation)
 ROWS = {name: partial(kernel_row, name=name) for name in KERNELS} | UPDATES | STEPS
 
+# --- compression: seconds per million weights, of a layer of 576 x 1,536 --------------------------
+
+
+def known_of_a_layer(device, out=576, inputs=1536):
+    """A layer of SmolLM2's size, and what compress.py would know of its inputs."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, inputs, generator=g) * torch.rand(inputs, generator=g)
+    known = dict(W=0.03 * torch.randn(out, inputs, generator=g), h=(x ** 2).mean(0),
+                 H=compress.second_moment(x), absmax=x.abs().amax(0))
+    return {k: v.to(device) for k, v in known.items()} | dict(generator=g, trace=[])
+
+
+def print_compression(device, words):
+    """Seconds per million weights of every method whose row is asked for, once."""
+    known = known_of_a_layer(device)
+    for name, (method, options) in COMPRESSED.items():
+        if words and not any(w in name for w in words):
+            continue
+        method = compress.METHODS[method]
+        sync(device)
+        begin = time.perf_counter()
+        method(**{k: known[k] for k in needs(method)}, **options)
+        sync(device)
+        took = (time.perf_counter() - begin) / known["W"].numel()
+        print(f"{name:<24}{1e6 * took:>10.2f} s per million weights", flush=True)
+
+
+COMPRESSED = {f"compress_{x}": (x, {}) for x in (
+    "rtn", "wanda", "nowag_p", "sparsegpt", "gptq", "baq", "mixed", "w4a4", "nowag_vq", "gptvq",
+    "armor")} | dict(compress_nowag_vq_6=("nowag_vq", dict(dim=6)))
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -608,6 +640,7 @@ def main(device, words):
         mb = [peak_memory(name, side, device) for side in ("ours", "plain")]
         print(f"{name:<24}{first:>13}{second:>13}{plain / ours:>7.2f}x{floor / ours:>7.0%}"
               f"{mb[0]:>7.0f} MB{mb[1]:>7.0f} MB", flush=True)
+    print_compression(device, words)
     if not words or any(w in "generation" for w in words):
         print("generate 512 x 64, unequal lengths: {:,} row-steps instead of {:,}".format(
             *uneven(device)))
@@ -619,9 +652,9 @@ def main(device, words):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
         print_peak(*sys.argv[2:])
-    elif sys.argv[1:] and not any(w in name for w in sys.argv[1:] for name in ROWS):
+    elif sys.argv[1:] and not any(w in name for w in sys.argv[1:] for name in [*ROWS, *COMPRESSED]):
         sys.exit(f"no row has {' or '.join(sys.argv[1:])} in its name: "
-                 f"choose from {', '.join(ROWS)}")
+                 f"choose from {', '.join([*ROWS, *COMPRESSED])}")
     else:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             main(device, sys.argv[1:])
