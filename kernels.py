@@ -232,6 +232,30 @@ def logprob_gradients(h, W, targets, lse, entropy, g, gH, temperature, path):
         yield s, p if p.dtype == z.dtype else z.copy_(p)
 
 
+def gradients_by_words(h, W, cast, targets, lse, entropy, g, gH, temperature):
+    """dh [N, D], dW [V, D] as of logprob_gradients, some words and all rows at a time: no word's
+    gradient is added up in parts, which cost more than they hold where there are more words than
+    rows."""
+    N, words = len(h), max(ROWS, CHUNK // len(h) // 4)
+    z = h.new_empty(N * min(words, len(cast)))
+    out = z if z.dtype == statistics(h) else z.to(statistics(h))
+    dh, dW = torch.zeros_like(h, dtype=statistics(h)), torch.empty_like(W)
+    for i in range(0, len(cast), words):
+        w = cast[i:i + words]
+        part, whole = (x[:N * len(w)].view(N, -1) for x in (z, out))
+        p = chunk_logits(h, w, temperature, part, whole).sub_(lse[:, None])          # log p [N, v]
+        pull = g[:, None] if gH is None else torch.addcmul(
+            (g + entropy * gH)[:, None], p, gH[:, None])
+        p = p.exp_().mul_(pull).neg_()
+        here = ((targets >= i) & (targets < i + len(w))).nonzero().squeeze(1)
+        p[here, targets[here] - i] += g[here]
+        dz = p if p.dtype == h.dtype else part.copy_(p)
+        torch.mm(dz.T, h, out=dW[i:i + words]) if W.dtype == h.dtype else dW[i:i + words].copy_(
+            dz.T @ h)
+        dh += dz @ w
+    return dh.to(h.dtype), dW
+
+
 class LinearLogprob(torch.autograd.Function):
     """linear_logprob's two fast paths; the backward makes the logits of each chunk again."""
 
@@ -263,6 +287,9 @@ class LinearLogprob(torch.autograd.Function):
         cast = W.to(h.dtype).contiguous()
         g = torch.zeros_like(lse) if up is None else up / ctx.temperature
         gH = None if up_entropy is None else up_entropy / ctx.temperature
+        if ctx.path == "cpu" and ctx.needs_input_grad[1] and len(h) < len(W):
+            return *gradients_by_words(h, W, cast, targets, lse, entropy, g, gH,
+                                       ctx.temperature), *4 * [None]
         dz = logprob_gradients(h, cast, targets, lse, entropy, g, gH, ctx.temperature, ctx.path)
         return *head_gradients(h, W, cast, dz, ctx.needs_input_grad[1]), *4 * [None]
 
