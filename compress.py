@@ -43,8 +43,8 @@ from data.run import (Common, Count, MeanOf, Positive, Range, Run, Share, UserEr
 from kernels import (PackedLinear, bitmap_state, column_scale, columns_state, linear_distill,
                      linear_logprob, mixed_state, mxfp4_state, nm24_state, order_dtype, pack_armor,
                      pack_int, pack_nm24, pack_vq, packed, quantize, wide)
-from model import (Cache, Transformer, generate, load, own_fields, plain_linear, rope_table, save,
-                   tensors, token_logprobs, use)
+from model import (THEIRS, Cache, Transformer, generate, load, only_ours, own_fields, plain_linear,
+                   rope_table, save, tensors, token_logprobs, use)
 
 # --- config ---------------------------------------------------------------------------------------
 
@@ -66,6 +66,7 @@ class Config(Common):
     context: Range("[2, inf)") = 128  # their tokens, and those of an evaluation window
     windows: Count = 256         # evaluation windows: consecutive, none overlaps, BOS at documents
     sequential: bool = False     # statistics of a block from the compressed blocks before it
+    format: Literal["auto", "ours", "compressed-tensors", "dense"] = "auto"  # of what is saved
     outliers: float = 0.0        # two channels of every norm times this, what reads them over it
     seed: int = 0                # of calibration windows, a method's draws, and a base:… model
     resume: bool = False         # a finished run is not made again
@@ -348,6 +349,18 @@ def leave(model, *_):
     return model, dict(bits=16.0, proxy=0.0)
 
 
+def form_of(c, model, run):
+    """The format of the folder: what other engines open where it can say what the layers are."""
+    why = only_ours(model)
+    if c.format == THEIRS and why:
+        raise UserError(f"--format {THEIRS}: {why}")
+    form = c.format if c.format != "auto" else "ours" if why else THEIRS
+    if any(isinstance(m, PackedLinear) for m in model.modules()):
+        run.say(f"  format {form}" + f", as no other program opens: {why}" * (form == "ours" and
+                                                                            bool(why)))
+    return form
+
+
 def open_model(c, f, folder):
     """The model and tokenizer to compress, checked. Raises UserError for what cannot be."""
     model, tok = load(folder, c.device)
@@ -396,7 +409,8 @@ def train(c, f):
         walk = next((WALKS[x] for x in needs(f.method) if x in WALKS), leave)
         model, metrics = walk(model, tok, tokens, held, c, f, run)
         seconds, model = time.perf_counter() - clock, as_found(model, folder)
-        run.save(len(model.layers), lambda path: save(model, tok, path))
+        form = form_of(c, model, run)
+        run.save(len(model.layers), lambda path: save(model, tok, path, form=form))
 
         # 3. evaluate --------------------------------------------------------------------------
         after, rate = evaluate(model.float(), held), speed(model, held[0])

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
@@ -1572,7 +1573,7 @@ def check_config(d, kind, where):
     refuse = {key: key in d and d[key] not in off for key, off in FOREIGN.items()}
     refuse |= {key: d.get(key, off) != off for key, off in OPTIONS.items()
                if key not in DIALECTS[kind].reads}
-    refuse |= dict(quantization_config=quant and quant.get("quant_method") != QUANT)
+    refuse |= dict(quantization_config=quant and quant.get("quant_method") not in (QUANT, THEIRS))
     for key, wrong in refuse.items():
         if wrong:
             raise UserError(f"{where}: {key} = {str(d[key])[:60]} is not supported in {kind}; "
@@ -2319,20 +2320,178 @@ def repack(model, layers, where):
         model.set_submodule(ours[key], new)
 
 
+def packed_layers(model):
+    """{a packed layer's name in the checkpoint: its spec, its inputs}"""
+    return {hf_name(name + ".", model.config)[:-1]: (m.spec(), m.in_features)
+            for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def unpacked(model):
+    """A copy of the model with plain layers in the place of packed ones."""
+    out = copy.deepcopy(model)
+    dtype = next(model.parameters()).dtype
+    for name, m in list(out.named_modules()):
+        if isinstance(m, PackedLinear):
+            out.set_submodule(name, plain_linear(m, m.dequantize().to(dtype)))
+    return out
+
+
 def packed_config(model, path, names):
     """What config.json says of a model's packed layers, stored in the files `names`; {}: none."""
-    layers = {hf_name(name + ".", model.config)[:-1]: m.spec()
-              for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    layers = {name: spec for name, (spec, _) in packed_layers(model).items()}
     marks = {name: sha256(path / name) for name in names} if layers else {}
     return dict(quant_method=QUANT, layers=layers, sha256=marks) if layers else {}
 
 
 def check_packed(path, raw):
     """UserError if a file of packed weights is not the one that was written."""
-    for name, expected in (raw.get("quantization_config") or {}).get("sha256", {}).items():
+    quant = raw.get("quantization_config") or {}
+    for name, expected in (quant.get("sha256") or raw.get("packed_sha256") or {}).items():
         if sha256(path / name) != expected:
             raise UserError(f"{path / name} was changed after it was packed (its SHA-256): "
                             "copy it again")
+
+
+# === compressed_tensors: vLLM, whole numbers in groups, as other engines store and open them ======
+
+THEIRS = "compressed-tensors"            # … quant_method; its format of packed whole numbers:
+PARTS = dict(codes="weight_packed", scale="weight_scale", zero="weight_zero_point")
+
+
+def words(stream):
+    """Bytes [..., n] as little-endian int32, zeros behind."""
+    return F.pad(stream, (0, -stream.size(-1) % 4)).contiguous().view(torch.int32)
+
+
+def to_theirs(base, part, x, spec, inputs):
+    """A packed layer's buffer under their names. Codes are the same bits, in words; zeros are
+    packed along the outputs, not the groups."""
+    key = f"{base}.{PARTS[part]}"
+    if part == "codes":
+        return {key: words(x), f"{base}.weight_shape": torch.tensor([len(x), inputs])}
+    if part == "zero":
+        zero = kernels.unpack_bits(x, spec["bits"], -(-inputs // spec["group"]))    # [out, groups]
+        x = words(kernels.pack_bits(zero.T.contiguous(), spec["bits"])).T.contiguous()
+    return {key: x}
+
+
+class Theirs:
+    """The tensors of a compressed-tensors folder, {name: open file}, read by our names."""
+
+    def __init__(self, stored, specs):
+        self.stored, self.specs = stored, specs
+
+    def theirs(self, key):
+        return self.stored[key].get_tensor(key)
+
+    def get_tensor(self, key):
+        """In the layout of PackedLinear's buffers."""
+        base, _, part = key.rpartition(".")
+        if base not in self.specs or part not in PARTS:
+            return self.theirs(key)
+        bits, (out, inputs) = self.specs[base]["bits"], self.theirs(f"{base}.weight_shape").tolist()
+        x = self.theirs(f"{base}.{PARTS[part]}")
+        if part == "scale":
+            return kernels.to_half(x, f"a scale of {base}")
+        if part == "zero":
+            x = x.T.contiguous().view(torch.uint8)                                # [groups, bytes]
+            return kernels.pack_bits(kernels.unpack_bits(x, bits, out).T.contiguous(), bits)
+        unit = kernels.INT_UNIT.get(bits, 8)
+        return x.view(torch.uint8)[:, :-(-inputs // unit) * unit * bits // 8].contiguous()
+
+    def get_slice(self, key):
+        """What place() asks of a tensor before it is read."""
+        base, _, part = key.rpartition(".")
+        if base not in self.specs or part not in PARTS:
+            return self.stored[key].get_slice(key)
+        x = self.get_tensor(key)
+        return SimpleNamespace(get_shape=lambda: [*x.shape], get_dtype=lambda: str(x.dtype))
+
+
+def by_our_names(stored, specs):
+    """tensors() of such a folder, {our name: Theirs}."""
+    if not specs:
+        return stored
+    reader, ours = Theirs(stored, specs), {theirs: part for part, theirs in PARTS.items()}
+    out = {}
+    for key in stored:
+        base, _, part = key.rpartition(".")
+        if base not in specs:
+            out[key] = stored[key]
+        elif part != "weight_shape":
+            out[f"{base}.{ours.get(part, part)}"] = reader
+    return out
+
+
+# === compressed_config: vLLM, config.json's words for those layers ================================
+
+
+def specs_of(quant, stored, where):
+    """{layer: PackedLinear's options} of a quantization_config: ours, or of compressed-tensors.
+    UserError for what is more than whole numbers in groups."""
+    if quant.get("quant_method") != THEIRS:
+        return quant.get("layers", {})
+    if quant.get("format") != "pack-quantized":
+        raise UserError(f"{where}: quantization_config's format is {quant.get('format')!r}: of "
+                        "compressed-tensors only pack-quantized can be read")
+    out = {}
+    for base in [key.removesuffix(".weight_packed") for key in stored
+                 if key.endswith(".weight_packed")]:
+        group = group_of(base, quant.get("config_groups", {}))
+        weights = group.get("weights") or {}
+        if f"{base}.weight_shape" not in stored or not weights:
+            raise UserError(f"{where}: {base} is packed, and no config group or no weight_shape "
+                            "says how: copy the checkpoint again")
+        if group.get("input_activations") or weights.get("type", "int") != "int" or (
+                f"{base}.weight_g_idx" in stored):
+            raise UserError(f"{where}: {base} is of floats, rounds its inputs too, or has columns "
+                            "out of order (g_idx): use a checkpoint of plain whole numbers")
+        inputs = stored[f"{base}.weight_shape"].get_tensor(f"{base}.weight_shape").tolist()[1]
+        size = weights.get("group_size") or -1
+        out[base] = dict(kind="int", bits=weights.get("num_bits"), symmetric=weights.get(
+            "symmetric", True), group=size if size > 0 else inputs)
+    return out
+
+
+def group_of(name, groups):
+    """The config group whose targets mean a layer, by its class, name, or "re:" and a pattern."""
+    for group in groups.values():
+        for target in group.get("targets", []):
+            pattern = target[3:] if target.startswith("re:") else re.escape(target) + "$"
+            if target == "Linear" or re.match(pattern, name):
+                return group
+    return {}
+
+
+def their_config(layers, every):
+    """quantization_config of {layer: (spec, inputs)}; every: names of all linear layers there."""
+    groups = {}
+    for name, (spec, inputs) in layers.items():
+        whole = spec["group"] >= inputs
+        how = dict(num_bits=spec["bits"], type="int", symmetric=spec["symmetric"], dynamic=False,
+                   strategy="channel" if whole else "group",
+                   group_size=None if whole else spec["group"], observer="minmax")
+        groups.setdefault(json.dumps(how), []).append(name)
+    alike = len(groups) == 1 and {*layers} == {*every}
+    return dict(
+        quant_method=THEIRS, format="pack-quantized", quantization_status="compressed",
+        ignore=["lm_head"], config_groups={f"group_{i}": dict(
+            targets=["Linear"] if alike else names, weights=json.loads(how),
+            input_activations=None, output_activations=None)
+            for i, (how, names) in enumerate(groups.items())})
+
+
+def only_ours(model):
+    """Why compressed-tensors cannot say what the model's packed layers are, or nothing."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+    if not found:
+        return "no layer of the model is packed"
+    for name, m in found:
+        if m.kind != "int" or m.order is not None or m.rotate or m.act:
+            return f"{name} is more than whole numbers in groups ({m.kind}, {m.options})"
+        if m.group < m.in_features and m.in_features % m.group:
+            return (f"{name} has {m.in_features} inputs, which are no whole groups of {m.group}: "
+                    "choose a --group that divides them")
 
 
 # === place: Hugging Face, every tensor of the model is stored once, and nothing else is ===========
@@ -2357,10 +2516,10 @@ def check_spare(path, model, stored, packed):
                         "is of another model")
 
 
-def place(path, model):
+def place(path, model, stored):
     """Where the model's tensors are stored: {our name: open file}, {stored name: open file} of the
     spare ones. UserError for a tensor that is missing, misshapen, unread, or holds no floats."""
-    config, stored, files, state = model.config, tensors(path), {}, model.state_dict()
+    config, files, state = model.config, {}, model.state_dict()
     packed = {name for name, _ in model.named_buffers()}           # their dtype is their format
     for key, names in stored_as(model, state).items():
         if key not in stored:
@@ -2416,11 +2575,14 @@ def frame(path):
     if eos := ends(generation, extra):
         config = replace(config, eos_token_id=eos)     # Llama-3's chat models name all of them here
     scalar = HEADS[1] in (raw.get("architectures") or [""])[0]
+    quant, stored = raw.get("quantization_config") or {}, tensors(path)
+    specs = specs_of(quant, stored, where)
     with torch.device("meta"):
         model = (ScalarModel if scalar else Transformer)(config)
         model.generation = generation
-        repack(model, (raw.get("quantization_config") or {}).get("layers", {}), where)
-    files, spare = place(path, model)
+        repack(model, specs, where)
+    theirs = specs if quant.get("quant_method") == THEIRS else {}
+    files, spare = place(path, model, by_our_names(stored, theirs))
     return model, files, spare, read_tokenizer(path, config, raw), raw
 
 
@@ -2550,11 +2712,23 @@ def check_tied(path, spare, state):
 # === save: Hugging Face, a model and its tokenizer to a folder ====================================
 
 
-def save_weights(model, path, shard_bytes):
-    """Write the tensors as safetensors, split beyond shard_bytes, with an index. -> file names"""
-    shards, size, state = [{}], 0, model.state_dict()
+def written(model, theirs):
+    """What a folder holds of a model, (name, tensor); theirs: of the layers {name: (spec, inputs)}
+    what compressed-tensors stores."""
+    state = model.state_dict()
     for key, stacked in stored_as(model, state).items():
         p = torch.cat([state[n] for n in stacked]) if len(stacked) > 1 else state[stacked[0]]
+        base, _, part = key.rpartition(".")
+        if base in theirs and part in PARTS:
+            yield from to_theirs(base, part, p.cpu(), *theirs[base]).items()
+        else:
+            yield key, p
+
+
+def save_weights(model, path, shard_bytes, theirs=()):
+    """Write the tensors as safetensors, split beyond shard_bytes, with an index. -> file names"""
+    shards, size = [{}], 0
+    for key, p in written(model, theirs):
         if shards[-1] and size + p.nbytes > shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][key] = p.detach().cpu().contiguous()
@@ -2576,25 +2750,36 @@ def save_weights(model, path, shard_bytes):
     return names
 
 
-def save(model, tokenizer, path, shard_bytes=5_000_000_000):
+def save(model, tokenizer, path, shard_bytes=5_000_000_000, form="ours"):
     """Write a Hugging Face folder: config.json, model.safetensors (split beyond shard_bytes) and
     tokenizer.json.
 
     Tied heads are stored once, tensors in their own dtype (float32 in training), so load() is
-    bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is.
-    generation_config.json keeps what it said when the model was loaded, its ids renewed."""
+    bitwise equal. Packed layers stay packed; config.json's quantization_config says how each is,
+    in form "compressed-tensors" as other engines say it (UserError if they cannot); "dense": they
+    are unpacked. generation_config.json keeps what it said when the model was loaded, its ids
+    renewed."""
     path, scalar = Path(path), isinstance(model, ScalarModel)
     if (path / ADAPTER[0]).exists():
         raise UserError(f"{path} holds an adapter, which transformers would add to this model: "
                         "choose another folder")
+    if form == THEIRS and (why := only_ours(body_of(model))):
+        raise UserError(f"{path}: cannot be in the format {THEIRS}: {why}")
     path.mkdir(parents=True, exist_ok=True)
-    config, names = model.config, save_weights(model, path, shard_bytes)
+    model = unpacked(model) if form == "dense" else model
+    theirs = packed_layers(model) if form == THEIRS else {}
+    config, names = model.config, save_weights(model, path, shard_bytes, theirs)
     if scalar:
         config, tokenizer = pad_apart(config, tokenizer)
     dtype = next(model.parameters()).dtype
     d = to_hf(config, scalar)
     d |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    if packed := packed_config(model, path, names):
+    if theirs:
+        every = {hf_name(n + ".", config)[:-1] for n, m in model.named_modules()
+                 if isinstance(m, (nn.Linear, PackedLinear)) and "layers." in n}
+        d |= dict(quantization_config=their_config(theirs, every),
+                  packed_sha256={name: sha256(path / name) for name in names})
+    elif packed := packed_config(model, path, names):
         d |= dict(quantization_config=packed, model_type=PACKED_TYPE + d["model_type"])
     (path / "config.json").write_text(json.dumps(d, indent=2))
     ids = {k: d[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if d[k] is not None}
@@ -3891,7 +4076,7 @@ def export(model, tokenizer, c, given):
     folder = Path(c.export)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} exists: choose a new folder")
-    save(model, tokenizer, folder)
+    save(model, tokenizer, folder, form=c.format)
     size = sum(x.stat().st_size for x in folder.iterdir())
     print(f"{folder}: {next(model.parameters()).dtype}, {size / 1e6:.1f} MB")
 
@@ -3910,6 +4095,7 @@ class Options:
     answer: Literal["mark", "last", "boxed", "whole"] = "mark"  # of --eval: behind ####, …, all
     eval: str = ""               # a text, rows with answers, or pairs: measure the model on them
     export: str = ""             # write the model, an adapter folded in, to this new folder
+    format: Literal["ours", "compressed-tensors", "dense"] = "ours"  # of --export's packed layers
     max_new: Count = 512         # at most so many new tokens
     temperature: float = 0.8     # 0 is greedy; what the folder says goes before this default,
     top_k: int = 0               # and before these: keep the k likeliest tokens, 0: all
@@ -3958,7 +4144,7 @@ def action(c, given):
     """The function that a command line asks for; UserError for an option that it does not read."""
     act, reads, what = talk, {"prompt", "chat", "system", "seed", "max_new", *SAMPLING}, "talking"
     if c.export:
-        act, reads, what = export, {"export"}, "--export"
+        act, reads, what = export, {"export", "format"}, "--export"
     elif c.eval:
         measure, reads = EVALUATIONS[kind := kind_of(c.eval)]
         act, reads, what = partial(evaluation, measure), {"eval", *reads}, f"--eval of {kind}"
@@ -3974,8 +4160,7 @@ def main(argv=None):
     refuse_ranks("model.py")
     usual = "bfloat16" if c.device.startswith("cuda") else "float32"
     dtype = getattr(torch, usual if c.dtype == "auto" else c.dtype)
-    model, tokenizer = load(c.path, c.device, dtype, c.chat)
-    act(model, tokenizer, c, given)
+    act(*load(c.path, c.device, dtype, c.chat), c, given)
 
 
 if __name__ == "__main__":
