@@ -658,7 +658,7 @@ def lowrank24(W, h, *, block: Count = 8):
 METHODS["lowrank24"] = lowrank24
 
 
-# === wrapped: 2510.05528, blocks on a diagonal times a matrix, and one step of ARMOR's parts ======
+# === wrapped: ours, blocks on a diagonal times a matrix, and one exact step of ARMOR's core =======
 # A [P, a, a] are the blocks of bd(A) [m, m], B [Q, b, b] those of bd(B) [n, n]; S, its 0/1 mask M,
 # Wb [m, n]; h [n]. A tile is where a block of rows and one of columns cross: given A and B tiles
 # are independent of each other, and so of each one group of four may change.
