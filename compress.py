@@ -1799,6 +1799,48 @@ METHODS["drop_experts"] = drop_experts
 PRESETS["drop_experts"] = dict(method="drop_experts", init="base:pretrain_moe")
 
 
+# === shortgpt: 2403.03853, whole layers go, those that turn a token's state the least =============
+
+
+@torch.no_grad()
+def influence(model, batches):
+    """Block influence (ShortGPT, 2403.03853 eq. 1): 1 less the cosine of a token's states before
+    and behind a layer, its mean over all tokens.   [L], float64"""
+    total, count, hooks = [0.0] * len(model.layers), 0, []
+
+    def note(i):
+        def hook(block, args, out):
+            cosine = F.cosine_similarity(args[0].double(), out.double(), dim=-1)         # [B, T]
+            total[i] += (1 - cosine).sum()
+        return hook
+    hooks = [block.register_forward_hook(note(i)) for i, block in enumerate(model.layers)]
+    for tokens in batches:
+        model(tokens)
+        count += tokens.numel()
+    for hook in hooks:
+        hook.remove()
+    forget(model)
+    return torch.stack(total) / count
+
+
+def shortgpt(model, teacher, batches, generator, *, share: Range("(0, 1]") = 0.75):
+    """ShortGPT (2403.03853): a share of the layers stays, those of the largest influence; the rest
+    goes at once. The paper does not distil: --kd_steps is 0."""
+    c, state = model.config, dict(model.state_dict())
+    stay = top(influence(model, batches), stage_sizes(len(model.layers), share, 1, 1)[0]).tolist()
+    old = {k: state.pop(k) for k in list(state) if k.startswith("layers.")}
+    for new, i in enumerate(stay):
+        start = f"layers.{i}."
+        state |= {f"layers.{new}.{k.removeprefix(start)}": v for k, v in old.items()
+                  if k.startswith(start)}
+    types = tuple(c.layer_types[i] for i in stay) if c.layer_types else ()
+    yield build(model, state, num_hidden_layers=len(stay), layer_types=types)
+
+
+METHODS["shortgpt"] = shortgpt
+PRESETS["shortgpt"] = dict(method="shortgpt", kd_steps=0)
+
+
 # === minitron: 2407.14679, neurons of small activation, then distilled ============================
 
 

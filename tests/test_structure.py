@@ -474,7 +474,47 @@ def test_fit_is_adamw_at_its_rate_with_its_clips(monkeypatch):
         S.fit([dict(params=[p])], lambda step: p[0] * math.nan, 1, "x", lr=.1, rate=lambda step: 1.)
 
 
-# --- Minitron and PruneNet ------------------------------------------------------------------------
+# --- ShortGPT, Minitron and PruneNet --------------------------------------------------------------
+
+
+def test_block_influence_is_one_less_the_cosine_over_a_layer():
+    model, tokens = small("qwen3", "4x64"), [ids(3, 10), ids(2, 8, 1)]
+    states = [[] for _ in range(5)]
+    for part in tokens:                    # 46 tokens, those of the longer batch no heavier
+        x = model.embed(part)
+        where = [t[:part.size(1)] for t in S.rope_table(model.config, "cpu")]
+        states[0].append(x.flatten(0, 1))
+        for i, block in enumerate(model.layers):
+            x = block(x, *where, None, i, None, None)
+            states[i + 1].append(x.flatten(0, 1))
+    states = [torch.cat(x).detach() for x in states]
+    want = [1 - ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean()
+            for a, b in itertools.pairwise(states)]
+    assert close(S.influence(model, tokens), torch.stack(want), 1e-8)
+    assert not model.layers[0]._forward_hooks
+
+
+def test_shortgpt_drops_the_layers_that_do_least_and_nothing_else():
+    """Layers 1 and 3 add nothing at all: the model without them says the same."""
+    model = small("qwen3_moe", "4x64", sliding_window=4, layer_types=(
+        "full_attention", "sliding_attention", "sliding_attention", "full_attention"))
+    with torch.no_grad():
+        for i in (1, 3):
+            model.layers[i].self_attn.o_proj.weight.zero_()
+            for expert in model.layers[i].mlp.experts:
+                expert.down_proj.weight.zero_()
+    tokens = ids(3, 12)
+    assert close(S.influence(model, [tokens])[[1, 3]], [0., 0.], 1e-12)
+    cut = first(S.shortgpt, model, None, [tokens], share=.5)
+    assert cut.config == replace(model.config, num_hidden_layers=2, layer_types=(
+        "full_attention", "sliding_attention"))
+    assert close(logits(cut, tokens), logits(model, tokens), 1e-10)
+    for new, old in enumerate((0, 2)):
+        for a, b in zip(cut.layers[new].parameters(), model.layers[old].parameters()):
+            assert torch.equal(a, b)
+    assert len(first(S.shortgpt, model, None, [tokens], share=.75).layers) == 3
+    whole = first(S.shortgpt, model, None, [tokens], share=1.)
+    assert close(logits(whole, tokens), logits(model, tokens), 1e-12)
 
 
 def test_minitron_s_score_is_the_mean_over_tokens_and_the_norm_over_rows():
